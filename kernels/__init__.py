@@ -1,0 +1,1 @@
+"""Codec kernels: a Triton implementation of each beside its torch reference."""

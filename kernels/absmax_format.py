@@ -1,0 +1,80 @@
+"""The two code formats of absmax quantization, and what every implementation demands of its arguments.
+
+Symmetric absmax quantization, as in the SpectrumKV paper (arXiv 2606.08635): the elements of one token in
+one KV head share the scale `absmax / largest`, and an element becomes the nearest integer multiple of it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+STATE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class CodeFormat:
+    """How integer codes are stored.
+
+    Attributes:
+        bits: width of one code, 8 or 4.
+        largest: greatest code; the least is its negative, so that zero is exact and signs are alike.
+    """
+
+    bits: int
+    largest: int
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8) or self.largest != (1 << (self.bits - 1)) - 1:
+            raise ValueError(f"{self.bits}-bit codes up to {self.largest}; valid: 8 up to 127, 4 up to 7")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """int8 where an element has a byte of its own, uint8 where two share one."""
+        return torch.int8 if self.bits == 8 else torch.uint8
+
+    def code_bytes(self, head_dim: int) -> int:
+        """Bytes of the codes of one token in one KV head."""
+        return head_dim * self.bits // 8
+
+
+INT8 = CodeFormat(bits=8, largest=127)
+INT4 = CodeFormat(bits=4, largest=7)
+
+
+def check_arguments(
+    states: torch.Tensor, index: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, form: CodeFormat
+) -> None:
+    """Refuse what a kernel would read or write wrongly.
+
+    Args:
+        states: must be `[kv_heads, n, head_dim]` of a dtype in `STATE_DTYPES`, `head_dim` even, any strides.
+        index: must be int64 `[m]`, contiguous. Its values are not looked at: on a GPU that would wait for it.
+        codes: must be `form.dtype` `[kv_heads, m, form.code_bytes(head_dim)]`, contiguous.
+        scales: must be float16 `[kv_heads, m]`, contiguous.
+        form: format of the codes.
+
+    Raises:
+        ValueError: one of them is not like that, or they are on different devices.
+    """
+    if states.ndim != 3 or states.dtype not in STATE_DTYPES or states.shape[-1] % 2 or not states.shape[-1]:
+        raise ValueError(
+            f"states are {states.dtype} {list(states.shape)}; they must be [kv_heads, n, head_dim] with an "
+            f"even head_dim, of a dtype in {STATE_DTYPES}"
+        )
+    if index.ndim != 1:
+        raise ValueError(f"index has shape {list(index.shape)}; it must have one dimension")
+    kv_heads, _, head_dim = states.shape
+    tokens = index.shape[0]
+    _check("index", index, torch.int64, (tokens,), states.device)
+    _check("codes", codes, form.dtype, (kv_heads, tokens, form.code_bytes(head_dim)), states.device)
+    _check("scales", scales, torch.float16, (kv_heads, tokens), states.device)
+
+
+def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+    if tensor.dtype != dtype or tensor.shape != shape or tensor.device != device:
+        raise ValueError(
+            f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
+            f"{dtype} {list(shape)} on {device} is needed"
+        )
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()} for shape {list(shape)}; it must be contiguous")

@@ -1,0 +1,252 @@
+"""Both implementations, side by side; Triton runs under its interpreter where there is no GPU."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spectrumkv.kernels import absmax, absmax_reference, absmax_triton
+from spectrumkv.kernels.absmax import INT4, INT8, CodeFormat
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FORMATS = [pytest.param(INT8, id="int8"), pytest.param(INT4, id="int4")]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Where a float16 scale is subnormal, rounding it moves it by up to this much.
+SUBNORMAL_ROUNDING = 2.0**-25
+
+Coded = tuple[torch.Tensor, torch.Tensor]
+Quantize = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, CodeFormat], None]
+
+
+def random_states(kv_heads: int, tokens: int, head_dim: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Rows of very different magnitude, one of them zero."""
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(kv_heads, tokens, head_dim, generator=generator)
+    states *= torch.exp(2 * torch.randn(kv_heads, tokens, 1, generator=generator))
+    states[:, tokens // 2] = 0
+    return states.to(dtype).to(DEVICE)
+
+
+def quantized(quantize: Quantize, states: torch.Tensor, index: torch.Tensor, form: CodeFormat) -> Coded:
+    """Codes and scales, from outputs that start as garbage."""
+    kv_heads, _, head_dim = states.shape
+    tokens = index.numel()
+    shape = (kv_heads, tokens, form.code_bytes(head_dim))
+    codes = torch.full(shape, 0x5A, dtype=form.dtype, device=states.device)
+    scales = torch.full((kv_heads, tokens), torch.nan, dtype=torch.float16, device=states.device)
+    quantize(states, index, codes, scales, form)
+    return codes, scales
+
+
+def strided(shape: tuple[int, int, int], dtype: torch.dtype, layout: str) -> torch.Tensor:
+    """NaNs of `shape`: contiguous, a slice of larger slots, tokens first, or elements not adjacent."""
+    heads, tokens, head_dim = shape
+    if layout == "contiguous":
+        view = torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
+    elif layout == "slots":
+        slots = torch.full((2, heads, tokens + 9, head_dim), torch.nan, dtype=dtype, device=DEVICE)
+        view = slots[1, :, 4 : 4 + tokens]
+    elif layout == "tokens-first":
+        view = torch.full((tokens, heads, head_dim), torch.nan, dtype=dtype, device=DEVICE).transpose(0, 1)
+    else:
+        view = torch.full((heads, head_dim, tokens), torch.nan, dtype=dtype, device=DEVICE).transpose(1, 2)
+    assert view.shape == shape
+    return view
+
+
+LAYOUTS = ["contiguous", "slots", "tokens-first", "elements-apart"]
+
+
+def assert_implementations_agree(states: torch.Tensor, index: torch.Tensor, form: CodeFormat) -> None:
+    codes, scales = quantized(absmax_reference.quantize, states, index, form)
+    triton_codes, triton_scales = quantized(absmax_triton.quantize, states, index, form)
+    assert torch.equal(triton_scales, scales)
+    assert torch.equal(triton_codes, codes)
+    expected = torch.full_like(states, torch.nan)
+    actual = torch.full_like(states, torch.nan)
+    absmax_reference.dequantize(codes, scales, index, expected, form)
+    absmax_triton.dequantize(codes, scales, index, actual, form)
+    # The product is exact in float32 and rounded once, so not even the last bit may differ.
+    assert torch.equal(actual.nan_to_num(7e4), expected.nan_to_num(7e4))
+    written = torch.zeros(states.shape[1], dtype=torch.bool, device=states.device)
+    written[index] = True
+    assert not actual[:, written].isnan().any()
+    assert actual[:, ~written].isnan().all()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("kv_heads", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 3, 17, 65])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_triton_agrees_with_the_reference(form: CodeFormat, kv_heads: int, tokens: int, head_dim: int) -> None:
+    states = random_states(kv_heads, tokens, head_dim, torch.float32, seed=head_dim + tokens)
+    # Every other token, so that some rows stay unwritten; all of them where there is one.
+    index = torch.arange(0, tokens, 2, device=DEVICE)
+    assert_implementations_agree(states, index, form)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_triton_agrees_in_every_dtype(form: CodeFormat, dtype: torch.dtype) -> None:
+    states = random_states(3, 33, 96, dtype)
+    assert_implementations_agree(states, torch.arange(1, 33, device=DEVICE), form)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("implementation", [absmax_reference, absmax_triton], ids=["reference", "triton"])
+def test_strides_make_no_difference(form: CodeFormat, layout: str, implementation: object) -> None:
+    quantize, dequantize = implementation.quantize, implementation.dequantize  # type: ignore[attr-defined]
+    states = random_states(3, 17, 64, torch.bfloat16)
+    index = torch.tensor([0, 2, 3, 11, 16], device=DEVICE)
+    source = strided((3, 17, 64), torch.bfloat16, layout)
+    source.copy_(states)
+    codes, scales = quantized(absmax_reference.quantize, states, index, form)
+    for actual, expected in zip(quantized(quantize, source, index, form), (codes, scales), strict=True):
+        assert torch.equal(actual, expected)
+    target = strided((3, 17, 64), torch.bfloat16, layout)
+    dequantize(codes, scales, index, target, form)
+    expected_states = torch.full((3, 17, 64), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    absmax_reference.dequantize(codes, scales, index, expected_states, form)
+    assert torch.equal(target.isnan(), expected_states.isnan())
+    assert torch.equal(target[:, index], expected_states[:, index])
+    if layout == "slots":
+        assert target._base is not None
+        assert target._base.isfinite().sum() == 3 * index.numel() * 64, "a row outside the view was written"
+
+
+@pytest.mark.parametrize("implementation", [absmax_reference, absmax_triton], ids=["reference", "triton"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_rows_follow_the_order_of_the_index(form: CodeFormat, implementation: object) -> None:
+    states = random_states(2, 9, 64, torch.float16)
+    index = torch.tensor([7, 1, 4], device=DEVICE)
+    codes, scales = quantized(implementation.quantize, states, index, form)  # type: ignore[attr-defined]
+    for row, token in enumerate(index):
+        alone, scale = quantized(absmax_reference.quantize, states, token.reshape(1), form)
+        assert torch.equal(codes[:, row], alone[:, 0])
+        assert torch.equal(scales[:, row], scale[:, 0])
+
+
+@pytest.mark.parametrize("implementation", [absmax_reference, absmax_triton], ids=["reference", "triton"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_no_tokens_is_no_work(form: CodeFormat, implementation: object) -> None:
+    states = random_states(2, 3, 64, torch.float32)
+    before = states.clone()
+    none = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    codes, scales = quantized(implementation.quantize, states, none, form)  # type: ignore[attr-defined]
+    implementation.dequantize(codes, scales, none, states, form)  # type: ignore[attr-defined]
+    assert codes.shape == (2, 0, form.code_bytes(64))
+    assert scales.shape == (2, 0)
+    assert torch.equal(states, before)
+
+
+@pytest.mark.parametrize("implementation", [absmax_reference, absmax_triton], ids=["reference", "triton"])
+def test_worked_example(implementation: object) -> None:
+    # absmax 127 makes the INT8 scale 1, absmax 7 the INT4 scale 1: codes are the elements, rounded.
+    quantize = implementation.quantize  # type: ignore[attr-defined]
+    only = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    states = torch.tensor([[[127.0, -127.0, 0.5, 1.5, 2.5, -0.5, -1.5, 126.4]]], device=DEVICE)
+    codes, scales = quantized(quantize, states, only, INT8)
+    assert codes.tolist() == [[[127, -127, 0, 2, 2, 0, -2, 126]]]
+    assert scales.tolist() == [[1.0]]
+    states = torch.tensor([[[7.0, -7.0, 0.5, 1.5, 2.5, -0.5, -1.6, -3.0]]], device=DEVICE)
+    codes, scales = quantized(quantize, states, only, INT4)
+    # 7 and 2, -7 and 0, 0 and -2, 2 and -3: the second of each pair in the high nibble.
+    assert codes.tolist() == [[[0x27, 0x09, 0xE0, 0xD2]]]
+    assert scales.tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("implementation", [absmax_reference, absmax_triton], ids=["reference", "triton"])
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf, 9e6], ids=str)
+@pytest.mark.parametrize("element", [0, 40, 63])
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_what_cannot_be_quantized_shows_in_its_scale(
+    form: CodeFormat, implementation: object, poison: float, element: int
+) -> None:
+    states = torch.ones(1, 3, 64, device=DEVICE)
+    states[0, 1, element] = poison
+    index = torch.arange(3, device=DEVICE)
+    _, scales = quantized(implementation.quantize, states, index, form)  # type: ignore[attr-defined]
+    assert scales.isfinite().tolist() == [[True, False, True]]
+
+
+@pytest.mark.parametrize("implementation", [absmax_reference, absmax_triton], ids=["reference", "triton"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_largest_float16_comes_back_finite(form: CodeFormat, implementation: object) -> None:
+    # 65504 / 127 rounds up to 516, and 127 · 516 = 65532 is infinite in float16.
+    states = torch.full((1, 1, 64), 65504.0, dtype=torch.float16, device=DEVICE)
+    only = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    codes, scales = quantized(implementation.quantize, states, only, form)  # type: ignore[attr-defined]
+    assert form.largest * scales.float().item() >= 65520
+    implementation.dequantize(codes, scales, only, states, form)  # type: ignore[attr-defined]
+    assert (states == 65504).all()
+
+
+@given(
+    form=st.sampled_from([INT8, INT4]),
+    dtype=st.sampled_from(DTYPES),
+    exponent=st.integers(-30, 12),
+    seed=st.integers(0, 2**16),
+)
+def test_roundtrip_error_is_bounded(form: CodeFormat, dtype: torch.dtype, exponent: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    states = (torch.randn(2, 7, 16, generator=generator) * 2.0**exponent).to(dtype)
+    index = torch.arange(7)
+    codes, scales = quantized(absmax_reference.quantize, states, index, form)
+    restored = torch.empty_like(states)
+    absmax_reference.dequantize(codes, scales, index, restored, form)
+    exact = states.double()
+    scale = scales.double().unsqueeze(-1)
+    # Half a step, or what the rounding of a subnormal scale takes off the largest codes; then the division's
+    # rounding to float32 (at most 2^-24 of a code), and the output's rounding (half an ulp; a subnormal one
+    # in float16).
+    coding = torch.maximum(scale / 2, torch.tensor(form.largest * SUBNORMAL_ROUNDING, dtype=torch.float64))
+    division = scale * form.largest * 2.0**-24
+    info = torch.finfo(dtype)
+    output = torch.maximum((exact.abs() + coding) * info.eps / 2, torch.tensor(info.tiny * info.eps / 2))
+    assert ((restored.double() - exact).abs() <= coding + division + output).all()
+    normal = scales >= torch.finfo(torch.float16).tiny
+    assert ((restored.double() - exact).abs() <= scale / 2 + division + output)[normal].all()
+
+
+@given(seed=st.integers(0, 2**16), form=st.sampled_from([INT8, INT4]))
+def test_codes_keep_to_their_range(seed: int, form: CodeFormat) -> None:
+    # Subnormal scales, rounded down, are where codes would leave it.
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(2, 16, 32, generator=generator) * 2.0**-20
+    codes, scales = quantized(absmax_reference.quantize, states, torch.arange(16), form)
+    if form == INT4:
+        nibbles = torch.cat((codes & 0xF, codes >> 4), dim=-1).to(torch.int8)
+        codes = torch.where(nibbles > 7, nibbles - 16, nibbles)
+    assert codes.abs().max() <= form.largest
+    assert (codes[scales == 0] == 0).all()
+
+
+def test_a_row_too_small_for_any_scale_is_zero() -> None:
+    states = torch.full((1, 1, 64), 127 * SUBNORMAL_ROUNDING)
+    only = torch.zeros(1, dtype=torch.int64)
+    for quantize in (absmax_reference.quantize, absmax_triton.quantize):
+        codes, scales = quantized(quantize, states.to(DEVICE), only.to(DEVICE), INT8)
+        assert scales.item() == 0
+        assert not codes.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gpu_codes_equal_those_of_the_cpu(form: CodeFormat, dtype: torch.dtype) -> None:
+    states = random_states(8, 4099, 128, dtype).cuda()
+    index = torch.arange(0, 4099, 3, device="cuda")
+    codes, scales = quantized(absmax.quantize, states, index, form)
+    cpu_codes, cpu_scales = quantized(absmax.quantize, states.cpu(), index.cpu(), form)
+    assert torch.equal(codes.cpu(), cpu_codes)
+    assert torch.equal(scales.cpu(), cpu_scales)
+    restored = torch.full_like(states, torch.nan)
+    cpu_restored = torch.full_like(states.cpu(), torch.nan)
+    absmax.dequantize(codes, scales, index, restored, form)
+    absmax.dequantize(cpu_codes, cpu_scales, index.cpu(), cpu_restored, form)
+    assert torch.equal(restored.cpu().nan_to_num(7e4), cpu_restored.nan_to_num(7e4))

@@ -1,0 +1,43 @@
+"""A block of the spectral codec into the slots."""
+
+from collections.abc import Mapping
+
+import torch
+
+from spectrumkv.common.errors import DataLossError
+from spectrumkv.common.kv.block import Block
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.spectral.block_codec import LayerTransform, decode_block
+from spectrumkv.common.kv.spectral.encoder import tier_bytes
+from spectrumkv.common.kv.tiers import Tier
+
+
+class SpectralDecoder:
+    """Decodes blocks made with one basis.
+
+    Args:
+        basis: the one that Begin names.
+        geometry: shape and dtype of the model's cache.
+    """
+
+    def __init__(self, basis: SpectralBasis, geometry: KvGeometry) -> None:
+        basis.check_fits(geometry)
+        self._geometry = geometry
+        self._transforms = [LayerTransform(basis, layer) for layer in range(geometry.layers)]
+
+    def decode(self, block: Block, keys: torch.Tensor, values: torch.Tensor) -> Mapping[Tier, int]:
+        """Write a block's tokens into views of the slots, `[kv_heads, n, head_dim]`; return its bytes by tier.
+
+        Raises:
+            DataLossError: the body does not hold what its header says.
+        """
+        transform = self._transforms[block.layer]
+        tokens = block.tiers.numel()
+        if bool((block.tiers == Tier.DROP).any() or (block.tiers == Tier.NATIVE).any()):
+            raise DataLossError("codec spectral sends every token, at INT4, INT8 or FP16", "tier")
+        body = block.body.numpy().data
+        decoded_keys, decoded_values, steps = decode_block(transform, body, tokens, block.first_token, self._geometry)
+        keys.copy_(decoded_keys)
+        values.copy_(decoded_values)
+        return tier_bytes(transform, steps, block.tiers, block.body.numel())

@@ -1,0 +1,167 @@
+"""A prompt's layers to blocks, one after another, within a budget of counted bytes."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+
+from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.kv.block import BLOCK_HEADER, MAX_CHUNK_PAYLOAD_BYTES, Block
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.scoring import Observation, observed_attention
+from spectrumkv.common.kv.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.spectral.block_codec import (
+    HIGHEST_CLASS,
+    LOWEST_CLASS,
+    LayerTransform,
+    Steps,
+    encode_block,
+)
+from spectrumkv.common.kv.spectral.layout import CLASSES_PER_OCTAVE, expected_bits
+from spectrumkv.common.kv.spectral.rate import COARSEST, RateControl
+from spectrumkv.common.kv.tiers import Tier, tier_map_bytes
+
+# A step goes with this power of a token's sensitivity: at equal slope of distortion against rate, errors times
+# sensitivity are alike everywhere.
+SENSITIVITY_POWER = 0.5
+SINKS = 4
+# Length fields and headers of one block's streams, about.
+STREAM_OVERHEAD_BYTES = 300
+# Share of a chunk that a block is planned to fill; what comes out differs.
+PLANNED_FILL = 0.6
+# The last layer must use at least this share of what is left, within this many attempts.
+LAST_LAYER_FILL = 0.985
+LAST_LAYER_ATTEMPTS = 10
+# Mean bits an element up to which a token counts as INT4, and as INT8.
+INT4_BITS, INT8_BITS = 6.0, 12.0
+
+
+class SpectralEncoder:
+    """Codes the layers of one prompt in their order.
+
+    Args:
+        basis: of the model.
+        geometry: shape and dtype of the model's cache.
+        tokens: of the prompt.
+        budget: counted bytes for all layers' blocks, relative to FP16.
+    """
+
+    def __init__(self, basis: SpectralBasis, geometry: KvGeometry, tokens: int, budget: float) -> None:
+        basis.check_fits(geometry)
+        self._basis = basis
+        self._transforms = [LayerTransform(basis, layer) for layer in range(geometry.layers)]
+        self._geometry = geometry
+        self._rate = RateControl(int(budget * geometry.fp16_bytes(tokens)), basis)
+        self._sinks = min(SINKS, int(budget * tokens / SINKS))
+        planned = budget * geometry.fp16_bytes_per_layer(1)
+        self._block_tokens = max(1, int(PLANNED_FILL * MAX_CHUNK_PAYLOAD_BYTES / planned))
+
+    def encode(self, observation: Observation) -> list[Block]:
+        """Code the next layer.
+
+        Raises:
+            InvalidArgumentError: an element is infinite or NaN.
+        """
+        if not (observation.keys.isfinite().all() and observation.values.isfinite().all()):
+            raise InvalidArgumentError(f"keys or values of layer {observation.layer} are infinite or NaN")
+        classes = self._step_classes(observation)
+        fixed = self._sinks * self._geometry.fp16_bytes_per_layer(1) + STREAM_OVERHEAD_BYTES
+        base = self._rate.base(classes[self._sinks :], fixed)
+        blocks = self._blocks(observation, classes, base)
+        if self._rate.done == self._geometry.layers - 1:
+            blocks = self._fit(observation, classes, base, blocks)
+        expected = self._rate.expected_bytes(classes[self._sinks :], base, fixed)
+        self._rate.account(_wire_bytes(blocks), expected)
+        return blocks
+
+    def _step_classes(self, observation: Observation) -> np.ndarray:
+        """Step class of each token: finer by its share of the layer's attention."""
+        attention = observed_attention(observation).mean(dim=0).clamp_min(1e-7).log2().cpu().numpy()
+        exponent = -SENSITIVITY_POWER * float(self._basis.attention_exponent[observation.layer])
+        others = attention[self._sinks :]
+        octaves = exponent * (attention - (others.mean() if len(others) else 0.0))
+        classes: np.ndarray = np.clip(np.rint(CLASSES_PER_OCTAVE * octaves), LOWEST_CLASS, HIGHEST_CLASS)
+        return classes.astype(np.int64)
+
+    def _blocks(self, observation: Observation, classes: np.ndarray, base: float) -> list[Block]:
+        transform = self._transforms[observation.layer]
+        keys, values = observation.keys.cpu(), observation.values.cpu()
+        blocks: list[Block] = []
+        for first in range(0, len(classes), self._block_tokens):
+            span = slice(first, first + self._block_tokens)
+            blocks += self._block(transform, keys[:, span], values[:, span], classes[span], first, base)
+        return blocks
+
+    def _block(
+        self,
+        transform: LayerTransform,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        classes: np.ndarray,
+        first: int,
+        base: float,
+    ) -> Iterator[Block]:
+        """One block, or two halves of one that does not fit a chunk."""
+        steps = Steps(base, classes.copy(), self._sinks if first == 0 else 0)
+        # Sinks have no step; the decoder sees class 0 for them.
+        steps.classes[: steps.sinks] = 0
+        body = encode_block(transform, keys, values, first, steps, self._geometry)
+        if len(body) + BLOCK_HEADER.size + tier_map_bytes(len(classes)) > MAX_CHUNK_PAYLOAD_BYTES:
+            half = len(classes) // 2
+            yield from self._block(transform, keys[:, :half], values[:, :half], classes[:half], first, base)
+            yield from self._block(transform, keys[:, half:], values[:, half:], classes[half:], first + half, base)
+            return
+        coded = torch.frombuffer(bytearray(body), dtype=torch.uint8)
+        tiers = token_tiers(transform, steps)
+        yield Block(transform.layer, first, tiers, coded, tier_bytes(transform, steps, tiers, len(body)))
+
+    def _fit(self, observation: Observation, classes: np.ndarray, base: float, blocks: list[Block]) -> list[Block]:
+        """Code the last layer with other steps until it takes what is left of the budget and no more."""
+        left = self._rate.left_bytes
+        symbols = max(1, (len(classes) - self._sinks) * self._geometry.elements_per_token_layer)
+        best: list[Block] | None = None
+        for _ in range(LAST_LAYER_ATTEMPTS):
+            size = _wire_bytes(blocks)
+            if size <= left:
+                best = blocks if best is None or size > _wire_bytes(best) else best
+                if size >= LAST_LAYER_FILL * left:
+                    break
+            # One unit of the exponent is one bit of every symbol that is not silent: most of them.
+            aim = (1 + LAST_LAYER_FILL) / 2 * left
+            base = float(np.float32(min(COARSEST, base + 8 * (size - aim) / symbols / 0.9)))
+            blocks = self._blocks(observation, classes, base)
+        return best or blocks
+
+
+def token_tiers(transform: LayerTransform, steps: Steps) -> torch.Tensor:
+    """The tier whose width is nearest to each token's mean bits: uint8 `[n]`."""
+    bits = _mean_bits(transform, steps)
+    tiers = np.where(bits <= INT4_BITS, Tier.INT4, np.where(bits <= INT8_BITS, Tier.INT8, Tier.FP16))
+    tiers[: steps.sinks] = Tier.FP16
+    return torch.from_numpy(tiers.astype(np.uint8))
+
+
+def tier_bytes(transform: LayerTransform, steps: Steps, tiers: torch.Tensor, body_bytes: int) -> Mapping[Tier, int]:
+    """How a body's bytes divide among the tiers: by expected bits, which is as well as one entropy coder tells."""
+    bits = np.maximum(_mean_bits(transform, steps), 1e-3)
+    bits[: steps.sinks] = 16.0
+    weights = {tier: float(bits[tiers.numpy() == tier].sum()) for tier in (Tier.INT4, Tier.INT8, Tier.FP16)}
+    total = sum(weights.values())
+    shares = {tier: int(body_bytes * weight / total) for tier, weight in weights.items()}
+    widest = max(shares, key=lambda tier: shares[tier])
+    shares[widest] += body_bytes - sum(shares.values())
+    return shares
+
+
+def _mean_bits(transform: LayerTransform, steps: Steps) -> np.ndarray:
+    """Expected bits an element of each token: float64 `[n]`."""
+    values, places = np.unique(steps.classes, return_inverse=True)
+    columns = np.repeat([run.klass for run in transform.columns], [run.end - run.start for run in transform.columns])
+    exponents = (columns[None, :] - values[:, None]) / CLASSES_PER_OCTAVE - steps.base
+    means: np.ndarray = expected_bits(exponents).mean(axis=1)[places]
+    return means
+
+
+def _wire_bytes(blocks: list[Block]) -> int:
+    """What blocks take of the budget, headers and tier maps included."""
+    return sum(len(block.header()) + block.body.numel() for block in blocks)

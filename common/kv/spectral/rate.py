@@ -1,0 +1,93 @@
+"""Meets a budget in counted bytes: how fine the steps of each layer may be.
+
+All layers should have the same base step, since the basis measures errors of all of them alike. A prompt's layers
+leave one by one, though, before the later ones are known: the later ones are taken to be like the present one, and
+what came out differently is made up for by those that are left.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from spectrumkv.common.kv.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.spectral.layout import CLASSES_PER_OCTAVE, expected_bits, spread_classes
+
+# Steps are sought between 2^-24 and 2^24 in the basis's units.
+FINEST, COARSEST = -24.0, 24.0
+# A budget is aimed at with this much left over, for the last layer to use up.
+AIM = 0.999
+
+
+@dataclass
+class RateControl:
+    """The budget of one request.
+
+    Attributes:
+        budget_bytes: for all layers' blocks.
+        basis: of the model.
+        correction: actual over expected bytes so far; expectations are scaled by it.
+        spent_bytes: by the layers that are done.
+        done: how many layers are done.
+    """
+
+    budget_bytes: int
+    basis: SpectralBasis
+    correction: float = 1.03
+    spent_bytes: int = 0
+    done: int = 0
+    _histograms: list[dict[int, int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        spreads = self.basis.spread.flatten(1).numpy()
+        self._histograms = [_histogram(spread_classes(spread)) for spread in spreads]
+
+    @property
+    def left_bytes(self) -> int:
+        """What is left of the budget."""
+        return self.budget_bytes - self.spent_bytes
+
+    def base(self, classes: np.ndarray, fixed_bytes: int) -> float:
+        """The base step with which this and all later layers together take what is left.
+
+        Args:
+            classes: step classes of this layer's tokens, sinks left out.
+            fixed_bytes: what a layer takes whatever its steps.
+        """
+        rows = _histogram(classes)
+        streams: dict[int, int] = {}
+        for columns in self._histograms[self.done :]:
+            for column, width in columns.items():
+                for row, height in rows.items():
+                    streams[column - row] = streams.get(column - row, 0) + width * height
+        exponents = np.array(list(streams)) / CLASSES_PER_OCTAVE
+        counts = np.array(list(streams.values()), dtype=np.float64)
+        remaining = len(self._histograms) - self.done
+        available = 8 * (self.left_bytes * AIM - remaining * fixed_bytes) / self.correction
+
+        low, high = FINEST, COARSEST
+        while high - low > 1e-4:
+            middle = (low + high) / 2
+            bits = float((counts * expected_bits(exponents - middle)).sum())
+            low, high = (middle, high) if bits > available else (low, middle)
+        return float(np.float32(high))
+
+    def expected_bytes(self, classes: np.ndarray, base: float, fixed_bytes: int) -> float:
+        """What this layer is expected to take, before correction."""
+        total = 0.0
+        for row, height in _histogram(classes).items():
+            columns = self._histograms[self.done]
+            exponents = (np.array(list(columns)) - row) / CLASSES_PER_OCTAVE - base
+            total += height * float((np.array(list(columns.values())) * expected_bits(exponents)).sum())
+        return fixed_bytes + total / 8
+
+    def account(self, actual_bytes: int, expected_bytes: float) -> None:
+        """A layer is done."""
+        self.spent_bytes += actual_bytes
+        self.done += 1
+        if expected_bytes > 0:
+            self.correction += (actual_bytes / expected_bytes - self.correction) / 2
+
+
+def _histogram(classes: np.ndarray) -> dict[int, int]:
+    values, counts = np.unique(classes, return_counts=True)
+    return dict(zip(values.tolist(), counts.tolist(), strict=True))

@@ -1,0 +1,170 @@
+"""What a policy is: a budget and the tokens' scores in, one tier per token out.
+
+This module has the concept; `paper_policies` and `baseline_policies` have the policies, one function each.
+Import `policies` from `spectrumkv.common.kv.policy`, where it is complete.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.kv.tiers import Tier
+from spectrumkv.common.registry import Registry
+
+
+@dataclass(frozen=True, eq=False)
+class TierRequest:
+    """What a policy is told of a prompt, or of one layer of it.
+
+    Attributes:
+        scores: float32 `[n]`, n ≥ 1, on any device: higher is more important. Policies that need no scores only
+            look at n.
+        budget: mean nominal cost per token that may be spent, relative to FP16.
+        int4_allowed: whether this model can be trusted at INT4 (the probe's verdict).
+        seed: for policies that draw; 0 or more.
+
+    Raises:
+        InvalidArgumentError: the scores are no such tensor or not all finite, or the seed is negative.
+    """
+
+    scores: torch.Tensor
+    budget: float
+    int4_allowed: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.scores.dim() != 1 or not self.scores.numel() or self.scores.dtype != torch.float32:
+            raise InvalidArgumentError(
+                f"scores are {self.scores.dtype} {list(self.scores.shape)}; wanted are float32 [n] with n at least 1"
+            )
+        if not self.scores.isfinite().all():
+            token = int((~self.scores.isfinite()).nonzero()[0])
+            raise InvalidArgumentError(
+                f"the score of token {token} is {float(self.scores[token])}; scores must be finite, "
+                "which they are where the model's keys and queries are"
+            )
+        if self.seed < 0:
+            raise InvalidArgumentError(f"seed is {self.seed}; it must not be negative")
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens there are, n."""
+        return self.scores.numel()
+
+    def by_score(self) -> torch.Tensor:
+        """Tokens from the most to the least important: int64 `[n]` on the CPU.
+
+        Of tokens with equal scores the later one comes first, as recency is what the paper's importance falls
+        back on.
+        """
+        backwards = self.scores.cpu().flip(0)
+        return self.tokens - 1 - torch.argsort(backwards, descending=True, stable=True)
+
+
+Rule = Callable[[TierRequest], torch.Tensor]
+"""Maps a request of n tokens to their tiers, uint8 `[n]` on the CPU."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A way to spend a budget on tokens.
+
+    Attributes:
+        name: as requests give it.
+        min_budget: least budget that the policy can keep to.
+        max_budget: largest budget that makes sense.
+        codec: the only codec that can write its tiers; None leaves the choice to the request.
+        needs_scores: whether `assign` looks at the scores' values. If not, nobody need compute them.
+        rule: what `assign` does once the budget is checked.
+    """
+
+    name: str
+    min_budget: float
+    max_budget: float
+    codec: str | None
+    needs_scores: bool
+    rule: Rule
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_budget <= self.max_budget <= 1:
+            raise ValueError(
+                f"policy {self.name!r}: budgets {self.min_budget} to {self.max_budget} are not in (0, 1]"
+            )
+
+    def assign(self, request: TierRequest) -> torch.Tensor:
+        """Return the tokens' tiers: uint8 `[n]` on the CPU, `Tier` values, at least one token not dropped.
+
+        Raises:
+            InvalidArgumentError: the budget is out of this policy's range.
+        """
+        self.check_budget(request.budget)
+        return self.rule(request)
+
+    def check_budget(self, budget: float) -> None:
+        """Check a budget that somebody asked for.
+
+        Raises:
+            InvalidArgumentError: it is out of this policy's range or not a number.
+        """
+        if not self.min_budget <= budget <= self.max_budget:
+            fixed = self.min_budget == self.max_budget
+            allowed = f"exactly {self.max_budget}" if fixed else f"from {self.min_budget} to {self.max_budget}"
+            raise InvalidArgumentError(f"policy {self.name!r} cannot keep to budget {budget}; allowed is {allowed}")
+
+    def resolve_budget(self, requested: float | None, server_default: float) -> float:
+        """Return the budget of a request: its own, or else the server's, moved into this policy's range.
+
+        A budget that was asked for is kept or refused, never changed. The server's default was not chosen with
+        this policy in mind, so it gives way.
+
+        Raises:
+            InvalidArgumentError: the requested budget is out of range.
+        """
+        if requested is None:
+            return min(max(server_default, self.min_budget), self.max_budget)
+        self.check_budget(requested)
+        return requested
+
+
+policies: Registry[Policy] = Registry("policy")
+
+
+def policy(
+    name: str, min_budget: float, max_budget: float = 1.0, codec: str | None = None, needs_scores: bool = True
+) -> Callable[[Rule], Rule]:
+    """Return a decorator that registers a rule as the policy `name`; the arguments are those of `Policy`."""
+
+    def add(rule: Rule) -> Rule:
+        policies.register(name)(Policy(name, min_budget, max_budget, codec, needs_scores, rule))
+        return rule
+
+    return add
+
+
+def whole_tokens(share: float) -> int:
+    """Round a number of tokens down, so that no rounding exceeds the budget.
+
+    The slack of 1e-9 tokens keeps what is whole but for binary fractions: (4 · 0.3 − 1) · 20 is 4, not 3.
+    """
+    return math.floor(share + 1e-9)
+
+
+def fill(order: torch.Tensor, counts: Mapping[Tier, int]) -> torch.Tensor:
+    """Give the first tokens of `order` the first tier of `counts`, the next ones the second, and drop the rest.
+
+    Args:
+        order: int64 `[n]`, a permutation of the tokens.
+        counts: tokens at each tier, n at most together.
+
+    Returns:
+        uint8 `[n]` on the CPU, `Tier` values.
+    """
+    tiers = torch.full((order.numel(),), Tier.DROP, dtype=torch.uint8)
+    start = 0
+    for tier, count in counts.items():
+        tiers[order[start : start + count]] = tier
+        start += count
+    return tiers

@@ -1,0 +1,83 @@
+"""The precision spectrum: which tiers there are, what they cost, how a map of them is packed."""
+
+from enum import IntEnum
+
+import torch
+
+# Values 0 to 3 are the two-bit codes of the wire's tier map (proto/spectrumkv/v1/kv.proto).
+TIER_MAP_BITS = 2
+TOKENS_PER_TIER_MAP_BYTE = 8 // TIER_MAP_BITS
+
+
+class Tier(IntEnum):
+    """The precision that one token's keys and values are sent at."""
+
+    DROP = 0
+    INT4 = 1
+    INT8 = 2
+    FP16 = 3
+    NATIVE = 4
+
+    @property
+    def label(self) -> str:
+        """The tier's name in metrics, tables and JSON."""
+        return self.name.lower()
+
+    @property
+    def nominal_cost(self) -> float:
+        """The paper's cost relative to FP16, scales and framing left out. NATIVE counts as FP16."""
+        return _NOMINAL_COST[self]
+
+
+_NOMINAL_COST = {Tier.DROP: 0.0, Tier.INT4: 0.25, Tier.INT8: 0.5, Tier.FP16: 1.0, Tier.NATIVE: 1.0}
+
+
+def count_tiers(tiers: torch.Tensor) -> dict[Tier, int]:
+    """How many tokens each tier has.
+
+    Args:
+        tiers: uint8 `[...]`, `Tier` values.
+    """
+    counts = torch.bincount(tiers.flatten().long(), minlength=len(Tier)).tolist()
+    return {tier: counts[tier] for tier in Tier}
+
+
+def nominal_budget(tiers: torch.Tensor) -> float:
+    """Mean nominal cost of the tokens (the paper's normalized budget b).
+
+    Args:
+        tiers: uint8 `[...]`, `Tier` values, at least one.
+    """
+    return sum(tier.nominal_cost * count for tier, count in count_tiers(tiers).items()) / tiers.numel()
+
+
+def pack_tier_map(tiers: torch.Tensor) -> bytes:
+    """Pack tiers two bits each, token i in bits 2·(i mod 4) of byte i div 4, to an even number of bytes.
+
+    Args:
+        tiers: uint8 `[n]` with values 0 to 3.
+    """
+    padded = torch.zeros(-(-tiers.numel() // 8) * 8, dtype=torch.uint8)
+    padded[: tiers.numel()] = tiers.cpu()
+    quads = padded.view(-1, TOKENS_PER_TIER_MAP_BYTE)
+    packed = quads[:, 0] | quads[:, 1] << 2 | quads[:, 2] << 4 | quads[:, 3] << 6
+    return packed.numpy().tobytes()
+
+
+def tier_map_bytes(tokens: int) -> int:
+    """Length of the packed map of `tokens` tokens."""
+    return -(-tokens // 8) * 2
+
+
+def unpack_tier_map(packed: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Inverse of `pack_tier_map`.
+
+    Args:
+        packed: uint8 `[tier_map_bytes(tokens)]`.
+        tokens: how many tokens the map holds.
+
+    Returns:
+        uint8 `[tokens]`.
+    """
+    shifts = torch.arange(0, 8, TIER_MAP_BITS, dtype=torch.uint8)
+    return ((packed[:, None] >> shifts) & 3).flatten()[:tokens]

@@ -1,0 +1,210 @@
+"""Chunks: how blocks are packed into messages, and how a receiver comes to trust them.
+
+The layout is documented in proto/spectrumkv/v1/kv.proto. `ChunkWriter` packs blocks into chunks on the
+prefill side; `ChunkReader` checks everything that arrives before anybody may use it.
+"""
+
+import hashlib
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import crc32c
+import numpy as np
+
+from spectrumkv.common.errors import DataLossError
+from spectrumkv.common.kv.block import MAX_CHUNK_PAYLOAD_BYTES, Block, Buffer, parse_block
+
+# Sequence, payload bytes, CRC-32C.
+DIGEST_RECORD = struct.Struct("<III")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one KvChunk message carries.
+
+    Attributes:
+        sequence: 0, 1, 2, … within a request.
+        crc32c: announced checksum of the payload.
+        parts: the payload, in pieces where it is about to be sent and whole where it arrived.
+    """
+
+    sequence: int
+    crc32c: int
+    parts: tuple[Buffer, ...]
+
+    @property
+    def payload_bytes(self) -> int:
+        """Length of the payload."""
+        return sum(len(part) for part in self.parts)
+
+    @property
+    def payload(self) -> Buffer:
+        """The payload in one piece, without a copy where it is one."""
+        return self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
+
+    def checksum(self) -> int:
+        """The payload's actual CRC-32C."""
+        return _checksum(self.parts)
+
+
+@dataclass(frozen=True)
+class ChunkTotals:
+    """What End says of all chunks: how many, their payload bytes, and a SHA-256 over their checksums."""
+
+    chunks: int
+    payload_bytes: int
+    digest: bytes
+
+
+class _Tally:
+    """Counts and digests chunks, the same way on both sides."""
+
+    def __init__(self) -> None:
+        self.chunks = 0
+        self.payload_bytes = 0
+        self._digest = hashlib.sha256()
+
+    def add(self, chunk: Chunk) -> None:
+        self.chunks += 1
+        self.payload_bytes += chunk.payload_bytes
+        self._digest.update(DIGEST_RECORD.pack(chunk.sequence, chunk.payload_bytes, chunk.crc32c))
+
+    def totals(self) -> ChunkTotals:
+        return ChunkTotals(self.chunks, self.payload_bytes, self._digest.digest())
+
+
+class ChunkWriter:
+    """Packs blocks into numbered, checksummed chunks.
+
+    Small blocks share a chunk until it holds `target_bytes`, since a message costs about as much as 64 KiB of
+    payload whatever its size. A block is never split: whoever makes blocks keeps them near the target.
+
+    Args:
+        target_bytes: payload at which a chunk is closed.
+    """
+
+    def __init__(self, target_bytes: int) -> None:
+        self._target_bytes = target_bytes
+        self._pending: list[Block] = []
+        self._parts: list[Buffer] = []
+        self._pending_bytes = 0
+        self._tally = _Tally()
+
+    def add(self, block: Block) -> Iterator[tuple[Chunk, list[Block]]]:
+        """Append a block; yield the chunks that it completes (none or one or two), each with its blocks."""
+        header = block.header()
+        block_bytes = len(header) + block.body.numel()
+        if self._parts and self._pending_bytes + block_bytes > MAX_CHUNK_PAYLOAD_BYTES:
+            yield self._close()
+        self._pending.append(block)
+        self._parts += [header, block.body.numpy().data]
+        self._pending_bytes += block_bytes
+        if self._pending_bytes >= self._target_bytes:
+            yield self._close()
+
+    def flush(self) -> Iterator[tuple[Chunk, list[Block]]]:
+        """Yield what has not left yet, if anything, as a chunk with its blocks."""
+        if self._parts:
+            yield self._close()
+
+    def totals(self) -> ChunkTotals:
+        """Totals of all chunks yielded so far."""
+        return self._tally.totals()
+
+    def _close(self) -> tuple[Chunk, list[Block]]:
+        parts = tuple(self._parts)
+        chunk = Chunk(self._tally.chunks, _checksum(parts), parts)
+        blocks = self._pending
+        self._pending, self._parts, self._pending_bytes = [], [], 0
+        self._tally.add(chunk)
+        return chunk, blocks
+
+
+class ChunkReader:
+    """Checks chunks as they arrive and takes them apart.
+
+    Args:
+        layers: layers of the model.
+        tokens: tokens of the prompt.
+    """
+
+    def __init__(self, layers: int, tokens: int) -> None:
+        self._arrived = np.zeros((layers, tokens), dtype=np.bool_)
+        self._tally = _Tally()
+
+    def read(self, chunk: Chunk) -> list[Block]:
+        """Return the chunk's blocks; their tensors are read-only views of its payload.
+
+        Raises:
+            DataLossError: the chunk is out of order, damaged, malformed, or repeats tokens.
+        """
+        self._check_envelope(chunk)
+        self._tally.add(chunk)
+        blocks = []
+        payload, offset = chunk.payload, 0
+        while offset < len(payload):
+            block, offset = parse_block(payload, offset)
+            self._mark(block)
+            blocks.append(block)
+        return blocks
+
+    def finish(self, announced: ChunkTotals) -> None:
+        """Check that everything arrived.
+
+        Raises:
+            DataLossError: totals or digest differ from what the sender announced, or tokens are missing.
+        """
+        seen = self._tally.totals()
+        for name in ("chunks", "payload_bytes", "digest"):
+            mine, theirs = getattr(seen, name), getattr(announced, name)
+            if mine != theirs:
+                raise DataLossError(f"End announces {name} {theirs!r}, but {mine!r} arrived", "totals")
+        if not self._arrived.all():
+            layer, token = (int(axis[0]) for axis in np.nonzero(~self._arrived))
+            missing = int((~self._arrived).sum())
+            raise DataLossError(
+                f"{missing} token-layers never arrived, the first of them token {token} of layer {layer}",
+                "missing",
+            )
+
+    def _check_envelope(self, chunk: Chunk) -> None:
+        expected = self._tally.chunks
+        if chunk.sequence != expected:
+            raise DataLossError(f"chunk {chunk.sequence} arrived where {expected} was due", "sequence")
+        if not 0 < chunk.payload_bytes <= MAX_CHUNK_PAYLOAD_BYTES:
+            raise DataLossError(
+                f"chunk {chunk.sequence} has {chunk.payload_bytes} payload bytes; "
+                f"1 to {MAX_CHUNK_PAYLOAD_BYTES} are allowed",
+                "size",
+            )
+        actual = chunk.checksum()
+        if actual != chunk.crc32c:
+            raise DataLossError(
+                f"chunk {chunk.sequence} has CRC-32C {actual:#010x}, announced {chunk.crc32c:#010x}", "crc"
+            )
+
+    def _mark(self, block: Block) -> None:
+        layers, tokens = self._arrived.shape
+        end = block.first_token + block.tiers.numel()
+        if block.layer >= layers or end > tokens:
+            raise DataLossError(
+                f"a block holds tokens {block.first_token} to {end - 1} of layer {block.layer}; "
+                f"the request has {tokens} tokens and {layers} layers",
+                "range",
+            )
+        span = self._arrived[block.layer, block.first_token : end]
+        if span.any():
+            raise DataLossError(
+                f"tokens {block.first_token} to {end - 1} of layer {block.layer} overlap tokens that arrived before",
+                "repeated",
+            )
+        span[:] = True
+
+
+def _checksum(parts: Iterable[Buffer]) -> int:
+    """CRC-32C of the parts as one."""
+    crc = 0
+    for part in parts:
+        crc = crc32c.crc32c(part, crc)
+    return crc

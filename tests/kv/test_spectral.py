@@ -1,0 +1,224 @@
+from contextlib import suppress
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spectrumkv.common.errors import DataLossError, InvalidArgumentError
+from spectrumkv.common.kv.block import Block
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.kv.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.spectral.block_codec import LayerTransform, Steps, decode_block, encode_block
+from spectrumkv.common.kv.spectral.decoder import SpectralDecoder
+from spectrumkv.common.kv.spectral.encoder import SpectralEncoder
+from spectrumkv.common.kv.spectral.layout import expected_bits
+from spectrumkv.common.kv.spectral.symbols import (
+    PACKINGS,
+    compress,
+    decompress,
+    join_raw_bits,
+    pack,
+    packing_for,
+    raw_bytes,
+    split_raw_bits,
+    unpack,
+)
+from spectrumkv.common.kv.tiers import Tier
+
+
+def geometry(kv_heads: int = 2, head_dim: int = 16, layers: int = 3) -> KvGeometry:
+    return KvGeometry(layers, kv_heads, head_dim, torch.float32)
+
+
+def basis_of(shape: KvGeometry, seed: int = 0) -> SpectralBasis:
+    """A basis with random directions and spreads over four decades, as real ones have."""
+    generator = torch.Generator().manual_seed(seed)
+    lead = (shape.layers, 2, shape.kv_heads)
+    directions = torch.linalg.qr(torch.randn(*lead, shape.head_dim, shape.head_dim, generator=generator)).Q
+    scales = torch.rand(*lead, shape.head_dim, generator=generator).mul(3).exp()
+    return SpectralBasis(
+        mean=torch.randn(*lead, shape.head_dim, generator=generator),
+        analysis=directions * scales[..., None, :],
+        spread=torch.rand(*lead, shape.head_dim, generator=generator)
+        .mul(9)
+        .sub(5)
+        .exp()
+        .sort(descending=True)
+        .values,
+        attention_exponent=torch.ones(shape.layers),
+        rope_frequencies=1e4 ** (-torch.arange(shape.head_dim // 2, dtype=torch.float64) * 2 / shape.head_dim),
+        rope_scaling=1.0,
+    )
+
+
+def observation(basis: SpectralBasis, layer: int, tokens: int, mismatch: float = 1.0) -> Observation:
+    """A layer whose coefficients have the spreads that the basis says, times `mismatch`."""
+    generator = torch.Generator().manual_seed(layer)
+    _, sides, kv_heads, head_dim = basis.mean.shape
+    coefficients = (
+        torch.randn(tokens, sides, kv_heads, head_dim, generator=generator) * basis.spread[layer] * mismatch
+    )
+    transform = LayerTransform(basis, layer)
+    keys, values = transform.synthesise(coefficients.reshape(tokens, -1)[:, transform.order], first=0)
+    queries = torch.randn(2 * kv_heads, min(tokens, 8), head_dim, generator=generator)
+    return Observation(queries, keys, values, head_dim**-0.5, None, None, 0, layer)
+
+
+@given(st.lists(st.integers(-5000, 5000), max_size=200), st.floats(-8, 11))
+def test_symbols_survive_every_packing(values: list[int], exponent: float) -> None:
+    packing = packing_for(exponent)
+    symbols = np.array(values, dtype=np.int32)
+    high, raw = split_raw_bits(symbols, packing)
+    assert len(raw) == raw_bytes(len(symbols), packing)
+    packed, exceptions = pack(high, packing)
+    back = unpack(packed, len(symbols), packing).astype(np.int32)
+    back[exceptions["index"]] = exceptions["value"]
+    assert (join_raw_bits(back, np.frombuffer(raw, np.uint8), packing) == symbols).all()
+
+
+def test_packed_symbols_fit_a_byte() -> None:
+    assert all(packing.base**packing.per_byte <= 256 for packing in PACKINGS)
+
+
+@given(st.binary(max_size=2000))
+def test_compressed_bytes_come_back(data: bytes) -> None:
+    array = np.frombuffer(data, np.uint8)
+    coded = compress(array)
+    assert len(coded) <= len(data) + 1
+    assert decompress(memoryview(coded), len(data)).tobytes() == data
+    with pytest.raises(DataLossError):
+        decompress(memoryview(coded), len(data) + 1)
+
+
+def test_entropy_coded_symbols_take_about_their_entropy() -> None:
+    generator = np.random.default_rng(0)
+    for exponent in (-2.5, -1.5, -0.5, 0.5, 2.0, 4.0, 7.0):
+        symbols = np.rint(generator.normal(0, 2.0**exponent, 100_000)).astype(np.int32)
+        packing = packing_for(exponent)
+        high, raw = split_raw_bits(symbols, packing)
+        packed, exceptions = pack(high, packing)
+        bits = 8 * (len(compress(packed)) + len(raw) + exceptions.nbytes) / len(symbols)
+        entropy = float(expected_bits(np.array([exponent]))[0])
+        assert bits <= 1.1 * entropy + 0.15, (exponent, bits, entropy)
+
+
+@pytest.mark.parametrize(("kv_heads", "head_dim"), [(1, 64), (3, 80), (2, 128)])
+@pytest.mark.parametrize("tokens", [1, 3, 17, 65])
+def test_a_block_is_exact_up_to_half_a_step(kv_heads: int, head_dim: int, tokens: int) -> None:
+    shape = geometry(kv_heads, head_dim)
+    basis = basis_of(shape)
+    seen = observation(basis, layer=1, tokens=tokens)
+    transform = LayerTransform(basis, 1)
+    classes = np.random.default_rng(0).integers(-6, 4, tokens)
+    sinks = min(2, tokens)
+    steps = Steps(base=-1.5, classes=classes, sinks=sinks)
+    body = encode_block(transform, seen.keys, seen.values, 0, steps, shape)
+    assert len(body) % 2 == 0
+    keys, values, read = decode_block(transform, memoryview(body), tokens, 0, shape)
+    assert (read.base, read.sinks) == (-1.5, sinks)
+    assert torch.equal(keys[:, :sinks], seen.keys[:, :sinks].half().float())
+    assert torch.equal(values[:, :sinks], seen.values[:, :sinks].half().float())
+    if tokens == sinks:
+        return
+    error = transform.analyse(keys[:, sinks:], values[:, sinks:], sinks) - transform.analyse(
+        seen.keys[:, sinks:], seen.values[:, sinks:], sinks
+    )
+    allowed = 2.0 ** (-1.5 + classes[sinks:] / 2) / 2
+    # Coefficients that are expected to be far below half a step are not sent at all.
+    assert (error.abs().amax(dim=1).numpy() <= allowed * 1.05 + 1e-2).all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "mismatch"),
+    [(300, 1.0), pytest.param(300, 0.5, marks=pytest.mark.slow), pytest.param(1500, 1.6, marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize("budget", [0.1, 0.3])
+def test_a_budget_is_met_and_never_exceeded(tokens: int, budget: float, mismatch: float) -> None:
+    shape = geometry(kv_heads=2, head_dim=64, layers=4)
+    basis = basis_of(shape)
+    encoder = SpectralEncoder(basis, shape, tokens, budget)
+    decoder = SpectralDecoder(basis, shape)
+    sent = 0
+    for layer in range(shape.layers):
+        blocks = encoder.encode(observation(basis, layer, tokens, mismatch))
+        sent += sum(len(block.header()) + block.body.numel() for block in blocks)
+        assert sum(block.tiers.numel() for block in blocks) == tokens
+        for block in blocks:
+            received = torch.full((2, shape.kv_heads, block.tiers.numel(), shape.head_dim), torch.nan)
+            assert decoder.decode(block, received[0], received[1]) == block.tier_bytes
+            assert received.isfinite().all()
+            assert sum(block.tier_bytes.values()) == block.body.numel()
+    share = sent / shape.fp16_bytes(tokens)
+    assert 0.99 * budget <= share <= budget
+
+
+def test_important_tokens_are_finer() -> None:
+    shape = geometry(kv_heads=1, head_dim=64, layers=1)
+    basis = basis_of(shape)
+    seen = observation(basis, 0, 256)
+    # The last query looks at token 100 and at nothing else.
+    loud = Observation(seen.keys[:, 100:101].repeat(2, 8, 1) * 10, seen.keys, seen.values, 0.5, None, None, 0, 0)
+    [block] = SpectralEncoder(basis, shape, 256, 0.2).encode(loud)
+    received = torch.empty(2, 1, 256, 64)
+    SpectralDecoder(basis, shape).decode(block, received[0], received[1])
+    error = (received[1] - seen.values).square().mean(dim=(0, 2))
+    assert error[100] < error[4:].median() / 8
+
+
+@cache
+def encoded() -> tuple[Block, SpectralDecoder]:
+    shape = geometry()
+    basis = basis_of(shape)
+    [block] = SpectralEncoder(basis, shape, 40, 0.4).encode(observation(basis, 0, 40))
+    return block, SpectralDecoder(basis, shape)
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_a_damaged_body_is_an_error_or_decodes_and_never_anything_else(data: st.DataObject) -> None:
+    block, decoder = encoded()
+    body = bytearray(block.body.numpy().tobytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    del body[data.draw(st.integers(0, len(body))) :]
+    damaged = Block(0, 0, block.tiers, torch.tensor(list(body), dtype=torch.uint8))
+    states = torch.empty(2, 2, 40, 16)
+    with suppress(DataLossError):
+        decoder.decode(damaged, states[0], states[1])
+
+
+def test_infinite_states_are_refused() -> None:
+    shape = geometry()
+    basis = basis_of(shape)
+    seen = observation(basis, 0, 40)
+    seen.keys[0, 7, 3] = torch.inf
+    with pytest.raises(InvalidArgumentError, match="layer 0"):
+        SpectralEncoder(basis, shape, 40, 0.4).encode(seen)
+
+
+def test_a_token_that_is_not_sent_is_refused() -> None:
+    block, decoder = encoded()
+    tiers = block.tiers.clone()
+    tiers[3] = Tier.DROP
+    states = torch.empty(2, 2, 40, 16)
+    with pytest.raises(DataLossError, match="sends every token"):
+        decoder.decode(Block(0, 0, tiers, block.body), states[0], states[1])
+
+
+def test_a_basis_travels() -> None:
+    basis = basis_of(geometry())
+    back = SpectralBasis.from_bytes(basis.to_bytes())
+    assert back.digest == basis.digest
+    assert torch.equal(back.analysis, basis.analysis)
+    assert back.rope_scaling == basis.rope_scaling
+    torch.testing.assert_close(
+        basis.analysis @ basis.synthesis, torch.eye(16).expand_as(basis.analysis), atol=1e-4, rtol=0
+    )
+    with pytest.raises(InvalidArgumentError, match="no spectral basis"):
+        SpectralBasis.from_bytes(b"nonsense")
+    with pytest.raises(InvalidArgumentError, match=r"\(3, 2, 16\); the model has \(3, 2, 32\)"):
+        basis.check_fits(geometry(head_dim=32))

@@ -1,0 +1,1 @@
+"""Loading models, describing them, and reading their attention."""

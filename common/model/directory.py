@@ -1,0 +1,92 @@
+"""Finds the directory that holds a model: the embedded default's, a local one, or a download from the hub."""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+# HTTPError is the base class of the HTTP library that this release of huggingface_hub is built on; it is
+# imported there, though not exported.
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
+    GatedRepoError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from spectrumkv.common.errors import FailedPreconditionError
+from spectrumkv.common.model.embedded import EMBEDDED_MODEL_NAME, embedded_model_directory
+
+# Weights as safetensors only: the other formats are pickles, which run code when they are read.
+_HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja"]
+# Copies of the same weights in other formats, such as "onnx/" and Mistral's own.
+_NOT_FROM_HUB = ["*/*", "consolidated*"]
+
+
+def find_model(name: str | None) -> tuple[str, Path]:
+    """Return a model's public name and its directory.
+
+    Args:
+        name: a local directory, a hub name ("organization/model"), or None for the embedded default.
+
+    Raises:
+        FailedPreconditionError: there is no such model, it cannot be fetched, or it lacks a file.
+    """
+    if name is None:
+        return EMBEDDED_MODEL_NAME, embedded_model_directory()
+    local = Path(name).expanduser()
+    if local.is_dir():
+        _check_complete(name, local)
+        return local.resolve().name, local
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or local.exists():
+        raise FailedPreconditionError(
+            f"model {name!r} is not a directory; name a directory with config.json, *.safetensors and tokenizer "
+            "files, or a hub name such as Qwen/Qwen2.5-0.5B-Instruct"
+        )
+    downloaded = _download(name)
+    _check_complete(name, downloaded)
+    return name, downloaded
+
+
+def weight_files(directory: Path) -> tuple[Path, ...]:
+    """The safetensors files that transformers reads a model's weights from, sorted by name.
+
+    Raises:
+        FailedPreconditionError: there are none.
+    """
+    single = directory / "model.safetensors"
+    files = (single,) if single.is_file() else tuple(sorted(directory.glob("model-*-of-*.safetensors")))
+    if not files:
+        raise FailedPreconditionError(
+            f"{directory} holds no model.safetensors or model-*-of-*.safetensors; "
+            "weights in other formats are not read: convert them with save_pretrained()"
+        )
+    return files
+
+
+def _check_complete(name: str, directory: Path) -> None:
+    if not (directory / "config.json").is_file():
+        raise FailedPreconditionError(f"model {name!r} has no config.json in {directory}; is it a model's directory?")
+    weight_files(directory)
+
+
+def _download(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_FROM_HUB))
+    except (OSError, ValueError, HTTPError) as error:
+        raise FailedPreconditionError(_explain(name, error)) from error
+
+
+def _explain(name: str, error: Exception) -> str:
+    if isinstance(error, GatedRepoError):
+        return f"model {name!r} is gated; accept its terms on the hub, then log in with `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"{name!r} is no directory, and the hub knows no model of that name; check the spelling, "
+            "log in with `hf auth login` where it is private, or name a local directory"
+        )
+    if isinstance(error, LocalEntryNotFoundError):
+        return (
+            f"{name!r} is no directory, and the hub cannot be reached to fetch a model of that name; "
+            "connect to it, or name a local directory"
+        )
+    return f"cannot fetch model {name!r} from the hub: {error}"

@@ -1,0 +1,221 @@
+"""Loads a model and all that the services need to know about it."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
+from spectrumkv.common.kv.geometry import NATIVE_DTYPES, KvGeometry
+from spectrumkv.common.model.digest import rope_digest, tokenizer_digest, weights_digest
+from spectrumkv.common.model.directory import find_model
+from spectrumkv.common.model.spec import ModelSpec
+from spectrumkv.common.model.support import LayerAttention, check_supported, head_dim, layer_attention
+
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in NATIVE_DTYPES}
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model ready to run, and its description.
+
+    Attributes:
+        model: in evaluation mode, without gradients, on `device`.
+        tokenizer: backed by a `tokenizers.Tokenizer`.
+        spec: what the other side must agree on.
+        name: what clients call the model.
+        device: where the weights are.
+        dtype: what the model computes in.
+        geometry: the shape of its KV cache.
+        attention: how each layer attends, from the first to the last.
+        eos_token_ids: any of these ends a generation.
+        context_length: longest prompt plus completion in tokens.
+    """
+
+    model: PreTrainedModel = field(repr=False)
+    tokenizer: PreTrainedTokenizerFast = field(repr=False)
+    spec: ModelSpec
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+    geometry: KvGeometry
+    attention: tuple[LayerAttention, ...] = field(repr=False)
+    eos_token_ids: frozenset[int]
+    context_length: int
+
+    def __post_init__(self) -> None:
+        if len(self.attention) != self.geometry.layers:
+            raise InvalidArgumentError(f"{len(self.attention)} descriptions for {self.geometry.layers} layers")
+        if outside := sorted(one for one in self.eos_token_ids if not 0 <= one < self.spec.vocab_size):
+            raise FailedPreconditionError(
+                f"end-of-sequence tokens {outside} lie outside the vocabulary of {self.spec.vocab_size}; "
+                "mend generation_config.json"
+            )
+
+
+def load_model(name: str | None = None, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Load a model for serving.
+
+    Args:
+        name: a local directory or a hub name; None is the embedded SmolLM2-135M-Instruct.
+        device: "cpu", "cuda", or "auto": a GPU where there is one.
+        dtype: "float32", "float16", "bfloat16", or "auto": float32 on a CPU (where bfloat16 is many times
+            slower) and the model's own on a GPU.
+
+    Raises:
+        InvalidArgumentError: `device` or `dtype` is none of these.
+        FailedPreconditionError: the model is not there, is damaged or cannot be served, or there is no such device.
+    """
+    place = choose_device(device)
+    public_name, directory = find_model(name)
+    config = _read_config(directory)
+    check_supported(config)
+    model = _read_weights(directory, config, choose_dtype(dtype, place)).to(place)
+    tokenizer = _read_tokenizer(directory, config)
+    geometry = KvGeometry(config.num_hidden_layers, config.num_key_value_heads, head_dim(config), model.dtype)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        spec=_describe(directory, config, geometry, tokenizer),
+        name=public_name,
+        device=place,
+        dtype=model.dtype,
+        geometry=geometry,
+        attention=layer_attention(config),
+        eos_token_ids=_eos_token_ids(model, tokenizer),
+        context_length=config.max_position_embeddings,
+    )
+
+
+def choose_device(device: str) -> torch.device:
+    """Turn "auto", "cpu" or "cuda" into a device.
+
+    Raises:
+        InvalidArgumentError: it is none of these.
+        FailedPreconditionError: "cuda" is asked for and this process sees no GPU.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise InvalidArgumentError(f"device is {device!r}; valid: auto, cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise FailedPreconditionError("device is 'cuda', but torch finds no GPU here; use --device cpu or auto")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
+    """The dtype to compute in; None is the model's own.
+
+    Raises:
+        InvalidArgumentError: `dtype` is not "auto", "float32", "float16" or "bfloat16".
+    """
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else None
+    if dtype not in _DTYPES:
+        raise InvalidArgumentError(f"dtype is {dtype!r}; valid: auto, {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def _read_config(directory: Path) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FailedPreconditionError(f"cannot read config.json of the model in {directory}: {error}") from error
+
+
+def _read_weights(directory: Path, config: PretrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
+    # The fused kernels of "sdpa" know no soft-capping.
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    try:
+        with _progress_only_on_terminals():
+            model, outcome = AutoModelForCausalLM.from_pretrained(
+                directory,
+                config=config,
+                dtype=dtype or "auto",
+                attn_implementation=attention,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise FailedPreconditionError(f"cannot read the weights of the model in {directory}: {error}") from error
+    _check_all_read(directory, outcome)
+    model.requires_grad_(False)
+    ready: PreTrainedModel = model.eval()
+    return ready
+
+
+def _check_all_read(directory: Path, outcome: dict[str, Any]) -> None:
+    # transformers fills tensors that the files lack with random numbers and only warns.
+    for problem in ("missing_keys", "mismatched_keys"):
+        if keys := sorted(map(str, outcome[problem])):
+            shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise FailedPreconditionError(
+                f"the weights in {directory} do not fit config.json: {problem.replace('_', ' ')} {shown}; "
+                "fetch the model anew"
+            )
+
+
+@contextmanager
+def _progress_only_on_terminals() -> Iterator[None]:
+    silence = transformers_logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if silence:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if silence:
+            transformers_logging.enable_progress_bar()
+
+
+def _read_tokenizer(directory: Path, config: PretrainedConfig) -> PreTrainedTokenizerFast:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise FailedPreconditionError(f"cannot read the tokenizer of the model in {directory}: {error}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise FailedPreconditionError(
+            f"the tokenizer in {directory} is a {type(tokenizer).__name__} without tokenizer.json; "
+            "save it with a tokenizer of the tokenizers library"
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise FailedPreconditionError(
+            f"the tokenizer in {directory} has {len(tokenizer)} tokens, the model {config.vocab_size}; "
+            "they do not belong together"
+        )
+    return tokenizer
+
+
+def _describe(
+    directory: Path, config: PretrainedConfig, geometry: KvGeometry, tokenizer: PreTrainedTokenizerFast
+) -> ModelSpec:
+    return ModelSpec(
+        architecture=config.model_type,
+        weights_digest=weights_digest(directory),
+        layers=geometry.layers,
+        kv_heads=geometry.kv_heads,
+        head_dim=geometry.head_dim,
+        dtype=str(geometry.native_dtype).removeprefix("torch."),
+        rope_digest=rope_digest(config, geometry.head_dim),
+        tokenizer_digest=tokenizer_digest(tokenizer),
+        vocab_size=config.vocab_size,
+        context_length=config.max_position_embeddings,
+    )
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset(one for one in (*listed, tokenizer.eos_token_id) if one is not None)

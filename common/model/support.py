@@ -1,0 +1,99 @@
+"""Which models can be served, and the facts of their attention that scoring and decoding depend on."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from spectrumkv.common.errors import FailedPreconditionError
+
+SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "gemma2")
+
+# Under "dynamic" and "longrope" the angles depend on the longest sequence that the process has seen, so a
+# key would not mean the same in two processes.
+SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """How one layer attends.
+
+    Attributes:
+        sliding_window: a query at position i sees keys at i - sliding_window + 1 … i; None sees all up to i.
+        scaling: factor of q · k.
+        softcap: logits become softcap · tanh(logits / softcap) before the mask; None leaves them.
+    """
+
+    sliding_window: int | None
+    scaling: float
+    softcap: float | None
+
+
+def check_supported(config: PretrainedConfig) -> None:
+    """Refuse a model that cannot be served.
+
+    Raises:
+        FailedPreconditionError: with every reason, and what is supported.
+    """
+    if reasons := list(_obstacles(config)):
+        raise FailedPreconditionError(f"this model cannot be served: {'; '.join(reasons)}")
+
+
+def _obstacles(config: PretrainedConfig) -> Iterator[str]:
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        yield f"its type is {config.model_type!r}, supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
+        return
+    for architecture in config.architectures or ():
+        if not architecture.endswith("ForCausalLM"):
+            yield f"its architecture is {architecture}, and only decoder-only language models (…ForCausalLM) generate"
+    if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
+        yield "it has an encoder or cross-attention, and only decoder-only models are supported"
+    if quantization := getattr(config, "quantization_config", None):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        yield f"its weights are quantized ({method}); use the float32, float16 or bfloat16 original"
+    if head_dim(config) % 2:
+        yield f"its head dimension is {head_dim(config)}, and it must be even"
+    yield from _attention_obstacles(config)
+
+
+def _attention_obstacles(config: PretrainedConfig) -> Iterator[str]:
+    rope_type = (config.rope_parameters or {}).get("rope_type")
+    if rope_type not in SUPPORTED_ROPE_TYPES:
+        yield f"its rotary embedding is of type {rope_type!r}, supported are {', '.join(SUPPORTED_ROPE_TYPES)}"
+    layer_types = getattr(config, "layer_types", None) or ()
+    if unknown := sorted(set(layer_types) - set(_LAYER_TYPES)):
+        yield f"it has layers of type {', '.join(unknown)}, supported are {', '.join(_LAYER_TYPES)}"
+    if layer_types and len(layer_types) != config.num_hidden_layers:
+        yield f"its configuration gives {len(layer_types)} layer types for {config.num_hidden_layers} layers"
+    if "sliding_attention" in layer_types and not config.sliding_window:
+        yield "it has layers of sliding attention without a window (sliding_window)"
+    if config.model_type == "mistral" and layer_types:
+        yield "it is a Mistral model with layer_types, which transformers ignores"
+    if getattr(config, "use_bidirectional_attention", None):
+        yield "its attention is bidirectional, and only causal attention lets a cache be reused"
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    """Elements of one key or value: the configuration's own, or hidden size by attention heads."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def layer_attention(config: PretrainedConfig) -> tuple[LayerAttention, ...]:
+    """How each layer attends, from the first to the last.
+
+    Args:
+        config: of a supported model.
+    """
+    query_scalar = getattr(config, "query_pre_attn_scalar", None) or head_dim(config)
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    return tuple(LayerAttention(window, query_scalar**-0.5, softcap) for window in _windows(config))
+
+
+def _windows(config: PretrainedConfig) -> list[int | None]:
+    layers = config.num_hidden_layers
+    if config.model_type == "mistral":
+        return [config.sliding_window] * layers
+    layer_types = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    return [config.sliding_window if kind == "sliding_attention" else None for kind in layer_types]

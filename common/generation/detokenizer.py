@@ -1,0 +1,73 @@
+"""Token ids to text, one token at a time, so that the pieces put together are what decoding all ids at once gives."""
+
+import re
+
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerFast
+
+from spectrumkv.common.errors import InternalError
+
+# How vocabularies with byte fallback (SentencePiece) write a single byte.
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+class Detokenizer:
+    """Turns the generated tokens of one request into text.
+
+    What `push` has returned is never taken back: all pieces and the end of `flush` together equal
+    `tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)`, and no piece splits
+    a character. Special tokens, and ids that the tokenizer does not know, have no text.
+
+    `tokenizers.decoders.DecodeStream` does this where text only ever grows at its end. Byte fallback is the
+    exception: a run of byte tokens is text if all of it is valid UTF-8, and otherwise one U+FFFD per byte, so that a
+    single bad byte changes the text of those before it (and DecodeStream raises or differs from `decode`). Therefore
+    such a run is held back until the token after it.
+
+    Args:
+        tokenizer: the model's tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._tokenizer = tokenizer.backend_tokenizer
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._token_ids: list[int] = []
+        self._bytes: list[int] = []
+        self._returned = ""
+
+    def push(self, token_id: int) -> str:
+        """Take the next token and return the text that is certain with it, which may be empty.
+
+        Raises:
+            InternalError: this token changes text that was returned already.
+        """
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None or token_id in self._special:
+            return ""
+        self._token_ids.append(token_id)
+        self._bytes.append(token_id)
+        if BYTE_TOKEN.fullmatch(token):
+            return ""
+        new, self._bytes = self._bytes, []
+        try:
+            text = self._stream.step(self._tokenizer, new) or ""
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise InternalError(f"the tokenizer cannot decode token {token_id} ({token!r}) as it arrives") from error
+        self._returned += text
+        return text
+
+    def flush(self) -> str:
+        """Return the text that was not certain yet; a character cut short ends as U+FFFD.
+
+        Raises:
+            InternalError: the tokens as a whole have another text than they had one after another.
+        """
+        text: str = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
+        if not text.startswith(self._returned):
+            raise InternalError(
+                f"the tokenizer decodes {len(self._token_ids)} tokens to another text than it gave one by one"
+            )
+        rest = text[len(self._returned) :]
+        self._returned = text
+        return rest

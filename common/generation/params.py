@@ -1,0 +1,142 @@
+"""What a request says about how its tokens are chosen: the one place where defaults and limits are stated."""
+
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.v1 import generation_pb2
+
+UINT32_MAX = 2**32 - 1
+UINT64_MAX = 2**64 - 1
+MAX_TEMPERATURE = 100
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 256
+MAX_STOP_TOKENS = 256
+
+# Fields of the message that know whether they are set.
+OPTIONAL_FIELDS = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "logprobs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen and when generation ends; see `SamplingParams` in generation.proto.
+
+    Attributes:
+        max_tokens: most tokens to generate, 1 or more.
+        temperature: 0 is greedy; at most 100.
+        top_p: smallest set of tokens whose probabilities sum to at least this, in (0, 1]; 1 is all.
+        top_k: only the k likeliest tokens, and those as likely as the k-th; 0 is all. May exceed the vocabulary.
+        repetition_penalty: divides positive logits of tokens in the prompt or generated so far and multiplies
+            negative ones; 1 is none; from 0.01 to 100.
+        seed: 0 to 2**64 - 1; None until `with_seed` has drawn one.
+        stop: generation ends before the first of these; up to 16 of up to 256 characters each, none empty.
+        stop_token_ids: generation ends at any of these, up to 256.
+        ignore_eos: go on after the model's end-of-sequence tokens.
+        logprobs: give the log-probability of each token and of this many likeliest tokens, 0 to 20; None is none.
+
+    Raises:
+        InvalidArgumentError: a value is not allowed; the message names the field, the value and what is allowed.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_whole("max_tokens", self.max_tokens, 1, UINT32_MAX)
+        _check_number("temperature", self.temperature, 0, MAX_TEMPERATURE)
+        _check_number("top_p", self.top_p, 0, 1)
+        if self.top_p == 0:
+            raise _refusal("top_p", self.top_p, "a number greater than 0 and at most 1; for greedy set temperature 0")
+        _check_whole("top_k", self.top_k, 0, UINT32_MAX)
+        _check_number("repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
+        if self.seed is not None:
+            _check_whole("seed", self.seed, 0, UINT64_MAX)
+        if self.logprobs is not None:
+            _check_whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _check_stop(self.stop)
+        _check_stop_tokens(self.stop_token_ids)
+        if not isinstance(self.ignore_eos, bool):
+            raise _refusal("ignore_eos", self.ignore_eos, "true or false")
+
+    def with_seed(self) -> "SamplingParams":
+        """Return these parameters with a seed: their own, or one from the system's randomness."""
+        return self if self.seed is not None else replace(self, seed=secrets.randbits(64))
+
+    @classmethod
+    def from_proto(cls, message: generation_pb2.SamplingParams) -> "SamplingParams":
+        """Read a message; fields that it does not set take the defaults.
+
+        Raises:
+            InvalidArgumentError: a value is not allowed.
+        """
+        given = {name: getattr(message, name) for name in OPTIONAL_FIELDS if message.HasField(name)}
+        return cls(
+            stop=tuple(message.stop),
+            stop_token_ids=frozenset(message.stop_token_ids),
+            ignore_eos=message.ignore_eos,
+            **given,
+        )
+
+    def to_proto(self) -> generation_pb2.SamplingParams:
+        """Write a message with every field set, so that its reader's defaults do not matter.
+
+        A seed or logprobs of None stay unset, which is how the message says None.
+        """
+        return generation_pb2.SamplingParams(
+            stop=self.stop,
+            stop_token_ids=sorted(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            **{name: getattr(self, name) for name in OPTIONAL_FIELDS},
+        )
+
+
+def _refusal(name: str, value: object, allowed: str) -> InvalidArgumentError:
+    return InvalidArgumentError(f"{name} is {value!r}; allowed: {allowed}")
+
+
+def _check_whole(name: str, value: object, minimum: int, maximum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+        raise _refusal(name, value, f"a whole number from {minimum} to {maximum}")
+
+
+def _check_number(name: str, value: object, minimum: float, maximum: float) -> None:
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    # NaN fails every comparison, so it lies in no range.
+    if not real or not minimum <= value <= maximum:  # type: ignore[operator]  # `real` says that it compares
+        raise _refusal(name, value, f"a number from {minimum:g} to {maximum:g}")
+
+
+def _check_stop(stop: Iterable[object]) -> None:
+    if not isinstance(stop, tuple):
+        raise _refusal("stop", stop, "a tuple of strings")
+    if len(stop) > MAX_STOP_STRINGS:
+        raise InvalidArgumentError(f"stop has {len(stop)} strings; allowed: at most {MAX_STOP_STRINGS}")
+    for place, string in enumerate(stop):
+        if not isinstance(string, str) or not string:
+            raise _refusal(f"stop[{place}]", string, "a string of at least one character")
+        if len(string) > MAX_STOP_CHARACTERS:
+            raise InvalidArgumentError(
+                f"stop[{place}] has {len(string)} characters; allowed: at most {MAX_STOP_CHARACTERS}"
+            )
+        if any("\ud800" <= character <= "\udfff" for character in string):
+            raise _refusal(f"stop[{place}]", string, "characters that UTF-8 can encode; lone surrogates are not")
+
+
+def _check_stop_tokens(token_ids: Iterable[object]) -> None:
+    if not isinstance(token_ids, frozenset):
+        raise _refusal("stop_token_ids", token_ids, "a frozenset of token ids")
+    if len(token_ids) > MAX_STOP_TOKENS:
+        raise InvalidArgumentError(f"stop_token_ids has {len(token_ids)} ids; allowed: at most {MAX_STOP_TOKENS}")
+    for token_id in token_ids:
+        _check_whole("a stop token id", token_id, 0, UINT32_MAX)

@@ -1,0 +1,1 @@
+"""Needle in a haystack: long prompts that hide one fact, and the question for it."""

@@ -1,0 +1,105 @@
+"""How an option is declared, and how the text of its value is read."""
+
+import ipaddress
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+Parser = Callable[[str], Any]
+
+# Longest time that an option may name: beyond it a typing error is likelier than intent.
+WEEK_SECONDS = 7 * 86400.0
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens or is found. An IPv6 host stands in brackets."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        try:
+            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return self.host.lower() == "localhost"
+
+    @classmethod
+    def parse(cls, text: str) -> "Address":
+        """Read "host:port", where host is a name, an IPv4 address or a bracketed IPv6 address, and port 0 any.
+
+        Raises:
+            ValueError: it is something else; the message says what is allowed.
+        """
+        match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})", text)
+        if not match or int(match[2]) > 65535 or (text.startswith("[") and not _is_ipv6(match[1])):
+            raise ValueError("HOST:PORT, such as 127.0.0.1:50051 or [::1]:50051, with a port from 0 to 65535")
+        return cls(match[1], int(match[2]))
+
+
+def _is_ipv6(bracketed: str) -> bool:
+    try:
+        ipaddress.IPv6Address(bracketed.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def parse_addresses(text: str) -> tuple[Address, ...]:
+    """Read "host:port,host:port,…"."""
+    return tuple(Address.parse(part.strip()) for part in text.split(","))
+
+
+def parse_bytes(text: str) -> int:
+    """Read a number of bytes such as "512MiB", "4GiB" or "1000000"."""
+    match = re.fullmatch(r"([0-9]{1,19}(?:\.[0-9]{1,18})?)\s*([KMGT]i?)?B?", text.strip())
+    unit = (match[2] if match else None) or ""
+    base = 1024 if unit.endswith("i") else 1000
+    count = int(Fraction(match[1]) * base ** " KMGT".index(unit[:1] or " ")) if match else 0
+    if not 0 < count < 1 << 63:
+        raise ValueError("a positive number of bytes such as 512MiB or 4GiB")
+    return count
+
+
+def number(minimum: float, maximum: float = math.inf, kind: type = float) -> Parser:
+    """Return a parser of finite numbers from `minimum` to `maximum`."""
+    bounds = f"at least {minimum:g}" if maximum == math.inf else f"from {minimum:g} to {maximum:g}"
+    allowed = f"a {'whole ' if kind is int else ''}number {bounds}"
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise ValueError(allowed) from None
+        if not minimum <= value <= maximum or not math.isfinite(value):
+            raise ValueError(allowed)
+        return value
+
+    return parse
+
+
+def one_of(*choices: str) -> Parser:
+    """Return a parser that accepts these words only."""
+
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"one of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+def option(default: Any, help_text: str, parse: Parser = str) -> Any:
+    """Declare one option: its default, what it means, and how its text is read.
+
+    `parse` raises ValueError with a description of what is allowed.
+    """
+    return field(default=default, metadata={"help": help_text, "parse": parse})

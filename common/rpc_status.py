@@ -1,0 +1,114 @@
+"""How errors become gRPC statuses, and statuses errors again."""
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from spectrumkv.common import errors
+from spectrumkv.common.errors import (
+    DataLossError,
+    DeadlineExceededError,
+    InternalError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    SpectrumKVError,
+    UnavailableError,
+)
+
+# Statuses travel as HTTP/2 headers, 8 KiB in all: the sentence once percent-encoded (up to three times as
+# long) and once more, in base64, inside the details.
+MAX_STATUS_MESSAGE_BYTES = 1536
+DEADLINE_MESSAGE = "the deadline passed; allow more time or ask for fewer tokens"
+
+_ERRORS_BY_CODE: dict[str, type[SpectrumKVError]] = {
+    error.code: error for error in vars(errors).values() if isinstance(error, type) and hasattr(error, "code")
+}
+# What gRPC itself says when a deadline passes.
+_GRPC_DEADLINE_DETAILS = "Deadline Exceeded"
+# gRPC answers an oversized message with RESOURCE_EXHAUSTED, though no retry can mend it.
+_GRPC_OVERSIZED_DETAILS = "message larger than max"
+
+_GRPC_NO_CONNECTION = "failed to connect"
+# From what TLS says to what to do; the first that fits.
+_HANDSHAKE_ERRORS = (
+    (
+        "certificate has expired",
+        "the server's certificate has expired; it needs a new one, or this machine's clock is wrong",
+    ),
+    (
+        "CERTIFICATE_VERIFY_FAILED",
+        "the server's certificate is not from an authority that is trusted here; name the right one with --tls-ca",
+    ),
+    (
+        "WRONG_VERSION_NUMBER",
+        "the server does not speak TLS; leave out --tls-ca, or give it --tls-cert and --tls-key",
+    ),
+    ("Hostname Verification", "the server's certificate is for another name; use the name or address that it is for"),
+    (
+        "Socket closed",
+        "the server closed the connection before the first request; it may expect TLS (give --tls-ca) or a "
+        "certificate that it trusts (--tls-cert and --tls-key)",
+    ),
+)
+
+
+def to_status(error: SpectrumKVError) -> grpc.Status:
+    """Return the status for an error, with RetryInfo where trying again makes sense."""
+    status = status_pb2.Status(code=code_pb2.Code.Value(error.code), message=_shortened(error.message))
+    if isinstance(error, ResourceExhaustedError):
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(round(error.retry_after_seconds * 1e9))
+        detail = any_pb2.Any()
+        detail.Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+        status.details.append(detail)
+    return rpc_status.to_status(status)
+
+
+def error_from_rpc(error: grpc.RpcError) -> SpectrumKVError:
+    """Return the error that a peer raised, as it was before it became a status."""
+    code, message = error.code().name, error.details() or error.code().name
+    if code == ResourceExhaustedError.code:
+        if _GRPC_OVERSIZED_DETAILS in message:
+            return InvalidArgumentError(f"{message}: send less in one message, such as a shorter prompt")
+        return ResourceExhaustedError(message, _retry_delay(error))
+    if code == DeadlineExceededError.code and message == _GRPC_DEADLINE_DETAILS:
+        return DeadlineExceededError(DEADLINE_MESSAGE)
+    if code == DataLossError.code:
+        return DataLossError(message, "peer")
+    if code == UnavailableError.code:
+        return UnavailableError(_explained(message))
+    if code in _ERRORS_BY_CODE:
+        return _ERRORS_BY_CODE[code](message)
+    return InternalError(f"the peer answered {code}: {message}")
+
+
+def _explained(message: str) -> str:
+    """What gRPC says of a connection that could not be made, with what to do about it."""
+    for sign, meaning in _HANDSHAKE_ERRORS:
+        if _GRPC_NO_CONNECTION in message and sign in message:
+            return f"{meaning} ({message})"
+    return message
+
+
+def _retry_delay(error: grpc.RpcError) -> float:
+    """Seconds after which the peer wants to be asked again; 1 where it does not say, or not legibly."""
+    try:
+        status = rpc_status.from_call(error)
+        for detail in status.details if status is not None else ():
+            info = error_details_pb2.RetryInfo()
+            if detail.Unpack(info):
+                return max(0.0, float(info.retry_delay.ToNanoseconds()) / 1e9)
+    except (ValueError, DecodeError):
+        # Details that contradict the status or are no Status at all; the status itself still holds.
+        return 1.0
+    return 1.0
+
+
+def _shortened(message: str) -> str:
+    """The message as bytes that a header can carry."""
+    encoded = message.encode("utf-8", "replace")
+    if len(encoded) <= MAX_STATUS_MESSAGE_BYTES:
+        return encoded.decode()
+    return encoded[: MAX_STATUS_MESSAGE_BYTES - len("…".encode())].decode(errors="ignore") + "…"

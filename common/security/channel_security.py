@@ -1,0 +1,70 @@
+"""What a caller asks of the server that it connects to, and shows it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from spectrumkv.common.config import Address, PrefillConfig
+from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.security.renewed_channel import RenewedChannel
+from spectrumkv.common.security.tls import TlsFiles, optional_path
+from spectrumkv.common.security.tokens import TokenSender, token_source
+
+Options = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class ChannelSecurity:
+    """How a channel is guarded; by default it is plaintext and reaches loopback only.
+
+    Attributes:
+        tls: verifies the server by `tls.ca`, and shows `tls.cert` to one that asks; None is plaintext.
+        token_file: the first token in it goes with every call; None takes the environment's SPECTRUMKV_TOKEN, if set.
+        named_by: the flag that names `token_file`, for errors.
+        allow_plaintext: let plaintext go to other machines too.
+    """
+
+    tls: TlsFiles | None = None
+    token_file: Path | None = None
+    named_by: str = "--token-file"
+    allow_plaintext: bool = False
+
+    @classmethod
+    def to_decode(cls, config: PrefillConfig) -> "ChannelSecurity":
+        """Read prefill's options: TLS where it knows the authorities of decode's certificates.
+
+        Raises:
+            InvalidArgumentError: a certificate comes without its key.
+        """
+        knows_authority = config.tls_ca is not None
+        return cls(
+            tls=TlsFiles.named(config.tls_cert, config.tls_key, config.tls_ca) if knows_authority else None,
+            token_file=optional_path(config.decode_token_file),
+            named_by="--decode-token-file",
+            allow_plaintext=config.allow_plaintext,
+        )
+
+    def open(self, address: str, options: Options) -> grpc.Channel:
+        """Return a channel to `address` ("host:port"). It connects when it is first used.
+
+        Raises:
+            InvalidArgumentError: a file cannot be used, or plaintext would leave this machine.
+        """
+        token = token_source(self.named_by, self.token_file)
+        channel = (
+            self._plaintext(address, options) if self.tls is None else self._encrypted(self.tls, address, options)
+        )
+        return channel if token is None else grpc.intercept_channel(channel, TokenSender(token))
+
+    def _plaintext(self, address: str, options: Options) -> grpc.Channel:
+        if not self.allow_plaintext and not Address.parse(address).is_loopback:
+            raise InvalidArgumentError(
+                f"{address} is another machine, and what goes there would not be encrypted; verify it by its "
+                "certificate with --tls-ca, or pass --allow-plaintext"
+            )
+        return grpc.insecure_channel(address, options=options)
+
+    def _encrypted(self, tls: TlsFiles, address: str, options: Options) -> grpc.Channel:
+        return RenewedChannel(address, tls.watch(), options)

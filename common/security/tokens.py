@@ -1,0 +1,186 @@
+"""Bearer tokens (RFC 6750): which ones a server takes, and the one that a caller sends. None is ever logged."""
+
+import hashlib
+import hmac
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import grpc
+from grpc_health.v1 import health
+
+from spectrumkv.common.errors import InvalidArgumentError, UnauthenticatedError
+from spectrumkv.common.security.watched_files import WatchedFiles, read_file
+
+TOKEN_VARIABLE = "SPECTRUMKV_TOKEN"  # noqa: S105  # the name of a variable
+METADATA_KEY = "authorization"
+MIN_TOKEN_CHARACTERS, MAX_TOKEN_CHARACTERS = 16, 512
+MAX_TOKENS = 1024
+
+_SCHEME = "bearer "
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
+_RULE = (
+    f"{MIN_TOKEN_CHARACTERS} to {MAX_TOKEN_CHARACTERS} characters of A-Z a-z 0-9 . _ ~ + / - with = at the end only "
+    "(make one with: openssl rand -hex 32)"
+)
+# Whoever routes or restarts by health has no token, and learns no more than ready or not.
+_OPEN_METHODS = f"/{health.SERVICE_NAME}/"
+
+
+def read_tokens(option: str, path: Path) -> tuple[str, ...]:
+    """Return the file's tokens, one a line; blank lines and those that start with # do not count.
+
+    Args:
+        option: the flag that named the file, for errors, which never show what the file holds.
+        path: the file.
+
+    Raises:
+        InvalidArgumentError: it cannot be read, holds no token or too many, or a line is none.
+    """
+    lines = read_file(option, path).decode("utf-8", "replace").splitlines()
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
+    tokens = [(number, line) for number, line in numbered if line and not line.startswith("#")]
+    if not 0 < len(tokens) <= MAX_TOKENS:
+        raise InvalidArgumentError(
+            f"{option} {path} has {len(tokens)} tokens; allowed: 1 to {MAX_TOKENS}, one a line"
+        )
+    for number, token in tokens:
+        if not _is_token(token):
+            raise InvalidArgumentError(f"{option} {path}: line {number} is no token; allowed: {_RULE}")
+    return tuple(token for _, token in tokens)
+
+
+def _is_token(text: str) -> bool:
+    return MIN_TOKEN_CHARACTERS <= len(text) <= MAX_TOKEN_CHARACTERS and _TOKEN.fullmatch(text) is not None
+
+
+class AcceptedTokens:
+    """The tokens that a server takes, as its file has them now.
+
+    Args:
+        path: the file, read again when it changes.
+
+    Raises:
+        InvalidArgumentError: the file cannot be used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # Digests are of one length, so that comparing tells nothing of a token's length either.
+        self._digests = WatchedFiles([path], lambda: tuple(map(_digest, read_tokens("--token-file", path))))
+
+    def accept(self, presented: str) -> bool:
+        """Whether it is one of them, in a time that depends on how many there are only."""
+        digest = _digest(presented)
+        found = False
+        for accepted in self._digests.current:
+            found |= hmac.compare_digest(accepted, digest)
+        return found
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
+
+
+class TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc has no type information
+    """Lets calls with an accepted token through, and health checks; of others not even the request is read.
+
+    Args:
+        tokens: those that are accepted.
+    """
+
+    def __init__(self, tokens: AcceptedTokens) -> None:
+        self._tokens = tokens
+
+    def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        """Return the handler that `continuation` finds, or one that refuses."""
+        if handler_call_details.method.startswith(_OPEN_METHODS):
+            return continuation(handler_call_details)
+        refusal = self._refusal(handler_call_details.invocation_metadata)
+        if refusal is None:
+            return continuation(handler_call_details)
+        # A streaming handler may end a call of any kind without waiting for its request.
+        return grpc.stream_stream_rpc_method_handler(_refuse(refusal))
+
+    def _refusal(self, metadata: Any) -> UnauthenticatedError | None:
+        values = [value for key, value in metadata if key == METADATA_KEY]
+        if len(values) != 1 or values[0][: len(_SCHEME)].lower() != _SCHEME:
+            return UnauthenticatedError(
+                f"this server wants a bearer token; name its file with --token-file, or set {TOKEN_VARIABLE}"
+            )
+        if not self._tokens.accept(values[0][len(_SCHEME) :].strip()):
+            return UnauthenticatedError("this server does not accept the bearer token; is it an old one?")
+        return None
+
+
+def _refuse(refusal: UnauthenticatedError) -> Callable[[Any, Any], NoReturn]:
+    def behaviour(requests: Any, context: Any) -> NoReturn:
+        raise refusal
+
+    return behaviour
+
+
+TokenSource = Callable[[], str]
+
+
+def token_source(option: str, path: Path | None) -> TokenSource | None:
+    """Return what gives the token to send with a call: the first one in a file, else the environment's, else None.
+
+    Args:
+        option: the flag that named the file, for the error.
+        path: the file, read again when it changes.
+
+    Raises:
+        InvalidArgumentError: the file cannot be used, or what SPECTRUMKV_TOKEN has is no token.
+    """
+    if path is not None:
+        watched = WatchedFiles([path], lambda: read_tokens(option, path)[0])
+        return lambda: watched.current
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    if token and not _is_token(token):
+        raise InvalidArgumentError(f"{TOKEN_VARIABLE} is no token; allowed: {_RULE}")
+    return (lambda: token) if token else None
+
+
+class _CallDetails(NamedTuple):
+    """`grpc.ClientCallDetails`, which grpc leaves to us to implement."""
+
+    method: str
+    timeout: float | None
+    metadata: Any
+    credentials: Any
+    wait_for_ready: bool | None
+    compression: Any
+
+
+class TokenSender(
+    grpc.UnaryUnaryClientInterceptor,  # type: ignore[misc]
+    grpc.UnaryStreamClientInterceptor,  # type: ignore[misc]
+    grpc.StreamUnaryClientInterceptor,  # type: ignore[misc]
+    grpc.StreamStreamClientInterceptor,  # type: ignore[misc]
+):
+    """Sends a token with every call on a channel, as it is when the call starts.
+
+    Args:
+        token: gives it.
+    """
+
+    def __init__(self, token: TokenSource) -> None:
+        self._token = token
+
+    def _send(self, continuation: Any, details: Any, request: Any) -> Any:
+        added = (METADATA_KEY, f"Bearer {self._token()}")
+        return continuation(
+            _CallDetails(
+                details.method,
+                details.timeout,
+                (*(details.metadata or ()), added),
+                details.credentials,
+                details.wait_for_ready,
+                details.compression,
+            ),
+            request,
+        )
+
+    intercept_unary_unary = intercept_unary_stream = intercept_stream_unary = intercept_stream_stream = _send

@@ -1,0 +1,101 @@
+"""Files that are read again when they change: certificates, keys and tokens outlive no process that way."""
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from spectrumkv.common.errors import InvalidArgumentError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Certificates and tokens take kilobytes; anything larger is another file.
+MAX_FILE_BYTES = 1 << 20
+
+# Of each file: when its contents and its inode changed, its size, and which inode it is.
+_Signature = tuple[tuple[int, int, int, int], ...]
+
+
+class WatchedFiles(Generic[T]):
+    """What some files say, as of now.
+
+    The files' metadata is looked at whenever somebody asks, so that nothing runs in between. Files that turned
+    unreadable, or do not fit together because a rotation is halfway through, are reported once in the log, and
+    what they said before holds on.
+
+    Args:
+        paths: the files.
+        read: reads them; raises InvalidArgumentError where they are of no use.
+
+    Raises:
+        InvalidArgumentError: they are of no use now.
+    """
+
+    def __init__(self, paths: Sequence[Path], read: Callable[[], T]) -> None:
+        self._paths = tuple(paths)
+        self._read = read
+        self._lock = threading.Lock()
+        self._seen = self._signature()
+        self._current = read()
+
+    @property
+    def current(self) -> T:
+        """What the files say; the same object for as long as they do not change."""
+        if self._signature() != self._seen:
+            with self._lock:
+                self._read_again()
+        return self._current
+
+    def _read_again(self) -> None:
+        before = self._signature()
+        if before == self._seen:
+            return
+        names = ", ".join(map(str, self._paths))
+        try:
+            latest = self._read()
+        except InvalidArgumentError as error:
+            self._seen = before
+            logger.error("%s changed and cannot be used, what was read before holds on: %s", names, error.message)
+            return
+        # Files that were written while they were read may not belong together: the next look reads them again.
+        if self._signature() == before:
+            self._seen, self._current = before, latest
+            logger.info("read again: %s", names)
+
+    def _signature(self) -> _Signature:
+        return tuple(_signature(path) for path in self._paths)
+
+
+def _signature(path: Path) -> tuple[int, int, int, int]:
+    try:
+        found = os.stat(path)
+    except OSError:
+        # Reading it says what is wrong with it.
+        return (0, 0, 0, 0)
+    return (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
+
+
+def read_file(option: str, path: Path) -> bytes:
+    """Return the file's bytes.
+
+    Args:
+        option: the flag that named the file, for the error.
+        path: the file.
+
+    Raises:
+        InvalidArgumentError: it cannot be read, or is larger than 1 MiB.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise InvalidArgumentError(
+            f"{option} {path} cannot be read: {error.strerror}; name a file that this process may read"
+        ) from error
+    if len(data) > MAX_FILE_BYTES:
+        raise InvalidArgumentError(f"{option} {path} is larger than {MAX_FILE_BYTES} bytes; is it the right file?")
+    return data

@@ -1,0 +1,109 @@
+"""Attention of the prompt, with a tap: each layer shows its queries, keys and values while it runs."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from spectrumkv.common.kv.scoring import Observation
+
+ATTENTION_NAME = "spectrumkv_prefill"
+# Queries whose attention logits are in memory at once where soft-capping rules out the fused kernels.
+SOFTCAP_QUERY_BLOCK = 256
+
+KvTap = Callable[[Observation], None]
+
+
+def tapped_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    kv_tap: KvTap | None = None,
+    window: int = 1,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Show this layer to the tap, then attend as transformers' `sdpa` does (`eager` where logits are capped).
+
+    Registered with transformers' `AttentionInterface`. The tap is called before the layer attends, so that
+    its KV is on the way while the layer still computes.
+
+    Args:
+        module: the attention layer.
+        query: `[1, query_heads, n, head_dim]`, after RoPE.
+        key: `[1, kv_heads, n, head_dim]`, after RoPE.
+        value: like `key`.
+        attention_mask: as transformers made it: None or bool, broadcastable to `[1, 1, n, n]`.
+        scaling: factor of the attention logits.
+        sliding_window: the newest positions that this layer sees; the mask has it already.
+        softcap: Gemma 2's bound on the attention logits.
+        kv_tap: takes the layer's observation; None for calls that nobody watches.
+        window: how many of the last queries the tap gets.
+        options: what else transformers hands over.
+
+    Returns:
+        `[1, n, query_heads, head_dim]` and no weights.
+    """
+    if kv_tap is not None:
+        kv_tap(
+            Observation(
+                queries=query[0, :, -window:],
+                keys=key[0],
+                values=value[0],
+                scaling=scaling,
+                softcap=softcap,
+                sliding_window=sliding_window,
+                seed=0,
+                layer=int(module.layer_idx),  # type: ignore[arg-type]  # torch types attributes as tensors
+            )
+        )
+    if softcap is None:
+        attended: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **options
+        )
+        return attended
+    return _softcapped_attention(query, key, value, attention_mask, scaling, softcap), None
+
+
+def _softcapped_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float,
+) -> torch.Tensor:
+    """Causal attention with capped logits, a block of queries at a time: never an n × n matrix."""
+    batch, query_heads, queries, head_dim = query.shape
+    kv_heads, tokens = key.shape[1], key.shape[2]
+    grouped = query.view(batch, kv_heads, query_heads // kv_heads, queries, head_dim)
+    keys, values = key.unsqueeze(2), value.unsqueeze(2)
+    attended = torch.empty_like(grouped)
+    for first in range(0, queries, SOFTCAP_QUERY_BLOCK):
+        rows = slice(first, min(first + SOFTCAP_QUERY_BLOCK, queries))
+        logits = grouped[..., rows, :] @ keys.transpose(-1, -2) * scaling
+        logits = softcap * torch.tanh(logits / softcap)
+        seen = _causal_rows(rows, queries, tokens, query.device) if mask is None else mask[:, :, None, rows]
+        weights = logits.masked_fill(~seen, -math.inf).softmax(dim=-1, dtype=torch.float32)
+        attended[..., rows, :] = weights.to(values.dtype) @ values
+    return attended.view(batch, query_heads, queries, head_dim).transpose(1, 2)
+
+
+def _causal_rows(rows: slice, queries: int, tokens: int, device: torch.device) -> torch.Tensor:
+    """Which tokens the queries of `rows` see: bool `[rows, tokens]`; the last query is the last token's."""
+    positions = torch.arange(rows.start, rows.stop, device=device) + tokens - queries
+    return torch.arange(tokens, device=device) <= positions[:, None]
+
+
+AttentionInterface.register(ATTENTION_NAME, tapped_attention)
+# The masks of `sdpa` are None where plain causality is enough, and have sliding windows built in.
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

@@ -1,0 +1,78 @@
+"""Layers on their way from the model's thread to the thread that sends them."""
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+
+from prometheus_client import Gauge
+
+from spectrumkv.common.errors import CancelledError
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.scoring import Observation
+
+
+class LayerQueue:
+    """Holds at most the layers of one prompt, and counts the memory that they keep from being freed.
+
+    Args:
+        geometry: shape and dtype of the model's cache.
+        resident_bytes: the gauge of KV bytes held for requests.
+    """
+
+    def __init__(self, geometry: KvGeometry, resident_bytes: Gauge) -> None:
+        self._geometry = geometry
+        self._resident_bytes = resident_bytes
+        self._changed = threading.Condition()
+        self._layers: deque[Observation] = deque()
+        self._all_put = False
+        self._closed = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether every layer was put and none was dropped."""
+        return self._all_put and not self._closed
+
+    def put_layer(self, observation: Observation) -> None:
+        """Append a layer.
+
+        Raises:
+            CancelledError: the queue is closed.
+        """
+        with self._changed:
+            if self._closed:
+                raise CancelledError("the request ended while its prompt was being computed")
+            self._layers.append(observation)
+            self._resident_bytes.inc(self._bytes(observation))
+            self._changed.notify()
+
+    def end(self) -> None:
+        """Say that every layer has been put."""
+        with self._changed:
+            self._all_put = True
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Drop what is still held and end `layers`; a second call does nothing."""
+        with self._changed:
+            self._closed = True
+            while self._layers:
+                self._pop()
+            self._changed.notify()
+
+    def layers(self) -> Iterator[Observation]:
+        """Yield layers as they come, until all were put and none is left, or the queue is closed."""
+        while (observation := self._next()) is not None:
+            yield observation
+
+    def _next(self) -> Observation | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._layers or self._all_put or self._closed)
+            return self._pop() if self._layers else None
+
+    def _pop(self) -> Observation:
+        observation = self._layers.popleft()
+        self._resident_bytes.dec(self._bytes(observation))
+        return observation
+
+    def _bytes(self, observation: Observation) -> int:
+        return observation.keys.shape[1] * self._geometry.native_bytes_per_token_layer

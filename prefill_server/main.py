@@ -1,0 +1,45 @@
+"""The `spectrumkv-prefill` command."""
+
+import logging
+import sys
+
+from spectrumkv.common import config as configuration
+from spectrumkv.common.config import PrefillConfig
+from spectrumkv.common.metrics import Metrics
+from spectrumkv.common.model.load import load_model
+from spectrumkv.common.process import exit_on_error, serve_until_signalled, set_up_logging
+from spectrumkv.common.rpc import Server
+from spectrumkv.common.security import ServerSecurity
+from spectrumkv.prefill_server.engine import PrefillEngine
+from spectrumkv.prefill_server.probe import resolve_verdict
+from spectrumkv.prefill_server.service import PrefillService
+from spectrumkv.v1 import prefill_pb2_grpc
+
+
+def main() -> None:
+    """Load the model, settle whether INT4 is safe, and serve."""
+    exit_on_error(_serve)
+
+
+def _serve() -> None:
+    config = configuration.load(PrefillConfig, sys.argv[1:], "spectrumkv-prefill")
+    set_up_logging(config.log_level, config.log_format)
+    loaded = load_model(config.model, config.device, config.dtype)
+    metrics = Metrics.for_process("prefill", loaded.name)
+    engine = PrefillEngine(loaded, config.window)
+    verdict = resolve_verdict(loaded, engine, config.int4, logging.getLogger(__name__).info)
+    service = PrefillService(loaded, config, metrics, engine, verdict)
+    server = Server(
+        prefill_pb2_grpc.add_PrefillServiceServicer_to_server,
+        service,
+        "spectrumkv.v1.PrefillService",
+        threads=config.max_waiting,
+        count_ended=lambda code: metrics.requests.labels(code).inc(),
+        reflection_enabled=config.reflection,
+        security=ServerSecurity.from_config(config),
+    )
+    serve_until_signalled(server, metrics, config, service.stop)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Generates over a prompt's KV as decode would receive it, without a network or a second process."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.prefill_server.plan import KvPlan
+
+
+class LayerKv(NamedTuple):
+    """Keys and values of one layer: `[kv_heads, n, head_dim]` each, keys after RoPE."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class CapturedPrompt:
+    """A prompt that the model has run.
+
+    Attributes:
+        layers: what each layer showed, from the first to the last.
+        first_token: the likeliest token after the prompt.
+    """
+
+    layers: tuple[Observation, ...]
+    first_token: int
+
+    def exact_kv(self) -> list[LayerKv]:
+        """The cache as the model made it."""
+        return [LayerKv(layer.keys, layer.values) for layer in self.layers]
+
+    @torch.inference_mode()
+    def received_kv(self, plan: KvPlan, geometry: KvGeometry) -> list[LayerKv]:
+        """The cache as it comes out of tiers, encoding and decoding.
+
+        Args:
+            plan: of scope "layer", with a policy that drops no token: what is dropped is not masked here.
+            geometry: shape and dtype of the model's cache.
+        """
+        return [_received(layer, plan, geometry) for layer in self.layers]
+
+
+def _received(layer: Observation, plan: KvPlan, geometry: KvGeometry) -> LayerKv:
+    tiers = plan.tiers_of(layer)
+    encoded = plan.codec.encode(layer.keys, layer.values, tiers, geometry)
+    received = LayerKv(torch.empty_like(layer.keys), torch.empty_like(layer.values))
+    plan.codec.decode(encoded.body, tiers, received.keys, received.values, geometry)
+    return received
+
+
+@torch.inference_mode()
+def capture_prompt(model: PreTrainedModel, token_ids: Sequence[int], window: int) -> CapturedPrompt:
+    """Run a prompt and keep what its layers show.
+
+    Args:
+        model: with the tapped attention; see `PrefillEngine`.
+        token_ids: the prompt.
+        window: how many of the last queries of each layer to keep.
+    """
+    layers: list[Observation] = []
+    ids = torch.tensor([list(token_ids)], device=model.device)
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=1, kv_tap=layers.append, window=window).logits
+    return CapturedPrompt(tuple(layers), int(logits[0, -1].argmax()))
+
+
+@torch.inference_mode()
+def generate_over(
+    model: PreTrainedModel,
+    kv: Sequence[LayerKv],
+    first_token: int,
+    max_tokens: int,
+    eos_token_ids: Collection[int],
+) -> list[int]:
+    """Generate greedily.
+
+    Args:
+        model: with the tapped attention.
+        kv: the prompt's cache, one entry per layer.
+        first_token: comes from the prompt's own pass, over exact KV, as it does when serving.
+        max_tokens: most tokens, the first one included.
+        eos_token_ids: any of these ends it.
+
+    Returns:
+        The generated tokens with the first one, and with the one that ended it.
+    """
+    cache = DynamicCache(config=model.config)
+    for layer, (keys, values) in enumerate(kv):
+        cache.update(keys[None], values[None], layer)
+    tokens = [first_token]
+    while len(tokens) < max_tokens and tokens[-1] not in eos_token_ids:
+        ids = torch.tensor([tokens[-1:]], device=model.device)
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        tokens.append(int(logits[0, -1].argmax()))
+    return tokens

@@ -1,0 +1,237 @@
+"""The gRPC face of prefill, and the main flow of the product."""
+
+import concurrent.futures
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import grpc
+
+from spectrumkv.common.config import PrefillConfig
+from spectrumkv.common.errors import CancelledError, NotFoundError
+from spectrumkv.common.generation.messages import token_message
+from spectrumkv.common.generation.params import SamplingParams
+from spectrumkv.common.generation.prompt import check_length, read_prompt
+from spectrumkv.common.generation.sampling import Sampler
+from spectrumkv.common.generation.text import FinishReason, TextStream
+from spectrumkv.common.kv.codec import codecs
+from spectrumkv.common.kv.policy import policies
+from spectrumkv.common.kv.scoring import scorers
+from spectrumkv.common.metrics import Metrics
+from spectrumkv.common.model.load import LoadedModel
+from spectrumkv.common.request_log import check_request_id, current_request
+from spectrumkv.common.rpc import RpcScope
+from spectrumkv.common.security import ChannelSecurity
+from spectrumkv.prefill_server.decode_workers import DecodeLease, DecodeWorkers
+from spectrumkv.prefill_server.engine import PrefillEngine
+from spectrumkv.prefill_server.pipeline import FirstToken, KvPipeline
+from spectrumkv.prefill_server.plan import SCOPES, KvPlan
+from spectrumkv.prefill_server.usage import Progress, usage_message
+from spectrumkv.prefill_server.verdict import ProbeVerdict
+from spectrumkv.v1 import decode_pb2, generation_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that was found good.
+
+    Attributes:
+        request_id: named in the logs of both services.
+        token_ids: the prompt.
+        params: how tokens are chosen; the seed is set.
+        plan: how the KV crosses the network.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    params: SamplingParams
+    plan: KvPlan
+
+
+class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
+    """Runs prompts, sends their KV to decode workers and relays what they generate.
+
+    Args:
+        loaded: the model.
+        config: the service's options.
+        metrics: the process's metrics.
+        engine: runs the prompts.
+        verdict: whether INT4 may be used.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        config: PrefillConfig,
+        metrics: Metrics,
+        engine: PrefillEngine,
+        verdict: ProbeVerdict,
+    ) -> None:
+        self._loaded = loaded
+        self._config = config
+        self._metrics = metrics
+        self._engine = engine
+        self._verdict = verdict
+        self._workers = DecodeWorkers(config.decode, ChannelSecurity.to_decode(config), metrics)
+        self._requests = RequestsInService()
+        # A default that no request could use should be found out at start-up.
+        KvPlan.resolve(prefill_pb2.KvOptions(), config, verdict.int4_allowed, seed=0)
+        metrics.int4_probe_passed.set(verdict.int4_allowed)
+        metrics.requests_waiting.set_function(lambda: engine.waiting)
+        metrics.requests_running.set_function(lambda: max(0, self._requests.count - engine.waiting))
+
+    def Generate(  # noqa: N802  # gRPC's spelling
+        self, request: prefill_pb2.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[prefill_pb2.GenerateResponse]:
+        """Serve one request: reserve on decode, run the prompt while its KV leaves, then relay tokens."""
+        progress = Progress(arrived_at=time.monotonic())
+        current_request().at_end(progress.log_fields)
+        with RpcScope(context, self._config.deadline) as scope, self._requests.counted():
+            job = self._read(request)
+            with self._workers.lease(lambda: self._pipeline(job), scope) as lease:
+                first, finish = self._run_prompt(job, lease, scope)
+                yield prefill_pb2.GenerateResponse(token=first)
+                self._observe_token(progress)
+                for message in lease.responses():
+                    if message.WhichOneof("message") == "token":
+                        yield prefill_pb2.GenerateResponse(token=message.token)
+                        self._observe_token(progress)
+                    elif message.WhichOneof("message") == "finished":
+                        finish = message.finished.finish_reason
+                        progress.recomputed_prompt_tokens = message.finished.recomputed_prompt_tokens
+            yield self._finished(job, finish, lease, progress)
+
+    def GetServerInfo(  # noqa: N802  # gRPC's spelling
+        self, request: prefill_pb2.PrefillServiceGetServerInfoRequest, context: grpc.ServicerContext
+    ) -> prefill_pb2.PrefillServiceGetServerInfoResponse:
+        """Tell what is served, the defaults, and what a request may ask for."""
+        config = self._config
+        return prefill_pb2.PrefillServiceGetServerInfoResponse(
+            version=version("spectrumkv"),
+            model_name=self._loaded.name,
+            model=self._loaded.spec.to_proto(),
+            device=str(self._loaded.device),
+            policies=[
+                prefill_pb2.PolicyInfo(name=name, min_budget=policy.min_budget, max_budget=policy.max_budget)
+                for name, policy in ((name, policies.get(name)) for name in policies)
+            ],
+            scorers=scorers.names(),
+            codecs=[kv_pb2.CodecId(name=name, version=codecs.get(name).version) for name in codecs],
+            scopes=SCOPES,
+            defaults=prefill_pb2.KvOptions(
+                budget=config.budget,
+                policy=config.policy,
+                scorer=config.scorer,
+                codec=config.codec,
+                scope=config.scope,
+            ),
+            int4_probe=self._verdict.to_proto(),
+            decode_workers=[str(address) for address in config.decode],
+        )
+
+    def stop(self) -> None:
+        """End the engine and close channels; call after the server has drained."""
+        self._engine.stop()
+        self._workers.close()
+
+    def _read(self, request: prefill_pb2.GenerateRequest) -> Job:
+        """Check a request and fill in the defaults.
+
+        Raises:
+            NotFoundError: it names another model.
+            InvalidArgumentError: request id, prompt, sampling or KV options are not usable.
+        """
+        check_request_id(request.request_id)
+        request_id = request.request_id or uuid.uuid4().hex
+        current_request().note(request_id=request_id)
+        loaded = self._loaded
+        if request.model and request.model != loaded.name:
+            raise NotFoundError(f"model {request.model!r} is not served here; this service has {loaded.name!r}")
+        params = SamplingParams.from_proto(request.sampling).with_seed()
+        assert params.seed is not None
+        token_ids = read_prompt(request, loaded.tokenizer, loaded.spec.vocab_size)
+        check_length(len(token_ids), params.max_tokens, loaded.context_length)
+        plan = KvPlan.resolve(request.kv, self._config, self._verdict.int4_allowed, params.seed)
+        current_request().note(prompt_tokens=len(token_ids), policy=plan.policy.name)
+        return Job(request_id, token_ids, params, plan)
+
+    def _pipeline(self, job: Job) -> KvPipeline:
+        begin = decode_pb2.Begin(
+            request_id=job.request_id,
+            model=self._loaded.spec.to_proto(),
+            codec=kv_pb2.CodecId(name=job.plan.codec.name, version=job.plan.codec.version),
+            prompt_token_ids=job.token_ids,
+            sampling=job.params.to_proto(),
+        )
+        return KvPipeline(begin, job.plan, self._loaded.geometry, self._config.chunk_bytes, self._metrics)
+
+    def _run_prompt(
+        self, job: Job, lease: DecodeLease, scope: RpcScope
+    ) -> tuple[generation_pb2.Token, generation_pb2.FinishReason]:
+        """Run the prompt, its KV leaving layer by layer, and sample the first token from the exact KV."""
+        record = current_request()
+        record.note(decode_worker=str(lease.worker))
+        record.at_end(lease.pipeline.sent.log_fields)
+        future = self._engine.submit(job.token_ids, lease.pipeline.put_layer)
+        scope.on_end(future.cancel)
+        lease.on_end(future.cancel)
+        try:
+            result = future.result()
+        except (CancelledError, concurrent.futures.CancelledError):
+            scope.check()
+            raise lease.failure() or CancelledError("the request ended while its prompt was computed") from None
+        record.note(queue_seconds=result.queue_seconds, prefill_seconds=result.compute_seconds)
+        sampled = Sampler(job.params, job.token_ids).sample(result.logits, 0)
+        text = TextStream(self._loaded.tokenizer, job.params, self._loaded.eos_token_ids)
+        delta = text.push(sampled.token_id)
+        lease.pipeline.put_first_token(FirstToken(sampled.token_id, delta.finish is not None))
+        self._metrics.request_duration.labels("queue").observe(result.queue_seconds)
+        self._metrics.request_duration.labels("prefill").observe(result.compute_seconds)
+        return token_message(0, sampled, delta.text), (delta.finish or FinishReason.LENGTH).to_proto()
+
+    def _observe_token(self, progress: Progress) -> None:
+        now = time.monotonic()
+        progress.completion_tokens += 1
+        if progress.completion_tokens == 1:
+            progress.first_token_at = now
+            self._metrics.time_to_first_token.observe(progress.ttft_seconds)
+        elif progress.completion_tokens == 2:
+            progress.second_token_at = now
+            self._metrics.handoff.observe(progress.handoff_seconds)
+
+    def _finished(
+        self,
+        job: Job,
+        finish: generation_pb2.FinishReason,
+        lease: DecodeLease,
+        progress: Progress,
+    ) -> prefill_pb2.GenerateResponse:
+        sent = lease.pipeline.sent
+        usage = usage_message(len(job.token_ids), job.plan, self._loaded.geometry, sent, progress, str(lease.worker))
+        self._metrics.request_duration.labels("encode").observe(sent.encode_seconds)
+        self._metrics.request_duration.labels("transfer").observe(sent.transfer_seconds)
+        current_request().note(budget_counted=usage.budget_counted)
+        return prefill_pb2.GenerateResponse(finished=prefill_pb2.GenerateFinished(finish_reason=finish, usage=usage))
+
+
+class RequestsInService:
+    """How many requests are in the service now."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.count = 0
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count one request for as long as the block runs."""
+        with self._lock:
+            self.count += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.count -= 1

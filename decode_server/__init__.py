@@ -1,0 +1,1 @@
+"""The service that generates from a received KV cache."""

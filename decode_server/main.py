@@ -1,0 +1,40 @@
+"""The `spectrumkv-decode` command."""
+
+import sys
+
+from spectrumkv.common import config as configuration
+from spectrumkv.common.config import DecodeConfig
+from spectrumkv.common.decode_stream import SERVICE_NAME, add_decode_servicer
+from spectrumkv.common.metrics import Metrics
+from spectrumkv.common.model.load import load_model
+from spectrumkv.common.process import exit_on_error, serve_until_signalled, set_up_logging
+from spectrumkv.common.rpc import Server
+from spectrumkv.common.security import ServerSecurity
+from spectrumkv.decode_server.service import DecodeService
+
+
+def main() -> None:
+    """Load the model, lay out the KV slots, and serve."""
+    exit_on_error(_serve)
+
+
+def _serve() -> None:
+    config = configuration.load(DecodeConfig, sys.argv[1:], "spectrumkv-decode")
+    set_up_logging(config.log_level, config.log_format)
+    loaded = load_model(config.model, config.device, config.dtype)
+    metrics = Metrics.for_process("decode", loaded.name)
+    service = DecodeService(loaded, config, metrics)
+    server = Server(
+        add_decode_servicer,
+        service,
+        SERVICE_NAME,
+        threads=config.max_streams,
+        count_ended=lambda code: metrics.requests.labels(code).inc(),
+        reflection_enabled=config.reflection,
+        security=ServerSecurity.from_config(config),
+    )
+    serve_until_signalled(server, metrics, config, service.stop)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""From chunks on the stream to keys and values in the slots."""
+
+import torch
+
+from spectrumkv.common.kv.block import Block
+from spectrumkv.common.kv.codec import Codec
+from spectrumkv.common.kv.tiers import Tier, count_tiers
+from spectrumkv.common.kv.wire import Chunk, ChunkReader, ChunkTotals
+from spectrumkv.common.metrics import FRAMING, Metrics
+from spectrumkv.decode_server.slots import Reservation, SlotArena
+from spectrumkv.v1 import decode_pb2
+
+
+class KvReceiver:
+    """Verifies the KV of one request and dequantizes it straight into its slots.
+
+    Args:
+        arena: the slots of this process.
+        reservation: this request's own.
+        codec: the codec that Begin named.
+        prompt_tokens: how many tokens' KV must arrive.
+        metrics: told of every byte.
+    """
+
+    def __init__(
+        self,
+        arena: SlotArena,
+        reservation: Reservation,
+        codec: Codec,
+        prompt_tokens: int,
+        metrics: Metrics,
+    ) -> None:
+        self._geometry = arena.geometry
+        self._reservation = reservation
+        self._codec = codec
+        self._metrics = metrics
+        self._reader = ChunkReader(self._geometry.layers, prompt_tokens)
+
+    def accept(self, chunk: Chunk, serialized_bytes: int) -> None:
+        """Check a chunk and write its tokens into the slots.
+
+        Args:
+            chunk: as it arrived.
+            serialized_bytes: size of the whole message that it came in.
+
+        Raises:
+            DataLossError: the chunk is damaged, out of order, repeated or malformed.
+        """
+        blocks = self._reader.read(chunk)
+        tier_bytes = [self._write(block) for block in blocks]
+        self._count(blocks, tier_bytes, serialized_bytes)
+
+    def finish(self, end: decode_pb2.End) -> None:
+        """Check that all KV arrived and is what was sent.
+
+        Raises:
+            DataLossError: it is not.
+        """
+        self._reader.finish(ChunkTotals(end.chunks, end.payload_bytes, end.digest))
+
+    def _write(self, block: Block) -> dict[Tier, int]:
+        """Decode a block into the slots; return how many of its bytes each tier took."""
+        first, end = block.first_token, block.first_token + block.tiers.numel()
+        keys = self._reservation.keys(block.layer, first, end)
+        values = self._reservation.values(block.layer, first, end)
+        tier_bytes = self._codec.decode(block.body, block.tiers, keys, values, self._geometry)
+        dropped = torch.nonzero(block.tiers == Tier.DROP).flatten()
+        if dropped.numel():
+            self._reservation.drop(block.layer, dropped + first)
+        return tier_bytes
+
+    def _count(self, blocks: list[Block], tier_bytes: list[dict[Tier, int]], serialized_bytes: int) -> None:
+        framing = serialized_bytes
+        for block, sizes in zip(blocks, tier_bytes, strict=True):
+            self._metrics.kv_fp16_equivalent_bytes.inc(self._geometry.fp16_bytes_per_layer(block.tiers.numel()))
+            for tier, size in sizes.items():
+                self._metrics.kv_bytes_received.labels(tier.label).inc(size)
+                framing -= size
+            for tier, tokens in count_tiers(block.tiers).items():
+                self._metrics.kv_tokens.labels(tier.label).inc(tokens / self._geometry.layers)
+        self._metrics.kv_bytes_received.labels(FRAMING).inc(framing)

@@ -1,0 +1,225 @@
+"""The Python client of a SpectrumKV server.
+
+with SpectrumClient("127.0.0.1:50051") as client:
+    stream = client.generate("The capital of France is", sampling=Sampling(max_tokens=8))
+    for event in stream:
+        print(event.text, end="", flush=True)
+    print(stream.result().usage.budget_counted)
+"""
+
+import time
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from spectrumkv.client import readiness
+from spectrumkv.client.completion import Completion, Finished, TokenEvent
+from spectrumkv.client.request import KvChoice, Prompt, Request, Sampling
+from spectrumkv.common.errors import DeadlineExceededError, InternalError, NotFoundError
+from spectrumkv.common.rpc import error_from_rpc, open_channel
+from spectrumkv.common.security import ChannelSecurity
+from spectrumkv.common.trace_context import TraceContext
+from spectrumkv.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+
+DEFAULT_TIMEOUT_SECONDS = 600.0
+INFO_TIMEOUT_SECONDS = 10.0
+
+ServerInfo = prefill_pb2.PrefillServiceGetServerInfoResponse | decode_pb2.DecodeServiceGetServerInfoResponse
+
+
+class CompletionStream:
+    """The tokens of one request as they arrive; `result` has the whole completion.
+
+    Args:
+        call: the running RPC.
+        sent: when the request was sent, by `time.perf_counter`.
+        timeout: seconds that the call has, for the error.
+    """
+
+    def __init__(self, call: Any, sent: float, timeout: float) -> None:
+        self._call = call
+        self._sent = sent
+        self._timeout = timeout
+        self._tokens: list[TokenEvent] = []
+        self._finished: Finished | None = None
+
+    def __iter__(self) -> "CompletionStream":
+        return self
+
+    def __next__(self) -> TokenEvent:
+        """Wait for the next token.
+
+        Raises:
+            SpectrumKVError: the server ended the request with an error (its class tells the status), or the
+                stream breaks the protocol.
+        """
+        while True:
+            response = self._receive()
+            arrived = time.perf_counter() - self._sent
+            if self._finished is not None:
+                raise InternalError("the server sent more after the result")
+            if response.WhichOneof("message") == "token":
+                return self._accept(TokenEvent.from_proto(response.token, arrived))
+            # The status of the RPC follows; only with it the completion is known to be good.
+            self._finished = Finished.from_proto(response.finished, arrived)
+
+    def result(self) -> Completion:
+        """Wait for the rest and return the whole completion.
+
+        Raises:
+            SpectrumKVError: as iteration does.
+        """
+        for _ in self:
+            pass
+        if self._finished is None:
+            raise InternalError("the completion has no result")
+        return Completion(tuple(self._tokens), self._finished)
+
+    def cancel(self) -> None:
+        """End the request; both services free what it held. Without effect once it is over."""
+        self._call.cancel()
+
+    def __enter__(self) -> "CompletionStream":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    def _receive(self) -> prefill_pb2.GenerateResponse:
+        response: prefill_pb2.GenerateResponse
+        try:
+            response = next(self._call)
+            return response
+        except StopIteration:
+            if self._finished is None:
+                raise InternalError(
+                    f"the server ended the stream after {len(self._tokens)} tokens without a result"
+                ) from None
+            raise
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise DeadlineExceededError(
+                    f"no complete answer within {self._timeout:g} s ({len(self._tokens)} tokens had come); "
+                    "allow more time or ask for fewer tokens"
+                ) from error
+            raise error_from_rpc(error) from error
+
+    def _accept(self, token: TokenEvent) -> TokenEvent:
+        if token.index != len(self._tokens):
+            raise InternalError(f"token {token.index} arrived where token {len(self._tokens)} was due")
+        self._tokens.append(token)
+        return token
+
+
+class SpectrumClient:
+    """A connection to one server; safe to share between threads, closed by `with` or `close`.
+
+    Args:
+        address: "host:port" of a prefill service (`server_info` works on a decode service too).
+        security: how the server is verified and what it is shown; plaintext to this machine by default.
+
+    Raises:
+        InvalidArgumentError: a certificate or token cannot be used, or plaintext would leave this machine.
+    """
+
+    def __init__(self, address: str, security: ChannelSecurity = ChannelSecurity()) -> None:  # noqa: B008  # frozen
+        self.address = address
+        self._channel = open_channel(address, security)
+        # Generated stubs carry no types.
+        self._prefill: Any = prefill_pb2_grpc.PrefillServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._decode: Any = decode_pb2_grpc.DecodeServiceStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> "SpectrumClient":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up; requests still running are cancelled."""
+        self._channel.close()
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        sampling: Sampling = Sampling(),  # noqa: B008  # frozen
+        kv: KvChoice = KvChoice(),  # noqa: B008  # frozen
+        model: str | None = None,
+        request_id: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT_SECONDS,
+        trace: TraceContext = TraceContext(),  # noqa: B008  # frozen
+    ) -> CompletionStream:
+        """Send a prompt and return the stream of its completion.
+
+        Args:
+            prompt: text, messages, or token ids.
+            sampling: how tokens are chosen.
+            kv: how the KV cache travels from prefill to decode.
+            model: the name that the server must serve under; None takes what there is.
+            request_id: named in both services' logs; made up by the server where None.
+            timeout: seconds until the whole request ends with DeadlineExceededError.
+            trace: the trace that the request is part of; both services log its id.
+        """
+        request = Request(prompt=prompt, sampling=sampling, kv=kv, model=model, request_id=request_id)
+        return self.send(request, timeout, trace)
+
+    def send(
+        self,
+        request: Request,
+        timeout: float = DEFAULT_TIMEOUT_SECONDS,
+        trace: TraceContext = TraceContext(),  # noqa: B008  # frozen
+    ) -> CompletionStream:
+        """As `generate`, for a request that is put together already."""
+        message = request.to_proto()
+        sent = time.perf_counter()
+        call = self._prefill.Generate(message, timeout=timeout, metadata=trace.metadata)
+        return CompletionStream(call, sent, timeout)
+
+    def server_info(self, timeout: float = INFO_TIMEOUT_SECONDS) -> ServerInfo:
+        """Ask what the server serves, whichever of the two services it is.
+
+        Raises:
+            SpectrumKVError: the server cannot be reached, or is neither.
+        """
+        prefill_info: prefill_pb2.PrefillServiceGetServerInfoResponse
+        decode_info: decode_pb2.DecodeServiceGetServerInfoResponse
+        try:
+            request = prefill_pb2.PrefillServiceGetServerInfoRequest()
+            prefill_info = self._prefill.GetServerInfo(request, timeout=timeout)
+            return prefill_info
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.UNIMPLEMENTED:
+                raise error_from_rpc(error) from error
+        try:
+            decode_request = decode_pb2.DecodeServiceGetServerInfoRequest()
+            decode_info = self._decode.GetServerInfo(decode_request, timeout=timeout)
+            return decode_info
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                raise NotFoundError(
+                    f"{self.address} is neither a prefill nor a decode service of SpectrumKV"
+                ) from error
+            raise error_from_rpc(error) from error
+
+    def is_serving(self, timeout: float = INFO_TIMEOUT_SECONDS) -> bool:
+        """Whether the server's standard health check says SERVING.
+
+        Raises:
+            SpectrumKVError: the server cannot be reached or has no health service.
+        """
+        return readiness.is_serving(self._channel, timeout)
+
+    def wait_until_serving(self, timeout: float) -> None:
+        """Wait until the server's standard health service says SERVING, through its `Watch` stream.
+
+        Raises:
+            DeadlineExceededError: it did not in `timeout` seconds.
+            CancelledError: the client was closed meanwhile.
+        """
+        readiness.wait_until_serving(self._channel, self.address, timeout)

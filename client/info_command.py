@@ -1,0 +1,102 @@
+"""`spectrumkv info`: what a server serves, its choices and defaults, and whether it is ready."""
+
+import argparse
+from collections.abc import Iterator
+from itertools import chain
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from spectrumkv.client import connection_flags, generation_flags
+from spectrumkv.client.client import ServerInfo
+from spectrumkv.client.json_output import STDOUT, message_as_json, write_json
+from spectrumkv.client.tables import facts_table
+from spectrumkv.v1 import decode_pb2, prefill_pb2
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "info",
+        help="show what a server serves",
+        description="Show what a prefill or decode server serves; exit with status 0 only if it is ready.",
+        allow_abbrev=False,
+    )
+    connection_flags.add_connection_flags(parser)
+    parser.add_argument(
+        "--wait", type=generation_flags.parse_seconds, metavar="SECONDS", help="wait until it is ready"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write it as JSON ('-': stdout, instead of the tables)")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do it.
+
+    Raises:
+        SpectrumKVError: the server cannot be reached, is none of ours, or is not ready in time.
+    """
+    with connection_flags.connect(arguments) as client:
+        if arguments.wait is not None:
+            client.wait_until_serving(arguments.wait)
+        serving = client.is_serving()
+        info = client.server_info()
+    if arguments.json != STDOUT:
+        _show(Console(), arguments.server, info, serving)
+    if arguments.json is not None:
+        header = {"server": arguments.server, "service": _service_name(info), "serving": serving}
+        write_json(header | message_as_json(info), arguments.json)
+    return 0 if serving else 1
+
+
+def _service_name(info: ServerInfo) -> str:
+    return "prefill" if isinstance(info, prefill_pb2.PrefillServiceGetServerInfoResponse) else "decode"
+
+
+def _show(console: Console, server: str, info: ServerInfo, serving: bool) -> None:
+    common = _common_facts(server, info, serving)
+    if isinstance(info, decode_pb2.DecodeServiceGetServerInfoResponse):
+        console.print(facts_table(chain(common, _slot_facts(info))))
+        return
+    console.print(facts_table(chain(common, _choice_facts(info))))
+    if info.int4_probe.trials:
+        console.print(_trials_table(info.int4_probe))
+
+
+def _common_facts(server: str, info: ServerInfo, serving: bool) -> Iterator[tuple[str, str]]:
+    model = info.model
+    state = "ready" if serving else "NOT ready"
+    yield "server", f"{server} ({_service_name(info)} {info.version}), {state}"
+    yield "model", f"{info.model_name} on {info.device} in {model.dtype}"
+    shape = f"{model.layers} layers, {model.kv_heads} KV heads of {model.head_dim}"
+    yield "architecture", f"{model.architecture}: {shape}, context {model.context_length}"
+    yield "codecs", ", ".join(f"{codec.name} v{codec.version}" for codec in info.codecs)
+
+
+def _slot_facts(info: decode_pb2.DecodeServiceGetServerInfoResponse) -> Iterator[tuple[str, str]]:
+    yield "slots", f"{info.slots_used:,} of {info.slots_total:,} reserved"
+    yield "running", f"{info.requests_running} requests"
+
+
+def _choice_facts(info: prefill_pb2.PrefillServiceGetServerInfoResponse) -> Iterator[tuple[str, str]]:
+    for policy in info.policies:
+        yield f"policy {policy.name}", f"budget {policy.min_budget:g} to {policy.max_budget:g}"
+    yield "scorers", ", ".join(info.scorers)
+    yield "scopes", ", ".join(info.scopes)
+    yield "defaults", ", ".join(f"{field.name} {value}" for field, value in info.defaults.ListFields())
+    yield "decode workers", ", ".join(info.decode_workers)
+    verdict = info.int4_probe
+    allowed = "allowed" if verdict.int4_allowed else "not allowed"
+    yield "INT4", f"{allowed} ({verdict.source}): {verdict.reason}"
+
+
+def _trials_table(verdict: prefill_pb2.ProbeVerdict) -> Table:
+    table = Table(title="INT4 probe", title_justify="left")
+    for heading in ("prompt tokens", "needle's depth", "found", "found over FP16", "answer"):
+        table.add_column(heading)
+    for trial in verdict.trials:
+        found, found_fp16 = ("yes" if one else "no" for one in (trial.found, trial.found_fp16))
+        depth = f"{trial.depth:.0%}"
+        table.add_row(str(trial.prompt_tokens), depth, found, found_fp16, Text(trial.answer))
+    return table

@@ -1,0 +1,114 @@
+"""Both services on real sockets in this process, with a proxy between them."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from spectrumkv.client.client import SpectrumClient
+from spectrumkv.common.config import Address, DecodeConfig, PrefillConfig, build
+from spectrumkv.common.decode_stream import add_decode_servicer
+from spectrumkv.common.metrics import Metrics
+from spectrumkv.common.model.load import LoadedModel, load_model
+from spectrumkv.common.rpc import Server
+from spectrumkv.decode_server.service import DecodeService
+from spectrumkv.prefill_server.engine import PrefillEngine
+from spectrumkv.prefill_server.service import PrefillService
+from spectrumkv.prefill_server.verdict import ProbeVerdict
+from spectrumkv.v1 import prefill_pb2_grpc
+from tests.services.proxy import CountingProxy, counting_proxy
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A running prefill and decode service."""
+
+    prefill: LoadedModel
+    prefill_port: int
+    decode_port: int
+    prefill_metrics: Metrics
+    decode_metrics: Metrics
+    proxy: CountingProxy
+
+    def client(self) -> SpectrumClient:
+        return SpectrumClient(f"127.0.0.1:{self.prefill_port}")
+
+
+def sample(metrics: Metrics, name: str, **labels: str) -> float:
+    """A metric's value, 0 where it was never touched."""
+    return metrics.registry.get_sample_value(f"spectrumkv_{name}", labels) or 0.0
+
+
+def total(metrics: Metrics, name: str) -> float:
+    """Sum of a metric over its labels."""
+    return sum(
+        one.value
+        for family in metrics.registry.collect()
+        for one in family.samples
+        if one.name == f"spectrumkv_{name}"
+    )
+
+
+@contextlib.contextmanager
+def decode_server(model: Path | None, **options: str) -> Iterator[tuple[DecodeService, Metrics, int]]:
+    metrics = Metrics(CollectorRegistry())
+    config = build(DecodeConfig, {"listen": "127.0.0.1:0", **options})
+    service = DecodeService(load_model(model and str(model), "cpu", "auto"), config, metrics)
+    server = Server(
+        add_decode_servicer,
+        service,
+        "spectrumkv.v1.DecodeService",
+        threads=config.max_streams,
+        count_ended=lambda code: metrics.requests.labels(code).inc(),
+    )
+    port = server.bind(str(config.listen))
+    server.start()
+    try:
+        yield service, metrics, port
+    finally:
+        server.drain(0, threading.Event())
+        service.stop()
+
+
+@contextlib.contextmanager
+def prefill_server(
+    model: Path | None, decode_ports: list[int], int4_allowed: bool = True, **options: str
+) -> Iterator[tuple[LoadedModel, Metrics, int]]:
+    metrics = Metrics(CollectorRegistry())
+    addresses = ",".join(str(Address("127.0.0.1", port)) for port in decode_ports)
+    config = build(PrefillConfig, {"listen": "127.0.0.1:0", "decode": addresses, **options})
+    loaded = load_model(model and str(model), "cpu", "auto")
+    verdict = ProbeVerdict(int4_allowed=int4_allowed, source="flag", reason="set by the test", trials=())
+    service = PrefillService(loaded, config, metrics, PrefillEngine(loaded, config.window), verdict)
+    server = Server(
+        prefill_pb2_grpc.add_PrefillServiceServicer_to_server,
+        service,
+        "spectrumkv.v1.PrefillService",
+        threads=config.max_waiting,
+        count_ended=lambda code: metrics.requests.labels(code).inc(),
+    )
+    port = server.bind(str(config.listen))
+    server.start()
+    try:
+        yield loaded, metrics, port
+    finally:
+        server.drain(0, threading.Event())
+        service.stop()
+
+
+@contextlib.contextmanager
+def running_pair(
+    model: Path | None,
+    int4_allowed: bool = True,
+    decode: dict[str, str] | None = None,
+    prefill: dict[str, str] | None = None,
+) -> Iterator[Pair]:
+    with (
+        decode_server(model, **(decode or {})) as (_, decode_metrics, decode_port),
+        counting_proxy(decode_port) as proxy,
+        prefill_server(model, [proxy.port], int4_allowed, **(prefill or {})) as (loaded, metrics, port),
+    ):
+        yield Pair(loaded, port, decode_port, metrics, decode_metrics, proxy)

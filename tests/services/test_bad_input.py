@@ -1,0 +1,157 @@
+"""Bad input gets the status and the sentence that gRPC's conventions ask for, over real sockets."""
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from spectrumkv.client.client import SpectrumClient
+from spectrumkv.client.request import KvChoice, Message, Sampling, TokenIds
+from spectrumkv.common.decode_stream import open_decode_stream
+from spectrumkv.common.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from spectrumkv.common.rpc import open_channel
+from spectrumkv.v1 import decode_pb2
+from tests.services.pair import Pair, decode_server, prefill_server, running_pair, total
+from tests.services.test_lossless import random_prompt
+
+
+def ask(pair: Pair, prompt: Any = "Hello", **options: Any) -> None:
+    with pair.client() as client:
+        client.generate(prompt, **options).result()
+
+
+def nothing_is_held(pair: Pair) -> bool:
+    return (
+        total(pair.decode_metrics, "kv_bytes_resident") == 0 and total(pair.prefill_metrics, "requests_running") == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"prompt": ""}, "empty"),
+        ({"prompt": []}, "message"),
+        ({"prompt": TokenIds(())}, "empty"),
+        ({"prompt": [Message("robot", "Hello")]}, "robot.*system, user"),
+        ({"prompt": TokenIds((5, 10**6))}, r"token_ids\[1\] is 1000000"),
+        ({"prompt": TokenIds(tuple(random_prompt(3000)))}, "3000.*2048|2048.*3000"),
+        ({"sampling": Sampling(temperature=math.nan)}, "temperature.*nan"),
+        ({"sampling": Sampling(temperature=-1.0)}, "temperature.*-1"),
+        ({"sampling": Sampling(top_p=1.5)}, "top_p.*1.5"),
+        ({"sampling": Sampling(top_p=-0.5)}, "top_p.*-0.5"),
+        ({"sampling": Sampling(repetition_penalty=-2.0)}, "repetition_penalty.*-2"),
+        ({"sampling": Sampling(max_tokens=0)}, "max_tokens.*0"),
+        ({"sampling": Sampling(logprobs=100)}, "logprobs.*100"),
+        ({"sampling": Sampling(stop=("",))}, "stop"),
+        ({"kv": KvChoice(policy="magic")}, "unknown policy 'magic'; valid: .*greedy.*adaptive"),
+        ({"kv": KvChoice(scorer="magic")}, "unknown scorer 'magic'; valid: attention"),
+        ({"kv": KvChoice(codec="magic")}, "unknown codec 'magic'; valid: absmax"),
+        ({"kv": KvChoice(scope="magic")}, "unknown scope 'magic'; valid: layer, model"),
+        ({"kv": KvChoice(policy="native", codec="absmax")}, "native.*absmax"),
+        ({"kv": KvChoice(policy="greedy", codec="native")}, "codec 'native'.*policy 'native'|policy.*'greedy'"),
+        ({"kv": KvChoice(policy="greedy", budget=0.1)}, "greedy.*0.1.*0.25 to 1"),
+        ({"kv": KvChoice(policy="balanced", budget=0.3)}, "balanced.*0.3.*0.375"),
+        ({"kv": KvChoice(budget=2.0)}, "2.0.*1"),
+        ({"kv": KvChoice(budget=math.nan)}, "nan"),
+    ],
+)
+def test_what_is_wrong_is_named(llama_pair: Pair, options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"(?is){sentence}"):
+        ask(llama_pair, **options)
+    assert nothing_is_held(llama_pair)
+
+
+def test_another_model_is_not_found(llama_pair: Pair) -> None:
+    with pytest.raises(NotFoundError, match=r"'gpt-9' is not served here"):
+        ask(llama_pair, model="gpt-9")
+
+
+def test_a_deadline_too_short_is_exceeded(llama_pair: Pair) -> None:
+    with pytest.raises(DeadlineExceededError):
+        ask(llama_pair, timeout=0.001)
+
+
+def test_no_decode_worker(tiny_directories: dict[str, Path]) -> None:
+    with (
+        prefill_server(tiny_directories["llama"], [1]) as (_, _, port),
+        pytest.raises(UnavailableError, match="no decode worker can be reached; start one or name it with --decode"),
+    ):
+        generate_on(port)
+
+
+def test_a_full_decode_worker_refuses_at_once(tiny_directories: dict[str, Path]) -> None:
+    with running_pair(tiny_directories["llama"], decode={"kv_memory": "1MiB"}) as pair:
+        fill = Sampling(max_tokens=300, ignore_eos=True)
+        with pair.client() as client, client.generate(TokenIds((1, 2, 3)), sampling=fill) as held:
+            next(held)
+            with pytest.raises(ResourceExhaustedError, match="free KV slots") as caught:
+                ask(pair, TokenIds((1, 2, 3)), sampling=fill)
+            assert caught.value.retry_after_seconds > 0
+        with pytest.raises(FailedPreconditionError, match=r"1503 slots, and this decode worker has \d+"):
+            ask(pair, TokenIds((1, 2, 3)), sampling=Sampling(max_tokens=1500))
+
+
+def test_a_full_worker_is_passed_over(tiny_directories: dict[str, Path]) -> None:
+    model = tiny_directories["llama"]
+    with (
+        decode_server(model, kv_memory="1MiB") as (_, _, small),
+        decode_server(model, kv_memory="64MiB") as (_, _, large),
+        prefill_server(model, [small, large]) as (_, _, port),
+    ):
+        results = [generate_on(port, max_tokens=400) for _ in range(2)]
+    assert results == [f"127.0.0.1:{large}"] * 2
+
+
+def test_a_peer_of_another_model_is_refused_by_field(tiny_directories: dict[str, Path]) -> None:
+    with (
+        decode_server(tiny_directories["qwen3"]) as (_, _, decode_port),
+        prefill_server(tiny_directories["llama"], [decode_port]) as (_, _, port),
+        pytest.raises(FailedPreconditionError, match=r"qwen3 on decode and llama on prefill.*head_dim"),
+    ):
+        generate_on(port)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code", "sentence"),
+    [
+        (lambda begin: begin.model.__setattr__("rope_digest", "0" * 64), "FAILED_PRECONDITION", "rope_digest"),
+        (lambda begin: begin.codec.__setattr__("version", 9), "FAILED_PRECONDITION", "version 1, prefill 9"),
+        (lambda begin: begin.codec.__setattr__("name", "zip"), "FAILED_PRECONDITION", "'zip'.*absmax"),
+        (lambda begin: begin.prompt_token_ids.__delitem__(slice(None)), "INVALID_ARGUMENT", "no prompt tokens"),
+        (lambda begin: begin.prompt_token_ids.append(10**6), "INVALID_ARGUMENT", "1000000"),
+        (lambda begin: begin.model.__setattr__("layers", 0), "INVALID_ARGUMENT", "layers"),
+        (lambda begin: begin.sampling.__setattr__("temperature", math.inf), "INVALID_ARGUMENT", "temperature"),
+    ],
+)
+def test_decode_checks_begin(
+    llama_pair: Pair, spoil: Callable[[decode_pb2.Begin], None], code: str, sentence: str
+) -> None:
+    begin = decode_pb2.Begin(
+        model=llama_pair.prefill.spec.to_proto(), codec={"name": "absmax", "version": 1}, prompt_token_ids=[1, 2]
+    )
+    spoil(begin)
+    with open_channel(f"127.0.0.1:{llama_pair.decode_port}") as channel:
+        decode = open_decode_stream(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(decode(iter([decode_pb2.DecodeRequest(begin=begin)]), timeout=10))
+    assert caught.value.code().name == code
+    assert pytest.approx(0) == total(llama_pair.decode_metrics, "kv_bytes_resident")
+    assert re.search(sentence, caught.value.details())
+
+
+def generate_on(port: int, max_tokens: int = 8) -> str:
+    """Generate a few tokens; return the decode worker that served them."""
+    with SpectrumClient(f"127.0.0.1:{port}") as client:
+        stream = client.generate(TokenIds((1, 2, 3)), sampling=Sampling(max_tokens=max_tokens, ignore_eos=True))
+        return stream.result().usage.decode_worker

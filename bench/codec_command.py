@@ -1,0 +1,84 @@
+"""`spectrumkv-bench codec`: bytes per second of every codec and tier, against memcpy."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from spectrumkv.bench.geometry_flags import add_geometry_flags, geometry_from
+from spectrumkv.bench.tables import results_console
+from spectrumkv.client.json_output import STDOUT
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "codec",
+        help="speed of every codec and tier, against memcpy",
+        description="Encode and decode a synthetic KV cache with every codec at every tier, and with quanto where it "
+        "is installed; copy as many bytes as the cache has at 16 bits beside them, in turn; report medians.",
+        allow_abbrev=False,
+    )
+    add_geometry_flags(parser)
+    parser.add_argument("--device", default="auto", metavar="NAME", help="one of auto, cpu, cuda (default: auto)")
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="rounds (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON ('-': stdout, instead of the table)")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do it.
+
+    Raises:
+        SpectrumKVError: the geometry or the device cannot be used.
+    """
+    # Loading torch takes seconds, which --help need not pay.
+    from spectrumkv.bench import codec
+    from spectrumkv.bench.codec_kernels import kernels_under_test
+    from spectrumkv.bench.codec_quanto import add_ratios_to_quanto, quanto_codecs
+    from spectrumkv.bench.progress import progress
+    from spectrumkv.bench.speed_result import load_average, write_speed_result
+    from spectrumkv.common.model.load import choose_device
+
+    load_before = load_average()
+    cache = codec.Cache.random(geometry_from(arguments), arguments.tokens, choose_device(arguments.device))
+    under_test = [*codec.registered_codecs(cache), *kernels_under_test(cache), *quanto_codecs(cache)]
+    with progress(arguments.rounds + 1, Console(stderr=True)) as on_round:
+        rows = codec.measure(cache, under_test, arguments.rounds, on_round)
+    add_ratios_to_quanto(rows)
+    if arguments.json != STDOUT:
+        results_console().print(codec_table(rows))
+    if arguments.json is not None:
+        write_speed_result(arguments.json, arguments, rows, None, load_before)
+    return 0
+
+
+def codec_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table for people."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    for heading in ("codec", "tier", "dtype", "device"):
+        table.add_column(heading)
+    for heading in ("encode GB/s", "÷ memcpy", "÷ quanto", "decode GB/s", "÷ memcpy", "÷ quanto"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            *(Text(row[key]) for key in ("codec", "tier", "dtype", "device")),
+            *_cells(row, "encode"),
+            *_cells(row, "decode"),
+        )
+    if rows:
+        table.caption = f"GB of KV at 16 bits an element; memcpy {rows[0]['memcpy_gbps']:.2f} GB/s"
+    return table
+
+
+def _cells(row: Mapping[str, Any], direction: str) -> tuple[str, str, str]:
+    against_quanto = row[f"{direction}_ratio_to_quanto"]
+    return (
+        f"{row[f'{direction}_gbps']:.2f}",
+        f"{row[f'{direction}_ratio']:.3f}",
+        "" if against_quanto is None else f"{against_quanto:.2f}",
+    )

@@ -1,0 +1,33 @@
+"""The `spectrumkv-bench` command. Each command is a module with `add_parser`, which registers it."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from spectrumkv.bench import (
+    codec_command,
+    link_command,
+    niah_command,
+    plot_command,
+    quality_command,
+    serve_command,
+    transfer_command,
+)
+from spectrumkv.client.command import command_parser, run_command, status_and_message
+
+COMMANDS = (quality_command, niah_command, plot_command, codec_command, transfer_command, serve_command, link_command)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    description = "Measure SpectrumKV: quality, speed and bytes, each against baselines in the same run."
+    return command_parser("spectrumkv-bench", description, COMMANDS)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status; see `run_command`."""
+    return run_command(build_parser(), arguments, lambda error, _: status_and_message(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Plots of results, drawn without a display."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
+
+FORMATS = (".png", ".svg", ".pdf")
+MARKERS = "osD^vP*Xdh<>p"
+# A logarithmic axis has no zero; identical distributions are drawn here.
+LEAST_KL = 1e-8
+# Within ± this many per cent, the axis of Δ perplexity is linear.
+LINEAR_DELTA_PCT = 0.1
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def check_destination(path: str | None) -> None:
+    """Refuse a plot that could not be written, before hours are spent on what it shows.
+
+    Raises:
+        InvalidArgumentError: the file's format is not known, or its folder does not exist.
+        FailedPreconditionError: matplotlib is not installed.
+    """
+    if path is None:
+        return
+    if Path(path).suffix not in FORMATS:
+        raise InvalidArgumentError(f"--plot {path}; allowed: a file that ends in one of {', '.join(FORMATS)}")
+    if not Path(path).resolve().parent.is_dir():
+        raise InvalidArgumentError(f"--plot {path}: its folder does not exist")
+    _figure_class()
+
+
+def draw_quality(rows: Rows, path: str, title: str) -> None:
+    """Draw KL and Δ perplexity against counted bytes, one curve for each method, with confidence intervals."""
+    from matplotlib import colormaps
+    from matplotlib.ticker import ScalarFormatter
+
+    figure = _figure_class()(figsize=(12, 9), layout="constrained")
+    divergence, delta = figure.subplots(2, 1, sharex=True)
+    palette = colormaps["tab20"]
+    for number, (label, curve) in enumerate(_curves(rows).items()):
+        style = {
+            "color": palette(number % palette.N),
+            "marker": MARKERS[number % len(MARKERS)],
+            "capsize": 2,
+            "lw": 1,
+        }
+        points = sorted(curve, key=lambda row: float(row["budget_counted"]))
+        budgets = [row["budget_counted"] for row in points]
+        kl = [max(row["kl"], LEAST_KL) for row in points]
+        divergence.errorbar(budgets, kl, _errors(points, "kl"), label=label, **style)
+        change = [row["ppl_delta_pct"] for row in points]
+        delta.errorbar(budgets, change, _errors(points, "ppl_delta_pct"), **style)
+    divergence.set_yscale("log")
+    divergence.set_ylabel("KL to FP16 KV, nats per token")
+    delta.set_yscale("symlog", linthresh=LINEAR_DELTA_PCT)
+    delta.axhline(0, color="gray", lw=0.5)
+    delta.set_ylabel("Δ perplexity, %")
+    delta.set_xscale("log", base=2)
+    delta.xaxis.set_major_formatter(ScalarFormatter())
+    delta.set_xlabel("counted bytes ÷ FP16 KV bytes")
+    for axes in (divergence, delta):
+        axes.grid(visible=True, alpha=0.3)
+    divergence.set_title(f"{title}: {rows[0]['windows']} windows, 95 % intervals")
+    figure.legend(loc="outside right upper", fontsize="small")
+    _save(figure, path)
+
+
+def draw_niah(rows: Rows, path: str, title: str) -> None:
+    """Draw a heat map of depth × counted budget for each method, the exact KV's finds beside each."""
+    curves = _curves(rows)
+    width = min(4, len(curves))
+    height = -(-len(curves) // width)
+    figure = _figure_class()(figsize=(1 + 3.2 * width, 1 + 3 * height), layout="constrained")
+    panels = figure.subplots(height, width, squeeze=False).flatten()
+    for axes in panels[len(curves) :]:
+        axes.set_axis_off()
+    for axes, (label, curve) in zip(panels, curves.items(), strict=False):
+        points = sorted(curve, key=lambda row: float(row["budget_counted"]))
+        columns = [*(_share(row, "found") for row in points), _share(points[0], "found_fp16")]
+        shares = [list(line) for line in zip(*columns, strict=True)]
+        image = axes.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", interpolation="nearest")
+        names = [f"{row['budget_counted']:.2f}" for row in points] + ["FP16"]
+        axes.set_xticks(range(len(names)), names, rotation=60, fontsize="small")
+        depths = [depth["depth"] for depth in points[0]["by_depth"]]
+        every = max(1, len(depths) // 6)
+        axes.set_yticks(range(0, len(depths), every), [f"{depth:.0%}" for depth in depths[::every]], fontsize="small")
+        axes.set_title(label, fontsize="medium")
+    figure.supxlabel("counted bytes ÷ FP16 KV bytes")
+    figure.supylabel("needle's depth")
+    figure.suptitle(title)
+    figure.colorbar(image, ax=list(panels), label="share found", shrink=0.6)
+    _save(figure, path)
+
+
+def _share(row: Mapping[str, Any], key: str) -> list[float]:
+    return [depth[key] / depth["total"] for depth in row["by_depth"]]
+
+
+def _curves(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows by method, budgets together; a label says no more than what tells the methods apart."""
+    told_apart = [key for key in ("codec", "scorer", "scope") if len({row[key] for row in rows if row[key]}) > 1]
+    curves = defaultdict(list)
+    for row in rows:
+        extras = [row[key] for key in told_apart if row[key]]
+        curves[row["policy"] + (f" ({', '.join(extras)})" if extras else "")].append(row)
+    return dict(curves)
+
+
+def _errors(points: Rows, key: str) -> list[list[float]] | None:
+    """Lengths of the error bars down and up."""
+    if any(row[f"{key}_ci"] is None for row in points):
+        return None
+    down = [max(0.0, row[key] - row[f"{key}_ci"][0]) for row in points]
+    return [down, [max(0.0, row[f"{key}_ci"][1] - row[key]) for row in points]]
+
+
+def _figure_class() -> Any:
+    """The class of figures of matplotlib, which picks a backend by the file it is saved to and needs no display."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise FailedPreconditionError(
+            "--plot needs matplotlib, which is not installed; pip install 'spectrumkv[bench]'"
+        ) from error
+    return Figure
+
+
+def _save(figure: Any, path: str) -> None:
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise InvalidArgumentError(f"--plot {path}: {error.strerror}; name a file that can be written") from error

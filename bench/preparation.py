@@ -1,0 +1,76 @@
+"""From a command's flags to a model that is ready to be measured, and the methods to measure."""
+
+import argparse
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from spectrumkv.bench import spectral
+from spectrumkv.bench.method_selection import Choice, MethodSelector
+from spectrumkv.bench.served_model import Method, ServedModel
+from spectrumkv.common.config import PrefillConfig, build
+from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.kv.spectral.basis import SpectralBasis
+from spectrumkv.common.model.load import LoadedModel
+from spectrumkv.prefill_server.basis_cache import EXCERPTS, resolve_basis
+from spectrumkv.prefill_server.engine import PrefillEngine
+from spectrumkv.prefill_server.probe import resolve_verdict
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a bench that compares methods needs.
+
+    Attributes:
+        served: the model.
+        methods: at least one.
+    """
+
+    served: ServedModel
+    methods: list[Method]
+
+
+def prepare(loaded: LoadedModel, choice: Choice, arguments: argparse.Namespace, tokens: int) -> Prepared:
+    """Settle the probe's verdict as a prefill service would, make room, and choose methods.
+
+    Args:
+        loaded: the model.
+        choice: of methods.
+        arguments: with the flags of `add_method_flags`.
+        tokens: most tokens of a prompt and what follows it.
+
+    Raises:
+        InvalidArgumentError: the flags do not fit together or the model.
+    """
+    console = Console(stderr=True, highlight=False)
+    if tokens > loaded.context_length:
+        raise InvalidArgumentError(
+            f"{tokens} tokens are asked for, and {loaded.name} has a context of {loaded.context_length}; "
+            "lower --context"
+        )
+    config = build(PrefillConfig, {"int4": arguments.int4})
+    int4_allowed = _int4_allowed(loaded, config, console)
+    basis = _basis(loaded, console) if any(entry.name == spectral.NAME for entry in choice.entries) else None
+    served = ServedModel(loaded, config.window, tokens, basis)
+    selection = MethodSelector(choice, config, int4_allowed, loaded.spec, served.metrics).select()
+    for note in selection.notes:
+        console.print(note, markup=False, style="dim")
+    return Prepared(served, selection.methods)
+
+
+def _basis(loaded: LoadedModel, console: Console) -> SpectralBasis:
+    def tell(done: int) -> None:
+        console.print(f"calibration, excerpt {done} of {EXCERPTS}", markup=False, style="dim")
+
+    return resolve_basis(loaded, tell)
+
+
+def _int4_allowed(loaded: LoadedModel, config: PrefillConfig, console: Console) -> bool:
+    engine = PrefillEngine(loaded, config.window)
+    try:
+        verdict = resolve_verdict(
+            loaded, engine, config.int4, lambda step: console.print(str(step), markup=False, style="dim")
+        )
+    finally:
+        engine.stop()
+    return verdict.int4_allowed

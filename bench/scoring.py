@@ -1,0 +1,137 @@
+"""How far the distributions over received KV are from those over exact KV, window by window, with its error."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+# Positions whose distributions are in memory at once in float64.
+POSITIONS_AT_ONCE = 64
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class WindowScore:
+    """One method in one window.
+
+    Attributes:
+        tokens: scored tokens.
+        nll: their negative log-likelihood, summed, in nats.
+        nll_fp16: the same over exact FP16 KV.
+        kl: Kullback–Leibler divergence of the method's distributions from those over FP16 KV, summed, in nats.
+        agreed: tokens where both have the same most likely next token.
+        counted: bytes sent.
+        fp16: bytes of the same KV at FP16.
+        nominal_budget: the paper's.
+    """
+
+    tokens: int
+    nll: float
+    nll_fp16: float
+    kl: float
+    agreed: int
+    counted: float
+    fp16: int
+    nominal_budget: float
+
+
+@dataclass(frozen=True)
+class Distance:
+    """`nll`, `nll_fp16`, `kl` and `agreed` of `WindowScore`."""
+
+    nll: float
+    nll_fp16: float
+    kl: float
+    agreed: int
+
+
+def compare(logits: torch.Tensor, reference: torch.Tensor, targets: Sequence[int]) -> Distance:
+    """Compare next-token distributions, in float64.
+
+    Args:
+        logits: `[m, vocab]`, over received KV.
+        reference: `[m, vocab]`, over exact FP16 KV.
+        targets: the m tokens that really come next.
+    """
+    wanted = torch.tensor(targets, device=logits.device)[:, None]
+    nll = nll_fp16 = kl = 0.0
+    for first in range(0, len(targets), POSITIONS_AT_ONCE):
+        rows = slice(first, first + POSITIONS_AT_ONCE)
+        ours = torch.log_softmax(logits[rows].double(), dim=-1)
+        theirs = torch.log_softmax(reference[rows].double(), dim=-1)
+        nll -= float(ours.gather(1, wanted[rows]).sum())
+        nll_fp16 -= float(theirs.gather(1, wanted[rows]).sum())
+        kl += float((theirs.exp() * (theirs - ours)).sum())
+    agreed = int((logits.argmax(dim=-1) == reference.argmax(dim=-1)).sum())
+    return Distance(nll, nll_fp16, kl, agreed)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One method over all windows.
+
+    Attributes:
+        windows: how many.
+        ppl: perplexity.
+        ppl_fp16: perplexity over exact FP16 KV.
+        ppl_delta_pct: by how many per cent the first exceeds the second.
+        ppl_delta_pct_ci: its confidence interval; None for a single window.
+        kl: mean per token, in nats.
+        kl_ci: its confidence interval; None for a single window.
+        top1_agreement: share of the tokens.
+        budget_counted: bytes sent by bytes at FP16.
+        budget_nominal: mean of the windows'.
+    """
+
+    windows: int
+    ppl: float
+    ppl_fp16: float
+    ppl_delta_pct: float
+    ppl_delta_pct_ci: list[float] | None
+    kl: float
+    kl_ci: list[float] | None
+    top1_agreement: float
+    budget_counted: float
+    budget_nominal: float
+
+
+def summarize(scores: Sequence[WindowScore]) -> Summary:
+    """Put the windows together, at least one.
+
+    Intervals are 95 % percentile bootstraps over windows: neighbouring tokens depend on each other, windows hardly.
+    A window is drawn with both its log-likelihoods, so that what makes a text hard cancels in the difference.
+    """
+    columns = {
+        name: np.array([getattr(one, name) for one in scores], dtype=np.float64)
+        for name in WindowScore.__annotations__
+    }
+    tokens = columns["tokens"].sum()
+
+    def delta_pct(rows: np.ndarray) -> np.ndarray:
+        surplus = (columns["nll"] - columns["nll_fp16"])[rows].sum(axis=-1) / columns["tokens"][rows].sum(axis=-1)
+        return np.asarray(100 * np.expm1(surplus))
+
+    def mean_kl(rows: np.ndarray) -> np.ndarray:
+        return np.asarray(columns["kl"][rows].sum(axis=-1) / columns["tokens"][rows].sum(axis=-1))
+
+    everything = np.arange(len(scores))
+    drawn = np.random.default_rng(0).integers(len(scores), size=(RESAMPLES, len(scores)))
+    return Summary(
+        windows=len(scores),
+        ppl=float(np.exp(columns["nll"].sum() / tokens)),
+        ppl_fp16=float(np.exp(columns["nll_fp16"].sum() / tokens)),
+        ppl_delta_pct=float(delta_pct(everything)),
+        ppl_delta_pct_ci=_interval(delta_pct(drawn)) if len(scores) > 1 else None,
+        kl=float(mean_kl(everything)),
+        kl_ci=_interval(mean_kl(drawn)) if len(scores) > 1 else None,
+        top1_agreement=float(columns["agreed"].sum() / tokens),
+        budget_counted=float(columns["counted"].sum() / columns["fp16"].sum()),
+        budget_nominal=float(columns["nominal_budget"].mean()),
+    )
+
+
+def _interval(resampled: np.ndarray) -> list[float]:
+    tail = 50 * (1 - CONFIDENCE)
+    return [float(bound) for bound in np.percentile(resampled, [tail, 100 - tail])]

@@ -1,0 +1,167 @@
+"""Offers requests to a serving system at a rate, and keeps what each of them saw."""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from spectrumkv.client.timings import Timings
+from spectrumkv.common.errors import InvalidArgumentError, SpectrumKVError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a system did for one request.
+
+    Attributes:
+        arrivals: when each token arrived, in seconds after the request was sent.
+        ended: when the end of the answer arrived.
+        kv_bytes_sent: bytes that its KV cache took between processes; 0 where it never left one.
+        kv_fp16_bytes: the same KV cache at 16 bits an element.
+        token_ids: the tokens, where the system tells.
+    """
+
+    arrivals: tuple[float, ...]
+    ended: float
+    kv_bytes_sent: int = 0
+    kv_fp16_bytes: int = 0
+    token_ids: tuple[int, ...] = ()
+
+
+class System(Protocol):
+    """Something that serves requests."""
+
+    def complete(self, token_ids: Sequence[int], output_tokens: int) -> Answer:
+        """Generate exactly `output_tokens` tokens greedily after a prompt; called from many threads.
+
+        Raises:
+            SpectrumKVError: the request failed.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests and when they come.
+
+    Attributes:
+        prompts: token ids of each request.
+        output_tokens: tokens that each request generates, 1 or more.
+        arrivals: when each request comes, in seconds after the start, ascending.
+        max_concurrency: requests that run at once; more wait, and their clocks stand still while they do.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    output_tokens: int
+    arrivals: tuple[float, ...]
+    max_concurrency: int
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("--num-prompts", len(self.prompts)),
+            ("--random-input-len", min(map(len, self.prompts), default=1)),
+            ("--random-output-len", self.output_tokens),
+            ("--max-concurrency", self.max_concurrency),
+        ):
+            if value < 1:
+                raise InvalidArgumentError(f"{name} is {value}; allowed: 1 or more")
+        if len(self.arrivals) != len(self.prompts):
+            raise ValueError(f"{len(self.arrivals)} arrivals for {len(self.prompts)} prompts")
+
+    @classmethod
+    def random(
+        cls,
+        prompts: int,
+        input_tokens: int,
+        output_tokens: int,
+        rate: float | None,
+        max_concurrency: int | None,
+        vocab_size: int,
+        seed: int,
+    ) -> "Workload":
+        """Draw prompts of random tokens, as `vllm bench serve --dataset-name random` does.
+
+        Args:
+            prompts: how many.
+            input_tokens: length of each.
+            output_tokens: tokens that each generates.
+            rate: requests a second, their gaps exponentially distributed; None is all at once.
+            max_concurrency: requests that run at once; None is all.
+            vocab_size: tokens are drawn evenly below it.
+            seed: of all that is drawn.
+
+        Raises:
+            InvalidArgumentError: a number is below 1.
+        """
+        generator = np.random.default_rng(seed)
+        ids = generator.integers(0, vocab_size, (max(prompts, 0), max(input_tokens, 0)))
+        gaps = np.zeros(len(ids)) if rate is None else generator.exponential(1 / rate, len(ids))
+        return cls(
+            prompts=tuple(tuple(row) for row in ids.tolist()),
+            output_tokens=output_tokens,
+            arrivals=tuple(gaps.cumsum().tolist()),
+            max_concurrency=len(ids) if max_concurrency is None else max_concurrency,
+        )
+
+
+@dataclass(frozen=True)
+class Served:
+    """One request that was offered.
+
+    Attributes:
+        started: when it was sent, in seconds after the start of the load.
+        prompt_tokens: length of its prompt.
+        answer: None where it failed.
+        error: why it failed; None where it did not.
+    """
+
+    started: float
+    prompt_tokens: int
+    answer: Answer | None
+    error: SpectrumKVError | None = None
+
+    @property
+    def timings(self) -> Timings:
+        """Latencies by the client's clock; of a request that did not fail."""
+        if self.answer is None:
+            raise ValueError("a failed request has no timings")
+        return Timings.from_arrivals(self.answer.arrivals, self.answer.ended)
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """What a load came to: its requests, and the seconds from its start to its last end."""
+
+    served: tuple[Served, ...]
+    duration: float
+
+
+def offer(workload: Workload, system: System, on_done: Callable[[], None] = lambda: None) -> LoadResult:
+    """Offer a workload to a system and wait for all answers.
+
+    Args:
+        workload: the requests.
+        system: who serves them.
+        on_done: called when a request is over, from its thread.
+    """
+    began = time.perf_counter()
+
+    def serve(prompt: tuple[int, ...]) -> Served:
+        started = time.perf_counter() - began
+        try:
+            return Served(started, len(prompt), system.complete(prompt, workload.output_tokens))
+        except SpectrumKVError as error:
+            return Served(started, len(prompt), None, error)
+        finally:
+            on_done()
+
+    with ThreadPoolExecutor(workload.max_concurrency, thread_name_prefix="load") as clients:
+        waiting: list[Future[Served]] = []
+        for prompt, arrival in zip(workload.prompts, workload.arrivals, strict=True):
+            time.sleep(max(0.0, began + arrival - time.perf_counter()))
+            waiting.append(clients.submit(serve, prompt))
+        served = tuple(future.result() for future in waiting)
+    return LoadResult(served, time.perf_counter() - began)

@@ -1,0 +1,103 @@
+"""`spectrumkv-bench transfer`: a KV cache from process to process, against its FP16 bytes over plain TCP."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from spectrumkv.bench.geometry_flags import add_geometry_flags, geometry_from
+from spectrumkv.bench.kv_flags import add_kv_flags, kv_choices
+from spectrumkv.bench.tables import results_console
+from spectrumkv.client.json_output import STDOUT
+from spectrumkv.common.config import PrefillConfig
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "transfer",
+        help="speed of the way from process to process, against raw TCP",
+        description="Send a synthetic prompt's KV over loopback into the slots of another process: its FP16 bytes "
+        "over plain TCP and over gRPC, and through the product's own pipeline and receiver; report medians.",
+        allow_abbrev=False,
+    )
+    add_geometry_flags(parser)
+    group = parser.add_argument_group("the sender")
+    group.add_argument("--query-heads", type=int, default=9, metavar="N", help="query heads (default: %(default)s)")
+    group.add_argument(
+        "--window",
+        type=int,
+        default=PrefillConfig.window,
+        metavar="N",
+        help="observed queries (default: %(default)s)",
+    )
+    group.add_argument(
+        "--chunk-bytes",
+        type=int,
+        default=PrefillConfig.chunk_bytes,
+        metavar="N",
+        help="payload of a message (default: %(default)s)",
+    )
+    add_kv_flags(parser, policies=("fp16", "default"), budgets=(0.5, 0.3))
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="rounds (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON ('-': stdout, instead of the table)")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do it.
+
+    Raises:
+        SpectrumKVError: the geometry or a policy cannot be used.
+    """
+    # Loading torch takes seconds, which --help need not pay.
+    import torch
+
+    from spectrumkv.bench import transfer
+    from spectrumkv.bench.codec import Cache
+    from spectrumkv.bench.progress import progress
+    from spectrumkv.bench.speed_result import load_average, write_speed_result
+    from spectrumkv.bench.transfer_kv import observations
+    from spectrumkv.common.config import build
+    from spectrumkv.prefill_server.plan import KvPlan
+
+    load_before = load_average()
+    cache = Cache.random(geometry_from(arguments), arguments.tokens, torch.device("cpu"))
+    config = build(PrefillConfig, {"chunk_bytes": arguments.chunk_bytes, "window": arguments.window})
+    plans = [KvPlan.resolve(choice.to_proto(), config, int4_allowed=True, seed=0) for choice in kv_choices(arguments)]
+    layers = observations(cache, arguments.query_heads, config.window)
+    with progress(arguments.rounds + 1, Console(stderr=True)) as on_round:
+        rows = transfer.measure(cache, layers, plans, config.chunk_bytes, arguments.rounds, on_round)
+    if arguments.json != STDOUT:
+        results_console().print(transfer_table(rows))
+    if arguments.json is not None:
+        write_speed_result(arguments.json, arguments, rows, None, load_before)
+    return 0
+
+
+def transfer_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table for people."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    for heading in ("path", "policy", "codec"):
+        table.add_column(heading)
+    for heading in ("target", "counted", "FP16-eq. GB/s", "÷ raw TCP", "seconds", "of that encoding"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        encoding = row["score_and_encode_seconds"]
+        table.add_row(
+            Text(row["path"]),
+            Text(row["policy"] or ""),
+            Text(row["codec"] or ""),
+            "" if row["budget_target"] is None else f"{row['budget_target']:g}",
+            f"{row['budget_counted']:.4f}",
+            f"{row['fp16_equivalent_gbps']:.3f}",
+            f"{row['ratio_to_raw_tcp']:.3f}",
+            f"{row['seconds']:.4f}",
+            "" if encoding is None else f"{encoding:.4f}",
+        )
+    table.caption = "GB of KV at 16 bits an element; encoding includes scores and tiers"
+    return table

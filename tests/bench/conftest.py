@@ -1,0 +1,34 @@
+from collections.abc import Callable
+
+import pytest
+
+from spectrumkv.bench.served_model import ServedModel
+from spectrumkv.bench.wire_method import WireMethod
+from spectrumkv.common.config import PrefillConfig, build
+from spectrumkv.common.model.load import LoadedModel, load_model
+from spectrumkv.prefill_server.plan import KvPlan
+from spectrumkv.v1 import prefill_pb2
+from tests.tiny_models import tiny_model
+
+CAPACITY = 160
+WINDOW = 16
+
+MakeMethod = Callable[..., WireMethod]
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> LoadedModel:
+    return load_model(str(tiny_model("llama")), "cpu", "auto")
+
+
+@pytest.fixture(scope="session")
+def served(tiny_llama: LoadedModel) -> ServedModel:
+    return ServedModel(tiny_llama, WINDOW, CAPACITY)
+
+
+def wire_method(served: ServedModel, policy: str, **options: str | float) -> WireMethod:
+    """The policy as a prefill service with default options would carry it out."""
+    plan = KvPlan.resolve(
+        prefill_pb2.KvOptions(policy=policy, **options), build(PrefillConfig, {}), int4_allowed=True, seed=0
+    )
+    return WireMethod(plan, served.loaded.spec, PrefillConfig.chunk_bytes, served.metrics)

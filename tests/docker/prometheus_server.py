@@ -1,0 +1,111 @@
+"""A Prometheus that holds what the metrics of both services would have been, to put the dashboard's queries to."""
+
+import json
+import subprocess
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from spectrumkv.common.metrics import FRAMING, STAGES, Metrics
+
+START = 1_700_000_000
+STEPS = 60
+STEP_SECONDS = 5
+END = START + (STEPS - 1) * STEP_SECONDS
+
+
+def _serve_one_request(prefill: Metrics, decode: Metrics) -> None:
+    for tier in ("fp16", "int8", "int4", "drop", FRAMING):
+        prefill.kv_bytes_sent.labels(tier).inc(100)
+        decode.kv_bytes_received.labels(tier).inc(100)
+        if tier != FRAMING:
+            prefill.kv_tokens.labels(tier).inc(10)
+    prefill.kv_fp16_equivalent_bytes.inc(1000)
+    decode.kv_fp16_equivalent_bytes.inc(1000)
+    prefill.time_to_first_token.observe(0.2)
+    prefill.handoff.observe(0.05)
+    decode.inter_token_latency.observe(0.02)
+    for stage in STAGES:
+        (decode if stage in ("transfer", "decode") else prefill).request_duration.labels(stage).observe(0.1)
+    for metrics in (prefill, decode):
+        metrics.requests.labels("OK").inc()
+        metrics.requests_running.set(1)
+    decode.chunks_rejected.labels("crc32c").inc()
+
+
+def _history() -> str:
+    """Both services' metrics over five minutes, as OpenMetrics with timestamps."""
+    services = {service: Metrics.for_process(service, "model") for service in ("prefill", "decode")}
+    lines: dict[str, list[str]] = {}
+    for step in range(STEPS):
+        _serve_one_request(services["prefill"], services["decode"])
+        for service, metrics in services.items():
+            where = {"job": f"spectrumkv-{service}", "instance": f"{service}:1"}
+            samples: list[tuple[str, dict[str, str], float]] = [("up", {}, 1.0)]
+            for family in metrics.registry.collect():
+                samples += [(sample.name, sample.labels, sample.value) for sample in family.samples]
+            for name, labels, value in samples:
+                text = ",".join(f'{key}="{given}"' for key, given in (where | labels).items())
+                lines.setdefault(name, []).append(f"{name}{{{text}}} {value} {START + step * STEP_SECONDS}")
+    families = (f"# TYPE {name} unknown\n" + "\n".join(samples) for name, samples in lines.items())
+    return "\n".join(families) + "\n# EOF\n"
+
+
+@contextmanager
+def recorded_prometheus(folder: Path) -> Iterator[str]:
+    """Run a Prometheus over five recorded minutes of both services and yield its URL."""
+    (folder / "history.txt").write_text(_history())
+    (folder / "prometheus.yml").write_text("{}")
+    subprocess.run(
+        ["promtool", "tsdb", "create-blocks-from", "openmetrics", folder / "history.txt", folder / "data"],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    with running_prometheus(folder, "--storage.tsdb.retention.time=100y") as url:
+        yield url
+
+
+@contextmanager
+def running_prometheus(folder: Path, *options: str) -> Iterator[str]:
+    """Run a Prometheus with the configuration and the data in a folder and yield its URL."""
+    server = subprocess.Popen(
+        [
+            "prometheus",
+            f"--config.file={folder / 'prometheus.yml'}",
+            f"--storage.tsdb.path={folder / 'data'}",
+            "--web.listen-address=127.0.0.1:0",
+            "--log.format=json",
+            *options,
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield f"http://{_address_when_ready(server)}"
+    finally:
+        server.terminate()
+        server.communicate(timeout=30)
+
+
+def _address_when_ready(server: "subprocess.Popen[str]") -> str:
+    assert server.stderr is not None
+    address, log = "", []
+    for line in server.stderr:
+        log.append(line)
+        entry = json.loads(line)
+        if entry.get("msg") == "Listening on":
+            address = entry["address"]
+        if entry.get("msg", "").startswith("Server is ready"):
+            return address
+    raise RuntimeError("Prometheus did not start:\n" + "".join(log))
+
+
+def query(url: str, expression: str, time: float | None = END) -> list[Any]:
+    """The series that an instant query gives, at the end of the recording or, without a time, now."""
+    parameters = urllib.parse.urlencode({"query": expression} | ({} if time is None else {"time": time}))
+    with urllib.request.urlopen(f"{url}/api/v1/query?{parameters}", timeout=30) as response:
+        return list(json.load(response)["data"]["result"])

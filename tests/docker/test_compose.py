@@ -1,0 +1,200 @@
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from spectrumkv.client.command_line import build_parser
+from spectrumkv.common.config import DecodeConfig, PrefillConfig, ServerConfig, load
+from spectrumkv.common.security import ChannelSecurity, ServerSecurity, TlsFiles
+from tests.docker.deployment import (
+    COMPOSE_FILES,
+    DOCKER,
+    PROMETHEUS,
+    ROOT,
+    SERVICES,
+    Reset,
+    command,
+    interpolate,
+    read_compose,
+)
+
+CONFIGS: dict[str, type[ServerConfig]] = {"prefill": PrefillConfig, "decode": DecodeConfig}
+
+each_file = pytest.mark.parametrize("file", COMPOSE_FILES)
+each_service = pytest.mark.parametrize("service", SERVICES)
+
+
+def config(file: str, service: str, **environment: str) -> ServerConfig:
+    program, *arguments = command(file, service, **environment)
+    return load(CONFIGS[service], arguments, program)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [({}, "a=4GiB "), ({"K": "8GiB", "M": "q/r"}, "a=8GiB --model=q/r"), ({"K": "", "M": ""}, "a=4GiB ")],
+)
+def test_interpolation_follows_compose(environment: dict[str, str], expected: str) -> None:
+    assert interpolate("a=${K:-4GiB} ${M:+--model=${M}}", environment) == expected
+
+
+def test_plain_compose_up_from_a_clone_finds_the_services() -> None:
+    entry = read_compose(ROOT / "compose.yaml")
+    assert [(ROOT / path).resolve() for path in entry["include"]] == [COMPOSE_FILES["gpu"]]
+    assert entry["name"] == read_compose(COMPOSE_FILES["gpu"])["name"]
+
+
+@each_file
+@each_service
+def test_programs_are_installed_by_the_package(file: str, service: str) -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert command(file, service)[0] in scripts
+    assert command(file, service)[0] == f"spectrumkv-{service}"
+
+
+@each_file
+@each_service
+def test_services_accept_their_flags(file: str, service: str) -> None:
+    options = config(file, service)
+    assert options.model is None
+    assert options.device == {"gpu": "cuda", "cpu": "cpu"}[file]
+    assert not options.listen.is_loopback
+    assert options.allow_plaintext
+
+
+@each_file
+@each_service
+def test_the_environment_reaches_the_flags(file: str, service: str) -> None:
+    options = config(file, service, MODEL="Qwen/Qwen3-8B", LOG_LEVEL="debug", KV_MEMORY="8GiB", BUDGET="0.3")
+    assert (options.model, options.log_level) == ("Qwen/Qwen3-8B", "debug")
+    if isinstance(options, DecodeConfig):
+        assert options.kv_memory == 8 << 30
+    if isinstance(options, PrefillConfig):
+        assert options.budget == 0.3
+
+
+MOUNTED = Path("/run/spectrumkv")
+SECURED = DOCKER / "compose.secured.yaml"
+
+
+@each_file
+def test_secrets_guard_both_services(file: str) -> None:
+    prefill, decode = config(file, "prefill", SECRETS_DIR="/s"), config(file, "decode", SECRETS_DIR="/s")
+    assert isinstance(prefill, PrefillConfig)
+    guards = {
+        service: ServerSecurity.from_config(one) for service, one in {"prefill": prefill, "decode": decode}.items()
+    }
+    for service, guard in guards.items():
+        assert guard.tls is not None
+        assert guard.tls.cert == MOUNTED / f"{service}.crt"
+        assert guard.tls.key == MOUNTED / f"{service}.key"
+    # Clients have tokens, prefill has a certificate too.
+    assert not guards["prefill"].verify_clients
+    assert guards["decode"].verify_clients
+    towards = ChannelSecurity.to_decode(prefill)
+    assert towards.tls == TlsFiles(MOUNTED / "prefill.crt", MOUNTED / "prefill.key", MOUNTED / "ca.crt")
+    assert towards.token_file == guards["decode"].token_file == MOUNTED / "decode-tokens"
+    assert guards["prefill"].token_file == MOUNTED / "client-tokens"
+    plain = config(file, "decode")
+    assert ServerSecurity.from_config(plain) == ServerSecurity()
+
+
+@each_service
+def test_secrets_are_mounted_read_only_and_health_checks_show_them(service: str) -> None:
+    definition = read_compose(SECURED)["services"][service]
+    (volume,) = definition["volumes"]
+    assert volume.endswith(f":{MOUNTED}:ro")
+    program, *arguments = shlex.split(definition["healthcheck"]["test"])
+    parsed = build_parser().parse_args(arguments)
+    assert program == "spectrumkv"
+    assert parsed.server == f"{service}:{config('gpu', service).listen.port}"
+    assert parsed.tls_ca == str(MOUNTED / "ca.crt")
+    assert parsed.token_file.parent == MOUNTED
+    assert (parsed.tls_cert is not None) == (service == "decode")
+
+
+@each_file
+def test_prefill_finds_decode(file: str) -> None:
+    prefill, decode = config(file, "prefill"), config(file, "decode")
+    assert isinstance(prefill, PrefillConfig)
+    assert [str(address) for address in prefill.decode] == [f"decode:{decode.listen.port}"]
+    several = config(file, "prefill", DECODE_WORKERS="decode:50052,decode-2:50052")
+    assert isinstance(several, PrefillConfig)
+    assert [address.host for address in several.decode] == ["decode", "decode-2"]
+
+
+@each_file
+@each_service
+def test_prometheus_scrapes_where_the_services_publish(file: str, service: str) -> None:
+    scrapes = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"]
+    targets = {scrape["job_name"]: scrape["static_configs"][0]["targets"] for scrape in scrapes}
+    assert targets[f"spectrumkv-{service}"] == [f"{service}:{config(file, service).metrics_listen.port}"]
+
+
+@each_file
+@each_service
+def test_docker_waits_longer_than_the_grace(file: str, service: str) -> None:
+    period = read_compose(COMPOSE_FILES["gpu"])["services"][service]["stop_grace_period"]
+    assert int(period.removesuffix("s")) > config(file, service).grace
+
+
+@each_file
+@each_service
+def test_health_checks_ask_the_service_itself(file: str, service: str) -> None:
+    asked = read_compose(COMPOSE_FILES["gpu"])["services"][service]["environment"]["SPECTRUMKV_SERVER"]
+    assert asked == f"127.0.0.1:{config(file, service).listen.port}"
+
+
+@pytest.mark.parametrize(("service", "variable"), [("prefill", "PREFILL_GPU"), ("decode", "DECODE_GPU")])
+def test_each_service_reserves_one_gpu_of_choice(service: str, variable: str) -> None:
+    definition = read_compose(COMPOSE_FILES["gpu"])["services"][service]
+    (device,) = definition["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+    assert [interpolate(one, {}) for one in device["device_ids"]] == ["0"]
+    assert [interpolate(one, {variable: "3"}) for one in device["device_ids"]] == ["3"]
+
+
+@each_service
+def test_without_a_gpu_nothing_is_reserved_and_no_cuda_is_installed(service: str) -> None:
+    definition = read_compose(COMPOSE_FILES["cpu"])["services"][service]
+    assert isinstance(definition["deploy"], Reset)
+    assert definition["build"]["target"] == "cpu"
+    assert definition["build"]["args"]["TORCH_INDEX_URL"].endswith("/cpu")
+    assert definition["image"] != read_compose(COMPOSE_FILES["gpu"])["services"][service]["image"]
+
+
+def test_decode_is_ready_before_prefill_starts() -> None:
+    prefill = read_compose(COMPOSE_FILES["gpu"])["services"]["prefill"]
+    assert prefill["depends_on"]["decode"]["condition"] == "service_healthy"
+
+
+def test_only_loopback_is_published_and_never_decode() -> None:
+    services = read_compose(COMPOSE_FILES["gpu"])["services"]
+    published = {name for name, definition in services.items() if "ports" in definition}
+    assert published == {"prefill", "prometheus", "grafana"}
+    for name in published:
+        for port in services[name]["ports"]:
+            assert interpolate(port, {}).startswith("127.0.0.1:")
+
+
+def test_every_container_drops_privileges() -> None:
+    for definition in read_compose(COMPOSE_FILES["gpu"])["services"].values():
+        assert definition["cap_drop"] == ["ALL"]
+        assert definition["security_opt"] == ["no-new-privileges:true"]
+        assert "privileged" not in definition
+
+
+def test_mounted_files_exist_and_volumes_are_declared() -> None:
+    compose = read_compose(COMPOSE_FILES["gpu"])
+    for definition in compose["services"].values():
+        for volume in definition["volumes"]:
+            source = volume.split(":")[0]
+            assert (DOCKER / source).is_dir() if source.startswith(".") else source in compose["volumes"]
+
+
+def test_images_of_others_are_pinned() -> None:
+    for name in ("prometheus", "grafana"):
+        image = read_compose(COMPOSE_FILES["gpu"])["services"][name]["image"]
+        assert re.fullmatch(r"[\w/]+:v?\d+\.\d+\.\d+", image)

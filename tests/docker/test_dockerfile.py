@@ -1,0 +1,110 @@
+import json
+import re
+import tomllib
+from typing import Any
+
+import pytest
+
+from spectrumkv.client import info_command
+from spectrumkv.client.command_line import build_parser
+from tests.docker.deployment import COMPOSE_FILES, DOCKER, ROOT, SERVICES, interpolate, read_compose
+
+Instruction = tuple[str, str]
+
+
+def stages() -> dict[str, list[Instruction]]:
+    """Instructions of the Dockerfile by stage."""
+    text = re.sub(r"^\s*#.*\n", "", (DOCKER / "Dockerfile").read_text(), flags=re.MULTILINE)
+    found: dict[str, list[Instruction]] = {}
+    stage = ""
+    for line in text.replace("\\\n", " ").splitlines():
+        if not line.strip():
+            continue
+        name, rest = line.split(maxsplit=1)
+        if name == "FROM":
+            stage = rest.split()[-1]
+        found.setdefault(stage, []).append((name, rest))
+    return found
+
+
+def arguments(stage: str, name: str) -> list[str]:
+    return [rest for instruction, rest in stages()[stage] if instruction == name]
+
+
+def project() -> Any:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+@pytest.mark.parametrize("file", COMPOSE_FILES)
+@pytest.mark.parametrize("service", SERVICES)
+def test_compose_builds_a_stage_that_exists(file: str, service: str) -> None:
+    build = read_compose(COMPOSE_FILES[file])["services"][service]["build"]
+    assert build["target"] in stages()
+    for argument in build.get("args", {}):
+        assert any(rest.startswith(f"{argument}=") for rest in arguments("build", "ARG"))
+
+
+@pytest.mark.parametrize("stage", ["cpu", "gpu"])
+def test_images_end_as_a_numbered_user_that_is_not_root(stage: str) -> None:
+    user = arguments(stage, "USER")[-1]
+    uid = user.split(":")[0]
+    assert uid.isdigit()
+    assert int(uid) > 0
+    assert f"useradd --uid {uid} " in " ".join(arguments("cpu", "RUN"))
+
+
+def test_torch_is_the_version_that_the_package_pins() -> None:
+    (version,) = [rest.split("=")[1] for rest in arguments("build", "ARG") if rest.startswith("TORCH_VERSION=")]
+    assert f"torch=={version}" in project()["dependencies"]
+
+
+def test_only_the_gpu_image_has_a_compiler() -> None:
+    assert "gcc" not in " ".join(arguments("cpu", "RUN"))
+    # Triton compiles its launchers with it, against libc's headers.
+    assert {"gcc", "libc6-dev"} <= set(" ".join(arguments("gpu", "RUN")).split())
+
+
+def test_signals_reach_the_service() -> None:
+    (entry,) = arguments("cpu", "ENTRYPOINT")
+    assert json.loads(entry) == ["tini", "--"]
+    (default,) = arguments("cpu", "CMD")
+    assert json.loads(default)[0] in project()["scripts"]
+
+
+def test_the_health_check_is_a_command_that_the_client_has() -> None:
+    (check,) = arguments("cpu", "HEALTHCHECK")
+    (environment,) = arguments("cpu", "ENV")
+    address = re.search(r"SPECTRUMKV_SERVER=(\S+)", environment)
+    assert address is not None
+    program, *words = check.split(" CMD ")[1].split()
+    assert program == "spectrumkv"
+    parsed = build_parser().parse_args([address[1] if word == '"$SPECTRUMKV_SERVER"' else word for word in words])
+    assert parsed.run is info_command.run
+    assert parsed.server == "127.0.0.1:50051"
+
+
+def test_all_that_is_written_lies_in_the_cache_volume() -> None:
+    (environment,) = arguments("cpu", "ENV")
+    variables = dict(word.split("=", 1) for word in environment.split())
+    compose = read_compose(COMPOSE_FILES["gpu"])
+    for service in SERVICES:
+        (volume,) = compose["services"][service]["volumes"]
+        root = volume.split(":")[1]
+        for name in ("HOME", "SPECTRUMKV_CACHE", "HF_HOME", "TRITON_CACHE_DIR"):
+            assert variables[name].startswith(root)
+
+
+def test_the_build_context_holds_what_the_wheel_needs_and_starts_from_nothing() -> None:
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
+    assert lines[0] == "*"
+    folders = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"].values()
+    needed = {folder.split("/")[0] for folder in folders} | {"pyproject.toml", "setup.py", "LICENSE", "README.md"}
+    assert {line[1:] for line in lines if line.startswith("!")} == needed
+
+
+def test_the_build_context_is_the_repository() -> None:
+    compose = read_compose(COMPOSE_FILES["gpu"])
+    build = compose["services"]["prefill"]["build"]
+    assert (DOCKER / build["context"]).resolve() == ROOT
+    assert (ROOT / build["dockerfile"]).is_file()
+    assert interpolate(compose["services"]["prefill"]["image"], {}) == "spectrumkv:gpu"

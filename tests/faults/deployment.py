@@ -1,0 +1,174 @@
+"""Two prefill and two decode services as processes of their own, on a model that is slow where it must be.
+
+    client ── front ──▶ prefill ── back ──▶ decode        what faults happen to
+    others ───────────▶ prefill ──────────▶ small_decode  goes on while decode is gone
+    others ───────────▶ other_prefill ────▶ decode        goes on while prefill is gone
+
+`small_decode` is too small for the requests that faults happen to, so they always go to `decode`.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from spectrumkv.client.client import SpectrumClient
+from spectrumkv.client.pair_config import ServiceLaunch, plan_launches
+from spectrumkv.common.config import Address
+from tests.faults.link import Link, link_to
+from tests.tiny_models import tiny_model
+
+CONTEXT_LENGTH = 16384
+SMALL_SLOTS = 10_000
+# Of the tiny llama: 3 layers, 2 KV heads of 64, keys and values, float32.
+SLOT_BYTES = 3 * 2 * 64 * 2 * 4
+# Requests that generate at once on `decode`.
+PLACES = 2
+READY_SECONDS = 120.0
+SCRAPE_SECONDS = 0.02
+
+
+def long_context_model(directory: Path) -> Path:
+    """The tiny llama with room for long prompts: attention over 12 000 tokens takes seconds a layer."""
+    shutil.copytree(tiny_model("llama"), directory)
+    config = json.loads((directory / "config.json").read_text())
+    config["max_position_embeddings"] = CONTEXT_LENGTH
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@dataclass
+class Service:
+    """One service's process."""
+
+    name: str
+    command: tuple[str, ...]
+    address: Address
+    metrics_address: Address
+    log: Path
+    process: "subprocess.Popen[bytes] | None" = None
+
+    def start(self) -> None:
+        """Start without waiting."""
+        with self.log.open("ab") as log:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stderr=log, env=environment)
+
+    def wait_until_serving(self) -> None:
+        with SpectrumClient(str(self.address)) as client:
+            client.wait_until_serving(READY_SECONDS)
+
+    def send(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        assert self.process is not None
+        self.process.wait()
+
+    def metrics(self) -> dict[str, float]:
+        """Every metric of the service by name, summed over labels, the prefix left out."""
+        sums: dict[str, float] = {}
+        with urllib.request.urlopen(f"http://{self.metrics_address}/metrics", timeout=10) as response:
+            text = response.read().decode()
+        for family in text_string_to_metric_families(text):
+            for one in family.samples:
+                name = one.name.removeprefix("spectrumkv_")
+                sums[name] = sums.get(name, 0.0) + one.value
+        return sums
+
+    def held(self) -> "Held":
+        metrics = self.metrics()
+        return Held(
+            metrics["kv_bytes_resident"],
+            metrics["kv_slots_used_ratio"],
+            metrics["requests_running"] + metrics["requests_waiting"],
+        )
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a service holds for requests: bytes of KV, share of slots, and how many requests there are."""
+
+    resident_bytes: float
+    slots_used: float
+    requests: float
+
+
+NOTHING = Held(0, 0, 0)
+
+
+@dataclass
+class Deployment:
+    """All processes and links."""
+
+    prefill: Service
+    decode: Service
+    other_prefill: Service
+    small_decode: Service
+    front: Link
+    back: Link
+
+    @property
+    def services(self) -> list[Service]:
+        return [self.prefill, self.decode, self.other_prefill, self.small_decode]
+
+    @property
+    def prefill_address(self) -> str:
+        return str(self.prefill.address)
+
+    def restart(self, service: Service) -> None:
+        service.start()
+        service.wait_until_serving()
+
+
+def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    """Scrape until `condition()` is true; fail after `seconds`."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds, f"not within {seconds:g} s: {what}"
+        time.sleep(SCRAPE_SECONDS)
+
+
+@contextlib.contextmanager
+def running_deployment(directory: Path) -> Iterator[Deployment]:
+    model = str(long_context_model(directory / "model"))
+    free = dict.fromkeys(("listen", "decode", "metrics_listen", "decode_metrics_listen"), "127.0.0.1:0")
+    options = {"model": model, "int4": "on", "policy": "fp16", "budget": "1", **free}
+    with contextlib.ExitStack() as running:
+        decode, other_prefill = (
+            _service(launch, directory)
+            for launch in plan_launches({**options, "kv_memory": "256MiB", "max_running": str(PLACES)})
+        )
+        small_decode, prefill = (
+            _service(launch, directory)
+            for launch in plan_launches({**options, "kv_memory": str(SMALL_SLOTS * SLOT_BYTES)})
+        )
+        back = running.enter_context(link_to(decode.address.port))
+        front = running.enter_context(link_to(prefill.address.port))
+        workers = f"--decode={back.address},{small_decode.address}"
+        prefill.command = (*(flag for flag in prefill.command if not flag.startswith("--decode=")), workers)
+        deployment = Deployment(prefill, decode, other_prefill, small_decode, front, back)
+        for service in deployment.services:
+            service.start()
+            running.callback(service.kill)
+        for service in deployment.services:
+            service.wait_until_serving()
+        yield deployment
+
+
+def _service(launch: ServiceLaunch, directory: Path) -> Service:
+    command = (sys.executable, *launch.command[1:])
+    log = directory / f"{launch.name}-{launch.address.port}.log"
+    return Service(launch.name, command, launch.address, launch.metrics_address, log)

@@ -1,0 +1,240 @@
+"""Message sequences that no honest peer sends: a valid one, harmed in a few places, often with valid checksums."""
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+from spectrumkv.common.kv.block import BLOCK_HEADER, MAX_CHUNK_PAYLOAD_BYTES
+from spectrumkv.common.kv.tiers import Tier
+from spectrumkv.common.message_seal import SEAL_BYTES, seal
+from spectrumkv.common.model.load import LoadedModel
+from spectrumkv.v1 import prefill_pb2
+from tests.faults.dialogue import Dialogue, dialogue, make_totals_agree, wire_messages
+
+EDGES_32 = (0, 1, 2, 3, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1)
+EDGES_64 = (*EDGES_32, 2**32, 2**63 - 1, 2**63, 2**64 - 1)
+NUMBERS = (0.0, -0.0, 1.0, -1.0, 1e-300, 1e300, -1e300, math.inf, -math.inf, math.nan, 0.5, 100.0)
+HARMS_AT_MOST = 3
+
+
+def sequence(chance: random.Random, loaded: LoadedModel) -> list[bytes]:
+    """The messages of one hostile stream."""
+    one = dialogue(chance, loaded)
+    harms = [chance.choice(HARMS) for _ in range(chance.randint(0, HARMS_AT_MOST))]
+    for harm in harms:
+        harm(chance, one)
+    if harms and chance.random() < 0.7:
+        # Totals that fit the harmed chunks, so that the harm is what is found.
+        make_totals_agree(one)
+    messages = wire_messages(one)
+    for _ in range(chance.randint(0, HARMS_AT_MOST) if chance.random() < 0.6 else 0):
+        chance.choice(SHUFFLES)(chance, messages)
+    return messages
+
+
+def _harm_sampling(chance: random.Random, one: Dialogue) -> None:
+    harm_sampling(chance, one.begin.sampling)
+
+
+def harm_sampling(chance: random.Random, sampling: Any) -> None:
+    kind = chance.randrange(4)
+    if kind == 0:
+        name = chance.choice(("temperature", "top_p", "repetition_penalty"))
+        setattr(sampling, name, chance.choice(NUMBERS))
+    elif kind == 1:
+        setattr(sampling, chance.choice(("max_tokens", "top_k", "logprobs")), chance.choice(EDGES_32))
+    elif kind == 2:
+        sampling.stop.extend(chance.choice(("", "a", "\0", "é" * 300)) for _ in range(chance.randint(1, 40)))
+    else:
+        sampling.stop_token_ids.extend(chance.choice(EDGES_32) for _ in range(chance.randint(1, 400)))
+
+
+def _harm_prompt(chance: random.Random, one: Dialogue) -> None:
+    ids = one.begin.prompt_token_ids
+    kind = chance.randrange(4)
+    if kind == 0:
+        del ids[:]
+    elif kind == 1:
+        ids[chance.randrange(len(ids)) if ids else 0 :] = [chance.choice(EDGES_32)]
+    elif kind == 2:
+        ids.extend(range(chance.choice((1, 5, 3000))))
+    else:
+        del ids[-1:]
+
+
+def _harm_spec(chance: random.Random, one: Dialogue) -> None:
+    name = chance.choice(("layers", "kv_heads", "head_dim", "vocab_size", "context_length", "dtype", "rope_digest"))
+    value: Any = chance.choice(EDGES_32) if isinstance(getattr(one.begin.model, name), int) else "x" * 70
+    setattr(one.begin.model, name, value)
+
+
+def _harm_codec(chance: random.Random, one: Dialogue) -> None:
+    one.begin.codec.name = chance.choice(("absmax", "native", "", "zip", "a" * 5000))
+    one.begin.codec.version = chance.choice((1, 1, 0, 2**32 - 1))
+
+
+def _harm_end(chance: random.Random, one: Dialogue) -> None:
+    kind = chance.randrange(5)
+    if kind == 0:
+        one.end.first_token_id = chance.choice((*EDGES_32, 2, 49151, 49152))
+    elif kind == 1:
+        one.end.chunks = chance.choice(EDGES_32)
+    elif kind == 2:
+        one.end.payload_bytes = chance.choice(EDGES_64)
+    elif kind == 3:
+        one.end.digest = chance.randbytes(chance.choice((0, 1, 31, 32, 5000)))
+    else:
+        one.end.finished = True
+
+
+def _harm_header(chance: random.Random, one: Dialogue) -> None:
+    """Make a block header lie about one of its fields."""
+    if not one.blocks:
+        return
+    place = chance.randrange(len(one.blocks))
+    payload = bytearray(one.blocks[place])
+    if len(payload) < BLOCK_HEADER.size:
+        return
+    values = list(BLOCK_HEADER.unpack_from(payload))
+    field = chance.randrange(len(values))
+    limit = (2**16, 2**8, 2**8, 2**32, 2**32, 2**32)[field]
+    near = values[field] + chance.choice((-2, -1, 1, 2))
+    values[field] = max(0, min(chance.choice((near, *EDGES_32)), limit - 1))
+    BLOCK_HEADER.pack_into(payload, 0, *values)
+    one.blocks[place] = bytes(payload)
+
+
+def _harm_body(chance: random.Random, one: Dialogue) -> None:
+    """Put NaN, infinities or noise into tier maps, scales and codes."""
+    if not one.blocks:
+        return
+    place = chance.randrange(len(one.blocks))
+    payload = bytearray(one.blocks[place])
+    room = len(payload) - BLOCK_HEADER.size
+    if room < 2:
+        return
+    # float16 NaN, infinities, the smallest subnormal; float32 NaN; noise.
+    noise = chance.choice(
+        (b"\xff\x7f", b"\x00\x7c", b"\x00\xfc", b"\x01\x00", b"\x00\x00\xc0\x7f", chance.randbytes(2))
+    )
+    for _ in range(chance.choice((1, 1, 50))):
+        at = BLOCK_HEADER.size + chance.randrange(room - 1)
+        payload[at : at + len(noise)] = noise
+    one.blocks[place] = bytes(payload[: room + BLOCK_HEADER.size])
+
+
+def _harm_blocks(chance: random.Random, one: Dialogue) -> None:
+    """Lose, repeat, join, cut or bloat the payloads."""
+    kind = chance.randrange(6)
+    place = chance.randrange(max(1, len(one.blocks)))
+    part = one.blocks[place : place + 1]
+    if kind == 0:
+        one.blocks[place : place + 1] = []
+    elif kind == 1:
+        one.blocks[place:place] = part
+    elif kind == 2:
+        one.blocks[place : place + 2] = [b"".join(one.blocks[place : place + 2])]
+    elif kind == 3:
+        one.blocks[place : place + 1] = [payload[: chance.randrange(len(payload) + 1)] for payload in part]
+    elif kind == 4:
+        one.blocks[place : place + 1] = [
+            bytes(chance.choice((0, MAX_CHUNK_PAYLOAD_BYTES, MAX_CHUNK_PAYLOAD_BYTES + 1)))
+        ]
+    else:
+        # Sixteen bytes that ask for as many dropped tokens as there may be, again and again.
+        bomb = BLOCK_HEADER.pack(0, 1, Tier.DROP, 0, chance.choice((1, 12, 2048, 1 << 20, 2**32 - 1)), 0)
+        one.blocks.insert(place, bomb * chance.choice((1, 2, 4000)))
+
+
+HARMS: tuple[Callable[[random.Random, Dialogue], None], ...] = (
+    _harm_sampling,
+    _harm_prompt,
+    _harm_spec,
+    _harm_codec,
+    _harm_end,
+    _harm_end,
+    _harm_header,
+    _harm_header,
+    _harm_body,
+    _harm_body,
+    _harm_blocks,
+    _harm_blocks,
+)
+
+
+def _drop(chance: random.Random, messages: list[bytes]) -> None:
+    place = chance.randrange(max(1, len(messages)))
+    del messages[place : place + 1]
+
+
+def _double(chance: random.Random, messages: list[bytes]) -> None:
+    place = chance.randrange(max(1, len(messages)))
+    messages[place:place] = messages[place : place + 1]
+
+
+def _swap(chance: random.Random, messages: list[bytes]) -> None:
+    chance.shuffle(messages)
+
+
+def _close_early(chance: random.Random, messages: list[bytes]) -> None:
+    del messages[chance.randrange(len(messages) + 1) :]
+
+
+def _insert(chance: random.Random, messages: list[bytes]) -> None:
+    nonsense = chance.randbytes(chance.choice((0, 1, 5, 100, 70_000)))
+    messages.insert(chance.randrange(len(messages) + 1), chance.choice((nonsense, seal(nonsense))))
+
+
+def _flip(chance: random.Random, messages: list[bytes]) -> None:
+    """Flip a bit; half of the time with the seal made good again."""
+    if not messages:
+        return
+    place = chance.randrange(len(messages))
+    message = bytearray(messages[place])
+    if not message:
+        return
+    message[chance.randrange(len(message))] ^= 1 << chance.randrange(8)
+    changed = bytes(message)
+    messages[place] = seal(changed[:-SEAL_BYTES]) if chance.random() < 0.5 else changed
+
+
+SHUFFLES: tuple[Callable[[random.Random, list[bytes]], None], ...] = (
+    _drop,
+    _double,
+    _swap,
+    _close_early,
+    _insert,
+    _flip,
+    _flip,
+)
+
+
+def generate_request(chance: random.Random) -> bytes:
+    """The bytes of a GenerateRequest that is wrong in some way, or not a GenerateRequest at all."""
+    request = prefill_pb2.GenerateRequest(request_id=chance.choice(("", "x", "\n", "x" * 5000)))
+    kind = chance.randrange(4)
+    if kind == 0:
+        request.text = chance.choice(("", "Hello", "\0", "\U0010ffff" * 50, "<|im_end|>" * 9, "a b " * 900))
+    elif kind == 1:
+        request.token_ids.ids.extend(chance.choice((5, 6, *EDGES_32)) for _ in range(chance.choice((0, 1, 5, 3000))))
+    elif kind == 2:
+        for _ in range(chance.choice((0, 1, 3))):
+            request.chat.messages.add(role=chance.choice(("user", "system", "", "root")), content="{{ 7 * 7 }}")
+    request.sampling.max_tokens = chance.choice((1, 2, 3, *EDGES_32))
+    for _ in range(chance.randint(0, 2)):
+        harm_sampling(chance, request.sampling)
+    if chance.random() < 0.5:
+        request.kv.budget = chance.choice((*NUMBERS, 0.3, 0.7))
+    for name in ("policy", "scorer", "codec", "scope"):
+        if chance.random() < 0.3:
+            setattr(
+                request.kv, name, chance.choice(("greedy", "attention", "absmax", "layer", "model", "", "\0", "é"))
+            )
+    data = request.SerializeToString()
+    if chance.random() < 0.3 and data:
+        changed = bytearray(data)
+        for _ in range(chance.randint(1, 4)):
+            changed[chance.randrange(len(changed))] = chance.randrange(256)
+        data = bytes(changed)
+    return data

@@ -1,0 +1,169 @@
+"""More requests than fit: refused at once with a delay, no deadlock, and as much done as at the best load."""
+
+import queue
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from spectrumkv.client.client import SpectrumClient
+from spectrumkv.client.request import Sampling, TokenIds
+from spectrumkv.client.running_pair import RunningPair, running_pair
+from spectrumkv.common.errors import ResourceExhaustedError
+from tests.faults.report import tell
+from tests.services.pair import running_pair as pair_in_process
+from tests.services.pair import total
+from tests.tiny_models import tiny_model
+
+SHORT_PROMPT, LONG_PROMPT, COMPLETION = 48, 1500, 48
+MEASURE_SECONDS = 5.0
+ROUNDS = 3
+CONCURRENCIES = (2, 4, 8, 16)
+SATURATION = 3
+GOODPUT_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one request ended.
+
+    Attributes:
+        prompt_tokens: its length.
+        seconds: from sending to the end.
+        retry_after: seconds after which a refused one was told to come back; None for one that was served.
+    """
+
+    prompt_tokens: int
+    seconds: float
+    retry_after: float | None
+
+    @property
+    def refused(self) -> bool:
+        return self.retry_after is not None
+
+
+def ask(client: SpectrumClient, prompt_tokens: int = SHORT_PROMPT) -> Outcome:
+    """Send one request. Anything but a whole answer or a refusal with a delay is an error."""
+    started = time.monotonic()
+    prompt = TokenIds(tuple(range(50, 50 + prompt_tokens)))
+    try:
+        sampling = Sampling(max_tokens=COMPLETION, ignore_eos=True)
+        completion = client.generate(prompt, sampling=sampling, timeout=60).result()
+    except ResourceExhaustedError as refusal:
+        return Outcome(prompt_tokens, time.monotonic() - started, refusal.retry_after_seconds)
+    assert len(completion.tokens) == COMPLETION
+    return Outcome(prompt_tokens, time.monotonic() - started, None)
+
+
+@pytest.fixture
+def small_pair() -> Iterator[RunningPair]:
+    """Processes with room for a few requests, so that both bounds are met: places on prefill, slots on decode."""
+    free = dict.fromkeys(("listen", "decode", "metrics_listen", "decode_metrics_listen"), "127.0.0.1:0")
+    # 3 KiB a slot: a dozen requests of 96 tokens, one long one.
+    options = {"model": str(tiny_model("llama")), "int4": "on", "kv_memory": "6MiB", "max_waiting": "16", **free}
+    with running_pair(options) as pair:
+        yield pair
+
+
+def closed_loop(address: str, concurrency: int, seconds: float) -> float:
+    """Goodput, in requests a second, with `concurrency` clients that ask again as soon as they have an answer."""
+    until = time.monotonic() + seconds
+
+    def work() -> int:
+        done = 0
+        with SpectrumClient(address) as client:
+            while time.monotonic() < until:
+                done += not ask(client).refused
+        return done
+
+    with ThreadPoolExecutor(concurrency) as pool:
+        return sum(one.result() for one in [pool.submit(work) for _ in range(concurrency)]) / seconds
+
+
+def open_loop(address: str, rate: float, seconds: float, prompts: tuple[int, ...]) -> list[Outcome]:
+    """Send `rate` requests a second whatever becomes of them."""
+    with SpectrumClient(address) as client, ThreadPoolExecutor(64) as pool:
+        started, pending = time.monotonic(), []
+        for number in range(int(rate * seconds)):
+            # Arrivals by the clock are what an open loop is.
+            time.sleep(max(0.0, started + number / rate - time.monotonic()))
+            pending.append(pool.submit(ask, client, prompts[number % len(prompts)]))
+        return [one.result() for one in pending]
+
+
+@pytest.mark.slow
+def test_goodput_at_three_times_saturation(small_pair: RunningPair, capsys: pytest.CaptureFixture[str]) -> None:
+    closed_loop(small_pair.address, 2, 2.0)
+    rates = {
+        concurrency: closed_loop(small_pair.address, concurrency, MEASURE_SECONDS) for concurrency in CONCURRENCIES
+    }
+    best = max(rates, key=lambda concurrency: rates[concurrency])
+    peaks, goodputs, outcomes = [], [], []
+    # In turns, so that whatever else the machine does bears on both alike.
+    for _ in range(ROUNDS):
+        peaks.append(closed_loop(small_pair.address, best, MEASURE_SECONDS))
+        outcomes += (
+            round_of := open_loop(small_pair.address, SATURATION * rates[best], MEASURE_SECONDS, (SHORT_PROMPT,))
+        )
+        goodputs.append(sum(not one.refused for one in round_of) / MEASURE_SECONDS)
+    peak, goodput = statistics.median(peaks), statistics.median(goodputs)
+    refused = [one.seconds for one in outcomes if one.refused]
+    tell(
+        capsys,
+        f"peak {peak:.1f} requests/s; at {SATURATION} times that {goodput:.1f}/s done, {len(refused)} refused, "
+        f"half of them within {statistics.median(refused) * 1e3:.0f} ms",
+    )
+    assert refused
+    assert all(one.retry_after > 0 for one in outcomes if one.retry_after is not None)
+    assert goodput >= GOODPUT_SHARE * peak
+    with SpectrumClient(small_pair.address) as client:
+        assert client.is_serving()
+        assert not ask(client).refused
+
+
+@pytest.mark.slow
+def test_short_and_long_prompts_side_by_side(small_pair: RunningPair, capsys: pytest.CaptureFixture[str]) -> None:
+    """A report: who is refused how often, and who waits how long, when every third prompt is long."""
+    closed_loop(small_pair.address, 2, 2.0)
+    rate = closed_loop(small_pair.address, 4, MEASURE_SECONDS)
+    outcomes = open_loop(small_pair.address, rate, MEASURE_SECONDS, (SHORT_PROMPT, SHORT_PROMPT, LONG_PROMPT))
+    for name, length in (("short", SHORT_PROMPT), ("long", LONG_PROMPT)):
+        mine = [one for one in outcomes if one.prompt_tokens == length]
+        done = [one.seconds for one in mine if not one.refused]
+        assert done, f"no {name} prompt was served"
+        tell(
+            capsys,
+            f"{name} prompts ({length} tokens): {len(done)} of {len(mine)} served, "
+            f"median {statistics.median(done) * 1e3:.0f} ms",
+        )
+
+
+def test_a_crowd_is_served_or_told_when_to_come_back() -> None:
+    """Forty at once where six fit: nobody hangs, the bounds hold, and afterwards all is free."""
+    options = {"kv_memory": str(6 * (SHORT_PROMPT + COMPLETION) * 3072), "max_running": "2"}
+    model: Path = tiny_model("llama")
+    with pair_in_process(model, decode=options, prefill={"max_waiting": "8"}) as pair, pair.client() as client:
+        outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        start = threading.Barrier(40)
+
+        def come() -> None:
+            start.wait()
+            outcomes.put(ask(client))
+
+        crowd = [threading.Thread(target=come) for _ in range(40)]
+        for one in crowd:
+            one.start()
+        for one in crowd:
+            one.join(60)
+        results = [outcomes.get_nowait() for _ in crowd]
+        served = sum(not one.refused for one in results)
+        assert 2 <= served < 40
+        assert all(one.retry_after > 0 for one in results if one.retry_after is not None)
+        assert total(pair.prefill_metrics, "requests_waiting") == 0
+        assert not ask(client).refused
+        assert total(pair.decode_metrics, "kv_bytes_resident") == 0

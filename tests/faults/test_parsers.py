@@ -1,0 +1,103 @@
+"""The code that reads untrusted bytes, under a coverage-guided fuzzer: it returns or raises DataLossError."""
+
+import contextlib
+import random
+
+import crc32c
+import pytest
+import torch
+
+from spectrumkv.common import decode_stream, message_seal
+from spectrumkv.common.errors import DataLossError
+from spectrumkv.common.kv import absmax, body, native, tiers, wire
+from spectrumkv.common.kv.block import BLOCK_HEADER, Block
+from spectrumkv.common.kv.codec import codecs
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.wire import Chunk, ChunkReader, ChunkWriter
+from spectrumkv.v1 import decode_pb2
+from tests.faults.coverage import fuzz
+from tests.faults.report import tell
+
+GEOMETRY = KvGeometry(layers=2, kv_heads=2, head_dim=8, native_dtype=torch.float32)
+TOKENS = 9
+FILES = [one.__file__ for one in (decode_stream, message_seal, absmax, body, native, tiers, wire)]
+SHORT_RUN, LONG_RUN = 3000, 60_000
+
+
+def payloads() -> list[bytes]:
+    """Chunks of both codecs, whole layers and pieces of them."""
+    found: list[bytes] = []
+    for codec, some in (
+        (codecs.get("absmax"), [0, 1, 2, 3]),
+        (codecs.get("absmax"), [2]),
+        (codecs.get("native"), [4]),
+    ):
+        writer = ChunkWriter(300)
+        for layer in range(GEOMETRY.layers):
+            for first, tokens in ((0, 4), (4, TOKENS - 4)):
+                keys, values = torch.randn(2, GEOMETRY.kv_heads, tokens, GEOMETRY.head_dim)
+                kinds = torch.tensor([some[place % len(some)] for place in range(tokens)], dtype=torch.uint8)
+                encoded = codec.encode(keys, values, kinds, GEOMETRY)
+                found += [bytes(chunk.payload) for chunk, _ in writer.add(Block(layer, first, kinds, encoded.body))]
+        found += [bytes(chunk.payload) for chunk, _ in writer.flush()]
+    return found
+
+
+def read_message(data: bytes) -> None:
+    with contextlib.suppress(DataLossError):
+        request = decode_stream.deserialize_request(data)
+        assert isinstance(request, Chunk | decode_pb2.DecodeRequest)
+    with contextlib.suppress(DataLossError):
+        decode_stream.deserialize_response(data)
+
+
+def read_payload(data: bytes) -> None:
+    """What decode does with a chunk whose checksum is right; the first byte picks the codec."""
+    codec = codecs.get(("absmax", "native")[data[0] & 1] if data else "absmax")
+    payload = data[1:]
+    keys = torch.full((GEOMETRY.layers, GEOMETRY.kv_heads, TOKENS, GEOMETRY.head_dim), 7.0)
+    values = keys.clone()
+    reader = ChunkReader(GEOMETRY.layers, TOKENS)
+    with contextlib.suppress(DataLossError):
+        blocks = reader.read(Chunk(0, crc32c.crc32c(payload), (payload,)))
+        for block in blocks:
+            assert 0 <= block.first_token < block.first_token + block.tiers.numel() <= TOKENS
+            span = slice(block.first_token, block.first_token + block.tiers.numel())
+            sizes = codec.decode(
+                block.body, block.tiers, keys[block.layer, :, span], values[block.layer, :, span], GEOMETRY
+            )
+            assert sum(sizes.values()) == block.body.numel()
+
+
+TARGETS = {
+    "messages": (
+        read_message,
+        [decode_stream.serialize_request(Chunk(place, 5, (one,))) for place, one in enumerate(payloads())]
+        + [
+            decode_stream.serialize_request(decode_pb2.DecodeRequest(begin={"prompt_token_ids": [1, 300]})),
+            decode_stream.serialize_request(decode_pb2.DecodeRequest(end={"first_token_id": 3, "digest": b"x" * 32})),
+            decode_stream.serialize_response(decode_pb2.DecodeResponse(token={"index": 1, "text": "a"})),
+        ],
+    ),
+    "payloads": (
+        read_payload,
+        [bytes((codec,)) + one for one in payloads() for codec in (0, 1)] + [BLOCK_HEADER.pack(0, 1, 0, 0, 1, 0)],
+    ),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_any_bytes_are_read_or_refused(target: str) -> None:
+    read, seeds = TARGETS[target]
+    corpus, edges = fuzz(read, seeds, FILES, SHORT_RUN, random.Random(1))
+    assert corpus > len(seeds)
+    assert edges > 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_many_bytes_are_read_or_refused(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    seed = random.SystemRandom().randrange(1 << 32)
+    read, seeds = TARGETS[target]
+    corpus, edges = fuzz(read, seeds, FILES, LONG_RUN, random.Random(seed))
+    tell(capsys, f"{LONG_RUN} inputs for {target}, seed {seed}: {edges} edges, {corpus - len(seeds)} inputs kept")

@@ -1,0 +1,90 @@
+# `make demo` and `make test` do all the set-up they need; see README.md.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PROTOS := $(wildcard proto/spectrumkv/v1/*.proto)
+PACKAGES := common kernels prefill_server decode_server client bench
+TYPING := build/typing/spectrumkv
+PEERS := build/peers
+
+.PHONY: help install demo test test-slow lint format bench-peers clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/.installed  ## Create the virtual environment and install the project into it
+
+$(VENV)/.installed: pyproject.toml setup.py $(PROTOS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "SpectrumKV needs Python 3.11 or newer; name one with: make PYTHON=python3.11 …" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -e '.[dev]'
+	@touch $@
+
+demo: install  ## Start both services on the embedded model, send a long prompt at three budgets
+	$(BIN)/spectrumkv demo
+
+test: install  ## The tests that every change must pass (a few minutes)
+	$(BIN)/python -m pytest -m 'not slow and not gpu' --ignore=tests/faults
+
+test-slow: install  ## The tests that take longer
+	$(BIN)/python -m pytest -m 'slow and not gpu' --ignore=tests/faults
+
+lint: install $(TYPING)  ## Lint, formatting, types, and the .proto files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=build/typing $(BIN)/mypy -p spectrumkv
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+
+# mypy follows folders, not setuptools' mapping of them: give it the import names as links.
+$(TYPING): Makefile
+	mkdir -p $@
+	for package in $(PACKAGES); do ln -sfn ../../../$$package $@/$$package; done
+	ln -sfn ../../../proto/spectrumkv/v1 $@/v1
+	@touch $@
+
+format: install  ## Rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/buf format -w
+
+# kvpress pins an older transformers than SpectrumKV runs on, so the package cannot be installed beside it; what the two
+# share is imported through the links that mypy uses.
+bench-peers: install $(TYPING) $(PEERS)/.installed  ## NVIDIA's kvpress on the windows of `quality`: TEXT=FILE ARGS='--windows 24 --json FILE'
+	@test -n "$(TEXT)" || { echo "name a text: make bench-peers TEXT=FILE ARGS='--windows 24 --json FILE'" >&2; exit 1; }
+	PYTHONPATH=build/typing $(PEERS)/bin/python -m spectrumkv.bench.kvpress_peers --text "$(TEXT)" $(ARGS)
+
+$(PEERS)/.installed: bench/kvpress-requirements.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --disable-pip-version-check --progress-bar off -q -r $<
+	@touch $@
+
+clean:  ## Remove the virtual environment and everything generated
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f proto/spectrumkv/v1/*_pb2.py proto/spectrumkv/v1/*_pb2.pyi proto/spectrumkv/v1/*_pb2_grpc.py
+
+RESULTS := bench/results
+.PHONY: bench bench-link
+
+bench: install  ## Speed of codecs, of the transfer and of serving, beside baselines (docs/benchmarks.md)
+	mkdir -p $(RESULTS)
+	$(BIN)/spectrumkv-bench codec --json $(RESULTS)/codec.json
+	$(BIN)/spectrumkv-bench transfer --json $(RESULTS)/transfer.json
+	$(BIN)/spectrumkv-bench serve --num-prompts 4 --random-input-len 1024 --random-output-len 32 \
+		--goodput ttft:5000 tpot:150 --json $(RESULTS)/serve-1024.json
+	$(BIN)/spectrumkv-bench serve --num-prompts 8 --max-concurrency 8 --random-input-len 64 --random-output-len 64 \
+		--json $(RESULTS)/serve-8-streams.json
+	$(BIN)/spectrumkv-bench serve --num-prompts 1 --random-input-len 64 --random-output-len 64 \
+		--json $(RESULTS)/serve-1-stream.json
+
+bench-link: install  ## Hand-off against bandwidth, over a shaped link between network namespaces (root, Linux)
+	mkdir -p $(RESULTS)
+	$(BIN)/spectrumkv-bench link --json $(RESULTS)/link.json --plot $(RESULTS)/link.png \
+		--timeline $(RESULTS)/link-timeline.png
+
+# Real processes are killed, frozen and cut off here, so that nothing else should run beside it.
+.PHONY: test-faults
+
+test-faults: install  ## Every fault in every phase on real processes (docs/faults.md; a quarter of an hour)
+	$(BIN)/python -m pytest tests/faults

@@ -8,7 +8,7 @@ import torch
 
 from spectrumkv.bench.interleaving import interleaved_medians, timed
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.kv.codec import Codec, codecs
+from spectrumkv.common.kv.codec import TierCodec, tier_codecs
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier
 
@@ -89,7 +89,7 @@ class RegisteredCodec:
         slots: where `decode` writes: keys and values of each layer in turn, `[kv_heads, n, head_dim]`.
     """
 
-    def __init__(self, codec: Codec, tiers: Sequence[Tier], cache: Cache) -> None:
+    def __init__(self, codec: TierCodec, tiers: Sequence[Tier], cache: Cache) -> None:
         self.codec = codec.name
         self.tier = tiers[0].label if len(tiers) == 1 else MIXED
         self._codec = codec
@@ -116,10 +116,9 @@ class RegisteredCodec:
 
 
 def registered_codecs(cache: Cache) -> list[CodecUnderTest]:
-    """Every codec of the registry at each of its tiers but DROP, which moves nothing, and at all of them mixed."""
+    """Every codec that writes the tiers of policies: at each tier but DROP, which moves nothing, and at all mixed."""
     found: list[CodecUnderTest] = []
-    for name in codecs:
-        codec = codecs.get(name)
+    for codec in tier_codecs().values():
         tiers = sorted(codec.tiers - {Tier.DROP})
         found += [RegisteredCodec(codec, [tier], cache) for tier in tiers]
         if len(tiers) > 1:

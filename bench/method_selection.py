@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
-from spectrumkv.bench import pdtrim, quantized_cache, spectral  # noqa: F401  # they register their baselines
+from spectrumkv.bench import pdtrim, quantized_cache  # noqa: F401  # they register their baselines
 from spectrumkv.bench.baselines import BaselineMethod, baselines
 from spectrumkv.bench.method_flags import DEFAULT_BUDGETS
 from spectrumkv.bench.served_model import Method
@@ -15,6 +15,7 @@ from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.codec import codecs
 from spectrumkv.common.kv.policy import Policy, policies
 from spectrumkv.common.kv.scoring import scorers
+from spectrumkv.common.kv.spectral.basis import SpectralBasis
 from spectrumkv.common.metrics import Metrics
 from spectrumkv.common.model.spec import ModelSpec
 from spectrumkv.prefill_server.plan import SCOPES, KvPlan
@@ -116,6 +117,7 @@ class MethodSelector:
         int4_allowed: the probe's verdict.
         spec: the model's.
         metrics: told of every byte.
+        basis: the model's, for codecs that need one.
     """
 
     choice: Choice
@@ -123,6 +125,7 @@ class MethodSelector:
     int4_allowed: bool
     spec: ModelSpec
     metrics: Metrics
+    basis: SpectralBasis | None
 
     def select(self) -> Selection:
         """Return the methods.
@@ -188,7 +191,7 @@ class MethodSelector:
         asked.CopyFrom(options)
         if budget is not None:
             asked.budget = budget
-        plan = KvPlan.resolve(asked, self.config, self.int4_allowed, self.choice.seed)
+        plan = KvPlan.resolve(asked, self.config, self.int4_allowed, self.choice.seed, self.basis)
         return WireMethod(plan, self.spec, self.config.chunk_bytes, self.metrics)
 
 

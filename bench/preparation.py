@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from spectrumkv.bench import spectral
 from spectrumkv.bench.method_selection import Choice, MethodSelector
 from spectrumkv.bench.served_model import Method, ServedModel
 from spectrumkv.common.config import PrefillConfig, build
@@ -50,9 +49,9 @@ def prepare(loaded: LoadedModel, choice: Choice, arguments: argparse.Namespace, 
         )
     config = build(PrefillConfig, {"int4": arguments.int4})
     int4_allowed = _int4_allowed(loaded, config, console)
-    basis = _basis(loaded, console) if any(entry.name == spectral.NAME for entry in choice.entries) else None
-    served = ServedModel(loaded, config.window, tokens, basis)
-    selection = MethodSelector(choice, config, int4_allowed, loaded.spec, served.metrics).select()
+    basis = _basis(loaded, console)
+    served = ServedModel(loaded, config.window, tokens)
+    selection = MethodSelector(choice, config, int4_allowed, loaded.spec, served.metrics, basis).select()
     for note in selection.notes:
         console.print(note, markup=False, style="dim")
     return Prepared(served, selection.methods)

@@ -11,7 +11,6 @@ from prometheus_client import CollectorRegistry
 from spectrumkv.bench.attention import ATTENTION_NAME, ReceivedContext
 from spectrumkv.bench.rows import MethodName
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.spectral.basis import SpectralBasis
 from spectrumkv.common.metrics import Metrics
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.decode_server.slots import Reservation, SlotArena
@@ -25,12 +24,10 @@ class Prompt:
     Attributes:
         token_ids: its tokens.
         captured: what the layers showed while it ran.
-        basis: the model's spectral basis; None where no method needs it.
     """
 
     token_ids: tuple[int, ...]
     captured: CapturedPrompt
-    basis: SpectralBasis | None = None
 
 
 @dataclass(frozen=True)
@@ -82,12 +79,10 @@ class ServedModel:
         loaded: the model; its attention is switched to the bench's.
         window: how many of the last queries of a prompt's layers scorers see.
         capacity: most tokens of a prompt and what follows it.
-        basis: the model's spectral basis, for methods that need it.
     """
 
-    def __init__(self, loaded: LoadedModel, window: int, capacity: int, basis: SpectralBasis | None = None) -> None:
+    def __init__(self, loaded: LoadedModel, window: int, capacity: int) -> None:
         self.loaded = loaded
-        self._basis = basis
         self.metrics = Metrics(CollectorRegistry())
         self._window = window
         self._capacity = capacity
@@ -99,7 +94,7 @@ class ServedModel:
     def prefill(self, token_ids: Sequence[int]) -> Prompt:
         """Run a prompt once; every method then sends the KV of this one pass."""
         captured = capture_prompt(self.loaded.model, token_ids, min(self._window, len(token_ids)))
-        return Prompt(tuple(token_ids), captured, self._basis)
+        return Prompt(tuple(token_ids), captured)
 
     @contextmanager
     def receive(self, method: Method, prompt: Prompt) -> Iterator[tuple[ReceivedContext, SentBytes]]:

@@ -42,7 +42,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="N",
         help="payload of a message (default: %(default)s)",
     )
-    add_kv_flags(parser, policies=("fp16", "default"), budgets=(0.5, 0.3))
+    add_kv_flags(parser, policies=("fp16", "adaptive", "default"), budgets=(0.5, 0.3))
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="rounds (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON ('-': stdout, instead of the table)")
     parser.set_defaults(run=run, parser=parser)
@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.bench.codec import Cache
     from spectrumkv.bench.progress import progress
     from spectrumkv.bench.speed_result import load_average, write_speed_result
+    from spectrumkv.bench.synthetic_basis import synthetic_basis
     from spectrumkv.bench.transfer_kv import observations
     from spectrumkv.common.config import build
     from spectrumkv.prefill_server.plan import KvPlan
@@ -68,7 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
     load_before = load_average()
     cache = Cache.random(geometry_from(arguments), arguments.tokens, torch.device("cpu"))
     config = build(PrefillConfig, {"chunk_bytes": arguments.chunk_bytes, "window": arguments.window})
-    plans = [KvPlan.resolve(choice.to_proto(), config, int4_allowed=True, seed=0) for choice in kv_choices(arguments)]
+    basis = synthetic_basis(cache.geometry)
+    plans = [KvPlan.resolve(choice.to_proto(), config, True, 0, basis) for choice in kv_choices(arguments)]
     layers = observations(cache, arguments.query_heads, config.window)
     with progress(arguments.rounds + 1, Console(stderr=True)) as on_round:
         rows = transfer.measure(cache, layers, plans, config.chunk_bytes, arguments.rounds, on_round)

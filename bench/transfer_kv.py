@@ -15,19 +15,21 @@ from spectrumkv.common.decode_stream import (
     ArrivedRequest,
     ArrivedResponse,
     open_decode_stream,
+    put_basis,
     serialized_bytes,
 )
 from spectrumkv.common.errors import DataLossError, InternalError, InvalidArgumentError
-from spectrumkv.common.kv.codec import codecs
+from spectrumkv.common.kv.codec import codecs, needed_basis
 from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.kv.wire import Chunk
 from spectrumkv.common.metrics import Metrics
 from spectrumkv.common.rpc import error_from_rpc
+from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.decode_server.receiver import KvReceiver
 from spectrumkv.decode_server.slots import SlotArena
 from spectrumkv.prefill_server.pipeline import FirstToken, KvPipeline, SentKv
 from spectrumkv.prefill_server.plan import KvPlan
-from spectrumkv.v1 import decode_pb2, kv_pb2
+from spectrumkv.v1 import decode_pb2
 
 
 class ReceivingServicer:
@@ -41,6 +43,7 @@ class ReceivingServicer:
     def __init__(self, arena: SlotArena, metrics: Metrics) -> None:
         self._arena = arena
         self._metrics = metrics
+        self._bases = BasisStore(arena.geometry)
 
     def Decode(  # noqa: N802  # gRPC's spelling
         self, requests: Iterator[ArrivedRequest], context: grpc.ServicerContext
@@ -48,15 +51,25 @@ class ReceivingServicer:
         """Answer Admitted, and Finished once all KV is in the slots and verified."""
         begin = _expect(next(requests), "begin").begin
         tokens = len(begin.prompt_token_ids)
+        codec = codecs.get(begin.codec.name)
+        basis = self._bases.get(begin.codec.basis_digest) if codec.needs_basis else None
+        decoder = codec.decoder(self._arena.geometry, basis)
         with self._arena.reserve(tokens) as reservation:
             yield decode_pb2.DecodeResponse(admitted=decode_pb2.Admitted(slots=reservation.capacity))
-            receiver = KvReceiver(self._arena, reservation, codecs.get(begin.codec.name), tokens, self._metrics)
+            receiver = KvReceiver(self._arena, reservation, decoder, tokens, self._metrics)
             for message in requests:
                 if isinstance(message, Chunk):
                     receiver.accept(message, serialized_bytes(message))
                     continue
                 receiver.finish(_expect(message, "end").end)
                 yield decode_pb2.DecodeResponse(finished=decode_pb2.DecodeFinished())
+
+    def PutBasis(  # noqa: N802  # gRPC's spelling
+        self, request_iterator: Iterator[decode_pb2.PutBasisRequest], context: grpc.ServicerContext
+    ) -> decode_pb2.PutBasisResponse:
+        """Keep the basis that the cache is coded in."""
+        self._bases.receive(request_iterator)
+        return decode_pb2.PutBasisResponse()
 
     def GetServerInfo(  # noqa: N802  # gRPC's spelling
         self, request: decode_pb2.DecodeServiceGetServerInfoRequest, context: grpc.ServicerContext
@@ -100,12 +113,14 @@ class KvSender:
         chunk_bytes: int,
     ) -> None:
         self._open: Any = open_decode_stream(channel)
+        if plan.codec.needs_basis:
+            put_basis(channel, needed_basis(plan.codec, plan.basis), timeout=None)
         self._observations = observations
         self._plan = plan
         self._geometry = cache.geometry
         self._begin = decode_pb2.Begin(
             request_id="0" * 32,
-            codec=kv_pb2.CodecId(name=plan.codec.name, version=plan.codec.version),
+            codec=plan.codec_id,
             prompt_token_ids=[0] * cache.tokens,
         )
         self._chunk_bytes = chunk_bytes

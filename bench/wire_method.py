@@ -15,7 +15,7 @@ from spectrumkv.decode_server.receiver import KvReceiver
 from spectrumkv.decode_server.slots import Reservation, SlotArena
 from spectrumkv.prefill_server.pipeline import FirstToken, KvPipeline, SentKv
 from spectrumkv.prefill_server.plan import KvPlan
-from spectrumkv.v1 import decode_pb2, kv_pb2
+from spectrumkv.v1 import decode_pb2
 
 # As long as the identifiers that the prefill service draws.
 REQUEST_ID = "0" * 32
@@ -77,7 +77,8 @@ class WireMethod:
         for layer in prompt.captured.layers:
             pipeline.put_layer(layer)
         pipeline.put_first_token(FirstToken(prompt.captured.first_token, finished=False))
-        receiver = KvReceiver(arena, reservation, self.plan.codec, len(prompt.token_ids), self.metrics)
+        decoder = self.plan.decoder(arena.geometry)
+        receiver = KvReceiver(arena, reservation, decoder, len(prompt.token_ids), self.metrics)
         counted = 0
         for message in pipeline.messages():
             serialized = serialize_request(message)
@@ -89,7 +90,7 @@ class WireMethod:
         return decode_pb2.Begin(
             request_id=REQUEST_ID,
             model=self.spec.to_proto(),
-            codec=kv_pb2.CodecId(name=self.plan.codec.name, version=self.plan.codec.version),
+            codec=self.plan.codec_id,
             prompt_token_ids=prompt.token_ids,
             sampling=SamplingParams(seed=self.plan.seed).to_proto(),
         )
@@ -97,6 +98,8 @@ class WireMethod:
 
 def is_fixed(policy: Policy) -> bool:
     """Whether a policy does the same at its least and at its largest budget, so that one run says it all."""
+    if policy.budget_is_counted:
+        return False
     scores = torch.linspace(0.0, 1.0, TRIAL_TOKENS)
     least, most = (
         policy.assign(TierRequest(scores, budget, int4_allowed=True, seed=0))

@@ -100,8 +100,8 @@ class PrefillConfig(ServerConfig):
     decode_token_file: str | None = option(
         None, "file whose first bearer token goes to decode workers; the variable SPECTRUMKV_TOKEN if not given"
     )
-    policy: str = option("adaptive", "how tokens get their tiers where a request does not say")
-    budget: float = option(0.5, "mean cost per token relative to FP16 where a request does not say", number(0.05, 1))
+    policy: str = option("spectral", "how tokens get their tiers where a request does not say")
+    budget: float = option(0.3, "bytes sent relative to FP16 where a request does not say", number(0.05, 1))
     scorer: str = option("attention", "how tokens are ranked where a request does not say")
     codec: str = option("absmax", "how tiers are coded where a request does not say")
     scope: str = option(

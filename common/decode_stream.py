@@ -15,8 +15,10 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from spectrumkv.common.errors import DataLossError
+from spectrumkv.common.kv.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.wire import Chunk
 from spectrumkv.common.message_seal import SEAL_BYTES, seal, unseal
+from spectrumkv.common.trace_context import current_trace
 from spectrumkv.v1 import decode_pb2
 
 SERVICE_NAME = "spectrumkv.v1.DecodeService"
@@ -28,6 +30,7 @@ _SEQUENCE_TAG = 1 << 3 | 0
 _CRC_TAG = 2 << 3 | 5
 _PAYLOAD_TAG = 3 << 3 | 2
 _LONGEST_VARINT = 5
+BASIS_PIECE_BYTES = 512 << 10
 
 Request = decode_pb2.DecodeRequest | Chunk
 ArrivedRequest = Request | DataLossError
@@ -47,6 +50,26 @@ def open_decode_stream(channel: grpc.Channel) -> Callable[..., Any]:
     return stream
 
 
+def put_basis(channel: grpc.Channel, basis: SpectralBasis, timeout: float | None) -> int:
+    """Send a codec basis to a decode worker; return how many bytes were serialized.
+
+    Raises:
+        grpc.RpcError: the worker refused it, or could not be reached.
+    """
+    data, digest = basis.serialized, basis.digest
+    pieces = [
+        decode_pb2.PutBasisRequest(digest=digest, part=data[start : start + BASIS_PIECE_BYTES])
+        for start in range(0, len(data), BASIS_PIECE_BYTES)
+    ]
+    call = channel.stream_unary(
+        f"/{SERVICE_NAME}/PutBasis",
+        request_serializer=decode_pb2.PutBasisRequest.SerializeToString,
+        response_deserializer=decode_pb2.PutBasisResponse.FromString,
+    )
+    call(iter(pieces), timeout=timeout, metadata=current_trace().metadata)
+    return sum(piece.ByteSize() for piece in pieces)
+
+
 def add_decode_servicer(servicer: Any, server: grpc.Server) -> None:
     """Register a servicer whose `Decode` gets `ArrivedRequest`: a chunk as `Chunk`, other requests as messages."""
     handlers = {
@@ -54,6 +77,11 @@ def add_decode_servicer(servicer: Any, server: grpc.Server) -> None:
             servicer.Decode,
             request_deserializer=_arrived_request,
             response_serializer=serialize_response,
+        ),
+        "PutBasis": grpc.stream_unary_rpc_method_handler(
+            servicer.PutBasis,
+            request_deserializer=decode_pb2.PutBasisRequest.FromString,
+            response_serializer=decode_pb2.PutBasisResponse.SerializeToString,
         ),
         "GetServerInfo": grpc.unary_unary_rpc_method_handler(
             servicer.GetServerInfo,

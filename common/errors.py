@@ -42,6 +42,10 @@ class FailedPreconditionError(SpectrumKVError):
     code = "FAILED_PRECONDITION"
 
 
+class BasisMissingError(FailedPreconditionError):
+    """The receiver lacks the codec basis that Begin names; it can be sent one (`PutBasis`) and asked again."""
+
+
 class ResourceExhaustedError(SpectrumKVError):
     """No room at present.
 

@@ -23,6 +23,8 @@ LATENCY_BUCKETS = (
 STAGES = ("queue", "prefill", "encode", "transfer", "decode")
 # Bytes that belong to no tier: tier maps, block headers, message framing, Begin and End.
 FRAMING = "framing"
+# The basis of a codec, once for each decode worker.
+BASIS = "basis"
 
 
 class Metrics:

@@ -105,7 +105,7 @@ class StatusInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc h
 
     Args:
         requests: the streams of SpectrumKV's own services.
-        watchers: all other streams, which are those of health and reflection.
+        watchers: all other streams: those of health and reflection, and uploads.
         count_ended: called with the status code's name at the end of each stream in `requests`.
     """
 
@@ -124,6 +124,9 @@ class StatusInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc h
         if handler.unary_unary:
             guarded_unary = _guard_unary(handler.unary_unary) if ours else handler.unary_unary
             return grpc.unary_unary_rpc_method_handler(guarded_unary, *serialization)
+        if handler.stream_unary:
+            guarded_upload = _guard_unary(_bounded(handler.stream_unary, self._watchers))
+            return grpc.stream_unary_rpc_method_handler(guarded_upload, *serialization)
         behaviour = handler.stream_stream or handler.unary_stream
         if ours:
             guarded = _recorded(handler_call_details, behaviour, self._requests, self._count_ended)
@@ -178,6 +181,14 @@ def _guard_stream(behaviour: StreamBehaviour, places: OpenStreams, on_end: OnEnd
             on_end(left.code if left else "OK", left)
 
     return guarded
+
+
+def _bounded(behaviour: UnaryBehaviour, places: OpenStreams) -> UnaryBehaviour:
+    def bounded(request: Any, context: grpc.ServicerContext) -> Any:
+        with places.hold(context):
+            return behaviour(request, context)
+
+    return bounded
 
 
 def _guard_unary(behaviour: UnaryBehaviour) -> UnaryBehaviour:

@@ -1,13 +1,17 @@
 """How errors become gRPC statuses, and statuses errors again."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import grpc
 from google.protobuf import any_pb2, duration_pb2
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from spectrumkv.common import errors
 from spectrumkv.common.errors import (
+    BasisMissingError,
     DataLossError,
     DeadlineExceededError,
     InternalError,
@@ -23,8 +27,12 @@ MAX_STATUS_MESSAGE_BYTES = 1536
 DEADLINE_MESSAGE = "the deadline passed; allow more time or ask for fewer tokens"
 
 _ERRORS_BY_CODE: dict[str, type[SpectrumKVError]] = {
-    error.code: error for error in vars(errors).values() if isinstance(error, type) and hasattr(error, "code")
+    error.code: error
+    for error in vars(errors).values()
+    if isinstance(error, type) and issubclass(error, SpectrumKVError) and error.__base__ is SpectrumKVError
 }
+# Type of the violation that tells `BasisMissingError` from other failed preconditions.
+_BASIS_MISSING = "SPECTRUMKV_CODEC_BASIS"
 # What gRPC itself says when a deadline passes.
 _GRPC_DEADLINE_DETAILS = "Deadline Exceeded"
 # gRPC answers an oversized message with RESOURCE_EXHAUSTED, though no retry can mend it.
@@ -57,13 +65,22 @@ _HANDSHAKE_ERRORS = (
 def to_status(error: SpectrumKVError) -> grpc.Status:
     """Return the status for an error, with RetryInfo where trying again makes sense."""
     status = status_pb2.Status(code=code_pb2.Code.Value(error.code), message=_shortened(error.message))
+    for message in _details(error):
+        detail = any_pb2.Any()
+        detail.Pack(message)
+        status.details.append(detail)
+    return rpc_status.to_status(status)
+
+
+def _details(error: SpectrumKVError) -> Iterator[Message]:
+    """What the status says for programs to read."""
     if isinstance(error, ResourceExhaustedError):
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(round(error.retry_after_seconds * 1e9))
-        detail = any_pb2.Any()
-        detail.Pack(error_details_pb2.RetryInfo(retry_delay=delay))
-        status.details.append(detail)
-    return rpc_status.to_status(status)
+        yield error_details_pb2.RetryInfo(retry_delay=delay)
+    if isinstance(error, BasisMissingError):
+        violation = error_details_pb2.PreconditionFailure.Violation(type=_BASIS_MISSING)
+        yield error_details_pb2.PreconditionFailure(violations=[violation])
 
 
 def error_from_rpc(error: grpc.RpcError) -> SpectrumKVError:
@@ -73,6 +90,8 @@ def error_from_rpc(error: grpc.RpcError) -> SpectrumKVError:
         if _GRPC_OVERSIZED_DETAILS in message:
             return InvalidArgumentError(f"{message}: send less in one message, such as a shorter prompt")
         return ResourceExhaustedError(message, _retry_delay(error))
+    if code == BasisMissingError.code and _basis_is_missing(error):
+        return BasisMissingError(message)
     if code == DeadlineExceededError.code and message == _GRPC_DEADLINE_DETAILS:
         return DeadlineExceededError(DEADLINE_MESSAGE)
     if code == DataLossError.code:
@@ -94,16 +113,29 @@ def _explained(message: str) -> str:
 
 def _retry_delay(error: grpc.RpcError) -> float:
     """Seconds after which the peer wants to be asked again; 1 where it does not say, or not legibly."""
+    for info in _read_details(error, error_details_pb2.RetryInfo):
+        return max(0.0, float(info.retry_delay.ToNanoseconds()) / 1e9)
+    return 1.0
+
+
+def _basis_is_missing(error: grpc.RpcError) -> bool:
+    failures = _read_details(error, error_details_pb2.PreconditionFailure)
+    return any(violation.type == _BASIS_MISSING for failure in failures for violation in failure.violations)
+
+
+def _read_details(error: grpc.RpcError, kind: type[Message]) -> list[Any]:
+    """The details of one kind; none where they are not legible."""
+    found = []
     try:
         status = rpc_status.from_call(error)
         for detail in status.details if status is not None else ():
-            info = error_details_pb2.RetryInfo()
-            if detail.Unpack(info):
-                return max(0.0, float(info.retry_delay.ToNanoseconds()) / 1e9)
+            message = kind()
+            if detail.Unpack(message):
+                found.append(message)
     except (ValueError, DecodeError):
         # Details that contradict the status or are no Status at all; the status itself still holds.
-        return 1.0
-    return 1.0
+        return []
+    return found
 
 
 def _shortened(message: str) -> str:

@@ -1,9 +1,11 @@
 """From chunks on the stream to keys and values in the slots."""
 
+from collections.abc import Mapping
+
 import torch
 
 from spectrumkv.common.kv.block import Block
-from spectrumkv.common.kv.codec import Codec
+from spectrumkv.common.kv.codec import BlockDecoder
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 from spectrumkv.common.kv.wire import Chunk, ChunkReader, ChunkTotals
 from spectrumkv.common.metrics import FRAMING, Metrics
@@ -17,7 +19,7 @@ class KvReceiver:
     Args:
         arena: the slots of this process.
         reservation: this request's own.
-        codec: the codec that Begin named.
+        decoder: of the codec that Begin named.
         prompt_tokens: how many tokens' KV must arrive.
         metrics: told of every byte.
     """
@@ -26,13 +28,13 @@ class KvReceiver:
         self,
         arena: SlotArena,
         reservation: Reservation,
-        codec: Codec,
+        decoder: BlockDecoder,
         prompt_tokens: int,
         metrics: Metrics,
     ) -> None:
         self._geometry = arena.geometry
         self._reservation = reservation
-        self._codec = codec
+        self._decoder = decoder
         self._metrics = metrics
         self._reader = ChunkReader(self._geometry.layers, prompt_tokens)
 
@@ -58,18 +60,18 @@ class KvReceiver:
         """
         self._reader.finish(ChunkTotals(end.chunks, end.payload_bytes, end.digest))
 
-    def _write(self, block: Block) -> dict[Tier, int]:
+    def _write(self, block: Block) -> Mapping[Tier, int]:
         """Decode a block into the slots; return how many of its bytes each tier took."""
         first, end = block.first_token, block.first_token + block.tiers.numel()
         keys = self._reservation.keys(block.layer, first, end)
         values = self._reservation.values(block.layer, first, end)
-        tier_bytes = self._codec.decode(block.body, block.tiers, keys, values, self._geometry)
+        tier_bytes = self._decoder.decode(block, keys, values)
         dropped = torch.nonzero(block.tiers == Tier.DROP).flatten()
         if dropped.numel():
             self._reservation.drop(block.layer, dropped + first)
         return tier_bytes
 
-    def _count(self, blocks: list[Block], tier_bytes: list[dict[Tier, int]], serialized_bytes: int) -> None:
+    def _count(self, blocks: list[Block], tier_bytes: list[Mapping[Tier, int]], serialized_bytes: int) -> None:
         framing = serialized_bytes
         for block, sizes in zip(blocks, tier_bytes, strict=True):
             self._metrics.kv_fp16_equivalent_bytes.inc(self._geometry.fp16_bytes_per_layer(block.tiers.numel()))

@@ -9,21 +9,22 @@ import grpc
 
 from spectrumkv.common.config import DecodeConfig
 from spectrumkv.common.decode_stream import ArrivedRequest, Request, serialized_bytes
-from spectrumkv.common.errors import DataLossError, InvalidArgumentError
+from spectrumkv.common.errors import CancelledError, DataLossError, InvalidArgumentError
 from spectrumkv.common.generation.messages import token_message
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.generation.prompt import check_length
 from spectrumkv.common.generation.sampling import Sampler
 from spectrumkv.common.generation.text import TextStream
-from spectrumkv.common.kv.codec import codecs
+from spectrumkv.common.kv.codec import BlockDecoder, codecs
 from spectrumkv.common.kv.wire import Chunk
-from spectrumkv.common.metrics import FRAMING, Metrics
+from spectrumkv.common.metrics import BASIS, FRAMING, Metrics
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.model.spec import ModelSpec
 from spectrumkv.common.request_log import check_request_id, current_request
 from spectrumkv.common.rpc import RpcScope
 from spectrumkv.decode_server.agreement import check_same_codec, check_same_model
 from spectrumkv.decode_server.arrivals import expect_nothing, kind_of, received
+from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.decode_server.engine import DecodeEngine, Sequence
 from spectrumkv.decode_server.receiver import KvReceiver
 from spectrumkv.decode_server.slots import Reservation, SlotArena
@@ -31,6 +32,8 @@ from spectrumkv.v1 import decode_pb2, decode_pb2_grpc, kv_pb2
 
 # Prefill opens a stream with Begin. Who opens one and says nothing holds a thread for no longer than this.
 BEGIN_SECONDS = 10.0
+# A basis has up to a few hundred megabytes.
+PUT_BASIS_SECONDS = 120.0
 
 
 class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
@@ -48,6 +51,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         self._metrics = metrics
         self._arena = SlotArena(loaded.geometry, config.kv_memory, loaded.device, metrics)
         self._engine = DecodeEngine(loaded, config.max_running)
+        self._bases = BasisStore(loaded.geometry)
         metrics.requests_running.set_function(lambda: self._engine.running)
         metrics.requests_waiting.set_function(lambda: self._engine.waiting)
 
@@ -59,11 +63,26 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             messages = received(requests, scope)
             with scope.within(BEGIN_SECONDS):
                 begin = self._read_begin(messages)
+            decoder = self._decoder(begin)
             with self._reserve(begin) as reservation:
                 yield _admitted(reservation)
-                end = self._receive_kv(begin, messages, reservation)
+                end = self._receive_kv(decoder, begin, messages, reservation)
                 if not end.finished:
                     yield from self._generate(begin, end, reservation, scope)
+
+    def PutBasis(  # noqa: N802  # gRPC's spelling
+        self, request_iterator: Iterator[decode_pb2.PutBasisRequest], context: grpc.ServicerContext
+    ) -> decode_pb2.PutBasisResponse:
+        """Keep the basis that a prefill worker codes in."""
+        with RpcScope(context, self._config.deadline) as scope, self._rejections_counted():
+            try:
+                with scope.within(PUT_BASIS_SECONDS):
+                    received_bytes = self._bases.receive(request_iterator)
+            except grpc.RpcError:
+                scope.check()
+                raise CancelledError("the basis broke off while it was sent") from None
+            self._metrics.kv_bytes_received.labels(BASIS).inc(received_bytes)
+        return decode_pb2.PutBasisResponse()
 
     def GetServerInfo(  # noqa: N802  # gRPC's spelling
         self, request: decode_pb2.DecodeServiceGetServerInfoRequest, context: grpc.ServicerContext
@@ -125,6 +144,16 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         if token_id >= vocab_size:
             raise InvalidArgumentError(f"{who} token id {token_id}; the vocabulary has {vocab_size}")
 
+    def _decoder(self, begin: decode_pb2.Begin) -> BlockDecoder:
+        """Return what decodes the codec of Begin.
+
+        Raises:
+            BasisMissingError: the codec's basis has not been sent yet.
+        """
+        codec = codecs.get(begin.codec.name)
+        basis = self._bases.get(begin.codec.basis_digest) if codec.needs_basis else None
+        return codec.decoder(self._loaded.geometry, basis)
+
     def _reserve(self, begin: decode_pb2.Begin) -> Reservation:
         params = SamplingParams.from_proto(begin.sampling)
         prompt_tokens = len(begin.prompt_token_ids)
@@ -132,15 +161,18 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         return self._arena.reserve(prompt_tokens + params.max_tokens)
 
     def _receive_kv(
-        self, begin: decode_pb2.Begin, messages: Iterator[Request], reservation: Reservation
+        self,
+        decoder: BlockDecoder,
+        begin: decode_pb2.Begin,
+        messages: Iterator[Request],
+        reservation: Reservation,
     ) -> decode_pb2.End:
         """Write all KV into the slots as it arrives; return End once everything is verified.
 
         Raises:
             DataLossError: something is damaged, missing, or out of order.
         """
-        codec = codecs.get(begin.codec.name)
-        receiver = KvReceiver(self._arena, reservation, codec, len(begin.prompt_token_ids), self._metrics)
+        receiver = KvReceiver(self._arena, reservation, decoder, len(begin.prompt_token_ids), self._metrics)
         record, started_at = current_request(), time.monotonic()
         for message in messages:
             size = serialized_bytes(message)

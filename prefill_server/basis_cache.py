@@ -42,7 +42,7 @@ def resolve_basis(loaded: LoadedModel, on_excerpt: Callable[[int], None]) -> Spe
 
     def build(directory: Path) -> None:
         basis = calibrate(loaded, default_excerpts(loaded), on_excerpt)
-        (directory / BASIS_FILE).write_bytes(basis.to_bytes())
+        (directory / BASIS_FILE).write_bytes(basis.serialized)
 
     directory = build_once(cache_directory() / "bases" / digest, build)
     try:

@@ -11,8 +11,9 @@ from typing import Any
 import grpc
 
 from spectrumkv.common.config import Address
-from spectrumkv.common.decode_stream import open_decode_stream
+from spectrumkv.common.decode_stream import open_decode_stream, put_basis
 from spectrumkv.common.errors import (
+    BasisMissingError,
     CancelledError,
     DataLossError,
     FailedPreconditionError,
@@ -21,7 +22,8 @@ from spectrumkv.common.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
-from spectrumkv.common.metrics import Metrics
+from spectrumkv.common.kv.spectral.basis import SpectralBasis
+from spectrumkv.common.metrics import BASIS, Metrics
 from spectrumkv.common.rpc import RpcScope, as_known_error, error_from_rpc, open_channel
 from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.trace_context import current_trace
@@ -162,14 +164,19 @@ class DecodeWorkers:
         addresses: at least one.
         security: how the channels to them are guarded.
         metrics: told of answers that arrive damaged.
+        basis: what the KV is coded in; a worker that lacks it gets it.
     """
 
-    def __init__(self, addresses: Sequence[Address], security: ChannelSecurity, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[Address],
+        security: ChannelSecurity,
+        metrics: Metrics,
+        basis: SpectralBasis | None = None,
+    ) -> None:
         self._metrics = metrics
-        self._channels = [open_channel(str(address), security) for address in addresses]
-        self._workers = [
-            (address, open_decode_stream(channel)) for address, channel in zip(addresses, self._channels, strict=True)
-        ]
+        self._basis = basis
+        self._workers = [(address, open_channel(str(address), security)) for address in addresses]
         self._turns = itertools.cycle(range(len(self._workers)))
         self._lock = threading.Lock()
 
@@ -187,9 +194,9 @@ class DecodeWorkers:
             SpectrumKVError: the request itself is at fault, or ended.
         """
         refusals: list[SpectrumKVError] = []
-        for worker, open_stream in self._in_turn():
+        for worker, channel in self._in_turn():
             try:
-                return DecodeLease(worker, open_stream, make_pipeline(), scope, self._metrics)
+                return self._lease_from(worker, channel, make_pipeline, scope)
             except (ResourceExhaustedError, UnavailableError, FailedPreconditionError) as refusal:
                 logger.warning("passed over: %s", refusal.message)
                 refusals.append(refusal)
@@ -197,10 +204,34 @@ class DecodeWorkers:
 
     def close(self) -> None:
         """Close all channels."""
-        for channel in self._channels:
+        for _, channel in self._workers:
             channel.close()
 
-    def _in_turn(self) -> list[tuple[Address, Callable[..., Any]]]:
+    def _lease_from(
+        self, worker: Address, channel: grpc.Channel, make_pipeline: Callable[[], KvPipeline], scope: RpcScope
+    ) -> DecodeLease:
+        """Return a lease from one worker, which is sent the codec's basis if it lacks that."""
+        open_stream = open_decode_stream(channel)
+        try:
+            return DecodeLease(worker, open_stream, make_pipeline(), scope, self._metrics)
+        except BasisMissingError:
+            if self._basis is None:
+                raise
+        self._put_basis(worker, channel, self._basis, scope)
+        return DecodeLease(worker, open_stream, make_pipeline(), scope, self._metrics)
+
+    def _put_basis(self, worker: Address, channel: grpc.Channel, basis: SpectralBasis, scope: RpcScope) -> None:
+        try:
+            sent = put_basis(channel, basis, scope.seconds_remaining)
+        except grpc.RpcError as error:
+            scope.check()
+            refusal = error_from_rpc(error)
+            refusal.args = (f"decode worker {worker}: {refusal.message}",)
+            raise refusal from error
+        self._metrics.kv_bytes_sent.labels(BASIS).inc(sent)
+        logger.info("decode worker %s got the codec's basis, %d bytes", worker, sent)
+
+    def _in_turn(self) -> list[tuple[Address, grpc.Channel]]:
         with self._lock:
             first = next(self._turns)
         return self._workers[first:] + self._workers[:first]

@@ -10,14 +10,17 @@ from spectrumkv.common.model.load import load_model
 from spectrumkv.common.process import exit_on_error, serve_until_signalled, set_up_logging
 from spectrumkv.common.rpc import Server
 from spectrumkv.common.security import ServerSecurity
+from spectrumkv.prefill_server.basis_cache import EXCERPTS, resolve_basis
 from spectrumkv.prefill_server.engine import PrefillEngine
 from spectrumkv.prefill_server.probe import resolve_verdict
 from spectrumkv.prefill_server.service import PrefillService
 from spectrumkv.v1 import prefill_pb2_grpc
 
+logger = logging.getLogger(__name__)
+
 
 def main() -> None:
-    """Load the model, settle whether INT4 is safe, and serve."""
+    """Load the model, settle whether INT4 is safe, find the basis of its KV, and serve."""
     exit_on_error(_serve)
 
 
@@ -27,8 +30,9 @@ def _serve() -> None:
     loaded = load_model(config.model, config.device, config.dtype)
     metrics = Metrics.for_process("prefill", loaded.name)
     engine = PrefillEngine(loaded, config.window)
-    verdict = resolve_verdict(loaded, engine, config.int4, logging.getLogger(__name__).info)
-    service = PrefillService(loaded, config, metrics, engine, verdict)
+    verdict = resolve_verdict(loaded, engine, config.int4, logger.info)
+    basis = resolve_basis(loaded, lambda done: logger.info("calibration, excerpt %d of %d", done, EXCERPTS))
+    service = PrefillService(loaded, config, metrics, engine, verdict, basis)
     server = Server(
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server,
         service,

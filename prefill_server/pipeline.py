@@ -1,14 +1,12 @@
 """From layers that the model just computed to messages on the stream: score, tier, encode, pack."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
-
-import torch
+from typing import TypeVar
 
 from spectrumkv.common.decode_stream import Request, serialized_bytes
-from spectrumkv.common.kv.block import MAX_CHUNK_PAYLOAD_BYTES, Block
+from spectrumkv.common.kv.block import Block
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.kv.tiers import Tier, count_tiers
@@ -18,11 +16,11 @@ from spectrumkv.prefill_server.layer_queue import LayerQueue
 from spectrumkv.prefill_server.plan import KvPlan
 from spectrumkv.v1 import decode_pb2
 
-T = TypeVar("T")
 R = TypeVar("R", bound=Request)
 
-# Of a chunk's payload, what block headers and tier maps may take.
-BLOCK_OVERHEAD_BYTES = 64 << 10
+# At most what a chunk takes besides its payload, and what End takes.
+CHUNK_ENVELOPE_BYTES = 24
+END_BYTES = 80
 
 
 @dataclass
@@ -111,9 +109,10 @@ class KvPipeline:
         self._geometry = geometry
         self._writer = ChunkWriter(chunk_bytes)
         self._metrics = metrics
-        self._block_tokens = max(
-            1, (MAX_CHUNK_PAYLOAD_BYTES - BLOCK_OVERHEAD_BYTES) // geometry.native_bytes_per_token_layer
-        )
+        tokens = len(begin.prompt_token_ids)
+        chunks = 1 + int(plan.budget * geometry.fp16_bytes(tokens)) // chunk_bytes
+        framing = serialized_bytes(decode_pb2.DecodeRequest(begin=begin)) + chunks * CHUNK_ENVELOPE_BYTES + END_BYTES
+        self._encoder = plan.encoder(geometry, tokens, framing)
 
     def put_layer(self, observation: Observation) -> None:
         """Take a layer from the model.
@@ -146,8 +145,8 @@ class KvPipeline:
 
     def _messages(self) -> Iterator[Request]:
         yield self._account(decode_pb2.DecodeRequest(begin=self._begin))
-        for observation, tiers in self._tiered_layers():
-            for block in self._encode(observation, tiers):
+        for observation in self._layers.layers():
+            for block in self._encode(observation):
                 yield from self._chunk_messages(self._writer.add(block))
         if self.first_token is None or not self._layers.complete:
             return
@@ -156,41 +155,25 @@ class KvPipeline:
         yield self._account(decode_pb2.DecodeRequest(end=end))
         self.sent.ended_at = time.monotonic()
 
-    def _tiered_layers(self) -> Iterator[tuple[Observation, torch.Tensor]]:
-        """Yield each layer with its tokens' tiers: at once, or after the last layer where all must agree."""
-        if self._plan.scope == "layer":
-            for layer in self._layers.layers():
-                yield layer, self._timed(self._plan.tiers_of, layer)
-        else:
-            layers = list(self._layers.layers())
-            if len(layers) == self._geometry.layers:
-                tiers = self._timed(self._plan.tiers_for_model, layers)
-                yield from ((layer, tiers) for layer in layers)
+    def _encode(self, observation: Observation) -> Iterator[Block]:
+        """Yield the blocks that are ready with this layer, counted; time is taken while they are made."""
+        blocks = self._encoder.encode(observation)
+        while True:
+            started = time.monotonic()
+            try:
+                block = next(blocks, None)
+            finally:
+                self.sent.encode_seconds += time.monotonic() - started
+            if block is None:
+                return
+            self._count(block)
+            yield block
 
-    def _encode(self, observation: Observation, tiers: torch.Tensor) -> Iterator[Block]:
-        """Yield a layer's tokens as blocks."""
-        self._metrics.kv_fp16_equivalent_bytes.inc(self._geometry.fp16_bytes_per_layer(tiers.numel()))
-        for tier, tokens in count_tiers(tiers).items():
+    def _count(self, block: Block) -> None:
+        self._metrics.kv_fp16_equivalent_bytes.inc(self._geometry.fp16_bytes_per_layer(block.tiers.numel()))
+        for tier, tokens in count_tiers(block.tiers).items():
             self.sent.tier_tokens[tier] += tokens
             self._metrics.kv_tokens.labels(tier.label).inc(tokens / self._geometry.layers)
-        for first in range(0, tiers.numel(), self._block_tokens):
-            span = slice(first, first + self._block_tokens)
-            encoded = self._timed(
-                self._plan.codec.encode,
-                observation.keys[:, span],
-                observation.values[:, span],
-                tiers[span],
-                self._geometry,
-            )
-            yield Block(observation.layer, first, tiers[span], encoded.body, encoded.tier_bytes)
-
-    def _timed(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Do some of the encoding, on the clock."""
-        started = time.monotonic()
-        try:
-            return work(*arguments)
-        finally:
-            self.sent.encode_seconds += time.monotonic() - started
 
     def _chunk_messages(self, chunks: Iterator[tuple[Chunk, list[Block]]]) -> Iterator[Chunk]:
         for chunk, blocks in chunks:

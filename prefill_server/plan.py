@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from spectrumkv.common.config import PrefillConfig
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.kv.codec import Codec, codecs
-from spectrumkv.common.kv.policy import Policy, TierRequest, policies
-from spectrumkv.common.kv.scoring import Observation, combine, scorers
+from spectrumkv.common.kv.codec import BlockDecoder, Codec, TierCodec, codecs, needed_basis
+from spectrumkv.common.kv.encoder import KvEncoder, TieredEncoder
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.policy import Policy, policies
+from spectrumkv.common.kv.scoring import scorers
+from spectrumkv.common.kv.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.spectral.encoder import SpectralEncoder
 from spectrumkv.common.kv.tiers import Tier
-from spectrumkv.v1 import prefill_pb2
+from spectrumkv.v1 import kv_pb2, prefill_pb2
 
 SCOPES = ("layer", "model")
 # What a codec must be able to write for policies that do not name one.
@@ -23,12 +25,14 @@ class KvPlan:
 
     Attributes:
         policy: gives tokens their tiers.
-        budget: mean nominal cost per token, in the policy's range.
+        budget: in the policy's range: counted bytes where the policy leaves tiers to its codec, else the mean
+            nominal cost per token.
         scorer: name of the scorer.
         codec: writes the tiers.
         scope: "layer" for tiers by each layer's scores, "model" for one tier per token in all layers.
         int4_allowed: the probe's verdict.
         seed: for scorers and policies that draw.
+        basis: the model's, for codecs that need one; None where there is none.
     """
 
     policy: Policy
@@ -38,58 +42,91 @@ class KvPlan:
     scope: str
     int4_allowed: bool
     seed: int
+    basis: SpectralBasis | None = None
 
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:
             raise InvalidArgumentError(f"unknown scope {self.scope!r}; valid: {', '.join(SCOPES)}")
+        if self.policy.budget_is_counted and self.scope == "model":
+            raise InvalidArgumentError(
+                f"policy {self.policy.name!r} codes each layer by its own scores; scope 'model' is for other policies"
+            )
 
     @classmethod
     def resolve(
-        cls, options: prefill_pb2.KvOptions, config: PrefillConfig, int4_allowed: bool, seed: int
+        cls,
+        options: prefill_pb2.KvOptions,
+        config: PrefillConfig,
+        int4_allowed: bool,
+        seed: int,
+        basis: SpectralBasis | None = None,
     ) -> "KvPlan":
         """Fill what a request leaves open from the server's configuration.
 
         Raises:
             InvalidArgumentError: a name is unknown, or the budget is out of the policy's range.
+            FailedPreconditionError: the codec needs a basis and there is none.
         """
         policy = policies.get(options.policy or config.policy)
         requested = options.budget if options.HasField("budget") else None
         scorer = options.scorer or config.scorer
         scorers.get(scorer)
         codec = codecs.get(options.codec or policy.codec or config.codec)
-        if policy.codec not in (None, codec.name):
-            raise InvalidArgumentError(
-                f"policy {policy.name!r} is written by codec {policy.codec!r}, not by {codec.name!r}"
-            )
-        if policy.codec is None and not codec.tiers >= SPECTRUM:
-            raise InvalidArgumentError(
-                f"codec {codec.name!r} cannot write policy {policy.name!r}: "
-                f"it only has {', '.join(tier.label for tier in sorted(codec.tiers))}"
-            )
+        _check_codec(policy, codec)
+        if codec.needs_basis:
+            needed_basis(codec, basis)
         return cls(
             policy=policy,
             budget=policy.resolve_budget(requested, config.budget),
             scorer=scorer,
             codec=codec,
-            scope=options.scope or config.scope,
+            scope=options.scope or ("layer" if policy.budget_is_counted else config.scope),
             int4_allowed=int4_allowed,
             seed=seed,
+            basis=basis,
         )
 
-    def tiers_of(self, observation: Observation) -> torch.Tensor:
-        """Tiers of one layer's tokens by that layer's own scores: uint8 `[n]` on the CPU."""
-        return self._assign(self._score(observation), observation.layer)
+    @property
+    def codec_id(self) -> kv_pb2.CodecId:
+        """What Begin says of the codec."""
+        digest = self.basis.digest if self.codec.needs_basis and self.basis is not None else b""
+        return kv_pb2.CodecId(name=self.codec.name, version=self.codec.version, basis_digest=digest)
 
-    def tiers_for_model(self, observations: list[Observation]) -> torch.Tensor:
-        """One tier per token for all layers, by their scores together: uint8 `[n]` on the CPU."""
-        return self._assign(combine([self._score(observation) for observation in observations]), layer=0)
+    def encoder(self, geometry: KvGeometry, tokens: int, framing_bytes: int) -> KvEncoder:
+        """Return what codes a prompt's layers.
 
-    def _score(self, observation: Observation) -> torch.Tensor:
-        """Scores of one layer's tokens, float32 `[n]`; zeros where the policy does not look at them."""
-        if not self.policy.needs_scores:
-            return torch.zeros(observation.keys.shape[1])
-        return scorers.get(self.scorer)(observation)
+        Args:
+            geometry: shape and dtype of the model's cache.
+            tokens: of the prompt.
+            framing_bytes: what the messages take besides the blocks; a counted budget pays for it.
+        """
+        if isinstance(self.codec, TierCodec):
+            return TieredEncoder(
+                self.policy,
+                self.budget,
+                self.scorer,
+                self.codec,
+                self.scope,
+                self.int4_allowed,
+                self.seed,
+                geometry,
+            )
+        budget_bytes = int(self.budget * geometry.fp16_bytes(tokens)) - framing_bytes
+        return SpectralEncoder(needed_basis(self.codec, self.basis), geometry, tokens, budget_bytes, self.scorer)
 
-    def _assign(self, scores: torch.Tensor, layer: int) -> torch.Tensor:
-        # A policy that draws must not draw the same tokens in every layer.
-        return self.policy.assign(TierRequest(scores, self.budget, self.int4_allowed, self.seed + layer))
+    def decoder(self, geometry: KvGeometry) -> BlockDecoder:
+        """Return what decodes this plan's blocks, as a decode worker would."""
+        return self.codec.decoder(geometry, self.basis)
+
+
+def _check_codec(policy: Policy, codec: Codec) -> None:
+    """Refuse a codec that cannot write the policy's tiers."""
+    if policy.codec not in (None, codec.name):
+        raise InvalidArgumentError(
+            f"policy {policy.name!r} is written by codec {policy.codec!r}, not by {codec.name!r}"
+        )
+    if policy.codec is None and not codec.tiers >= SPECTRUM:
+        raise InvalidArgumentError(
+            f"codec {codec.name!r} cannot write policy {policy.name!r}: "
+            f"it only has {', '.join(tier.label for tier in sorted(codec.tiers))}"
+        )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
-from spectrumkv.common.kv.codec import Codec, codecs
+from spectrumkv.common.kv.codec import Codec, codecs, tier_codecs
 from spectrumkv.common.kv.policy import policies
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.model.load import LoadedModel
@@ -104,9 +104,9 @@ def run_probe(loaded: LoadedModel, engine: PrefillEngine, on_progress: OnProgres
         InvalidArgumentError: the codec has no INT4.
         FailedPreconditionError: the model's context is too short.
     """
-    if Tier.INT4 not in codec.tiers:
-        with_int4 = ", ".join(name for name in codecs if Tier.INT4 in codecs.get(name).tiers)
-        raise InvalidArgumentError(f"codec {codec.name!r} has no INT4 to probe; valid: {with_int4}")
+    with_int4 = [name for name, one in tier_codecs().items() if Tier.INT4 in one.tiers]
+    if codec.name not in with_int4:
+        raise InvalidArgumentError(f"codec {codec.name!r} has no INT4 to probe; valid: {', '.join(with_int4)}")
     prompts = [_prompt(loaded, needle, depth) for needle, depth in enumerate(DEPTHS)]
     progress = _Progress(len(prompts) * STEPS_PER_TRIAL, on_progress)
     trials = [_Trial(loaded, engine, codec, prompt).run(progress) for prompt in prompts]

@@ -40,18 +40,18 @@ class CapturedPrompt:
         """The cache as it comes out of tiers, encoding and decoding.
 
         Args:
-            plan: of scope "layer", with a policy that drops no token: what is dropped is not masked here.
+            plan: with a policy that drops no token: what is dropped is not masked here.
             geometry: shape and dtype of the model's cache.
         """
-        return [_received(layer, plan, geometry) for layer in self.layers]
-
-
-def _received(layer: Observation, plan: KvPlan, geometry: KvGeometry) -> LayerKv:
-    tiers = plan.tiers_of(layer)
-    encoded = plan.codec.encode(layer.keys, layer.values, tiers, geometry)
-    received = LayerKv(torch.empty_like(layer.keys), torch.empty_like(layer.values))
-    plan.codec.decode(encoded.body, tiers, received.keys, received.values, geometry)
-    return received
+        received = [LayerKv(torch.empty_like(layer.keys), torch.empty_like(layer.values)) for layer in self.layers]
+        encoder = plan.encoder(geometry, self.layers[0].tokens, framing_bytes=0)
+        decoder = plan.decoder(geometry)
+        for layer in self.layers:
+            for block in encoder.encode(layer):
+                span = slice(block.first_token, block.first_token + block.tiers.numel())
+                into = received[block.layer]
+                decoder.decode(block, into.keys[:, span], into.values[:, span])
+        return received
 
 
 @torch.inference_mode()

@@ -21,6 +21,7 @@ from spectrumkv.common.generation.text import FinishReason, TextStream
 from spectrumkv.common.kv.codec import codecs
 from spectrumkv.common.kv.policy import policies
 from spectrumkv.common.kv.scoring import scorers
+from spectrumkv.common.kv.spectral.basis import SpectralBasis
 from spectrumkv.common.metrics import Metrics
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.request_log import check_request_id, current_request
@@ -61,6 +62,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         metrics: the process's metrics.
         engine: runs the prompts.
         verdict: whether INT4 may be used.
+        basis: the model's, for codecs that need one; None where there is none.
     """
 
     def __init__(
@@ -70,16 +72,18 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         metrics: Metrics,
         engine: PrefillEngine,
         verdict: ProbeVerdict,
+        basis: SpectralBasis | None,
     ) -> None:
         self._loaded = loaded
         self._config = config
         self._metrics = metrics
         self._engine = engine
         self._verdict = verdict
-        self._workers = DecodeWorkers(config.decode, ChannelSecurity.to_decode(config), metrics)
+        self._basis = basis
+        self._workers = DecodeWorkers(config.decode, ChannelSecurity.to_decode(config), metrics, basis)
         self._requests = RequestsInService()
         # A default that no request could use should be found out at start-up.
-        KvPlan.resolve(prefill_pb2.KvOptions(), config, verdict.int4_allowed, seed=0)
+        KvPlan.resolve(prefill_pb2.KvOptions(), config, verdict.int4_allowed, seed=0, basis=basis)
         metrics.int4_probe_passed.set(verdict.int4_allowed)
         metrics.requests_waiting.set_function(lambda: engine.waiting)
         metrics.requests_running.set_function(lambda: max(0, self._requests.count - engine.waiting))
@@ -155,7 +159,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         assert params.seed is not None
         token_ids = read_prompt(request, loaded.tokenizer, loaded.spec.vocab_size)
         check_length(len(token_ids), params.max_tokens, loaded.context_length)
-        plan = KvPlan.resolve(request.kv, self._config, self._verdict.int4_allowed, params.seed)
+        plan = KvPlan.resolve(request.kv, self._config, self._verdict.int4_allowed, params.seed, self._basis)
         current_request().note(prompt_tokens=len(token_ids), policy=plan.policy.name)
         return Job(request_id, token_ids, params, plan)
 
@@ -163,7 +167,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         begin = decode_pb2.Begin(
             request_id=job.request_id,
             model=self._loaded.spec.to_proto(),
-            codec=kv_pb2.CodecId(name=job.plan.codec.name, version=job.plan.codec.version),
+            codec=job.plan.codec_id,
             prompt_token_ids=job.token_ids,
             sampling=job.params.to_proto(),
         )

@@ -2,5 +2,6 @@
 
 # Codecs register themselves when they are imported.
 from spectrumkv.common.kv import absmax, native
+from spectrumkv.common.kv.spectral import codec as spectral_codec
 
-__all__ = ["absmax", "native"]
+__all__ = ["absmax", "native", "spectral_codec"]

@@ -11,7 +11,7 @@ import torch
 from spectrumkv.common.errors import DataLossError, InvalidArgumentError
 from spectrumkv.common.kv import body as bodies
 from spectrumkv.common.kv.body import Section
-from spectrumkv.common.kv.codec import EncodedBlock, codecs
+from spectrumkv.common.kv.codec import EncodedBlock, TierCodec, codecs
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 from spectrumkv.kernels.absmax import INT4, INT8, dequantize, quantize
@@ -20,7 +20,7 @@ TIERS = frozenset({Tier.DROP, Tier.INT4, Tier.INT8, Tier.FP16})
 FORMATS = {Tier.INT8: INT8, Tier.INT4: INT4}
 
 
-class AbsmaxCodec:
+class AbsmaxCodec(TierCodec):
     """Codes tokens at FP16, INT8 or INT4, or leaves them out; see `Codec`."""
 
     name = "absmax"

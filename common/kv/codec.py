@@ -3,16 +3,63 @@
 A codec turns the keys and values of a run of tokens in one layer into bytes and back. It knows nothing of
 requests, chunks or networks. Its byte layout is documented in proto/spectrumkv/v1/kv.proto; any change of
 the layout raises `version`, so that old and new refuse each other by name.
+
+There are two kinds. A `TierCodec` is told each token's tier by a policy. Other codecs spend a budget of bytes
+themselves, and tell afterwards which tier each token came nearest to.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from spectrumkv.common.errors import FailedPreconditionError
+from spectrumkv.common.kv.block import Block
 from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.registry import Registry
+
+
+class BlockDecoder(Protocol):
+    """The receiving half of a codec, for one request."""
+
+    def decode(self, block: Block, keys: torch.Tensor, values: torch.Tensor) -> Mapping[Tier, int]:
+        """Write a block's tokens; leave dropped tokens' elements alone.
+
+        Args:
+            block: as it arrived; its body may be read-only.
+            keys: `[kv_heads, n, head_dim]` in the model's own dtype, any strides, on any device: a view of the slots.
+            values: like `keys`.
+
+        Returns:
+            How many bytes of the block's body each tier took.
+
+        Raises:
+            DataLossError: the codec cannot write one of the tiers, or the body does not fit them.
+        """
+        ...
+
+
+class Codec(Protocol):
+    """What is known of every codec."""
+
+    name: str
+    version: int
+    tiers: frozenset[Tier]
+    """The tiers that tokens can have."""
+    needs_basis: bool
+    """Whether both sides need the same `SpectralBasis`."""
+
+    def decoder(self, geometry: KvGeometry, basis: SpectralBasis | None) -> BlockDecoder:
+        """Return what decodes one request's blocks.
+
+        Raises:
+            FailedPreconditionError: the codec needs a basis and there is none.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -28,14 +75,19 @@ class EncodedBlock:
     tier_bytes: dict[Tier, int]
 
 
-class Codec(Protocol):
-    """Turns tensors into bytes and back, at a precision per token."""
+class TierCodec(ABC):
+    """Turns tensors into bytes and back, at the tier that each token was given. A `Codec`."""
 
     name: str
     version: int
     tiers: frozenset[Tier]
-    """The tiers that this codec can write."""
+    needs_basis = False
 
+    def decoder(self, geometry: KvGeometry, basis: SpectralBasis | None) -> BlockDecoder:
+        """See `Codec.decoder`; the basis is not looked at."""
+        return _TierDecoder(self, geometry)
+
+    @abstractmethod
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, geometry: KvGeometry
     ) -> EncodedBlock:
@@ -50,8 +102,8 @@ class Codec(Protocol):
         Raises:
             InvalidArgumentError: an element is infinite, NaN or too large for its tier.
         """
-        ...
 
+    @abstractmethod
     def decode(
         self,
         body: torch.Tensor,
@@ -77,7 +129,33 @@ class Codec(Protocol):
             DataLossError: the codec cannot write one of the tiers, the body's length does not fit them, or a
                 scale is not finite.
         """
-        ...
+
+
+@dataclass(frozen=True)
+class _TierDecoder:
+    codec: TierCodec
+    geometry: KvGeometry
+
+    def decode(self, block: Block, keys: torch.Tensor, values: torch.Tensor) -> Mapping[Tier, int]:
+        return self.codec.decode(block.body, block.tiers, keys, values, self.geometry)
 
 
 codecs: Registry[Codec] = Registry("codec")
+
+
+def tier_codecs() -> dict[str, TierCodec]:
+    """The codecs that write the tiers of policies, by name."""
+    return {name: codec for name in codecs if isinstance(codec := codecs.get(name), TierCodec)}
+
+
+def needed_basis(codec: Codec, basis: SpectralBasis | None) -> SpectralBasis:
+    """Return `basis`, which `codec` cannot do without.
+
+    Raises:
+        FailedPreconditionError: there is none.
+    """
+    if basis is None:
+        raise FailedPreconditionError(
+            f"codec {codec.name!r} needs a basis, and this service has none for its model; ask for another policy"
+        )
+    return basis

@@ -8,14 +8,14 @@ import torch
 from spectrumkv.common.errors import DataLossError, InvalidArgumentError
 from spectrumkv.common.kv import body as bodies
 from spectrumkv.common.kv.body import Section
-from spectrumkv.common.kv.codec import EncodedBlock, codecs
+from spectrumkv.common.kv.codec import EncodedBlock, TierCodec, codecs
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier
 
 TIERS = frozenset({Tier.NATIVE})
 
 
-class NativeCodec:
+class NativeCodec(TierCodec):
     """Copies tokens; see `Codec`. Greedy output from such KV is that of one process."""
 
     name = "native"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.errors import InternalError, InvalidArgumentError
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.registry import Registry
 
@@ -78,7 +78,7 @@ class Policy:
         max_budget: largest budget that makes sense.
         codec: the only codec that can write its tiers; None leaves the choice to the request.
         needs_scores: whether `assign` looks at the scores' values. If not, nobody need compute them.
-        rule: what `assign` does once the budget is checked.
+        rule: what `assign` does once the budget is checked; None where the codec spends the budget itself.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Policy:
     max_budget: float
     codec: str | None
     needs_scores: bool
-    rule: Rule
+    rule: Rule | None
 
     def __post_init__(self) -> None:
         if not 0 < self.min_budget <= self.max_budget <= 1:
@@ -94,13 +94,21 @@ class Policy:
                 f"policy {self.name!r}: budgets {self.min_budget} to {self.max_budget} are not in (0, 1]"
             )
 
+    @property
+    def budget_is_counted(self) -> bool:
+        """Whether a budget is kept in bytes on the wire; otherwise it is the paper's mean cost per token."""
+        return self.rule is None
+
     def assign(self, request: TierRequest) -> torch.Tensor:
         """Return the tokens' tiers: uint8 `[n]` on the CPU, `Tier` values, at least one token not dropped.
 
         Raises:
             InvalidArgumentError: the budget is out of this policy's range.
+            InternalError: the policy leaves tiers to its codec.
         """
         self.check_budget(request.budget)
+        if self.rule is None:
+            raise InternalError(f"policy {self.name!r} leaves tiers to codec {self.codec!r}")
         return self.rule(request)
 
     def check_budget(self, budget: float) -> None:

@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry
 from spectrumkv.bench.baselines import baselines
 from spectrumkv.bench.method_flags import DEFAULT_BUDGETS, add_method_flags
 from spectrumkv.bench.method_selection import Choice, MethodSelector, Selection
+from spectrumkv.bench.synthetic_basis import synthetic_basis
 from spectrumkv.bench.wire_method import WireMethod, is_fixed
 from spectrumkv.common.config import PrefillConfig, build
 from spectrumkv.common.errors import InvalidArgumentError
@@ -19,7 +20,8 @@ def select(tiny_llama: LoadedModel, *flags: str) -> Selection:
     add_method_flags(parser)
     choice = Choice.from_arguments(parser.parse_args(flags))
     metrics = Metrics(CollectorRegistry())
-    return MethodSelector(choice, build(PrefillConfig, {}), True, tiny_llama.spec, metrics).select()
+    basis = synthetic_basis(tiny_llama.geometry)
+    return MethodSelector(choice, build(PrefillConfig, {}), True, tiny_llama.spec, metrics, basis).select()
 
 
 def spelled(selection: Selection) -> list[tuple[str, float]]:
@@ -91,7 +93,7 @@ def test_what_is_left_out_is_said(tiny_llama: LoadedModel) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--policies", "best"], "unknown policy 'best'; valid: all, default, greedy"),
+        (["--policies", "best"], "unknown policy 'best'; valid: all, default, spectral"),
         (["--policies", "greedy:zip"], "unknown codec 'zip'"),
         (["--policies", "uniform-int3:absmax"], "has a codec of its own"),
         (["--policies", "greedy", "--budgets", "0.1"], "nothing to measure: greedy at 0.1"),

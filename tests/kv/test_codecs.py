@@ -1,4 +1,4 @@
-"""Every registered codec: what comes back, and what is refused."""
+"""Every codec that writes the tiers of policies: what comes back, and what is refused."""
 
 import struct
 
@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from spectrumkv.common.errors import DataLossError, InternalError, InvalidArgumentError
 from spectrumkv.common.kv import absmax, native  # noqa: F401  (registers both)
-from spectrumkv.common.kv.codec import codecs
+from spectrumkv.common.kv.codec import tier_codecs
 from spectrumkv.common.kv.geometry import NATIVE_DTYPES, KvGeometry
 from spectrumkv.common.kv.tiers import Tier
 
+CODECS = tier_codecs()
 GEOMETRIES = [
     pytest.param(KvGeometry(layers=2, kv_heads=heads, head_dim=head_dim, native_dtype=dtype), id=name)
     for heads, head_dim, dtype, name in [
@@ -65,14 +66,14 @@ def largest_error_allowed(states: torch.Tensor, tier: Tier) -> torch.Tensor:
 
 def body_of(codec_name: str, geometry: KvGeometry, tiers: torch.Tensor, seed: int = 0) -> torch.Tensor:
     keys, values = draw_states(geometry, tiers.numel(), seed)
-    return codecs.get(codec_name).encode(keys, values, tiers, geometry).body
+    return CODECS[codec_name].encode(keys, values, tiers, geometry).body
 
 
-@pytest.mark.parametrize("name", codecs.names())
+@pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @given(data=st.data())
 def test_every_token_comes_back_within_its_tier(name: str, geometry: KvGeometry, data: st.DataObject) -> None:
-    codec = codecs.get(name)
+    codec = CODECS[name]
     tiers = tier_map(*data.draw(st.lists(st.sampled_from(sorted(codec.tiers)), min_size=1, max_size=40)))
     keys, values = draw_states(geometry, tiers.numel(), seed=data.draw(st.integers(0, 2**16)))
     encoded = codec.encode(keys, values, tiers, geometry)
@@ -100,9 +101,9 @@ def test_every_token_comes_back_within_its_tier(name: str, geometry: KvGeometry,
 def test_native_is_bit_for_bit(geometry: KvGeometry) -> None:
     keys, values = draw_states(geometry, 17, seed=1)
     tiers = tier_map(*[Tier.NATIVE] * 17)
-    encoded = codecs.get("native").encode(keys, values, tiers, geometry)
+    encoded = CODECS["native"].encode(keys, values, tiers, geometry)
     slots = poisoned_slots(geometry, 17)
-    codecs.get("native").decode(encoded.body, tiers, slots[0], slots[1], geometry)
+    CODECS["native"].decode(encoded.body, tiers, slots[0], slots[1], geometry)
     assert torch.equal(slots[0], keys)
     assert torch.equal(slots[1], values)
     assert encoded.tier_bytes == {Tier.NATIVE: 17 * geometry.native_bytes_per_token_layer}
@@ -111,7 +112,7 @@ def test_native_is_bit_for_bit(geometry: KvGeometry) -> None:
 def test_tier_bytes_are_codes_and_scales() -> None:
     tiers = tier_map(Tier.FP16, Tier.INT4, Tier.DROP, Tier.INT8, Tier.INT4, Tier.INT4)
     keys, values = draw_states(FLOAT32, 6, seed=2)
-    encoded = codecs.get("absmax").encode(keys, values, tiers, FLOAT32)
+    encoded = CODECS["absmax"].encode(keys, values, tiers, FLOAT32)
     # Two sides and two heads of eight elements; a scale takes two bytes.
     assert encoded.tier_bytes == {
         Tier.DROP: 0,
@@ -125,14 +126,14 @@ def test_dropped_tokens_take_no_bytes() -> None:
     tiers = tier_map(*[Tier.DROP] * 9)
     body = body_of("absmax", FLOAT32, tiers)
     slots = poisoned_slots(FLOAT32, 9)
-    codecs.get("absmax").decode(body, tiers, slots[0], slots[1], FLOAT32)
+    CODECS["absmax"].decode(body, tiers, slots[0], slots[1], FLOAT32)
     assert body.numel() == 0
     assert slots.isnan().all()
 
 
-@pytest.mark.parametrize("name", codecs.names())
+@pytest.mark.parametrize("name", CODECS)
 def test_a_body_of_another_length_is_refused(name: str) -> None:
-    codec = codecs.get(name)
+    codec = CODECS[name]
     tiers = tier_map(*sorted(codec.tiers), *sorted(codec.tiers))
     body = body_of(name, FLOAT32, tiers)
     slots = poisoned_slots(FLOAT32, tiers.numel())
@@ -152,18 +153,18 @@ def test_a_scale_that_is_not_finite_is_refused(tier: Tier, scale: float, positio
     body[2 * position : 2 * position + 2] = torch.frombuffer(bytearray(struct.pack("<e", scale)), dtype=torch.uint8)
     slots = poisoned_slots(FLOAT32, 1)
     with pytest.raises(DataLossError, match=f"1 of 4 {tier.name} scales") as refusal:
-        codecs.get("absmax").decode(body, tiers, slots[0], slots[1], FLOAT32)
+        CODECS["absmax"].decode(body, tiers, slots[0], slots[1], FLOAT32)
     assert refusal.value.reason == "scale"
     assert slots.isnan().all()
 
 
-@pytest.mark.parametrize("name", codecs.names())
+@pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("side", ["keys", "values"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
 def test_what_is_not_finite_is_refused_at_each_tier(name: str, side: str, poison: float, dtype: torch.dtype) -> None:
     geometry = KvGeometry(layers=1, kv_heads=2, head_dim=8, native_dtype=dtype)
-    codec = codecs.get(name)
+    codec = CODECS[name]
     tiers = tier_map(*sorted(codec.tiers))
     for token, tier in enumerate(sorted(codec.tiers)):
         states = dict(zip(("keys", "values"), draw_states(geometry, tiers.numel(), seed=4), strict=True))
@@ -184,21 +185,21 @@ def test_what_float16_cannot_hold_is_refused_with_its_numbers() -> None:
         r"the largest magnitude is 125000"
     )
     with pytest.raises(InvalidArgumentError, match=message):
-        codecs.get("absmax").encode(keys, values, tiers, FLOAT32)
+        CODECS["absmax"].encode(keys, values, tiers, FLOAT32)
     # INT8 reaches 127 times as far.
-    codecs.get("absmax").encode(keys, values, tier_map(Tier.INT8, Tier.INT8), FLOAT32)
+    CODECS["absmax"].encode(keys, values, tier_map(Tier.INT8, Tier.INT8), FLOAT32)
     keys[0, 1, 3] = 9e6
     with pytest.raises(InvalidArgumentError, match=r"1 of 4 token-heads .* tier INT8.*beyond ±8.319"):
-        codecs.get("absmax").encode(keys, values, tier_map(Tier.INT8, Tier.INT8), FLOAT32)
+        CODECS["absmax"].encode(keys, values, tier_map(Tier.INT8, Tier.INT8), FLOAT32)
 
 
 def test_the_greatest_float16_survives_every_tier() -> None:
     geometry = KvGeometry(layers=1, kv_heads=1, head_dim=4, native_dtype=torch.float16)
     keys = torch.full((1, 3, 4), FLOAT16_MAX, dtype=torch.float16)
     tiers = tier_map(Tier.INT4, Tier.INT8, Tier.FP16)
-    body = codecs.get("absmax").encode(keys, -keys, tiers, geometry).body
+    body = CODECS["absmax"].encode(keys, -keys, tiers, geometry).body
     slots = poisoned_slots(geometry, 3)
-    codecs.get("absmax").decode(body, tiers, slots[0], slots[1], geometry)
+    CODECS["absmax"].decode(body, tiers, slots[0], slots[1], geometry)
     assert (slots[0] == FLOAT16_MAX).all()
     assert (slots[1] == -FLOAT16_MAX).all()
 
@@ -208,15 +209,15 @@ def test_tiers_of_another_codec_are_refused(name: str, foreign: Tier) -> None:
     keys, values = draw_states(FLOAT32, 2, seed=6)
     tiers = tier_map(Tier.FP16 if name == "absmax" else Tier.NATIVE, foreign)
     with pytest.raises(InvalidArgumentError, match="NATIVE"):
-        codecs.get(name).encode(keys, values, tiers, FLOAT32)
+        CODECS[name].encode(keys, values, tiers, FLOAT32)
     with pytest.raises(DataLossError, match="NATIVE") as refusal:
-        codecs.get(name).decode(torch.zeros(64, dtype=torch.uint8), tiers, keys, values, FLOAT32)
+        CODECS[name].decode(torch.zeros(64, dtype=torch.uint8), tiers, keys, values, FLOAT32)
     assert refusal.value.reason == "tier"
 
 
-@pytest.mark.parametrize("name", codecs.names())
+@pytest.mark.parametrize("name", CODECS)
 def test_states_that_do_not_fit_the_geometry_are_refused(name: str) -> None:
-    codec = codecs.get(name)
+    codec = CODECS[name]
     tiers = tier_map(*sorted(codec.tiers))
     keys, values = draw_states(FLOAT32, tiers.numel(), seed=7)
     with pytest.raises(InternalError, match=r"values are torch.float16.*torch.float32"):
@@ -225,12 +226,12 @@ def test_states_that_do_not_fit_the_geometry_are_refused(name: str) -> None:
         codec.decode(body_of(name, FLOAT32, tiers), tiers, keys[:1], values, FLOAT32)
 
 
-@pytest.mark.parametrize("name", codecs.names())
+@pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("offset", [1, 2])
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 def test_a_body_may_start_anywhere(name: str, geometry: KvGeometry, offset: int) -> None:
-    codec = codecs.get(name)
+    codec = CODECS[name]
     tiers = tier_map(*sorted(codec.tiers))
     body = body_of(name, geometry, tiers)
     expected, actual = poisoned_slots(geometry, tiers.numel()), poisoned_slots(geometry, tiers.numel())
@@ -248,10 +249,10 @@ def test_a_body_may_start_anywhere(name: str, geometry: KvGeometry, offset: int)
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", codecs.names())
+@pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_a_gpu_makes_the_bytes_of_a_cpu(name: str, geometry: KvGeometry) -> None:
-    codec = codecs.get(name)
+    codec = CODECS[name]
     allowed = torch.tensor(sorted(codec.tiers), dtype=torch.uint8)
     tiers = allowed[torch.arange(333) % allowed.numel()]
     keys, values = draw_states(geometry, 333, seed=8)

@@ -12,7 +12,8 @@ from spectrumkv.common.kv.tiering import fill, policy
 from spectrumkv.common.kv.tiers import Tier, count_tiers, nominal_budget
 
 LETTERS = {Tier.DROP: ".", Tier.INT4: "4", Tier.INT8: "8", Tier.FP16: "F", Tier.NATIVE: "N"}
-NAMES = policies.names()
+# A policy without a rule leaves tiers to its codec.
+NAMES = tuple(name for name in policies if not policies.get(name).budget_is_counted)
 # How much of a token's FP16 cost rounding may leave unspent. Policies that are missing here have one precision.
 UNSPENT = {
     "greedy": 0.5,

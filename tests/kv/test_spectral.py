@@ -68,6 +68,10 @@ def observation(basis: SpectralBasis, layer: int, tokens: int, mismatch: float =
     return Observation(queries, keys, values, head_dim**-0.5, None, None, 0, layer)
 
 
+def encoder_of(basis: SpectralBasis, shape: KvGeometry, tokens: int, budget: float) -> SpectralEncoder:
+    return SpectralEncoder(basis, shape, tokens, int(budget * shape.fp16_bytes(tokens)), "attention")
+
+
 @given(st.lists(st.integers(-5000, 5000), max_size=200), st.floats(-8, 11))
 def test_symbols_survive_every_packing(values: list[int], exponent: float) -> None:
     packing = packing_for(exponent)
@@ -140,11 +144,11 @@ def test_a_block_is_exact_up_to_half_a_step(kv_heads: int, head_dim: int, tokens
 def test_a_budget_is_met_and_never_exceeded(tokens: int, budget: float, mismatch: float) -> None:
     shape = geometry(kv_heads=2, head_dim=64, layers=4)
     basis = basis_of(shape)
-    encoder = SpectralEncoder(basis, shape, tokens, budget)
+    encoder = encoder_of(basis, shape, tokens, budget)
     decoder = SpectralDecoder(basis, shape)
     sent = 0
     for layer in range(shape.layers):
-        blocks = encoder.encode(observation(basis, layer, tokens, mismatch))
+        blocks = list(encoder.encode(observation(basis, layer, tokens, mismatch)))
         sent += sum(len(block.header()) + block.body.numel() for block in blocks)
         assert sum(block.tiers.numel() for block in blocks) == tokens
         for block in blocks:
@@ -162,7 +166,7 @@ def test_important_tokens_are_finer() -> None:
     seen = observation(basis, 0, 256)
     # The last query looks at token 100 and at nothing else.
     loud = Observation(seen.keys[:, 100:101].repeat(2, 8, 1) * 10, seen.keys, seen.values, 0.5, None, None, 0, 0)
-    [block] = SpectralEncoder(basis, shape, 256, 0.2).encode(loud)
+    [block] = encoder_of(basis, shape, 256, 0.2).encode(loud)
     received = torch.empty(2, 1, 256, 64)
     SpectralDecoder(basis, shape).decode(block, received[0], received[1])
     error = (received[1] - seen.values).square().mean(dim=(0, 2))
@@ -173,7 +177,7 @@ def test_important_tokens_are_finer() -> None:
 def encoded() -> tuple[Block, SpectralDecoder]:
     shape = geometry()
     basis = basis_of(shape)
-    [block] = SpectralEncoder(basis, shape, 40, 0.4).encode(observation(basis, 0, 40))
+    [block] = encoder_of(basis, shape, 40, 0.4).encode(observation(basis, 0, 40))
     return block, SpectralDecoder(basis, shape)
 
 
@@ -197,7 +201,7 @@ def test_infinite_states_are_refused() -> None:
     seen = observation(basis, 0, 40)
     seen.keys[0, 7, 3] = torch.inf
     with pytest.raises(InvalidArgumentError, match="layer 0"):
-        SpectralEncoder(basis, shape, 40, 0.4).encode(seen)
+        list(encoder_of(basis, shape, 40, 0.4).encode(seen))
 
 
 def test_a_token_that_is_not_sent_is_refused() -> None:
@@ -211,7 +215,7 @@ def test_a_token_that_is_not_sent_is_refused() -> None:
 
 def test_a_basis_travels() -> None:
     basis = basis_of(geometry())
-    back = SpectralBasis.from_bytes(basis.to_bytes())
+    back = SpectralBasis.from_bytes(basis.serialized)
     assert back.digest == basis.digest
     assert torch.equal(back.analysis, basis.analysis)
     assert back.rope_scaling == basis.rope_scaling

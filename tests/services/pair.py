@@ -9,12 +9,14 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from spectrumkv.client.client import SpectrumClient
+from spectrumkv.client.request import Sampling, TokenIds
 from spectrumkv.common.config import Address, DecodeConfig, PrefillConfig, build
 from spectrumkv.common.decode_stream import add_decode_servicer
 from spectrumkv.common.metrics import Metrics
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.common.rpc import Server
 from spectrumkv.decode_server.service import DecodeService
+from spectrumkv.prefill_server.basis_cache import resolve_basis
 from spectrumkv.prefill_server.engine import PrefillEngine
 from spectrumkv.prefill_server.service import PrefillService
 from spectrumkv.prefill_server.verdict import ProbeVerdict
@@ -82,7 +84,9 @@ def prefill_server(
     config = build(PrefillConfig, {"listen": "127.0.0.1:0", "decode": addresses, **options})
     loaded = load_model(model and str(model), "cpu", "auto")
     verdict = ProbeVerdict(int4_allowed=int4_allowed, source="flag", reason="set by the test", trials=())
-    service = PrefillService(loaded, config, metrics, PrefillEngine(loaded, config.window), verdict)
+    engine = PrefillEngine(loaded, config.window)
+    basis = resolve_basis(loaded, lambda done: None)
+    service = PrefillService(loaded, config, metrics, engine, verdict, basis)
     server = Server(
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server,
         service,
@@ -111,4 +115,8 @@ def running_pair(
         counting_proxy(decode_port) as proxy,
         prefill_server(model, [proxy.port], int4_allowed, **(prefill or {})) as (loaded, metrics, port),
     ):
-        yield Pair(loaded, port, decode_port, metrics, decode_metrics, proxy)
+        pair = Pair(loaded, port, decode_port, metrics, decode_metrics, proxy)
+        # The first request of a counted policy takes the codec's basis to decode, which is no request's own.
+        with pair.client() as client:
+            client.generate(TokenIds((5, 6, 7)), sampling=Sampling(max_tokens=2, ignore_eos=True)).result()
+        yield pair

@@ -41,6 +41,8 @@ def test_counted_bytes_are_those_on_the_wire(tiny_pair: Pair, policy: str, score
     assert usage.kv_fp16_bytes == tiny_pair.prefill.geometry.fp16_bytes(PROMPT_TOKENS)
     assert usage.budget_counted == pytest.approx(usage.kv_bytes_sent / usage.kv_fp16_bytes)
     assert usage.recomputed_prompt_tokens == 0
+    if policies.get(policy).budget_is_counted:
+        assert 0.99 * PrefillConfig.budget <= usage.budget_counted <= PrefillConfig.budget
 
 
 def snapshot(pair: Pair) -> tuple[float, float, float, float]:

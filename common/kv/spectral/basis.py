@@ -1,6 +1,7 @@
 """The basis of the spectral codec: what both sides must have in common, and how it travels."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +15,8 @@ from spectrumkv.common.kv.spectral.rotary import angles
 
 # Keys and values, in this order, in every tensor with a `side`.
 SIDES = 2
+# Names, dtypes and shapes of six tensors take a few hundred.
+SAFETENSORS_HEADER_BYTES = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,23 +57,55 @@ class SpectralBasis:
         }
         for name, shape in shapes.items():
             tensor = getattr(self, name)
-            if tuple(tensor.shape) != shape or not tensor.isfinite().all():
+            dtype = torch.float64 if name == "rope_frequencies" else torch.float32
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.isfinite().all():
                 raise InvalidArgumentError(
-                    f"the basis's {name} is {list(tensor.shape)}; it must be {list(shape)} and finite"
+                    f"the basis's {name} is {tensor.dtype} {list(tensor.shape)}; it must be {dtype} {list(shape)} "
+                    "and finite"
                 )
         if not (self.spread > 0).all():
             raise InvalidArgumentError("the basis has a coefficient without spread")
+        if not 0 < self.rope_scaling < math.inf:
+            raise InvalidArgumentError(f"the basis's rope_scaling is {self.rope_scaling}; it must be positive")
 
     @cached_property
     def synthesis(self) -> torch.Tensor:
-        """Inverse of `analysis`, float32."""
-        inverse: torch.Tensor = torch.linalg.inv(self.analysis.double()).float()
-        return inverse
+        """Inverse of `analysis`, float32.
+
+        Raises:
+            InvalidArgumentError: there is none.
+        """
+        inverse, info = torch.linalg.inv_ex(self.analysis.double())
+        if info.any() or not inverse.float().isfinite().all():
+            raise InvalidArgumentError("the basis has a transform that cannot be undone")
+        synthesis: torch.Tensor = inverse.float()
+        return synthesis
+
+    @cached_property
+    def serialized(self) -> bytes:
+        """The basis in the format of safetensors, which `from_bytes` reads."""
+        tensors = {
+            "mean": self.mean,
+            "analysis": self.analysis,
+            "spread": self.spread,
+            "attention_exponent": self.attention_exponent,
+            "rope_frequencies": self.rope_frequencies,
+            "rope_scaling": torch.tensor([self.rope_scaling], dtype=torch.float64),
+        }
+        data: bytes = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        return data
 
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 of the serialized basis."""
-        return hashlib.sha256(self.to_bytes()).digest()
+        return hashlib.sha256(self.serialized).digest()
+
+    @staticmethod
+    def largest_bytes(geometry: KvGeometry) -> int:
+        """Most bytes that a serialized basis for a model's cache can take."""
+        vectors = geometry.layers * SIDES * geometry.kv_heads * geometry.head_dim
+        floats = vectors * (geometry.head_dim + 2) + geometry.layers
+        return 4 * floats + 8 * geometry.head_dim + SAFETENSORS_HEADER_BYTES
 
     def check_fits(self, geometry: KvGeometry) -> None:
         """Check that the basis is one for this model's cache.
@@ -91,22 +126,9 @@ class SpectralBasis:
     def _frequencies(self) -> tuple[float, ...]:
         return tuple(self.rope_frequencies.tolist())
 
-    def to_bytes(self) -> bytes:
-        """Serialize, in the format of safetensors."""
-        tensors = {
-            "mean": self.mean,
-            "analysis": self.analysis,
-            "spread": self.spread,
-            "attention_exponent": self.attention_exponent,
-            "rope_frequencies": self.rope_frequencies,
-            "rope_scaling": torch.tensor([self.rope_scaling], dtype=torch.float64),
-        }
-        data: bytes = save({name: tensor.contiguous() for name, tensor in tensors.items()})
-        return data
-
     @classmethod
     def from_bytes(cls, data: bytes) -> "SpectralBasis":
-        """Inverse of `to_bytes`.
+        """Inverse of `serialized`.
 
         Raises:
             InvalidArgumentError: `data` is no basis.

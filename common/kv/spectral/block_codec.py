@@ -18,7 +18,7 @@ What is coded is described in `symbols`, which symbols are in which stream in `l
 
 import struct
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -110,6 +110,12 @@ class LayerTransform:
         states = torch.baddbmm(mean, by_head, basis.synthesis[self.layer].flatten(0, 1))
         cosine, sine = basis.rotation(first, tokens)
         return rotate(states[:kv_heads], cosine, sine).mul_(basis.rope_scaling), states[kv_heads:]
+
+
+@lru_cache(maxsize=8)
+def layer_transforms(basis: SpectralBasis) -> tuple[LayerTransform, ...]:
+    """The transforms of all layers; requests that use one basis share them."""
+    return tuple(LayerTransform(basis, layer) for layer in range(basis.mean.shape[0]))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from spectrumkv.common.errors import DataLossError
 from spectrumkv.common.kv.block import Block
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.spectral.block_codec import LayerTransform, decode_block
+from spectrumkv.common.kv.spectral.block_codec import decode_block, layer_transforms
 from spectrumkv.common.kv.spectral.encoder import tier_bytes
 from spectrumkv.common.kv.tiers import Tier
 
@@ -24,7 +24,7 @@ class SpectralDecoder:
     def __init__(self, basis: SpectralBasis, geometry: KvGeometry) -> None:
         basis.check_fits(geometry)
         self._geometry = geometry
-        self._transforms = [LayerTransform(basis, layer) for layer in range(geometry.layers)]
+        self._transforms = layer_transforms(basis)
 
     def decode(self, block: Block, keys: torch.Tensor, values: torch.Tensor) -> Mapping[Tier, int]:
         """Write a block's tokens into views of the slots, `[kv_heads, n, head_dim]`; return its bytes by tier.

@@ -8,7 +8,7 @@ import torch
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.block import BLOCK_HEADER, MAX_CHUNK_PAYLOAD_BYTES, Block
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.scoring import Observation, observed_attention
+from spectrumkv.common.kv.scoring import Observation, observed_attention, scorers
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.spectral.block_codec import (
     HIGHEST_CLASS,
@@ -16,6 +16,7 @@ from spectrumkv.common.kv.spectral.block_codec import (
     LayerTransform,
     Steps,
     encode_block,
+    layer_transforms,
 )
 from spectrumkv.common.kv.spectral.layout import CLASSES_PER_OCTAVE, expected_bits
 from spectrumkv.common.kv.spectral.rate import COARSEST, RateControl
@@ -43,21 +44,28 @@ class SpectralEncoder:
         basis: of the model.
         geometry: shape and dtype of the model's cache.
         tokens: of the prompt.
-        budget: counted bytes for all layers' blocks, relative to FP16.
+        budget_bytes: for all layers' blocks, headers and tier maps included. What is too little even for the coarsest
+            steps is exceeded.
+        scorer: name of the scorer that ranks tokens.
     """
 
-    def __init__(self, basis: SpectralBasis, geometry: KvGeometry, tokens: int, budget: float) -> None:
+    def __init__(
+        self, basis: SpectralBasis, geometry: KvGeometry, tokens: int, budget_bytes: int, scorer: str
+    ) -> None:
         basis.check_fits(geometry)
         self._basis = basis
-        self._transforms = [LayerTransform(basis, layer) for layer in range(geometry.layers)]
+        self._transforms = layer_transforms(basis)
         self._geometry = geometry
-        self._rate = RateControl(int(budget * geometry.fp16_bytes(tokens)), basis)
-        self._sinks = min(SINKS, int(budget * tokens / SINKS))
-        planned = budget * geometry.fp16_bytes_per_layer(1)
+        self._scorer = scorer
+        self._rate = RateControl(budget_bytes, basis)
+        # Sinks may take a quarter of the budget.
+        sinks_affordable = budget_bytes // (4 * geometry.fp16_bytes(1))
+        self._sinks = min(SINKS, max(0, sinks_affordable))
+        planned = max(1.0, budget_bytes / (geometry.layers * tokens))
         self._block_tokens = max(1, int(PLANNED_FILL * MAX_CHUNK_PAYLOAD_BYTES / planned))
 
-    def encode(self, observation: Observation) -> list[Block]:
-        """Code the next layer.
+    def encode(self, observation: Observation) -> Iterator[Block]:
+        """See `KvEncoder.encode`.
 
         Raises:
             InvalidArgumentError: an element is infinite or NaN.
@@ -72,11 +80,19 @@ class SpectralEncoder:
             blocks = self._fit(observation, classes, base, blocks)
         expected = self._rate.expected_bytes(classes[self._sinks :], base, fixed)
         self._rate.account(_wire_bytes(blocks), expected)
-        return blocks
+        yield from blocks
 
     def _step_classes(self, observation: Observation) -> np.ndarray:
-        """Step class of each token: finer by its share of the layer's attention."""
-        attention = observed_attention(observation).mean(dim=0).clamp_min(1e-7).log2().cpu().numpy()
+        """Step class of each token: finer by its share of the layer's attention.
+
+        Sensitivities were calibrated by observed attention. A scorer that measures something else decides who gets
+        the largest share, the next largest, and so on.
+        """
+        shares = observed_attention(observation).mean(dim=0)
+        if self._scorer != "attention":
+            ranking = scorers.get(self._scorer)(observation).argsort(descending=True, stable=True)
+            shares[ranking] = shares.sort(descending=True).values
+        attention = shares.clamp_min(1e-7).log2().cpu().numpy()
         exponent = -SENSITIVITY_POWER * float(self._basis.attention_exponent[observation.layer])
         others = attention[self._sinks :]
         octaves = exponent * (attention - (others.mean() if len(others) else 0.0))

@@ -1,0 +1,89 @@
+"""A prompt's layers to blocks: the sending half of codecs, for one request."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from spectrumkv.common.kv.block import MAX_CHUNK_PAYLOAD_BYTES, Block
+from spectrumkv.common.kv.codec import TierCodec
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.scoring import Observation, combine, scorers
+from spectrumkv.common.kv.tiering import Policy, TierRequest
+
+# Of a chunk's payload, what block headers and tier maps may take.
+BLOCK_OVERHEAD_BYTES = 64 << 10
+
+
+class KvEncoder(Protocol):
+    """Codes the layers of one prompt."""
+
+    def encode(self, observation: Observation) -> Iterator[Block]:
+        """Take the next layer, in the model's order, and yield the blocks that are ready.
+
+        Raises:
+            InvalidArgumentError: an element is infinite, NaN or too large for its tier.
+        """
+        ...
+
+
+@dataclass
+class TieredEncoder:
+    """Scores tokens, gives them tiers by a policy, and codes them at those.
+
+    Attributes:
+        policy: gives tokens their tiers.
+        budget: mean nominal cost per token, in the policy's range.
+        scorer: name of the scorer.
+        codec: writes the tiers.
+        scope: "layer": a layer's tokens get tiers by its own scores, and its blocks are ready at once. "model": a
+            token has one tier in all layers, and all blocks are ready after the last layer.
+        int4_allowed: the probe's verdict.
+        seed: for policies that draw.
+        geometry: shape and dtype of the model's cache.
+    """
+
+    policy: Policy
+    budget: float
+    scorer: str
+    codec: TierCodec
+    scope: str
+    int4_allowed: bool
+    seed: int
+    geometry: KvGeometry
+    _held: list[Observation] = field(default_factory=list, init=False)
+
+    def encode(self, observation: Observation) -> Iterator[Block]:
+        """See `KvEncoder.encode`."""
+        if self.scope == "layer":
+            yield from self._blocks(observation, self._assign(self._score(observation), observation.layer))
+            return
+        self._held.append(observation)
+        if len(self._held) == self.geometry.layers:
+            tiers = self._assign(combine([self._score(layer) for layer in self._held]), layer=0)
+            while self._held:
+                yield from self._blocks(self._held.pop(0), tiers)
+
+    def _score(self, observation: Observation) -> torch.Tensor:
+        """Scores of one layer's tokens, float32 `[n]`; zeros where the policy does not look at them."""
+        if not self.policy.needs_scores:
+            return torch.zeros(observation.keys.shape[1])
+        return scorers.get(self.scorer)(observation)
+
+    def _assign(self, scores: torch.Tensor, layer: int) -> torch.Tensor:
+        # A policy that draws must not draw the same tokens in every layer.
+        return self.policy.assign(TierRequest(scores, self.budget, self.int4_allowed, self.seed + layer))
+
+    def _blocks(self, observation: Observation, tiers: torch.Tensor) -> Iterator[Block]:
+        """Yield a layer's tokens in runs that fit a chunk."""
+        for first in range(0, tiers.numel(), self._block_tokens):
+            span = slice(first, first + self._block_tokens)
+            encoded = self.codec.encode(
+                observation.keys[:, span], observation.values[:, span], tiers[span], self.geometry
+            )
+            yield Block(observation.layer, first, tiers[span], encoded.body, encoded.tier_bytes)
+
+    @property
+    def _block_tokens(self) -> int:
+        return max(1, (MAX_CHUNK_PAYLOAD_BYTES - BLOCK_OVERHEAD_BYTES) // self.geometry.native_bytes_per_token_layer)

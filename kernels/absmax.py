@@ -1,6 +1,6 @@
 """Absmax quantization of keys and values: the one place that picks an implementation by device.
 
-Args of both operations:
+Args of `quantize` and `dequantize`:
     states: float32, float16 or bfloat16 `[kv_heads, n, head_dim]`, any strides; a layer's keys or values.
     index: int64 `[m]`, positions among the `n`, on the same device. Torch refuses positions outside
         on a CPU; on a GPU nothing notices them.
@@ -12,10 +12,10 @@ Args of both operations:
 
 import torch
 
-from spectrumkv.kernels import absmax_reference
+from spectrumkv.kernels import absmax_by_tier
 from spectrumkv.kernels.absmax_format import INT4, INT8, CodeFormat
 
-__all__ = ["INT4", "INT8", "CodeFormat", "dequantize", "quantize"]
+__all__ = ["INT4", "INT8", "CodeFormat", "decode", "dequantize", "encode", "is_finite", "prepare", "quantize"]
 
 
 def quantize(
@@ -49,7 +49,10 @@ def quantize(
 
         absmax_triton.quantize(states, index, codes, scales, form)
     else:
-        absmax_reference.quantize(states, index, codes, scales, form)
+        # numba takes a third of a second to import.
+        from spectrumkv.kernels import absmax_cpu
+
+        absmax_cpu.quantize(states, index, codes, scales, form)
 
 
 def dequantize(
@@ -75,4 +78,69 @@ def dequantize(
 
         absmax_triton.dequantize(codes, scales, index, states, form)
     else:
-        absmax_reference.dequantize(codes, scales, index, states, form)
+        from spectrumkv.kernels import absmax_cpu
+
+        absmax_cpu.dequantize(codes, scales, index, states, form)
+
+
+def encode(keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, body: torch.Tensor) -> None:
+    """Code a block of `n` tokens, each at its own tier: `quantize` for both sides and both formats, and 16 bits.
+
+    Elements at 16 bits are rounded half to even; what is too large for float16 becomes infinite, and is the caller's
+    to find, like scales that are not finite.
+
+    Args:
+        keys: float32, float16 or bfloat16 `[kv_heads, n, head_dim]`, n ≥ 1, any strides, head_dim even.
+        values: like `keys`, on the same device.
+        tiers: uint8 `[n]` on the CPU, codes of the wire's tier map.
+        body: uint8, contiguous, on the device of the keys, written from end to end; `Parts` has its sections, and the
+            caller has seen to it that its length is theirs.
+    """
+    if keys.is_cuda:
+        absmax_by_tier.encode(quantize, keys, values, tiers, body)
+    else:
+        from spectrumkv.kernels import absmax_cpu
+
+        absmax_cpu.encode(keys, values, tiers, body)
+
+
+def decode(body: torch.Tensor, tiers: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Inverse of `encode`: write every token but the dropped ones; see `dequantize`.
+
+    Args:
+        body: read; scales must be finite. On a CPU it may lie at an odd address and be read-only.
+        tiers: uint8 `[n]` on the CPU.
+        keys: written; see `encode`.
+        values: written.
+    """
+    if keys.is_cuda:
+        absmax_by_tier.decode(dequantize, body, tiers, keys, values)
+    else:
+        from spectrumkv.kernels import absmax_cpu
+
+        absmax_cpu.decode(body, tiers, keys, values)
+
+
+def prepare(dtype: torch.dtype) -> None:
+    """Compile what runs on CPUs, so that no request waits for it.
+
+    It takes seconds where this machine never did, and a fraction of one where compiled code is in the cache.
+
+    Args:
+        dtype: of the states that will be coded.
+    """
+    from spectrumkv.kernels import absmax_cpu
+
+    absmax_cpu.prepare(dtype)
+
+
+def is_finite(data: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether no element is infinite or NaN.
+
+    Args:
+        data: uint8 `[2 m]` on the CPU, contiguous, at any address: the bytes of m elements.
+        dtype: of the elements, float16 or bfloat16.
+    """
+    from spectrumkv.kernels import absmax_cpu
+
+    return absmax_cpu.is_finite(data, dtype)

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+# The codes of the wire's tier map. A token at TIER_16BIT keeps its elements, in the model's 16-bit dtype.
+TIER_DROP, TIER_INT4, TIER_INT8, TIER_16BIT = range(4)
+
 STATE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -39,6 +42,54 @@ class CodeFormat:
 
 INT8 = CodeFormat(bits=8, largest=127)
 INT4 = CodeFormat(bits=4, largest=7)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The sections of a coded block of `n16 + n8 + n4` tokens; index 0 of each tensor is keys, 1 values.
+
+    Tokens of a tier are in the order of the block.
+
+    Attributes:
+        fp16: the model's 16-bit dtype `[2, kv_heads, n16, head_dim]`.
+        int8_scales: float16 `[2, kv_heads, n8]`.
+        int4_scales: float16 `[2, kv_heads, n4]`.
+        int8_codes: int8 `[2, kv_heads, n8, head_dim]`.
+        int4_codes: uint8 `[2, kv_heads, n4, head_dim / 2]`.
+    """
+
+    fp16: torch.Tensor
+    int8_scales: torch.Tensor
+    int4_scales: torch.Tensor
+    int8_codes: torch.Tensor
+    int4_codes: torch.Tensor
+
+    @classmethod
+    def of(cls, body: torch.Tensor, tiers: torch.Tensor, kv_heads: int, head_dim: int, half: torch.dtype) -> "Parts":
+        """Views of a body: the sections back to back in the order of the attributes.
+
+        Args:
+            body: uint8 `[b]`, at an even address.
+            tiers: uint8 `[n]` on the CPU.
+            kv_heads: of the model.
+            head_dim: of the model.
+            half: the model's 16-bit dtype.
+        """
+        n16, n8, n4 = (int((tiers == tier).sum()) for tier in (TIER_16BIT, TIER_INT8, TIER_INT4))
+        shapes = [(half, n16, head_dim), (torch.float16, n8, 1), (torch.float16, n4, 1)]
+        shapes += [(form.dtype, n, form.code_bytes(head_dim)) for form, n in ((INT8, n8), (INT4, n4))]
+        sizes = [2 * kv_heads * tokens * width * dtype.itemsize for dtype, tokens, width in shapes]
+        views = [
+            part.view(dtype).view(2, kv_heads, tokens, width)
+            for part, (dtype, tokens, width) in zip(torch.split(body, sizes), shapes, strict=True)
+        ]
+        return cls(views[0], views[1].squeeze(-1), views[2].squeeze(-1), views[3], views[4])
+
+    def coded(self, form: CodeFormat) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scales of one format."""
+        if form == INT8:
+            return self.int8_codes, self.int8_scales
+        return self.int4_codes, self.int4_scales
 
 
 def check_arguments(

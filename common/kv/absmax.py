@@ -4,7 +4,7 @@ The quantizer of the SpectrumKV paper (arXiv 2606.08635). The layout of a body i
 `KvChunk` in proto/spectrumkv/v1/kv.proto.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -14,9 +14,12 @@ from spectrumkv.common.kv.body import Section
 from spectrumkv.common.kv.codec import EncodedBlock, TierCodec, codecs
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier, count_tiers
-from spectrumkv.kernels.absmax import INT4, INT8, dequantize, quantize
+from spectrumkv.kernels import absmax as kernels
+from spectrumkv.kernels.absmax import INT4, INT8
 
 TIERS = frozenset({Tier.DROP, Tier.INT4, Tier.INT8, Tier.FP16})
+# The first sections of a body hold elements and scales, the others codes.
+FLOAT_SECTIONS = 3
 FORMATS = {Tier.INT8: INT8, Tier.INT4: INT4}
 
 
@@ -40,17 +43,10 @@ class AbsmaxCodec(TierCodec):
             )
         layout = sections(counts, geometry)
         device_body = torch.empty(bodies.body_bytes(layout), dtype=torch.uint8, device=keys.device)
-        parts = Parts(*bodies.cut(device_body, layout))
-        index = token_index(tiers, counts, keys.device)
-        for side, states in enumerate((keys, values)):
-            parts.fp16[side].copy_(states.index_select(1, index[Tier.FP16]))
-            for tier, form in FORMATS.items():
-                codes, scales = parts.coded(tier)
-                quantize(states, index[tier], codes[side], scales[side], form)
-
+        kernels.encode(keys, values, tiers, device_body)
         body = bodies.to_host(device_body)
         # Here and not on the device, which would have to be waited for once more.
-        _check_sent(Parts(*bodies.cut(body, layout)), {"keys": keys, "values": values}, index, geometry)
+        _check_sent(body, layout, {"keys": keys, "values": values}, tiers)
         return EncodedBlock(body, bodies.bytes_by_tier(layout, TIERS))
 
     def decode(
@@ -71,47 +67,16 @@ class AbsmaxCodec(TierCodec):
         layout = sections(counts, geometry)
         bodies.check_length(body, layout)
         # Before the body moves: looking at a GPU's scales would wait for it.
-        _check_received_scales(Parts(*bodies.cut(body, layout)))
-        parts = Parts(*bodies.cut(body.to(keys.device), layout))
-        index = token_index(tiers, counts, keys.device)
-        for side, states in enumerate((keys, values)):
-            states.index_copy_(1, index[Tier.FP16], parts.fp16[side].to(states.dtype))
-            for tier, form in FORMATS.items():
-                codes, scales = parts.coded(tier)
-                dequantize(codes[side], scales[side], index[tier], states, form)
+        _check_received_scales(body, layout)
+        kernels.decode(body.to(keys.device), tiers, keys, values)
         return bodies.bytes_by_tier(layout, TIERS)
 
 
 codecs.register(AbsmaxCodec.name)(AbsmaxCodec())
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The sections of a body as tensors, in the order of the layout; index 0 of each is keys, 1 values.
-
-    Attributes:
-        fp16: the model's 16-bit dtype `[2, kv_heads, n16, head_dim]`.
-        int8_scales: float16 `[2, kv_heads, n8]`.
-        int4_scales: float16 `[2, kv_heads, n4]`.
-        int8_codes: int8 `[2, kv_heads, n8, head_dim]`.
-        int4_codes: uint8 `[2, kv_heads, n4, head_dim / 2]`.
-    """
-
-    fp16: torch.Tensor
-    int8_scales: torch.Tensor
-    int4_scales: torch.Tensor
-    int8_codes: torch.Tensor
-    int4_codes: torch.Tensor
-
-    def coded(self, tier: Tier) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and scales of INT8 or INT4."""
-        if tier == Tier.INT8:
-            return self.int8_codes, self.int8_scales
-        return self.int4_codes, self.int4_scales
-
-
 def sections(counts: dict[Tier, int], geometry: KvGeometry) -> list[Section]:
-    """The layout of a body, in the order of `Parts`.
+    """The layout of a body: what kept its 16 bits, then scales, then codes.
 
     Args:
         counts: the block's tokens at each tier.
@@ -128,52 +93,46 @@ def sections(counts: dict[Tier, int], geometry: KvGeometry) -> list[Section]:
     ]
 
 
-def token_index(tiers: torch.Tensor, counts: dict[Tier, int], device: torch.device) -> dict[Tier, torch.Tensor]:
-    """Positions of each tier's tokens in the block, ascending.
-
-    Args:
-        tiers: uint8 `[n]` on the CPU.
-        counts: tokens at each tier, for every `Tier`.
-        device: where the positions are wanted.
-
-    Returns:
-        int64 `[counts[tier]]` for each tier; one transfer for all of them.
-    """
-    by_tier = torch.argsort(tiers, stable=True).to(device)
-    return dict(zip(Tier, torch.split(by_tier, [counts[tier] for tier in Tier]), strict=True))
-
-
 def _check_sent(
-    parts: Parts, states: dict[str, torch.Tensor], index: dict[Tier, torch.Tensor], geometry: KvGeometry
+    body: torch.Tensor, layout: Sequence[Section], states: Mapping[str, torch.Tensor], tiers: torch.Tensor
 ) -> None:
     """Refuse elements that their tier cannot hold: they left something infinite or NaN in the body.
 
     Args:
-        parts: of the finished body, on the CPU.
+        body: as it is sent.
+        layout: its sections.
         states: "keys" and "values" as they came.
-        index: see `token_index`.
-        geometry: shape and dtype of the model's cache.
+        tiers: the tokens' own.
     """
-    for side, (name, elements) in enumerate(states.items()):
-        if not bodies.is_finite(parts.fp16[side]):
-            sent = elements.index_select(1, index[Tier.FP16])
-            bodies.refuse_infinite(name, Tier.FP16, sent, geometry.half_dtype)
-        for tier, form in FORMATS.items():
-            scales = parts.coded(tier)[1][side]
-            if not bodies.is_finite(scales):
-                broken = int((~scales.isfinite()).sum())
-                largest = torch.finfo(torch.float16).max * form.largest
-                raise InvalidArgumentError(
-                    f"{name} of {broken} of {scales.numel()} token-heads cannot be coded at tier {tier.name}: "
-                    f"they hold an element that is infinite, NaN, or beyond ±{largest:.6g}"
-                )
+    for section, floats in zip(layout[:FLOAT_SECTIONS], _floats(body, layout), strict=True):
+        if kernels.is_finite(floats, section.dtype):
+            continue
+        sides = floats.clone().view(section.dtype).view(section.shape)
+        side = 0 if not bodies.is_finite(sides[0]) else 1
+        name, sent = list(states.items())[side]
+        if section.tier == Tier.FP16:
+            kept = (tiers == Tier.FP16).to(sent.device)
+            bodies.refuse_infinite(name, Tier.FP16, sent[:, kept], section.dtype)
+        broken = int((~sides[side].isfinite()).sum())
+        largest = torch.finfo(torch.float16).max * FORMATS[section.tier].largest
+        raise InvalidArgumentError(
+            f"{name} of {broken} of {sides[side].numel()} token-heads cannot be coded at tier {section.tier.name}: "
+            f"they hold an element that is infinite, NaN, or beyond ±{largest:.6g}"
+        )
 
 
-def _check_received_scales(parts: Parts) -> None:
-    for tier in FORMATS:
-        scales = parts.coded(tier)[1]
-        if not bodies.is_finite(scales):
+def _check_received_scales(body: torch.Tensor, layout: Sequence[Section]) -> None:
+    for section, floats in zip(layout[:FLOAT_SECTIONS], _floats(body, layout), strict=True):
+        if section.tier != Tier.FP16 and not kernels.is_finite(floats, section.dtype):
+            scales = floats.clone().view(section.dtype)
             broken = int((~scales.isfinite()).sum())
             raise DataLossError(
-                f"{broken} of {scales.numel()} {tier.name} scales of a block are infinite or NaN", reason="scale"
+                f"{broken} of {scales.numel()} {section.tier.name} scales of a block are infinite or NaN",
+                reason="scale",
             )
+
+
+def _floats(body: torch.Tensor, layout: Sequence[Section]) -> tuple[torch.Tensor, ...]:
+    """The bytes of the sections that hold 16-bit floats: elements and scales, which come before all codes."""
+    sizes = [section.bytes for section in layout]
+    return torch.split(body, [*sizes[:FLOAT_SECTIONS], sum(sizes[FLOAT_SECTIONS:])])[:FLOAT_SECTIONS]

@@ -6,20 +6,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import platformdirs
 from filelock import FileLock, Timeout
 
 from spectrumkv.common.errors import FailedPreconditionError
+from spectrumkv.kernels.cache import CACHE_VARIABLE, cache_directory
 
-CACHE_VARIABLE = "SPECTRUMKV_CACHE"
+__all__ = ["CACHE_VARIABLE", "build_once", "cache_directory"]
 
 logger = logging.getLogger(__name__)
-
-
-def cache_directory() -> Path:
-    """The directory named by SPECTRUMKV_CACHE, else the user's cache directory. It need not exist yet."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen).expanduser().absolute() if chosen else platformdirs.user_cache_path("spectrumkv")
 
 
 def build_once(directory: Path, build: Callable[[Path], None]) -> Path:

@@ -1,17 +1,23 @@
-"""Both implementations, side by side; Triton runs under its interpreter where there is no GPU."""
+"""All implementations, side by side; Triton runs under its interpreter where there is no GPU."""
 
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectrumkv.kernels import absmax, absmax_reference, absmax_triton
+from spectrumkv.kernels import absmax, absmax_by_tier, absmax_cpu, absmax_reference, absmax_triton
 from spectrumkv.kernels.absmax import INT4, INT8, CodeFormat
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FORMATS = [pytest.param(INT8, id="int8"), pytest.param(INT4, id="int4")]
+IMPLEMENTATIONS = [pytest.param(absmax_reference, id="reference"), pytest.param(absmax_triton, id="triton")]
+if DEVICE.type == "cpu":
+    IMPLEMENTATIONS.append(pytest.param(absmax_cpu, id="cpu"))
+# What must agree with the reference.
+KERNELS = IMPLEMENTATIONS[1:]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Where a float16 scale is subnormal, rounding it moves it by up to this much.
 SUBNORMAL_ROUNDING = 2.0**-25
@@ -59,15 +65,15 @@ def strided(shape: tuple[int, int, int], dtype: torch.dtype, layout: str) -> tor
 LAYOUTS = ["contiguous", "slots", "tokens-first", "elements-apart"]
 
 
-def assert_implementations_agree(states: torch.Tensor, index: torch.Tensor, form: CodeFormat) -> None:
+def assert_agrees(implementation: ModuleType, states: torch.Tensor, index: torch.Tensor, form: CodeFormat) -> None:
     codes, scales = quantized(absmax_reference.quantize, states, index, form)
-    triton_codes, triton_scales = quantized(absmax_triton.quantize, states, index, form)
-    assert torch.equal(triton_scales, scales)
-    assert torch.equal(triton_codes, codes)
+    its_codes, its_scales = quantized(implementation.quantize, states, index, form)
+    assert torch.equal(its_scales, scales)
+    assert torch.equal(its_codes, codes)
     expected = torch.full_like(states, torch.nan)
     actual = torch.full_like(states, torch.nan)
     absmax_reference.dequantize(codes, scales, index, expected, form)
-    absmax_triton.dequantize(codes, scales, index, actual, form)
+    implementation.dequantize(codes, scales, index, actual, form)
     # The product is exact in float32 and rounded once, so not even the last bit may differ.
     assert torch.equal(actual.nan_to_num(7e4), expected.nan_to_num(7e4))
     written = torch.zeros(states.shape[1], dtype=torch.bool, device=states.device)
@@ -76,29 +82,33 @@ def assert_implementations_agree(states: torch.Tensor, index: torch.Tensor, form
     assert actual[:, ~written].isnan().all()
 
 
+@pytest.mark.parametrize("implementation", KERNELS)
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("kv_heads", [1, 3])
 @pytest.mark.parametrize("tokens", [1, 3, 17, 65])
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-def test_triton_agrees_with_the_reference(form: CodeFormat, kv_heads: int, tokens: int, head_dim: int) -> None:
+def test_kernels_agree_with_the_reference(
+    implementation: ModuleType, form: CodeFormat, kv_heads: int, tokens: int, head_dim: int
+) -> None:
     states = random_states(kv_heads, tokens, head_dim, torch.float32, seed=head_dim + tokens)
     # Every other token, so that some rows stay unwritten; all of them where there is one.
     index = torch.arange(0, tokens, 2, device=DEVICE)
-    assert_implementations_agree(states, index, form)
+    assert_agrees(implementation, states, index, form)
 
 
+@pytest.mark.parametrize("implementation", KERNELS)
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_triton_agrees_in_every_dtype(form: CodeFormat, dtype: torch.dtype) -> None:
+def test_kernels_agree_in_every_dtype(implementation: ModuleType, form: CodeFormat, dtype: torch.dtype) -> None:
     states = random_states(3, 33, 96, dtype)
-    assert_implementations_agree(states, torch.arange(1, 33, device=DEVICE), form)
+    assert_agrees(implementation, states, torch.arange(1, 33, device=DEVICE), form)
 
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("implementation", [absmax_reference, absmax_triton], ids=["reference", "triton"])
-def test_strides_make_no_difference(form: CodeFormat, layout: str, implementation: object) -> None:
-    quantize, dequantize = implementation.quantize, implementation.dequantize  # type: ignore[attr-defined]
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_strides_make_no_difference(form: CodeFormat, layout: str, implementation: ModuleType) -> None:
+    quantize, dequantize = implementation.quantize, implementation.dequantize
     states = random_states(3, 17, 64, torch.bfloat16)
     index = torch.tensor([0, 2, 3, 11, 16], device=DEVICE)
     source = strided((3, 17, 64), torch.bfloat16, layout)
@@ -117,35 +127,35 @@ def test_strides_make_no_difference(form: CodeFormat, layout: str, implementatio
         assert target._base.isfinite().sum() == 3 * index.numel() * 64, "a row outside the view was written"
 
 
-@pytest.mark.parametrize("implementation", [absmax_reference, absmax_triton], ids=["reference", "triton"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("form", FORMATS)
-def test_rows_follow_the_order_of_the_index(form: CodeFormat, implementation: object) -> None:
+def test_rows_follow_the_order_of_the_index(form: CodeFormat, implementation: ModuleType) -> None:
     states = random_states(2, 9, 64, torch.float16)
     index = torch.tensor([7, 1, 4], device=DEVICE)
-    codes, scales = quantized(implementation.quantize, states, index, form)  # type: ignore[attr-defined]
+    codes, scales = quantized(implementation.quantize, states, index, form)
     for row, token in enumerate(index):
         alone, scale = quantized(absmax_reference.quantize, states, token.reshape(1), form)
         assert torch.equal(codes[:, row], alone[:, 0])
         assert torch.equal(scales[:, row], scale[:, 0])
 
 
-@pytest.mark.parametrize("implementation", [absmax_reference, absmax_triton], ids=["reference", "triton"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("form", FORMATS)
-def test_no_tokens_is_no_work(form: CodeFormat, implementation: object) -> None:
+def test_no_tokens_is_no_work(form: CodeFormat, implementation: ModuleType) -> None:
     states = random_states(2, 3, 64, torch.float32)
     before = states.clone()
     none = torch.empty(0, dtype=torch.int64, device=DEVICE)
-    codes, scales = quantized(implementation.quantize, states, none, form)  # type: ignore[attr-defined]
-    implementation.dequantize(codes, scales, none, states, form)  # type: ignore[attr-defined]
+    codes, scales = quantized(implementation.quantize, states, none, form)
+    implementation.dequantize(codes, scales, none, states, form)
     assert codes.shape == (2, 0, form.code_bytes(64))
     assert scales.shape == (2, 0)
     assert torch.equal(states, before)
 
 
-@pytest.mark.parametrize("implementation", [absmax_reference, absmax_triton], ids=["reference", "triton"])
-def test_worked_example(implementation: object) -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_worked_example(implementation: ModuleType) -> None:
     # absmax 127 makes the INT8 scale 1, absmax 7 the INT4 scale 1: codes are the elements, rounded.
-    quantize = implementation.quantize  # type: ignore[attr-defined]
+    quantize = implementation.quantize
     only = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     states = torch.tensor([[[127.0, -127.0, 0.5, 1.5, 2.5, -0.5, -1.5, 126.4]]], device=DEVICE)
     codes, scales = quantized(quantize, states, only, INT8)
@@ -158,30 +168,30 @@ def test_worked_example(implementation: object) -> None:
     assert scales.tolist() == [[1.0]]
 
 
-@pytest.mark.parametrize("implementation", [absmax_reference, absmax_triton], ids=["reference", "triton"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf, 9e6], ids=str)
 @pytest.mark.parametrize("element", [0, 40, 63])
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 def test_what_cannot_be_quantized_shows_in_its_scale(
-    form: CodeFormat, implementation: object, poison: float, element: int
+    form: CodeFormat, implementation: ModuleType, poison: float, element: int
 ) -> None:
     states = torch.ones(1, 3, 64, device=DEVICE)
     states[0, 1, element] = poison
     index = torch.arange(3, device=DEVICE)
-    _, scales = quantized(implementation.quantize, states, index, form)  # type: ignore[attr-defined]
+    _, scales = quantized(implementation.quantize, states, index, form)
     assert scales.isfinite().tolist() == [[True, False, True]]
 
 
-@pytest.mark.parametrize("implementation", [absmax_reference, absmax_triton], ids=["reference", "triton"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("form", FORMATS)
-def test_the_largest_float16_comes_back_finite(form: CodeFormat, implementation: object) -> None:
+def test_the_largest_float16_comes_back_finite(form: CodeFormat, implementation: ModuleType) -> None:
     # 65504 / 127 rounds up to 516, and 127 · 516 = 65532 is infinite in float16.
     states = torch.full((1, 1, 64), 65504.0, dtype=torch.float16, device=DEVICE)
     only = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    codes, scales = quantized(implementation.quantize, states, only, form)  # type: ignore[attr-defined]
+    codes, scales = quantized(implementation.quantize, states, only, form)
     assert form.largest * scales.float().item() >= 65520
-    implementation.dequantize(codes, scales, only, states, form)  # type: ignore[attr-defined]
+    implementation.dequantize(codes, scales, only, states, form)
     assert (states == 65504).all()
 
 
@@ -228,10 +238,72 @@ def test_codes_keep_to_their_range(seed: int, form: CodeFormat) -> None:
 def test_a_row_too_small_for_any_scale_is_zero() -> None:
     states = torch.full((1, 1, 64), 127 * SUBNORMAL_ROUNDING)
     only = torch.zeros(1, dtype=torch.int64)
-    for quantize in (absmax_reference.quantize, absmax_triton.quantize):
+    for quantize in (absmax_reference.quantize, absmax_triton.quantize, absmax_cpu.quantize):
         codes, scales = quantized(quantize, states.to(DEVICE), only.to(DEVICE), INT8)
         assert scales.item() == 0
         assert not codes.any()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_codes_of_a_cpu_equal_the_reference_in_every_range(form: CodeFormat) -> None:
+    # From scales that are zero over subnormal ones to those that overflow.
+    exponents = torch.arange(-40, 24).repeat_interleave(16)
+    states = torch.randn(1, exponents.numel(), 64, generator=torch.Generator().manual_seed(3))
+    states = (states * (2.0**exponents).unsqueeze(-1)).contiguous()
+    index = torch.arange(exponents.numel())
+    codes, scales = quantized(absmax_reference.quantize, states, index, form)
+    its_codes, its_scales = quantized(absmax_cpu.quantize, states, index, form)
+    assert torch.equal(its_scales, scales)
+    usable = scales.isfinite()
+    assert 0 < usable.sum() < usable.numel()
+    assert torch.equal(its_codes[usable], codes[usable])
+
+
+def row_bytes(tier: int, head_dim: int) -> int:
+    """What one token of one KV head takes of a body, on one side."""
+    return (0, 2 + head_dim // 2, 2 + head_dim, 2 * head_dim)[tier]
+
+
+@given(
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(LAYOUTS),
+    kv_heads=st.integers(1, 3),
+    head_dim=st.sampled_from([2, 6, 64, 80]),
+    tiers=st.lists(st.integers(0, 3), min_size=1, max_size=40),
+    address=st.integers(0, 1),
+)
+def test_blocks_on_a_cpu_equal_blocks_coded_tier_by_tier(
+    dtype: torch.dtype, layout: str, kv_heads: int, head_dim: int, tiers: list[int], address: int
+) -> None:
+    shape = (kv_heads, len(tiers), head_dim)
+    given_tiers = torch.tensor(tiers, dtype=torch.uint8)
+    size = 2 * kv_heads * sum(row_bytes(tier, head_dim) for tier in tiers)
+    pair = [random_states(*shape, dtype, seed).cpu() for seed in (0, 1)]
+    body, expected = (torch.full((size,), 0x5A, dtype=torch.uint8) for _ in range(2))
+    absmax_by_tier.encode(absmax_reference.quantize, *pair, given_tiers, expected)
+    sources = [strided(shape, dtype, layout).cpu().copy_(states) for states in pair]
+    absmax_cpu.encode(*sources, given_tiers, body)
+    assert torch.equal(body, expected)
+    # Bodies arrive at odd addresses as well.
+    arrived = torch.empty(size + address, dtype=torch.uint8)[address:].copy_(body)
+    restored = [strided(shape, dtype, layout).cpu() for _ in pair]
+    absmax_cpu.decode(arrived, given_tiers, *restored)
+    wanted = [torch.full(shape, torch.nan, dtype=dtype) for _ in pair]
+    absmax_by_tier.decode(absmax_reference.dequantize, expected, given_tiers, *wanted)
+    for actual, states in zip(restored, wanted, strict=True):
+        assert torch.equal(actual.nan_to_num(7e4), states.nan_to_num(7e4))
+        assert actual[:, given_tiers == 0].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("poison", [torch.nan, -torch.nan, torch.inf, -torch.inf], ids=str)
+def test_what_is_not_finite_is_found(dtype: torch.dtype, poison: float) -> None:
+    finite = torch.finfo(dtype).max * torch.randint(-1, 2, (67,)).to(dtype)
+    data = finite.view(torch.uint8)
+    assert absmax.is_finite(data, dtype)
+    finite[66] = poison
+    assert not absmax.is_finite(data, dtype)
+    assert absmax.is_finite(data[:0], dtype)
 
 
 @pytest.mark.gpu

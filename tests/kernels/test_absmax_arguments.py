@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spectrumkv.kernels import absmax, absmax_reference, absmax_triton
+from spectrumkv.kernels import absmax, absmax_cpu, absmax_reference, absmax_triton
 from spectrumkv.kernels.absmax import INT8, CodeFormat
 
 BAD_ARGUMENTS = {
@@ -33,7 +33,7 @@ def test_wrong_arguments_are_refused_with_their_numbers(case: str) -> None:
         "scales": torch.zeros(1, 2, dtype=torch.float16),
         **wrong,
     }
-    for implementation in (absmax, absmax_reference, absmax_triton):
+    for implementation in (absmax, absmax_cpu, absmax_reference, absmax_triton):
         with pytest.raises(ValueError, match=message):
             implementation.quantize(**arguments, form=INT8)
         with pytest.raises(ValueError, match=message):

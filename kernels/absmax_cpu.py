@@ -1,0 +1,107 @@
+"""Absmax quantization on CPUs: tensors in, the compiled loops of `absmax_rows` over their memory.
+
+Importing this module imports numba, a third of a second. Each function compiles at its first call with a dtype, or
+loads what an earlier process compiled.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from spectrumkv.kernels import absmax_rows as rows
+from spectrumkv.kernels.absmax_format import INT8, CodeFormat, check_arguments
+
+# How numba is shown what it has no type for; see `absmax_rows`.
+_STAND_INS = {torch.float16: torch.uint16, torch.bfloat16: torch.int16, torch.int8: torch.uint8}
+_INFINITY_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
+
+
+def quantize(
+    states: torch.Tensor, index: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, form: CodeFormat
+) -> None:
+    """See `spectrumkv.kernels.absmax.quantize`."""
+    check_arguments(states, index, codes, scales, form)
+    if not codes.numel():
+        return
+    _check_positions(index, states.shape[1])
+    largest = np.float32(form.largest)
+    rows.quantize_rows(*_flat(_adjacent(states)), _array(index), _array(codes), _array(scales), largest, form != INT8)
+
+
+def dequantize(
+    codes: torch.Tensor, scales: torch.Tensor, index: torch.Tensor, states: torch.Tensor, form: CodeFormat
+) -> None:
+    """See `spectrumkv.kernels.absmax.dequantize`."""
+    check_arguments(states, index, codes, scales, form)
+    if not codes.numel():
+        return
+    _check_positions(index, states.shape[1])
+    with _written(states) as target:
+        rows.dequantize_rows(_array(codes), _array(scales), _array(index), *_flat(target), form != INT8)
+
+
+def encode(keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, body: torch.Tensor) -> None:
+    """See `spectrumkv.kernels.absmax.encode`."""
+    heads, _, head_dim = keys.shape
+    for side, states in enumerate((keys, values)):
+        rows.encode_side(*_flat(_adjacent(states)), tiers.numpy(), heads, head_dim, body.numpy(), side)
+
+
+def decode(body: torch.Tensor, tiers: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """See `spectrumkv.kernels.absmax.decode`."""
+    heads, _, head_dim = keys.shape
+    for side, states in enumerate((keys, values)):
+        with _written(states) as target:
+            rows.decode_side(body.numpy(), tiers.numpy(), heads, head_dim, *_flat(target), side)
+
+
+def is_finite(data: torch.Tensor, dtype: torch.dtype) -> bool:
+    """See `spectrumkv.kernels.absmax.is_finite`."""
+    return bool(rows.greatest_magnitude(data.numpy()) < _INFINITY_BITS[dtype])
+
+
+def _check_positions(index: torch.Tensor, tokens: int) -> None:
+    least, greatest = (int(bound) for bound in index.aminmax())
+    if least < 0 or greatest >= tokens:
+        raise IndexError(f"positions {least} to {greatest} are out of the range of {tokens} tokens")
+
+
+def _array(tensor: torch.Tensor) -> Any:
+    """The tensor's memory as numpy shows it, in a type that numba knows."""
+    stand_in = _STAND_INS.get(tensor.dtype)
+    return (tensor if stand_in is None else tensor.view(stand_in)).numpy()
+
+
+def _adjacent(states: torch.Tensor) -> torch.Tensor:
+    """The states with the elements of a head side by side, as models leave them."""
+    return states if states.stride(2) == 1 else states.contiguous()
+
+
+@contextmanager
+def _written(states: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Give states to write to whose elements are side by side; what was written ends up in `states`."""
+    target = _adjacent(states)
+    yield target
+    if target is not states:
+        states.copy_(target)
+
+
+def _flat(states: torch.Tensor) -> tuple[Any, int, int]:
+    """All memory that `states` spans, as one row, and how far it is from head to head and from token to token."""
+    heads, tokens, head_dim = states.shape
+    head_stride, token_stride, _ = states.stride()
+    span = (heads - 1) * head_stride + (tokens - 1) * token_stride + head_dim
+    return _array(states.as_strided((span,), (1,))), head_stride, token_stride
+
+
+def prepare(dtype: torch.dtype) -> None:
+    """See `spectrumkv.kernels.absmax.prepare`."""
+    keys, values = torch.ones(2, 1, 4, 2, dtype=dtype)
+    # Each tier once: an element and a pair of them at 16 bits, scales and codes.
+    tiers, body = torch.arange(4, dtype=torch.uint8), torch.empty(22, dtype=torch.uint8)
+    encode(keys, values, tiers, body)
+    is_finite(body[:16], torch.float16)
+    decode(body, tiers, keys, values)

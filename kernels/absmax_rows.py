@@ -1,0 +1,308 @@
+"""Absmax quantization compiled for CPUs: one row after another, each read from memory once and written once.
+
+A row is one token in one KV head. numba has neither float16 nor bfloat16: uint16 stands for the one, int16 for the
+other. The loops over a row are short and without branches, so that LLVM makes vector instructions of them. The
+intrinsics say what Python cannot: operations on eight or 32 bits, and changes of type that leave the bits alone.
+
+All of it is in one file, since numba does not notice changes of other files (see `compiled`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from spectrumkv.kernels.absmax_format import TIER_16BIT, TIER_INT4, TIER_INT8
+from spectrumkv.kernels.compiled import compiled
+
+# 1.5 · 2^23: a float32 next to it has no fractional bits, so adding it rounds half to even, and the low byte of the
+# sum is the rounded number in two's complement.
+ROUNDER = np.float32(12582912)
+ZERO, INFINITY = np.float32(0), np.float32(np.inf)
+LARGEST_INT8, LARGEST_INT4 = np.float32(127), np.float32(7)
+FLOAT16_MAX = 65504.0
+
+FLOAT, HALF = ir.FloatType(), ir.HalfType()
+BYTE, WORD, LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32)
+
+
+# numba ships no types.
+_intrinsic: Callable[..., Any] = intrinsic
+
+
+@_intrinsic
+def _widen(_: Any, element: Any) -> Any:
+    """An element as float32, exactly."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if element == types.float32:
+            return arguments[0]
+        if element == types.uint16:
+            return builder.fpext(builder.bitcast(arguments[0], HALF), FLOAT)
+        return builder.bitcast(builder.shl(builder.zext(arguments[0], LONG), LONG(16)), FLOAT)
+
+    return types.float32(element), emit
+
+
+@_intrinsic
+def _sixteen_bits(_: Any, element: Any) -> Any:
+    """An element at 16 bits: float32 rounded half to even to float16, or to infinity; others as they are."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        narrow = builder.fptrunc(arguments[0], HALF) if element == types.float32 else arguments[0]
+        return builder.bitcast(narrow, WORD)
+
+    return types.uint16(element), emit
+
+
+@_intrinsic
+def _element(_: Any, bits: Any, row: Any) -> Any:
+    """Inverse of `_sixteen_bits`: an element of the row's type."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if row.dtype != types.float32:
+            return arguments[0]
+        return builder.fpext(builder.bitcast(arguments[0], HALF), FLOAT)
+
+    return row.dtype(types.uint16, row), emit
+
+
+@_intrinsic
+def _rounded(_: Any, value: Any, row: Any) -> Any:
+    """A float32 rounded half to even to the type of the row's elements; float16 saturates."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value = arguments[0]
+        if row.dtype == types.float32:
+            return value
+        if row.dtype == types.uint16:
+            value = builder.select(builder.fcmp_ordered(">", value, FLOAT(FLOAT16_MAX)), FLOAT(FLOAT16_MAX), value)
+            value = builder.select(builder.fcmp_ordered("<", value, FLOAT(-FLOAT16_MAX)), FLOAT(-FLOAT16_MAX), value)
+            return builder.bitcast(builder.fptrunc(value, HALF), WORD)
+        bits = builder.bitcast(value, LONG)
+        odd = builder.and_(builder.lshr(bits, LONG(16)), LONG(1))
+        return builder.trunc(builder.lshr(builder.add(bits, builder.add(LONG(0x7FFF), odd)), LONG(16)), WORD)
+
+    return row.dtype(types.float32, row), emit
+
+
+@_intrinsic
+def _greater_magnitude(_: Any, peak: Any, value: Any) -> Any:
+    """The greater one of `peak` and |value|, as bits: ordered like floats, with NaN above infinity."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        magnitude = builder.and_(builder.bitcast(arguments[1], LONG), LONG(0x7FFFFFFF))
+        return builder.select(builder.icmp_signed(">", magnitude, arguments[0]), magnitude, arguments[0])
+
+    return types.int32(types.int32, types.float32), emit
+
+
+@_intrinsic
+def _greater_magnitude16(_: Any, peak: Any, bits: Any) -> Any:
+    """`_greater_magnitude` of 16-bit floats, either kind."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        magnitude = builder.and_(arguments[1], WORD(0x7FFF))
+        return builder.select(builder.icmp_signed(">", magnitude, arguments[0]), magnitude, arguments[0])
+
+    return types.int16(types.int16, types.int16), emit
+
+
+@_intrinsic
+def _float_of(_: Any, bits: Any) -> Any:
+    """The float32 that has these bits."""
+    return types.float32(types.int32), lambda context, builder, signature, arguments: builder.bitcast(
+        arguments[0], FLOAT
+    )
+
+
+@_intrinsic
+def _low_byte(_: Any, value: Any) -> Any:
+    """The lowest eight bits of a float32."""
+    return types.uint8(types.float32), lambda context, builder, signature, arguments: builder.trunc(
+        builder.bitcast(arguments[0], LONG), BYTE
+    )
+
+
+@_intrinsic
+def _pair(_: Any, low: Any, high: Any) -> Any:
+    """Two INT4 codes in one byte."""
+    return types.uint8(types.uint8, types.uint8), lambda context, builder, signature, arguments: builder.or_(
+        builder.and_(arguments[0], BYTE(0xF)), builder.shl(arguments[1], BYTE(4))
+    )
+
+
+@_intrinsic
+def _low_nibble(_: Any, byte: Any) -> Any:
+    """The low INT4 code of a byte, its sign extended to eight bits."""
+    return types.int8(types.uint8), lambda context, builder, signature, arguments: builder.ashr(
+        builder.shl(arguments[0], BYTE(4)), BYTE(4)
+    )
+
+
+@_intrinsic
+def _high_nibble(_: Any, byte: Any) -> Any:
+    """The high INT4 code of a byte, its sign extended to eight bits."""
+    return types.int8(types.uint8), lambda context, builder, signature, arguments: builder.ashr(arguments[0], BYTE(4))
+
+
+@compiled
+def _code(element: Any, divisor: Any, largest: Any) -> Any:
+    """The nearest multiple of the scale, as a byte."""
+    # Clamped first: the rounding holds below 2^22 only.
+    steps = _widen(element) / divisor
+    steps = steps if steps < largest else largest
+    steps = steps if steps > -largest else -largest
+    return _low_byte(steps + ROUNDER)
+
+
+@compiled
+def quantize_row(row: Any, codes: Any, largest: Any, packed: bool) -> Any:
+    """Write the codes of a row; return its scale as float16's bits."""
+    peak = np.int32(0)
+    for i in range(row.size):
+        peak = _greater_magnitude(peak, _widen(row[i]))
+    scale = _sixteen_bits(_float_of(peak) / largest)
+    divisor = _widen(scale)
+    # Dividing by infinity makes the codes of a zero scale zero.
+    divisor = divisor if divisor > ZERO else INFINITY
+    if packed:
+        high = row[codes.size :]
+        for i in range(codes.size):
+            codes[i] = _pair(_code(row[i], divisor, largest), _code(high[i], divisor, largest))
+    else:
+        for i in range(codes.size):
+            codes[i] = _code(row[i], divisor, largest)
+    return scale
+
+
+@compiled
+def dequantize_row(codes: Any, scale: Any, row: Any, packed: bool) -> None:
+    """Write codes times scale into a row."""
+    factor = _widen(scale)
+    if packed:
+        high = row[codes.size :]
+        for i in range(codes.size):
+            row[i] = _rounded(np.float32(_low_nibble(codes[i])) * factor, row)
+        for i in range(codes.size):
+            high[i] = _rounded(np.float32(_high_nibble(codes[i])) * factor, row)
+    else:
+        for i in range(codes.size):
+            row[i] = _rounded(np.float32(np.int8(codes[i])) * factor, row)
+
+
+@compiled
+def quantize_rows(
+    states: Any, head_stride: int, token_stride: int, index: Any, codes: Any, scales: Any, largest: Any, packed: bool
+) -> None:
+    """Quantize the tokens `index`; `states` is flat, `codes` `[kv_heads, m, bytes]`, `scales` `[kv_heads, m]`."""
+    heads, tokens, code_bytes = codes.shape
+    head_dim = 2 * code_bytes if packed else code_bytes
+    for head in range(heads):
+        for i in range(tokens):
+            start = head * head_stride + index[i] * token_stride
+            scales[head, i] = quantize_row(states[start : start + head_dim], codes[head, i], largest, packed)
+
+
+@compiled
+def dequantize_rows(
+    codes: Any, scales: Any, index: Any, states: Any, head_stride: int, token_stride: int, packed: bool
+) -> None:
+    """Inverse of `quantize_rows`; tokens that are not in `index` stay as they are."""
+    heads, tokens, code_bytes = codes.shape
+    head_dim = 2 * code_bytes if packed else code_bytes
+    for head in range(heads):
+        for i in range(tokens):
+            start = head * head_stride + index[i] * token_stride
+            dequantize_row(codes[head, i], scales[head, i], states[start : start + head_dim], packed)
+
+
+@compiled
+def greatest_magnitude(data: Any) -> Any:
+    """The greatest magnitude of the 16-bit floats in uint8 `[2 m]`, as int16 bits; NaN is above infinity."""
+    elements = data.view(np.int16)
+    peak = np.int16(0)
+    for i in range(elements.size):
+        peak = _greater_magnitude16(peak, elements[i])
+    return peak
+
+
+@compiled
+def count_tiers(tiers: Any) -> Any:
+    """How many tokens are at 16 bits, at INT8 and at INT4."""
+    n16, n8, n4 = 0, 0, 0
+    for tier in tiers:
+        n16 += tier == TIER_16BIT
+        n8 += tier == TIER_INT8
+        n4 += tier == TIER_INT4
+    return n16, n8, n4
+
+
+@compiled
+def body_parts(body: Any, tiers: Any, heads: int, head_dim: int) -> Any:
+    """The sections of a body, in the order of `Parts`, wherever they lie: odd addresses are no matter."""
+    n16, n8, n4 = count_tiers(tiers)
+    scales8 = 4 * heads * n16 * head_dim
+    scales4 = scales8 + 4 * heads * n8
+    codes8 = scales4 + 4 * heads * n4
+    codes4 = codes8 + 2 * heads * n8 * head_dim
+    return (
+        body[:scales8].view(np.uint16).reshape((2, heads, n16, head_dim)),
+        body[scales8:scales4].view(np.uint16).reshape((2, heads, n8)),
+        body[scales4:codes8].view(np.uint16).reshape((2, heads, n4)),
+        body[codes8:codes4].reshape((2, heads, n8, head_dim)),
+        body[codes4:].reshape((2, heads, n4, head_dim // 2)),
+    )
+
+
+@compiled
+def encode_side(
+    states: Any, head_stride: int, token_stride: int, tiers: Any, heads: int, head_dim: int, body: Any, side: int
+) -> None:
+    """Write the keys (side 0) or the values (1) of a block into its body, every token at its own tier."""
+    halves, scales8, scales4, codes8, codes4 = body_parts(body, tiers, heads, head_dim)
+    for head in range(heads):
+        n16, n8, n4 = 0, 0, 0
+        for token in range(tiers.size):
+            tier = tiers[token]
+            start = head * head_stride + token * token_stride
+            row = states[start : start + head_dim]
+            if tier == TIER_INT4:
+                scales4[side, head, n4] = quantize_row(row, codes4[side, head, n4], LARGEST_INT4, True)
+                n4 += 1
+            elif tier == TIER_INT8:
+                scales8[side, head, n8] = quantize_row(row, codes8[side, head, n8], LARGEST_INT8, False)
+                n8 += 1
+            elif tier == TIER_16BIT:
+                target = halves[side, head, n16]
+                for i in range(head_dim):
+                    target[i] = _sixteen_bits(row[i])
+                n16 += 1
+
+
+@compiled
+def decode_side(
+    body: Any, tiers: Any, heads: int, head_dim: int, states: Any, head_stride: int, token_stride: int, side: int
+) -> None:
+    """Inverse of `encode_side`; dropped tokens stay as they are."""
+    halves, scales8, scales4, codes8, codes4 = body_parts(body, tiers, heads, head_dim)
+    for head in range(heads):
+        n16, n8, n4 = 0, 0, 0
+        for token in range(tiers.size):
+            tier = tiers[token]
+            start = head * head_stride + token * token_stride
+            row = states[start : start + head_dim]
+            if tier == TIER_INT4:
+                dequantize_row(codes4[side, head, n4], scales4[side, head, n4], row, True)
+                n4 += 1
+            elif tier == TIER_INT8:
+                dequantize_row(codes8[side, head, n8], scales8[side, head, n8], row, False)
+                n8 += 1
+            elif tier == TIER_16BIT:
+                source = halves[side, head, n16]
+                for i in range(head_dim):
+                    row[i] = _element(source[i], row)
+                n16 += 1

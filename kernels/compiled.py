@@ -1,0 +1,29 @@
+"""Compilation for CPUs: numba's, without the GIL, with its results kept in the project's cache directory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+from numba.core import config
+
+from spectrumkv.kernels.cache import cache_directory
+
+# numba looks at this when a function is decorated. Its own variable, NUMBA_CACHE_DIR, keeps precedence.
+if not config.CACHE_DIR:
+    config.CACHE_DIR = str(cache_directory() / "compiled")
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile at the first call with each combination of types, or load what an earlier process compiled.
+
+    Arithmetic is IEEE's, nothing is reordered or fused: results are bit for bit those of the same operations in
+    torch.
+    numba notices a change of the file that holds the function, not of functions in other files that it calls.
+    """
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    try:
+        kept: Callable[..., Any] = numba.njit(cache=True, **options)(function)
+    except RuntimeError:
+        # No directory can be written to. Compiling takes seconds in each process; that is all.
+        kept = numba.njit(**options)(function)
+    return kept

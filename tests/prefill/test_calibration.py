@@ -3,7 +3,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spectrumkv.common.kv.scoring import Observation
-from spectrumkv.common.kv.spectral.block_codec import LayerTransform
+from spectrumkv.common.kv.spectral.transform import LayerTransform
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.prefill_server.basis_cache import default_excerpts, resolve_basis
 from spectrumkv.prefill_server.calibration import _continuing, calibrate
@@ -49,7 +49,8 @@ def test_a_basis_is_found_for_every_architecture(architecture: str) -> None:
     seen: list[Observation] = list(capture_prompt(loaded.model, excerpts[0].token_ids[:70].tolist(), 64).layers)
     for observation in seen:
         transform = LayerTransform(basis, observation.layer)
-        keys, values = transform.synthesise(transform.analyse(observation.keys, observation.values, 0), 0)
+        keys, values = torch.empty_like(observation.keys), torch.empty_like(observation.values)
+        transform.synthesise(transform.analyse(observation.keys, observation.values, 0), 0, keys, values)
         scale = observation.keys.abs().max()
         torch.testing.assert_close(keys / scale, observation.keys / scale, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(values, observation.values, rtol=1e-3, atol=1e-3 * float(values.abs().max()))

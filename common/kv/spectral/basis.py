@@ -68,6 +68,11 @@ class SpectralBasis:
         if not 0 < self.rope_scaling < math.inf:
             raise InvalidArgumentError(f"the basis's rope_scaling is {self.rope_scaling}; it must be positive")
 
+    @property
+    def head_dim(self) -> int:
+        """Elements of one key or value."""
+        return self.mean.shape[-1]
+
     @cached_property
     def synthesis(self) -> torch.Tensor:
         """Inverse of `analysis`, float32.

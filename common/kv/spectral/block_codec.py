@@ -1,121 +1,38 @@
-"""One layer's tokens to bytes and back.
+"""One layer's tokens to bytes and back; the layout of a body is documented at `KvChunk` in kv.proto."""
 
-Body of codec "spectral", version 1, all integers little-endian:
-
-  offset  size  field
-       0     4  base: float32, binary logarithm of the step of class 0
-       4     2  number of sinks s: the block's first tokens, sent in the model's 16-bit dtype
-       6     2  zero
-       8     4  length of the coded step classes
-      12     …  sinks: keys [H, s, d] then values [H, s, d], after the rotary embedding
-       …     …  coded step classes: one byte for each other token, class − LOWEST_CLASS
-       …     …  for each stream, from the narrowest to the widest: 4 bytes its coded length, the coded packed symbols,
-                the raw bits, 4 bytes its number of exceptions, and the exceptions (index and value, 4 bytes each)
-       …   0–1  a zero byte where the length would be odd
-
-What is coded is described in `symbols`, which symbols are in which stream in `layout`.
-"""
-
+import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 
-from spectrumkv.common.errors import DataLossError
+from spectrumkv.common.errors import DataLossError, InvalidArgumentError
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.spectral.layout import (
     CLASSES_PER_OCTAVE,
-    Run,
-    relative_spread,
-    runs,
-    spread_classes,
-    streams,
+    HIGHEST_CLASS,
+    LOWEST_CLASS,
+    STEP_CLASSES,
+    Streams,
 )
-from spectrumkv.common.kv.spectral.rotary import rotate
 from spectrumkv.common.kv.spectral.symbols import (
     EXCEPTION,
+    CodedStream,
     compress,
+    decode_stream,
     decompress,
-    join_raw_bits,
-    pack,
+    encode_stream,
     packing_for,
-    raw_bytes,
-    split_raw_bits,
-    unpack,
 )
+from spectrumkv.common.kv.spectral.transform import LayerTransform
+from spectrumkv.kernels import spectral_streams as kernels
 
-HEADER = struct.Struct("<fHHI")
-LENGTH = struct.Struct("<I")
-# Step classes in half octaves around the mean token: three octaves finer, one and a half coarser.
-LOWEST_CLASS, HIGHEST_CLASS = -6, 3
-
-
-@dataclass(frozen=True, eq=False)
-class LayerTransform:
-    """The basis of one layer, with its coefficients sorted by spread class.
-
-    Attributes:
-        basis: of the model.
-        layer: from 0.
-    """
-
-    basis: SpectralBasis
-    layer: int
-
-    @cached_property
-    def order(self) -> torch.Tensor:
-        """int64 `[2 · kv_heads · head_dim]`: coefficients by rising class."""
-        return torch.from_numpy(np.argsort(self.classes_unsorted, kind="stable"))
-
-    @cached_property
-    def classes_unsorted(self) -> np.ndarray:
-        """Spread class of each coefficient, in the order side, head, element."""
-        return spread_classes(self.basis.spread[self.layer].flatten().numpy())
-
-    @cached_property
-    def columns(self) -> list[Run]:
-        """Runs of equal class among the sorted coefficients."""
-        return runs(np.sort(self.classes_unsorted))
-
-    def analyse(self, keys: torch.Tensor, values: torch.Tensor, first: int) -> torch.Tensor:
-        """Coefficients of tokens at positions `first` and up.
-
-        Args:
-            keys: `[kv_heads, n, head_dim]`, after the rotary embedding.
-            values: like `keys`.
-            first: position of the first token.
-
-        Returns:
-            float32 `[n, 2 · kv_heads · head_dim]`, columns in `order`.
-        """
-        basis, tokens = self.basis, keys.shape[1]
-        cosine, sine = basis.rotation(first, tokens)
-        states = torch.cat([rotate(keys.float(), cosine, -sine).div_(basis.rope_scaling), values.float()])
-        analysis = basis.analysis[self.layer].flatten(0, 1)
-        offset = -basis.mean[self.layer].flatten(0, 1)[:, None] @ analysis
-        coefficients = torch.baddbmm(offset, states, analysis)
-        return coefficients.transpose(0, 1).reshape(tokens, -1)[:, self.order]
-
-    def synthesise(self, coefficients: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inverse of `analyse`: keys after the rotary embedding, and values, float32 `[kv_heads, n, head_dim]`."""
-        basis, tokens = self.basis, coefficients.shape[0]
-        _, sides, kv_heads, head_dim = basis.mean.shape
-        unsorted = torch.empty_like(coefficients)
-        unsorted[:, self.order] = coefficients
-        by_head = unsorted.view(tokens, sides * kv_heads, head_dim).transpose(0, 1)
-        mean = basis.mean[self.layer].flatten(0, 1)[:, None]
-        states = torch.baddbmm(mean, by_head, basis.synthesis[self.layer].flatten(0, 1))
-        cosine, sine = basis.rotation(first, tokens)
-        return rotate(states[:kv_heads], cosine, sine).mul_(basis.rope_scaling), states[kv_heads:]
-
-
-@lru_cache(maxsize=8)
-def layer_transforms(basis: SpectralBasis) -> tuple[LayerTransform, ...]:
-    """The transforms of all layers; requests that use one basis share them."""
-    return tuple(LayerTransform(basis, layer) for layer in range(basis.mean.shape[0]))
+HEADER = struct.Struct("<fHI")
+LENGTHS = np.dtype([("coded", "<u4"), ("exceptions", "<u4")])
+# Integers have 32 bits; some room is left for the rounding of the quotient.
+LARGEST_SYMBOL = 2.0**30
 
 
 @dataclass(frozen=True)
@@ -132,111 +49,192 @@ class Steps:
     classes: np.ndarray
     sinks: int
 
-    def of_tokens(self, classes: np.ndarray) -> torch.Tensor:
-        """Step of each class: float32, a column."""
-        return torch.from_numpy(np.exp2(self.base + classes / CLASSES_PER_OCTAVE).astype(np.float32))[:, None]
+    @property
+    def coded_classes(self) -> np.ndarray:
+        """int64 `[n − sinks]`: classes of the tokens that have a step, from 0."""
+        return self.classes[self.sinks :] - LOWEST_CLASS
+
+    @property
+    def of_classes(self) -> np.ndarray:
+        """float32: the step of each class."""
+        return np.exp2(self.base + STEP_CLASSES / CLASSES_PER_OCTAVE).astype(np.float32)
+
+    def streams(self, transform: LayerTransform) -> Streams:
+        """How the block's symbols divide."""
+        rows = np.bincount(self.coded_classes, minlength=len(STEP_CLASSES))
+        return Streams.of(rows, self.base, transform.run_classes, transform.run_start)
 
 
-def encode_block(
-    transform: LayerTransform,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    first: int,
-    steps: Steps,
-    geometry: KvGeometry,
-) -> bytes:
-    """Code a run of tokens of one layer.
+@dataclass(frozen=True, eq=False)
+class AnalysedLayer:
+    """One layer of a prompt, ready to be coded at any steps.
+
+    Attributes:
+        transform: of the layer.
+        keys: `[kv_heads, n, head_dim]` on the CPU, after the rotary embedding.
+        values: like `keys`.
+        coefficients: float32 `[2 · kv_heads, n, head_dim]`.
+        largest: the largest magnitude of a coefficient; finite.
+    """
+
+    transform: LayerTransform
+    keys: torch.Tensor
+    values: torch.Tensor
+    coefficients: torch.Tensor
+    largest: float
+
+    @classmethod
+    def of(cls, transform: LayerTransform, keys: torch.Tensor, values: torch.Tensor) -> "AnalysedLayer":
+        """Analyse a prompt's keys and values.
+
+        Raises:
+            InvalidArgumentError: an element is infinite or NaN.
+        """
+        coefficients = transform.analyse(keys, values, 0)
+        low, high = coefficients.aminmax()
+        largest = max(-float(low), float(high))
+        if not largest < math.inf:
+            raise InvalidArgumentError(f"keys or values of layer {transform.layer} are infinite or NaN")
+        return cls(transform, keys, values, coefficients, largest)
+
+    @property
+    def tokens(self) -> int:
+        """Length n of the prompt."""
+        return self.keys.shape[1]
+
+    @property
+    def finest_base(self) -> float:
+        """The least base step at which all integers have 32 bits, whatever their tokens' classes."""
+        return math.log2(max(self.largest, 1e-30) / LARGEST_SYMBOL) - LOWEST_CLASS / CLASSES_PER_OCTAVE
+
+
+def encode_block(layer: AnalysedLayer, first: int, steps: Steps, geometry: KvGeometry) -> bytes:
+    """Code a run of tokens.
 
     Args:
-        transform: of the layer.
-        keys: `[kv_heads, n, head_dim]` on the CPU, after the rotary embedding; finite.
-        values: like `keys`.
+        layer: whose tokens.
         first: position of the first token.
-        steps: of the tokens.
+        steps: of the tokens; no finer than the layer's finest.
         geometry: shape and dtype of the model's cache.
+
+    Raises:
+        InvalidArgumentError: a sink does not fit the 16-bit dtype.
     """
-    sinks = steps.sinks
-    sink_states = torch.stack([keys[:, :sinks], values[:, :sinks]]).to(geometry.half_dtype).contiguous()
-    classes = steps.classes[sinks:]
-    coded_classes = compress((classes - LOWEST_CLASS).astype(np.uint8))
+    sinks = slice(first, first + steps.sinks)
+    exact = torch.stack([layer.keys[:, sinks], layer.values[:, sinks]]).to(geometry.half_dtype).contiguous()
+    if not exact.isfinite().all():
+        raise InvalidArgumentError(
+            f"keys or values of the first tokens in layer {layer.transform.layer} do not fit {geometry.half_dtype}"
+        )
+    coded_classes = compress(steps.coded_classes.astype(np.uint8))
+    coded = list(_coded_streams(layer, first + steps.sinks, steps)) if len(steps.coded_classes) else []
+    lengths = np.array([(len(one.coded), len(one.exceptions)) for one in coded], LENGTHS)
     parts = [
-        HEADER.pack(steps.base, sinks, 0, len(coded_classes)),
-        sink_states.view(torch.uint8).numpy().tobytes(),
+        HEADER.pack(steps.base, steps.sinks, len(coded_classes)),
+        exact.view(torch.uint8).numpy().tobytes(),
         coded_classes,
+        lengths.tobytes(),
     ]
-    if len(classes):
-        order = np.argsort(classes, kind="stable")
-        coefficients = transform.analyse(keys[:, sinks:], values[:, sinks:], first + sinks)
-        scaled = coefficients[torch.from_numpy(order)].div_(steps.of_tokens(classes[order]))
-        symbols = scaled.round_().to(torch.int32).numpy()
-        for stream, rectangles in streams(runs(classes[order]), transform.columns):
-            packing = packing_for(relative_spread(stream, steps.base))
-            pieces = [symbols[row.start : row.end, column.start : column.end].ravel() for row, column in rectangles]
-            high, raw = split_raw_bits(np.concatenate(pieces), packing)
-            packed, exceptions = pack(high, packing)
-            coded = compress(packed)
-            parts += [LENGTH.pack(len(coded)), coded, raw, LENGTH.pack(len(exceptions)), exceptions.tobytes()]
+    for one in coded:
+        parts += [one.coded, one.raw, one.exceptions.tobytes()]
     body = b"".join(parts)
     return body + b"\0" * (len(body) % 2)
 
 
+def _coded_streams(layer: AnalysedLayer, first: int, steps: Steps) -> Iterator[CodedStream]:
+    """Code the tokens that have a step, from position `first` on."""
+    streams = steps.streams(layer.transform)
+    symbols = np.empty(streams.start[-1], np.int32)
+    head_dim = layer.coefficients.shape[2]
+    kernels.quantize(
+        layer.coefficients.numpy().reshape(-1)[first * head_dim :],
+        head_dim,
+        layer.transform.column_offset(layer.tokens),
+        layer.transform.run_start,
+        steps.coded_classes,
+        1 / steps.of_classes,
+        streams.stream_of,
+        streams.start[:-1].copy(),
+        symbols,
+    )
+    for exponent, start, end in streams:
+        yield encode_stream(symbols[start:end], packing_for(exponent))
+
+
 def decode_block(
-    transform: LayerTransform, body: memoryview, tokens: int, first: int, geometry: KvGeometry
-) -> tuple[torch.Tensor, torch.Tensor, Steps]:
+    transform: LayerTransform,
+    body: memoryview,
+    first: int,
+    geometry: KvGeometry,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> Steps:
     """Inverse of `encode_block`.
 
+    Args:
+        transform: of the layer.
+        body: as it arrived.
+        first: position of the first token.
+        geometry: shape and dtype of the model's cache.
+        keys: `[kv_heads, n, head_dim]` in the model's own dtype, any strides, on any device; written.
+        values: like `keys`.
+
     Returns:
-        Keys and values, `[kv_heads, tokens, head_dim]` in the model's own dtype, on the CPU, and the tokens' steps.
+        The tokens' steps.
 
     Raises:
         DataLossError: the body does not hold what its header says.
     """
-    reader = _Reader(body)
-    base, sinks, _, class_bytes = reader.header()
+    reader, tokens = _Reader(body), keys.shape[1]
+    base, sinks, class_bytes = reader.header()
     if sinks > tokens:
         raise DataLossError(f"a block of {tokens} tokens has {sinks} sinks", "malformed")
     shape = (2, geometry.kv_heads, sinks, geometry.head_dim)
-    sink_states = reader.array(2 * int(np.prod(shape)), np.uint8)
-    classes = decompress(reader.take(class_bytes), tokens - sinks).astype(np.int64) + LOWEST_CLASS
-    if len(classes) and not (classes.min() >= LOWEST_CLASS and classes.max() <= HIGHEST_CLASS):
-        raise DataLossError(f"a block has step classes up to {classes.max()}", "malformed")
-    keys = torch.empty(geometry.kv_heads, tokens, geometry.head_dim, dtype=geometry.native_dtype)
-    values = torch.empty_like(keys)
+    exact = reader.array(2 * int(np.prod(shape)), np.uint8)
+    classes = decompress(reader.take(class_bytes), tokens - sinks).astype(np.int64)
+    if len(classes) and classes.max() > HIGHEST_CLASS - LOWEST_CLASS:
+        raise DataLossError(f"a block has the step class {classes.max() + LOWEST_CLASS}", "malformed")
+    steps = Steps(base, np.concatenate([np.zeros(sinks, np.int64), classes + LOWEST_CLASS]), sinks)
     if sinks:
-        exact = torch.from_numpy(sink_states.copy()).view(geometry.half_dtype).view(shape)
-        keys[:, :sinks], values[:, :sinks] = exact[0], exact[1]
+        states = torch.from_numpy(exact.copy()).view(geometry.half_dtype).view(shape)
+        keys[:, :sinks], values[:, :sinks] = states[0], states[1]
     if len(classes):
-        order = np.argsort(classes, kind="stable")
-        symbols = _read_symbols(reader, runs(classes[order]), transform, base)
-        steps = Steps(base, classes, sinks).of_tokens(classes[order])
-        coefficients = torch.empty(len(classes), symbols.shape[1])
-        coefficients[torch.from_numpy(order)] = torch.from_numpy(symbols).float().mul_(steps)
-        keys[:, sinks:], values[:, sinks:] = transform.synthesise(coefficients, first + sinks)
+        coefficients = _read_coefficients(reader, steps, transform, geometry)
+        transform.synthesise(coefficients, first + sinks, keys[:, sinks:], values[:, sinks:])
     reader.finish()
-    return keys, values, Steps(base, np.concatenate([np.zeros(sinks, np.int64), classes]), sinks)
+    return steps
 
 
-def _read_symbols(reader: "_Reader", rows: list[Run], transform: LayerTransform, base: float) -> np.ndarray:
-    """The matrix of symbols, rows and columns sorted by class."""
-    width = transform.columns[-1].end
-    symbols = np.empty((rows[-1].end, width), np.int32)
-    for stream, rectangles in streams(rows, transform.columns):
-        packing = packing_for(relative_spread(stream, base))
-        sizes = [(row.end - row.start) * (column.end - column.start) for row, column in rectangles]
-        count = sum(sizes)
-        packed_bytes = -(-count // packing.per_byte) if packing.per_byte else 0
-        packed = decompress(reader.take(reader.length()), packed_bytes)
-        high = unpack(packed, count, packing).astype(np.int32)
-        raw = reader.array(raw_bytes(count, packing), np.uint8)
-        exceptions = reader.array(reader.length(), EXCEPTION)
-        if len(exceptions) and int(exceptions["index"].max()) >= count:
-            raise DataLossError(f"an exception lies outside its stream of {count} symbols", "malformed")
-        high[exceptions["index"]] = exceptions["value"]
-        flat = join_raw_bits(high, raw, packing)
-        for (row, column), piece in zip(rectangles, np.split(flat, np.cumsum(sizes)[:-1]), strict=True):
-            block = piece.reshape(row.end - row.start, -1)
-            symbols[row.start : row.end, column.start : column.end] = block
-    return symbols
+def _read_coefficients(
+    reader: "_Reader", steps: Steps, transform: LayerTransform, geometry: KvGeometry
+) -> torch.Tensor:
+    """Coefficients of the tokens that have a step: float32 `[2 · kv_heads, n, head_dim]`."""
+    streams = steps.streams(transform)
+    symbols = np.empty(streams.start[-1], np.int32)
+    lengths = reader.array(len(streams.exponent), LENGTHS)
+    for (exponent, start, end), (coded, exceptions) in zip(streams, lengths.tolist(), strict=True):
+        packing = packing_for(exponent)
+        decode_stream(
+            reader.take(coded),
+            reader.take(packing.raw_bytes(end - start)),
+            reader.take(exceptions * EXCEPTION.itemsize),
+            packing,
+            symbols[start:end],
+        )
+    tokens = len(steps.coded_classes)
+    coefficients = torch.empty(2 * geometry.kv_heads, tokens, geometry.head_dim)
+    kernels.dequantize(
+        symbols,
+        streams.start[:-1].copy(),
+        streams.stream_of,
+        steps.of_classes,
+        steps.coded_classes,
+        transform.run_start,
+        transform.column_offset(tokens),
+        geometry.head_dim,
+        coefficients.numpy().reshape(-1),
+    )
+    return coefficients
 
 
 class _Reader:
@@ -254,15 +252,11 @@ class _Reader:
         self._position = end
         return taken
 
-    def header(self) -> tuple[float, int, int, int]:
-        base, sinks, reserved, class_bytes = HEADER.unpack(self.take(HEADER.size))
+    def header(self) -> tuple[float, int, int]:
+        base, sinks, class_bytes = HEADER.unpack(self.take(HEADER.size))
         if not -64 <= base <= 64:
             raise DataLossError(f"a block's steps have the exponent {base}", "scale")
-        return base, sinks, reserved, class_bytes
-
-    def length(self) -> int:
-        size: int = LENGTH.unpack(self.take(LENGTH.size))[0]
-        return size
+        return base, sinks, class_bytes
 
     def array(self, count: int, dtype: np.dtype | type) -> np.ndarray:
         return np.frombuffer(self.take(count * np.dtype(dtype).itemsize), dtype)

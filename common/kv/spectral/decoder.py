@@ -8,8 +8,9 @@ from spectrumkv.common.errors import DataLossError
 from spectrumkv.common.kv.block import Block
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.spectral.block_codec import decode_block, layer_transforms
+from spectrumkv.common.kv.spectral.block_codec import decode_block
 from spectrumkv.common.kv.spectral.encoder import tier_bytes
+from spectrumkv.common.kv.spectral.transform import layer_transforms
 from spectrumkv.common.kv.tiers import Tier
 
 
@@ -33,11 +34,8 @@ class SpectralDecoder:
             DataLossError: the body does not hold what its header says.
         """
         transform = self._transforms[block.layer]
-        tokens = block.tiers.numel()
         if bool((block.tiers == Tier.DROP).any() or (block.tiers == Tier.NATIVE).any()):
             raise DataLossError("codec spectral sends every token, at INT4, INT8 or FP16", "tier")
         body = block.body.numpy().data
-        decoded_keys, decoded_values, steps = decode_block(transform, body, tokens, block.first_token, self._geometry)
-        keys.copy_(decoded_keys)
-        values.copy_(decoded_values)
+        steps = decode_block(transform, body, block.first_token, self._geometry, keys, values)
         return tier_bytes(transform, steps, block.tiers, block.body.numel())

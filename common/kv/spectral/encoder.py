@@ -10,16 +10,16 @@ from spectrumkv.common.kv.block import BLOCK_HEADER, MAX_CHUNK_PAYLOAD_BYTES, Bl
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.scoring import Observation, observed_attention, scorers
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.spectral.block_codec import (
+from spectrumkv.common.kv.spectral.block_codec import AnalysedLayer, Steps, encode_block
+from spectrumkv.common.kv.spectral.layout import (
+    CLASSES_PER_OCTAVE,
     HIGHEST_CLASS,
     LOWEST_CLASS,
-    LayerTransform,
-    Steps,
-    encode_block,
-    layer_transforms,
+    STEP_CLASSES,
+    expected_bits,
 )
-from spectrumkv.common.kv.spectral.layout import CLASSES_PER_OCTAVE, expected_bits
-from spectrumkv.common.kv.spectral.rate import COARSEST, RateControl
+from spectrumkv.common.kv.spectral.rate import AIM, RateControl
+from spectrumkv.common.kv.spectral.transform import LayerTransform, layer_transforms
 from spectrumkv.common.kv.tiers import Tier, tier_map_bytes
 
 # A step goes with this power of a token's sensitivity: at equal slope of distortion against rate, errors times
@@ -70,17 +70,28 @@ class SpectralEncoder:
         Raises:
             InvalidArgumentError: an element is infinite or NaN.
         """
-        if not (observation.keys.isfinite().all() and observation.values.isfinite().all()):
-            raise InvalidArgumentError(f"keys or values of layer {observation.layer} are infinite or NaN")
+        transform = self._transforms[observation.layer]
+        layer = AnalysedLayer.of(transform, observation.keys.cpu(), observation.values.cpu())
         classes = self._step_classes(observation)
-        fixed = self._sinks * self._geometry.fp16_bytes_per_layer(1) + STREAM_OVERHEAD_BYTES
-        base = self._rate.base(classes[self._sinks :], fixed)
-        blocks = self._blocks(observation, classes, base)
+        base = self._base(layer, classes)
+        blocks = self._blocks(layer, classes, base)
         if self._rate.done == self._geometry.layers - 1:
-            blocks = self._fit(observation, classes, base, blocks)
-        expected = self._rate.expected_bytes(classes[self._sinks :], base, fixed)
+            blocks = self._fit(layer, classes, base, blocks)
+        expected = self._rate.expected_bytes(classes[self._sinks :], base, self._fixed_bytes)
         self._rate.account(_wire_bytes(blocks), expected)
         yield from blocks
+
+    def _base(self, layer: AnalysedLayer, classes: np.ndarray, aim: float = AIM) -> float:
+        wanted = self._rate.base(classes[self._sinks :], self._fixed_bytes, aim)
+        return float(np.float32(max(wanted, layer.finest_base)))
+
+    def _finest(self, layer: AnalysedLayer) -> float:
+        return max(self._rate.finest, layer.finest_base)
+
+    @property
+    def _fixed_bytes(self) -> int:
+        """What a layer takes whatever its steps."""
+        return self._sinks * self._geometry.fp16_bytes_per_layer(1) + STREAM_OVERHEAD_BYTES
 
     def _step_classes(self, observation: Observation) -> np.ndarray:
         """Step class of each token: finer by its share of the layer's attention.
@@ -89,6 +100,8 @@ class SpectralEncoder:
         the largest share, the next largest, and so on.
         """
         shares = observed_attention(observation).mean(dim=0)
+        if not shares.isfinite().all():
+            raise InvalidArgumentError(f"keys or queries of layer {observation.layer} are infinite or NaN")
         if self._scorer != "attention":
             ranking = scorers.get(self._scorer)(observation).argsort(descending=True, stable=True)
             shares[ranking] = shares.sort(descending=True).values
@@ -99,53 +112,43 @@ class SpectralEncoder:
         classes: np.ndarray = np.clip(np.rint(CLASSES_PER_OCTAVE * octaves), LOWEST_CLASS, HIGHEST_CLASS)
         return classes.astype(np.int64)
 
-    def _blocks(self, observation: Observation, classes: np.ndarray, base: float) -> list[Block]:
-        transform = self._transforms[observation.layer]
-        keys, values = observation.keys.cpu(), observation.values.cpu()
-        blocks: list[Block] = []
-        for first in range(0, len(classes), self._block_tokens):
-            span = slice(first, first + self._block_tokens)
-            blocks += self._block(transform, keys[:, span], values[:, span], classes[span], first, base)
-        return blocks
+    def _blocks(self, layer: AnalysedLayer, classes: np.ndarray, base: float) -> list[Block]:
+        starts = range(0, layer.tokens, self._block_tokens)
+        spans = [(first, min(first + self._block_tokens, layer.tokens)) for first in starts]
+        return [block for first, end in spans for block in self._block(layer, first, end, classes, base)]
 
-    def _block(
-        self,
-        transform: LayerTransform,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        classes: np.ndarray,
-        first: int,
-        base: float,
-    ) -> Iterator[Block]:
+    def _block(self, layer: AnalysedLayer, first: int, end: int, classes: np.ndarray, base: float) -> Iterator[Block]:
         """One block, or two halves of one that does not fit a chunk."""
-        steps = Steps(base, classes.copy(), self._sinks if first == 0 else 0)
+        steps = Steps(base, classes[first:end].copy(), self._sinks if first == 0 else 0)
         # Sinks have no step; the decoder sees class 0 for them.
         steps.classes[: steps.sinks] = 0
-        body = encode_block(transform, keys, values, first, steps, self._geometry)
-        if len(body) + BLOCK_HEADER.size + tier_map_bytes(len(classes)) > MAX_CHUNK_PAYLOAD_BYTES:
-            half = len(classes) // 2
-            yield from self._block(transform, keys[:, :half], values[:, :half], classes[:half], first, base)
-            yield from self._block(transform, keys[:, half:], values[:, half:], classes[half:], first + half, base)
+        body = encode_block(layer, first, steps, self._geometry)
+        if len(body) + BLOCK_HEADER.size + tier_map_bytes(end - first) > MAX_CHUNK_PAYLOAD_BYTES:
+            half = (first + end) // 2
+            yield from self._block(layer, first, half, classes, base)
+            yield from self._block(layer, half, end, classes, base)
             return
         coded = torch.frombuffer(bytearray(body), dtype=torch.uint8)
-        tiers = token_tiers(transform, steps)
-        yield Block(transform.layer, first, tiers, coded, tier_bytes(transform, steps, tiers, len(body)))
+        tiers = token_tiers(layer.transform, steps)
+        yield Block(layer.transform.layer, first, tiers, coded, tier_bytes(layer.transform, steps, tiers, len(body)))
 
-    def _fit(self, observation: Observation, classes: np.ndarray, base: float, blocks: list[Block]) -> list[Block]:
+    def _fit(self, layer: AnalysedLayer, classes: np.ndarray, base: float, blocks: list[Block]) -> list[Block]:
         """Code the last layer with other steps until it takes what is left of the budget and no more."""
-        left = self._rate.left_bytes
-        symbols = max(1, (len(classes) - self._sinks) * self._geometry.elements_per_token_layer)
+        left, fixed = self._rate.left_bytes, self._fixed_bytes
+        stepped = classes[self._sinks :]
         best: list[Block] | None = None
-        for _ in range(LAST_LAYER_ATTEMPTS):
+        for attempt in range(LAST_LAYER_ATTEMPTS):
             size = _wire_bytes(blocks)
             if size <= left:
                 best = blocks if best is None or size > _wire_bytes(best) else best
-                if size >= LAST_LAYER_FILL * left:
+                if size >= LAST_LAYER_FILL * left or base <= self._finest(layer) + 0.01:
                     break
-            # One unit of the exponent is one bit of every symbol that is not silent: most of them.
-            aim = (1 + LAST_LAYER_FILL) / 2 * left
-            base = float(np.float32(min(COARSEST, base + 8 * (size - aim) / symbols / 0.9)))
-            blocks = self._blocks(observation, classes, base)
+            self._rate.correct(size, self._rate.expected_bytes(stepped, base, fixed), weight=1.0)
+            wanted = self._base(layer, classes, aim=(1 + LAST_LAYER_FILL) / 2)
+            # Where the aim is missed from above again and again, the budget comes first.
+            coarser = base + 2.0 ** (attempt - LAST_LAYER_ATTEMPTS // 2)
+            base = wanted if best is not None or attempt < LAST_LAYER_ATTEMPTS // 2 else max(wanted, coarser)
+            blocks = self._blocks(layer, classes, base)
         return best or blocks
 
 
@@ -171,10 +174,9 @@ def tier_bytes(transform: LayerTransform, steps: Steps, tiers: torch.Tensor, bod
 
 def _mean_bits(transform: LayerTransform, steps: Steps) -> np.ndarray:
     """Expected bits an element of each token: float64 `[n]`."""
-    values, places = np.unique(steps.classes, return_inverse=True)
-    columns = np.repeat([run.klass for run in transform.columns], [run.end - run.start for run in transform.columns])
-    exponents = (columns[None, :] - values[:, None]) / CLASSES_PER_OCTAVE - steps.base
-    means: np.ndarray = expected_bits(exponents).mean(axis=1)[places]
+    exponents = (transform.run_classes[None, :] - STEP_CLASSES[:, None]) / CLASSES_PER_OCTAVE - steps.base
+    widths = np.diff(transform.run_start)
+    means: np.ndarray = (expected_bits(exponents) @ widths / widths.sum())[steps.classes - LOWEST_CLASS]
     return means
 
 

@@ -1,14 +1,12 @@
 """Which symbols share a stream: those of one difference between spread class and step class.
 
 A coefficient of spread σ (in the basis's units) in a token of step s has symbols of standard deviation σ / s. With
-both classes in half octaves, symbols of one difference are alike, and each pair of classes is a rectangle of the
-matrix of symbols once tokens and coefficients are sorted by class.
+both classes in half octaves, symbols of one difference are alike.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from math import erf, sqrt
 
 import numpy as np
@@ -17,6 +15,9 @@ from spectrumkv.common.kv.spectral.symbols import PACKINGS
 
 # Classes per octave of step and of spread.
 CLASSES_PER_OCTAVE = 2
+# Step classes around the mean token: three octaves finer, one and a half coarser.
+LOWEST_CLASS, HIGHEST_CLASS = -6, 3
+STEP_CLASSES = np.arange(LOWEST_CLASS, HIGHEST_CLASS + 1)
 
 
 def spread_classes(spread: np.ndarray) -> np.ndarray:
@@ -25,41 +26,42 @@ def spread_classes(spread: np.ndarray) -> np.ndarray:
     return classes
 
 
-def relative_spread(stream: int, base: float) -> float:
-    """Binary logarithm of the standard deviation, in steps, of the symbols of a stream.
+@dataclass(frozen=True, eq=False)
+class Streams:
+    """How the symbols of a block divide into streams, from the narrowest to the widest.
 
-    Exact, so that both sides pack a stream alike whatever machines they are.
-
-    Args:
-        stream: spread class minus step class.
-        base: binary logarithm of the step of class 0, a float32.
+    Attributes:
+        exponent: float64 `[streams]`, binary logarithm of the standard deviation of a stream's symbols, in steps.
+            Exact, so that both sides pack a stream alike whatever machines they are.
+        start: int64 `[streams + 1]`, where each stream lies among all symbols.
+        stream_of: int64 `[classes, runs]`, the stream of a token's step class (from `LOWEST_CLASS`) and a run.
     """
-    return stream / CLASSES_PER_OCTAVE - base
 
+    exponent: np.ndarray
+    start: np.ndarray
+    stream_of: np.ndarray
 
-@dataclass(frozen=True)
-class Run:
-    """Neighbouring rows or columns of one class."""
+    @classmethod
+    def of(cls, rows: np.ndarray, base: float, run_classes: np.ndarray, run_start: np.ndarray) -> "Streams":
+        """Divide the symbols of a block.
 
-    klass: int
-    start: int
-    end: int
+        Args:
+            rows: int64 `[classes]`, how many tokens have each step class.
+            base: binary logarithm of the step of class 0, a float32.
+            run_classes: int64 `[runs]`, spread classes, rising.
+            run_start: int64 `[runs + 1]`, the first column of each.
+        """
+        difference = run_classes[None, :] - STEP_CLASSES[:, None]
+        lowest = int(difference.min())
+        symbols = rows[:, None] * np.diff(run_start)[None, :]
+        counts = np.bincount((difference - lowest).ravel(), symbols.ravel()).astype(np.int64)
+        exponent = (np.arange(len(counts)) + lowest) / CLASSES_PER_OCTAVE - base
+        return cls(exponent, np.concatenate(([0], np.cumsum(counts))), difference - lowest)
 
-
-def runs(sorted_classes: np.ndarray) -> list[Run]:
-    """The runs of equal values in a sorted array."""
-    edges = np.flatnonzero(np.diff(sorted_classes)) + 1
-    bounds = [0, *edges.tolist(), len(sorted_classes)]
-    return [Run(int(sorted_classes[start]), start, end) for start, end in pairwise(bounds) if end > start]
-
-
-def streams(rows: list[Run], columns: list[Run]) -> Iterator[tuple[int, list[tuple[Run, Run]]]]:
-    """Yield each stream, from the narrowest symbols to the widest, with its rectangles (row run, column run)."""
-    by_stream: dict[int, list[tuple[Run, Run]]] = {}
-    for row in rows:
-        for column in columns:
-            by_stream.setdefault(column.klass - row.klass, []).append((row, column))
-    yield from sorted(by_stream.items())
+    def __iter__(self) -> Iterator[tuple[float, int, int]]:
+        """Exponent, start and end of each stream."""
+        bounds = self.start.tolist()
+        return zip(self.exponent.tolist(), bounds[:-1], bounds[1:], strict=True)
 
 
 @lru_cache(maxsize=1)

@@ -12,8 +12,8 @@ import numpy as np
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.spectral.layout import CLASSES_PER_OCTAVE, expected_bits, spread_classes
 
-# Steps are sought between 2^-24 and 2^24 in the basis's units.
-FINEST, COARSEST = -24.0, 24.0
+# Steps of a layer's mean token are sought from its widest spread / 2^24 to its widest spread · 2^10.
+FINEST, COARSEST = -24.0, 10.0
 # A budget is aimed at with this much left over, for the last layer to use up.
 AIM = 0.999
 
@@ -36,9 +36,11 @@ class RateControl:
     spent_bytes: int = 0
     done: int = 0
     _histograms: list[dict[int, int]] = field(init=False)
+    _widest: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         spreads = self.basis.spread.flatten(1).numpy()
+        self._widest = np.log2(spreads.max(axis=1))
         self._histograms = [_histogram(spread_classes(spread)) for spread in spreads]
 
     @property
@@ -46,12 +48,18 @@ class RateControl:
         """What is left of the budget."""
         return self.budget_bytes - self.spent_bytes
 
-    def base(self, classes: np.ndarray, fixed_bytes: int) -> float:
+    @property
+    def finest(self) -> float:
+        """The least base step of the next layer."""
+        return float(self._widest[self.done]) + FINEST
+
+    def base(self, classes: np.ndarray, fixed_bytes: int, aim: float = AIM) -> float:
         """The base step with which this and all later layers together take what is left.
 
         Args:
             classes: step classes of this layer's tokens, sinks left out.
             fixed_bytes: what a layer takes whatever its steps.
+            aim: share of what is left that is to be taken.
         """
         rows = _histogram(classes)
         streams: dict[int, int] = {}
@@ -62,9 +70,9 @@ class RateControl:
         exponents = np.array(list(streams)) / CLASSES_PER_OCTAVE
         counts = np.array(list(streams.values()), dtype=np.float64)
         remaining = len(self._histograms) - self.done
-        available = 8 * (self.left_bytes * AIM - remaining * fixed_bytes) / self.correction
+        available = 8 * (self.left_bytes * aim - remaining * fixed_bytes) / self.correction
 
-        low, high = FINEST, COARSEST
+        low, high = self.finest, float(self._widest[self.done]) + COARSEST
         while high - low > 1e-4:
             middle = (low + high) / 2
             bits = float((counts * expected_bits(exponents - middle)).sum())
@@ -84,8 +92,12 @@ class RateControl:
         """A layer is done."""
         self.spent_bytes += actual_bytes
         self.done += 1
+        self.correct(actual_bytes, expected_bytes, weight=0.5)
+
+    def correct(self, actual_bytes: int, expected_bytes: float, weight: float) -> None:
+        """Learn from what a layer took; the latest counts with `weight`."""
         if expected_bytes > 0:
-            self.correction += (actual_bytes / expected_bytes - self.correction) / 2
+            self.correction += weight * (actual_bytes / expected_bytes - self.correction)
 
 
 def _histogram(classes: np.ndarray) -> dict[int, int]:

@@ -1,4 +1,4 @@
-"""Integers to bytes: streams of equal spread, packed so that one byte has several bits of entropy, then coded.
+"""A stream of integers to bytes: packed so that one byte has several bits of entropy, then coded.
 
 The Huffman stage of Zstandard is within a few percent of the entropy of a stream whose symbols are alike and take
 4 bits or more, at a gigabyte a second. Narrow symbols are therefore packed several to a byte first; wide ones give
@@ -7,11 +7,14 @@ up their lowest bits, which are noise, and send those as they are.
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
+from threading import local
 
 import numpy as np
 import zstandard
 
 from spectrumkv.common.errors import DataLossError
+from spectrumkv.kernels import spectral_streams as kernels
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,14 @@ class Packing:
         """Values of one symbol."""
         return 2 * self.limit + 1
 
+    def packed_bytes(self, count: int) -> int:
+        """Length of `count` packed symbols before they are coded."""
+        return -(-count // self.per_byte) if self.per_byte else 0
+
+    def raw_bytes(self, count: int) -> int:
+        """Length of the lowest bits of `count` symbols."""
+        return -(-count * self.raw_bits // 8)
+
 
 # Limits lie at 5 standard deviations or more: coefficients have heavy tails, and an exception costs 8 bytes.
 PACKINGS = (
@@ -46,6 +57,8 @@ PACKINGS = (
 )
 # Exponent of the spread above which the lowest bits are split off.
 WIDEST_WITHOUT_RAW_BITS = 4.5
+# What compiled loops move at once is 32 bits; spreads beyond 2^28 steps are none that anybody has.
+MOST_RAW_BITS = 24
 EXCEPTION = np.dtype([("index", "<u4"), ("value", "<i4")])
 
 _COMPRESSION = zstandard.ZstdCompressionParameters.from_level(
@@ -53,79 +66,91 @@ _COMPRESSION = zstandard.ZstdCompressionParameters.from_level(
 )
 
 
+class _Coders(local):
+    """Zstandard's state of one thread."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(compression_params=_COMPRESSION)
+        self.decompressor = zstandard.ZstdDecompressor(format=zstandard.FORMAT_ZSTD1_MAGICLESS)
+
+
+_coders = _Coders()
+
+
 def packing_for(exponent: float) -> Packing:
     """The packing of a stream whose symbols have a standard deviation of 2^`exponent`."""
     packing = next(packing for packing in PACKINGS if exponent <= packing.widest)
-    return replace(packing, raw_bits=math.ceil(max(0.0, exponent - WIDEST_WITHOUT_RAW_BITS)))
+    wanted = math.ceil(max(0.0, exponent - WIDEST_WITHOUT_RAW_BITS))
+    return replace(packing, raw_bits=min(wanted, MOST_RAW_BITS))
 
 
-def split_raw_bits(symbols: np.ndarray, packing: Packing) -> tuple[np.ndarray, bytes]:
-    """Split off the lowest bits: what remains, int32 `[n]`, and the bits of all symbols, packed."""
-    if not packing.raw_bits:
-        return symbols, b""
-    weights = np.arange(packing.raw_bits)
-    return symbols >> packing.raw_bits, np.packbits(symbols[:, None] >> weights & 1).tobytes()
+@dataclass(frozen=True)
+class CodedStream:
+    """One stream in bytes.
+
+    Attributes:
+        coded: packed symbols, as `compress` leaves them.
+        raw: lowest bits.
+        exceptions: `EXCEPTION` `[e]`.
+    """
+
+    coded: bytes
+    raw: bytes
+    exceptions: np.ndarray
 
 
-def raw_bytes(count: int, packing: Packing) -> int:
-    """Length of the packed lowest bits of `count` symbols."""
-    return -(-count * packing.raw_bits // 8)
-
-
-def join_raw_bits(high: np.ndarray, raw: np.ndarray, packing: Packing) -> np.ndarray:
-    """Inverse of `split_raw_bits`: int32 `[n]`."""
-    if not packing.raw_bits:
-        return high
-    bits = np.unpackbits(raw, count=len(high) * packing.raw_bits).reshape(-1, packing.raw_bits)
-    joined: np.ndarray = (high << packing.raw_bits) + (bits.astype(np.int32) << np.arange(packing.raw_bits)).sum(
-        axis=1
-    )
-    return joined
-
-
-def pack(symbols: np.ndarray, packing: Packing) -> tuple[np.ndarray, np.ndarray]:
-    """Pack a stream without its raw bits.
+def encode_stream(symbols: np.ndarray, packing: Packing) -> CodedStream:
+    """Code a stream.
 
     Args:
-        symbols: int32 `[n]`.
+        symbols: int32 `[m]`; used up.
         packing: how.
-
-    Returns:
-        uint8 `[ceil(n / per_byte)]`, and the symbols that do not fit as `EXCEPTION` `[e]`.
     """
-    outside = np.flatnonzero(np.abs(symbols) > packing.limit)
-    exceptions = np.empty(len(outside), EXCEPTION)
-    exceptions["index"], exceptions["value"] = outside, symbols[outside]
-    if not packing.per_byte:
-        return np.empty(0, np.uint8), exceptions
-    shifted = np.clip(symbols, -packing.limit, packing.limit) + packing.limit
-    if packing.per_byte == 1:
-        return shifted.astype(np.uint8), exceptions
-    padded = np.zeros(-(-len(shifted) // packing.per_byte) * packing.per_byte, np.int32)
-    padded[: len(shifted)] = shifted
-    weights = packing.base ** np.arange(packing.per_byte)
-    return (padded.reshape(-1, packing.per_byte) @ weights).astype(np.uint8), exceptions
+    count = len(symbols)
+    raw = np.empty(-(-count * packing.raw_bits // 32), "<u4")
+    outside, values = np.empty(count, np.uint32), np.empty(count, np.int32)
+    found = kernels.split(symbols, packing.limit, packing.raw_bits, raw, outside, values)
+    exceptions = np.empty(found, EXCEPTION)
+    exceptions["index"], exceptions["value"] = outside[:found], values[:found]
+    packed = np.empty(packing.packed_bytes(count), np.uint8)
+    if packing.per_byte:
+        kernels.pack(symbols, packing.per_byte, packing.limit, packed)
+    return CodedStream(compress(packed), raw.tobytes()[: packing.raw_bytes(count)], exceptions)
 
 
-def unpack(packed: np.ndarray, count: int, packing: Packing) -> np.ndarray:
-    """Inverse of `pack`, without the exceptions: int16 `[count]`."""
-    if not packing.per_byte:
-        return np.zeros(count, np.int16)
-    table = _unpacking_table(packing)
-    symbols: np.ndarray = table[packed].reshape(-1)[:count]
-    return symbols
+def decode_stream(
+    coded: memoryview, raw: memoryview, exceptions: memoryview, packing: Packing, symbols: np.ndarray
+) -> None:
+    """Inverse of `encode_stream`: write int32 `symbols`, all of them.
+
+    Raises:
+        DataLossError: the stream is damaged.
+    """
+    packed = decompress(coded, packing.packed_bytes(len(symbols)))
+    if packing.per_byte:
+        kernels.unpack(packed, _unpacking_table(packing.per_byte, packing.limit), symbols)
+    else:
+        symbols[:] = 0
+    words = np.zeros(-(-len(symbols) * packing.raw_bits // 32), "<u4")
+    words.view(np.uint8)[: len(raw)] = np.frombuffer(raw, np.uint8)
+    found = np.frombuffer(exceptions, EXCEPTION)
+    outside, values = np.ascontiguousarray(found["index"]), np.ascontiguousarray(found["value"])
+    if not kernels.join(symbols, packing.raw_bits, words, outside, values):
+        raise DataLossError(f"an exception lies outside its stream of {len(symbols)} symbols", "malformed")
 
 
-def _unpacking_table(packing: Packing) -> np.ndarray:
-    """int16 `[256, per_byte]`: the symbols in each byte."""
-    digits = np.arange(256)[:, None] // packing.base ** np.arange(packing.per_byte) % packing.base
-    table: np.ndarray = (digits - packing.limit).astype(np.int16)
+@cache
+def _unpacking_table(per_byte: int, limit: int) -> np.ndarray:
+    """int8 `[256, per_byte]`: the symbols in each byte."""
+    base = 2 * limit + 1
+    digits = np.arange(256)[:, None] // base ** np.arange(per_byte) % base
+    table: np.ndarray = (digits - limit).astype(np.int8)
     return table
 
 
 def compress(data: np.ndarray) -> bytes:
     """Code bytes; never longer than one byte more than they are."""
-    coded = zstandard.ZstdCompressor(compression_params=_COMPRESSION).compress(data.tobytes()) if len(data) else b""
+    coded = _coders.compressor.compress(data.data) if len(data) else b""
     return b"\x01" + coded if len(coded) < len(data) else b"\x00" + data.tobytes()
 
 
@@ -144,10 +169,10 @@ def decompress(coded: memoryview, size: int) -> np.ndarray:
     """
     try:
         if coded[0] == 0:
-            data = bytes(coded[1:])
+            data: memoryview | bytes = coded[1:]
         else:
-            decompressor = zstandard.ZstdDecompressor(format=zstandard.FORMAT_ZSTD1_MAGICLESS)
-            data = decompressor.decompress(coded[1:], max_output_size=size)
+            # A frame says nothing of its size, so that this is all the memory it can take.
+            data = _coders.decompressor.decompress(coded[1:], max_output_size=size)
     except (IndexError, zstandard.ZstdError) as error:
         raise DataLossError(f"an entropy-coded stream is damaged: {error}", "entropy") from error
     if len(data) != size:

@@ -18,7 +18,7 @@ from spectrumkv.common.kv.spectral.layout import (
     STEP_CLASSES,
     expected_bits,
 )
-from spectrumkv.common.kv.spectral.rate import AIM, RateControl
+from spectrumkv.common.kv.spectral.rate import BaseSearch, RateControl
 from spectrumkv.common.kv.spectral.transform import LayerTransform, layer_transforms
 from spectrumkv.common.kv.tiers import Tier, tier_map_bytes
 
@@ -30,9 +30,6 @@ SINKS = 4
 STREAM_OVERHEAD_BYTES = 300
 # Share of a chunk that a block is planned to fill; what comes out differs.
 PLANNED_FILL = 0.6
-# The last layer must use at least this share of what is left, within this many attempts.
-LAST_LAYER_FILL = 0.985
-LAST_LAYER_ATTEMPTS = 10
 # Mean bits an element up to which a token counts as INT4, and as INT8.
 INT4_BITS, INT8_BITS = 6.0, 12.0
 
@@ -81,8 +78,8 @@ class SpectralEncoder:
         self._rate.account(_wire_bytes(blocks), expected)
         yield from blocks
 
-    def _base(self, layer: AnalysedLayer, classes: np.ndarray, aim: float = AIM) -> float:
-        wanted = self._rate.base(classes[self._sinks :], self._fixed_bytes, aim)
+    def _base(self, layer: AnalysedLayer, classes: np.ndarray) -> float:
+        wanted = self._rate.base(classes[self._sinks :], self._fixed_bytes)
         return float(np.float32(max(wanted, layer.finest_base)))
 
     def _finest(self, layer: AnalysedLayer) -> float:
@@ -134,22 +131,15 @@ class SpectralEncoder:
 
     def _fit(self, layer: AnalysedLayer, classes: np.ndarray, base: float, blocks: list[Block]) -> list[Block]:
         """Code the last layer with other steps until it takes what is left of the budget and no more."""
-        left, fixed = self._rate.left_bytes, self._fixed_bytes
-        stepped = classes[self._sinks :]
+        symbols = layer.tokens * self._geometry.elements_per_token_layer
+        search = BaseSearch(self._rate.left_bytes, symbols, self._finest(layer))
         best: list[Block] | None = None
-        for attempt in range(LAST_LAYER_ATTEMPTS):
-            size = _wire_bytes(blocks)
-            if size <= left:
-                best = blocks if best is None or size > _wire_bytes(best) else best
-                if size >= LAST_LAYER_FILL * left or base <= self._finest(layer) + 0.01:
-                    break
-            self._rate.correct(size, self._rate.expected_bytes(stepped, base, fixed), weight=1.0)
-            wanted = self._base(layer, classes, aim=(1 + LAST_LAYER_FILL) / 2)
-            # Where the aim is missed from above again and again, the budget comes first.
-            coarser = base + 2.0 ** (attempt - LAST_LAYER_ATTEMPTS // 2)
-            base = wanted if best is not None or attempt < LAST_LAYER_ATTEMPTS // 2 else max(wanted, coarser)
+        while not search.tried(base, _wire_bytes(blocks)):
+            if search.is_best(base):
+                best = blocks
+            base = search.next_base()
             blocks = self._blocks(layer, classes, base)
-        return best or blocks
+        return blocks if search.is_best(base) or best is None else best
 
 
 def token_tiers(transform: LayerTransform, steps: Steps) -> torch.Tensor:

@@ -5,6 +5,7 @@ leave one by one, though, before the later ones are known: the later ones are ta
 what came out differently is made up for by those that are left.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +15,9 @@ from spectrumkv.common.kv.spectral.layout import CLASSES_PER_OCTAVE, expected_bi
 
 # Steps of a layer's mean token are sought from its widest spread / 2^24 to its widest spread · 2^10.
 FINEST, COARSEST = -24.0, 10.0
+# The last layer must use at least this share of what is left, within this many attempts.
+LAST_LAYER_FILL = 0.985
+LAST_LAYER_ATTEMPTS = 10
 # A budget is aimed at with this much left over, for the last layer to use up.
 AIM = 0.999
 
@@ -53,13 +57,12 @@ class RateControl:
         """The least base step of the next layer."""
         return float(self._widest[self.done]) + FINEST
 
-    def base(self, classes: np.ndarray, fixed_bytes: int, aim: float = AIM) -> float:
+    def base(self, classes: np.ndarray, fixed_bytes: int) -> float:
         """The base step with which this and all later layers together take what is left.
 
         Args:
             classes: step classes of this layer's tokens, sinks left out.
             fixed_bytes: what a layer takes whatever its steps.
-            aim: share of what is left that is to be taken.
         """
         rows = _histogram(classes)
         streams: dict[int, int] = {}
@@ -70,7 +73,7 @@ class RateControl:
         exponents = np.array(list(streams)) / CLASSES_PER_OCTAVE
         counts = np.array(list(streams.values()), dtype=np.float64)
         remaining = len(self._histograms) - self.done
-        available = 8 * (self.left_bytes * aim - remaining * fixed_bytes) / self.correction
+        available = 8 * (self.left_bytes * AIM - remaining * fixed_bytes) / self.correction
 
         low, high = self.finest, float(self._widest[self.done]) + COARSEST
         while high - low > 1e-4:
@@ -92,12 +95,56 @@ class RateControl:
         """A layer is done."""
         self.spent_bytes += actual_bytes
         self.done += 1
-        self.correct(actual_bytes, expected_bytes, weight=0.5)
-
-    def correct(self, actual_bytes: int, expected_bytes: float, weight: float) -> None:
-        """Learn from what a layer took; the latest counts with `weight`."""
         if expected_bytes > 0:
-            self.correction += weight * (actual_bytes / expected_bytes - self.correction)
+            self.correction += (actual_bytes / expected_bytes - self.correction) / 2
+
+
+@dataclass
+class BaseSearch:
+    """The base step at which the last layer takes what is left of the budget and no more: a bracket, narrowed.
+
+    Attributes:
+        budget_bytes: what is left.
+        symbols: of the layer; one unit of the base is about one bit of each.
+        finest: the least base.
+        attempts: how often a base may be tried.
+        fits: the finest base that kept to the budget, and the bytes that it took.
+        exceeds: the coarsest base that did not, likewise.
+    """
+
+    budget_bytes: int
+    symbols: int
+    finest: float
+    attempts: int = LAST_LAYER_ATTEMPTS
+    fits: tuple[float, int] | None = None
+    exceeds: tuple[float, int] | None = None
+
+    def tried(self, base: float, size: int) -> bool:
+        """Take what came of a base; return whether that is good enough or there is no better one."""
+        self.attempts -= 1
+        if size > self.budget_bytes:
+            self.exceeds = (base, size)
+            # A budget that nothing meets is exceeded in the end; one that something meets never is.
+            return self.attempts <= -LAST_LAYER_ATTEMPTS
+        if self.fits is None or size > self.fits[1]:
+            self.fits = (base, size)
+        return size >= LAST_LAYER_FILL * self.budget_bytes or base <= self.finest or self.attempts <= 0
+
+    def is_best(self, base: float) -> bool:
+        """Whether no base tried so far is better."""
+        return self.fits is not None and self.fits[0] == base
+
+    def next_base(self) -> float:
+        """The base to try next: between what fits and what exceeds, or beyond what was tried."""
+        aim = (1 + LAST_LAYER_FILL) / 2 * self.budget_bytes
+        if self.fits is not None and self.exceeds is not None:
+            share = (aim - self.fits[1]) / (self.exceeds[1] - self.fits[1])
+            share = min(max(share, 0.1), 0.9)
+            return float(np.float32(self.fits[0] + share * (self.exceeds[0] - self.fits[0])))
+        base, size = self.fits or self.exceeds or (0.0, 0)
+        move = 8 * (size - aim) / self.symbols
+        move = move + math.copysign(0.05, move)
+        return float(np.float32(max(self.finest, base + move)))
 
 
 def _histogram(classes: np.ndarray) -> dict[int, int]:

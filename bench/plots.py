@@ -89,7 +89,7 @@ def draw_niah(rows: Rows, path: str, title: str) -> None:
         points = sorted(curve, key=lambda row: float(row["budget_counted"]))
         columns = [*(_share(row, "found") for row in points), _share(points[0], "found_fp16")]
         shares = [list(line) for line in zip(*columns, strict=True)]
-        image = axes.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", interpolation="nearest")
+        image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
         names = [f"{row['budget_counted']:.2f}" for row in points] + ["FP16"]
         axes.set_xticks(range(len(names)), names, rotation=60, fontsize="small")
         depths = [depth["depth"] for depth in points[0]["by_depth"]]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from spectrumkv.bench import (
     codec_command,
+    goals_command,
     key_bias_command,
     link_command,
     niah_command,
@@ -17,7 +18,7 @@ from spectrumkv.bench import (
 from spectrumkv.client.command import command_parser, run_command, status_and_message
 
 COMMANDS = (
-    quality_command, niah_command, plot_command, key_bias_command,
+    quality_command, niah_command, plot_command, goals_command, key_bias_command,
     codec_command, transfer_command, serve_command, link_command,
 )  # fmt: skip
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from spectrumkv.bench import (
     codec_command,
+    goals_command,
+    key_bias_command,
     link_command,
     niah_command,
     plot_command,
@@ -15,7 +17,10 @@ from spectrumkv.bench import (
 )
 from spectrumkv.client.command import command_parser, run_command, status_and_message
 
-COMMANDS = (quality_command, niah_command, plot_command, codec_command, transfer_command, serve_command, link_command)
+COMMANDS = (
+    quality_command, niah_command, plot_command, goals_command, key_bias_command,
+    codec_command, transfer_command, serve_command, link_command,
+)  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from kvpress import BasePress, ExpectedAttentionPress, KnormPress, SnapKVPress, StreamingLLMPress
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from spectrumkv.bench import plots
@@ -29,12 +29,14 @@ from spectrumkv.bench.quality_command import add_text_flags, quality_table
 from spectrumkv.bench.rows import quality_row
 from spectrumkv.bench.scoring import WindowScore, compare
 from spectrumkv.bench.tables import results_console
-from spectrumkv.bench.windows import Window, cut, read_text, text_digest
+from spectrumkv.bench.texts import load_text
+from spectrumkv.bench.windows import Window, cut, text_digest
 from spectrumkv.client.json_output import STDOUT
 from spectrumkv.common.errors import FailedPreconditionError, SpectrumKVError
 from spectrumkv.common.model.digest import weights_digest
 from spectrumkv.common.model.directory import find_model
 from spectrumkv.common.model.support import layer_attention
+from spectrumkv.common.model.tokenizer import tokenizer_class
 
 LayerKv = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of one layer, `[1, kv_heads, k, head_dim]` each, keys after RoPE."""
@@ -152,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    text = read_text(arguments.text)
+    text = load_text(arguments.text)
     arguments.text_sha256 = text_digest(text)
     plots.check_destination(arguments.plot)
     name, directory = find_model(arguments.model)
@@ -167,7 +169,7 @@ def _run(arguments: argparse.Namespace) -> None:
             f"{name} has sliding windows or capped logits, which kvpress's selection of tokens does not go with"
         )
     windows = cut(
-        AutoTokenizer.from_pretrained(directory), text,
+        tokenizer_class(directory).from_pretrained(directory), text,
         arguments.context, arguments.scored, arguments.skip_windows, arguments.windows,
     )  # fmt: skip
     methods = [

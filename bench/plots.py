@@ -13,6 +13,8 @@ MARKERS = "osD^vP*Xdh<>p"
 LEAST_KL = 1e-8
 # Within ± this many per cent, the axis of Δ perplexity is linear.
 LINEAR_DELTA_PCT = 0.1
+# What budgets are asked for at.
+BUDGET_TICKS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -36,7 +38,7 @@ def check_destination(path: str | None) -> None:
 def draw_quality(rows: Rows, path: str, title: str) -> None:
     """Draw KL and Δ perplexity against counted bytes, one curve for each method, with confidence intervals."""
     from matplotlib import colormaps
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import NullFormatter
 
     figure = _figure_class()(figsize=(12, 9), layout="constrained")
     divergence, delta = figure.subplots(2, 1, sharex=True)
@@ -59,12 +61,17 @@ def draw_quality(rows: Rows, path: str, title: str) -> None:
     delta.set_yscale("symlog", linthresh=LINEAR_DELTA_PCT)
     delta.axhline(0, color="gray", lw=0.5)
     delta.set_ylabel("Δ perplexity, %")
-    delta.set_xscale("log", base=2)
-    delta.xaxis.set_major_formatter(ScalarFormatter())
+    delta.set_xscale("log")
+    delta.set_xticks(BUDGET_TICKS, [f"{tick:g}" for tick in BUDGET_TICKS])
+    delta.xaxis.set_minor_formatter(NullFormatter())
     delta.set_xlabel("counted bytes ÷ FP16 KV bytes")
     for axes in (divergence, delta):
         axes.grid(visible=True, alpha=0.3)
-    divergence.set_title(f"{title}: {rows[0]['windows']} windows, 95 % intervals")
+        # Markers at the edge of a logarithmic axis are cut off otherwise.
+        axes.margins(y=0.1)
+    figure.align_ylabels()
+    windows = rows[0]["windows"]
+    divergence.set_title(f"{title}: {f'{windows} windows, 95 % intervals' if windows > 1 else '1 window'}")
     figure.legend(loc="outside right upper", fontsize="small")
     _save(figure, path)
 
@@ -82,7 +89,7 @@ def draw_niah(rows: Rows, path: str, title: str) -> None:
         points = sorted(curve, key=lambda row: float(row["budget_counted"]))
         columns = [*(_share(row, "found") for row in points), _share(points[0], "found_fp16")]
         shares = [list(line) for line in zip(*columns, strict=True)]
-        image = axes.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", interpolation="nearest")
+        image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
         names = [f"{row['budget_counted']:.2f}" for row in points] + ["FP16"]
         axes.set_xticks(range(len(names)), names, rotation=60, fontsize="small")
         depths = [depth["depth"] for depth in points[0]["by_depth"]]

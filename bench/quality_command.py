@@ -32,7 +32,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def add_text_flags(parser: argparse.ArgumentParser) -> None:
     """Add `--text` and the flags that say how it is cut into windows."""
     group = parser.add_argument_group("text")
-    group.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text")
+    group.add_argument(
+        "--text",
+        type=Path,
+        required=True,
+        metavar="TEXT",
+        help="a file of UTF-8 text; 'code': Python's standard library; 'dialogue': made by the default model",
+    )
     for name, default, what in (
         ("context", 1792, "tokens of each prompt"),
         ("scored", 256, "tokens scored after each prompt"),
@@ -54,10 +60,11 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.bench.method_selection import Choice
     from spectrumkv.bench.preparation import prepare
     from spectrumkv.bench.progress import progress
-    from spectrumkv.bench.windows import cut, read_text, text_digest
+    from spectrumkv.bench.texts import load_text
+    from spectrumkv.bench.windows import cut, text_digest
     from spectrumkv.common.model.load import load_model
 
-    choice, text = Choice.from_arguments(arguments), read_text(arguments.text)
+    choice, text = Choice.from_arguments(arguments), load_text(arguments.text)
     arguments.text_sha256 = text_digest(text)
     plots.check_destination(arguments.plot)
     loaded = load_model(arguments.model, arguments.device, arguments.dtype)

@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -25,6 +24,7 @@ from spectrumkv.common.model.digest import rope_digest, tokenizer_digest, weight
 from spectrumkv.common.model.directory import find_model
 from spectrumkv.common.model.spec import ModelSpec
 from spectrumkv.common.model.support import LayerAttention, check_supported, head_dim, layer_attention
+from spectrumkv.common.model.tokenizer import tokenizer_class
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in NATIVE_DTYPES}
 
@@ -182,7 +182,7 @@ def _progress_only_on_terminals() -> Iterator[None]:
 
 def _read_tokenizer(directory: Path, config: PretrainedConfig) -> PreTrainedTokenizerFast:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = tokenizer_class(directory).from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise FailedPreconditionError(f"cannot read the tokenizer of the model in {directory}: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

@@ -132,7 +132,7 @@ class SpectralEncoder:
     def _fit(self, layer: AnalysedLayer, classes: np.ndarray, base: float, blocks: list[Block]) -> list[Block]:
         """Code the last layer with other steps until it takes what is left of the budget and no more."""
         symbols = layer.tokens * self._geometry.elements_per_token_layer
-        search = BaseSearch(self._rate.left_bytes, symbols, self._finest(layer))
+        search = BaseSearch(self._rate.left_bytes, symbols, self._finest(layer), self._rate.coarsest)
         best: list[Block] | None = None
         while not search.tried(base, _wire_bytes(blocks)):
             if search.is_best(base):

@@ -18,6 +18,8 @@ FINEST, COARSEST = -24.0, 10.0
 # The last layer must use at least this share of what is left, within this many attempts.
 LAST_LAYER_FILL = 0.985
 LAST_LAYER_ATTEMPTS = 10
+# How much farther than expected a base moves while all others tried lie on one side of the budget.
+MOVE_BEYOND = 0.25
 # A budget is aimed at with this much left over, for the last layer to use up.
 AIM = 0.999
 
@@ -57,6 +59,11 @@ class RateControl:
         """The least base step of the next layer."""
         return float(self._widest[self.done]) + FINEST
 
+    @property
+    def coarsest(self) -> float:
+        """The largest base step of the next layer."""
+        return float(self._widest[self.done]) + COARSEST
+
     def base(self, classes: np.ndarray, fixed_bytes: int) -> float:
         """The base step with which this and all later layers together take what is left.
 
@@ -75,7 +82,7 @@ class RateControl:
         remaining = len(self._histograms) - self.done
         available = 8 * (self.left_bytes * AIM - remaining * fixed_bytes) / self.correction
 
-        low, high = self.finest, float(self._widest[self.done]) + COARSEST
+        low, high = self.finest, self.coarsest
         while high - low > 1e-4:
             middle = (low + high) / 2
             bits = float((counts * expected_bits(exponents - middle)).sum())
@@ -107,6 +114,7 @@ class BaseSearch:
         budget_bytes: what is left.
         symbols: of the layer; one unit of the base is about one bit of each.
         finest: the least base.
+        coarsest: the largest base.
         attempts: how often a base may be tried.
         fits: the finest base that kept to the budget, and the bytes that it took.
         exceeds: the coarsest base that did not, likewise.
@@ -115,6 +123,7 @@ class BaseSearch:
     budget_bytes: int
     symbols: int
     finest: float
+    coarsest: float
     attempts: int = LAST_LAYER_ATTEMPTS
     fits: tuple[float, int] | None = None
     exceeds: tuple[float, int] | None = None
@@ -125,7 +134,7 @@ class BaseSearch:
         if size > self.budget_bytes:
             self.exceeds = (base, size)
             # A budget that nothing meets is exceeded in the end; one that something meets never is.
-            return self.attempts <= -LAST_LAYER_ATTEMPTS
+            return base >= self.coarsest or (self.fits is not None and self.attempts <= 0)
         if self.fits is None or size > self.fits[1]:
             self.fits = (base, size)
         return size >= LAST_LAYER_FILL * self.budget_bytes or base <= self.finest or self.attempts <= 0
@@ -143,8 +152,8 @@ class BaseSearch:
             return float(np.float32(self.fits[0] + share * (self.exceeds[0] - self.fits[0])))
         base, size = self.fits or self.exceeds or (0.0, 0)
         move = 8 * (size - aim) / self.symbols
-        move = move + math.copysign(0.05, move)
-        return float(np.float32(max(self.finest, base + move)))
+        move = move + math.copysign(MOVE_BEYOND, move)
+        return float(np.float32(min(max(self.finest, base + move), self.coarsest)))
 
 
 def _histogram(classes: np.ndarray) -> dict[int, int]:

@@ -57,12 +57,12 @@ class RateControl:
     @property
     def finest(self) -> float:
         """The least base step of the next layer."""
-        return float(self._widest[self.done]) + FINEST
+        return float(np.float32(self._widest[self.done] + FINEST))
 
     @property
     def coarsest(self) -> float:
         """The largest base step of the next layer."""
-        return float(self._widest[self.done]) + COARSEST
+        return float(np.float32(self._widest[self.done] + COARSEST))
 
     def base(self, classes: np.ndarray, fixed_bytes: int) -> float:
         """The base step with which this and all later layers together take what is left.

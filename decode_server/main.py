@@ -5,6 +5,7 @@ import sys
 from spectrumkv.common import config as configuration
 from spectrumkv.common.config import DecodeConfig
 from spectrumkv.common.decode_stream import SERVICE_NAME, add_decode_servicer
+from spectrumkv.common.kv.spectral import codec as spectral
 from spectrumkv.common.metrics import Metrics
 from spectrumkv.common.model.load import load_model
 from spectrumkv.common.process import exit_on_error, serve_until_signalled, set_up_logging
@@ -24,6 +25,7 @@ def _serve() -> None:
     set_up_logging(config.log_level, config.log_format)
     loaded = load_model(config.model, config.device, config.dtype)
     absmax.prepare(loaded.geometry.native_dtype)
+    spectral.prepare()
     metrics = Metrics.for_process("decode", loaded.name)
     service = DecodeService(loaded, config, metrics)
     server = Server(

@@ -10,7 +10,7 @@ from spectrumkv.common.model.load import load_model
 from spectrumkv.common.process import exit_on_error, serve_until_signalled, set_up_logging
 from spectrumkv.common.rpc import Server
 from spectrumkv.common.security import ServerSecurity
-from spectrumkv.kernels import absmax
+from spectrumkv.kernels import absmax, attention_received
 from spectrumkv.prefill_server.engine import PrefillEngine
 from spectrumkv.prefill_server.probe import resolve_verdict
 from spectrumkv.prefill_server.service import PrefillService
@@ -27,6 +27,7 @@ def _serve() -> None:
     set_up_logging(config.log_level, config.log_format)
     loaded = load_model(config.model, config.device, config.dtype)
     absmax.prepare(loaded.geometry.native_dtype)
+    attention_received.prepare()
     metrics = Metrics.for_process("prefill", loaded.name)
     engine = PrefillEngine(loaded, config.window)
     verdict = resolve_verdict(loaded, engine, config.int4, logging.getLogger(__name__).info)

@@ -8,6 +8,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from spectrumkv.common.kv import scoring
 from spectrumkv.decode_server.slots import Reservation
 from spectrumkv.prefill_server.attention import tapped_attention
 
@@ -88,11 +89,7 @@ def visible(
     Returns:
         bool `[end − start, end]`.
     """
-    positions = torch.arange(end, device=device)
-    distance = positions[start:, None] - positions
-    seen = distance >= 0
-    if sliding_window is not None:
-        seen &= distance < sliding_window
+    seen = scoring.visible(end - start, end, sliding_window, device)
     return seen if kept is None else seen & kept[:end]
 
 

@@ -1,8 +1,8 @@
 """A synthetic prompt's KV through the product's own pipeline, stream and receiver."""
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from typing import Any
 
@@ -137,6 +137,27 @@ class KvSender:
         finally:
             pipeline.cancel()
             call.cancel()
+
+
+@dataclass(frozen=True)
+class TieredPlan(KvPlan):
+    """A plan whose tiers are settled.
+
+    Attributes:
+        tiers: of each layer's tokens, uint8 `[n]` per layer.
+    """
+
+    tiers: tuple[torch.Tensor, ...]
+
+    def tiers_of(self, observation: Observation) -> torch.Tensor:
+        """See `KvPlan.tiers_of`."""
+        return self.tiers[observation.layer]
+
+
+def tiered(plan: KvPlan, layers: Sequence[Observation]) -> TieredPlan:
+    """Settle a plan's tiers, each layer's by its own scores."""
+    settled = {field.name: getattr(plan, field.name) for field in fields(plan)} | {"scope": "layer"}
+    return TieredPlan(**settled, tiers=tuple(plan.tiers_of(layer) for layer in layers))
 
 
 def observations(cache: Cache, query_heads: int, window: int) -> list[Observation]:

@@ -1,8 +1,8 @@
 """How much attention tokens receive from a few queries: the one place that picks an implementation by device.
 
 Args of every implementation:
-    queries: float32 `[kv_heads, g · w, head_dim]`, scaled: of each of the KV head's `g` query heads, those of the last
-        `w` positions, in order.
+    queries: float32 `[kv_heads, g · w, head_dim]`, scaled: for each of the `g` query heads of a KV head, those of the
+        last `w` positions, in order.
     keys: any float dtype `[kv_heads, n, head_dim]`, any strides.
     window: w, 1 ≤ w ≤ n.
     sliding_window: a query does not see tokens at this distance or farther; None is all of them.

@@ -23,6 +23,8 @@ R = TypeVar("R", bound=Request)
 
 # Of a chunk's payload, what block headers and tier maps may take.
 BLOCK_OVERHEAD_BYTES = 64 << 10
+# What is worth a chunk of its own where no layer waits: a message costs about as much as this many bytes of payload.
+IDLE_CHUNK_BYTES = 64 << 10
 
 
 @dataclass
@@ -85,7 +87,7 @@ class KvPipeline:
         begin: opens the stream.
         plan: how the KV is scored, tiered and coded.
         geometry: shape and dtype of the model's cache.
-        chunk_bytes: payload at which a chunk leaves.
+        chunk_bytes: payload at which a chunk leaves; a smaller one does where no layer waits.
         metrics: told of every byte.
 
     Attributes:
@@ -110,6 +112,7 @@ class KvPipeline:
         self._plan = plan
         self._geometry = geometry
         self._writer = ChunkWriter(chunk_bytes)
+        self._worth_a_chunk = min(chunk_bytes, IDLE_CHUNK_BYTES)
         self._metrics = metrics
         self._block_tokens = max(
             1, (MAX_CHUNK_PAYLOAD_BYTES - BLOCK_OVERHEAD_BYTES) // geometry.native_bytes_per_token_layer
@@ -149,6 +152,8 @@ class KvPipeline:
         for observation, tiers in self._tiered_layers():
             for block in self._encode(observation, tiers):
                 yield from self._chunk_messages(self._writer.add(block))
+            if self._layers.empty and self._writer.pending_bytes >= self._worth_a_chunk:
+                yield from self._chunk_messages(self._writer.flush())
         if self.first_token is None or not self._layers.complete:
             return
         yield from self._chunk_messages(self._writer.flush())

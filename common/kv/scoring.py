@@ -88,6 +88,21 @@ class Observation:
         return (last.clamp(max=tokens) - token.clamp(min=tokens - window)).clamp(min=0)
 
 
+def visible(queries: int, tokens: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
+    """Which of `tokens` tokens the last `queries` of them see: bool `[queries, tokens]`.
+
+    Args:
+        queries: how many of the last tokens ask.
+        tokens: how many there are.
+        sliding_window: the newest tokens that a query sees, itself included; None is all.
+        device: where the mask is wanted.
+    """
+    positions = torch.arange(tokens, device=device)
+    distance = positions[tokens - queries :, None] - positions
+    seen = distance >= 0
+    return seen if sliding_window is None else seen & (distance < sliding_window)
+
+
 Scorer = Callable[[Observation], torch.Tensor]
 """Maps an observation of n tokens to float32 `[n]` on the observation's device: finite, higher is more important."""
 

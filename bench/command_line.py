@@ -5,17 +5,29 @@ import sys
 from collections.abc import Sequence
 
 from spectrumkv.bench import (
+    arrivals_command,
     codec_command,
     link_command,
     niah_command,
     plot_command,
     quality_command,
     serve_command,
+    startup_command,
     transfer_command,
 )
 from spectrumkv.client.command import command_parser, run_command, status_and_message
 
-COMMANDS = (quality_command, niah_command, plot_command, codec_command, transfer_command, serve_command, link_command)
+COMMANDS = (
+    quality_command,
+    niah_command,
+    plot_command,
+    codec_command,
+    transfer_command,
+    serve_command,
+    arrivals_command,
+    startup_command,
+    link_command,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

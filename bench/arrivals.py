@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from spectrumkv.bench.codec import Cache
 from spectrumkv.bench.transfer_kv import observations
 from spectrumkv.common.decode_stream import ArrivedResponse, Request, open_decode_stream, serialized_bytes
-from spectrumkv.common.errors import DataLossError, InternalError, InvalidArgumentError, SpectrumKVError
+from spectrumkv.common.errors import DataLossError, InternalError, SpectrumKVError
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.metrics import Metrics
 from spectrumkv.common.rpc import error_from_rpc
@@ -194,8 +194,6 @@ def measure(
         pause_tokens: tokens of each stream between two arrivals.
         on_arrival: called after each arrival.
     """
-    if min(streams, arrivals, pause_tokens) < 1:
-        raise InvalidArgumentError("--streams, --arrivals and --pause-tokens must each be at least 1")
     intervals = []
     with running_streams(channel, running, streams) as generating:
         generating.wait_for_tokens(pause_tokens)

@@ -13,6 +13,7 @@ from spectrumkv.bench.method_flags import add_model_flags
 from spectrumkv.bench.tables import results_console
 from spectrumkv.client.json_output import STDOUT
 from spectrumkv.common.config import PrefillConfig
+from spectrumkv.common.errors import InvalidArgumentError
 
 # Tokens that a stream may make while one arrival lasts, beside the pause; more would be a stall of another kind.
 TOKENS_PER_ARRIVAL = 64
@@ -63,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.common.rpc import open_channel
     from spectrumkv.prefill_server.plan import KvPlan
 
+    if min(arguments.streams, arguments.arrivals, arguments.pause_tokens) < 1:
+        raise InvalidArgumentError("--streams, --arrivals and --pause-tokens must each be at least 1")
     load_before = load_average()
     given = {name: getattr(arguments, name) for name in ("model", "device", "dtype")}
     options = {**FREE_PORTS, "int4": "on", **{name: value for name, value in given.items() if value is not None}}

@@ -11,7 +11,7 @@ from spectrumkv.common.process import exit_on_error, serve_until_signalled, set_
 from spectrumkv.common.rpc import Server
 from spectrumkv.common.security import ServerSecurity
 from spectrumkv.decode_server.service import DecodeService
-from spectrumkv.kernels import absmax
+from spectrumkv.kernels import absmax, decode_attention_cpu
 
 
 def main() -> None:
@@ -24,6 +24,7 @@ def _serve() -> None:
     set_up_logging(config.log_level, config.log_format)
     loaded = load_model(config.model, config.device, config.dtype)
     absmax.prepare(loaded.geometry.native_dtype)
+    decode_attention_cpu.prepare()
     metrics = Metrics.for_process("decode", loaded.name)
     service = DecodeService(loaded, config, metrics)
     server = Server(

@@ -77,6 +77,8 @@ bench: install  ## Speed of codecs, of the transfer and of serving, beside basel
 		--json $(RESULTS)/serve-8-streams.json
 	$(BIN)/spectrumkv-bench serve --num-prompts 1 --random-input-len 64 --random-output-len 64 \
 		--json $(RESULTS)/serve-1-stream.json
+	$(BIN)/spectrumkv-bench arrivals --json $(RESULTS)/arrivals.json
+	$(BIN)/spectrumkv-bench startup --json $(RESULTS)/startup.json
 
 bench-link: install  ## Hand-off against bandwidth, over a shaped link between network namespaces (root, Linux)
 	mkdir -p $(RESULTS)

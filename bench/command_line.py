@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from spectrumkv.bench import (
+    arrivals_command,
     codec_command,
     goals_command,
     key_bias_command,
@@ -13,13 +14,14 @@ from spectrumkv.bench import (
     plot_command,
     quality_command,
     serve_command,
+    startup_command,
     transfer_command,
 )
 from spectrumkv.client.command import command_parser, run_command, status_and_message
 
 COMMANDS = (
     quality_command, niah_command, plot_command, goals_command, key_bias_command,
-    codec_command, transfer_command, serve_command, link_command,
+    codec_command, transfer_command, serve_command, arrivals_command, startup_command, link_command,
 )  # fmt: skip
 
 

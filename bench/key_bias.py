@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config
 
 from spectrumkv.common.errors import FailedPreconditionError
-from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.kv.scoring import Observation, visible
 from spectrumkv.common.model.cache import build_once, cache_directory
 from spectrumkv.common.model.directory import weight_files
 from spectrumkv.common.model.embedded import EMBEDDED_MODEL_NAME, embedded_model_directory
@@ -173,7 +173,8 @@ def attention_weights(layer: Observation) -> torch.Tensor:
     kv_heads, tokens, head_dim = layer.keys.shape
     logits = layer.queries.reshape(kv_heads, -1, head_dim) @ layer.keys.transpose(1, 2) * layer.scaling
     window = layer.queries.shape[1]
-    logits.view(-1, window, tokens).masked_fill_(~layer.visible(), -torch.inf)
+    seen = visible(window, tokens, layer.sliding_window, layer.keys.device)
+    logits.view(-1, window, tokens).masked_fill_(~seen, -torch.inf)
     return logits.softmax(dim=-1)
 
 

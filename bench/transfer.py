@@ -10,7 +10,7 @@ import torch
 from spectrumkv.bench.codec import Cache
 from spectrumkv.bench.interleaving import interleaved_medians
 from spectrumkv.bench.transfer_grpc import RawSender
-from spectrumkv.bench.transfer_kv import KvSender, Sending
+from spectrumkv.bench.transfer_kv import KvSender, Sending, tiered
 from spectrumkv.bench.transfer_receiver import ReceiverAddresses, receiving_process
 from spectrumkv.bench.transfer_tcp import TcpSender
 from spectrumkv.common.kv.scoring import Observation
@@ -18,6 +18,8 @@ from spectrumkv.common.rpc import open_channel
 from spectrumkv.prefill_server.plan import KvPlan
 
 TCP, GRPC, SPECTRUMKV = "raw-tcp-fp16", "grpc-fp16", "spectrumkv"
+# Without scores and tiers, which prefill has at hand when it encodes.
+TIERED = "spectrumkv-tiered"
 
 
 class _KvPath:
@@ -45,7 +47,8 @@ def measure(
 
     Raw TCP and gRPC start from the bytes of FP16 tensors and end with them in the receiver's memory. Path
     `spectrumkv` starts from what the model's layers show and ends with verified KV in the slots: scoring, tiering,
-    encoding, checksums and decoding are in its time.
+    encoding, checksums and decoding are in its time. `spectrumkv-tiered` has the tiers already: what is left is
+    encoding, checksums and decoding.
 
     Args:
         cache: what is sent.
@@ -60,27 +63,34 @@ def measure(
         addresses = open_paths.enter_context(receiving_process(cache.geometry, cache.tokens))
         channel = open_paths.enter_context(open_channel(str(addresses.grpc)))
         raw = RawSender(channel, message, chunk_bytes)
-        paths = [_KvPath(KvSender(channel, observations, plan, cache, chunk_bytes)) for plan in plans]
+        everything = [(SPECTRUMKV, plan) for plan in plans]
+        everything += [(TIERED, tiered(plan, observations, cache.geometry)) for plan in plans if _has_tiers(plan)]
+        paths = [_KvPath(KvSender(channel, observations, plan, cache, chunk_bytes)) for _, plan in everything]
         operations: dict[tuple[str, int], Callable[[], float]] = {
             (TCP, 0): _tcp_path(open_paths, addresses, message),
             (GRPC, 0): raw.send,
         }
-        operations |= {(SPECTRUMKV, number): path for number, path in enumerate(paths)}
+        operations |= {(everything[number][0], number): path for number, path in enumerate(paths)}
         with torch.inference_mode():
             medians = interleaved_medians(operations, rounds, on_round)
     rows = [
         _row(TCP, medians[TCP, 0], len(message), len(message)),
         _row(GRPC, medians[GRPC, 0], raw.message_bytes, len(message)),
     ]
-    for number, (plan, path) in enumerate(zip(plans, paths, strict=True)):
+    for number, ((name, plan), path) in enumerate(zip(everything, paths, strict=True)):
         sent = path.transfers[-1].sent
-        row = _row(SPECTRUMKV, medians[SPECTRUMKV, number], sent.message_bytes, len(message))
+        row = _row(name, medians[name, number], sent.message_bytes, len(message))
         # The first transfer warms up.
         encoding = statistics.median(one.sent.encode_seconds for one in path.transfers[1:])
         rows.append(row | _plan_columns(plan) | {"score_and_encode_seconds": encoding})
     for row in rows:
         row["ratio_to_raw_tcp"] = row["fp16_equivalent_gbps"] / rows[0]["fp16_equivalent_gbps"]
     return rows
+
+
+def _has_tiers(plan: KvPlan) -> bool:
+    """Whether its policy gives tokens tiers by their scores, so that scoring can be left out."""
+    return plan.policy.needs_scores and not plan.policy.budget_is_counted
 
 
 def _fp16_bytes(cache: Cache) -> memoryview:

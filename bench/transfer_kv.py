@@ -1,8 +1,8 @@
 """A synthetic prompt's KV through the product's own pipeline, stream and receiver."""
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from typing import Any
 
@@ -19,7 +19,10 @@ from spectrumkv.common.decode_stream import (
     serialized_bytes,
 )
 from spectrumkv.common.errors import DataLossError, InternalError, InvalidArgumentError
+from spectrumkv.common.kv.block import Block
 from spectrumkv.common.kv.codec import codecs, needed_basis
+from spectrumkv.common.kv.encoder import KvEncoder, TieredEncoder
+from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.kv.wire import Chunk
 from spectrumkv.common.metrics import Metrics
@@ -152,6 +155,52 @@ class KvSender:
         finally:
             pipeline.cancel()
             call.cancel()
+
+
+@dataclass(frozen=True)
+class _SettledEncoder:
+    """Codes layers at tiers that are known; see `KvEncoder`."""
+
+    encoder: TieredEncoder
+    tiers: tuple[torch.Tensor, ...]
+
+    def encode(self, observation: Observation) -> Iterator[Block]:
+        return self.encoder.blocks(observation, self.tiers[observation.layer])
+
+
+@dataclass(frozen=True)
+class TieredPlan(KvPlan):
+    """A plan whose tiers are settled.
+
+    Attributes:
+        tiers: of each layer's tokens, uint8 `[n]` per layer.
+    """
+
+    tiers: tuple[torch.Tensor, ...] = ()
+
+    def encoder(self, geometry: KvGeometry, tokens: int, framing_bytes: int) -> KvEncoder:
+        """See `KvPlan.encoder`."""
+        return _SettledEncoder(_tiered_encoder(self, geometry, tokens), self.tiers)
+
+
+def tiered(plan: KvPlan, layers: Sequence[Observation], geometry: KvGeometry) -> TieredPlan:
+    """Settle a plan's tiers, each layer's by its own scores.
+
+    Args:
+        plan: of a policy that gives tokens tiers.
+        layers: what each layer shows.
+        geometry: of the cache.
+    """
+    settled = {field.name: getattr(plan, field.name) for field in fields(plan)} | {"scope": "layer"}
+    encoder = _tiered_encoder(KvPlan(**settled), geometry, layers[0].tokens)
+    return TieredPlan(**settled, tiers=tuple(encoder.tiers_of(layer) for layer in layers))
+
+
+def _tiered_encoder(plan: KvPlan, geometry: KvGeometry, tokens: int) -> TieredEncoder:
+    encoder = KvPlan.encoder(plan, geometry, tokens, framing_bytes=0)
+    if not isinstance(encoder, TieredEncoder):
+        raise InternalError(f"policy {plan.policy.name!r} gives no tiers")
+    return encoder
 
 
 def observations(cache: Cache, query_heads: int, window: int) -> list[Observation]:

@@ -110,7 +110,7 @@ class PrefillConfig(ServerConfig):
     window: int = option(64, "queries at the prompt's end whose attention is observed", number(1, 4096, int))
     int4: str = option("auto", "whether INT4 is allowed; auto asks the probe", one_of("auto", "on", "off"))
     max_waiting: int = option(64, "requests that may be in the service at once", number(1, 4096, int))
-    chunk_bytes: int = option(256 << 10, "payload at which a chunk leaves", number(1 << 10, 1 << 20, int))
+    chunk_bytes: int = option(512 << 10, "payload at which a chunk leaves", number(1 << 10, 1 << 20, int))
 
     def __post_init__(self) -> None:
         super().__post_init__()

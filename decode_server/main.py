@@ -12,7 +12,7 @@ from spectrumkv.common.process import exit_on_error, serve_until_signalled, set_
 from spectrumkv.common.rpc import Server
 from spectrumkv.common.security import ServerSecurity
 from spectrumkv.decode_server.service import DecodeService
-from spectrumkv.kernels import absmax
+from spectrumkv.kernels import absmax, decode_attention_cpu
 
 
 def main() -> None:
@@ -26,6 +26,7 @@ def _serve() -> None:
     loaded = load_model(config.model, config.device, config.dtype)
     absmax.prepare(loaded.geometry.native_dtype)
     spectral.prepare()
+    decode_attention_cpu.prepare()
     metrics = Metrics.for_process("decode", loaded.name)
     service = DecodeService(loaded, config, metrics)
     server = Server(

@@ -1,5 +1,6 @@
 """From chunks on the stream to keys and values in the slots."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -72,12 +73,12 @@ class KvReceiver:
         return tier_bytes
 
     def _count(self, blocks: list[Block], tier_bytes: list[Mapping[Tier, int]], serialized_bytes: int) -> None:
-        framing = serialized_bytes
-        for block, sizes in zip(blocks, tier_bytes, strict=True):
-            self._metrics.kv_fp16_equivalent_bytes.inc(self._geometry.fp16_bytes_per_layer(block.tiers.numel()))
-            for tier, size in sizes.items():
-                self._metrics.kv_bytes_received.labels(tier.label).inc(size)
-                framing -= size
-            for tier, tokens in count_tiers(block.tiers).items():
-                self._metrics.kv_tokens.labels(tier.label).inc(tokens / self._geometry.layers)
-        self._metrics.kv_bytes_received.labels(FRAMING).inc(framing)
+        tiers = torch.cat([block.tiers for block in blocks])
+        self._metrics.kv_fp16_equivalent_bytes.inc(self._geometry.fp16_bytes_per_layer(tiers.numel()))
+        for tier, tokens in count_tiers(tiers).items():
+            self._metrics.kv_tokens.labels(tier.label).inc(tokens / self._geometry.layers)
+        # Summed up first: naming a counter costs more than adding to it.
+        coded = sum((Counter(sizes) for sizes in tier_bytes), Counter[Tier]())
+        for tier, size in coded.items():
+            self._metrics.kv_bytes_received.labels(tier.label).inc(size)
+        self._metrics.kv_bytes_received.labels(FRAMING).inc(serialized_bytes - coded.total())

@@ -101,6 +101,7 @@ class Reservation:
     """Slots held for one request; a context manager that frees them.
 
     Attributes:
+        arena: whose slots they are.
         start: the first slot.
         capacity: how many slots, for prompt and completion.
         kept: per layer, bool `[capacity]` on the arena's device where a token of that layer was dropped, else
@@ -108,18 +109,18 @@ class Reservation:
     """
 
     def __init__(self, arena: SlotArena, start: int, capacity: int) -> None:
-        self._arena = arena
+        self.arena = arena
         self.start = start
         self.capacity = capacity
         self.kept: list[torch.Tensor | None] = [None] * arena.geometry.layers
 
     def keys(self, layer: int, first: int, end: int) -> torch.Tensor:
         """Keys of positions `first` to `end` − 1: a view `[kv_heads, end − first, head_dim]`."""
-        return self._arena.keys[layer, :, self.start + first : self.start + end]
+        return self.arena.keys[layer, :, self.start + first : self.start + end]
 
     def values(self, layer: int, first: int, end: int) -> torch.Tensor:
         """Values of positions `first` to `end` − 1: a view `[kv_heads, end − first, head_dim]`."""
-        return self._arena.values[layer, :, self.start + first : self.start + end]
+        return self.arena.values[layer, :, self.start + first : self.start + end]
 
     def drop(self, layer: int, positions: torch.Tensor) -> None:
         """Leave tokens out of this layer's attention.
@@ -128,7 +129,7 @@ class Reservation:
             layer: from 0.
             positions: int64 `[m]`, positions in the prompt.
         """
-        device = self._arena.keys.device
+        device = self.arena.keys.device
         positions = positions.to(device)
         kept = self.kept[layer]
         if kept is None:
@@ -141,7 +142,7 @@ class Reservation:
 
     def release(self) -> None:
         """Free the slots; a second call does nothing."""
-        self._arena.release(self)
+        self.arena.release(self)
 
     def __enter__(self) -> "Reservation":
         return self

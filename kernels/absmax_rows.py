@@ -264,23 +264,24 @@ def encode_side(
 ) -> None:
     """Write the keys (side 0) or the values (1) of a block into its body, every token at its own tier."""
     halves, scales8, scales4, codes8, codes4 = body_parts(body, tiers, heads, head_dim)
-    for head in range(heads):
-        n16, n8, n4 = 0, 0, 0
-        for token in range(tiers.size):
-            tier = tiers[token]
+    n16, n8, n4 = 0, 0, 0
+    for token in range(tiers.size):
+        tier = tiers[token]
+        # Head by head within a token: so models lay them out, and the branches on a tier are fewer.
+        for head in range(heads):
             start = head * head_stride + token * token_stride
             row = states[start : start + head_dim]
             if tier == TIER_INT4:
                 scales4[side, head, n4] = quantize_row(row, codes4[side, head, n4], LARGEST_INT4, True)
-                n4 += 1
             elif tier == TIER_INT8:
                 scales8[side, head, n8] = quantize_row(row, codes8[side, head, n8], LARGEST_INT8, False)
-                n8 += 1
             elif tier == TIER_16BIT:
                 target = halves[side, head, n16]
                 for i in range(head_dim):
                     target[i] = _sixteen_bits(row[i])
-                n16 += 1
+        n4 += tier == TIER_INT4
+        n8 += tier == TIER_INT8
+        n16 += tier == TIER_16BIT
 
 
 @compiled
@@ -289,20 +290,20 @@ def decode_side(
 ) -> None:
     """Inverse of `encode_side`; dropped tokens stay as they are."""
     halves, scales8, scales4, codes8, codes4 = body_parts(body, tiers, heads, head_dim)
-    for head in range(heads):
-        n16, n8, n4 = 0, 0, 0
-        for token in range(tiers.size):
-            tier = tiers[token]
+    n16, n8, n4 = 0, 0, 0
+    for token in range(tiers.size):
+        tier = tiers[token]
+        for head in range(heads):
             start = head * head_stride + token * token_stride
             row = states[start : start + head_dim]
             if tier == TIER_INT4:
                 dequantize_row(codes4[side, head, n4], scales4[side, head, n4], row, True)
-                n4 += 1
             elif tier == TIER_INT8:
                 dequantize_row(codes8[side, head, n8], scales8[side, head, n8], row, False)
-                n8 += 1
             elif tier == TIER_16BIT:
                 source = halves[side, head, n16]
                 for i in range(head_dim):
                     row[i] = _element(source[i], row)
-                n16 += 1
+        n4 += tier == TIER_INT4
+        n8 += tier == TIER_INT8
+        n16 += tier == TIER_16BIT

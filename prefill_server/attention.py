@@ -1,7 +1,7 @@
 """Attention of the prompt, with a tap: each layer shows its queries, keys and values while it runs."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,37 +28,41 @@ def tapped_attention(
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    kv_tap: KvTap | None = None,
+    kv_taps: Sequence[KvTap] = (),
+    lengths: Sequence[int] | None = None,
     window: int = 1,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Show this layer to the tap, then attend as transformers' `sdpa` does (`eager` where logits are capped).
+    """Show this layer to the taps, then attend as transformers' `sdpa` does (`eager` where logits are capped).
 
-    Registered with transformers' `AttentionInterface`. The tap is called before the layer attends, so that
-    its KV is on the way while the layer still computes.
+    Registered with transformers' `AttentionInterface`. Taps are called before the layer attends, so that its KV is on
+    the way while the layer still computes. Shorter prompts of a batch are padded on the right, where causal attention
+    keeps the padding out of everything that counts.
 
     Args:
         module: the attention layer.
-        query: `[1, query_heads, n, head_dim]`, after RoPE.
-        key: `[1, kv_heads, n, head_dim]`, after RoPE.
+        query: `[batch, query_heads, n, head_dim]`, after RoPE.
+        key: `[batch, kv_heads, n, head_dim]`, after RoPE.
         value: like `key`.
-        attention_mask: as transformers made it: None or bool, broadcastable to `[1, 1, n, n]`.
+        attention_mask: as transformers made it: None or bool, broadcastable to `[batch, 1, n, n]`.
         scaling: factor of the attention logits.
         sliding_window: the newest positions that this layer sees; the mask has it already.
         softcap: Gemma 2's bound on the attention logits.
-        kv_tap: takes the layer's observation; None for calls that nobody watches.
+        kv_taps: for each prompt what takes the layer's observation; none for calls that nobody watches.
+        lengths: tokens of each prompt; None is n for all.
         window: how many of the last queries the tap gets.
         options: what else transformers hands over.
 
     Returns:
-        `[1, n, query_heads, head_dim]` and no weights.
+        `[batch, n, query_heads, head_dim]` and no weights.
     """
-    if kv_tap is not None:
+    for row, kv_tap in enumerate(kv_taps):
+        end = query.shape[2] if lengths is None else lengths[row]
         kv_tap(
             Observation(
-                queries=query[0, :, -window:],
-                keys=key[0],
-                values=value[0],
+                queries=query[row, :, max(0, end - window) : end],
+                keys=key[row, :, :end],
+                values=value[row, :, :end],
                 scaling=scaling,
                 softcap=softcap,
                 sliding_window=sliding_window,

@@ -1,18 +1,26 @@
-"""Runs prompts through the model, one at a time, in the order in which they came."""
+"""Runs prompts through the model, in the order in which they came; short ones that wait share a pass."""
 
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 
+from spectrumkv.common.errors import CancelledError
+from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.prefill_server.attention import ATTENTION_NAME, KvTap
 
 T = TypeVar("T")
+
+# Tokens of one pass over several prompts, padding included. A pass over few tokens spends its time on reading the
+# weights, which several prompts then share; of more tokens each costs the same alone or in company.
+BATCH_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,42 @@ class PromptResult:
     compute_seconds: float
 
 
+@dataclass(eq=False)
+class Prompt:
+    """A prompt in the queue or in a pass.
+
+    Attributes:
+        token_ids: at least one.
+        kv_tap: takes each layer's observation.
+        submitted: monotonic time.
+        outcome: what becomes of it.
+    """
+
+    token_ids: Sequence[int]
+    kv_tap: KvTap
+    submitted: float = field(default_factory=time.monotonic)
+    outcome: "Future[PromptResult]" = field(default_factory=Future)
+
+    def observe(self, observation: Observation) -> None:
+        """Show a layer to the tap; what the tap raises ends this prompt and leaves others of the pass alone."""
+        if self.outcome.done():
+            return
+        try:
+            self.kv_tap(observation)
+        except Exception as error:  # noqa: BLE001  # it belongs to whoever waits
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """End with an error, unless nobody waits any more."""
+        with suppress(InvalidStateError):
+            self.outcome.set_exception(error)
+
+    def succeed(self, result: PromptResult) -> None:
+        """End with a result, unless it has ended."""
+        with suppress(InvalidStateError):
+            self.outcome.set_result(result)
+
+
 class PrefillEngine:
     """The model, behind a queue.
 
@@ -45,7 +89,8 @@ class PrefillEngine:
         self._window = window
         # One thread: the model uses all cores, and a pool of compute threads belongs to the thread calling it.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="prefill-engine")
-        self._waiting: set[Future[PromptResult]] = set()
+        self._lock = threading.Lock()
+        self._queue: deque[Prompt] = deque()
 
     def submit(self, token_ids: Sequence[int], kv_tap: KvTap) -> "Future[PromptResult]":
         """Queue a prompt.
@@ -53,17 +98,18 @@ class PrefillEngine:
         Args:
             token_ids: the prompt.
             kv_tap: called on the engine's thread with each layer's observation; an exception that it raises
-                ends the pass and becomes the future's.
+                ends the prompt and becomes the future's.
 
         Returns:
             A future that can be cancelled at any time: whoever waits for it is free at once. A pass that runs
-            already goes on to its next layer, where the tap can end it.
+            already goes on to its next layer, and ends there if it has no other prompt.
         """
-        outcome: Future[PromptResult] = Future()
-        self._waiting.add(outcome)
-        outcome.add_done_callback(self._waiting.discard)
-        self._executor.submit(self._settle, outcome, token_ids, kv_tap, time.monotonic())
-        return outcome
+        prompt = Prompt(token_ids, kv_tap)
+        with self._lock:
+            self._queue.append(prompt)
+        # One call for each prompt; those that a call finds beside its own leave less to later ones.
+        self._executor.submit(self._run_next)
+        return prompt.outcome
 
     def submit_call(self, call: Callable[[], T]) -> "Future[T]":
         """Queue something else that uses the model, so that it never runs beside a prompt."""
@@ -72,35 +118,68 @@ class PrefillEngine:
     @property
     def waiting(self) -> int:
         """Prompts that have not begun."""
-        return len(self._waiting)
+        with self._lock:
+            return sum(not prompt.outcome.done() for prompt in self._queue)
 
     def stop(self) -> None:
         """Finish what is queued and end the thread."""
         self._executor.shutdown()
 
-    def _settle(
-        self, outcome: "Future[PromptResult]", token_ids: Sequence[int], kv_tap: KvTap, submitted: float
-    ) -> None:
-        """Run a prompt, unless nobody waits for it any more, and hand over what comes of it."""
-        self._waiting.discard(outcome)
-        if outcome.cancelled():
+    def _run_next(self) -> None:
+        """Run the prompts that are next, if any are left."""
+        batch = self._next_batch()
+        if not batch:
             return
-        # Only a future that was cancelled meanwhile takes no result.
         try:
-            result = self._run(token_ids, kv_tap, submitted)
+            self._run(batch)
         except Exception as error:  # noqa: BLE001  # it belongs to whoever waits
-            with suppress(InvalidStateError):
-                outcome.set_exception(error)
-        else:
-            with suppress(InvalidStateError):
-                outcome.set_result(result)
+            for prompt in batch:
+                prompt.fail(error)
+
+    def _next_batch(self) -> list[Prompt]:
+        """Take the first prompt that somebody waits for, and those behind it that fit into the same pass."""
+        batch: list[Prompt] = []
+        longest = 0
+        with self._lock:
+            while self._queue:
+                prompt = self._queue[0]
+                longest = max(longest, len(prompt.token_ids))
+                if batch and longest * (len(batch) + 1) > BATCH_TOKENS:
+                    break
+                self._queue.popleft()
+                if not prompt.outcome.done():
+                    batch.append(prompt)
+        return batch
 
     @torch.inference_mode()
-    def _run(self, token_ids: Sequence[int], kv_tap: KvTap, submitted: float) -> PromptResult:
+    def _run(self, batch: list[Prompt]) -> None:
+        """One pass over all prompts of a batch, the shorter ones padded on the right."""
         started = time.monotonic()
-        ids = torch.tensor([list(token_ids)], device=self._device)
+        lengths = [len(prompt.token_ids) for prompt in batch]
+        ids = torch.zeros(len(batch), max(lengths), dtype=torch.int64)
+        for row, prompt in zip(ids, batch, strict=True):
+            row[: len(prompt.token_ids)] = torch.tensor(list(prompt.token_ids))
+        last = sorted({length - 1 for length in lengths})
         logits = self._model(
-            input_ids=ids, use_cache=False, logits_to_keep=1, kv_tap=kv_tap, window=self._window
+            input_ids=ids.to(self._device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(last, device=self._device),
+            kv_taps=_taps(batch),
+            lengths=lengths,
+            window=self._window,
         ).logits
-        row = logits[0, -1].float().cpu()
-        return PromptResult(row, started - submitted, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        for prompt, length, positions in zip(batch, lengths, logits, strict=True):
+            row = positions[last.index(length - 1)].float().cpu()
+            prompt.succeed(PromptResult(row, started - prompt.submitted, seconds))
+
+
+def _taps(batch: list[Prompt]) -> list[KvTap]:
+    """A tap for each prompt; the pass ends where no prompt is left that anybody waits for."""
+
+    def last_tap(observation: Observation) -> None:
+        batch[-1].observe(observation)
+        if all(prompt.outcome.done() for prompt in batch):
+            raise CancelledError("every request of the pass has ended")
+
+    return [*(prompt.observe for prompt in batch[:-1]), last_tap]

@@ -32,6 +32,11 @@ class LayerQueue:
         """Whether every layer was put and none was dropped."""
         return self._all_put and not self._closed
 
+    @property
+    def empty(self) -> bool:
+        """Whether no layer waits."""
+        return not self._layers
+
     def put_layer(self, observation: Observation) -> None:
         """Append a layer.
 

@@ -11,7 +11,7 @@ from spectrumkv.common.model.load import load_model
 from spectrumkv.common.process import exit_on_error, serve_until_signalled, set_up_logging
 from spectrumkv.common.rpc import Server
 from spectrumkv.common.security import ServerSecurity
-from spectrumkv.kernels import absmax
+from spectrumkv.kernels import absmax, attention_received
 from spectrumkv.prefill_server.basis_cache import EXCERPTS, resolve_basis
 from spectrumkv.prefill_server.engine import PrefillEngine
 from spectrumkv.prefill_server.probe import resolve_verdict
@@ -32,6 +32,7 @@ def _serve() -> None:
     loaded = load_model(config.model, config.device, config.dtype)
     absmax.prepare(loaded.geometry.native_dtype)
     spectral.prepare()
+    attention_received.prepare()
     metrics = Metrics.for_process("prefill", loaded.name)
     engine = PrefillEngine(loaded, config.window)
     verdict = resolve_verdict(loaded, engine, config.int4, logger.info)

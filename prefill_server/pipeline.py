@@ -21,6 +21,8 @@ R = TypeVar("R", bound=Request)
 # At most what a chunk takes besides its payload, and what End takes.
 CHUNK_ENVELOPE_BYTES = 24
 END_BYTES = 80
+# What is worth a chunk of its own where no layer waits: a message costs about as much as this many bytes of payload.
+IDLE_CHUNK_BYTES = 64 << 10
 
 
 @dataclass
@@ -83,7 +85,7 @@ class KvPipeline:
         begin: opens the stream.
         plan: how the KV is scored, tiered and coded.
         geometry: shape and dtype of the model's cache.
-        chunk_bytes: payload at which a chunk leaves.
+        chunk_bytes: payload at which a chunk leaves; a smaller one does where no layer waits.
         metrics: told of every byte.
 
     Attributes:
@@ -108,9 +110,10 @@ class KvPipeline:
         self._plan = plan
         self._geometry = geometry
         self._writer = ChunkWriter(chunk_bytes)
+        self._worth_a_chunk = min(chunk_bytes, IDLE_CHUNK_BYTES)
         self._metrics = metrics
         tokens = len(begin.prompt_token_ids)
-        chunks = 1 + int(plan.budget * geometry.fp16_bytes(tokens)) // chunk_bytes
+        chunks = 1 + int(plan.budget * geometry.fp16_bytes(tokens)) // self._worth_a_chunk
         framing = serialized_bytes(decode_pb2.DecodeRequest(begin=begin)) + chunks * CHUNK_ENVELOPE_BYTES + END_BYTES
         self._encoder = plan.encoder(geometry, tokens, framing)
 
@@ -148,6 +151,8 @@ class KvPipeline:
         for observation in self._layers.layers():
             for block in self._encode(observation):
                 yield from self._chunk_messages(self._writer.add(block))
+            if self._layers.empty and self._writer.pending_bytes >= self._worth_a_chunk:
+                yield from self._chunk_messages(self._writer.flush())
         if self.first_token is None or not self._layers.complete:
             return
         yield from self._chunk_messages(self._writer.flush())

@@ -65,7 +65,7 @@ def capture_prompt(model: PreTrainedModel, token_ids: Sequence[int], window: int
     """
     layers: list[Observation] = []
     ids = torch.tensor([list(token_ids)], device=model.device)
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=1, kv_tap=layers.append, window=window).logits
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=1, kv_taps=[layers.append], window=window).logits
     return CapturedPrompt(tuple(layers), int(logits[0, -1].argmax()))
 
 

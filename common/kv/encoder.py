@@ -57,13 +57,17 @@ class TieredEncoder:
     def encode(self, observation: Observation) -> Iterator[Block]:
         """See `KvEncoder.encode`."""
         if self.scope == "layer":
-            yield from self._blocks(observation, self._assign(self._score(observation), observation.layer))
+            yield from self.blocks(observation, self.tiers_of(observation))
             return
         self._held.append(observation)
         if len(self._held) == self.geometry.layers:
             tiers = self._assign(combine([self._score(layer) for layer in self._held]), layer=0)
             while self._held:
-                yield from self._blocks(self._held.pop(0), tiers)
+                yield from self.blocks(self._held.pop(0), tiers)
+
+    def tiers_of(self, observation: Observation) -> torch.Tensor:
+        """Tiers of one layer's tokens by that layer's own scores: uint8 `[n]` on the CPU."""
+        return self._assign(self._score(observation), observation.layer)
 
     def _score(self, observation: Observation) -> torch.Tensor:
         """Scores of one layer's tokens, float32 `[n]`; zeros where the policy does not look at them."""
@@ -75,8 +79,8 @@ class TieredEncoder:
         # A policy that draws must not draw the same tokens in every layer.
         return self.policy.assign(TierRequest(scores, self.budget, self.int4_allowed, self.seed + layer))
 
-    def _blocks(self, observation: Observation, tiers: torch.Tensor) -> Iterator[Block]:
-        """Yield a layer's tokens in runs that fit a chunk."""
+    def blocks(self, observation: Observation, tiers: torch.Tensor) -> Iterator[Block]:
+        """Code a layer's tokens at these tiers, uint8 `[n]` on the CPU, in runs that fit a chunk."""
         for first in range(0, tiers.numel(), self._block_tokens):
             span = slice(first, first + self._block_tokens)
             encoded = self.codec.encode(

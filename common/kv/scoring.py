@@ -13,6 +13,7 @@ import torch
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.registry import Registry
+from spectrumkv.kernels.attention_received import attention_received
 
 DECAY_RATE = 0.005
 """λ of `decay` and `position`, per token; the middle one of those that the paper sweeps (.001, .005, .01)."""
@@ -79,9 +80,12 @@ class Observation:
         """Length n of the prompt."""
         return self.keys.shape[1]
 
-    def visible(self) -> torch.Tensor:
-        """Which tokens each observed query sees: bool `[w, n]`. Query i stands at position n − w + i."""
-        return visible(self.queries.shape[1], self.tokens, self.sliding_window, self.keys.device)
+    def seen_by(self) -> torch.Tensor:
+        """How many of the observed positions see each token: int64 `[n]`. Query i stands at position n − w + i."""
+        tokens, window = self.tokens, self.queries.shape[1]
+        token = torch.arange(tokens, device=self.keys.device)
+        last = token + (self.sliding_window or tokens)
+        return (last.clamp(max=tokens) - token.clamp(min=tokens - window)).clamp(min=0)
 
 
 def visible(queries: int, tokens: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
@@ -116,19 +120,12 @@ def observed_attention(observation: Observation) -> torch.Tensor:
     Returns:
         float32 `[kv_heads, n]`, from 0 to 1; 0 where a sliding window hides the token from every query.
     """
-    kv_heads, tokens, head_dim = observation.keys.shape
+    kv_heads, _, head_dim = observation.keys.shape
     query_heads, window, _ = observation.queries.shape
     # All queries of one KV head in one matrix: grouped-query attention without repeating the keys.
     queries = observation.queries.float().mul(observation.scaling).reshape(kv_heads, -1, head_dim)
-    logits = torch.matmul(queries, observation.keys.float().transpose(1, 2))
-    if observation.softcap is not None:
-        logits.div_(observation.softcap).tanh_().mul_(observation.softcap)
-    visible = observation.visible()
-    # Every query sees at least itself, so no row is masked entirely.
-    logits.view(-1, window, tokens).masked_fill_(~visible, -math.inf)
-    received = torch.softmax(logits, dim=-1).sum(dim=1)
-    seen_by = visible.sum(dim=0) * (query_heads // kv_heads)
-    return received / seen_by.clamp(min=1)
+    received = attention_received(queries, observation.keys, window, observation.sliding_window, observation.softcap)
+    return received / (observation.seen_by() * (query_heads // kv_heads)).clamp(min=1)
 
 
 @scorers.register("attention")

@@ -103,6 +103,11 @@ class ChunkWriter:
         if self._pending_bytes >= self._target_bytes:
             yield self._close()
 
+    @property
+    def pending_bytes(self) -> int:
+        """Payload of the chunk that is still open."""
+        return self._pending_bytes
+
     def flush(self) -> Iterator[tuple[Chunk, list[Block]]]:
         """Yield what has not left yet, if anything, as a chunk with its blocks."""
         if self._parts:

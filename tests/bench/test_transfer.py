@@ -41,7 +41,13 @@ def cache() -> Cache:
 def test_every_path_between_two_processes(cache: Cache) -> None:
     plans = [plan("fp16"), plan("adaptive", 0.5), plan("adaptive", 0.3)]
     rows = measure(cache, observations(cache, 4, 16), plans, CHUNK_BYTES, 2, lambda done: None)
-    assert [row["path"] for row in rows] == ["raw-tcp-fp16", "grpc-fp16", *["spectrumkv"] * 3]
+    assert [row["path"] for row in rows] == [
+        "raw-tcp-fp16",
+        "grpc-fp16",
+        *["spectrumkv"] * 3,
+        # fp16 looks at no scores.
+        *["spectrumkv-tiered"] * 2,
+    ]
     assert rows[0]["ratio_to_raw_tcp"] == rows[0]["budget_counted"] == 1.0
     for row in rows:
         rate = GEOMETRY.fp16_bytes(TOKENS) / row["seconds"] / 1e9
@@ -52,6 +58,8 @@ def test_every_path_between_two_processes(cache: Cache) -> None:
     assert 1.0 < counted[2] < 1.02
     assert counted[3] == pytest.approx(0.5, abs=0.05)
     assert counted[4] == pytest.approx(0.3, abs=0.05)
+    # The same bytes, whoever settled the tiers; at 0.5 and 0.3 again. Chunks may be cut elsewhere.
+    assert counted[5:] == pytest.approx(counted[3:5], abs=1e-3)
 
 
 def test_the_kv_lies_in_the_receivers_slots(cache: Cache) -> None:

@@ -37,10 +37,11 @@ def naive(
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dropped", [[], [1, 2, 9]], ids=["whole", "gaps"])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize(("query_heads", "kv_heads", "head_dim"), [(9, 3, 64), (2, 2, 80), (8, 1, 256)])
 def test_each_row_attends_over_its_own_slots(
-    softcap: float | None, window: int | None, query_heads: int, kv_heads: int, head_dim: int
+    softcap: float | None, dropped: list[int], window: int | None, query_heads: int, kv_heads: int, head_dim: int
 ) -> None:
     torch.manual_seed(0)
     geometry = KvGeometry(layers=3, kv_heads=kv_heads, head_dim=head_dim, native_dtype=torch.float32)
@@ -54,7 +55,8 @@ def test_each_row_attends_over_its_own_slots(
     for reservation, position in zip(reservations, positions, strict=True):
         reservation.keys(layer, 0, position).normal_()
         reservation.values(layer, 0, position).normal_()
-    reservations[2].drop(layer, torch.tensor([1, 2, 9]))
+    if dropped:
+        reservations[2].drop(layer, torch.tensor(dropped))
 
     query = torch.randn(3, query_heads, 1, head_dim)
     key, value = torch.randn(2, 3, kv_heads, 1, head_dim)

@@ -1,0 +1,159 @@
+"""Attention compiled for CPUs: what decoding one token and scoring a prompt have in common, and each on top of it.
+
+All of it is in one file, since numba does not notice changes of other files (see `compiled`).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from spectrumkv.kernels.compiled import compiled
+
+# 1.5 · 2^23: adding it to a float32 rounds that half to even, and leaves the integer in the low bits of the sum.
+ROUNDER = np.float32(12582912)
+LEAST_EXPONENT = np.float32(-126)
+LOG2_E = np.float32(math.log2(math.e))
+# Coefficients of x^0 … x^6 in 2^x; between -1/2 and 1/2 the next one comes to 10^-7.
+P0, P1, P2, P3, P4, P5, P6 = (np.float32(math.log(2) ** i / math.factorial(i)) for i in range(7))
+ZERO, ONE = np.float32(0), np.float32(1)
+LONG = ir.IntType(32)
+
+# numba ships no types.
+_intrinsic: Callable[..., Any] = intrinsic
+
+
+@_intrinsic
+def _greater(_: Any, known: Any, value: Any) -> Any:
+    """The greater one of two floats of which the first is given as `_float_of` wants it; NaN is above infinity."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        # Flipping the magnitude of negative floats makes their bits ordered like the floats themselves.
+        bits = builder.bitcast(arguments[1], LONG)
+        bits = builder.xor(bits, builder.and_(builder.ashr(bits, LONG(31)), LONG(0x7FFFFFFF)))
+        return builder.select(builder.icmp_signed(">", bits, arguments[0]), bits, arguments[0])
+
+    return types.int32(types.int32, types.float32), emit
+
+
+@_intrinsic
+def _float_of(_: Any, ordered: Any) -> Any:
+    """The float that `_greater` found."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        flipped = builder.and_(builder.ashr(arguments[0], LONG(31)), LONG(0x7FFFFFFF))
+        return builder.bitcast(builder.xor(arguments[0], flipped), ir.FloatType())
+
+    return types.float32(types.int32), emit
+
+
+@_intrinsic
+def _two_to_the(_: Any, rounded: Any) -> Any:
+    """2^k, of k + `ROUNDER`, for -126 ≤ k ≤ 127."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        exponent = builder.shl(builder.bitcast(arguments[0], LONG), LONG(23))
+        return builder.bitcast(builder.add(exponent, LONG(127 << 23)), ir.FloatType())
+
+    return types.float32(types.float32), emit
+
+
+@_intrinsic
+def _plus(_: Any, total: Any, value: Any) -> Any:
+    """A sum that may be taken in any order, which lets the loop around it be vectorized."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fadd(*arguments, flags=("reassoc",))
+
+    return types.float32(types.float32, types.float32), emit
+
+
+@_intrinsic
+def _multiply_add(_: Any, total: Any, left: Any, right: Any) -> Any:
+    """A sum of products that may be taken in any order and fused."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        product = builder.fmul(arguments[1], arguments[2], flags=("contract",))
+        return builder.fadd(arguments[0], product, flags=("reassoc", "contract"))
+
+    return types.float32(types.float32, types.float32, types.float32), emit
+
+
+@compiled
+def exponentials(row: Any) -> Any:
+    """Make e^(x - the greatest x) of each x; return one divided by their sum. Three loops over a row in the cache."""
+    peak = np.int32(-0x80000000)
+    for i in range(row.size):
+        peak = _greater(peak, row[i])
+    greatest = _float_of(peak)
+    total = ZERO
+    for i in range(row.size):
+        power = (row[i] - greatest) * LOG2_E
+        # Written so that NaN stays.
+        power = power if not power < LEAST_EXPONENT else LEAST_EXPONENT
+        rounded = power + ROUNDER
+        x = power - (rounded - ROUNDER)
+        weight = P0 + x * (P1 + x * (P2 + x * (P3 + x * (P4 + x * (P5 + x * P6)))))
+        row[i] = weight * _two_to_the(rounded)
+        total = _plus(total, row[i])
+    return ONE / total
+
+
+@compiled
+def add_weights(logits: Any, window: int, sliding_window: int, received: Any) -> None:
+    """Add to `received` `[n]` the softmax of each row of `logits` `[g · w, n]`, which are overwritten.
+
+    Nothing is masked: a row's loops run over what its query sees.
+    """
+    rows, tokens = logits.shape
+    for i in range(rows):
+        end = tokens - window + i % window + 1
+        first = max(0, end - sliding_window)
+        row, target = logits[i, first:end], received[first:end]
+        share = exponentials(row)
+        for j in range(row.size):
+            target[j] += row[j] * share
+
+
+@compiled
+def attend(queries: Any, keys: Any, values: Any, firsts: Any, ends: Any, scaling: Any, attended: Any) -> None:
+    """Attention of one query for each row of a batch over its run of slots.
+
+    Args:
+        queries: float32 `[batch, kv_heads, g, head_dim]`.
+        keys: float32 `[kv_heads, slots, head_dim]`.
+        values: like `keys`.
+        firsts: int64 `[batch]`, the first slot that a row sees.
+        ends: int64 `[batch]`, one past the last.
+        scaling: factor of the logits, float32.
+        attended: written, like `queries`.
+    """
+    batch, kv_heads, group, head_dim = queries.shape
+    longest = 0
+    for row in range(batch):
+        longest = max(longest, ends[row] - firsts[row])
+    scratch = np.empty((group, longest), dtype=np.float32)
+    for row in range(batch):
+        tokens = ends[row] - firsts[row]
+        for head in range(kv_heads):
+            for slot in range(tokens):
+                key = keys[head, firsts[row] + slot]
+                for member in range(group):
+                    query = queries[row, head, member]
+                    dot = ZERO
+                    for i in range(head_dim):
+                        dot = _multiply_add(dot, query[i], key[i])
+                    scratch[member, slot] = dot * scaling
+            for member in range(group):
+                weights, target = scratch[member, :tokens], attended[row, head, member]
+                share = exponentials(weights)
+                for i in range(head_dim):
+                    target[i] = ZERO
+                for slot in range(tokens):
+                    weight, value = weights[slot] * share, values[head, firsts[row] + slot]
+                    for i in range(head_dim):
+                        target[i] = _multiply_add(target[i], weight, value[i])

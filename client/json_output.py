@@ -15,7 +15,8 @@ STDOUT = "-"
 def message_as_json(message: Message) -> dict[str, Any]:
     """Return all fields by their proto names, defaults included.
 
-    Unlike protobuf's own mapping, 64-bit integers stay numbers and an unset optional field is null.
+    Unlike protobuf's own mapping, 64-bit integers stay numbers, bytes are hexadecimal, and an unset optional field is
+    null.
     """
     return {field.name: _field(message, field) for field in message.DESCRIPTOR.fields}
 
@@ -52,4 +53,6 @@ def _field(message: Message, field: Any) -> Any:
 
 
 def _value(value: Any, field: Any) -> Any:
-    return message_as_json(value) if field.message_type is not None else value
+    if field.message_type is not None:
+        return message_as_json(value)
+    return value.hex() if isinstance(value, bytes) else value

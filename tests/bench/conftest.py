@@ -3,6 +3,7 @@ from collections.abc import Callable
 import pytest
 
 from spectrumkv.bench.served_model import ServedModel
+from spectrumkv.bench.synthetic_basis import synthetic_basis
 from spectrumkv.bench.wire_method import WireMethod
 from spectrumkv.common.config import PrefillConfig, build
 from spectrumkv.common.model.load import LoadedModel, load_model
@@ -28,7 +29,7 @@ def served(tiny_llama: LoadedModel) -> ServedModel:
 
 def wire_method(served: ServedModel, policy: str, **options: str | float) -> WireMethod:
     """The policy as a prefill service with default options would carry it out."""
-    plan = KvPlan.resolve(
-        prefill_pb2.KvOptions(policy=policy, **options), build(PrefillConfig, {}), int4_allowed=True, seed=0
-    )
+    asked = prefill_pb2.KvOptions(policy=policy, **options)
+    basis = synthetic_basis(served.loaded.geometry)
+    plan = KvPlan.resolve(asked, build(PrefillConfig, {}), int4_allowed=True, seed=0, basis=basis)
     return WireMethod(plan, served.loaded.spec, PrefillConfig.chunk_bytes, served.metrics)

@@ -3,12 +3,11 @@
 import pytest
 
 from spectrumkv.bench.served_model import ExactFp16, ServedModel
-from spectrumkv.bench.wire_method import REQUEST_ID, is_fixed
+from spectrumkv.bench.wire_method import is_fixed
 from spectrumkv.common.decode_stream import serialized_bytes
 from spectrumkv.common.kv.policy import policies
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.prefill_server.pipeline import FirstToken, KvPipeline
-from spectrumkv.v1 import decode_pb2, kv_pb2
 from tests.bench.conftest import wire_method
 from tests.services.pair import total
 from tests.services.test_lossless import random_prompt
@@ -24,19 +23,13 @@ def test_counted_bytes_are_the_pipelines(served: ServedModel, name: str) -> None
     with served.receive(method, prompt) as (_, sent):
         pass
     assert sent.counted == total(served.metrics, "kv_bytes_sent_total") - sent_before
-    begin = decode_pb2.Begin(
-        request_id=REQUEST_ID,
-        model=served.loaded.spec.to_proto(),
-        codec=kv_pb2.CodecId(name=method.codec, version=method.plan.codec.version),
-        prompt_token_ids=prompt.token_ids,
-    )
+    begin = method._begin(prompt)
     pipeline = KvPipeline(begin, method.plan, served.loaded.geometry, method.chunk_bytes, served.metrics)
     for layer in prompt.captured.layers:
         pipeline.put_layer(layer)
     pipeline.put_first_token(FirstToken(prompt.captured.first_token, finished=False))
     messages = [serialized_bytes(message) for message in pipeline.messages()]
-    # Begin carries sampling parameters too; everything after it is the same.
-    assert sent.counted > sum(messages)
+    assert sent.counted == sum(messages)
     received = total(served.metrics, "kv_bytes_received_total") - received_before
     assert received == sum(messages[1:-1])
     tokens = sum(pipeline.sent.tier_tokens.values())

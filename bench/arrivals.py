@@ -62,7 +62,7 @@ def record(
     begin = decode_pb2.Begin(
         request_id="0" * 32,
         model=spec,
-        codec=kv_pb2.CodecId(name=plan.codec.name, version=plan.codec.version),
+        codec=plan.codec_id,
         prompt_token_ids=[FIRST_TOKEN] * cache.tokens,
         sampling=params.to_proto(),
     )

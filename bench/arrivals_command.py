@@ -56,10 +56,12 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.bench.progress import progress
     from spectrumkv.bench.serve_command import describe_served_model
     from spectrumkv.bench.speed_result import load_average, write_speed_result
+    from spectrumkv.bench.synthetic_basis import synthetic_basis
     from spectrumkv.client.client import SpectrumClient
     from spectrumkv.client.pair_config import FREE_PORTS
     from spectrumkv.client.running_pair import running_pair, stopped_by_sigterm
     from spectrumkv.common.config import build
+    from spectrumkv.common.decode_stream import put_basis
     from spectrumkv.common.kv.geometry import KvGeometry
     from spectrumkv.common.rpc import open_channel
     from spectrumkv.prefill_server.plan import KvPlan
@@ -70,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     given = {name: getattr(arguments, name) for name in ("model", "device", "dtype")}
     options = {**FREE_PORTS, "int4": "on", **{name: value for name, value in given.items() if value is not None}}
     config = build(PrefillConfig, {})
-    plans = [KvPlan.resolve(choice.to_proto(), config, int4_allowed=True, seed=0) for choice in kv_choices(arguments)]
+    choices = [choice.to_proto() for choice in kv_choices(arguments)]
     rows = []
     with stopped_by_sigterm(), running_pair(options) as pair:
         address = str(pair.decode.address)
@@ -82,9 +84,13 @@ def run(arguments: argparse.Namespace) -> int:
             Cache.random(geometry, tokens, torch.device("cpu"))
             for tokens in (arguments.running_tokens, arguments.arriving_tokens)
         )
+        basis = synthetic_basis(geometry)
+        plans = [KvPlan.resolve(choice, config, True, 0, basis) for choice in choices]
         lasting = (arguments.arrivals + 2) * (arguments.pause_tokens + TOKENS_PER_ARRIVAL)
         steps = len(plans) * arguments.arrivals
         with open_channel(address) as channel, progress(steps, Console(stderr=True)) as on_arrival:
+            # Whichever plan needs it; a worker keeps it.
+            put_basis(channel, basis, timeout=None)
             for plan in plans:
                 running, arriving = (
                     arrivals.record(spec, cache, plan, config.window, config.chunk_bytes, max_tokens)

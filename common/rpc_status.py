@@ -15,16 +15,21 @@ from spectrumkv.common.errors import (
     ResourceExhaustedError,
     SpectrumKVError,
     UnavailableError,
+    UnimplementedError,
 )
 
 # Statuses travel as HTTP/2 headers, 8 KiB in all: the sentence once percent-encoded (up to three times as
 # long) and once more, in base64, inside the details.
 MAX_STATUS_MESSAGE_BYTES = 1536
+# When to ask a full peer again that does not say.
+UNSAID_RETRY_SECONDS = 1.0
 DEADLINE_MESSAGE = "the deadline passed; allow more time or ask for fewer tokens"
 
 _ERRORS_BY_CODE: dict[str, type[SpectrumKVError]] = {
     error.code: error for error in vars(errors).values() if isinstance(error, type) and hasattr(error, "code")
 }
+# A peer without the method that was called is another service, or of another release: a sentence must say so.
+del _ERRORS_BY_CODE[UnimplementedError.code]
 # What gRPC itself says when a deadline passes.
 _GRPC_DEADLINE_DETAILS = "Deadline Exceeded"
 # gRPC answers an oversized message with RESOURCE_EXHAUSTED, though no retry can mend it.
@@ -57,9 +62,10 @@ _HANDSHAKE_ERRORS = (
 def to_status(error: SpectrumKVError) -> grpc.Status:
     """Return the status for an error, with RetryInfo where trying again makes sense."""
     status = status_pb2.Status(code=code_pb2.Code.Value(error.code), message=_shortened(error.message))
-    if isinstance(error, ResourceExhaustedError):
+    seconds = error.retry_after_seconds if isinstance(error, ResourceExhaustedError | UnavailableError) else None
+    if seconds is not None:
         delay = duration_pb2.Duration()
-        delay.FromNanoseconds(round(error.retry_after_seconds * 1e9))
+        delay.FromNanoseconds(round(seconds * 1e9))
         detail = any_pb2.Any()
         detail.Pack(error_details_pb2.RetryInfo(retry_delay=delay))
         status.details.append(detail)
@@ -72,13 +78,14 @@ def error_from_rpc(error: grpc.RpcError) -> SpectrumKVError:
     if code == ResourceExhaustedError.code:
         if _GRPC_OVERSIZED_DETAILS in message:
             return InvalidArgumentError(f"{message}: send less in one message, such as a shorter prompt")
-        return ResourceExhaustedError(message, _retry_delay(error))
+        delay = _retry_delay(error)
+        return ResourceExhaustedError(message, UNSAID_RETRY_SECONDS if delay is None else delay)
     if code == DeadlineExceededError.code and message == _GRPC_DEADLINE_DETAILS:
         return DeadlineExceededError(DEADLINE_MESSAGE)
     if code == DataLossError.code:
         return DataLossError(message, "peer")
     if code == UnavailableError.code:
-        return UnavailableError(_explained(message))
+        return UnavailableError(_explained(message), _retry_delay(error))
     if code in _ERRORS_BY_CODE:
         return _ERRORS_BY_CODE[code](message)
     return InternalError(f"the peer answered {code}: {message}")
@@ -92,8 +99,8 @@ def _explained(message: str) -> str:
     return message
 
 
-def _retry_delay(error: grpc.RpcError) -> float:
-    """Seconds after which the peer wants to be asked again; 1 where it does not say, or not legibly."""
+def _retry_delay(error: grpc.RpcError) -> float | None:
+    """Seconds after which the peer wants to be asked again; None where it does not say, or not legibly."""
     try:
         status = rpc_status.from_call(error)
         for detail in status.details if status is not None else ():
@@ -102,8 +109,8 @@ def _retry_delay(error: grpc.RpcError) -> float:
                 return max(0.0, float(info.retry_delay.ToNanoseconds()) / 1e9)
     except (ValueError, DecodeError):
         # Details that contradict the status or are no Status at all; the status itself still holds.
-        return 1.0
-    return 1.0
+        return None
+    return None
 
 
 def _shortened(message: str) -> str:

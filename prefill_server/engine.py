@@ -1,16 +1,17 @@
-"""Runs prompts through the model, one at a time, in the order in which they came."""
+"""Runs prompts through the model, one at a time."""
 
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.prefill_server.attention import ATTENTION_NAME, KvTap
+from spectrumkv.prefill_server.prompt_queue import PromptQueue
 
 T = TypeVar("T")
 
@@ -30,8 +31,18 @@ class PromptResult:
     compute_seconds: float
 
 
+@dataclass(eq=False)
+class _Prompt:
+    """A prompt that waits, and the future of whoever waits for it."""
+
+    token_ids: Sequence[int]
+    kv_tap: KvTap
+    submitted: float
+    outcome: "Future[PromptResult]" = field(default_factory=Future)
+
+
 class PrefillEngine:
-    """The model, behind a queue.
+    """The model, behind a queue: short prompts first, and nobody for ever (`PromptQueue`).
 
     Args:
         loaded: the model; its attention is switched to the tapped one.
@@ -45,7 +56,7 @@ class PrefillEngine:
         self._window = window
         # One thread: the model uses all cores, and a pool of compute threads belongs to the thread calling it.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="prefill-engine")
-        self._waiting: set[Future[PromptResult]] = set()
+        self._queue: PromptQueue[_Prompt] = PromptQueue()
 
     def submit(self, token_ids: Sequence[int], kv_tap: KvTap) -> "Future[PromptResult]":
         """Queue a prompt.
@@ -59,11 +70,11 @@ class PrefillEngine:
             A future that can be cancelled at any time: whoever waits for it is free at once. A pass that runs
             already goes on to its next layer, where the tap can end it.
         """
-        outcome: Future[PromptResult] = Future()
-        self._waiting.add(outcome)
-        outcome.add_done_callback(self._waiting.discard)
-        self._executor.submit(self._settle, outcome, token_ids, kv_tap, time.monotonic())
-        return outcome
+        prompt = _Prompt(token_ids, kv_tap, time.monotonic())
+        self._queue.put(prompt, len(token_ids))
+        prompt.outcome.add_done_callback(lambda _: self._queue.remove(prompt))
+        self._executor.submit(self._settle_next)
+        return prompt.outcome
 
     def submit_call(self, call: Callable[[], T]) -> "Future[T]":
         """Queue something else that uses the model, so that it never runs beside a prompt."""
@@ -72,35 +83,33 @@ class PrefillEngine:
     @property
     def waiting(self) -> int:
         """Prompts that have not begun."""
-        return len(self._waiting)
+        return len(self._queue)
 
     def stop(self) -> None:
         """Finish what is queued and end the thread."""
         self._executor.shutdown()
 
-    def _settle(
-        self, outcome: "Future[PromptResult]", token_ids: Sequence[int], kv_tap: KvTap, submitted: float
-    ) -> None:
-        """Run a prompt, unless nobody waits for it any more, and hand over what comes of it."""
-        self._waiting.discard(outcome)
-        if outcome.cancelled():
+    def _settle_next(self) -> None:
+        """Run the prompt whose turn it is, if one is left that somebody waits for, and hand over what comes of it."""
+        prompt = self._queue.take()
+        if prompt is None or prompt.outcome.cancelled():
             return
         # Only a future that was cancelled meanwhile takes no result.
         try:
-            result = self._run(token_ids, kv_tap, submitted)
+            result = self._run(prompt)
         except Exception as error:  # noqa: BLE001  # it belongs to whoever waits
             with suppress(InvalidStateError):
-                outcome.set_exception(error)
+                prompt.outcome.set_exception(error)
         else:
             with suppress(InvalidStateError):
-                outcome.set_result(result)
+                prompt.outcome.set_result(result)
 
     @torch.inference_mode()
-    def _run(self, token_ids: Sequence[int], kv_tap: KvTap, submitted: float) -> PromptResult:
+    def _run(self, prompt: _Prompt) -> PromptResult:
         started = time.monotonic()
-        ids = torch.tensor([list(token_ids)], device=self._device)
+        ids = torch.tensor([list(prompt.token_ids)], device=self._device)
         logits = self._model(
-            input_ids=ids, use_cache=False, logits_to_keep=1, kv_tap=kv_tap, window=self._window
+            input_ids=ids, use_cache=False, logits_to_keep=1, kv_tap=prompt.kv_tap, window=self._window
         ).logits
         row = logits[0, -1].float().cpu()
-        return PromptResult(row, started - submitted, time.monotonic() - started)
+        return PromptResult(row, started - prompt.submitted, time.monotonic() - started)

@@ -26,8 +26,9 @@ from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.request_log import check_request_id, current_request
 from spectrumkv.common.rpc import RpcScope
 from spectrumkv.common.security import ChannelSecurity
-from spectrumkv.prefill_server.decode_workers import DecodeLease, DecodeWorkers
-from spectrumkv.prefill_server.engine import PrefillEngine
+from spectrumkv.prefill_server.decode_lease import DecodeLease
+from spectrumkv.prefill_server.decode_workers import DecodeWorkers
+from spectrumkv.prefill_server.engine import PrefillEngine, PromptResult
 from spectrumkv.prefill_server.pipeline import FirstToken, KvPipeline
 from spectrumkv.prefill_server.plan import SCOPES, KvPlan
 from spectrumkv.prefill_server.usage import Progress, usage_message
@@ -50,6 +51,26 @@ class Job:
     token_ids: list[int]
     params: SamplingParams
     plan: KvPlan
+
+    @property
+    def slots(self) -> int:
+        """Slots that decode will reserve for it."""
+        return len(self.token_ids) + self.params.max_tokens
+
+
+@dataclass(frozen=True)
+class FirstResponse:
+    """The token that prefill samples, once for a request.
+
+    Attributes:
+        message: for the client.
+        token: for decode.
+        finish: why the generation ends, if it ends with this token.
+    """
+
+    message: generation_pb2.Token
+    token: FirstToken
+    finish: generation_pb2.FinishReason
 
 
 class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
@@ -92,17 +113,25 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         current_request().at_end(progress.log_fields)
         with RpcScope(context, self._config.deadline) as scope, self._requests.counted():
             job = self._read(request)
-            with self._workers.lease(lambda: self._pipeline(job), scope) as lease:
-                first, finish = self._run_prompt(job, lease, scope)
-                yield prefill_pb2.GenerateResponse(token=first)
-                self._observe_token(progress)
-                for message in lease.responses():
-                    if message.WhichOneof("message") == "token":
-                        yield prefill_pb2.GenerateResponse(token=message.token)
+            first: FirstResponse | None = None
+            for attempt in self._workers.attempts(job.slots, lambda: self._pipeline(job), scope):
+                with attempt as lease:
+                    result = self._run_prompt(job, lease, scope)
+                    # Another worker gets the prompt's KV again, and the token that the client has already.
+                    first = first or self._sample_first(job, result)
+                    lease.pipeline.put_first_token(first.token)
+                    if progress.completion_tokens == 0:
+                        yield prefill_pb2.GenerateResponse(token=first.message)
                         self._observe_token(progress)
-                    elif message.WhichOneof("message") == "finished":
-                        finish = message.finished.finish_reason
-                        progress.recomputed_prompt_tokens = message.finished.recomputed_prompt_tokens
+                    finish = first.finish
+                    for message in lease.responses():
+                        attempt.commit()
+                        if message.WhichOneof("message") == "token":
+                            yield prefill_pb2.GenerateResponse(token=message.token)
+                            self._observe_token(progress)
+                        elif message.WhichOneof("message") == "finished":
+                            finish = message.finished.finish_reason
+                            progress.recomputed_prompt_tokens = message.finished.recomputed_prompt_tokens
             yield self._finished(job, finish, lease, progress)
 
     def GetServerInfo(  # noqa: N802  # gRPC's spelling
@@ -169,10 +198,8 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         )
         return KvPipeline(begin, job.plan, self._loaded.geometry, self._config.chunk_bytes, self._metrics)
 
-    def _run_prompt(
-        self, job: Job, lease: DecodeLease, scope: RpcScope
-    ) -> tuple[generation_pb2.Token, generation_pb2.FinishReason]:
-        """Run the prompt, its KV leaving layer by layer, and sample the first token from the exact KV."""
+    def _run_prompt(self, job: Job, lease: DecodeLease, scope: RpcScope) -> PromptResult:
+        """Run the prompt, its KV leaving layer by layer."""
         record = current_request()
         record.note(decode_worker=str(lease.worker))
         record.at_end(lease.pipeline.sent.log_fields)
@@ -185,13 +212,19 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             scope.check()
             raise lease.failure() or CancelledError("the request ended while its prompt was computed") from None
         record.note(queue_seconds=result.queue_seconds, prefill_seconds=result.compute_seconds)
+        self._metrics.request_duration.labels("queue").observe(result.queue_seconds)
+        self._metrics.request_duration.labels("prefill").observe(result.compute_seconds)
+        return result
+
+    def _sample_first(self, job: Job, result: PromptResult) -> FirstResponse:
+        """Sample the first token, from the exact KV."""
         sampled = Sampler(job.params, job.token_ids).sample(result.logits, 0)
         text = TextStream(self._loaded.tokenizer, job.params, self._loaded.eos_token_ids)
         delta = text.push(sampled.token_id)
-        lease.pipeline.put_first_token(FirstToken(sampled.token_id, delta.finish is not None))
-        self._metrics.request_duration.labels("queue").observe(result.queue_seconds)
-        self._metrics.request_duration.labels("prefill").observe(result.compute_seconds)
-        return token_message(0, sampled, delta.text), (delta.finish or FinishReason.LENGTH).to_proto()
+        token = FirstToken(sampled.token_id, delta.finish is not None)
+        return FirstResponse(
+            token_message(0, sampled, delta.text), token, (delta.finish or FinishReason.LENGTH).to_proto()
+        )
 
     def _observe_token(self, progress: Progress) -> None:
         now = time.monotonic()

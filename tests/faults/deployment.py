@@ -29,7 +29,7 @@ from tests.faults.link import Link, link_to
 from tests.tiny_models import tiny_model
 
 CONTEXT_LENGTH = 16384
-SMALL_SLOTS = 10_000
+DECODE_SLOTS, SMALL_SLOTS = 49_000, 10_000
 # Of the tiny llama: 3 layers, 2 KV heads of 64, keys and values, float32.
 SLOT_BYTES = 3 * 2 * 64 * 2 * 4
 # Requests that generate at once on `decode`.
@@ -148,11 +148,13 @@ def running_deployment(directory: Path) -> Iterator[Deployment]:
     options = {"model": model, "int4": "on", "policy": "fp16", "budget": "1", **free}
     with contextlib.ExitStack() as running:
         decode, other_prefill = (
-            _service(launch, directory)
-            for launch in plan_launches({**options, "kv_memory": "256MiB", "max_running": str(PLACES)})
+            service_of(launch, directory)
+            for launch in plan_launches(
+                {**options, "kv_memory": str(DECODE_SLOTS * SLOT_BYTES), "max_running": str(PLACES)}
+            )
         )
         small_decode, prefill = (
-            _service(launch, directory)
+            service_of(launch, directory)
             for launch in plan_launches({**options, "kv_memory": str(SMALL_SLOTS * SLOT_BYTES)})
         )
         back = running.enter_context(link_to(decode.address.port))
@@ -168,7 +170,7 @@ def running_deployment(directory: Path) -> Iterator[Deployment]:
         yield deployment
 
 
-def _service(launch: ServiceLaunch, directory: Path) -> Service:
+def service_of(launch: ServiceLaunch, directory: Path) -> Service:
     command = (sys.executable, *launch.command[1:])
     log = directory / f"{launch.name}-{launch.address.port}.log"
     return Service(launch.name, command, launch.address, launch.metrics_address, log)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from spectrumkv.common.errors import SpectrumKVError
-from tests.faults.deployment import NOTHING, SMALL_SLOTS, Deployment, running_deployment, until
+from tests.faults.deployment import DECODE_SLOTS, NOTHING, SMALL_SLOTS, Deployment, running_deployment, until
 from tests.faults.kinds import FAULTS, SILENCE, Fault
 from tests.faults.phases import PHASES, Stage
 from tests.faults.requests import RequestInProcess, RunningRequest
@@ -116,15 +116,20 @@ def start_bystander(deployment: Deployment, fault: Fault, cleanup: contextlib.Ex
         cleanup.callback(request.close)
         request.wait_for_tokens(2)
         return request
-    # Prefill asks the workers in turn, so that one of two requests goes to the small one.
-    for _ in range(2):
+    with contextlib.ExitStack() as reservations:
+        # Prefill sends to the worker with the most free slots: for a moment that is the small one.
+        for _ in range(3):
+            large = RunningRequest(str(deployment.other_prefill.address), BYSTANDER_PROMPT, DECODE_SLOTS * 2 // 7)
+            reservations.callback(large.close)
+            large.wait_for_tokens(1)
+        prefill = deployment.prefill
+        until(lambda: prefill.metrics()["decode_worker_slots_free"] < 2 * SMALL_SLOTS, 10, "prefill hears of it")
         request = RunningRequest(deployment.prefill_address, BYSTANDER_PROMPT, BYSTANDER_TOKENS)
+        cleanup.callback(request.close)
         request.wait_for_tokens(2)
-        if deployment.small_decode.held().resident_bytes:
-            cleanup.callback(request.close)
-            return request
-        request.close()
-    raise AssertionError("no request went to the small decode worker")
+        assert deployment.small_decode.held().resident_bytes
+    until(lambda: deployment.decode.held() == NOTHING, RECOVERED_SECONDS, "the large one is free again")
+    return request
 
 
 def make_ready(deployment: Deployment) -> None:

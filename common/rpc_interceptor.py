@@ -20,6 +20,7 @@ from spectrumkv.common.errors import (
 from spectrumkv.common.request_log import RequestRecord, set_current_request
 from spectrumkv.common.rpc_scope import RpcEnd
 from spectrumkv.common.rpc_status import to_status
+from spectrumkv.common.spans import RequestSpan
 from spectrumkv.common.trace_context import TraceContext, set_current_trace
 
 logger = logging.getLogger(__name__)
@@ -159,12 +160,13 @@ def _recorded(
 
     def recorded(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         record = RequestRecord(service, context.peer(), trace)
-        set_current_trace(trace)
+        span = RequestSpan(service, trace)
+        set_current_trace(span.trace)
         set_current_request(record)
 
         def on_end(code: str, error: SpectrumKVError | None) -> None:
             count_ended(code)
-            record.write(code, error)
+            record.write(code, error, span)
 
         return _guard_stream(behaviour, places, on_end)(request, context)
 

@@ -16,6 +16,7 @@ from spectrumkv.common.errors import (
     UnavailableError,
 )
 from spectrumkv.common.metrics import Metrics
+from spectrumkv.common.request_log import current_request
 from spectrumkv.common.rpc import RpcScope
 from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.prefill_server.decode_lease import DecodeLease
@@ -198,6 +199,7 @@ class Attempt:
         self._committed = True
 
     def __enter__(self) -> DecodeLease:
+        current_request().begin_stage("reserve")
         self._worker, lease = self._search.lease(self._held)
         return lease
 

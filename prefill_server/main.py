@@ -10,6 +10,7 @@ from spectrumkv.common.model.load import load_model
 from spectrumkv.common.process import exit_on_error, serve_until_signalled, set_up_logging
 from spectrumkv.common.rpc import Server
 from spectrumkv.common.security import ServerSecurity
+from spectrumkv.common.spans import set_up_spans
 from spectrumkv.prefill_server.engine import PrefillEngine
 from spectrumkv.prefill_server.probe import resolve_verdict
 from spectrumkv.prefill_server.service import PrefillService
@@ -24,6 +25,7 @@ def main() -> None:
 def _serve() -> None:
     config = configuration.load(PrefillConfig, sys.argv[1:], "spectrumkv-prefill")
     set_up_logging(config.log_level, config.log_format)
+    set_up_spans("prefill")
     loaded = load_model(config.model, config.device, config.dtype)
     metrics = Metrics.for_process("prefill", loaded.name)
     engine = PrefillEngine(loaded, config.window)

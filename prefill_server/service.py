@@ -203,6 +203,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         record = current_request()
         record.note(decode_worker=str(lease.worker))
         record.at_end(lease.pipeline.sent.log_fields)
+        record.begin_stage("queue")
         future = self._engine.submit(job.token_ids, lease.pipeline.put_layer)
         scope.on_end(future.cancel)
         lease.on_end(future.cancel)
@@ -211,6 +212,8 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         except (CancelledError, concurrent.futures.CancelledError):
             scope.check()
             raise lease.failure() or CancelledError("the request ended while its prompt was computed") from None
+        record.begin_stage("prefill", time.monotonic() - result.compute_seconds)
+        record.begin_stage("hand-off")
         record.note(queue_seconds=result.queue_seconds, prefill_seconds=result.compute_seconds)
         self._metrics.request_duration.labels("queue").observe(result.queue_seconds)
         self._metrics.request_duration.labels("prefill").observe(result.compute_seconds)
@@ -234,6 +237,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             self._metrics.time_to_first_token.observe(progress.ttft_seconds)
         elif progress.completion_tokens == 2:
             progress.second_token_at = now
+            current_request().begin_stage("decode", now)
             self._metrics.handoff.observe(progress.handoff_seconds)
 
     def _finished(

@@ -9,6 +9,7 @@ from pathlib import Path
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.pair_config import FREE_PORTS, plan_launches
 from tests.faults.deployment import Service, service_of
+from tests.faults.incubator import Incubator
 
 STOP_SECONDS = 90.0
 
@@ -50,13 +51,14 @@ def restart_in_order(service: Service) -> None:
 def running_fleet(directory: Path, model: Path, size: int = 2, **options: str) -> Iterator[Fleet]:
     """Start `size` services of each kind."""
     launches = [plan_launches({**FREE_PORTS, "model": str(model), "int4": "on", **options}) for _ in range(size)]
-    decodes = [service_of(decode, directory) for decode, _ in launches]
-    workers = "--decode=" + ",".join(str(service.address) for service in decodes)
-    prefills = [service_of(prefill, directory) for _, prefill in launches]
-    for service in prefills:
-        service.command = (*(flag for flag in service.command if not flag.startswith("--decode=")), workers)
-    fleet = Fleet(prefills, decodes)
     with contextlib.ExitStack() as running:
+        incubator = running.enter_context(Incubator())
+        decodes = [service_of(decode, directory, incubator) for decode, _ in launches]
+        prefills = [service_of(prefill, directory, incubator) for _, prefill in launches]
+        workers = "--decode=" + ",".join(str(service.address) for service in decodes)
+        for service in prefills:
+            service.command = (*(flag for flag in service.command if not flag.startswith("--decode=")), workers)
+        fleet = Fleet(prefills, decodes)
         for service in fleet.services:
             service.start()
             running.callback(service.kill)

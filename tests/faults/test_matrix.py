@@ -27,23 +27,27 @@ SCRAPE_GRACE_SECONDS = 0.1
 RECOVERED_SECONDS = 10.0
 
 
+# All phases over plaintext; over mutual TLS and tokens those two in which most is under way.
+CASES = [("plaintext", phase) for phase in PHASES] + [("secured", phase) for phase in ("mid-transfer", "decoding")]
+
+
 @pytest.fixture(scope="module")
-def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    with running_deployment(tmp_path_factory.mktemp("faults")) as running:
+def deployment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    with running_deployment(tmp_path_factory.mktemp("faults"), request.param == "secured") as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def reference(deployment: Deployment) -> list[int]:
     """What a bystander gets when nothing goes wrong."""
-    request = RunningRequest(str(deployment.other_prefill.address), BYSTANDER_PROMPT, 400)
+    request = send(deployment, deployment.other_prefill.address, BYSTANDER_PROMPT, 400)
     request.wait_for_end(60)
     assert request.error is None
     request.close()
     return request.token_ids
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("deployment", "phase"), CASES, indirect=["deployment"])
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_fault(
     deployment: Deployment,
@@ -75,14 +79,18 @@ def test_fault(
         until(lambda service=service: service.held() == NOTHING, RECOVERED_SECONDS, f"{service.name} holds nothing")
 
 
+def send(deployment: Deployment, address: object, prompt_tokens: int, max_tokens: int) -> RunningRequest:
+    return RunningRequest(str(address), prompt_tokens, max_tokens, security=deployment.security)
+
+
 def starter(deployment: Deployment, fault: Fault, cleanup: contextlib.ExitStack) -> Any:
     def start(prompt_tokens: int, max_tokens: int) -> Any:
         address = deployment.front.address
         victim: Any
         if fault.client_process:
-            victim = RequestInProcess(address, prompt_tokens, max_tokens)
+            victim = RequestInProcess(address, prompt_tokens, max_tokens, deployment.security)
         else:
-            victim = RunningRequest(address, prompt_tokens, max_tokens, fault.timeout)
+            victim = RunningRequest(address, prompt_tokens, max_tokens, fault.timeout, deployment.security)
         cleanup.callback(victim.close)
         return victim
 
@@ -112,19 +120,19 @@ def assert_released(deployment: Deployment, fault: Fault, stage: Stage, struck_a
 def start_bystander(deployment: Deployment, fault: Fault, cleanup: contextlib.ExitStack) -> RunningRequest:
     """A request that the fault does not concern, with tokens coming."""
     if fault.bystander == "decode":
-        request = RunningRequest(str(deployment.other_prefill.address), BYSTANDER_PROMPT, BYSTANDER_TOKENS)
+        request = send(deployment, deployment.other_prefill.address, BYSTANDER_PROMPT, BYSTANDER_TOKENS)
         cleanup.callback(request.close)
         request.wait_for_tokens(2)
         return request
     with contextlib.ExitStack() as reservations:
         # Prefill sends to the worker with the most free slots: for a moment that is the small one.
         for _ in range(3):
-            large = RunningRequest(str(deployment.other_prefill.address), BYSTANDER_PROMPT, DECODE_SLOTS * 2 // 7)
+            large = send(deployment, deployment.other_prefill.address, BYSTANDER_PROMPT, DECODE_SLOTS * 2 // 7)
             reservations.callback(large.close)
             large.wait_for_tokens(1)
         prefill = deployment.prefill
         until(lambda: prefill.metrics()["decode_worker_slots_free"] < 2 * SMALL_SLOTS, 10, "prefill hears of it")
-        request = RunningRequest(deployment.prefill_address, BYSTANDER_PROMPT, BYSTANDER_TOKENS)
+        request = send(deployment, deployment.prefill.address, BYSTANDER_PROMPT, BYSTANDER_TOKENS)
         cleanup.callback(request.close)
         request.wait_for_tokens(2)
         assert deployment.small_decode.held().resident_bytes
@@ -136,7 +144,7 @@ def make_ready(deployment: Deployment) -> None:
     """Wait until a request gets through on the whole way, and all is quiet again."""
 
     def served() -> bool:
-        request = RunningRequest(deployment.front.address, 4, SMALL_SLOTS + 500)
+        request = send(deployment, deployment.front.address, 4, SMALL_SLOTS + 500)
         try:
             request.wait_for_tokens(2, SILENCE)
         except AssertionError:

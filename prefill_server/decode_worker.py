@@ -1,5 +1,6 @@
 """One decode worker as prefill knows it: whether it takes requests, and how much room it has."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from spectrumkv.common.metrics import Metrics
 from spectrumkv.common.rpc import open_channel
 from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.v1 import decode_pb2
+
+logger = logging.getLogger(__name__)
 
 # How old what is known of a worker's room may be. What this process reserves itself is known exactly.
 ROOM_SECONDS = 0.5
@@ -127,6 +130,8 @@ class DecodeWorker:
             changed = self.accepting is not before
             self.life += changed and not before
         if changed:
+            if not self._closed.is_set():
+                logger.info("decode worker %s %s requests", self.address, "takes" if self.accepting else "takes no")
             self._on_change()
 
     def _follow_health(self) -> None:

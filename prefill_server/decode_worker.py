@@ -23,8 +23,8 @@ ROOM_SECONDS = 0.5
 ROOM_TIMEOUT_SECONDS = 2.0
 # A watch that lasts would hold a connection made with certificates that are out of date.
 WATCH_SECONDS = 300.0
-# Who was told to shut down and has not come back after this long is not expected any more.
-RESTARTED_SECONDS = 60.0
+# Who has not come after this long, from the start or since it shut down, is not expected any more.
+EXPECTED_SECONDS = 60.0
 # Before a watch that ended is begun anew; that then waits for the connection.
 PAUSE_SECONDS = 0.1
 _TOO_MANY_WATCHERS = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNIMPLEMENTED)
@@ -58,6 +58,7 @@ class DecodeWorker:
         self._answers = False
         # What it says of itself: None where nothing is known.
         self._serving: bool | None = None
+        self._followed_since = time.monotonic()
         self._left_at: float | None = None
         self._slots = self._others = self._own = 0
         self._closed, self._due = threading.Event(), threading.Event()
@@ -76,9 +77,10 @@ class DecodeWorker:
         return self._answers and self._serving is not False
 
     @property
-    def leaving(self) -> bool:
-        """Whether it said a short while ago that it shuts down, and has not come back."""
-        return self._left_at is not None and time.monotonic() - self._left_at < RESTARTED_SECONDS
+    def expected(self) -> bool:
+        """Whether it is likely to come soon: it said lately that it shuts down, or may still be starting."""
+        since = self._followed_since if self.life == 0 else self._left_at
+        return not self.accepting and since is not None and time.monotonic() - since < EXPECTED_SECONDS
 
     @property
     def free_slots(self) -> int:
@@ -174,10 +176,11 @@ class DecodeWorker:
             except ValueError:
                 return
             except grpc.RpcError:
-                self._learn(answers=False)
-            else:
+                info = None
+            # gRPC also gives None where a damaged stream ended with OK and no message.
+            if info is not None:
                 with self._lock:
                     self._slots = info.slots_total
                     self._others = max(0, info.slots_used - self._own)
-                self._learn(answers=True)
+            self._learn(answers=info is not None)
             self._due.wait(ROOM_SECONDS)

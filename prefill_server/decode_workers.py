@@ -25,8 +25,8 @@ from spectrumkv.prefill_server.pipeline import KvPipeline
 
 logger = logging.getLogger(__name__)
 
-# While workers restart one after another, the one that is back may not have been found yet when the next one leaves:
-# for so long a request waits for it. Longer than the longest pause between attempts to connect.
+# While workers start, or restart one after another, one that serves may not be found yet when the first request comes
+# or another one leaves: for so long a request waits for it. Longer than the pauses between attempts to connect.
 RESTART_SECONDS = 2.0
 # Labels of `decode_workers_passed_over`.
 LOST = "lost"
@@ -89,9 +89,9 @@ class DecodeWorkers:
         return sorted(in_turn, key=lambda worker: (not worker.accepting, -worker.free_slots))
 
     @property
-    def any_leaving(self) -> bool:
-        """Whether a worker shuts down in order, so that it, or another one in its place, will soon be there."""
-        return any(worker.leaving for worker in self._workers)
+    def any_expected(self) -> bool:
+        """Whether a worker starts or restarts, so that it will soon be there, or is and was not found yet."""
+        return any(worker.expected for worker in self._workers)
 
     def wait(self, until: Callable[[], bool], seconds: float) -> None:
         """Wait until something is true that may become so when a worker comes or goes."""
@@ -162,7 +162,7 @@ class WorkerSearch:
 
     def _next(self) -> DecodeWorker | None:
         """The best worker that was not asked yet; wait a little for one where workers are being restarted."""
-        if (found := self._best()) is None and self._workers.any_leaving and self._patience > 0:
+        if (found := self._best()) is None and self._workers.any_expected and self._patience > 0:
             started = time.monotonic()
             self._workers.wait(lambda: self._scope.ended or self._returned() is not None, self._patience)
             self._patience -= time.monotonic() - started

@@ -14,6 +14,7 @@ from spectrumkv.common.decode_stream import SERVICE_NAME, add_decode_servicer
 from spectrumkv.common.metrics import Metrics
 from spectrumkv.common.rpc import Server
 from spectrumkv.common.security import ChannelSecurity
+from spectrumkv.prefill_server import decode_worker
 from spectrumkv.prefill_server.decode_worker import DecodeWorker
 from spectrumkv.v1 import decode_pb2
 
@@ -86,21 +87,21 @@ def test_one_that_shuts_down_is_expected_back_and_begins_another_life(scripted: 
     with followed(port) as worker:
         until(lambda: worker.accepting)
         assert worker.life == 1
-        assert not worker.leaving
+        assert not worker.expected
         stream = worker.open_stream(iter([decode_pb2.DecodeRequest(begin={})]), timeout=WAIT_SECONDS)
         next(stream)
         draining = threading.Thread(target=server.drain, args=(WAIT_SECONDS, threading.Event()))
         draining.start()
         until(lambda: not worker.accepting)
-        assert worker.leaving
+        assert worker.expected
         assert worker.free_slots == 0
         scripted.let_go.set()
         draining.join()
-        assert worker.leaving
+        assert worker.expected
         successor, _ = serve(scripted, f"127.0.0.1:{port}")
         until(lambda: worker.accepting)
         assert worker.life == 2
-        assert not worker.leaving
+        assert not worker.expected
         successor.drain(0, threading.Event())
 
 
@@ -109,13 +110,26 @@ def test_one_that_failed_a_request_is_asked_last_until_it_answers(scripted: Scri
     with followed(port) as worker:
         until(lambda: worker.accepting)
         worker.lost(leaving=False)
-        assert not worker.leaving
+        assert not worker.expected
         until(lambda: worker.accepting and worker.life == 2)
     server.drain(0, threading.Event())
 
 
-def test_one_that_was_never_there_is_no_loss() -> None:
+def test_one_that_was_never_there_is_expected_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     with followed(1) as worker:
         assert not worker.accepting
-        assert not worker.leaving
         assert worker.free_slots == 0
+        assert worker.expected
+        monkeypatch.setattr(decode_worker, "EXPECTED_SECONDS", 0.0)
+        assert not worker.expected
+
+
+def test_an_answer_without_a_message_is_none(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What gRPC makes of a stream whose bytes were harmed."""
+    monkeypatch.setattr(decode_worker, "decode_info_method", lambda channel: lambda request, timeout: None)
+    server, port = serve(scripted, "127.0.0.1:0")
+    with followed(port) as worker:
+        until(lambda: worker._serving is True)
+        assert not worker.accepting
+        assert all(thread.is_alive() for thread in worker._threads)
+    server.drain(0, threading.Event())

@@ -41,6 +41,7 @@ class DecodeWorker:
 
     Attributes:
         address: where it is.
+        channel: to it.
         open_stream: starts a Decode RPC with it.
         life: how often it began to take requests; a refusal says nothing of its next life.
     """
@@ -50,9 +51,9 @@ class DecodeWorker:
     ) -> None:
         self.address = address
         self.life = 0
-        self._channel = open_channel(str(address), security)
-        self.open_stream = open_decode_stream(self._channel)
-        self._ask_for_room = decode_info_method(self._channel)
+        self.channel = open_channel(str(address), security)
+        self.open_stream = open_decode_stream(self.channel)
+        self._ask_for_room = decode_info_method(self.channel)
         self._on_change = on_change
         self._lock = threading.Lock()
         self._answers = False
@@ -113,7 +114,7 @@ class DecodeWorker:
         """Close the channel and end the threads."""
         self._closed.set()
         self._due.set()
-        self._channel.close()
+        self.channel.close()
         for thread in self._threads:
             thread.join()
 
@@ -141,7 +142,7 @@ class DecodeWorker:
         request = health_pb2.HealthCheckRequest(service=SERVICE_NAME)
         while not self._closed.is_set():
             try:
-                watch = health_pb2_grpc.HealthStub(self._channel).Watch(
+                watch = health_pb2_grpc.HealthStub(self.channel).Watch(
                     request, timeout=WATCH_SECONDS, wait_for_ready=True
                 )
                 for response in watch:

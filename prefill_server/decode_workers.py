@@ -140,17 +140,18 @@ class WorkerSearch:
             self._asked[worker] = worker.life
             with ExitStack() as trial:
                 trial.enter_context(worker.holding(self._slots))
-                pipeline = self._make_pipeline()
                 try:
-                    lease = trial.enter_context(
-                        DecodeLease(worker.address, worker.open_stream, pipeline, self._scope, self._workers.metrics)
-                    )
+                    lease = trial.enter_context(self._lease_from(worker))
                 except (ResourceExhaustedError, UnavailableError, FailedPreconditionError) as refusal:
                     self.pass_over(worker, refusal, _REASONS[type(refusal)])
                     continue
                 held.push(trial.pop_all())
                 return worker, lease
         raise _no_worker(list(self._refusals.values()))
+
+    def _lease_from(self, worker: DecodeWorker) -> DecodeLease:
+        metrics = self._workers.metrics
+        return DecodeLease(worker.address, worker.open_stream, self._make_pipeline(), self._scope, metrics)
 
     def pass_over(self, worker: DecodeWorker, error: SpectrumKVError, reason: str) -> None:
         """Take in that a worker did not serve the request."""

@@ -1,12 +1,9 @@
 """The gRPC face of prefill, and the main flow of the product."""
 
 import concurrent.futures
-import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 
 import grpc
@@ -29,48 +26,12 @@ from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.prefill_server.decode_lease import DecodeLease
 from spectrumkv.prefill_server.decode_workers import DecodeWorkers
 from spectrumkv.prefill_server.engine import PrefillEngine, PromptResult
+from spectrumkv.prefill_server.job import FirstResponse, Job, RequestsInService
 from spectrumkv.prefill_server.pipeline import FirstToken, KvPipeline
 from spectrumkv.prefill_server.plan import SCOPES, KvPlan
 from spectrumkv.prefill_server.usage import Progress, usage_message
 from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import decode_pb2, generation_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request that was found good.
-
-    Attributes:
-        request_id: named in the logs of both services.
-        token_ids: the prompt.
-        params: how tokens are chosen; the seed is set.
-        plan: how the KV crosses the network.
-    """
-
-    request_id: str
-    token_ids: list[int]
-    params: SamplingParams
-    plan: KvPlan
-
-    @property
-    def slots(self) -> int:
-        """Slots that decode will reserve for it."""
-        return len(self.token_ids) + self.params.max_tokens
-
-
-@dataclass(frozen=True)
-class FirstResponse:
-    """The token that prefill samples, once for a request.
-
-    Attributes:
-        message: for the client.
-        token: for decode.
-        finish: why the generation ends, if it ends with this token.
-    """
-
-    message: generation_pb2.Token
-    token: FirstToken
-    finish: generation_pb2.FinishReason
 
 
 class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
@@ -253,22 +214,3 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self._metrics.request_duration.labels("transfer").observe(sent.transfer_seconds)
         current_request().note(budget_counted=usage.budget_counted)
         return prefill_pb2.GenerateResponse(finished=prefill_pb2.GenerateFinished(finish_reason=finish, usage=usage))
-
-
-class RequestsInService:
-    """How many requests are in the service now."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.count = 0
-
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Count one request for as long as the block runs."""
-        with self._lock:
-            self.count += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self.count -= 1

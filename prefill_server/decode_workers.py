@@ -143,7 +143,7 @@ class WorkerSearch:
                 try:
                     lease = trial.enter_context(self._lease_from(worker))
                 except (ResourceExhaustedError, UnavailableError, FailedPreconditionError) as refusal:
-                    self.pass_over(worker, refusal, _REASONS[type(refusal)])
+                    self.pass_over(worker, refusal, _reason(refusal))
                     continue
                 held.push(trial.pop_all())
                 return worker, lease
@@ -213,6 +213,10 @@ class Attempt:
             assert isinstance(error, UnavailableError)
             self._search.pass_over(self._worker, error, LOST)
         return self.lost
+
+
+def _reason(refusal: SpectrumKVError) -> str:
+    return next(reason for kind, reason in _REASONS.items() if isinstance(refusal, kind))
 
 
 def _no_worker(refusals: Sequence[SpectrumKVError]) -> SpectrumKVError:

@@ -143,5 +143,12 @@ def make_ready(deployment: Deployment) -> None:
         return True
 
     until(served, 30.0, "a request gets through")
+    # A worker that was killed is found again by each prefill in its own time.
+    for service, workers in ((deployment.prefill, 2), (deployment.other_prefill, 1)):
+        until(
+            lambda service=service, workers=workers: service.metrics()["decode_worker_accepting"] == workers,
+            30.0,
+            "prefill finds its workers again",
+        )
     for service in deployment.services:
         until(lambda service=service: service.held() == NOTHING, RECOVERED_SECONDS, f"{service.name} is quiet")

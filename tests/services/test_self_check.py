@@ -9,8 +9,10 @@ import torch
 from spectrumkv.client.command_line import main
 from spectrumkv.client.self_check import self_check
 from spectrumkv.common.errors import FailedPreconditionError
-from spectrumkv.common.kv.codec import codecs
+from spectrumkv.common.kv.block import Block
+from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.decode_server import engine as decode_engine
+from spectrumkv.decode_server import receiver
 from tests.services.pair import Pair
 
 
@@ -35,17 +37,20 @@ def test_the_command_writes_json_and_exits_with_0(llama_pair: Pair, capsys: pyte
 def test_kv_that_arrives_wrong_without_a_checksum_noticing_is_found(
     llama_pair: Pair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As a defect in a codec or a kernel would: every byte is as it was sent, and the tensors are not."""
-    with llama_pair.client() as client:
-        codec: Any = codecs.get(self_check(client, timeout=60, max_kl=0.5).served.usage.codec)
-    sound = codec.decode
+    """As a defect in a codec or a kernel would: every byte is as it was sent, and the tensors are not.
 
-    def defective(body: Any, tiers: Any, keys: torch.Tensor, values: torch.Tensor, geometry: Any) -> Any:
-        found = sound(body, tiers, keys, values, geometry)
-        values.neg_()
+    The codec of exact KV is sound. What harms both alike, the check does not see.
+    """
+    sound = receiver.KvReceiver._write
+
+    def defective(self: receiver.KvReceiver, block: Block) -> Any:
+        found = sound(self, block)
+        if not (block.tiers == Tier.NATIVE).any():
+            end = block.first_token + block.tiers.numel()
+            self._reservation.values(block.layer, block.first_token, end).neg_()
         return found
 
-    monkeypatch.setattr(type(codec), "decode", staticmethod(defective))
+    monkeypatch.setattr(receiver.KvReceiver, "_write", defective)
     assert main(["check", "--server", f"127.0.0.1:{llama_pair.prefill_port}"]) == 1
     captured = capsys.readouterr()
     assert "diverge by" in captured.err

@@ -86,7 +86,10 @@ bench-link: install  ## Hand-off against bandwidth, over a shaped link between n
 		--timeline $(RESULTS)/link-timeline.png
 
 # Real processes are killed, frozen and cut off here, so that nothing else should run beside it.
-.PHONY: test-faults
+.PHONY: test-faults soak
 
-test-faults: install  ## Every fault in every phase on real processes (docs/faults.md; a quarter of an hour)
+test-faults: install  ## Every fault in every phase on real processes, hostile peers, a short soak (docs/faults.md)
 	$(BIN)/python -m pytest tests/faults
+
+soak: install  ## 2,000 mixed requests on four workers, one killed each minute (docs/faults.md; ARGS='--seed 7')
+	$(BIN)/python -m tests.faults.soak $(ARGS)

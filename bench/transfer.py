@@ -15,11 +15,14 @@ from spectrumkv.bench.transfer_receiver import ReceiverAddresses, receiving_proc
 from spectrumkv.bench.transfer_tcp import TcpSender
 from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.rpc import open_channel
+from spectrumkv.common.security import ChannelSecurity, TlsFiles
 from spectrumkv.prefill_server.plan import KvPlan
 
 TCP, GRPC, SPECTRUMKV = "raw-tcp-fp16", "grpc-fp16", "spectrumkv"
 # Without scores and tiers, which prefill has at hand when it encodes.
 TIERED = "spectrumkv-tiered"
+# The last two over mutual TLS.
+MUTUAL_TLS = "-mutual-tls"
 
 
 class _KvPath:
@@ -42,6 +45,7 @@ def measure(
     chunk_bytes: int,
     rounds: int,
     on_round: Callable[[str], None],
+    tls: TlsFiles | None = None,
 ) -> list[dict[str, Any]]:
     """Send a cache to another process by every path in turn; return a row for each path.
 
@@ -57,40 +61,60 @@ def measure(
         chunk_bytes: payload of a message, on both paths over gRPC.
         rounds: rounds that count.
         on_round: called after each round.
+        tls: certificate, key and authority of both ends; with them, the paths over gRPC go over mutual TLS too.
     """
     message = _fp16_bytes(cache)
     with ExitStack() as open_paths:
-        addresses = open_paths.enter_context(receiving_process(cache.geometry, cache.tokens))
-        channel = open_paths.enter_context(open_channel(str(addresses.grpc)))
-        raw = RawSender(channel, message, chunk_bytes)
+        addresses = open_paths.enter_context(receiving_process(cache.geometry, cache.tokens, tls))
+        operations: dict[tuple[str, int], Callable[[], float]] = {(TCP, 0): _tcp_path(open_paths, addresses, message)}
         everything = [(SPECTRUMKV, plan) for plan in plans]
         everything += [(TIERED, tiered(plan, observations, cache.geometry)) for plan in plans if _has_tiers(plan)]
-        paths = [_KvPath(KvSender(channel, observations, plan, cache, chunk_bytes)) for _, plan in everything]
-        operations: dict[tuple[str, int], Callable[[], float]] = {
-            (TCP, 0): _tcp_path(open_paths, addresses, message),
-            (GRPC, 0): raw.send,
-        }
-        operations |= {(everything[number][0], number): path for number, path in enumerate(paths)}
+        securities = {"": ChannelSecurity()} | ({} if tls is None else {MUTUAL_TLS: ChannelSecurity(tls)})
+        raw: dict[str, RawSender] = {}
+        paths: dict[str, list[_KvPath]] = {}
+        for suffix, security in securities.items():
+            address = addresses.grpc_tls if suffix else addresses.grpc
+            channel = open_paths.enter_context(open_channel(str(address), security))
+            raw[suffix] = RawSender(channel, message, chunk_bytes)
+            paths[suffix] = [
+                _KvPath(KvSender(channel, observations, plan, cache, chunk_bytes)) for _, plan in everything
+            ]
+            operations[GRPC + suffix, 0] = raw[suffix].send
+            operations |= {
+                (everything[number][0] + suffix, number): path for number, path in enumerate(paths[suffix])
+            }
         with torch.inference_mode():
             medians = interleaved_medians(operations, rounds, on_round)
-    rows = [
-        _row(TCP, medians[TCP, 0], len(message), len(message)),
-        _row(GRPC, medians[GRPC, 0], raw.message_bytes, len(message)),
-    ]
-    for number, ((name, plan), path) in enumerate(zip(everything, paths, strict=True)):
-        sent = path.transfers[-1].sent
-        row = _row(name, medians[name, number], sent.message_bytes, len(message))
-        # The first transfer warms up.
-        encoding = statistics.median(one.sent.encode_seconds for one in path.transfers[1:])
-        rows.append(row | _plan_columns(plan) | {"score_and_encode_seconds": encoding})
+    rows = [_row(TCP, medians[TCP, 0], len(message), len(message))]
+    for suffix in securities:
+        rows.append(_row(GRPC + suffix, medians[GRPC + suffix, 0], raw[suffix].message_bytes, len(message)))
+        for number, ((name, plan), path) in enumerate(zip(everything, paths[suffix], strict=True)):
+            sent = path.transfers[-1].sent
+            row = _row(name + suffix, medians[name + suffix, number], sent.message_bytes, len(message))
+            # The first transfer warms up.
+            encoding = statistics.median(one.sent.encode_seconds for one in path.transfers[1:])
+            rows.append(row | _plan_columns(plan) | {"score_and_encode_seconds": encoding})
     for row in rows:
         row["ratio_to_raw_tcp"] = row["fp16_equivalent_gbps"] / rows[0]["fp16_equivalent_gbps"]
+    _compare_with_plaintext(rows)
     return rows
 
 
 def _has_tiers(plan: KvPlan) -> bool:
     """Whether its policy gives tokens tiers by their scores, so that scoring can be left out."""
     return plan.policy.needs_scores and not plan.policy.budget_is_counted
+
+
+def _compare_with_plaintext(rows: list[dict[str, Any]]) -> None:
+    """Say of each row over mutual TLS which share of plaintext's speed it has."""
+    plaintext = {_contender(row): row["fp16_equivalent_gbps"] for row in rows if MUTUAL_TLS not in row["path"]}
+    for row in rows:
+        if MUTUAL_TLS in row["path"]:
+            row["ratio_to_plaintext"] = row["fp16_equivalent_gbps"] / plaintext[_contender(row)]
+
+
+def _contender(row: dict[str, Any]) -> tuple[Any, ...]:
+    return (row["path"].removesuffix(MUTUAL_TLS), row["policy"], row["budget_target"], row["codec"])
 
 
 def _fp16_bytes(cache: Cache) -> memoryview:
@@ -114,6 +138,7 @@ def _row(path: str, seconds: float, sent_bytes: int, fp16_bytes: int) -> dict[st
         "budget_counted": sent_bytes / fp16_bytes,
         "fp16_equivalent_gbps": fp16_bytes / seconds / 1e9,
         "ratio_to_raw_tcp": None,
+        "ratio_to_plaintext": None,
         "seconds": seconds,
         "score_and_encode_seconds": None,
     }

@@ -2,7 +2,8 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -14,6 +15,10 @@ from spectrumkv.bench.kv_flags import add_kv_flags, kv_choices
 from spectrumkv.bench.tables import results_console
 from spectrumkv.client.json_output import STDOUT
 from spectrumkv.common.config import PrefillConfig
+from spectrumkv.common.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from spectrumkv.common.security import TlsFiles
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -42,6 +47,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="N",
         help="payload of a message (default: %(default)s)",
     )
+    tls = parser.add_argument_group("mutual TLS, measured beside plaintext where all three are given")
+    for name, what in (("cert", "a certificate for 127.0.0.1"), ("key", "its key"), ("ca", "its authority")):
+        tls.add_argument(f"--tls-{name}", type=Path, metavar="FILE", help=f"PEM file of {what}")
     add_kv_flags(parser, policies=("fp16", "adaptive", "default"), budgets=(0.5, 0.3))
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="rounds (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON ('-': stdout, instead of the table)")
@@ -66,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.common.config import build
     from spectrumkv.prefill_server.plan import KvPlan
 
+    tls = _tls_files(arguments)
     load_before = load_average()
     cache = Cache.random(geometry_from(arguments), arguments.tokens, torch.device("cpu"))
     config = build(PrefillConfig, {"chunk_bytes": arguments.chunk_bytes, "window": arguments.window})
@@ -73,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     plans = [KvPlan.resolve(choice.to_proto(), config, True, 0, basis) for choice in kv_choices(arguments)]
     layers = observations(cache, arguments.query_heads, config.window)
     with progress(arguments.rounds + 1, Console(stderr=True)) as on_round:
-        rows = transfer.measure(cache, layers, plans, config.chunk_bytes, arguments.rounds, on_round)
+        rows = transfer.measure(cache, layers, plans, config.chunk_bytes, arguments.rounds, on_round, tls)
     if arguments.json != STDOUT:
         results_console().print(transfer_table(rows))
     if arguments.json is not None:
@@ -81,15 +90,31 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _tls_files(arguments: argparse.Namespace) -> "TlsFiles | None":
+    """The files of both ends.
+
+    Raises:
+        InvalidArgumentError: some are given and some are not.
+    """
+    from spectrumkv.common.security import TlsFiles
+
+    files = (arguments.tls_cert, arguments.tls_key, arguments.tls_ca)
+    if not any(files):
+        return None
+    if not all(files):
+        raise InvalidArgumentError("mutual TLS needs --tls-cert, --tls-key and --tls-ca, all three")
+    return TlsFiles(*files)
+
+
 def transfer_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return the table for people."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
     for heading in ("path", "policy", "codec"):
         table.add_column(heading)
-    for heading in ("target", "counted", "FP16-eq. GB/s", "÷ raw TCP", "seconds", "of that encoding"):
+    for heading in ("target", "counted", "FP16-eq. GB/s", "÷ raw TCP", "÷ plaintext", "seconds", "of that encoding"):
         table.add_column(heading, justify="right")
     for row in rows:
-        encoding = row["score_and_encode_seconds"]
+        encoding, of_plaintext = row["score_and_encode_seconds"], row["ratio_to_plaintext"]
         table.add_row(
             Text(row["path"]),
             Text(row["policy"] or ""),
@@ -98,6 +123,7 @@ def transfer_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['budget_counted']:.4f}",
             f"{row['fp16_equivalent_gbps']:.3f}",
             f"{row['ratio_to_raw_tcp']:.3f}",
+            "" if of_plaintext is None else f"{of_plaintext:.3f}",
             f"{row['seconds']:.4f}",
             "" if encoding is None else f"{encoding:.4f}",
         )

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -22,6 +23,7 @@ from spectrumkv.common.errors import UnavailableError
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.metrics import Metrics
 from spectrumkv.common.rpc import Server
+from spectrumkv.common.security import ServerSecurity, TlsFiles
 from spectrumkv.decode_server.slots import SlotArena
 
 HOST = "127.0.0.1"
@@ -35,14 +37,16 @@ class ReceiverAddresses:
     Attributes:
         tcp: a `TcpReceiver`.
         grpc: a server with a `RawTransferServicer` and a `ReceivingServicer`.
+        grpc_tls: the same over mutual TLS; None where there are no certificates.
     """
 
     tcp: Address
     grpc: Address
+    grpc_tls: Address | None
 
 
 @contextmanager
-def receiving_process(geometry: KvGeometry, tokens: int) -> Iterator[ReceiverAddresses]:
+def receiving_process(geometry: KvGeometry, tokens: int, tls: TlsFiles | None = None) -> Iterator[ReceiverAddresses]:
     """Start a process that receives KV caches of this shape; end it with the block.
 
     Raises:
@@ -55,7 +59,7 @@ def receiving_process(geometry: KvGeometry, tokens: int) -> Iterator[ReceiverAdd
         text=True,
     )
     try:
-        yield _addresses(process, _described(geometry, tokens))
+        yield _addresses(process, _described(geometry, tokens, tls))
     finally:
         # The end of its standard input is the end of the process, also where we die ourselves.
         process.communicate()
@@ -64,28 +68,38 @@ def receiving_process(geometry: KvGeometry, tokens: int) -> Iterator[ReceiverAdd
 def main() -> None:
     """Read the cache's shape from standard input, write the ports to standard output, receive until input ends."""
     described: dict[str, Any] = json.loads(sys.stdin.readline())
-    tokens = int(described.pop("tokens"))
+    tokens, tls = int(described.pop("tokens")), described.pop("tls")
     geometry = KvGeometry(**described | {"native_dtype": getattr(torch, described["native_dtype"])})
     message_bytes = geometry.fp16_bytes(tokens)
     metrics = Metrics(CollectorRegistry())
     slot_bytes = geometry.layers * geometry.native_bytes_per_token_layer
-    arena = SlotArena(geometry, tokens * slot_bytes, torch.device("cpu"), metrics)
-    server = Server(
-        lambda servicer, grpc_server: _add_servicers(servicer, message_bytes, grpc_server),
-        ReceivingServicer(arena, metrics),
-        SERVICE_NAME,
-        threads=STREAMS,
-        count_ended=lambda code: metrics.requests.labels(code).inc(),
-    )
-    ports = {"tcp": TcpReceiver(HOST, message_bytes).port, "grpc": server.bind(f"{HOST}:0")}
-    server.start()
+    servicer = ReceivingServicer(SlotArena(geometry, tokens * slot_bytes, torch.device("cpu"), metrics), metrics)
+    securities = {"grpc": ServerSecurity()}
+    if tls is not None:
+        securities["grpc_tls"] = ServerSecurity(TlsFiles(*map(Path, tls)), verify_clients=True)
+    servers = {
+        name: Server(
+            lambda servicer, grpc_server: _add_servicers(servicer, message_bytes, grpc_server),
+            servicer,
+            SERVICE_NAME,
+            threads=STREAMS,
+            count_ended=lambda code: metrics.requests.labels(code).inc(),
+            security=security,
+        )
+        for name, security in securities.items()
+    }
+    ports = {name: server.bind(f"{HOST}:0") for name, server in servers.items()}
+    for server in servers.values():
+        server.start()
+    ports["tcp"] = TcpReceiver(HOST, message_bytes).port
     sys.stdout.write(json.dumps(ports) + "\n")
     sys.stdout.flush()
     sys.stdin.read()
-    server.drain(0, threading.Event())
+    for server in servers.values():
+        server.drain(0, threading.Event())
 
 
-def _described(geometry: KvGeometry, tokens: int) -> str:
+def _described(geometry: KvGeometry, tokens: int, tls: TlsFiles | None) -> str:
     return json.dumps(
         {
             "layers": geometry.layers,
@@ -93,6 +107,7 @@ def _described(geometry: KvGeometry, tokens: int) -> str:
             "head_dim": geometry.head_dim,
             "native_dtype": str(geometry.native_dtype).removeprefix("torch."),
             "tokens": tokens,
+            "tls": None if tls is None else [str(tls.cert), str(tls.key), str(tls.ca)],
         }
     )
 
@@ -108,7 +123,8 @@ def _addresses(process: "subprocess.Popen[str]", described: str) -> ReceiverAddr
             f"the receiving process ended with status {process.wait()}; its error is on standard error"
         )
     ports = json.loads(answer)
-    return ReceiverAddresses(Address(HOST, ports["tcp"]), Address(HOST, ports["grpc"]))
+    encrypted = Address(HOST, ports["grpc_tls"]) if "grpc_tls" in ports else None
+    return ReceiverAddresses(Address(HOST, ports["tcp"]), Address(HOST, ports["grpc"]), encrypted)
 
 
 def _add_servicers(servicer: object, message_bytes: int, server: grpc.Server) -> None:

@@ -118,7 +118,9 @@ class SpectrumClient:
     """A connection to one server; safe to share between threads, closed by `with` or `close`.
 
     Args:
-        address: "host:port" of a prefill service (`server_info` works on a decode service too).
+        address: "host:port" of a prefill service (`server_info` works on a decode service too). Or numeric addresses
+            of several, separated by commas: each request then goes to one that serves, and to another one where that
+            is lost before the first token.
         security: how the server is verified and what it is shown; plaintext to this machine by default.
 
     Raises:

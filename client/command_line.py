@@ -4,11 +4,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from spectrumkv.client import demo_command, generate_command, info_command, probe_command, up_command
+from spectrumkv.client import check_command, demo_command, generate_command, info_command, probe_command, up_command
 from spectrumkv.client.command import command_parser, run_command, status_and_message
 from spectrumkv.common.errors import SpectrumKVError, UnavailableError
 
-COMMANDS = (generate_command, info_command, probe_command, up_command, demo_command)
+COMMANDS = (generate_command, info_command, check_command, probe_command, up_command, demo_command)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from spectrumkv.client.client import SpectrumClient
-from spectrumkv.common.config import Address
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.security import SYSTEM_ROOTS, ChannelSecurity, TlsFiles
+from spectrumkv.common.targets import Target
 
 DEFAULT_SERVER = "127.0.0.1:50051"
 
@@ -19,7 +19,7 @@ def add_connection_flags(parser: argparse.ArgumentParser) -> None:
         type=parse_server,
         default=DEFAULT_SERVER,
         metavar="HOST:PORT",
-        help="the server to talk to (default: %(default)s)",
+        help="the server to talk to, or numeric addresses of several, separated by commas (default: %(default)s)",
     )
     group.add_argument(
         "--tls-ca",
@@ -30,6 +30,11 @@ def add_connection_flags(parser: argparse.ArgumentParser) -> None:
         "--tls-cert", type=Path, metavar="FILE", help="PEM file of a certificate to show to the server"
     )
     group.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM file of that certificate's private key")
+    group.add_argument(
+        "--tls-name",
+        metavar="NAME",
+        help="the name that the server's certificate must be for (default: the one in --server)",
+    )
     group.add_argument(
         "--token-file",
         type=Path,
@@ -61,16 +66,21 @@ def _security(arguments: argparse.Namespace) -> ChannelSecurity:
         raise InvalidArgumentError(
             f"--tls-cert and --tls-key need TLS; say with --tls-ca who vouches for it: '{SYSTEM_ROOTS}' or a file"
         )
-    return ChannelSecurity(tls, arguments.token_file, allow_plaintext=arguments.allow_plaintext)
+    return ChannelSecurity(
+        tls,
+        arguments.token_file,
+        allow_plaintext=arguments.allow_plaintext,
+        server_name=arguments.tls_name,
+    )
 
 
 def parse_server(text: str) -> str:
-    """Check "host:port".
+    """Check "host:port", or several.
 
     Raises:
         argparse.ArgumentTypeError: it is not.
     """
     try:
-        return str(Address.parse(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: {error}") from None
+        return str(Target.parse(text))
+    except InvalidArgumentError as error:
+        raise argparse.ArgumentTypeError(error.message) from None

@@ -70,6 +70,16 @@ def put_basis(channel: grpc.Channel, basis: SpectralBasis, timeout: float | None
     return sum(piece.ByteSize() for piece in pieces)
 
 
+def decode_info_method(channel: grpc.Channel) -> Callable[..., Any]:
+    """Return what asks a decode service what it serves and how full it is."""
+    method: Callable[..., Any] = channel.unary_unary(
+        f"/{SERVICE_NAME}/GetServerInfo",
+        request_serializer=decode_pb2.DecodeServiceGetServerInfoRequest.SerializeToString,
+        response_deserializer=decode_pb2.DecodeServiceGetServerInfoResponse.FromString,
+    )
+    return method
+
+
 def add_decode_servicer(servicer: Any, server: grpc.Server) -> None:
     """Register a servicer whose `Decode` gets `ArrivedRequest`: a chunk as `Chunk`, other requests as messages."""
     handlers = {

@@ -67,9 +67,25 @@ class ResourceExhaustedError(SpectrumKVError):
 
 
 class UnavailableError(SpectrumKVError):
-    """A peer cannot be reached, or this process is shutting down."""
+    """A peer cannot be reached, or this process is shutting down.
+
+    Args:
+        message: who is away.
+        retry_after_seconds: named by a process that shuts down in order, since another one is likely to take its
+            place; None where nobody can know.
+    """
 
     code = "UNAVAILABLE"
+
+    def __init__(self, message: str, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class UnimplementedError(SpectrumKVError):
+    """This server does not serve that, or not to any more callers."""
+
+    code = "UNIMPLEMENTED"
 
 
 class DataLossError(SpectrumKVError):

@@ -74,6 +74,17 @@ class Metrics:
         self.kv_slots_used_ratio = gauge("kv_slots_used_ratio", "Reserved share of the KV slots.")
         self.kv_bytes_resident = gauge("kv_bytes_resident", "Bytes of KV cache held for requests.")
         self.chunks_rejected = counter("chunks_rejected_total", "KV chunks refused, by what was wrong.", "reason")
+        self.decode_workers_passed_over = counter(
+            "decode_workers_passed_over_total",
+            "Times that a request went on to another decode worker, by what was wrong with the one before.",
+            "reason",
+        )
+        self.decode_worker_accepting = gauge(
+            "decode_worker_accepting", "1 where a decode worker answers and takes requests, else 0.", "worker"
+        )
+        self.decode_worker_slots_free = gauge(
+            "decode_worker_slots_free", "KV slots of a decode worker that prefill takes to be free.", "worker"
+        )
         self.int4_probe_passed = gauge("int4_probe_passed", "1 where the model may be sent at INT4, else 0.")
         self.prompt_tokens_recomputed = counter(
             "prompt_tokens_recomputed_total", "Prompt tokens computed again on decode; their KV was not used."

@@ -32,6 +32,14 @@ class Address:
         except ValueError:
             return self.host.lower() == "localhost"
 
+    @property
+    def ip_version(self) -> int | None:
+        """4 or 6 where the host is numeric; None where it is a name."""
+        try:
+            return ipaddress.ip_address(self.host.strip("[]")).version
+        except ValueError:
+            return None
+
     @classmethod
     def parse(cls, text: str) -> "Address":
         """Read "host:port", where host is a name, an IPv4 address or a bracketed IPv6 address, and port 0 any.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 
 from spectrumkv.common.errors import InvalidArgumentError, SpectrumKVError
+from spectrumkv.common.spans import RequestSpan, Stage
 from spectrumkv.common.trace_context import TraceContext
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class RequestRecord:
 
     def __init__(self, service: str, peer: str, trace: TraceContext) -> None:
         self._started_at = time.monotonic()
+        self._stages: list[Stage] = []
         self._fields: dict[str, Value] = {"service": service, "request_id": "", "peer": peer}
         if trace.trace_id:
             self._fields["trace_id"] = trace.trace_id
@@ -64,16 +66,26 @@ class RequestRecord:
         for name, count in counts.items():
             self._fields[name] = int(self._fields.get(name, 0)) + count
 
+    def begin_stage(self, name: str, at: float | None = None) -> None:
+        """Say that a stage begins, and the one before it is over; spans show it.
+
+        Args:
+            name: of the stage.
+            at: when it began, by the monotonic clock; now if not given.
+        """
+        self._stages.append((name, time.monotonic() if at is None else at))
+
     def at_end(self, fields: Callable[[], Fields]) -> None:
         """Add what `fields` returns when the request is over."""
         self._at_end.append(fields)
 
-    def write(self, code: str, error: SpectrumKVError | None) -> None:
-        """Log the line.
+    def write(self, code: str, error: SpectrumKVError | None, span: RequestSpan | None = None) -> None:
+        """Log the line, and end the request's span.
 
         Args:
             code: name of the status code that the request ended with.
             error: why it was not OK.
+            span: of the request.
         """
         fields = {**self._fields, "code": code, "seconds": time.monotonic() - self._started_at}
         for more in self._at_end:
@@ -82,6 +94,8 @@ class RequestRecord:
             fields["error"] = error.message
         level = logging.WARNING if code in _OUR_FAULT else logging.INFO
         logger.log(level, "request ended", extra={"fields": fields})
+        if span is not None:
+            span.end(code, fields, self._stages)
 
 
 _current: ContextVar[RequestRecord | None] = ContextVar("request_record", default=None)

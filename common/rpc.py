@@ -10,10 +10,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.rpc_interceptor import OpenStreams, StatusInterceptor, as_known_error
+from spectrumkv.common.rpc_interceptor import StatusInterceptor, as_known_error, requests_served, watchers_served
 from spectrumkv.common.rpc_scope import RpcScope
 from spectrumkv.common.rpc_status import error_from_rpc, to_status
 from spectrumkv.common.security import ChannelSecurity, ServerSecurity
+from spectrumkv.common.targets import Target
 
 __all__ = [
     "MAX_MESSAGE_BYTES",
@@ -76,12 +77,14 @@ _SERVER_OPTIONS = (
 
 
 def open_channel(address: str, security: ChannelSecurity = ChannelSecurity()) -> grpc.Channel:  # noqa: B008  # frozen
-    """Return a channel to `address` ("host:port"). It connects when it is first used.
+    """Return a channel to `address` ("host:port", or several prefill services', separated by commas).
+
+    It connects when it is first used.
 
     Raises:
         InvalidArgumentError: a certificate or token cannot be used, or plaintext would leave this machine.
     """
-    return security.open(address, _CHANNEL_OPTIONS)
+    return security.open(Target.parse(address), _CHANNEL_OPTIONS)
 
 
 class Server:
@@ -112,12 +115,12 @@ class Server:
     ) -> None:
         self._service_name = service_name
         self._security = security
-        self._requests = OpenStreams(threads, "--max-waiting (prefill) or --max-streams (decode)")
+        self._requests = requests_served(threads)
         pool = threads + WATCHERS + SPARE_THREADS
         self._server = grpc.server(
             ThreadPoolExecutor(pool, thread_name_prefix="rpc"),
             interceptors=(
-                StatusInterceptor(self._requests, OpenStreams(WATCHERS, "its configuration"), count_ended),
+                StatusInterceptor(self._requests, watchers_served(WATCHERS), count_ended),
                 *security.interceptors(),
             ),
             options=_SERVER_OPTIONS,

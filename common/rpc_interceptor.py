@@ -15,10 +15,12 @@ from spectrumkv.common.errors import (
     ResourceExhaustedError,
     SpectrumKVError,
     UnavailableError,
+    UnimplementedError,
 )
 from spectrumkv.common.request_log import RequestRecord, set_current_request
 from spectrumkv.common.rpc_scope import RpcEnd
 from spectrumkv.common.rpc_status import to_status
+from spectrumkv.common.spans import RequestSpan
 from spectrumkv.common.trace_context import TraceContext, set_current_trace
 
 logger = logging.getLogger(__name__)
@@ -37,12 +39,12 @@ class OpenStreams:
 
     Args:
         limit: how many.
-        option: what sets the limit, for the error.
+        full: makes the error for one more.
     """
 
-    def __init__(self, limit: int, option: str) -> None:
+    def __init__(self, limit: int, full: Callable[[], SpectrumKVError]) -> None:
         self._limit = limit
-        self._option = option
+        self._full = full
         self._lock = threading.Lock()
         self._handlers = 0
         # Each stream counts twice here: its handler, and the RPC, which is over only when the caller has the
@@ -56,17 +58,14 @@ class OpenStreams:
         """Hold a place while a handler runs.
 
         Raises:
-            ResourceExhaustedError: all are taken.
             UnavailableError: the server is shutting down.
+            SpectrumKVError: all are taken.
         """
         with self._lock:
             if self._closed:
-                raise UnavailableError("this server is shutting down; try another one")
+                raise UnavailableError("this server is shutting down; try another one", RETRY_AFTER_SECONDS)
             if self._handlers >= self._limit:
-                raise ResourceExhaustedError(
-                    f"{self._limit} requests are in this server, as many as {self._option} allows; try again later",
-                    RETRY_AFTER_SECONDS,
-                )
+                raise self._full()
             self._handlers += 1
             self._unfinished += 2
         if not context.add_callback(self._finish_one):
@@ -98,6 +97,24 @@ class OpenStreams:
                 return
             callback, self._when_none = self._when_none, None
         callback()
+
+
+def requests_served(limit: int) -> OpenStreams:
+    """Return places for requests; who finds none is told when to come back."""
+    sentence = (
+        f"{limit} requests are in this server, as many as --max-waiting (prefill) or --max-streams (decode) allows; "
+        "try again later"
+    )
+    return OpenStreams(limit, lambda: ResourceExhaustedError(sentence, RETRY_AFTER_SECONDS))
+
+
+def watchers_served(limit: int) -> OpenStreams:
+    """Return places for streams of health and reflection.
+
+    A gRPC client that is to heed health and finds no place goes on without it where the status is UNIMPLEMENTED; with
+    any other it would take the server for ill (github.com/grpc/proposal, A17).
+    """
+    return OpenStreams(limit, lambda: UnimplementedError(f"{limit} streams watch this server, as many as it serves"))
 
 
 class StatusInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc has no type information
@@ -146,12 +163,13 @@ def _recorded(
 
     def recorded(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         record = RequestRecord(service, context.peer(), trace)
-        set_current_trace(trace)
+        span = RequestSpan(service, trace)
+        set_current_trace(span.trace)
         set_current_request(record)
 
         def on_end(code: str, error: SpectrumKVError | None) -> None:
             count_ended(code)
-            record.write(code, error)
+            record.write(code, error, span)
 
         return _guard_stream(behaviour, places, on_end)(request, context)
 

@@ -19,11 +19,14 @@ from spectrumkv.common.errors import (
     ResourceExhaustedError,
     SpectrumKVError,
     UnavailableError,
+    UnimplementedError,
 )
 
 # Statuses travel as HTTP/2 headers, 8 KiB in all: the sentence once percent-encoded (up to three times as
 # long) and once more, in base64, inside the details.
 MAX_STATUS_MESSAGE_BYTES = 1536
+# When to ask a full peer again that does not say.
+UNSAID_RETRY_SECONDS = 1.0
 DEADLINE_MESSAGE = "the deadline passed; allow more time or ask for fewer tokens"
 
 _ERRORS_BY_CODE: dict[str, type[SpectrumKVError]] = {
@@ -33,6 +36,8 @@ _ERRORS_BY_CODE: dict[str, type[SpectrumKVError]] = {
 }
 # Type of the violation that tells `BasisMissingError` from other failed preconditions.
 _BASIS_MISSING = "SPECTRUMKV_CODEC_BASIS"
+# A peer without the method that was called is another service, or of another release: a sentence must say so.
+del _ERRORS_BY_CODE[UnimplementedError.code]
 # What gRPC itself says when a deadline passes.
 _GRPC_DEADLINE_DETAILS = "Deadline Exceeded"
 # gRPC answers an oversized message with RESOURCE_EXHAUSTED, though no retry can mend it.
@@ -74,9 +79,10 @@ def to_status(error: SpectrumKVError) -> grpc.Status:
 
 def _details(error: SpectrumKVError) -> Iterator[Message]:
     """What the status says for programs to read."""
-    if isinstance(error, ResourceExhaustedError):
+    seconds = error.retry_after_seconds if isinstance(error, ResourceExhaustedError | UnavailableError) else None
+    if seconds is not None:
         delay = duration_pb2.Duration()
-        delay.FromNanoseconds(round(error.retry_after_seconds * 1e9))
+        delay.FromNanoseconds(round(seconds * 1e9))
         yield error_details_pb2.RetryInfo(retry_delay=delay)
     if isinstance(error, BasisMissingError):
         violation = error_details_pb2.PreconditionFailure.Violation(type=_BASIS_MISSING)
@@ -89,7 +95,8 @@ def error_from_rpc(error: grpc.RpcError) -> SpectrumKVError:
     if code == ResourceExhaustedError.code:
         if _GRPC_OVERSIZED_DETAILS in message:
             return InvalidArgumentError(f"{message}: send less in one message, such as a shorter prompt")
-        return ResourceExhaustedError(message, _retry_delay(error))
+        delay = _retry_delay(error)
+        return ResourceExhaustedError(message, UNSAID_RETRY_SECONDS if delay is None else delay)
     if code == BasisMissingError.code and _basis_is_missing(error):
         return BasisMissingError(message)
     if code == DeadlineExceededError.code and message == _GRPC_DEADLINE_DETAILS:
@@ -97,7 +104,7 @@ def error_from_rpc(error: grpc.RpcError) -> SpectrumKVError:
     if code == DataLossError.code:
         return DataLossError(message, "peer")
     if code == UnavailableError.code:
-        return UnavailableError(_explained(message))
+        return UnavailableError(_explained(message), _retry_delay(error))
     if code in _ERRORS_BY_CODE:
         return _ERRORS_BY_CODE[code](message)
     return InternalError(f"the peer answered {code}: {message}")
@@ -111,11 +118,11 @@ def _explained(message: str) -> str:
     return message
 
 
-def _retry_delay(error: grpc.RpcError) -> float:
-    """Seconds after which the peer wants to be asked again; 1 where it does not say, or not legibly."""
+def _retry_delay(error: grpc.RpcError) -> float | None:
+    """Seconds after which the peer wants to be asked again; None where it does not say, or not legibly."""
     for info in _read_details(error, error_details_pb2.RetryInfo):
         return max(0.0, float(info.retry_delay.ToNanoseconds()) / 1e9)
-    return 1.0
+    return None
 
 
 def _basis_is_missing(error: grpc.RpcError) -> bool:

@@ -174,6 +174,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         """
         receiver = KvReceiver(self._arena, reservation, decoder, len(begin.prompt_token_ids), self._metrics)
         record, started_at = current_request(), time.monotonic()
+        record.begin_stage("receive", started_at)
         for message in messages:
             size = serialized_bytes(message)
             record.add(kv_bytes=size)
@@ -213,6 +214,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             text=text,
         )
         joined_at = time.monotonic()
+        current_request().begin_stage("decode", joined_at)
         current_request().at_end(
             # Token 0 is prefill's own.
             lambda: {"completion_tokens": sequence.index, "decode_seconds": time.monotonic() - joined_at}

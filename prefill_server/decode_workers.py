@@ -1,169 +1,51 @@
-"""The decode workers that prefill knows, and the lease that it holds on one of them for a request."""
+"""The decode workers that prefill knows, and how a request finds one that carries it to its end."""
 
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
-
-import grpc
 
 from spectrumkv.common.config import Address
-from spectrumkv.common.decode_stream import open_decode_stream, put_basis
 from spectrumkv.common.errors import (
     BasisMissingError,
-    CancelledError,
-    DataLossError,
     FailedPreconditionError,
     ResourceExhaustedError,
     SpectrumKVError,
-    UnauthenticatedError,
     UnavailableError,
 )
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
-from spectrumkv.common.metrics import BASIS, Metrics
-from spectrumkv.common.rpc import RpcScope, as_known_error, error_from_rpc, open_channel
+from spectrumkv.common.metrics import Metrics
+from spectrumkv.common.request_log import current_request
+from spectrumkv.common.rpc import RpcScope
 from spectrumkv.common.security import ChannelSecurity
-from spectrumkv.common.trace_context import current_trace
-from spectrumkv.prefill_server.decode_answers import expect_admitted, expect_nothing, tokens_and_finished
+from spectrumkv.prefill_server.decode_lease import DecodeLease
+from spectrumkv.prefill_server.decode_worker import DecodeWorker
 from spectrumkv.prefill_server.pipeline import KvPipeline
-from spectrumkv.v1 import decode_pb2
 
 logger = logging.getLogger(__name__)
 
-# Admitting takes a worker milliseconds. One that is connected and does not answer at all is stuck.
-ADMISSION_SECONDS = 10.0
-
-
-class DecodeLease:
-    """One Decode stream: slots on a decode worker, for as long as this is open.
-
-    A context manager; leaving it ends the stream, which frees the slots.
-
-    Args:
-        worker: the worker's address.
-        open_stream: starts a Decode RPC with the worker.
-        pipeline: makes the messages to send.
-        scope: the client's RPC; when it ends, so does the stream.
-        metrics: told of answers that arrive damaged.
-
-    Raises:
-        SpectrumKVError: the worker refused, or could not be reached.
-    """
-
-    def __init__(
-        self,
-        worker: Address,
-        open_stream: Callable[..., Any],
-        pipeline: KvPipeline,
-        scope: RpcScope,
-        metrics: Metrics,
-    ) -> None:
-        self.worker = worker
-        self.pipeline = pipeline
-        self._scope = scope
-        self._metrics = metrics
-        self._call = open_stream(
-            pipeline.messages(), timeout=scope.seconds_remaining, metadata=current_trace().metadata
-        )
-        self._call.add_done_callback(lambda _: pipeline.cancel())
-        scope.on_end(self._call.cancel)
-        with self._closed_on_error(), self._errors_named(), self._admission_clock():
-            expect_admitted(self._call)
-
-    def responses(self) -> Iterator[decode_pb2.DecodeResponse]:
-        """Yield what decode answers to End: tokens, then Finished; nothing where the first token was the last.
-
-        Raises:
-            DataLossError: an answer is damaged, missing or out of order.
-            SpectrumKVError: the stream failed; the message names the worker.
-        """
-        first = self.pipeline.first_token
-        with self._errors_named():
-            if first is not None and first.finished:
-                expect_nothing(self._call)
-            else:
-                yield from tokens_and_finished(self._call)
-
-    def on_end(self, callback: Callable[[], object]) -> None:
-        """Call `callback` once the stream is over, from a thread that it must not block."""
-        self._call.add_done_callback(lambda _: callback())
-
-    def failure(self) -> SpectrumKVError | None:
-        """Why the stream is over before the model's pass, if it is."""
-        if self._call.is_active():
-            return None
-        if self._call.code() is grpc.StatusCode.OK:
-            return self._named(DataLossError("it ended the stream before End", "sequence"))
-        return self._error(self._call)
-
-    def __enter__(self) -> "DecodeLease":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._call.cancel()
-        self.pipeline.cancel()
-
-    @contextmanager
-    def _closed_on_error(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self._call.cancel()
-            raise
-
-    @contextmanager
-    def _errors_named(self) -> Iterator[None]:
-        """Turn what goes wrong with the stream into an error that names the worker."""
-        try:
-            yield
-        except grpc.RpcError as error:
-            raise self._error(error) from error
-        except DataLossError as error:
-            self._metrics.chunks_rejected.labels(error.reason).inc()
-            raise self._named(error) from error
-
-    @contextmanager
-    def _admission_clock(self) -> Iterator[None]:
-        """End the stream of a worker that does not answer."""
-        clock = threading.Timer(ADMISSION_SECONDS, self._call.cancel)
-        clock.daemon = True
-        clock.start()
-        try:
-            yield
-        finally:
-            clock.cancel()
-
-    def _error(self, error: grpc.RpcError) -> SpectrumKVError:
-        self._scope.check()
-        if self.pipeline.failure is not None:
-            return as_known_error(self.pipeline.failure)
-        known = error_from_rpc(error)
-        if isinstance(known, CancelledError):
-            # Not by us, or the scope would have said so: a worker that stops ends its streams like this, and so
-            # does the clock above.
-            known = UnavailableError("it did not answer or ended the stream")
-        if isinstance(known, UnauthenticatedError):
-            # The client has no part in the token that prefill sends.
-            known = FailedPreconditionError(f"it refuses prefill: {known.message}")
-        return self._named(known)
-
-    def _named(self, error: SpectrumKVError) -> SpectrumKVError:
-        error.args = (f"decode worker {self.worker}: {error.message}",)
-        return error
+# While workers start, or restart one after another, one that serves may not be found yet when the first request comes
+# or another one leaves: for so long a request waits for it. Longer than the pauses between attempts to connect.
+RESTART_SECONDS = 2.0
+# Labels of `decode_workers_passed_over`.
+LOST = "lost"
+_REASONS: dict[type[SpectrumKVError], str] = {
+    ResourceExhaustedError: "full",
+    UnavailableError: "unavailable",
+    FailedPreconditionError: "unfit",
+}
 
 
 class DecodeWorkers:
-    """The decode workers that requests can go to; each next request starts with the next worker.
+    """The decode workers that requests can go to.
 
     Args:
         addresses: at least one.
         security: how the channels to them are guarded.
-        metrics: told of answers that arrive damaged.
+        metrics: told of workers passed over and of answers that arrive damaged.
         basis: what the KV is coded in; a worker that lacks it gets it.
     """
 
@@ -174,16 +56,24 @@ class DecodeWorkers:
         metrics: Metrics,
         basis: SpectralBasis | None = None,
     ) -> None:
-        self._metrics = metrics
-        self._basis = basis
-        self._workers = [(address, open_channel(str(address), security)) for address in addresses]
+        self.metrics = metrics
+        self.basis = basis
+        self._changed = threading.Condition()
+        self._workers = [DecodeWorker(address, security, metrics, self.wake) for address in addresses]
         self._turns = itertools.cycle(range(len(self._workers)))
-        self._lock = threading.Lock()
 
-    def lease(self, make_pipeline: Callable[[], KvPipeline], scope: RpcScope) -> DecodeLease:
-        """Return a lease from the first worker that admits the request.
+    def attempts(self, slots: int, make_pipeline: Callable[[], KvPipeline], scope: RpcScope) -> Iterator["Attempt"]:
+        """Yield attempts to serve a request, each on another worker, until one ends without losing its worker.
+
+        ```
+        for attempt in workers.attempts(…):
+            with attempt as lease:
+                …  # once more with each lease
+                attempt.commit()
+        ```
 
         Args:
+            slots: what the request will reserve.
             make_pipeline: makes a fresh pipeline for each worker tried.
             scope: the client's RPC.
 
@@ -193,48 +83,161 @@ class DecodeWorkers:
             FailedPreconditionError: no worker could ever serve it.
             SpectrumKVError: the request itself is at fault, or ended.
         """
-        refusals: list[SpectrumKVError] = []
-        for worker, channel in self._in_turn():
-            try:
-                return self._lease_from(worker, channel, make_pipeline, scope)
-            except (ResourceExhaustedError, UnavailableError, FailedPreconditionError) as refusal:
-                logger.warning("passed over: %s", refusal.message)
-                refusals.append(refusal)
-        raise _no_worker(refusals)
+        search = WorkerSearch(self, slots, make_pipeline, scope)
+        scope.on_end(self.wake)
+        while True:
+            attempt = Attempt(search)
+            yield attempt
+            if not attempt.lost:
+                return
+
+    def ranked(self) -> list[DecodeWorker]:
+        """All workers: those that take requests first, of them those with the most free slots, equals in turn."""
+        with self._changed:
+            first = next(self._turns)
+        in_turn = self._workers[first:] + self._workers[:first]
+        return sorted(in_turn, key=lambda worker: (not worker.accepting, -worker.free_slots))
+
+    @property
+    def any_expected(self) -> bool:
+        """Whether a worker starts or restarts, so that it will soon be there, or is and was not found yet."""
+        return any(worker.expected for worker in self._workers)
+
+    def wait(self, until: Callable[[], bool], seconds: float) -> None:
+        """Wait until something is true that may become so when a worker comes or goes."""
+        with self._changed:
+            self._changed.wait_for(until, seconds)
+
+    def wake(self) -> None:
+        """Let those who wait look again."""
+        with self._changed:
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Close all channels."""
-        for _, channel in self._workers:
-            channel.close()
+        for worker in self._workers:
+            worker.close()
 
-    def _lease_from(
-        self, worker: Address, channel: grpc.Channel, make_pipeline: Callable[[], KvPipeline], scope: RpcScope
-    ) -> DecodeLease:
+
+class WorkerSearch:
+    """One request's way through the workers: each is asked once in its life.
+
+    Args:
+        workers: where to look.
+        slots: what the request will reserve.
+        make_pipeline: makes a fresh pipeline for each worker tried.
+        scope: the client's RPC.
+    """
+
+    def __init__(
+        self, workers: DecodeWorkers, slots: int, make_pipeline: Callable[[], KvPipeline], scope: RpcScope
+    ) -> None:
+        self._workers = workers
+        self._slots = slots
+        self._make_pipeline = make_pipeline
+        self._scope = scope
+        self._asked: dict[DecodeWorker, int] = {}
+        self._refusals: dict[DecodeWorker, SpectrumKVError] = {}
+        self._patience = RESTART_SECONDS
+
+    def lease(self, held: ExitStack) -> tuple[DecodeWorker, DecodeLease]:
+        """Return a worker that admitted the request, and the lease on it, which `held` ends.
+
+        Raises:
+            SpectrumKVError: as `DecodeWorkers.attempts`.
+        """
+        while (worker := self._next()) is not None:
+            self._asked[worker] = worker.life
+            with ExitStack() as trial:
+                trial.enter_context(worker.holding(self._slots))
+                try:
+                    lease = trial.enter_context(self._lease_from(worker))
+                except (ResourceExhaustedError, UnavailableError, FailedPreconditionError) as refusal:
+                    self.pass_over(worker, refusal, _reason(refusal))
+                    continue
+                held.push(trial.pop_all())
+                return worker, lease
+        raise _no_worker(list(self._refusals.values()))
+
+    def _lease_from(self, worker: DecodeWorker) -> DecodeLease:
         """Return a lease from one worker, which is sent the codec's basis if it lacks that."""
-        open_stream = open_decode_stream(channel)
+        basis = self._workers.basis
         try:
-            return DecodeLease(worker, open_stream, make_pipeline(), scope, self._metrics)
+            return self._ask(worker)
         except BasisMissingError:
-            if self._basis is None:
+            if basis is None:
                 raise
-        self._put_basis(worker, channel, self._basis, scope)
-        return DecodeLease(worker, open_stream, make_pipeline(), scope, self._metrics)
+        worker.put_basis(basis, self._scope)
+        return self._ask(worker)
 
-    def _put_basis(self, worker: Address, channel: grpc.Channel, basis: SpectralBasis, scope: RpcScope) -> None:
-        try:
-            sent = put_basis(channel, basis, scope.seconds_remaining)
-        except grpc.RpcError as error:
-            scope.check()
-            refusal = error_from_rpc(error)
-            refusal.args = (f"decode worker {worker}: {refusal.message}",)
-            raise refusal from error
-        self._metrics.kv_bytes_sent.labels(BASIS).inc(sent)
-        logger.info("decode worker %s got the codec's basis, %d bytes", worker, sent)
+    def _ask(self, worker: DecodeWorker) -> DecodeLease:
+        metrics = self._workers.metrics
+        return DecodeLease(worker.address, worker.open_stream, self._make_pipeline(), self._scope, metrics)
 
-    def _in_turn(self) -> list[tuple[Address, grpc.Channel]]:
-        with self._lock:
-            first = next(self._turns)
-        return self._workers[first:] + self._workers[:first]
+    def pass_over(self, worker: DecodeWorker, error: SpectrumKVError, reason: str) -> None:
+        """Take in that a worker did not serve the request."""
+        logger.warning("%s: %s", "moved on" if reason == LOST else "passed over", error.message)
+        self._workers.metrics.decode_workers_passed_over.labels(reason).inc()
+        self._refusals[worker] = error
+        if isinstance(error, UnavailableError):
+            worker.lost(leaving=error.retry_after_seconds is not None)
+
+    def _next(self) -> DecodeWorker | None:
+        """The best worker that was not asked yet; wait a little for one where workers are being restarted."""
+        if (found := self._best()) is None and self._workers.any_expected and self._patience > 0:
+            started = time.monotonic()
+            self._workers.wait(lambda: self._scope.ended or self._returned() is not None, self._patience)
+            self._patience -= time.monotonic() - started
+            self._scope.check()
+            found = self._returned()
+        return found
+
+    def _best(self) -> DecodeWorker | None:
+        return next((worker for worker in self._workers.ranked() if worker not in self._asked), None)
+
+    def _returned(self) -> DecodeWorker | None:
+        """The best worker that takes requests again since it was asked."""
+        candidates = (worker for worker in self._workers.ranked() if worker.accepting)
+        return next((worker for worker in candidates if worker.life != self._asked[worker]), None)
+
+
+class Attempt:
+    """One worker's chance at a request: a context manager that gives the lease on it.
+
+    A worker that is lost before `commit` ends the block and no more: the request goes on to the next worker.
+
+    Attributes:
+        lost: the worker was lost, and another attempt follows.
+    """
+
+    def __init__(self, search: WorkerSearch) -> None:
+        self.lost = False
+        self._search = search
+        self._held = ExitStack()
+        self._committed = False
+
+    def commit(self) -> None:
+        """Say that the client has what only this worker can go on from."""
+        self._committed = True
+
+    def __enter__(self) -> DecodeLease:
+        current_request().begin_stage("reserve")
+        self._worker, lease = self._search.lease(self._held)
+        return lease
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self._held.close()
+        self.lost = isinstance(error, UnavailableError) and not self._committed
+        if self.lost:
+            assert isinstance(error, UnavailableError)
+            self._search.pass_over(self._worker, error, LOST)
+        return self.lost
+
+
+def _reason(refusal: SpectrumKVError) -> str:
+    return next(reason for kind, reason in _REASONS.items() if isinstance(refusal, kind))
 
 
 def _no_worker(refusals: Sequence[SpectrumKVError]) -> SpectrumKVError:

@@ -1,8 +1,6 @@
-"""Runs prompts through the model, in the order in which they came; short ones that wait share a pass."""
+"""Runs prompts through the model, one pass at a time; short ones that wait share a pass."""
 
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
@@ -15,6 +13,7 @@ from spectrumkv.common.errors import CancelledError
 from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.prefill_server.attention import ATTENTION_NAME, KvTap
+from spectrumkv.prefill_server.prompt_queue import PromptQueue
 
 T = TypeVar("T")
 
@@ -75,7 +74,7 @@ class Prompt:
 
 
 class PrefillEngine:
-    """The model, behind a queue.
+    """The model, behind a queue: short prompts first, and nobody for ever (`PromptQueue`).
 
     Args:
         loaded: the model; its attention is switched to the tapped one.
@@ -89,8 +88,7 @@ class PrefillEngine:
         self._window = window
         # One thread: the model uses all cores, and a pool of compute threads belongs to the thread calling it.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="prefill-engine")
-        self._lock = threading.Lock()
-        self._queue: deque[Prompt] = deque()
+        self._queue: PromptQueue[Prompt] = PromptQueue()
 
     def submit(self, token_ids: Sequence[int], kv_tap: KvTap) -> "Future[PromptResult]":
         """Queue a prompt.
@@ -105,8 +103,8 @@ class PrefillEngine:
             already goes on to its next layer, and ends there if it has no other prompt.
         """
         prompt = Prompt(token_ids, kv_tap)
-        with self._lock:
-            self._queue.append(prompt)
+        self._queue.put(prompt, len(token_ids))
+        prompt.outcome.add_done_callback(lambda _: self._queue.remove(prompt))
         # One call for each prompt; those that a call finds beside its own leave less to later ones.
         self._executor.submit(self._run_next)
         return prompt.outcome
@@ -118,8 +116,7 @@ class PrefillEngine:
     @property
     def waiting(self) -> int:
         """Prompts that have not begun."""
-        with self._lock:
-            return sum(not prompt.outcome.done() for prompt in self._queue)
+        return len(self._queue)
 
     def stop(self) -> None:
         """Finish what is queued and end the thread."""
@@ -137,19 +134,16 @@ class PrefillEngine:
                 prompt.fail(error)
 
     def _next_batch(self) -> list[Prompt]:
-        """Take the first prompt that somebody waits for, and those behind it that fit into the same pass."""
+        """Take the prompt whose turn it is, and those after it that fit into the same pass."""
         batch: list[Prompt] = []
-        longest = 0
-        with self._lock:
-            while self._queue:
-                prompt = self._queue[0]
-                longest = max(longest, len(prompt.token_ids))
-                if batch and longest * (len(batch) + 1) > BATCH_TOKENS:
-                    break
-                self._queue.popleft()
-                if not prompt.outcome.done():
-                    batch.append(prompt)
-        return batch
+
+        def fits(prompt: Prompt) -> bool:
+            longest = max(len(one.token_ids) for one in (*batch, prompt))
+            return not batch or longest * (len(batch) + 1) <= BATCH_TOKENS
+
+        while (prompt := self._queue.take(fits)) is not None:
+            batch.append(prompt)
+        return [prompt for prompt in batch if not prompt.outcome.done()]
 
     @torch.inference_mode()
     def _run(self, batch: list[Prompt]) -> None:

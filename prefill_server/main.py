@@ -11,6 +11,7 @@ from spectrumkv.common.model.load import load_model
 from spectrumkv.common.process import exit_on_error, serve_until_signalled, set_up_logging
 from spectrumkv.common.rpc import Server
 from spectrumkv.common.security import ServerSecurity
+from spectrumkv.common.spans import set_up_spans
 from spectrumkv.kernels import absmax, attention_received
 from spectrumkv.prefill_server.basis_cache import EXCERPTS, resolve_basis
 from spectrumkv.prefill_server.engine import PrefillEngine
@@ -29,6 +30,7 @@ def main() -> None:
 def _serve() -> None:
     config = configuration.load(PrefillConfig, sys.argv[1:], "spectrumkv-prefill")
     set_up_logging(config.log_level, config.log_format)
+    set_up_spans("prefill")
     loaded = load_model(config.model, config.device, config.dtype)
     absmax.prepare(loaded.geometry.native_dtype)
     spectral.prepare()

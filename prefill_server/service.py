@@ -1,12 +1,9 @@
 """The gRPC face of prefill, and the main flow of the product."""
 
 import concurrent.futures
-import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 
 import grpc
@@ -27,30 +24,15 @@ from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.request_log import check_request_id, current_request
 from spectrumkv.common.rpc import RpcScope
 from spectrumkv.common.security import ChannelSecurity
-from spectrumkv.prefill_server.decode_workers import DecodeLease, DecodeWorkers
-from spectrumkv.prefill_server.engine import PrefillEngine
+from spectrumkv.prefill_server.decode_lease import DecodeLease
+from spectrumkv.prefill_server.decode_workers import DecodeWorkers
+from spectrumkv.prefill_server.engine import PrefillEngine, PromptResult
+from spectrumkv.prefill_server.job import FirstResponse, Job, RequestsInService
 from spectrumkv.prefill_server.pipeline import FirstToken, KvPipeline
 from spectrumkv.prefill_server.plan import SCOPES, KvPlan
 from spectrumkv.prefill_server.usage import Progress, usage_message
 from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import decode_pb2, generation_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request that was found good.
-
-    Attributes:
-        request_id: named in the logs of both services.
-        token_ids: the prompt.
-        params: how tokens are chosen; the seed is set.
-        plan: how the KV crosses the network.
-    """
-
-    request_id: str
-    token_ids: list[int]
-    params: SamplingParams
-    plan: KvPlan
 
 
 class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
@@ -96,17 +78,25 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         current_request().at_end(progress.log_fields)
         with RpcScope(context, self._config.deadline) as scope, self._requests.counted():
             job = self._read(request)
-            with self._workers.lease(lambda: self._pipeline(job), scope) as lease:
-                first, finish = self._run_prompt(job, lease, scope)
-                yield prefill_pb2.GenerateResponse(token=first)
-                self._observe_token(progress)
-                for message in lease.responses():
-                    if message.WhichOneof("message") == "token":
-                        yield prefill_pb2.GenerateResponse(token=message.token)
+            first: FirstResponse | None = None
+            for attempt in self._workers.attempts(job.slots, lambda: self._pipeline(job), scope):
+                with attempt as lease:
+                    result = self._run_prompt(job, lease, scope)
+                    # Another worker gets the prompt's KV again, and the token that the client has already.
+                    first = first or self._sample_first(job, result)
+                    lease.pipeline.put_first_token(first.token)
+                    if progress.completion_tokens == 0:
+                        yield prefill_pb2.GenerateResponse(token=first.message)
                         self._observe_token(progress)
-                    elif message.WhichOneof("message") == "finished":
-                        finish = message.finished.finish_reason
-                        progress.recomputed_prompt_tokens = message.finished.recomputed_prompt_tokens
+                    finish = first.finish
+                    for message in lease.responses():
+                        attempt.commit()
+                        if message.WhichOneof("message") == "token":
+                            yield prefill_pb2.GenerateResponse(token=message.token)
+                            self._observe_token(progress)
+                        elif message.WhichOneof("message") == "finished":
+                            finish = message.finished.finish_reason
+                            progress.recomputed_prompt_tokens = message.finished.recomputed_prompt_tokens
             yield self._finished(job, finish, lease, progress)
 
     def GetServerInfo(  # noqa: N802  # gRPC's spelling
@@ -173,13 +163,12 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         )
         return KvPipeline(begin, job.plan, self._loaded.geometry, self._config.chunk_bytes, self._metrics)
 
-    def _run_prompt(
-        self, job: Job, lease: DecodeLease, scope: RpcScope
-    ) -> tuple[generation_pb2.Token, generation_pb2.FinishReason]:
-        """Run the prompt, its KV leaving layer by layer, and sample the first token from the exact KV."""
+    def _run_prompt(self, job: Job, lease: DecodeLease, scope: RpcScope) -> PromptResult:
+        """Run the prompt, its KV leaving layer by layer."""
         record = current_request()
         record.note(decode_worker=str(lease.worker))
         record.at_end(lease.pipeline.sent.log_fields)
+        record.begin_stage("queue")
         future = self._engine.submit(job.token_ids, lease.pipeline.put_layer)
         scope.on_end(future.cancel)
         lease.on_end(future.cancel)
@@ -188,14 +177,22 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         except (CancelledError, concurrent.futures.CancelledError):
             scope.check()
             raise lease.failure() or CancelledError("the request ended while its prompt was computed") from None
+        record.begin_stage("prefill", time.monotonic() - result.compute_seconds)
+        record.begin_stage("hand-off")
         record.note(queue_seconds=result.queue_seconds, prefill_seconds=result.compute_seconds)
+        self._metrics.request_duration.labels("queue").observe(result.queue_seconds)
+        self._metrics.request_duration.labels("prefill").observe(result.compute_seconds)
+        return result
+
+    def _sample_first(self, job: Job, result: PromptResult) -> FirstResponse:
+        """Sample the first token, from the exact KV."""
         sampled = Sampler(job.params, job.token_ids).sample(result.logits, 0)
         text = TextStream(self._loaded.tokenizer, job.params, self._loaded.eos_token_ids)
         delta = text.push(sampled.token_id)
-        lease.pipeline.put_first_token(FirstToken(sampled.token_id, delta.finish is not None))
-        self._metrics.request_duration.labels("queue").observe(result.queue_seconds)
-        self._metrics.request_duration.labels("prefill").observe(result.compute_seconds)
-        return token_message(0, sampled, delta.text), (delta.finish or FinishReason.LENGTH).to_proto()
+        token = FirstToken(sampled.token_id, delta.finish is not None)
+        return FirstResponse(
+            token_message(0, sampled, delta.text), token, (delta.finish or FinishReason.LENGTH).to_proto()
+        )
 
     def _observe_token(self, progress: Progress) -> None:
         now = time.monotonic()
@@ -205,6 +202,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             self._metrics.time_to_first_token.observe(progress.ttft_seconds)
         elif progress.completion_tokens == 2:
             progress.second_token_at = now
+            current_request().begin_stage("decode", now)
             self._metrics.handoff.observe(progress.handoff_seconds)
 
     def _finished(
@@ -220,22 +218,3 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self._metrics.request_duration.labels("transfer").observe(sent.transfer_seconds)
         current_request().note(budget_counted=usage.budget_counted)
         return prefill_pb2.GenerateResponse(finished=prefill_pb2.GenerateFinished(finish_reason=finish, usage=usage))
-
-
-class RequestsInService:
-    """How many requests are in the service now."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.count = 0
-
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Count one request for as long as the block runs."""
-        with self._lock:
-            self.count += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self.count -= 1

@@ -2,6 +2,7 @@
 
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from spectrumkv.common.metrics import Metrics
 from spectrumkv.common.rpc import Server, open_channel
 from spectrumkv.decode_server.slots import SlotArena
 from spectrumkv.prefill_server.plan import KvPlan
+from tests.security.certificates import Authority
 
 GEOMETRY = KvGeometry(layers=3, kv_heads=2, head_dim=64, native_dtype=torch.float32)
 TOKENS = 100
@@ -60,6 +62,29 @@ def test_every_path_between_two_processes(cache: Cache) -> None:
     assert counted[4] == pytest.approx(0.3, abs=0.05)
     # The same bytes, whoever settled the tiers; at 0.5 and 0.3 again. Chunks may be cut elsewhere.
     assert counted[5:] == pytest.approx(counted[3:5], abs=1e-3)
+
+
+def test_mutual_tls_beside_plaintext(cache: Cache, tmp_path: Path) -> None:
+    authority = Authority("bench")
+    files = authority.issue().write(tmp_path / "tls", authority)
+    rows = measure(cache, observations(cache, 4, 16), [plan("fp16")], CHUNK_BYTES, 2, lambda done: None, files)
+    assert [row["path"] for row in rows] == [
+        "raw-tcp-fp16",
+        "grpc-fp16",
+        "spectrumkv",
+        "grpc-fp16-mutual-tls",
+        "spectrumkv-mutual-tls",
+    ]
+    for plain, encrypted in zip(rows[1:3], rows[3:], strict=True):
+        assert plain["ratio_to_plaintext"] is None
+        assert encrypted["budget_counted"] == plain["budget_counted"]
+        ratio = encrypted["fp16_equivalent_gbps"] / plain["fp16_equivalent_gbps"]
+        assert encrypted["ratio_to_plaintext"] == pytest.approx(ratio)
+
+
+def test_half_of_mutual_tls_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["transfer", "--tls-cert", "cert.pem"]) == 1
+    assert "all three" in capsys.readouterr().err
 
 
 def test_the_kv_lies_in_the_receivers_slots(cache: Cache) -> None:

@@ -34,6 +34,9 @@ def _serve_one_request(prefill: Metrics, decode: Metrics) -> None:
         metrics.requests.labels("OK").inc()
         metrics.requests_running.set(1)
     decode.chunks_rejected.labels("crc32c").inc()
+    prefill.decode_worker_accepting.labels("decode:1").set(1)
+    prefill.decode_worker_slots_free.labels("decode:1").set(1000)
+    prefill.decode_workers_passed_over.labels("full").inc()
 
 
 def _history() -> str:

@@ -9,10 +9,8 @@
 
 import contextlib
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import urllib.request
@@ -25,11 +23,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.pair_config import ServiceLaunch, plan_launches
 from spectrumkv.common.config import Address
+from spectrumkv.common.security import ChannelSecurity
+from tests.faults.incubator import ForkedProcess, Incubator
 from tests.faults.link import Link, link_to
+from tests.security.certificates import Authority
 from tests.tiny_models import tiny_model
 
 CONTEXT_LENGTH = 16384
-SMALL_SLOTS = 10_000
+DECODE_SLOTS, SMALL_SLOTS = 49_000, 10_000
 # Of the tiny llama: 3 layers, 2 KV heads of 64, keys and values, float32.
 SLOT_BYTES = 3 * 2 * 64 * 2 * 4
 # Requests that generate at once on `decode`.
@@ -56,16 +57,16 @@ class Service:
     address: Address
     metrics_address: Address
     log: Path
-    process: "subprocess.Popen[bytes] | None" = None
+    security: ChannelSecurity
+    incubator: Incubator
+    process: ForkedProcess | None = None
 
     def start(self) -> None:
         """Start without waiting."""
-        with self.log.open("ab") as log:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stderr=log, env=environment)
+        self.process = self.incubator.start(self.command, self.log)
 
     def wait_until_serving(self) -> None:
-        with SpectrumClient(str(self.address)) as client:
+        with SpectrumClient(str(self.address), self.security) as client:
             client.wait_until_serving(READY_SECONDS)
 
     def send(self, number: signal.Signals) -> None:
@@ -128,6 +129,11 @@ class Deployment:
     def prefill_address(self) -> str:
         return str(self.prefill.address)
 
+    @property
+    def security(self) -> ChannelSecurity:
+        """How clients talk to it, and services to each other."""
+        return self.prefill.security
+
     def restart(self, service: Service) -> None:
         service.start()
         service.wait_until_serving()
@@ -141,18 +147,35 @@ def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
         time.sleep(SCRAPE_SECONDS)
 
 
+def secrets(directory: Path) -> dict[str, str]:
+    """Options for mutual TLS and a bearer token on every channel."""
+    authority = Authority("faults")
+    files = authority.issue().write(directory / "secrets", authority)
+    (directory / "secrets" / "tokens").write_text("secret-token-of-the-faults\n")
+    return {
+        "tls_cert": str(files.cert),
+        "tls_key": str(files.key),
+        "tls_ca": str(files.ca),
+        "token_file": str(directory / "secrets" / "tokens"),
+    }
+
+
 @contextlib.contextmanager
-def running_deployment(directory: Path) -> Iterator[Deployment]:
+def running_deployment(directory: Path, secured: bool = False) -> Iterator[Deployment]:
     model = str(long_context_model(directory / "model"))
     free = dict.fromkeys(("listen", "decode", "metrics_listen", "decode_metrics_listen"), "127.0.0.1:0")
     options = {"model": model, "int4": "on", "policy": "fp16", "budget": "1", **free}
+    options |= secrets(directory) if secured else {}
     with contextlib.ExitStack() as running:
+        incubator = running.enter_context(Incubator())
         decode, other_prefill = (
-            _service(launch, directory)
-            for launch in plan_launches({**options, "kv_memory": "256MiB", "max_running": str(PLACES)})
+            service_of(launch, directory, incubator)
+            for launch in plan_launches(
+                {**options, "kv_memory": str(DECODE_SLOTS * SLOT_BYTES), "max_running": str(PLACES)}
+            )
         )
         small_decode, prefill = (
-            _service(launch, directory)
+            service_of(launch, directory, incubator)
             for launch in plan_launches({**options, "kv_memory": str(SMALL_SLOTS * SLOT_BYTES)})
         )
         back = running.enter_context(link_to(decode.address.port))
@@ -168,7 +191,7 @@ def running_deployment(directory: Path) -> Iterator[Deployment]:
         yield deployment
 
 
-def _service(launch: ServiceLaunch, directory: Path) -> Service:
+def service_of(launch: ServiceLaunch, directory: Path, incubator: Incubator) -> Service:
     command = (sys.executable, *launch.command[1:])
     log = directory / f"{launch.name}-{launch.address.port}.log"
-    return Service(launch.name, command, launch.address, launch.metrics_address, log)
+    return Service(launch.name, command, launch.address, launch.metrics_address, log, launch.security, incubator)

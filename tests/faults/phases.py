@@ -45,7 +45,9 @@ class Stage:
         return self.start(prompt_tokens, completion_for(prompt_tokens))
 
     def keep_company(self, address: str, prompt_tokens: int) -> RunningRequest:
-        request = RunningRequest(address, prompt_tokens, completion_for(prompt_tokens))
+        request = RunningRequest(
+            address, prompt_tokens, completion_for(prompt_tokens), security=self.deployment.security
+        )
         self.company.append(request)
         return request
 

@@ -6,12 +6,15 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from spectrumkv.common.errors import SpectrumKVError
+from spectrumkv.common.security import ChannelSecurity, TlsFiles
 
 WAIT_SECONDS = 60.0
+PLAINTEXT = ChannelSecurity()
 
 
 def prompt(tokens: int) -> TokenIds:
@@ -21,8 +24,15 @@ def prompt(tokens: int) -> TokenIds:
 class RunningRequest:
     """A request in this process, read by a thread of its own."""
 
-    def __init__(self, address: str, prompt_tokens: int, max_tokens: int, timeout: float = 600.0) -> None:
-        self._client = SpectrumClient(address)
+    def __init__(
+        self,
+        address: str,
+        prompt_tokens: int,
+        max_tokens: int,
+        timeout: float = 600.0,
+        security: ChannelSecurity = PLAINTEXT,
+    ) -> None:
+        self._client = SpectrumClient(address, security)
         self._changed = threading.Condition()
         self.token_ids: list[int] = []
         self.error: SpectrumKVError | None = None
@@ -76,8 +86,13 @@ class RunningRequest:
 class RequestInProcess:
     """The same in a process of its own, which can be killed."""
 
-    def __init__(self, address: str, prompt_tokens: int, max_tokens: int) -> None:
-        command = [sys.executable, "-m", "tests.faults.requests", address, str(prompt_tokens), str(max_tokens)]
+    def __init__(
+        self, address: str, prompt_tokens: int, max_tokens: int, security: ChannelSecurity = PLAINTEXT
+    ) -> None:
+        tls = security.tls
+        files = () if tls is None else (tls.cert, tls.key, tls.ca, security.token_file)
+        arguments = (address, prompt_tokens, max_tokens, *files)
+        command = [sys.executable, "-m", "tests.faults.requests", *map(str, arguments)]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.tokens = 0
@@ -103,8 +118,12 @@ class RequestInProcess:
         self.kill()
 
 
-def main(address: str, prompt_tokens: str, max_tokens: str) -> None:
-    request = RunningRequest(address, int(prompt_tokens), int(max_tokens))
+def main(address: str, prompt_tokens: str, max_tokens: str, *files: str) -> None:
+    security = PLAINTEXT
+    if files:
+        cert, key, ca, token_file = map(Path, files)
+        security = ChannelSecurity(TlsFiles(cert, key, ca), token_file)
+    request = RunningRequest(address, int(prompt_tokens), int(max_tokens), security=security)
     sys.stdout.write("sent\n")
     sys.stdout.flush()
     for count in range(1, int(max_tokens)):

@@ -11,7 +11,7 @@ from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from spectrumkv.common.errors import SpectrumKVError
 from spectrumkv.common.metrics import Metrics
-from spectrumkv.prefill_server import decode_workers
+from spectrumkv.prefill_server import decode_lease
 from tests.faults.damage import DAMAGES, ManInTheMiddle, man_in_the_middle, untouched
 from tests.faults.report import tell
 from tests.services.pair import decode_server, prefill_server, total
@@ -76,7 +76,7 @@ def tampered() -> Iterator[Tampered]:
         man_in_the_middle(decode_port) as man,
         prefill_server(model, [man.port], chunk_bytes="4096") as (_, prefill_metrics, port),
     ):
-        patch.setattr(decode_workers, "ADMISSION_SECONDS", 0.5)
+        patch.setattr(decode_lease, "ADMISSION_SECONDS", 0.5)
         pair = Tampered(man, port, prefill_metrics, decode_metrics)
         tokens, status = pair.ask()
         assert status == "OK"

@@ -1,30 +1,16 @@
-"""Every fault in every phase, on real processes: who is told what, how soon, and that nothing is left behind.
+"""Every fault in every phase, on real processes. The run prints how many faults it injected."""
 
-docs/faults.md has the table. The run prints how many faults it injected.
-"""
-
-import contextlib
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from spectrumkv.common.errors import SpectrumKVError
-from tests.faults.deployment import NOTHING, SMALL_SLOTS, Deployment, running_deployment, until
-from tests.faults.kinds import FAULTS, SILENCE, Fault
-from tests.faults.phases import PHASES, Stage
-from tests.faults.requests import RequestInProcess, RunningRequest
+from tests.faults.deployment import Deployment, running_deployment
+from tests.faults.kinds import FAULTS, Fault
+from tests.faults.matrix import inject, reference_of
+from tests.faults.phases import PHASES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
-
-BYSTANDER_PROMPT, BYSTANDER_TOKENS = 8, 9000
-# Tokens that a bystander still gets after the fault.
-TOKENS_AFTER = 3
-# A scrape that began in time may end a little late.
-SCRAPE_GRACE_SECONDS = 0.1
-# A frozen process that goes on has its engine's step and its connections to see to first.
-RECOVERED_SECONDS = 10.0
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +21,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
 
 @pytest.fixture(scope="module")
 def reference(deployment: Deployment) -> list[int]:
-    """What a bystander gets when nothing goes wrong."""
-    request = RunningRequest(str(deployment.other_prefill.address), BYSTANDER_PROMPT, 400)
-    request.wait_for_end(60)
-    assert request.error is None
-    request.close()
-    return request.token_ids
+    return reference_of(deployment)
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -52,94 +33,4 @@ def test_fault(
     phase: str,
     record_property: Callable[[str, Any], None],
 ) -> None:
-    record_property("fault", fault.name)
-    make_ready(deployment)
-    with contextlib.ExitStack() as cleanup:
-        bystander = start_bystander(deployment, fault, cleanup)
-        stage = Stage(deployment, starter(deployment, fault, cleanup))
-        cleanup.callback(lambda: [request.close() for request in stage.company])
-        cleanup.callback(fault.recover, deployment)
-        cleanup.callback(deployment.back.release)
-        with PHASES[phase](stage) as victim:
-            struck_at = time.monotonic()
-            fault.strike(deployment, victim)
-            if fault.status == "DEADLINE_EXCEEDED":
-                struck_at = victim.sent_at + fault.timeout
-            record_property("told_after", client_is_told_after(fault, victim, struck_at))
-            assert_released(deployment, fault, stage, struck_at)
-            bystander.wait_for_tokens(min(bystander.tokens + TOKENS_AFTER, BYSTANDER_TOKENS))
-        common = min(bystander.tokens, len(reference))
-        assert bystander.error is None
-        assert bystander.token_ids[:common] == reference[:common]
-    for service in deployment.services:
-        until(lambda service=service: service.held() == NOTHING, RECOVERED_SECONDS, f"{service.name} holds nothing")
-
-
-def starter(deployment: Deployment, fault: Fault, cleanup: contextlib.ExitStack) -> Any:
-    def start(prompt_tokens: int, max_tokens: int) -> Any:
-        address = deployment.front.address
-        victim: Any
-        if fault.client_process:
-            victim = RequestInProcess(address, prompt_tokens, max_tokens)
-        else:
-            victim = RunningRequest(address, prompt_tokens, max_tokens, fault.timeout)
-        cleanup.callback(victim.close)
-        return victim
-
-    return start
-
-
-def client_is_told_after(fault: Fault, victim: Any, struck_at: float) -> float:
-    """Check what the client is told, and return how many seconds that took."""
-    if fault.status is None:
-        return 0.0
-    victim.wait_for_end(fault.seconds + 1)
-    assert isinstance(victim.error, SpectrumKVError)
-    assert victim.error.code == fault.status, victim.error.message
-    seconds = float(victim.ended_at - struck_at)
-    assert seconds <= fault.seconds
-    return seconds
-
-
-def assert_released(deployment: Deployment, fault: Fault, stage: Stage, struck_at: float) -> None:
-    """Both sides hold no more than they do for others."""
-    for name in ("prefill", "decode"):
-        if name != fault.unheard:
-            left = max(struck_at + fault.seconds - time.monotonic(), 0.0) + SCRAPE_GRACE_SECONDS
-            until(lambda name=name: stage.is_released(name), left, f"{name} is free again")
-
-
-def start_bystander(deployment: Deployment, fault: Fault, cleanup: contextlib.ExitStack) -> RunningRequest:
-    """A request that the fault does not concern, with tokens coming."""
-    if fault.bystander == "decode":
-        request = RunningRequest(str(deployment.other_prefill.address), BYSTANDER_PROMPT, BYSTANDER_TOKENS)
-        cleanup.callback(request.close)
-        request.wait_for_tokens(2)
-        return request
-    # Prefill asks the workers in turn, so that one of two requests goes to the small one.
-    for _ in range(2):
-        request = RunningRequest(deployment.prefill_address, BYSTANDER_PROMPT, BYSTANDER_TOKENS)
-        request.wait_for_tokens(2)
-        if deployment.small_decode.held().resident_bytes:
-            cleanup.callback(request.close)
-            return request
-        request.close()
-    raise AssertionError("no request went to the small decode worker")
-
-
-def make_ready(deployment: Deployment) -> None:
-    """Wait until a request gets through on the whole way, and all is quiet again."""
-
-    def served() -> bool:
-        request = RunningRequest(deployment.front.address, 4, SMALL_SLOTS + 500)
-        try:
-            request.wait_for_tokens(2, SILENCE)
-        except AssertionError:
-            return False
-        finally:
-            request.close()
-        return True
-
-    until(served, 30.0, "a request gets through")
-    for service in deployment.services:
-        until(lambda service=service: service.held() == NOTHING, RECOVERED_SECONDS, f"{service.name} is quiet")
+    inject(deployment, reference, fault, phase, record_property)

@@ -78,11 +78,12 @@ def test_passes_are_bounded_and_in_order(llama: PrefillEngine) -> None:
     short = BATCH_TOKENS // 4
     results, _ = queued(llama, prompts([short, short, short, short, short, BATCH_TOKENS + 1, 3]))
     seconds = [result.compute_seconds for result in results]
-    # Four fill a pass; the fifth would share one with what follows, which is too long; so is that for the last.
-    assert len(set(seconds[:4])) == 1
-    assert len(set(seconds[3:])) == 4
+    # The shortest comes first, and three more fill its pass; two are left, and what is too long to share.
+    assert len({seconds[6], *seconds[:3]}) == 1
+    assert len(set(seconds[3:5])) == 1
+    assert len(set(seconds)) == 3
     waited = [result.queue_seconds for result in results]
-    assert waited[3] < waited[4] < waited[5] < waited[6]
+    assert waited[2] < waited[3] < waited[5]
 
 
 def test_what_a_tap_raises_ends_its_own_prompt(llama: PrefillEngine) -> None:
@@ -126,3 +127,21 @@ def test_nobody_computes_what_nobody_waits_for(llama: PrefillEngine) -> None:
         assert llama.waiting == 0
     llama.submit_call(lambda: None).result()
     assert not layers
+
+
+def test_a_short_prompt_does_not_wait_for_long_ones_that_wait(llama: PrefillEngine) -> None:
+    order: list[int] = []
+
+    def tap(observation: Observation) -> None:
+        if observation.layer == 0:
+            order.append(observation.keys.shape[1])
+
+    busy = threading.Event()
+    llama.submit_call(busy.wait)
+    futures = [llama.submit([5] * tokens, tap) for tokens in (300, 200, 3)]
+    assert llama.waiting == 3
+    busy.set()
+    for future in futures:
+        assert future.result(60).logits.ndim == 1
+    assert order == [3, 200, 300]
+    assert llama.waiting == 0

@@ -16,6 +16,7 @@ from cryptography import x509
 from spectrumkv.common.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
 from spectrumkv.common.rpc import open_channel
 from spectrumkv.common.security import ChannelSecurity, ServerSecurity, TlsFiles
+from spectrumkv.common.targets import Target
 from spectrumkv.v1 import prefill_pb2, prefill_pb2_grpc
 from tests.common.scripted import WAIT_SECONDS, response, wait
 from tests.security.certificates import Authority, replace
@@ -252,6 +253,6 @@ def test_files_of_no_use_are_refused_at_the_start_with_the_flag_and_the_file(tmp
 @pytest.mark.parametrize("address", ["10.1.2.3:50051", "prefill:50051", "[2001:db8::1]:50051"])
 def test_plaintext_does_not_leave_the_machine_unless_it_is_allowed(address: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="pass --allow-plaintext"):
-        ChannelSecurity().open(address, ())
-    ChannelSecurity(allow_plaintext=True).open(address, ()).close()
-    trusting(tmp_path).open(address, ()).close()
+        ChannelSecurity().open(Target.parse(address), ())
+    ChannelSecurity(allow_plaintext=True).open(Target.parse(address), ()).close()
+    trusting(tmp_path).open(Target.parse(address), ()).close()

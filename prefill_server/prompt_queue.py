@@ -1,0 +1,63 @@
+"""Prompts that wait for the model: short ones first, and nobody for ever."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+# How many later prompts may go before one: in a flood of short prompts a long one still gets every fifth turn.
+PASSED_OVER_AT_MOST = 4
+
+
+@dataclass(eq=False)
+class _Waiting(Generic[T]):
+    item: T
+    tokens: int
+    passed_over: int = field(default=0)
+
+
+class PromptQueue(Generic[T]):
+    """Gives the shortest prompt first, except that one passed over too often goes before all others.
+
+    A short prompt so waits for no more than what runs and what is shorter, and a long one for those before it and
+    `limit` later ones.
+
+    Args:
+        limit: how many later prompts may go before one.
+    """
+
+    def __init__(self, limit: int = PASSED_OVER_AT_MOST) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        # In order of arrival.
+        self._waiting: list[_Waiting[T]] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def put(self, item: T, tokens: int) -> None:
+        """Add an item that stands for a prompt of so many tokens."""
+        with self._lock:
+            self._waiting.append(_Waiting(item, tokens))
+
+    def remove(self, item: T) -> None:
+        """Take an item out that nobody waits for any more; one that is not there is fine."""
+        with self._lock:
+            self._waiting = [one for one in self._waiting if one.item is not item]
+
+    def take(self, fits: Callable[[T], bool] = lambda _: True) -> T | None:
+        """Take out the next item; None where there is none, or where it does not fit."""
+        with self._lock:
+            if not self._waiting:
+                return None
+            overdue = (one for one in self._waiting if one.passed_over >= self._limit)
+            chosen = next(overdue, None) or min(self._waiting, key=lambda one: one.tokens)
+            if not fits(chosen.item):
+                return None
+            place = self._waiting.index(chosen)
+            for earlier in self._waiting[:place]:
+                earlier.passed_over += 1
+            del self._waiting[place]
+            return chosen.item

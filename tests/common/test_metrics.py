@@ -27,6 +27,9 @@ METRICS = {
     "spectrumkv_kv_slots_used_ratio": ("gauge", ()),
     "spectrumkv_kv_bytes_resident": ("gauge", ()),
     "spectrumkv_chunks_rejected_total": ("counter", ("reason",)),
+    "spectrumkv_decode_workers_passed_over_total": ("counter", ("reason",)),
+    "spectrumkv_decode_worker_accepting": ("gauge", ("worker",)),
+    "spectrumkv_decode_worker_slots_free": ("gauge", ("worker",)),
     "spectrumkv_int4_probe_passed": ("gauge", ()),
     "spectrumkv_prompt_tokens_recomputed_total": ("counter", ()),
     "spectrumkv_build_info": ("gauge", ("version", "service", "model")),
@@ -40,6 +43,9 @@ def touched(metrics: Metrics) -> Metrics:
         counter.labels("FP16").inc(3)
     metrics.requests.labels("OK").inc()
     metrics.chunks_rejected.labels("crc").inc()
+    metrics.decode_workers_passed_over.labels("full").inc()
+    for worker in (metrics.decode_worker_accepting, metrics.decode_worker_slots_free):
+        worker.labels("127.0.0.1:50052").set(1)
     return metrics
 
 

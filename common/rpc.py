@@ -10,7 +10,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.rpc_interceptor import StatusInterceptor, as_known_error, requests_served, watchers_served
+from spectrumkv.common.rpc_interceptor import (
+    StatusInterceptor,
+    as_known_error,
+    requests_served,
+    uploads_served,
+    watchers_served,
+)
 from spectrumkv.common.rpc_scope import RpcScope
 from spectrumkv.common.rpc_status import error_from_rpc, to_status
 from spectrumkv.common.security import ChannelSecurity, ServerSecurity
@@ -30,6 +36,8 @@ __all__ = [
 MAX_MESSAGE_BYTES = 8 << 20
 # Streams that only watch health or ask for reflection; each holds a thread.
 WATCHERS = 32
+# Codec bases on their way, once for each prefill worker.
+UPLOADS = 4
 # Health checks and GetServerInfo must find a thread while every place for streams is taken.
 SPARE_THREADS = 8
 # RPCs that wait for a thread: only bursts of those above, and of requests about to be refused.
@@ -116,11 +124,11 @@ class Server:
         self._service_name = service_name
         self._security = security
         self._requests = requests_served(threads)
-        pool = threads + WATCHERS + SPARE_THREADS
+        pool = threads + WATCHERS + UPLOADS + SPARE_THREADS
         self._server = grpc.server(
             ThreadPoolExecutor(pool, thread_name_prefix="rpc"),
             interceptors=(
-                StatusInterceptor(self._requests, watchers_served(WATCHERS), count_ended),
+                StatusInterceptor(self._requests, watchers_served(WATCHERS), uploads_served(UPLOADS), count_ended),
                 *security.interceptors(),
             ),
             options=_SERVER_OPTIONS,

@@ -117,18 +117,28 @@ def watchers_served(limit: int) -> OpenStreams:
     return OpenStreams(limit, lambda: UnimplementedError(f"{limit} streams watch this server, as many as it serves"))
 
 
+def uploads_served(limit: int) -> OpenStreams:
+    """Return places for calls that send a stream and get one answer."""
+    sentence = f"{limit} uploads are under way to this server, as many as it serves; try again later"
+    return OpenStreams(limit, lambda: ResourceExhaustedError(sentence, RETRY_AFTER_SECONDS))
+
+
 class StatusInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc has no type information
     """Bounds streams, ends an RPC whose handler raised with the status that the error stands for, counts and logs.
 
     Args:
         requests: the streams of SpectrumKV's own services.
-        watchers: all other streams: those of health and reflection, and uploads.
+        watchers: all other streams, which are those of health and reflection.
+        uploads: calls that send a stream and get one answer.
         count_ended: called with the status code's name at the end of each stream in `requests`.
     """
 
-    def __init__(self, requests: OpenStreams, watchers: OpenStreams, count_ended: CountEnded) -> None:
+    def __init__(
+        self, requests: OpenStreams, watchers: OpenStreams, uploads: OpenStreams, count_ended: CountEnded
+    ) -> None:
         self._requests = requests
         self._watchers = watchers
+        self._uploads = uploads
         self._count_ended = count_ended
 
     def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
@@ -142,7 +152,7 @@ class StatusInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc h
             guarded_unary = _guard_unary(handler.unary_unary) if ours else handler.unary_unary
             return grpc.unary_unary_rpc_method_handler(guarded_unary, *serialization)
         if handler.stream_unary:
-            guarded_upload = _guard_unary(_bounded(handler.stream_unary, self._watchers))
+            guarded_upload = _guard_unary(_bounded(handler.stream_unary, self._uploads))
             return grpc.stream_unary_rpc_method_handler(guarded_upload, *serialization)
         behaviour = handler.stream_stream or handler.unary_stream
         if ours:

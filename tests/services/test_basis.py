@@ -1,9 +1,17 @@
 """The basis of the spectral codec gets to whichever decode worker lacks it."""
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+
+import grpc
+import pytest
 
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
+from spectrumkv.common.rpc import UPLOADS
+from spectrumkv.v1 import decode_pb2, decode_pb2_grpc
 from tests.services.pair import decode_server, prefill_server, sample
 from tests.services.test_lossless import random_prompt
 
@@ -55,3 +63,37 @@ def test_a_counted_budget_is_met_from_short_to_long_prompts(tiny_directories: di
         )
         assert usage.completion_tokens == 2
         assert usage.budget_counted > 0.1
+
+
+def test_uploads_are_bounded_and_their_places_come_back(tiny_directories: dict[str, Path]) -> None:
+    stop = threading.Event()
+    begun = threading.Semaphore(0)
+
+    def unfinished() -> Iterator[decode_pb2.PutBasisRequest]:
+        yield decode_pb2.PutBasisRequest(digest=bytes(32), part=b"x")
+        begun.release()
+        stop.wait(60)
+
+    with (
+        decode_server(tiny_directories["llama"], kv_memory="64MiB") as (_, metrics, port),
+        grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
+        contextlib.ExitStack() as at_end,
+    ):
+        at_end.callback(stop.set)
+        stub = decode_pb2_grpc.DecodeServiceStub(channel)
+        held = [stub.PutBasis.future(unfinished(), timeout=60) for _ in range(UPLOADS)]
+        for _ in held:
+            assert begun.acquire(timeout=30)
+        refused = None
+        # A piece that was sent need not have reached its handler.
+        while refused is None or refused.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+            with pytest.raises(grpc.RpcError) as raised:
+                stub.PutBasis(iter([decode_pb2.PutBasisRequest(digest=bytes(32), part=b"x")]), timeout=30)
+            refused = raised.value
+            assert refused.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DATA_LOSS)
+        assert "uploads" in refused.details()
+        stop.set()
+        for one in held:
+            # All of them came to their end: what they sent is no basis.
+            assert one.code() is grpc.StatusCode.DATA_LOSS
+        assert sample(metrics, "chunks_rejected_total", reason="basis") >= UPLOADS

@@ -103,6 +103,16 @@ def test_compressed_bytes_come_back(data: bytes) -> None:
         decompress(memoryview(coded), len(data) + 1)
 
 
+def test_a_frame_that_claims_a_terabyte_is_refused_before_memory_is_asked_for() -> None:
+    # Eight bytes of content size, as in a Zstandard frame of a single segment.
+    bomb = b"\x01\xe0" + (1 << 40).to_bytes(8, "little") + b"\x01\x00\x00"
+    with pytest.raises(DataLossError, match="frame header 0xe0"):
+        decompress(memoryview(bomb), 1000)
+    # A window of 2^31 bytes.
+    with pytest.raises(DataLossError, match="damaged"):
+        decompress(memoryview(b"\x01\x00\xa8\x01\x00\x00"), 1000)
+
+
 def test_entropy_coded_symbols_take_about_their_entropy() -> None:
     generator = np.random.default_rng(0)
     for exponent in (-2.5, -1.5, -0.5, 0.5, 2.0, 4.0, 7.0):
@@ -185,7 +195,7 @@ def encoded() -> tuple[Block, SpectralDecoder]:
     return block, SpectralDecoder(basis, shape)
 
 
-@settings(max_examples=100)
+@settings(max_examples=300)
 @given(st.data())
 def test_a_damaged_body_is_an_error_or_decodes_and_never_anything_else(data: st.DataObject) -> None:
     block, decoder = encoded()

@@ -59,6 +59,9 @@ PACKINGS = (
 WIDEST_WITHOUT_RAW_BITS = 4.5
 # What compiled loops move at once is 32 bits; spreads beyond 2^28 steps are none that anybody has.
 MOST_RAW_BITS = 24
+# First byte of a frame that says nothing of its size: one that does would be given as much memory as it says.
+PLAIN_FRAME = 0
+LARGEST_WINDOW_BYTES = 1 << 20
 EXCEPTION = np.dtype([("index", "<u4"), ("value", "<i4")])
 
 _COMPRESSION = zstandard.ZstdCompressionParameters.from_level(
@@ -71,7 +74,9 @@ class _Coders(local):
 
     def __init__(self) -> None:
         self.compressor = zstandard.ZstdCompressor(compression_params=_COMPRESSION)
-        self.decompressor = zstandard.ZstdDecompressor(format=zstandard.FORMAT_ZSTD1_MAGICLESS)
+        self.decompressor = zstandard.ZstdDecompressor(
+            format=zstandard.FORMAT_ZSTD1_MAGICLESS, max_window_size=LARGEST_WINDOW_BYTES
+        )
 
 
 _coders = _Coders()
@@ -171,7 +176,8 @@ def decompress(coded: memoryview, size: int) -> np.ndarray:
         if coded[0] == 0:
             data: memoryview | bytes = coded[1:]
         else:
-            # A frame says nothing of its size, so that this is all the memory it can take.
+            if coded[1] != PLAIN_FRAME:
+                raise DataLossError(f"an entropy-coded stream has the frame header {coded[1]:#04x}", "entropy")
             data = _coders.decompressor.decompress(coded[1:], max_output_size=size)
     except (IndexError, zstandard.ZstdError) as error:
         raise DataLossError(f"an entropy-coded stream is damaged: {error}", "entropy") from error

@@ -96,13 +96,15 @@ def running_prometheus(folder: Path, *options: str) -> Iterator[str]:
 
 def _address_when_ready(server: "subprocess.Popen[str]") -> str:
     assert server.stderr is not None
-    address, log = "", []
+    address, ready, log = "", False, []
     for line in server.stderr:
         log.append(line)
         entry = json.loads(line)
+        # In either order: different threads of it say so.
         if entry.get("msg") == "Listening on":
             address = entry["address"]
-        if entry.get("msg", "").startswith("Server is ready"):
+        ready = ready or entry.get("msg", "").startswith("Server is ready")
+        if address and ready:
             return address
     raise RuntimeError("Prometheus did not start:\n" + "".join(log))
 

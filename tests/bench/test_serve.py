@@ -212,13 +212,13 @@ def test_the_command_serves_both_systems(tmp_path: Path) -> None:
     rows = json.loads(result.read_text())["rows"]
     assert [(row["system"], row["policy"]) for row in rows] == [
         ("spectrumkv", "native"),
-        ("spectrumkv", "adaptive"),
+        ("spectrumkv", "spectral"),
         ("aggregated", None),
     ]
     for row in rows:
         assert (row["completed"], row["failed"], row["first_error"]) == (4, 0, None)
         assert (row["total_input_tokens"], row["total_output_tokens"]) == (96, 24)
         assert row["request_goodput"] == pytest.approx(row["request_throughput"])
-    assert rows[0]["budget_counted"] > 2 > rows[1]["budget_counted"] > 0.5
+    assert rows[0]["budget_counted"] > 2 > 0.5 >= rows[1]["budget_counted"] > 0.45
     assert rows[2]["kv_sent_bytes"] == 0
     assert rows[0]["median_ttft_ms_ratio"] == pytest.approx(rows[0]["median_ttft_ms"] / rows[2]["median_ttft_ms"])

@@ -21,6 +21,8 @@ R = TypeVar("R", bound=Request)
 # At most what a chunk takes besides its payload, and what End takes.
 CHUNK_ENVELOPE_BYTES = 24
 END_BYTES = 80
+# Set aside for the request's id; only longer ones are weighed.
+REQUEST_ID_BYTES = 128
 # What is worth a chunk of its own where no layer waits: a message costs about as much as this many bytes of payload.
 IDLE_CHUNK_BYTES = 64 << 10
 
@@ -114,7 +116,7 @@ class KvPipeline:
         self._metrics = metrics
         tokens = len(begin.prompt_token_ids)
         chunks = 1 + int(plan.budget * geometry.fp16_bytes(tokens)) // self._worth_a_chunk
-        framing = serialized_bytes(decode_pb2.DecodeRequest(begin=begin)) + chunks * CHUNK_ENVELOPE_BYTES + END_BYTES
+        framing = _most_begin_bytes(begin) + chunks * CHUNK_ENVELOPE_BYTES + END_BYTES
         self._encoder = plan.encoder(geometry, tokens, framing)
 
     def put_layer(self, observation: Observation) -> None:
@@ -197,6 +199,18 @@ class KvPipeline:
                 framing -= size
         self._metrics.kv_bytes_sent.labels(FRAMING).inc(framing)
         return message
+
+
+def _most_begin_bytes(begin: decode_pb2.Begin) -> int:
+    """What Begin takes at most, whatever its request is called and whatever seed was drawn.
+
+    Both differ between requests that are otherwise the same; these must get the same KV.
+    """
+    largest = decode_pb2.Begin()
+    largest.CopyFrom(begin)
+    largest.sampling.seed = 2**64 - 1
+    largest.request_id += " " * (REQUEST_ID_BYTES - len(begin.request_id.encode()))
+    return serialized_bytes(decode_pb2.DecodeRequest(begin=largest))
 
 
 def _end_message(first: FirstToken, totals: ChunkTotals) -> decode_pb2.End:

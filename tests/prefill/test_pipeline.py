@@ -5,6 +5,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
+from spectrumkv.bench.synthetic_basis import synthetic_basis
 from spectrumkv.common.config import PrefillConfig
 from spectrumkv.common.decode_stream import Request, serialized_bytes
 from spectrumkv.common.errors import CancelledError, InvalidArgumentError
@@ -154,3 +155,17 @@ def test_policies_and_codecs_that_do_not_fit_are_refused() -> None:
         plan(policy="native", codec="absmax")
     with pytest.raises(InvalidArgumentError, match="codec 'native' cannot write policy 'greedy': it only has native"):
         plan(policy="greedy", codec="native")
+
+
+def test_what_is_sent_hangs_neither_on_the_id_nor_on_the_seed() -> None:
+    basis = synthetic_basis(GEOMETRY)
+    options = prefill_pb2.KvOptions(policy="spectral", budget=0.4)
+    chosen = KvPlan.resolve(options, PrefillConfig(), int4_allowed=True, seed=3, basis=basis)
+    sent = []
+    for request_id, seed in (("", 0), ("0" * 32, 2**63), ("é" * 60, 7)):
+        begin = decode_pb2.Begin(request_id=request_id, prompt_token_ids=range(TOKENS))
+        begin.sampling.seed = seed
+        one = KvPipeline(begin, chosen, GEOMETRY, 1 << 20, Metrics(CollectorRegistry()))
+        sent.append([message.payload for message in run(one) if isinstance(message, Chunk)])
+        assert one.sent.message_bytes <= 0.4 * GEOMETRY.fp16_bytes(TOKENS)
+    assert sent[0] == sent[1] == sent[2]

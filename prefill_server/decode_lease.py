@@ -100,6 +100,7 @@ class DecodeLease:
     ) -> None:
         self._call.cancel()
         self.pipeline.cancel()
+        self.pipeline.settle()
 
     @contextmanager
     def _closed_on_error(self) -> Iterator[None]:

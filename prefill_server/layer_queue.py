@@ -37,6 +37,11 @@ class LayerQueue:
         """Whether no layer waits."""
         return not self._layers
 
+    @property
+    def closed(self) -> bool:
+        """Whether nobody wants the layers any more."""
+        return self._closed
+
     def put_layer(self, observation: Observation) -> None:
         """Append a layer.
 

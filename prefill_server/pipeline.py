@@ -1,5 +1,6 @@
 """From layers that the model just computed to messages on the stream: score, tier, encode, pack."""
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -108,6 +109,7 @@ class KvPipeline:
         self.first_token: FirstToken | None = None
         self.failure: Exception | None = None
         self._layers = LayerQueue(geometry, metrics.kv_bytes_resident)
+        self._coding = threading.Lock()
         self._begin = begin
         self._plan = plan
         self._geometry = geometry
@@ -135,6 +137,14 @@ class KvPipeline:
     def cancel(self) -> None:
         """End `messages`, and the model's pass at its next layer."""
         self._layers.close()
+
+    def settle(self) -> None:
+        """Wait, once it is cancelled, for the block that is being coded: nothing is computed after this.
+
+        gRPC's thread is a daemon, and a process that ends while one is in compiled code is aborted.
+        """
+        with self._coding:
+            pass
 
     def messages(self) -> Iterator[Request]:
         """Yield Begin, then chunks as layers arrive, then End; stop short when cancelled.
@@ -168,7 +178,8 @@ class KvPipeline:
         while True:
             started = time.monotonic()
             try:
-                block = next(blocks, None)
+                with self._coding:
+                    block = None if self._layers.closed else next(blocks, None)
             finally:
                 self.sent.encode_seconds += time.monotonic() - started
             if block is None:

@@ -1,25 +1,61 @@
 """The loops of the spectral codec on CPUs: coefficients to streams of integers to packed bytes, and back.
 
-A layer's coefficients are `[heads, n, d]`: keys' heads, then values' heads. Columns are coefficients of one token
-over all heads, in an order in which those of one spread class are neighbours (a run). The integers of a token's run
-go to the stream that belongs to the difference of the two classes; within a stream, tokens follow each other, and
-within a token its columns.
+Tokens are sorted by step class and coefficients lie `[rows, n]`, a row for each element of each head: keys' heads,
+then values' heads. So the tokens of one class in one row are neighbours that share a step and a stream, and the loops
+over them have no branches; LLVM makes vector instructions of them. Rows are visited in an order in which those of one
+spread class are neighbours (a run); the integers of a run and a step class go to the stream of the difference of the
+two classes.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from spectrumkv.kernels.compiled import compiled
+
+# Symbols that are looked at together for one beyond the limit.
+LOOKED_AT = 256
+# Bytes times this and shifted by 16 bits are divided by any number up to 255, exactly.
+RECIPROCAL_BITS = 16
+
+# numba ships no types.
+_intrinsic: Callable[..., Any] = intrinsic
+
+
+@_intrinsic
+def _nearest(_: Any, value: Any) -> Any:
+    """The nearest integer of a float32, halves to even; its magnitude is less than 2^31."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        rounded = builder.call(builder.module.declare_intrinsic("llvm.rint", [ir.FloatType()]), arguments)
+        return builder.fptosi(rounded, ir.IntType(32))
+
+    return types.int32(types.float32), emit
+
+
+@_intrinsic
+def _greater_magnitude(_: Any, peak: Any, symbol: Any) -> Any:
+    """The greater one of `peak` and |symbol|, at 32 bits."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        peak, symbol = arguments
+        negative = builder.icmp_signed("<", symbol, ir.IntType(32)(0))
+        magnitude = builder.select(negative, builder.neg(symbol), symbol)
+        return builder.select(builder.icmp_signed(">", magnitude, peak), magnitude, peak)
+
+    return types.int32(types.int32, types.int32), emit
 
 
 @compiled
 def quantize(
     coefficients: Any,
-    token_stride: int,
-    column_offset: Any,
+    row_order: Any,
     run_start: Any,
-    row_class: Any,
+    class_start: Any,
     inverse_step: Any,
     stream_of: Any,
     position: Any,
@@ -28,51 +64,55 @@ def quantize(
     """Divide coefficients by their token's step, round, and sort the integers into streams.
 
     Args:
-        coefficients: float32, flat; finite, and less than 2^31 steps.
-        token_stride: elements from one token to the next in one head.
-        column_offset: int32 `[columns]`, where the first token's column lies.
-        run_start: int64 `[runs + 1]`, the first column of each run.
-        row_class: int64 `[n]`, each token's step class, from 0.
+        coefficients: float32 `[rows, n]`, tokens sorted by step class; finite, and less than 2^31 steps.
+        row_order: int64 `[rows]`, rows sorted by spread class.
+        run_start: int64 `[runs + 1]`, the first place in `row_order` of each run.
+        class_start: int64 `[classes + 1]`, the first token of each step class.
         inverse_step: float32 `[classes]`.
         stream_of: int64 `[classes, runs]`.
         position: int64 `[streams]`, where each stream starts in `symbols`; moved to its end.
         symbols: int32, written.
     """
-    for token in range(row_class.size):
-        row = row_class[token]
-        scale = inverse_step[row]
-        base = token * token_stride
+    for step_class in range(class_start.size - 1):
+        begin, end = class_start[step_class], class_start[step_class + 1]
+        scale, tokens = inverse_step[step_class], end - begin
+        if tokens == 0:
+            continue
         for run in range(run_start.size - 1):
-            stream = stream_of[row, run]
-            write = position[stream] - run_start[run]
-            position[stream] += run_start[run + 1] - run_start[run]
-            for column in range(run_start[run], run_start[run + 1]):
-                symbols[write + column] = np.int32(np.rint(coefficients[base + column_offset[column]] * scale))
+            stream = stream_of[step_class, run]
+            for place in range(run_start[run], run_start[run + 1]):
+                row = coefficients[row_order[place], begin:end]
+                written = symbols[position[stream] : position[stream] + tokens]
+                for token in range(tokens):
+                    written[token] = _nearest(row[token] * scale)
+                position[stream] += tokens
 
 
 @compiled
 def dequantize(
     symbols: Any,
-    position: Any,
-    stream_of: Any,
-    step: Any,
-    row_class: Any,
+    row_order: Any,
     run_start: Any,
-    column_offset: Any,
-    token_stride: int,
+    class_start: Any,
+    step: Any,
+    stream_of: Any,
+    position: Any,
     coefficients: Any,
 ) -> None:
-    """Inverse of `quantize`; `step` is float32 `[classes]`, and every column of every token is written."""
-    for token in range(row_class.size):
-        row = row_class[token]
-        scale = step[row]
-        base = token * token_stride
+    """Inverse of `quantize`; `step` is float32 `[classes]`, and every coefficient is written."""
+    for step_class in range(class_start.size - 1):
+        begin, end = class_start[step_class], class_start[step_class + 1]
+        scale, tokens = step[step_class], end - begin
+        if tokens == 0:
+            continue
         for run in range(run_start.size - 1):
-            stream = stream_of[row, run]
-            read = position[stream] - run_start[run]
-            position[stream] += run_start[run + 1] - run_start[run]
-            for column in range(run_start[run], run_start[run + 1]):
-                coefficients[base + column_offset[column]] = np.float32(symbols[read + column]) * scale
+            stream = stream_of[step_class, run]
+            for place in range(run_start[run], run_start[run + 1]):
+                row = coefficients[row_order[place], begin:end]
+                read = symbols[position[stream] : position[stream] + tokens]
+                for token in range(tokens):
+                    row[token] = np.float32(read[token]) * scale
+                position[stream] += tokens
 
 
 @compiled
@@ -105,12 +145,19 @@ def split(symbols: Any, limit: int, raw_bits: int, raw: Any, outside: Any, outsi
         if held_bits:
             raw[written] = np.uint32(held)
     found = 0
-    for index in range(symbols.size):
-        if abs(symbols[index]) > limit:
-            outside[found] = index
-            outside_value[found] = symbols[index]
-            found += 1
-            symbols[index] = 0
+    for first in range(0, symbols.size, LOOKED_AT):
+        together = symbols[first : first + LOOKED_AT]
+        peak = np.int32(0)
+        for index in range(together.size):
+            peak = _greater_magnitude(peak, together[index])
+        if peak <= limit:
+            continue
+        for index in range(together.size):
+            if abs(together[index]) > limit:
+                outside[found] = first + index
+                outside_value[found] = together[index]
+                found += 1
+                together[index] = 0
     return found
 
 
@@ -141,57 +188,34 @@ def join(symbols: Any, raw_bits: int, raw: Any, outside: Any, outside_value: Any
 
 @compiled
 def pack(symbols: Any, per_byte: int, limit: int, packed: Any) -> None:
-    """Pack symbols within ±limit: digits to the base 2 · limit + 1, the first one of a byte lowest.
+    """Pack symbols within ±limit: digits to the base 2 · limit + 1, those of a byte as far apart as there are bytes.
 
     Args:
         symbols: int32 `[m]`.
         per_byte: symbols in one byte, from 1.
         limit: largest magnitude.
-        packed: uint8 `[ceil(m / per_byte)]`, written.
+        packed: uint8 `[b]` with b = ceil(m / per_byte), written: byte i has symbols i, i + b, i + 2b, …, the first
+            one lowest.
     """
-    if per_byte == 1:
-        for index in range(symbols.size):
-            packed[index] = np.uint8(symbols[index] + limit)
-        return
-    base = np.int32(2 * limit + 1)
-    for position in range(packed.size):
-        first = position * per_byte
-        byte = np.int32(0)
-        for index in range(min(first + per_byte, symbols.size) - 1, first - 1, -1):
-            byte = byte * base + (symbols[index] + np.int32(limit))
-        packed[position] = np.uint8(byte)
+    base, shift, size = np.int32(2 * limit + 1), np.int32(limit), packed.size
+    packed[:] = 0
+    for digit in range(per_byte - 1, -1, -1):
+        plane = symbols[digit * size : (digit + 1) * size]
+        for index in range(plane.size):
+            packed[index] = np.uint8(np.int32(packed[index]) * base + plane[index] + shift)
 
 
 @compiled
-def unpack(packed: Any, table: Any, symbols: Any) -> None:
-    """Inverse of `pack`; `table` is int8 `[256, per_byte]`: the symbols in each byte. Every symbol is written."""
-    per_byte = table.shape[1]
-    whole = symbols.size // per_byte
-    for position in range(whole):
-        byte = packed[position]
-        for digit in range(per_byte):
-            symbols[position * per_byte + digit] = table[byte, digit]
-    for index in range(whole * per_byte, symbols.size):
-        symbols[index] = table[packed[whole], index - whole * per_byte]
-
-
-@compiled
-def rotate(states: Any, cosine: Any, sine: Any, scaling: float, rotated: Any) -> None:
-    """Rotate elements j and j + d/2 of each head by the angle of their position, and scale.
-
-    Args:
-        states: float32 `[heads, n, d]`, any strides.
-        cosine: float32 `[n, d / 2]`.
-        sine: like `cosine`; negated it turns back.
-        scaling: float32, factor of the result.
-        rotated: float32 `[heads, n, d]`, any strides, written; it may be `states`.
-    """
-    heads, tokens, head_dim = states.shape
-    half = head_dim // 2
-    for head in range(heads):
-        for token in range(tokens):
-            for low in range(half):
-                first, second = states[head, token, low], states[head, token, low + half]
-                turn, lift = cosine[token, low], sine[token, low]
-                rotated[head, token, low] = (first * turn - second * lift) * scaling
-                rotated[head, token, low + half] = (second * turn + first * lift) * scaling
+def unpack(packed: Any, per_byte: int, limit: int, symbols: Any) -> None:
+    """Inverse of `pack`. Every symbol is written."""
+    base, shift, size = np.int32(2 * limit + 1), np.int32(limit), packed.size
+    of_base = np.int32((1 << RECIPROCAL_BITS) // base + 1)
+    power = np.int64(1)
+    for digit in range(per_byte):
+        of_power = np.int32((1 << RECIPROCAL_BITS) // power + 1)
+        plane = symbols[digit * size : (digit + 1) * size]
+        for index in range(plane.size):
+            high = (np.int32(packed[index]) * of_power) >> np.int32(RECIPROCAL_BITS)
+            higher = (high * of_base) >> np.int32(RECIPROCAL_BITS)
+            plane[index] = high - higher * base - shift
+        power *= np.int64(base)

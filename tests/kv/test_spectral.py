@@ -12,7 +12,12 @@ from spectrumkv.common.kv.block import Block
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.spectral.block_codec import AnalysedLayer, Steps, decode_block, encode_block
+from spectrumkv.common.kv.spectral.block_codec import (
+    AnalysedBlock,
+    TokenClasses,
+    decode_block,
+    encode_block,
+)
 from spectrumkv.common.kv.spectral.decoder import SpectralDecoder
 from spectrumkv.common.kv.spectral.encoder import SpectralEncoder
 from spectrumkv.common.kv.spectral.layout import expected_bits
@@ -62,8 +67,8 @@ def observation(basis: SpectralBasis, layer: int, tokens: int, mismatch: float =
         torch.randn(tokens, sides, kv_heads, head_dim, generator=generator) * basis.spread[layer] * mismatch
     )
     keys, values = torch.full((2, kv_heads, tokens, head_dim), torch.nan)
-    by_head = coefficients.permute(1, 2, 0, 3).reshape(sides * kv_heads, tokens, head_dim)
-    LayerTransform(basis, layer).synthesise(by_head, 0, keys, values)
+    by_row = coefficients.permute(1, 2, 3, 0).reshape(sides * kv_heads, head_dim, tokens)
+    LayerTransform(basis, layer).synthesise(by_row, 0, np.arange(tokens), keys, values)
     queries = torch.randn(2 * kv_heads, min(tokens, 8), head_dim, generator=generator)
     return Observation(queries, keys, values, head_dim**-0.5, None, None, 0, layer)
 
@@ -132,22 +137,24 @@ def test_a_block_is_exact_up_to_half_a_step(kv_heads: int, head_dim: int, tokens
     transform = LayerTransform(basis, 1)
     classes = np.random.default_rng(0).integers(-6, 4, tokens)
     sinks = min(2, tokens)
-    steps = Steps(base=-1.5, classes=classes, sinks=sinks)
-    body = encode_block(AnalysedLayer.of(transform, seen.keys, seen.values), 0, steps, shape)
+    block = AnalysedBlock.of(transform, 0, seen.keys, seen.values, TokenClasses(classes, sinks))
+    body = encode_block(block, -1.5, shape)
     assert len(body) % 2 == 0
     keys, values = torch.full((2, kv_heads, tokens, head_dim), torch.nan)
     read = decode_block(transform, memoryview(body), 0, shape, keys, values)
-    assert (read.base, read.sinks) == (-1.5, sinks)
+    assert (read.base, read.tokens.sinks) == (-1.5, sinks)
+    assert (read.tokens.coded == classes[sinks:] + 6).all()
     assert torch.equal(keys[:, :sinks], seen.keys[:, :sinks].half().float())
     assert torch.equal(values[:, :sinks], seen.values[:, :sinks].half().float())
     if tokens == sinks:
         return
-    error = transform.analyse(keys[:, sinks:], values[:, sinks:], sinks) - transform.analyse(
-        seen.keys[:, sinks:], seen.values[:, sinks:], sinks
+    order = np.arange(tokens - sinks)
+    error = transform.analyse(keys[:, sinks:], values[:, sinks:], sinks, order) - transform.analyse(
+        seen.keys[:, sinks:], seen.values[:, sinks:], sinks, order
     )
     allowed = 2.0 ** (-1.5 + classes[sinks:] / 2) / 2
     # Coefficients that are expected to be far below half a step are not sent at all.
-    assert (error.abs().amax(dim=(0, 2)).numpy() <= allowed * 1.05 + 1e-2).all()
+    assert (error.abs().amax(dim=(0, 1)).numpy() <= allowed * 1.05 + 1e-2).all()
 
 
 @pytest.mark.parametrize(

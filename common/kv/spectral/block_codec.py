@@ -4,6 +4,7 @@ import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -35,24 +36,50 @@ LENGTHS = np.dtype([("coded", "<u4"), ("exceptions", "<u4")])
 LARGEST_SYMBOL = 2.0**30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class TokenClasses:
+    """How fine the tokens of a block are relative to each other.
+
+    Attributes:
+        classes: int64 `[n]`, from LOWEST_CLASS to HIGHEST_CLASS; sinks have one too, which nobody looks at.
+        sinks: how many of the first tokens are sent in the 16-bit dtype.
+    """
+
+    classes: np.ndarray
+    sinks: int
+
+    @cached_property
+    def coded(self) -> np.ndarray:
+        """uint8 `[n − sinks]`: classes of the tokens that have a step, from 0."""
+        return (self.classes[self.sinks :] - LOWEST_CLASS).astype(np.uint8)
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        """int64 `[n − sinks]`: tokens that have a step, counted from the first of them, by rising class."""
+        return np.argsort(self.coded, kind="stable")
+
+    @cached_property
+    def of_each(self) -> np.ndarray:
+        """int64 `[classes]`: how many of these tokens each class has."""
+        return np.bincount(self.coded, minlength=len(STEP_CLASSES))
+
+    @cached_property
+    def start(self) -> np.ndarray:
+        """int64 `[classes + 1]`: the first place of each class in `order`."""
+        return np.concatenate(([0], np.cumsum(self.of_each)))
+
+
+@dataclass(frozen=True, eq=False)
 class Steps:
     """The steps of a block's tokens.
 
     Attributes:
         base: binary logarithm of the step of class 0; a float32, as the body has it.
-        classes: int64 `[n]`, from LOWEST_CLASS to HIGHEST_CLASS; sinks have one too, which nobody looks at.
-        sinks: how many of the first tokens are sent in the 16-bit dtype.
+        tokens: the tokens' classes.
     """
 
     base: float
-    classes: np.ndarray
-    sinks: int
-
-    @property
-    def coded_classes(self) -> np.ndarray:
-        """int64 `[n − sinks]`: classes of the tokens that have a step, from 0."""
-        return self.classes[self.sinks :] - LOWEST_CLASS
+    tokens: TokenClasses
 
     @property
     def of_classes(self) -> np.ndarray:
@@ -61,45 +88,58 @@ class Steps:
 
     def streams(self, transform: LayerTransform) -> Streams:
         """How the block's symbols divide."""
-        rows = np.bincount(self.coded_classes, minlength=len(STEP_CLASSES))
-        return Streams.of(rows, self.base, transform.run_classes, transform.run_start)
+        return Streams.of(self.tokens.of_each, self.base, transform.run_classes, transform.run_start)
 
 
 @dataclass(frozen=True, eq=False)
-class AnalysedLayer:
-    """One layer of a prompt, ready to be coded at any steps.
+class AnalysedBlock:
+    """A run of tokens of one layer, ready to be coded with any base step.
 
     Attributes:
         transform: of the layer.
+        first: position of the first token.
         keys: `[kv_heads, n, head_dim]` on the CPU, after the rotary embedding.
         values: like `keys`.
-        coefficients: float32 `[2 · kv_heads, n, head_dim]`.
+        tokens: the tokens' classes.
+        coefficients: float32 `[2 · kv_heads, head_dim, n − sinks]`, tokens by rising class.
         largest: the largest magnitude of a coefficient; finite.
     """
 
     transform: LayerTransform
+    first: int
     keys: torch.Tensor
     values: torch.Tensor
+    tokens: TokenClasses
     coefficients: torch.Tensor
     largest: float
 
     @classmethod
-    def of(cls, transform: LayerTransform, keys: torch.Tensor, values: torch.Tensor) -> "AnalysedLayer":
-        """Analyse a prompt's keys and values.
+    def of(
+        cls,
+        transform: LayerTransform,
+        first: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tokens: TokenClasses,
+    ) -> "AnalysedBlock":
+        """Analyse a run of tokens.
 
         Raises:
             InvalidArgumentError: an element is infinite or NaN.
         """
-        coefficients = transform.analyse(keys, values, 0)
-        low, high = coefficients.aminmax()
-        largest = max(-float(low), float(high))
+        sinks = tokens.sinks
+        coefficients = transform.analyse(keys[:, sinks:], values[:, sinks:], first + sinks, tokens.order)
+        largest = 0.0
+        if coefficients.numel():
+            low, high = coefficients.aminmax()
+            largest = max(-float(low), float(high))
         if not largest < math.inf:
             raise InvalidArgumentError(f"keys or values of layer {transform.layer} are infinite or NaN")
-        return cls(transform, keys, values, coefficients, largest)
+        return cls(transform, first, keys, values, tokens, coefficients, largest)
 
     @property
-    def tokens(self) -> int:
-        """Length n of the prompt."""
+    def length(self) -> int:
+        """How many tokens."""
         return self.keys.shape[1]
 
     @property
@@ -107,30 +147,42 @@ class AnalysedLayer:
         """The least base step at which all integers have 32 bits, whatever their tokens' classes."""
         return math.log2(max(self.largest, 1e-30) / LARGEST_SYMBOL) - LOWEST_CLASS / CLASSES_PER_OCTAVE
 
+    def halves(self) -> "Iterator[AnalysedBlock]":
+        """Yield the first half of the tokens and the others."""
+        half = self.length // 2
+        for start, end in ((0, half), (half, self.length)):
+            classes, sinks = self.tokens.classes[start:end], min(max(0, self.tokens.sinks - start), end - start)
+            yield AnalysedBlock.of(
+                self.transform,
+                self.first + start,
+                self.keys[:, start:end],
+                self.values[:, start:end],
+                TokenClasses(classes, sinks),
+            )
 
-def encode_block(layer: AnalysedLayer, first: int, steps: Steps, geometry: KvGeometry) -> bytes:
+
+def encode_block(block: AnalysedBlock, base: float, geometry: KvGeometry) -> bytes:
     """Code a run of tokens.
 
     Args:
-        layer: whose tokens.
-        first: position of the first token.
-        steps: of the tokens; no finer than the layer's finest.
+        block: the tokens.
+        base: binary logarithm of the step of class 0, a float32; not below the block's finest.
         geometry: shape and dtype of the model's cache.
 
     Raises:
         InvalidArgumentError: a sink does not fit the 16-bit dtype.
     """
-    sinks = slice(first, first + steps.sinks)
-    exact = torch.stack([layer.keys[:, sinks], layer.values[:, sinks]]).to(geometry.half_dtype).contiguous()
+    steps, sinks = Steps(base, block.tokens), slice(0, block.tokens.sinks)
+    exact = torch.stack([block.keys[:, sinks], block.values[:, sinks]]).to(geometry.half_dtype).contiguous()
     if not exact.isfinite().all():
         raise InvalidArgumentError(
-            f"keys or values of the first tokens in layer {layer.transform.layer} do not fit {geometry.half_dtype}"
+            f"keys or values of the first tokens in layer {block.transform.layer} do not fit {geometry.half_dtype}"
         )
-    coded_classes = compress(steps.coded_classes.astype(np.uint8))
-    coded = list(_coded_streams(layer, first + steps.sinks, steps)) if len(steps.coded_classes) else []
+    coded_classes = compress(block.tokens.coded)
+    coded = list(_coded_streams(block, steps)) if len(block.tokens.coded) else []
     lengths = np.array([(len(one.coded), len(one.exceptions)) for one in coded], LENGTHS)
     parts = [
-        HEADER.pack(steps.base, steps.sinks, len(coded_classes)),
+        HEADER.pack(base, block.tokens.sinks, len(coded_classes)),
         exact.view(torch.uint8).numpy().tobytes(),
         coded_classes,
         lengths.tobytes(),
@@ -141,17 +193,15 @@ def encode_block(layer: AnalysedLayer, first: int, steps: Steps, geometry: KvGeo
     return body + b"\0" * (len(body) % 2)
 
 
-def _coded_streams(layer: AnalysedLayer, first: int, steps: Steps) -> Iterator[CodedStream]:
-    """Code the tokens that have a step, from position `first` on."""
-    streams = steps.streams(layer.transform)
+def _coded_streams(block: AnalysedBlock, steps: Steps) -> Iterator[CodedStream]:
+    """Code the tokens that have a step."""
+    transform, streams = block.transform, steps.streams(block.transform)
     symbols = np.empty(streams.start[-1], np.int32)
-    head_dim = layer.coefficients.shape[2]
     kernels.quantize(
-        layer.coefficients.numpy().reshape(-1)[first * head_dim :],
-        head_dim,
-        layer.transform.column_offset(layer.tokens),
-        layer.transform.run_start,
-        steps.coded_classes,
+        block.coefficients.flatten(0, 1).numpy(),
+        transform.row_order,
+        transform.run_start,
+        block.tokens.start,
         1 / steps.of_classes,
         streams.stream_of,
         streams.start[:-1].copy(),
@@ -194,13 +244,15 @@ def decode_block(
     classes = decompress(reader.take(class_bytes), tokens - sinks).astype(np.int64)
     if len(classes) and classes.max() > HIGHEST_CLASS - LOWEST_CLASS:
         raise DataLossError(f"a block has the step class {classes.max() + LOWEST_CLASS}", "malformed")
-    steps = Steps(base, np.concatenate([np.zeros(sinks, np.int64), classes + LOWEST_CLASS]), sinks)
+    of_tokens = np.concatenate([np.zeros(sinks, np.int64), classes + LOWEST_CLASS])
+    steps = Steps(base, TokenClasses(of_tokens, sinks))
     if sinks:
         states = torch.from_numpy(exact.copy()).view(geometry.half_dtype).view(shape)
         keys[:, :sinks], values[:, :sinks] = states[0], states[1]
     if len(classes):
         coefficients = _read_coefficients(reader, steps, transform, geometry)
-        transform.synthesise(coefficients, first + sinks, keys[:, sinks:], values[:, sinks:])
+        order = steps.tokens.order
+        transform.synthesise(coefficients, first + sinks, order, keys[:, sinks:], values[:, sinks:])
     reader.finish()
     return steps
 
@@ -208,7 +260,7 @@ def decode_block(
 def _read_coefficients(
     reader: "_Reader", steps: Steps, transform: LayerTransform, geometry: KvGeometry
 ) -> torch.Tensor:
-    """Coefficients of the tokens that have a step: float32 `[2 · kv_heads, n, head_dim]`."""
+    """Coefficients of the tokens that have a step: float32 `[2 · kv_heads, head_dim, n]`, tokens by rising class."""
     streams = steps.streams(transform)
     symbols = np.empty(streams.start[-1], np.int32)
     lengths = reader.array(len(streams.exponent), LENGTHS)
@@ -221,18 +273,16 @@ def _read_coefficients(
             packing,
             symbols[start:end],
         )
-    tokens = len(steps.coded_classes)
-    coefficients = torch.empty(2 * geometry.kv_heads, tokens, geometry.head_dim)
+    coefficients = torch.empty(2 * geometry.kv_heads, geometry.head_dim, len(steps.tokens.coded))
     kernels.dequantize(
         symbols,
-        streams.start[:-1].copy(),
-        streams.stream_of,
-        steps.of_classes,
-        steps.coded_classes,
+        transform.row_order,
         transform.run_start,
-        transform.column_offset(tokens),
-        geometry.head_dim,
-        coefficients.numpy().reshape(-1),
+        steps.tokens.start,
+        steps.of_classes,
+        streams.stream_of,
+        streams.start[:-1].copy(),
+        coefficients.flatten(0, 1).numpy(),
     )
     return coefficients
 

@@ -6,7 +6,7 @@ import torch
 from spectrumkv.common.kv.codec import BlockDecoder, codecs, needed_basis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.spectral.block_codec import AnalysedLayer, Steps, decode_block, encode_block
+from spectrumkv.common.kv.spectral.block_codec import AnalysedBlock, TokenClasses, decode_block, encode_block
 from spectrumkv.common.kv.spectral.decoder import SpectralDecoder
 from spectrumkv.common.kv.spectral.transform import layer_transforms
 from spectrumkv.common.kv.tiering import Policy, policies
@@ -17,7 +17,7 @@ class SpectralCodec:
     """Transform coding within a budget of counted bytes; see `Codec`. `SpectralEncoder` is its sending half."""
 
     name = "spectral"
-    version = 1
+    version = 2
     tiers = frozenset({Tier.INT4, Tier.INT8, Tier.FP16})
     needs_basis = True
 
@@ -51,7 +51,7 @@ def prepare() -> None:
     (transform,) = layer_transforms(basis)
     # As models leave keys, token by token, and as slots lie, head by head in something larger.
     sent, received = torch.ones(tokens, heads, head_dim).transpose(0, 1), torch.zeros(heads, 2 * tokens, head_dim)
-    steps = Steps(0.0, np.zeros(tokens, np.int64), sinks=1)
-    body = encode_block(AnalysedLayer.of(transform, sent, sent), 0, steps, geometry)
+    block = AnalysedBlock.of(transform, 0, sent, sent, TokenClasses(np.zeros(tokens, np.int64), sinks=1))
+    body = encode_block(block, 0.0, geometry)
     slots = received[:, 1 : tokens + 1]
     decode_block(transform, memoryview(body), 0, geometry, slots, slots)

@@ -10,7 +10,7 @@ from spectrumkv.common.kv.block import BLOCK_HEADER, MAX_CHUNK_PAYLOAD_BYTES, Bl
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.scoring import Observation, observed_attention, scorers
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.spectral.block_codec import AnalysedLayer, Steps, encode_block
+from spectrumkv.common.kv.spectral.block_codec import AnalysedBlock, Steps, TokenClasses, encode_block
 from spectrumkv.common.kv.spectral.layout import (
     CLASSES_PER_OCTAVE,
     HIGHEST_CLASS,
@@ -32,6 +32,7 @@ STREAM_OVERHEAD_BYTES = 300
 PLANNED_FILL = 0.6
 # Mean bits an element up to which a token counts as INT4, and as INT8.
 INT4_BITS, INT8_BITS = 6.0, 12.0
+SINK_BITS = 16.0
 
 
 class SpectralEncoder:
@@ -67,23 +68,26 @@ class SpectralEncoder:
         Raises:
             InvalidArgumentError: an element is infinite or NaN.
         """
-        transform = self._transforms[observation.layer]
-        layer = AnalysedLayer.of(transform, observation.keys.cpu(), observation.values.cpu())
         classes = self._step_classes(observation)
-        base = self._base(layer, classes)
-        blocks = self._blocks(layer, classes, base)
+        layer = self._analyse(observation, classes)
+        finest = max(block.finest_base for block in layer)
+        base = float(np.float32(max(self._rate.base(classes[self._sinks :], self._fixed_bytes), finest)))
+        blocks = self._blocks(layer, base)
         if self._rate.done == self._geometry.layers - 1:
-            blocks = self._fit(layer, classes, base, blocks)
+            blocks = self._fit(layer, max(self._rate.finest, finest), base, blocks)
         expected = self._rate.expected_bytes(classes[self._sinks :], base, self._fixed_bytes)
         self._rate.account(_wire_bytes(blocks), expected)
         yield from blocks
 
-    def _base(self, layer: AnalysedLayer, classes: np.ndarray) -> float:
-        wanted = self._rate.base(classes[self._sinks :], self._fixed_bytes)
-        return float(np.float32(max(wanted, layer.finest_base)))
-
-    def _finest(self, layer: AnalysedLayer) -> float:
-        return max(self._rate.finest, layer.finest_base)
+    def _analyse(self, observation: Observation, classes: np.ndarray) -> list[AnalysedBlock]:
+        transform = self._transforms[observation.layer]
+        keys, values = observation.keys.cpu(), observation.values.cpu()
+        layer = []
+        for first in range(0, len(classes), self._block_tokens):
+            span = slice(first, first + self._block_tokens)
+            tokens = TokenClasses(classes[span], self._sinks if first == 0 else 0)
+            layer.append(AnalysedBlock.of(transform, first, keys[:, span], values[:, span], tokens))
+        return layer
 
     @property
     def _fixed_bytes(self) -> int:
@@ -109,65 +113,60 @@ class SpectralEncoder:
         classes: np.ndarray = np.clip(np.rint(CLASSES_PER_OCTAVE * octaves), LOWEST_CLASS, HIGHEST_CLASS)
         return classes.astype(np.int64)
 
-    def _blocks(self, layer: AnalysedLayer, classes: np.ndarray, base: float) -> list[Block]:
-        starts = range(0, layer.tokens, self._block_tokens)
-        spans = [(first, min(first + self._block_tokens, layer.tokens)) for first in starts]
-        return [block for first, end in spans for block in self._block(layer, first, end, classes, base)]
+    def _blocks(self, layer: list[AnalysedBlock], base: float) -> list[Block]:
+        return [coded for block in layer for coded in self._code(block, base)]
 
-    def _block(self, layer: AnalysedLayer, first: int, end: int, classes: np.ndarray, base: float) -> Iterator[Block]:
+    def _code(self, block: AnalysedBlock, base: float) -> Iterator[Block]:
         """One block, or two halves of one that does not fit a chunk."""
-        steps = Steps(base, classes[first:end].copy(), self._sinks if first == 0 else 0)
-        # Sinks have no step; the decoder sees class 0 for them.
-        steps.classes[: steps.sinks] = 0
-        body = encode_block(layer, first, steps, self._geometry)
-        if len(body) + BLOCK_HEADER.size + tier_map_bytes(end - first) > MAX_CHUNK_PAYLOAD_BYTES:
-            half = (first + end) // 2
-            yield from self._block(layer, first, half, classes, base)
-            yield from self._block(layer, half, end, classes, base)
+        body = encode_block(block, base, self._geometry)
+        if len(body) + BLOCK_HEADER.size + tier_map_bytes(block.length) > MAX_CHUNK_PAYLOAD_BYTES:
+            for half in block.halves():
+                yield from self._code(half, base)
             return
         coded = torch.frombuffer(bytearray(body), dtype=torch.uint8)
-        tiers = token_tiers(layer.transform, steps)
-        yield Block(layer.transform.layer, first, tiers, coded, tier_bytes(layer.transform, steps, tiers, len(body)))
+        bits = mean_bits(block.transform, Steps(base, block.tokens))
+        tiers = token_tiers(bits, block.tokens.sinks)
+        shares = tier_bytes(bits, tiers, len(body))
+        yield Block(block.transform.layer, block.first, tiers, coded, shares)
 
-    def _fit(self, layer: AnalysedLayer, classes: np.ndarray, base: float, blocks: list[Block]) -> list[Block]:
+    def _fit(self, layer: list[AnalysedBlock], finest: float, base: float, blocks: list[Block]) -> list[Block]:
         """Code the last layer with other steps until it takes what is left of the budget and no more."""
-        symbols = layer.tokens * self._geometry.elements_per_token_layer
-        search = BaseSearch(self._rate.left_bytes, symbols, self._finest(layer), self._rate.coarsest)
+        symbols = sum(block.length for block in layer) * self._geometry.elements_per_token_layer
+        search = BaseSearch(self._rate.left_bytes, symbols, finest, self._rate.coarsest)
         best: list[Block] | None = None
         while not search.tried(base, _wire_bytes(blocks)):
             if search.is_best(base):
                 best = blocks
             base = search.next_base()
-            blocks = self._blocks(layer, classes, base)
+            blocks = self._blocks(layer, base)
         return blocks if search.is_best(base) or best is None else best
 
 
-def token_tiers(transform: LayerTransform, steps: Steps) -> torch.Tensor:
+def mean_bits(transform: LayerTransform, steps: Steps) -> np.ndarray:
+    """Expected bits an element of each token, 16 for sinks: float64 `[n]`."""
+    exponents = (transform.run_classes[None, :] - STEP_CLASSES[:, None]) / CLASSES_PER_OCTAVE - steps.base
+    widths = np.diff(transform.run_start)
+    bits: np.ndarray = (expected_bits(exponents) @ widths / widths.sum())[steps.tokens.classes - LOWEST_CLASS]
+    bits[: steps.tokens.sinks] = SINK_BITS
+    return bits
+
+
+def token_tiers(bits: np.ndarray, sinks: int) -> torch.Tensor:
     """The tier whose width is nearest to each token's mean bits: uint8 `[n]`."""
-    bits = _mean_bits(transform, steps)
     tiers = np.where(bits <= INT4_BITS, Tier.INT4, np.where(bits <= INT8_BITS, Tier.INT8, Tier.FP16))
-    tiers[: steps.sinks] = Tier.FP16
+    tiers[:sinks] = Tier.FP16
     return torch.from_numpy(tiers.astype(np.uint8))
 
 
-def tier_bytes(transform: LayerTransform, steps: Steps, tiers: torch.Tensor, body_bytes: int) -> Mapping[Tier, int]:
+def tier_bytes(bits: np.ndarray, tiers: torch.Tensor, body_bytes: int) -> Mapping[Tier, int]:
     """How a body's bytes divide among the tiers: by expected bits, which is as well as one entropy coder tells."""
-    bits = np.maximum(_mean_bits(transform, steps), 1e-3)
-    bits[: steps.sinks] = 16.0
+    bits = np.maximum(bits, 1e-3)
     weights = {tier: float(bits[tiers.numpy() == tier].sum()) for tier in (Tier.INT4, Tier.INT8, Tier.FP16)}
     total = sum(weights.values())
     shares = {tier: int(body_bytes * weight / total) for tier, weight in weights.items()}
     widest = max(shares, key=lambda tier: shares[tier])
     shares[widest] += body_bytes - sum(shares.values())
     return shares
-
-
-def _mean_bits(transform: LayerTransform, steps: Steps) -> np.ndarray:
-    """Expected bits an element of each token: float64 `[n]`."""
-    exponents = (transform.run_classes[None, :] - STEP_CLASSES[:, None]) / CLASSES_PER_OCTAVE - steps.base
-    widths = np.diff(transform.run_start)
-    means: np.ndarray = (expected_bits(exponents) @ widths / widths.sum())[steps.classes - LOWEST_CLASS]
-    return means
 
 
 def _wire_bytes(blocks: list[Block]) -> int:

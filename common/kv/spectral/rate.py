@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.spectral.layout import CLASSES_PER_OCTAVE, expected_bits, spread_classes
+from spectrumkv.common.kv.spectral.layout import (
+    CLASSES_PER_OCTAVE,
+    HIGHEST_CLASS,
+    LOWEST_CLASS,
+    expected_bits,
+    spread_classes,
+)
 
 # Steps of a layer's mean token are sought from its widest spread / 2^24 to its widest spread · 2^10.
 FINEST, COARSEST = -24.0, 10.0
@@ -41,13 +47,17 @@ class RateControl:
     correction: float = 1.03
     spent_bytes: int = 0
     done: int = 0
-    _histograms: list[dict[int, int]] = field(init=False)
     _widest: np.ndarray = field(init=False)
+    _rows: np.ndarray = field(init=False)
+    _lowest: int = field(init=False)
 
     def __post_init__(self) -> None:
         spreads = self.basis.spread.flatten(1).numpy()
         self._widest = np.log2(spreads.max(axis=1))
-        self._histograms = [_histogram(spread_classes(spread)) for spread in spreads]
+        classes = [spread_classes(spread) for spread in spreads]
+        self._lowest = int(min(one.min() for one in classes))
+        width = int(max(one.max() for one in classes)) - self._lowest + 1
+        self._rows = np.stack([np.bincount(one - self._lowest, minlength=width) for one in classes])
 
     @property
     def left_bytes(self) -> int:
@@ -71,32 +81,35 @@ class RateControl:
             classes: step classes of this layer's tokens, sinks left out.
             fixed_bytes: what a layer takes whatever its steps.
         """
-        rows = _histogram(classes)
-        streams: dict[int, int] = {}
-        for columns in self._histograms[self.done :]:
-            for column, width in columns.items():
-                for row, height in rows.items():
-                    streams[column - row] = streams.get(column - row, 0) + width * height
-        exponents = np.array(list(streams)) / CLASSES_PER_OCTAVE
-        counts = np.array(list(streams.values()), dtype=np.float64)
-        remaining = len(self._histograms) - self.done
+        counts = self._streams(self._rows[self.done :].sum(axis=0), classes)
+        remaining = len(self._rows) - self.done
         available = 8 * (self.left_bytes * AIM - remaining * fixed_bytes) / self.correction
 
         low, high = self.finest, self.coarsest
         while high - low > 1e-4:
             middle = (low + high) / 2
-            bits = float((counts * expected_bits(exponents - middle)).sum())
+            bits = float(counts @ expected_bits(self._exponents - middle))
             low, high = (middle, high) if bits > available else (low, middle)
         return float(np.float32(high))
 
     def expected_bytes(self, classes: np.ndarray, base: float, fixed_bytes: int) -> float:
         """What this layer is expected to take, before correction."""
-        total = 0.0
-        for row, height in _histogram(classes).items():
-            columns = self._histograms[self.done]
-            exponents = (np.array(list(columns)) - row) / CLASSES_PER_OCTAVE - base
-            total += height * float((np.array(list(columns.values())) * expected_bits(exponents)).sum())
-        return fixed_bytes + total / 8
+        counts = self._streams(self._rows[self.done], classes)
+        return fixed_bytes + float(counts @ expected_bits(self._exponents - base)) / 8
+
+    @property
+    def _exponents(self) -> np.ndarray:
+        """Binary logarithm of a stream's spread in steps of class 0, for every stream."""
+        first = self._lowest - HIGHEST_CLASS
+        streams = self._rows.shape[1] + HIGHEST_CLASS - LOWEST_CLASS
+        exponents: np.ndarray = np.arange(first, first + streams) / CLASSES_PER_OCTAVE
+        return exponents
+
+    @staticmethod
+    def _streams(rows: np.ndarray, classes: np.ndarray) -> np.ndarray:
+        """How many symbols each stream has: streams are differences between the classes of rows and of tokens."""
+        tokens = np.bincount(classes - LOWEST_CLASS, minlength=HIGHEST_CLASS - LOWEST_CLASS + 1)
+        return np.convolve(rows, tokens[::-1])
 
     def account(self, actual_bytes: int, expected_bytes: float) -> None:
         """A layer is done."""
@@ -154,8 +167,3 @@ class BaseSearch:
         move = 8 * (size - aim) / self.symbols
         move = move + math.copysign(MOVE_BEYOND, move)
         return float(np.float32(min(max(self.finest, base + move), self.coarsest)))
-
-
-def _histogram(classes: np.ndarray) -> dict[int, int]:
-    values, counts = np.unique(classes, return_counts=True)
-    return dict(zip(values.tolist(), counts.tolist(), strict=True))

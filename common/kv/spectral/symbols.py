@@ -84,9 +84,14 @@ _coders = _Coders()
 
 def packing_for(exponent: float) -> Packing:
     """The packing of a stream whose symbols have a standard deviation of 2^`exponent`."""
-    packing = next(packing for packing in PACKINGS if exponent <= packing.widest)
-    wanted = math.ceil(max(0.0, exponent - WIDEST_WITHOUT_RAW_BITS))
-    return replace(packing, raw_bits=min(wanted, MOST_RAW_BITS))
+    if exponent > WIDEST_WITHOUT_RAW_BITS:
+        return _with_raw_bits(min(math.ceil(exponent - WIDEST_WITHOUT_RAW_BITS), MOST_RAW_BITS))
+    return next(packing for packing in PACKINGS if exponent <= packing.widest)
+
+
+@cache
+def _with_raw_bits(raw_bits: int) -> Packing:
+    return replace(PACKINGS[-1], raw_bits=raw_bits)
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ def decode_stream(
     """
     packed = decompress(coded, packing.packed_bytes(len(symbols)))
     if packing.per_byte:
-        kernels.unpack(packed, _unpacking_table(packing.per_byte, packing.limit), symbols)
+        kernels.unpack(packed, packing.per_byte, packing.limit, symbols)
     else:
         symbols[:] = 0
     words = np.zeros(-(-len(symbols) * packing.raw_bits // 32), "<u4")
@@ -142,15 +147,6 @@ def decode_stream(
     outside, values = np.ascontiguousarray(found["index"]), np.ascontiguousarray(found["value"])
     if not kernels.join(symbols, packing.raw_bits, words, outside, values):
         raise DataLossError(f"an exception lies outside its stream of {len(symbols)} symbols", "malformed")
-
-
-@cache
-def _unpacking_table(per_byte: int, limit: int) -> np.ndarray:
-    """int8 `[256, per_byte]`: the symbols in each byte."""
-    base = 2 * limit + 1
-    digits = np.arange(256)[:, None] // base ** np.arange(per_byte) % base
-    table: np.ndarray = (digits - limit).astype(np.int8)
-    return table
 
 
 def compress(data: np.ndarray) -> bytes:

@@ -1,5 +1,7 @@
 """One layer's keys and values to coefficients and back."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -8,15 +10,14 @@ import torch
 
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.spectral.layout import spread_classes
-from spectrumkv.kernels import spectral_streams as streams
+from spectrumkv.kernels import spectral_rows as kernels
 
 
 @dataclass(frozen=True, eq=False)
 class LayerTransform:
     """The basis of one layer, with its coefficients sorted by spread class.
 
-    Coefficients are `[2 · kv_heads, n, head_dim]`, keys' heads first. Columns are the `2 · kv_heads · head_dim`
-    coefficients of a token, by rising class.
+    Coefficients are `[2 · kv_heads, head_dim, n]`, keys' heads first. A row is one coefficient of all tokens.
 
     Attributes:
         basis: of the model.
@@ -28,12 +29,12 @@ class LayerTransform:
 
     @cached_property
     def _classes(self) -> np.ndarray:
-        """Spread class of each coefficient, in the order side, head, element."""
+        """Spread class of each row, in the order side, head, element."""
         return spread_classes(self.basis.spread[self.layer].flatten().numpy())
 
     @cached_property
-    def order(self) -> np.ndarray:
-        """int64 `[columns]`: the coefficient, in the order side, head, element, of each column."""
+    def row_order(self) -> np.ndarray:
+        """int64 `[rows]`: the rows by rising class, those of one class in the order side, head, element."""
         return np.argsort(self._classes, kind="stable")
 
     @cached_property
@@ -43,61 +44,65 @@ class LayerTransform:
 
     @cached_property
     def run_start(self) -> np.ndarray:
-        """int64 `[runs + 1]`: the first column of each class."""
-        edges = np.searchsorted(self._classes[self.order], self.run_classes)
-        return np.append(edges, len(self.order)).astype(np.int64)
+        """int64 `[runs + 1]`: the first place in `row_order` of each class."""
+        edges = np.searchsorted(self._classes[self.row_order], self.run_classes)
+        return np.append(edges, len(self.row_order)).astype(np.int64)
 
-    def column_offset(self, tokens: int) -> np.ndarray:
-        """int32 `[columns]`: where the first token's coefficients lie, among those of `tokens` tokens."""
-        head, element = np.divmod(self.order, self.basis.head_dim)
-        return (head * tokens * self.basis.head_dim + element).astype(np.int32)
-
-    def analyse(self, keys: torch.Tensor, values: torch.Tensor, first: int) -> torch.Tensor:
+    def analyse(self, keys: torch.Tensor, values: torch.Tensor, first: int, order: np.ndarray) -> torch.Tensor:
         """Coefficients of tokens at positions `first` and up.
 
         Args:
             keys: `[kv_heads, n, head_dim]` on the CPU, after the rotary embedding.
             values: like `keys`.
             first: position of the first token.
+            order: int64 `[m]`, which tokens, and in which order.
 
         Returns:
-            float32 `[2 · kv_heads, n, head_dim]`.
+            float32 `[2 · kv_heads, head_dim, m]`.
         """
-        basis = self.basis
         heads, tokens, head_dim = keys.shape
-        cosine, sine = basis.rotation(first, tokens)
-        states = torch.empty(2 * heads, tokens, head_dim)
-        scaling = np.float32(1 / basis.rope_scaling)
-        streams.rotate(keys.float().numpy(), cosine.numpy(), -sine.numpy(), scaling, states[:heads].numpy())
-        states[heads:].copy_(values)
-        return torch.baddbmm(self._offset, states, basis.analysis[self.layer].flatten(0, 1))
+        cosine, sine = self.basis.rotation(first, tokens)
+        states = torch.empty(2 * heads, len(order), head_dim)
+        kernels.gather_unrotated(
+            *kernels.flat(_float_rows(keys)), order, cosine.numpy(), sine.numpy(),
+            np.float32(1 / self.basis.rope_scaling), self._mean[:heads], states[:heads].numpy(),
+        )  # fmt: skip
+        kernels.gather(*kernels.flat(_float_rows(values)), order, self._mean[heads:], states[heads:].numpy())
+        return torch.bmm(self._analysis, states.transpose(1, 2))
 
-    def synthesise(self, coefficients: torch.Tensor, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def synthesise(
+        self, coefficients: torch.Tensor, first: int, order: np.ndarray, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
         """Inverse of `analyse`: write keys, after the rotary embedding, and values.
 
         Args:
-            coefficients: float32 `[2 · kv_heads, n, head_dim]`.
+            coefficients: float32 `[2 · kv_heads, head_dim, n]`.
             first: position of the first token.
+            order: int64 `[n]`, the token of each column: all of them, in any order.
             keys: `[kv_heads, n, head_dim]`, any dtype, strides and device.
             values: like `keys`.
         """
-        basis = self.basis
         heads, tokens, _ = keys.shape
-        mean, synthesis = basis.mean[self.layer].flatten(0, 1)[:, None], basis.synthesis[self.layer].flatten(0, 1)
-        states = torch.baddbmm(mean, coefficients, synthesis)
-        cosine, sine = basis.rotation(first, tokens)
-        unturned, turned = states[:heads], keys if _is_plain(keys) else states[:heads]
-        scaling = np.float32(basis.rope_scaling)
-        streams.rotate(unturned.numpy(), cosine.numpy(), sine.numpy(), scaling, turned.numpy())
-        if turned is not keys:
-            keys.copy_(turned)
-        values.copy_(states[heads:])
+        cosine, sine = self.basis.rotation(first, tokens)
+        states = torch.bmm(coefficients.transpose(1, 2), self.basis.synthesis[self.layer].flatten(0, 1))
+        with _written_rows(keys) as rows:
+            kernels.scatter_rotated(
+                states[:heads].numpy(), order, cosine.numpy(), sine.numpy(),
+                np.float32(self.basis.rope_scaling), self._mean[:heads], *kernels.flat(rows),
+            )  # fmt: skip
+        with _written_rows(values) as rows:
+            kernels.scatter(states[heads:].numpy(), order, self._mean[heads:], *kernels.flat(rows))
 
     @cached_property
-    def _offset(self) -> torch.Tensor:
-        """What the mean takes away from coefficients: `[2 · kv_heads, 1, head_dim]`."""
-        mean = self.basis.mean[self.layer].flatten(0, 1)[:, None]
-        return -mean @ self.basis.analysis[self.layer].flatten(0, 1)
+    def _mean(self) -> np.ndarray:
+        """float32 `[2 · kv_heads, head_dim]`."""
+        mean: np.ndarray = self.basis.mean[self.layer].flatten(0, 1).numpy()
+        return mean
+
+    @cached_property
+    def _analysis(self) -> torch.Tensor:
+        """float32 `[2 · kv_heads, head_dim, head_dim]`, a row for each coefficient."""
+        return self.basis.analysis[self.layer].flatten(0, 1).transpose(1, 2).contiguous()
 
 
 @lru_cache(maxsize=8)
@@ -106,6 +111,18 @@ def layer_transforms(basis: SpectralBasis) -> tuple[LayerTransform, ...]:
     return tuple(LayerTransform(basis, layer) for layer in range(basis.mean.shape[0]))
 
 
-def _is_plain(states: torch.Tensor) -> bool:
-    """Whether compiled loops can write to the tensor's own memory."""
-    return states.dtype == torch.float32 and not states.is_cuda
+def _float_rows(states: torch.Tensor) -> torch.Tensor:
+    """The states as compiled loops can read them."""
+    states = states.float()
+    return states if states.stride(-1) == 1 else states.contiguous()
+
+
+@contextmanager
+def _written_rows(states: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Memory that compiled loops can write to: the states' own where it is of that kind, else copied at the end."""
+    if states.dtype == torch.float32 and states.device.type == "cpu" and states.stride(-1) == 1:
+        yield states
+        return
+    rows = torch.empty(states.shape)
+    yield rows
+    states.copy_(rows)

@@ -75,6 +75,7 @@ class Usage:
     codec: str
     recomputed_prompt_tokens: int
     decode_worker: str
+    codec_reason: str
 
     @classmethod
     def from_proto(cls, usage: generation_pb2.Usage) -> "Usage":

@@ -28,6 +28,7 @@ def usage_table(completion: Completion) -> Table:
         [
             ("prompt + completion", tokens),
             ("policy, codec, scorer", f"{usage.policy}, {usage.codec}, {usage.scorer}"),
+            *((("why this codec", usage.codec_reason),) if usage.codec_reason else ()),
             ("budget counted (nominal)", f"{usage.budget_counted:.3f} ({usage.budget_nominal:.3f})"),
             ("KV bytes sent / FP16", f"{usage.kv_bytes_sent:,} / {usage.kv_fp16_bytes:,}"),
             *((f"  {one.tier}", f"{one.tokens:,.1f} tokens, {one.bytes:,} bytes") for one in usage.tiers),

@@ -69,6 +69,7 @@ class Metrics:
             "kv_tokens_total", "Prompt tokens by tier, averaged over layers where layers differ.", "tier"
         )
         self.requests = counter("requests_total", "Requests that ended, by gRPC status code.", "code")
+        self.kv_codec = counter("kv_codec_total", "Requests by the codec that their KV was written with.", "codec")
         self.requests_running = gauge("requests_running", "Requests being computed.")
         self.requests_waiting = gauge("requests_waiting", "Requests admitted but not yet being computed.")
         self.kv_slots_used_ratio = gauge("kv_slots_used_ratio", "Reserved share of the KV slots.")

@@ -62,7 +62,9 @@ class DecodeWorkers:
         self._workers = [DecodeWorker(address, security, metrics, self.wake) for address in addresses]
         self._turns = itertools.cycle(range(len(self._workers)))
 
-    def attempts(self, slots: int, make_pipeline: Callable[[], KvPipeline], scope: RpcScope) -> Iterator["Attempt"]:
+    def attempts(
+        self, slots: int, make_pipeline: Callable[[Address], KvPipeline], scope: RpcScope
+    ) -> Iterator["Attempt"]:
         """Yield attempts to serve a request, each on another worker, until one ends without losing its worker.
 
         ```
@@ -74,7 +76,7 @@ class DecodeWorkers:
 
         Args:
             slots: what the request will reserve.
-            make_pipeline: makes a fresh pipeline for each worker tried.
+            make_pipeline: makes a fresh pipeline for each worker tried, told its address.
             scope: the client's RPC.
 
         Raises:
@@ -125,12 +127,12 @@ class WorkerSearch:
     Args:
         workers: where to look.
         slots: what the request will reserve.
-        make_pipeline: makes a fresh pipeline for each worker tried.
+        make_pipeline: makes a fresh pipeline for each worker tried, told its address.
         scope: the client's RPC.
     """
 
     def __init__(
-        self, workers: DecodeWorkers, slots: int, make_pipeline: Callable[[], KvPipeline], scope: RpcScope
+        self, workers: DecodeWorkers, slots: int, make_pipeline: Callable[[Address], KvPipeline], scope: RpcScope
     ) -> None:
         self._workers = workers
         self._slots = slots
@@ -172,7 +174,9 @@ class WorkerSearch:
 
     def _ask(self, worker: DecodeWorker) -> DecodeLease:
         metrics = self._workers.metrics
-        return DecodeLease(worker.address, worker.open_stream, self._make_pipeline(), self._scope, metrics)
+        return DecodeLease(
+            worker.address, worker.open_stream, self._make_pipeline(worker.address), self._scope, metrics
+        )
 
     def pass_over(self, worker: DecodeWorker, error: SpectrumKVError, reason: str) -> None:
         """Take in that a worker did not serve the request."""

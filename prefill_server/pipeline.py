@@ -37,6 +37,7 @@ class SentKv:
         tier_bytes: codes and scales by tier.
         tier_tokens: token-layers by tier.
         encode_seconds: time spent on scoring, tiering and encoding.
+        link_seconds: time that gRPC took over messages before it asked for the next.
         first_chunk_at: monotonic time of the first chunk; None before it.
         ended_at: monotonic time of End; None before it.
     """
@@ -45,6 +46,7 @@ class SentKv:
     tier_bytes: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
     tier_tokens: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
     encode_seconds: float = 0.0
+    link_seconds: float = 0.0
     first_chunk_at: float | None = None
     ended_at: float | None = None
 
@@ -92,6 +94,7 @@ class KvPipeline:
         metrics: told of every byte.
 
     Attributes:
+        plan: how the KV is scored, tiered and coded.
         sent: what left so far.
         first_token: what prefill sampled; None before it did.
         failure: why `messages` ended with an error, if it did.
@@ -111,7 +114,7 @@ class KvPipeline:
         self._layers = LayerQueue(geometry, metrics.kv_bytes_resident)
         self._coding = threading.Lock()
         self._begin = begin
-        self._plan = plan
+        self.plan = plan
         self._geometry = geometry
         self._writer = ChunkWriter(chunk_bytes)
         self._worth_a_chunk = min(chunk_bytes, IDLE_CHUNK_BYTES)
@@ -127,7 +130,7 @@ class KvPipeline:
         Raises:
             CancelledError: the stream is over; there is no use in computing on.
         """
-        self._layers.put_layer(replace(observation, seed=self._plan.seed))
+        self._layers.put_layer(replace(observation, seed=self.plan.seed))
 
     def put_first_token(self, first: FirstToken) -> None:
         """Take the first token; every layer has been put before."""
@@ -153,7 +156,10 @@ class KvPipeline:
             SpectrumKVError: the KV cannot be coded. gRPC ends the stream without a word of why; `failure` keeps it.
         """
         try:
-            yield from self._messages()
+            for message in self._messages():
+                handed_over = time.monotonic()
+                yield message
+                self.sent.link_seconds += time.monotonic() - handed_over
         except Exception as error:
             self.failure = error
             raise

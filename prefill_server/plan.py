@@ -1,6 +1,6 @@
 """What a request's KV options come to, once the server's defaults and the probe's verdict are in."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from spectrumkv.common.config import PrefillConfig
 from spectrumkv.common.errors import InvalidArgumentError
@@ -11,12 +11,15 @@ from spectrumkv.common.kv.policy import Policy, policies
 from spectrumkv.common.kv.scoring import scorers
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.spectral.encoder import SpectralEncoder
+from spectrumkv.common.kv.spectral.fixed_width import FixedWidthEncoder, least_budget
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.v1 import kv_pb2, prefill_pb2
 
 SCOPES = ("layer", "model")
 # What a codec must be able to write for policies that do not name one.
 SPECTRUM = frozenset({Tier.DROP, Tier.INT4, Tier.INT8, Tier.FP16})
+# Writes what a codec that spends budgets itself would, where that is too slow.
+FIXED_WIDTH_CODEC = "absmax"
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class KvPlan:
         int4_allowed: the probe's verdict.
         seed: for scorers and policies that draw.
         basis: the model's, for codecs that need one; None where there is none.
+        codec_is_open: whether the request left the codec to the server, and the policy has more than one.
+        codec_reason: why a codec other than the policy's own was chosen; empty where it was not.
     """
 
     policy: Policy
@@ -43,6 +48,8 @@ class KvPlan:
     int4_allowed: bool
     seed: int
     basis: SpectralBasis | None = None
+    codec_is_open: bool = False
+    codec_reason: str = ""
 
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:
@@ -73,7 +80,7 @@ class KvPlan:
         scorers.get(scorer)
         codec = codecs.get(options.codec or policy.codec or config.codec)
         _check_codec(policy, codec)
-        if codec.needs_basis:
+        if codec.needs_basis or policy.budget_is_counted:
             needed_basis(codec, basis)
         return cls(
             policy=policy,
@@ -84,7 +91,12 @@ class KvPlan:
             int4_allowed=int4_allowed,
             seed=seed,
             basis=basis,
+            codec_is_open=policy.budget_is_counted and not options.codec,
         )
+
+    def at_fixed_width(self, reason: str) -> "KvPlan":
+        """The same allocation, written at whole widths, and why."""
+        return replace(self, codec=codecs.get(FIXED_WIDTH_CODEC), codec_reason=reason)
 
     @property
     def codec_id(self) -> kv_pb2.CodecId:
@@ -99,7 +111,15 @@ class KvPlan:
             geometry: shape and dtype of the model's cache.
             tokens: of the prompt.
             framing_bytes: what the messages take besides the blocks; a counted budget pays for it.
+
+        Raises:
+            InvalidArgumentError: fixed widths cannot keep to the budget.
         """
+        budget_bytes = int(self.budget * geometry.fp16_bytes(tokens)) - framing_bytes
+        if self.policy.budget_is_counted and isinstance(self.codec, TierCodec):
+            self._check_width(self.codec, geometry)
+            basis = needed_basis(self.codec, self.basis)
+            return FixedWidthEncoder(basis, self.codec, geometry, tokens, budget_bytes, self.scorer)
         if isinstance(self.codec, TierCodec):
             return TieredEncoder(
                 self.policy,
@@ -111,8 +131,14 @@ class KvPlan:
                 self.seed,
                 geometry,
             )
-        budget_bytes = int(self.budget * geometry.fp16_bytes(tokens)) - framing_bytes
         return SpectralEncoder(needed_basis(self.codec, self.basis), geometry, tokens, budget_bytes, self.scorer)
+
+    def _check_width(self, codec: TierCodec, geometry: KvGeometry) -> None:
+        if self.budget < (least := least_budget(codec, geometry)):
+            raise InvalidArgumentError(
+                f"codec {codec.name!r} takes {least:.3f} of FP16 with every token at INT4, and the budget is "
+                f"{self.budget:g}; ask for more, or leave the codec to the server"
+            )
 
     def decoder(self, geometry: KvGeometry) -> BlockDecoder:
         """Return what decodes this plan's blocks, as a decode worker would."""
@@ -121,7 +147,8 @@ class KvPlan:
 
 def _check_codec(policy: Policy, codec: Codec) -> None:
     """Refuse a codec that cannot write the policy's tiers."""
-    if policy.codec not in (None, codec.name):
+    at_fixed_width = policy.budget_is_counted and codec.tiers >= SPECTRUM
+    if policy.codec not in (None, codec.name) and not at_fixed_width:
         raise InvalidArgumentError(
             f"policy {policy.name!r} is written by codec {policy.codec!r}, not by {codec.name!r}"
         )

@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import grpc
 
-from spectrumkv.common.config import PrefillConfig
+from spectrumkv.common.config import Address, PrefillConfig
 from spectrumkv.common.errors import CancelledError, NotFoundError
 from spectrumkv.common.generation.messages import token_message
 from spectrumkv.common.generation.params import SamplingParams
@@ -24,6 +24,7 @@ from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.request_log import check_request_id, current_request
 from spectrumkv.common.rpc import RpcScope
 from spectrumkv.common.security import ChannelSecurity
+from spectrumkv.prefill_server.codec_choice import CodecChoice
 from spectrumkv.prefill_server.decode_lease import DecodeLease
 from spectrumkv.prefill_server.decode_workers import DecodeWorkers
 from spectrumkv.prefill_server.engine import PrefillEngine, PromptResult
@@ -63,6 +64,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self._verdict = verdict
         self._basis = basis
         self._workers = DecodeWorkers(config.decode, ChannelSecurity.to_decode(config), metrics, basis)
+        self._codec_choice = CodecChoice(loaded.geometry)
         self._requests = RequestsInService()
         # A default that no request could use should be found out at start-up.
         KvPlan.resolve(prefill_pb2.KvOptions(), config, verdict.int4_allowed, seed=0, basis=basis)
@@ -79,7 +81,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         with RpcScope(context, self._config.deadline) as scope, self._requests.counted():
             job = self._read(request)
             first: FirstResponse | None = None
-            for attempt in self._workers.attempts(job.slots, lambda: self._pipeline(job), scope):
+            for attempt in self._workers.attempts(job.slots, lambda worker: self._pipeline(job, worker), scope):
                 with attempt as lease:
                     result = self._run_prompt(job, lease, scope)
                     # Another worker gets the prompt's KV again, and the token that the client has already.
@@ -97,7 +99,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
                         elif message.WhichOneof("message") == "finished":
                             finish = message.finished.finish_reason
                             progress.recomputed_prompt_tokens = message.finished.recomputed_prompt_tokens
-            yield self._finished(job, finish, lease, progress)
+            yield self._finished(job, finish, lease, progress, result)
 
     def GetServerInfo(  # noqa: N802  # gRPC's spelling
         self, request: prefill_pb2.PrefillServiceGetServerInfoRequest, context: grpc.ServicerContext
@@ -153,15 +155,16 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         current_request().note(prompt_tokens=len(token_ids), policy=plan.policy.name)
         return Job(request_id, token_ids, params, plan)
 
-    def _pipeline(self, job: Job) -> KvPipeline:
+    def _pipeline(self, job: Job, worker: Address) -> KvPipeline:
+        plan = self._codec_choice.settle(job.plan, len(job.token_ids), str(worker))
         begin = decode_pb2.Begin(
             request_id=job.request_id,
             model=self._loaded.spec.to_proto(),
-            codec=job.plan.codec_id,
+            codec=plan.codec_id,
             prompt_token_ids=job.token_ids,
             sampling=job.params.to_proto(),
         )
-        return KvPipeline(begin, job.plan, self._loaded.geometry, self._config.chunk_bytes, self._metrics)
+        return KvPipeline(begin, plan, self._loaded.geometry, self._config.chunk_bytes, self._metrics)
 
     def _run_prompt(self, job: Job, lease: DecodeLease, scope: RpcScope) -> PromptResult:
         """Run the prompt, its KV leaving layer by layer."""
@@ -211,10 +214,15 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         finish: generation_pb2.FinishReason,
         lease: DecodeLease,
         progress: Progress,
+        result: PromptResult,
     ) -> prefill_pb2.GenerateResponse:
-        sent = lease.pipeline.sent
-        usage = usage_message(len(job.token_ids), job.plan, self._loaded.geometry, sent, progress, str(lease.worker))
+        sent, plan, tokens, worker = lease.pipeline.sent, lease.pipeline.plan, len(job.token_ids), str(lease.worker)
+        usage = usage_message(tokens, plan, self._loaded.geometry, sent, progress, worker)
+        self._codec_choice.observe(plan, tokens, worker, result.compute_seconds, sent)
         self._metrics.request_duration.labels("encode").observe(sent.encode_seconds)
         self._metrics.request_duration.labels("transfer").observe(sent.transfer_seconds)
-        current_request().note(budget_counted=usage.budget_counted)
+        self._metrics.kv_codec.labels(plan.codec.name).inc()
+        current_request().note(budget_counted=usage.budget_counted, codec=plan.codec.name)
+        if plan.codec_reason:
+            current_request().note(codec_reason=plan.codec_reason)
         return prefill_pb2.GenerateResponse(finished=prefill_pb2.GenerateFinished(finish_reason=finish, usage=usage))

@@ -76,6 +76,7 @@ def usage_message(
         policy=plan.policy.name,
         scorer=plan.scorer,
         codec=plan.codec.name,
+        codec_reason=plan.codec_reason,
         recomputed_prompt_tokens=progress.recomputed_prompt_tokens,
         decode_worker=decode_worker,
     )

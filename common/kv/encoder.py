@@ -80,14 +80,17 @@ class TieredEncoder:
         return self.policy.assign(TierRequest(scores, self.budget, self.int4_allowed, self.seed + layer))
 
     def blocks(self, observation: Observation, tiers: torch.Tensor) -> Iterator[Block]:
-        """Code a layer's tokens at these tiers, uint8 `[n]` on the CPU, in runs that fit a chunk."""
-        for first in range(0, tiers.numel(), self._block_tokens):
-            span = slice(first, first + self._block_tokens)
-            encoded = self.codec.encode(
-                observation.keys[:, span], observation.values[:, span], tiers[span], self.geometry
-            )
-            yield Block(observation.layer, first, tiers[span], encoded.body, encoded.tier_bytes)
+        """Code a layer's tokens at these tiers; see `tier_blocks`."""
+        return tier_blocks(self.codec, observation, tiers, self.geometry)
 
-    @property
-    def _block_tokens(self) -> int:
-        return max(1, (MAX_CHUNK_PAYLOAD_BYTES - BLOCK_OVERHEAD_BYTES) // self.geometry.native_bytes_per_token_layer)
+
+def tier_blocks(
+    codec: TierCodec, observation: Observation, tiers: torch.Tensor, geometry: KvGeometry
+) -> Iterator[Block]:
+    """Code a layer's tokens at these tiers, uint8 `[n]` on the CPU, in runs that fit a chunk."""
+    room = MAX_CHUNK_PAYLOAD_BYTES - BLOCK_OVERHEAD_BYTES
+    block_tokens = max(1, room // geometry.native_bytes_per_token_layer)
+    for first in range(0, tiers.numel(), block_tokens):
+        span = slice(first, first + block_tokens)
+        encoded = codec.encode(observation.keys[:, span], observation.values[:, span], tiers[span], geometry)
+        yield Block(observation.layer, first, tiers[span], encoded.body, encoded.tier_bytes)

@@ -14,7 +14,7 @@ from tests.client.fake_servers import FakePrefill, finished, prefill_server, ser
 USAGE_FIELDS = {
     "prompt_tokens", "completion_tokens", "tiers", "kv_bytes_sent", "kv_fp16_bytes", "budget_counted",
     "budget_nominal", "ttft_seconds", "handoff_seconds", "policy", "scorer", "codec",
-    "recomputed_prompt_tokens", "decode_worker",
+    "recomputed_prompt_tokens", "decode_worker", "codec_reason",
 }  # fmt: skip
 
 

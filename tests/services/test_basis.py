@@ -10,7 +10,10 @@ import pytest
 
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
+from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.rpc import UPLOADS
+from spectrumkv.prefill_server import service
+from spectrumkv.prefill_server.codec_choice import CodecChoice
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc
 from tests.services.pair import decode_server, prefill_server, sample
 from tests.services.test_lossless import random_prompt
@@ -63,6 +66,37 @@ def test_a_counted_budget_is_met_from_short_to_long_prompts(tiny_directories: di
         )
         assert usage.completion_tokens == 2
         assert usage.budget_counted > 0.1
+
+
+def test_a_coder_that_would_hold_requests_up_gives_way_and_says_so(
+    tiny_directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choices: list[CodecChoice] = []
+
+    def made(geometry: KvGeometry) -> CodecChoice:
+        choices.append(CodecChoice(geometry))
+        return choices[-1]
+
+    monkeypatch.setattr(service, "CodecChoice", made)
+    model = tiny_directories["llama"]
+    prompt, sampling = TokenIds(tuple(random_prompt(400))), Sampling(max_tokens=4, ignore_eos=True)
+    with (
+        decode_server(model, kv_memory="64MiB") as (_, _, decode_port),
+        prefill_server(model, [decode_port]) as (_, metrics, port),
+        SpectrumClient(f"127.0.0.1:{port}") as client,
+    ):
+        named = client.generate(prompt, sampling=sampling, kv=KvChoice(policy="spectral", budget=0.4, codec="absmax"))
+        assert (named.result().usage.codec, named.result().usage.codec_reason) == ("absmax", "")
+        # As if this machine's coder had taken a second for each token.
+        choices[0].coder.add(1.0, 1)
+        chosen = client.generate(prompt, sampling=sampling, kv=SPECTRAL).result()
+        assert chosen.usage.codec == "absmax"
+        assert chosen.usage.codec_reason.startswith("coding would take 400.00 s, longer than computing the prompt")
+        assert 0.98 * 0.4 <= chosen.usage.budget_counted <= 0.4
+        assert chosen.token_ids == named.result().token_ids
+        kept = client.generate(prompt, sampling=sampling, kv=KvChoice(policy="spectral", budget=0.2)).result()
+        assert kept.usage.codec == "spectral"
+        assert sample(metrics, "kv_codec_total", codec="absmax") == 2
 
 
 def test_uploads_are_bounded_and_their_places_come_back(tiny_directories: dict[str, Path]) -> None:

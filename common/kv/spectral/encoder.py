@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 
-from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.block import BLOCK_HEADER, MAX_CHUNK_PAYLOAD_BYTES, Block
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.scoring import Observation, observed_attention, scorers
+from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.spectral.block_codec import AnalysedBlock, Steps, TokenClasses, encode_block
+from spectrumkv.common.kv.spectral.importance import affordable_sinks, step_octaves
 from spectrumkv.common.kv.spectral.layout import (
     CLASSES_PER_OCTAVE,
     HIGHEST_CLASS,
@@ -22,10 +22,6 @@ from spectrumkv.common.kv.spectral.rate import BaseSearch, RateControl
 from spectrumkv.common.kv.spectral.transform import LayerTransform, layer_transforms
 from spectrumkv.common.kv.tiers import Tier, tier_map_bytes
 
-# A step goes with this power of a token's sensitivity: at equal slope of distortion against rate, errors times
-# sensitivity are alike everywhere.
-SENSITIVITY_POWER = 0.5
-SINKS = 4
 # Length fields and headers of one block's streams, about.
 STREAM_OVERHEAD_BYTES = 300
 # Share of a chunk that a block is planned to fill; what comes out differs.
@@ -56,9 +52,7 @@ class SpectralEncoder:
         self._geometry = geometry
         self._scorer = scorer
         self._rate = RateControl(budget_bytes, basis)
-        # Sinks may take a quarter of the budget.
-        sinks_affordable = budget_bytes // (4 * geometry.fp16_bytes(1))
-        self._sinks = min(SINKS, max(0, sinks_affordable))
+        self._sinks = affordable_sinks(budget_bytes, geometry)
         planned = max(1.0, budget_bytes / (geometry.layers * tokens))
         self._block_tokens = max(1, int(PLANNED_FILL * MAX_CHUNK_PAYLOAD_BYTES / planned))
 
@@ -95,21 +89,8 @@ class SpectralEncoder:
         return self._sinks * self._geometry.fp16_bytes_per_layer(1) + STREAM_OVERHEAD_BYTES
 
     def _step_classes(self, observation: Observation) -> np.ndarray:
-        """Step class of each token: finer by its share of the layer's attention.
-
-        Sensitivities were calibrated by observed attention. A scorer that measures something else decides who gets
-        the largest share, the next largest, and so on.
-        """
-        shares = observed_attention(observation).mean(dim=0)
-        if not shares.isfinite().all():
-            raise InvalidArgumentError(f"keys or queries of layer {observation.layer} are infinite or NaN")
-        if self._scorer != "attention":
-            ranking = scorers.get(self._scorer)(observation).argsort(descending=True, stable=True)
-            shares[ranking] = shares.sort(descending=True).values
-        attention = shares.clamp_min(1e-7).log2().cpu().numpy()
-        exponent = -SENSITIVITY_POWER * float(self._basis.attention_exponent[observation.layer])
-        others = attention[self._sinks :]
-        octaves = exponent * (attention - (others.mean() if len(others) else 0.0))
+        """Step class of each token: int64 `[n]`."""
+        octaves = step_octaves(observation, self._basis, self._scorer, self._sinks)
         classes: np.ndarray = np.clip(np.rint(CLASSES_PER_OCTAVE * octaves), LOWEST_CLASS, HIGHEST_CLASS)
         return classes.astype(np.int64)
 

@@ -1,0 +1,109 @@
+"""Whether policy "spectral" is written by its entropy coder or at fixed widths: by what requests have shown.
+
+Coding runs while the prompt is computed and while earlier bytes travel. Where it takes no longer than either, its
+quality is free. Where the model and the link are both faster than the coder (a GPU's prefill, a fast
+network), the request would wait for the coder; then the fixed-width form of the same allocation goes out instead.
+"""
+
+import logging
+import threading
+from dataclasses import dataclass, field
+
+from spectrumkv.common.kv.codec import TierCodec, codecs
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.spectral.fixed_width import least_budget
+from spectrumkv.prefill_server.pipeline import SentKv
+from spectrumkv.prefill_server.plan import FIXED_WIDTH_CODEC, KvPlan
+
+logger = logging.getLogger(__name__)
+
+# Nobody notices a hand-off that is shorter by less, and short measurements are noise.
+WORTH_SECONDS = 0.05
+# How much the newest request counts.
+WEIGHT = 0.3
+# The link holds requests up where it takes at least this share of the time spent on coding.
+LINK_SHARE = 0.1
+# What the budget must leave above INT4 everywhere, for framing.
+FRAMING_ROOM = 1.02
+
+
+@dataclass
+class Pace:
+    """A running mean of seconds for each unit of something; None before the first."""
+
+    seconds: float | None = None
+
+    def add(self, seconds: float, units: float) -> None:
+        """Take in that `units` took `seconds`."""
+        now = seconds / units
+        self.seconds = now if self.seconds is None else self.seconds + WEIGHT * (now - self.seconds)
+
+
+@dataclass
+class CodecChoice:
+    """Chooses for each request, and learns from each.
+
+    Attributes:
+        geometry: shape and dtype of the model's cache.
+        prefill: seconds a prompt token.
+        coder: seconds that the entropy coder takes for a prompt token, scores included.
+        links: seconds a byte on the way to each worker; 0 where the link waited for the coder.
+    """
+
+    geometry: KvGeometry
+    prefill: Pace = field(default_factory=Pace)
+    coder: Pace = field(default_factory=Pace)
+    links: dict[str, Pace] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def settle(self, plan: KvPlan, tokens: int, worker: str) -> KvPlan:
+        """Return the plan with its codec settled.
+
+        Args:
+            plan: with a codec that may be open.
+            tokens: of the prompt.
+            worker: the decode worker that the KV goes to.
+        """
+        if not plan.codec_is_open:
+            return plan
+        codec = codecs.get(FIXED_WIDTH_CODEC)
+        assert isinstance(codec, TierCodec)
+        if plan.budget < FRAMING_ROOM * least_budget(codec, self.geometry):
+            return plan
+        reason = self._reason(plan.budget, tokens, worker)
+        return plan.at_fixed_width(reason) if reason else plan
+
+    def _reason(self, budget: float, tokens: int, worker: str) -> str:
+        """Why the coder should not be used; empty where it should."""
+        with self._lock:
+            coder, prefill = self.coder.seconds, self.prefill.seconds
+            link = self.links.get(worker, Pace()).seconds
+        if coder is None or prefill is None or link is None:
+            return ""
+        coding, computing = coder * tokens, prefill * tokens
+        sending = link * budget * self.geometry.fp16_bytes(tokens)
+        if coding - max(computing, sending) < WORTH_SECONDS:
+            return ""
+        return (
+            f"coding would take {coding:.2f} s, longer than computing the prompt ({computing:.2f} s) and sending it "
+            f"to {worker} ({sending:.2f} s)"
+        )
+
+    def observe(self, plan: KvPlan, tokens: int, worker: str, prefill_seconds: float, sent: SentKv) -> None:
+        """Learn from a request that was sent to the end.
+
+        Args:
+            plan: as it was carried out.
+            tokens: of the prompt.
+            worker: the decode worker that the KV went to.
+            prefill_seconds: what the model's pass took.
+            sent: what left, and the time that took.
+        """
+        with self._lock:
+            self.prefill.add(prefill_seconds, tokens)
+            if plan.codec.needs_basis:
+                self.coder.add(sent.encode_seconds, tokens)
+            held_up = sent.link_seconds > LINK_SHARE * sent.encode_seconds
+            # Bytes travel while the next ones are coded, so where the link holds up, both together are its time.
+            link_seconds = sent.encode_seconds + sent.link_seconds if held_up else 0.0
+            self.links.setdefault(worker, Pace()).add(link_seconds, sent.message_bytes)

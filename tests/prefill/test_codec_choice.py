@@ -1,0 +1,78 @@
+"""The entropy coder is used wherever it costs no time, and fixed widths where it would hold a request up."""
+
+import pytest
+import torch
+
+from spectrumkv.common.config import PrefillConfig
+from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.prefill_server.codec_choice import CodecChoice
+from spectrumkv.prefill_server.pipeline import SentKv
+from spectrumkv.prefill_server.plan import KvPlan
+from spectrumkv.v1 import prefill_pb2
+from tests.kv.test_spectral import basis_of
+
+SHAPE = KvGeometry(3, 2, 64, torch.float16)
+WORKER = "127.0.0.1:50052"
+TOKENS = 4096
+
+
+def plan(**options: str | float) -> KvPlan:
+    asked = prefill_pb2.KvOptions(policy="spectral", **options)  # type: ignore[arg-type]
+    return KvPlan.resolve(asked, PrefillConfig(), True, 0, basis_of(SHAPE))
+
+
+def seen(prefill: float, coding: float, link: float, worker: str = WORKER) -> CodecChoice:
+    """A choice that has seen one coded request at 0.3: seconds of prefill, coding, and waiting for the link."""
+    choice = CodecChoice(SHAPE)
+    sent = SentKv(message_bytes=int(0.3 * SHAPE.fp16_bytes(TOKENS)), encode_seconds=coding, link_seconds=link)
+    choice.observe(plan(budget=0.3), TOKENS, worker, prefill, sent)
+    return choice
+
+
+@pytest.mark.parametrize(
+    ("prefill", "coding", "link", "codec"),
+    [
+        pytest.param(4.0, 0.3, 0.0, "spectral", id="the model takes longer: a CPU"),
+        pytest.param(0.3, 7.0, 0.0, "absmax", id="the coder takes longest: a GPU and a fast network"),
+        pytest.param(0.3, 7.0, 5.0, "spectral", id="the link takes longest"),
+        pytest.param(0.001, 0.04, 0.0, "spectral", id="nobody would notice"),
+    ],
+)
+def test_the_slowest_stage_decides(prefill: float, coding: float, link: float, codec: str) -> None:
+    settled = seen(prefill, coding, link).settle(plan(budget=0.3), TOKENS, WORKER)
+    assert settled.codec.name == codec
+    assert bool(settled.codec_reason) == (codec == "absmax")
+
+
+def test_the_reason_names_what_was_compared() -> None:
+    settled = seen(0.3, 7.0, 0.0).settle(plan(budget=0.3), TOKENS, WORKER)
+    assert settled.codec_reason == (
+        "coding would take 7.00 s, longer than computing the prompt (0.30 s) "
+        "and sending it to 127.0.0.1:50052 (0.00 s)"
+    )
+
+
+def test_nothing_is_chosen_that_was_named_or_does_not_fit_or_is_not_known() -> None:
+    choice = seen(0.3, 7.0, 0.0)
+    assert choice.settle(plan(budget=0.3, codec="spectral"), TOKENS, WORKER).codec.name == "spectral"
+    assert choice.settle(plan(budget=0.2), TOKENS, WORKER).codec.name == "spectral"
+    assert choice.settle(plan(budget=0.3), TOKENS, "127.0.0.1:50099").codec.name == "spectral"
+    assert CodecChoice(SHAPE).settle(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
+
+
+def test_a_link_that_becomes_slow_brings_the_coder_back() -> None:
+    choice = seen(0.3, 7.0, 0.0)
+    fixed = choice.settle(plan(budget=0.3), TOKENS, WORKER)
+    for _ in range(20):
+        sent = SentKv(message_bytes=int(0.3 * SHAPE.fp16_bytes(TOKENS)), encode_seconds=0.1, link_seconds=12.0)
+        choice.observe(fixed, TOKENS, WORKER, 0.3, sent)
+    assert choice.settle(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
+
+
+def test_fixed_widths_can_be_asked_for_by_name_from_int4_everywhere_up() -> None:
+    assert plan(budget=0.4, codec="absmax").codec.name == "absmax"
+    with pytest.raises(InvalidArgumentError, match=r"takes 0\.\d+ of FP16 with every token at INT4"):
+        plan(budget=0.2, codec="absmax").encoder(SHAPE, 100, 0)
+    with pytest.raises(InvalidArgumentError, match="written by codec 'spectral', not by 'native'"):
+        plan(budget=0.4, codec="native")

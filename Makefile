@@ -70,6 +70,7 @@ RESULTS := bench/results
 bench: install  ## Speed of codecs, of the transfer and of serving, beside baselines (docs/benchmarks.md)
 	mkdir -p $(RESULTS)
 	$(BIN)/spectrumkv-bench codec --json $(RESULTS)/codec.json
+	$(BIN)/spectrumkv-bench coding --policies spectral,adaptive --budgets 0.5,0.3 --json $(RESULTS)/coding.json
 	$(BIN)/spectrumkv-bench transfer --json $(RESULTS)/transfer.json
 	$(BIN)/spectrumkv-bench serve --num-prompts 4 --random-input-len 1024 --random-output-len 32 \
 		--goodput ttft:5000 tpot:150 --json $(RESULTS)/serve-1024.json
@@ -84,6 +85,26 @@ bench-link: install  ## Hand-off against bandwidth, over a shaped link between n
 	mkdir -p $(RESULTS)
 	$(BIN)/spectrumkv-bench link --json $(RESULTS)/link.json --plot $(RESULTS)/link.png \
 		--timeline $(RESULTS)/link-timeline.png
+
+# The paper's tables (arXiv 2606.08635) in the serving protocol, on whichever model and device there are.
+.PHONY: reproduce
+REPRODUCED := build/reproduced
+WINDOWS ?= 24
+NEEDLES ?= 1
+MODEL_FLAG = $(if $(MODEL),--model "$(MODEL)")
+TABLE := uniform-int8,greedy,sink-protect,balanced,adaptive,random,pdtrim,sws,spectral
+
+reproduce: install  ## The paper's tables on your model: TEXT=FILE MODEL=NAME (WINDOWS=24 NEEDLES=1; build/reproduced)
+	@test -n "$(TEXT)" || { echo "name a text: make reproduce TEXT=FILE MODEL=NAME" >&2; exit 1; }
+	mkdir -p $(REPRODUCED)
+	for tokens in 2048 4096 8192; do \
+		$(BIN)/spectrumkv-bench quality $(MODEL_FLAG) --text "$(TEXT)" --context $$((tokens - 256)) --windows $(WINDOWS) \
+			--policies $(TABLE) --budgets 0.5,0.4,0.3,0.25 \
+			--json $(REPRODUCED)/quality-$$tokens.json --plot $(REPRODUCED)/quality-$$tokens.png || exit 1; \
+	done
+	$(BIN)/spectrumkv-bench niah $(MODEL_FLAG) --context 4096 --depths 19 --needles $(NEEDLES) \
+		--policies greedy,adaptive,pdtrim,spectral --budgets 0.3,0.4,0.5,0.7 \
+		--json $(REPRODUCED)/niah-4096.json --plot $(REPRODUCED)/niah-4096.png
 
 # Real processes are killed, frozen and cut off here, so that nothing else should run beside it.
 .PHONY: test-faults soak

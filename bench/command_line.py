@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from spectrumkv.bench import (
     arrivals_command,
     codec_command,
+    coding_command,
     goals_command,
     key_bias_command,
     link_command,
@@ -21,7 +22,7 @@ from spectrumkv.client.command import command_parser, run_command, status_and_me
 
 COMMANDS = (
     quality_command, niah_command, plot_command, goals_command, key_bias_command,
-    codec_command, transfer_command, serve_command, arrivals_command, startup_command, link_command,
+    codec_command, coding_command, transfer_command, serve_command, arrivals_command, startup_command, link_command,
 )  # fmt: skip
 
 

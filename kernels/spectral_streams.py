@@ -30,7 +30,7 @@ def quantize(
     Args:
         coefficients: float32, flat; finite, and less than 2^31 steps.
         token_stride: elements from one token to the next in one head.
-        column_offset: int32 `[columns]`, where the first token's column lies.
+        column_offset: int64 `[columns]`, where the first token's column lies.
         run_start: int64 `[runs + 1]`, the first column of each run.
         row_class: int64 `[n]`, each token's step class, from 0.
         inverse_step: float32 `[classes]`.

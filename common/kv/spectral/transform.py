@@ -48,9 +48,9 @@ class LayerTransform:
         return np.append(edges, len(self.order)).astype(np.int64)
 
     def column_offset(self, tokens: int) -> np.ndarray:
-        """int32 `[columns]`: where the first token's coefficients lie, among those of `tokens` tokens."""
+        """int64 `[columns]`: where the first token's coefficients lie, among those of `tokens` tokens."""
         head, element = np.divmod(self.order, self.basis.head_dim)
-        return (head * tokens * self.basis.head_dim + element).astype(np.int32)
+        return (head * tokens * self.basis.head_dim + element).astype(np.int64)
 
     def analyse(self, keys: torch.Tensor, values: torch.Tensor, first: int) -> torch.Tensor:
         """Coefficients of tokens at positions `first` and up.

@@ -48,7 +48,7 @@ def _tensors(chance: random.Random, basis: SpectralBasis) -> bytes:
 
 
 def _shape(chance: random.Random, tensors: Tensors, name: str) -> None:
-    tensor = tensors[name]
+    tensor = torch.atleast_1d(tensors[name])
     others = (
         tensor[:0],
         tensor[:1],
@@ -75,7 +75,7 @@ def _name(chance: random.Random, tensors: Tensors, name: str) -> None:
 
 def _values(chance: random.Random, tensors: Tensors, name: str) -> None:
     """A number that is none, or one that no calibration finds, in one place or in all."""
-    tensor = tensors[name].clone()
+    tensor = tensors[name].clone(memory_format=torch.contiguous_format)
     number = chance.choice(DOUBLES if tensor.dtype == torch.float64 else FLOATS)
     if not tensor.is_floating_point() or not tensor.numel():
         return

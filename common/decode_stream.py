@@ -34,6 +34,7 @@ BASIS_PIECE_BYTES = 512 << 10
 
 Request = decode_pb2.DecodeRequest | Chunk
 ArrivedRequest = Request | DataLossError
+ArrivedPiece = decode_pb2.PutBasisRequest | DataLossError
 ArrivedResponse = decode_pb2.DecodeResponse | DataLossError
 
 
@@ -81,7 +82,11 @@ def decode_info_method(channel: grpc.Channel) -> Callable[..., Any]:
 
 
 def add_decode_servicer(servicer: Any, server: grpc.Server) -> None:
-    """Register a servicer whose `Decode` gets `ArrivedRequest`: a chunk as `Chunk`, other requests as messages."""
+    """Register a servicer.
+
+    Its `Decode` gets `ArrivedRequest`, a chunk as `Chunk` and other requests as messages; its `PutBasis` gets
+    `ArrivedPiece`.
+    """
     handlers = {
         "Decode": grpc.stream_stream_rpc_method_handler(
             servicer.Decode,
@@ -90,7 +95,7 @@ def add_decode_servicer(servicer: Any, server: grpc.Server) -> None:
         ),
         "PutBasis": grpc.stream_unary_rpc_method_handler(
             servicer.PutBasis,
-            request_deserializer=decode_pb2.PutBasisRequest.FromString,
+            request_deserializer=_arrived_piece,
             response_serializer=decode_pb2.PutBasisResponse.SerializeToString,
         ),
         "GetServerInfo": grpc.unary_unary_rpc_method_handler(
@@ -157,6 +162,13 @@ def _arrived_request(data: bytes) -> ArrivedRequest:
         return deserialize_request(data)
     except DataLossError as error:
         return error
+
+
+def _arrived_piece(data: bytes) -> ArrivedPiece:
+    try:
+        return decode_pb2.PutBasisRequest.FromString(data)
+    except DecodeError:
+        return DataLossError(f"a message of {len(data)} bytes is no PutBasisRequest", "malformed")
 
 
 def _arrived_response(data: bytes) -> ArrivedResponse:

@@ -6,10 +6,10 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 
+from spectrumkv.common.decode_stream import ArrivedPiece
 from spectrumkv.common.errors import BasisMissingError, DataLossError, InvalidArgumentError
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
-from spectrumkv.v1 import decode_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class BasisStore:
             self._bases.move_to_end(digest)
             return self._bases[digest]
 
-    def receive(self, pieces: Iterator[decode_pb2.PutBasisRequest]) -> int:
+    def receive(self, pieces: Iterator[ArrivedPiece]) -> int:
         """Take a basis in pieces and keep it; return how many bytes the pieces took.
 
         Raises:
@@ -51,6 +51,8 @@ class BasisStore:
         """
         digest, data, taken = b"", bytearray(), 0
         for piece in pieces:
+            if isinstance(piece, DataLossError):
+                raise piece
             digest = digest or piece.digest
             if piece.digest != digest:
                 raise DataLossError("the pieces of a codec basis announce different digests", "basis")

@@ -8,7 +8,7 @@ from importlib.metadata import version
 import grpc
 
 from spectrumkv.common.config import DecodeConfig
-from spectrumkv.common.decode_stream import ArrivedRequest, Request, serialized_bytes
+from spectrumkv.common.decode_stream import ArrivedPiece, ArrivedRequest, Request, serialized_bytes
 from spectrumkv.common.errors import CancelledError, DataLossError, InvalidArgumentError
 from spectrumkv.common.generation.messages import token_message
 from spectrumkv.common.generation.params import SamplingParams
@@ -71,7 +71,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                     yield from self._generate(begin, end, reservation, scope)
 
     def PutBasis(  # noqa: N802  # gRPC's spelling
-        self, request_iterator: Iterator[decode_pb2.PutBasisRequest], context: grpc.ServicerContext
+        self, request_iterator: Iterator[ArrivedPiece], context: grpc.ServicerContext
     ) -> decode_pb2.PutBasisResponse:
         """Keep the basis that a prefill worker codes in."""
         with RpcScope(context, self._config.deadline) as scope, self._rejections_counted():

@@ -1,8 +1,10 @@
 import hashlib
+import math
 from collections.abc import Iterator
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from spectrumkv.common.errors import BasisMissingError, DataLossError, InvalidArgumentError
 from spectrumkv.common.kv.geometry import KvGeometry
@@ -80,6 +82,11 @@ def test_bases_of_other_models_and_ones_that_cannot_be_undone_are_refused() -> N
     singular.analysis[1, 0, 1, :, 3] = 0
     with pytest.raises(InvalidArgumentError, match="cannot be undone"):
         put(store, singular)
+    for scaling in (0.0, -1.0, 1e-300, 1e300, math.inf, math.nan):
+        file = load(basis_of(GEOMETRY).serialized) | {"rope_scaling": torch.tensor([scaling], dtype=torch.float64)}
+        data = save(file)
+        with pytest.raises(InvalidArgumentError, match="rope_scaling is"):
+            store.receive(pieces(data, hashlib.sha256(data).digest()))
     nonsense = b"\xff" * 100
     with pytest.raises(InvalidArgumentError, match="no spectral basis"):
         store.receive(pieces(nonsense, hashlib.sha256(nonsense).digest()))

@@ -1,9 +1,5 @@
 from typing import Any
 
-import pytest
-
-pytest.register_assert_rewrite("tests.faults.matrix")
-
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Say how many faults were injected, and how soon clients were told."""

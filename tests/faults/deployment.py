@@ -161,13 +161,13 @@ def secrets(directory: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def running_deployment(directory: Path, secured: bool = False) -> Iterator[Deployment]:
+def running_deployment(directory: Path, incubator: Incubator, secured: bool) -> Iterator[Deployment]:
+    """Start all processes and links; `secured`: with mutual TLS and a bearer token on every channel."""
     model = str(long_context_model(directory / "model"))
     free = dict.fromkeys(("listen", "decode", "metrics_listen", "decode_metrics_listen"), "127.0.0.1:0")
     options = {"model": model, "int4": "on", "policy": "fp16", "budget": "1", **free}
     options |= secrets(directory) if secured else {}
     with contextlib.ExitStack() as running:
-        incubator = running.enter_context(Incubator())
         decode, other_prefill = (
             service_of(launch, directory, incubator)
             for launch in plan_launches(

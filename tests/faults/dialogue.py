@@ -2,18 +2,29 @@
 
 import hashlib
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import crc32c
+import numpy as np
 import torch
 
 from spectrumkv.common.decode_stream import serialize_request
 from spectrumkv.common.kv.block import Block
-from spectrumkv.common.kv.codec import codecs
+from spectrumkv.common.kv.codec import TierCodec, codecs
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.spectral.block_codec import AnalysedBlock, Steps, TokenClasses, encode_block
+from spectrumkv.common.kv.spectral.encoder import mean_bits, token_tiers
+from spectrumkv.common.kv.spectral.layout import HIGHEST_CLASS, LOWEST_CLASS
+from spectrumkv.common.kv.spectral.transform import layer_transforms
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.kv.wire import DIGEST_RECORD, Chunk, ChunkWriter
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.v1 import decode_pb2
+
+# Half of them speak the codec that is served by default.
+CODECS = ("spectral", "spectral", "absmax", "native")
 
 
 @dataclass
@@ -21,39 +32,45 @@ class Dialogue:
     """What a prefill would send for one request, part by part.
 
     Attributes:
+        codec: name of the codec that the blocks are coded by, whatever Begin says in the end.
+        geometry: shape and dtype of the model's cache.
+        basis: what blocks of codec "spectral" are coded in.
         begin: the first message.
         blocks: payload bytes of each chunk.
         end: the last message, totals not yet filled in.
     """
 
+    codec: str
+    geometry: KvGeometry
+    basis: SpectralBasis
     begin: decode_pb2.Begin
     blocks: list[bytes]
     end: decode_pb2.End
 
 
-def dialogue(chance: random.Random, loaded: LoadedModel) -> Dialogue:
-    """A valid one, of up to a dozen prompt tokens at random tiers."""
+def dialogue(chance: random.Random, loaded: LoadedModel, basis: SpectralBasis) -> Dialogue:
+    """A valid one, of up to a dozen prompt tokens, at random tiers or steps."""
     tokens = chance.randint(1, 12)
-    codec = codecs.get(chance.choice(("absmax", "absmax", "native")))
+    codec = codecs.get(chance.choice(CODECS))
     begin = decode_pb2.Begin(
         request_id="hostile",
         model=loaded.spec.to_proto(),
         codec={"name": codec.name, "version": codec.version},
         prompt_token_ids=[chance.randrange(3, 1000) for _ in range(tokens)],
     )
+    if codec.needs_basis:
+        begin.codec.basis_digest = basis.digest
     begin.sampling.max_tokens = chance.randint(2, 4)
     begin.sampling.ignore_eos = True
     begin.sampling.seed = 1
     writer = ChunkWriter(chance.choice((1, 2000, 1 << 20)))
-    geometry = loaded.geometry
-    generator = torch.Generator().manual_seed(chance.randrange(1 << 30))
     chunks: list[Chunk] = []
-    for layer in range(geometry.layers):
-        shape = (2, geometry.kv_heads, tokens, geometry.head_dim)
-        keys, values = torch.randn(shape, generator=generator)
-        some = [Tier.NATIVE] if codec.name == "native" else [Tier.DROP, Tier.INT4, Tier.INT8, Tier.FP16]
-        tiers = torch.tensor([chance.choice(some) for _ in range(tokens)], dtype=torch.uint8)
-        block = Block(layer, 0, tiers, codec.encode(keys, values, tiers, geometry).body)
+    blocks = (
+        _tier_blocks(chance, loaded.geometry, codec, tokens)
+        if isinstance(codec, TierCodec)
+        else spectral_blocks(chance, loaded.geometry, basis, tokens)
+    )
+    for block in blocks:
         chunks += [chunk for chunk, _ in writer.add(block)]
     chunks += [chunk for chunk, _ in writer.flush()]
     totals = writer.totals()
@@ -63,7 +80,54 @@ def dialogue(chance: random.Random, loaded: LoadedModel) -> Dialogue:
         payload_bytes=totals.payload_bytes,
         digest=totals.digest,
     )
-    return Dialogue(begin, [bytes(chunk.payload) for chunk in chunks], end)
+    return Dialogue(codec.name, loaded.geometry, basis, begin, [bytes(chunk.payload) for chunk in chunks], end)
+
+
+def _layers(
+    chance: random.Random, geometry: KvGeometry, tokens: int
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Random keys and values of each layer."""
+    generator = torch.Generator().manual_seed(chance.randrange(1 << 30))
+    for layer in range(geometry.layers):
+        keys, values = torch.randn(2, geometry.kv_heads, tokens, geometry.head_dim, generator=generator)
+        yield layer, keys, values
+
+
+def _tier_blocks(chance: random.Random, geometry: KvGeometry, codec: TierCodec, tokens: int) -> Iterator[Block]:
+    for layer, keys, values in _layers(chance, geometry, tokens):
+        some = [Tier.NATIVE] if codec.name == "native" else [Tier.DROP, Tier.INT4, Tier.INT8, Tier.FP16]
+        tiers = torch.tensor([chance.choice(some) for _ in range(tokens)], dtype=torch.uint8)
+        yield Block(layer, 0, tiers, codec.encode(keys, values, tiers, geometry).body)
+
+
+def spectral_blocks(
+    chance: random.Random, geometry: KvGeometry, basis: SpectralBasis, tokens: int
+) -> Iterator[Block]:
+    """Each layer in one or two blocks, at random steps."""
+    for layer, keys, values in _layers(chance, geometry, tokens):
+        wanted = chance.uniform(-8, 4)
+        middle = chance.randint(0, tokens - 1) if chance.random() < 0.5 else 0
+        for first, end in ((0, middle), (middle, tokens)):
+            if first < end:
+                classes = _token_classes(chance, end - first)
+                block = AnalysedBlock.of(
+                    layer_transforms(basis)[layer], first, keys[:, first:end], values[:, first:end], classes
+                )
+                yield _spectral_block(block, geometry, wanted)
+
+
+def _token_classes(chance: random.Random, tokens: int) -> TokenClasses:
+    classes = np.array([chance.randint(LOWEST_CLASS, HIGHEST_CLASS) for _ in range(tokens)], np.int64)
+    sinks = chance.randint(0, min(4, tokens))
+    classes[:sinks] = 0
+    return TokenClasses(classes, sinks)
+
+
+def _spectral_block(block: AnalysedBlock, geometry: KvGeometry, wanted: float) -> Block:
+    base = float(np.float32(max(wanted, block.finest_base)))
+    body = encode_block(block, base, geometry)
+    tiers = token_tiers(mean_bits(block.transform, Steps(base, block.tokens)), block.tokens.sinks)
+    return Block(block.transform.layer, block.first, tiers, torch.frombuffer(bytearray(body), dtype=torch.uint8))
 
 
 def wire_messages(one: Dialogue) -> list[bytes]:

@@ -1,26 +1,51 @@
 """Message sequences that no honest peer sends: a valid one, harmed in a few places, often with valid checksums."""
 
-import math
+import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from spectrumkv.common.errors import DataLossError
 from spectrumkv.common.kv.block import BLOCK_HEADER, MAX_CHUNK_PAYLOAD_BYTES
+from spectrumkv.common.kv.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.message_seal import SEAL_BYTES, seal
 from spectrumkv.common.model.load import LoadedModel
-from spectrumkv.v1 import prefill_pb2
 from tests.faults.dialogue import Dialogue, dialogue, make_totals_agree, wire_messages
+from tests.faults.hostile_bodies import harm_payload
+from tests.faults.hostile_requests import EDGES_32, EDGES_64, harm_sampling
 
-EDGES_32 = (0, 1, 2, 3, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1)
-EDGES_64 = (*EDGES_32, 2**32, 2**63 - 1, 2**63, 2**64 - 1)
-NUMBERS = (0.0, -0.0, 1.0, -1.0, 1e-300, 1e300, -1e300, math.inf, -math.inf, math.nan, 0.5, 100.0)
 HARMS_AT_MOST = 3
 
 
-def sequence(chance: random.Random, loaded: LoadedModel) -> list[bytes]:
-    """The messages of one hostile stream."""
-    one = dialogue(chance, loaded)
+@dataclass(frozen=True)
+class HostileStream:
+    """What is sent on one Decode stream.
+
+    Attributes:
+        codec: that its KV is coded by.
+        messages: as they cross the wire.
+    """
+
+    codec: str
+    messages: list[bytes]
+
+
+def sequence(
+    chance: random.Random, loaded: LoadedModel, basis: SpectralBasis, digests: Sequence[bytes] = ()
+) -> HostileStream:
+    """One hostile stream.
+
+    Args:
+        chance: draws everything.
+        loaded: the model.
+        basis: that decode knows.
+        digests: of other bases that decode may know.
+    """
+    one = dialogue(chance, loaded, basis)
+    if digests and one.codec == "spectral" and chance.random() < 0.1:
+        one.begin.codec.basis_digest = chance.choice(digests)
     harms = [chance.choice(HARMS) for _ in range(chance.randint(0, HARMS_AT_MOST))]
     for harm in harms:
         harm(chance, one)
@@ -30,24 +55,11 @@ def sequence(chance: random.Random, loaded: LoadedModel) -> list[bytes]:
     messages = wire_messages(one)
     for _ in range(chance.randint(0, HARMS_AT_MOST) if chance.random() < 0.6 else 0):
         chance.choice(SHUFFLES)(chance, messages)
-    return messages
+    return HostileStream(one.codec, messages)
 
 
 def _harm_sampling(chance: random.Random, one: Dialogue) -> None:
     harm_sampling(chance, one.begin.sampling)
-
-
-def harm_sampling(chance: random.Random, sampling: Any) -> None:
-    kind = chance.randrange(4)
-    if kind == 0:
-        name = chance.choice(("temperature", "top_p", "repetition_penalty"))
-        setattr(sampling, name, chance.choice(NUMBERS))
-    elif kind == 1:
-        setattr(sampling, chance.choice(("max_tokens", "top_k", "logprobs")), chance.choice(EDGES_32))
-    elif kind == 2:
-        sampling.stop.extend(chance.choice(("", "a", "\0", "é" * 300)) for _ in range(chance.randint(1, 40)))
-    else:
-        sampling.stop_token_ids.extend(chance.choice(EDGES_32) for _ in range(chance.randint(1, 400)))
 
 
 def _harm_prompt(chance: random.Random, one: Dialogue) -> None:
@@ -70,8 +82,14 @@ def _harm_spec(chance: random.Random, one: Dialogue) -> None:
 
 
 def _harm_codec(chance: random.Random, one: Dialogue) -> None:
-    one.begin.codec.name = chance.choice(("absmax", "native", "", "zip", "a" * 5000))
-    one.begin.codec.version = chance.choice((1, 1, 0, 2**32 - 1))
+    """Another codec, version or basis than the blocks are of."""
+    kind = chance.randrange(3)
+    if kind == 0:
+        one.begin.codec.name = chance.choice(("absmax", "native", "spectral", "", "zip", "a" * 5000))
+    elif kind == 1:
+        one.begin.codec.version = chance.choice((0, 1, 2, 3, 2**32 - 1))
+    else:
+        one.begin.codec.basis_digest = chance.choice((b"", bytes(32), one.basis.digest[:31], chance.randbytes(5000)))
 
 
 def _harm_end(chance: random.Random, one: Dialogue) -> None:
@@ -124,6 +142,16 @@ def _harm_body(chance: random.Random, one: Dialogue) -> None:
     one.blocks[place] = bytes(payload[: room + BLOCK_HEADER.size])
 
 
+def _harm_spectral_body(chance: random.Random, one: Dialogue) -> None:
+    """Make a field of a spectral body lie; the block's header says how long the body is then."""
+    if one.codec != "spectral" or not any(one.blocks):
+        return
+    place = chance.randrange(len(one.blocks))
+    with contextlib.suppress(DataLossError, IndexError):
+        # Unless it was harmed before, so that its fields cannot be told apart.
+        one.blocks[place] = harm_payload(chance, one.blocks[place], one.basis, one.geometry)
+
+
 def _harm_blocks(chance: random.Random, one: Dialogue) -> None:
     """Lose, repeat, join, cut or bloat the payloads."""
     kind = chance.randrange(6)
@@ -158,6 +186,10 @@ HARMS: tuple[Callable[[random.Random, Dialogue], None], ...] = (
     _harm_header,
     _harm_body,
     _harm_body,
+    _harm_spectral_body,
+    _harm_spectral_body,
+    _harm_spectral_body,
+    _harm_spectral_body,
     _harm_blocks,
     _harm_blocks,
 )
@@ -208,33 +240,3 @@ SHUFFLES: tuple[Callable[[random.Random, list[bytes]], None], ...] = (
     _flip,
     _flip,
 )
-
-
-def generate_request(chance: random.Random) -> bytes:
-    """The bytes of a GenerateRequest that is wrong in some way, or not a GenerateRequest at all."""
-    request = prefill_pb2.GenerateRequest(request_id=chance.choice(("", "x", "\n", "x" * 5000)))
-    kind = chance.randrange(4)
-    if kind == 0:
-        request.text = chance.choice(("", "Hello", "\0", "\U0010ffff" * 50, "<|im_end|>" * 9, "a b " * 900))
-    elif kind == 1:
-        request.token_ids.ids.extend(chance.choice((5, 6, *EDGES_32)) for _ in range(chance.choice((0, 1, 5, 3000))))
-    elif kind == 2:
-        for _ in range(chance.choice((0, 1, 3))):
-            request.chat.messages.add(role=chance.choice(("user", "system", "", "root")), content="{{ 7 * 7 }}")
-    request.sampling.max_tokens = chance.choice((1, 2, 3, *EDGES_32))
-    for _ in range(chance.randint(0, 2)):
-        harm_sampling(chance, request.sampling)
-    if chance.random() < 0.5:
-        request.kv.budget = chance.choice((*NUMBERS, 0.3, 0.7))
-    for name in ("policy", "scorer", "codec", "scope"):
-        if chance.random() < 0.3:
-            setattr(
-                request.kv, name, chance.choice(("greedy", "attention", "absmax", "layer", "model", "", "\0", "é"))
-            )
-    data = request.SerializeToString()
-    if chance.random() < 0.3 and data:
-        changed = bytearray(data)
-        for _ in range(chance.randint(1, 4)):
-            changed[chance.randrange(len(changed))] = chance.randrange(256)
-        data = bytes(changed)
-    return data

@@ -58,6 +58,8 @@ class Incubator:
             text=True,
             env=environment,
         )
+        # One start at a time, so that each finds its own process.
+        self._starting = threading.Lock()
         self._changed = threading.Condition()
         self._started: list[int] = []
         self._running: dict[int, ForkedProcess] = {}
@@ -68,7 +70,7 @@ class Incubator:
         module, *flags = command[command.index("-m") + 1 :]
         assert module in MODULES
         assert self._process.stdin is not None
-        with self._changed:
+        with self._starting, self._changed:
             self._process.stdin.write(json.dumps({"module": module, "flags": flags, "log": str(log)}) + "\n")
             self._process.stdin.flush()
             assert self._changed.wait_for(lambda: bool(self._started), 120), "the incubator does not answer"

@@ -131,3 +131,7 @@ FAULTS = [
     Fault("client cancels", _cancel, status="CANCELLED"),
     Fault("deadline passes", _outlive, status="DEADLINE_EXCEEDED", timeout=4.0),
 ]
+
+# Those that a ping must go unanswered for, and the others.
+SILENT_FAULTS = [fault for fault in FAULTS if fault.seconds == SILENCE]
+PROMPT_FAULTS = [fault for fault in FAULTS if fault not in SILENT_FAULTS]

@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-from collections.abc import Callable
 from typing import Any
 
 from spectrumkv.common.errors import SpectrumKVError
@@ -34,8 +33,7 @@ def inject(
     reference: list[int],
     fault: Fault,
     phase: str,
-    record_property: Callable[[str, Any], None],
-) -> None:
+) -> float:
     """Bring a request into a phase, do the damage, and check all that must follow.
 
     Args:
@@ -43,9 +41,10 @@ def inject(
         reference: what a bystander gets when nothing goes wrong.
         fault: what happens.
         phase: when, as in `PHASES`.
-        record_property: pytest's, for the report.
+
+    Returns:
+        After how many seconds the client was told.
     """
-    record_property("fault", fault.name)
     make_ready(deployment)
     with contextlib.ExitStack() as cleanup:
         bystander = start_bystander(deployment, fault, cleanup)
@@ -58,7 +57,7 @@ def inject(
             fault.strike(deployment, victim)
             if fault.status == "DEADLINE_EXCEEDED":
                 struck_at = victim.sent_at + fault.timeout
-            record_property("told_after", client_is_told_after(fault, victim, struck_at))
+            told_after = client_is_told_after(fault, victim, struck_at)
             assert_released(deployment, fault, stage, struck_at)
             bystander.wait_for_tokens(min(bystander.tokens + TOKENS_AFTER, BYSTANDER_TOKENS))
         common = min(bystander.tokens, len(reference))
@@ -66,6 +65,7 @@ def inject(
         assert bystander.token_ids[:common] == reference[:common]
     for service in deployment.services:
         until(lambda service=service: service.held() == NOTHING, RECOVERED_SECONDS, f"{service.name} holds nothing")
+    return told_after
 
 
 def send(deployment: Deployment, address: object, prompt_tokens: int, max_tokens: int) -> RunningRequest:

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import collections
 import itertools
 import random
 import sys
@@ -12,89 +11,45 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from spectrumkv.client.client import SpectrumClient
+from spectrumkv.client.completion import Completion
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from spectrumkv.common.errors import CancelledError, ResourceExhaustedError, SpectrumKVError, UnavailableError
 from tests.faults.deployment import NOTHING, Service, until
 from tests.faults.fleet import Fleet, running_fleet
+from tests.faults.soak_findings import Findings, Plan, Resources
+from tests.services.agreement import ALLOWED, TOP_LOGPROBS, disagreement
 from tests.services.reference import LOGIT_TIE, generate, reference_model, worst_gap
 from tests.services.test_lossless import random_prompt
 from tests.tiny_models import tiny_model
 
+EXACT = KvChoice(policy="native")
+# What is served by default, the range of its budgets, and every kind of tier.
+QUANTIZED = (
+    KvChoice(),
+    *(KvChoice(policy="spectral", budget=budget) for budget in (0.1, 0.2, 0.5, 0.8)),
+    KvChoice(budget=0.4),
+    KvChoice(policy="adaptive", budget=0.3),
+    KvChoice(policy="adaptive", budget=0.6),
+    KvChoice(policy="greedy", budget=0.5),
+    KvChoice(policy="balanced", budget=0.5),
+    KvChoice(policy="uniform-int8"),
+    KvChoice(policy="uniform-int4"),
+    KvChoice(policy="fp16"),
+)
 PROMPT_LENGTHS = (3, 17, 64, 130, 300, 700)
 MOST_TOKENS = 48
 CLIENTS = 8
 CANCELLED_SHARE = 0.1
+# Greedy over exact KV, checked against transformers; greedy over quantized KV, checked against a quiet day.
+EXACT_SHARE, QUANTIZED_SHARE = 0.4, 0.3
 # Who is told of a dead worker is told within this.
 TOLD_SECONDS = 2.0
 REQUEST_SECONDS = 60.0
 RSS_GROWTH = 0.05
 MORE_DESCRIPTORS, MORE_THREADS = 6, 4
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How much of everything.
-
-    Attributes:
-        requests: in all; the first quarter is the warm-up.
-        kill_seconds: between two kills.
-        seed: of all that is drawn.
-    """
-
-    requests: int
-    kill_seconds: float
-    seed: int
-
-
-@dataclass
-class Findings:
-    """What came of it.
-
-    Attributes:
-        outcomes: requests by how they ended.
-        wrong: what must not happen, a sentence each.
-        kills: when a worker was killed, by the monotonic clock.
-        checked: greedy answers compared with one process of transformers.
-        growth: of the resident memory of services that were never killed, since the warm-up.
-    """
-
-    outcomes: "collections.Counter[str]" = field(default_factory=collections.Counter)
-    wrong: list[str] = field(default_factory=list)
-    kills: list[float] = field(default_factory=list)
-    checked: int = 0
-    growth: dict[str, float] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def sentence(self, plan: Plan) -> str:
-        outcomes = ", ".join(f"{name} {count}" for name, count in sorted(self.outcomes.items()))
-        growth = ", ".join(f"{name} {share:+.1%}" for name, share in self.growth.items())
-        return (
-            f"soak: {sum(self.outcomes.values())} requests, seed {plan.seed}: {outcomes}; "
-            f"{self.checked} greedy answers checked, {len(self.kills)} workers killed, memory {growth}, "
-            f"{len(self.wrong)} wrong"
-        )
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a quiet process holds: resident bytes, open files, threads."""
-
-    resident_bytes: int
-    descriptors: int
-    threads: int
-
-    @classmethod
-    def of(cls, service: Service) -> "Resources":
-        assert service.process is not None
-        directory = Path(f"/proc/{service.process.pid}")
-        status = dict(line.split(":", 1) for line in (directory / "status").read_text().splitlines())
-        return cls(
-            int(status["VmRSS"].split()[0]) << 10, len(list((directory / "fd").iterdir())), int(status["Threads"])
-        )
 
 
 class Soak:
@@ -115,6 +70,7 @@ class Soak:
         self._expected = [generate(self._model, prompt, MOST_TOKENS) for prompt in self._prompts]
 
     def run(self) -> Findings:
+        self._quiet = self._quiet_answers()
         lasting = [self._fleet.decodes[0], self._fleet.prefills[0]]
         warm_up = self._plan.requests // 4
         self._load(warm_up)
@@ -125,6 +81,15 @@ class Soak:
         for service in lasting:
             self._compare(service.name, before[service.name], self._when_quiet(service))
         return self.findings
+
+    def _quiet_answers(self) -> dict[tuple[int, KvChoice], Completion]:
+        """What each prompt gets over each kind of quantized KV when nothing else runs."""
+        with self._fleet.client() as client:
+            return {
+                (which, kv): client.generate(TokenIds(tuple(prompt)), sampling=greedy(MOST_TOKENS), kv=kv).result()
+                for which, prompt in enumerate(self._prompts)
+                for kv in QUANTIZED
+            }
 
     def _load(self, requests: int) -> None:
         """Send so many requests while a worker is killed now and then."""
@@ -162,18 +127,10 @@ class Soak:
 
     def _send(self, client: SpectrumClient, chance: random.Random) -> None:
         which, tokens = chance.randrange(len(self._prompts)), chance.randint(1, MOST_TOKENS)
-        checked = chance.random() < 0.6
-        if checked:
-            kv, sampling = KvChoice(policy="native"), Sampling(max_tokens=tokens, ignore_eos=True)
-        else:
-            kv = KvChoice(budget=chance.choice((0.3, 0.5, 0.8, None)))
-            sampling = Sampling(
-                max_tokens=tokens,
-                ignore_eos=True,
-                temperature=chance.choice((0.0, 0.7, 1.2)),
-                top_p=chance.choice((0.5, 0.9, 1.0)),
-                seed=chance.randrange(1 << 32),
-            )
+        kind = chance.random()
+        kv = EXACT if kind < EXACT_SHARE else chance.choice(QUANTIZED)
+        checked = kind < EXACT_SHARE + QUANTIZED_SHARE
+        sampling = greedy(tokens) if checked else drawn(tokens, chance)
         sent_at = time.monotonic()
         stream = client.generate(
             TokenIds(tuple(self._prompts[which])), sampling=sampling, kv=kv, timeout=REQUEST_SECONDS
@@ -193,16 +150,25 @@ class Soak:
         self._count("done")
         if len(completion.tokens) != tokens or completion.usage.recomputed_prompt_tokens:
             self._wrong(f"{len(completion.tokens)} tokens of {tokens}: {completion.usage}")
-        if checked:
-            self._check(which, completion.token_ids)
+        if checked and kv is EXACT:
+            self._check_exact(which, completion.token_ids)
+        elif checked:
+            self._check_quantized(which, kv, completion)
 
-    def _check(self, which: int, token_ids: tuple[int, ...]) -> None:
+    def _check_exact(self, which: int, token_ids: tuple[int, ...]) -> None:
         with self.findings.lock:
             self.findings.checked += 1
         if list(token_ids) != self._expected[which][: len(token_ids)]:
             gap = worst_gap(self._model, self._prompts[which], token_ids)
             if gap > LOGIT_TIE:
                 self._wrong(f"prompt {which}: a token lies {gap} below the best")
+
+    def _check_quantized(self, which: int, kv: KvChoice, completion: Completion) -> None:
+        with self.findings.lock:
+            self.findings.checked_quantized += 1
+        difference = disagreement(completion, self._quiet[which, kv])
+        if difference > ALLOWED:
+            self._wrong(f"prompt {which}, {kv}: {difference} nats from what it gets on a quiet day")
 
     def _ended(self, error: SpectrumKVError, sent_at: float, may_cancel: bool) -> None:
         """Judge an error: only a cancel, a refusal with a delay, and the loss of a worker may be."""
@@ -227,12 +193,13 @@ class Soak:
 
     def _compare(self, name: str, before: Resources, after: Resources) -> None:
         growth = after.resident_bytes / before.resident_bytes - 1
-        self.findings.growth[name] = growth
+        more_descriptors, more_threads = after.descriptors - before.descriptors, after.threads - before.threads
+        self.findings.growth[name] = f"memory {growth:+.1%}, files {more_descriptors:+}, threads {more_threads:+}"
         if growth > RSS_GROWTH:
             self._wrong(f"{name} grew by {growth:.1%}")
-        if after.descriptors > before.descriptors + MORE_DESCRIPTORS:
+        if more_descriptors > MORE_DESCRIPTORS:
             self._wrong(f"{name} has {after.descriptors} open files after {before.descriptors}")
-        if after.threads > before.threads + MORE_THREADS:
+        if more_threads > MORE_THREADS:
             self._wrong(f"{name} has {after.threads} threads after {before.threads}")
 
     def _count(self, outcome: str) -> None:
@@ -242,6 +209,20 @@ class Soak:
     def _wrong(self, sentence: str) -> None:
         with self.findings.lock:
             self.findings.wrong.append(sentence)
+
+
+def greedy(tokens: int) -> Sampling:
+    return Sampling(max_tokens=tokens, ignore_eos=True, logprobs=TOP_LOGPROBS)
+
+
+def drawn(tokens: int, chance: random.Random) -> Sampling:
+    return Sampling(
+        max_tokens=tokens,
+        ignore_eos=True,
+        temperature=chance.choice((0.0, 0.7, 1.2)),
+        top_p=chance.choice((0.5, 0.9, 1.0)),
+        seed=chance.randrange(1 << 32),
+    )
 
 
 def soak(plan: Plan, directory: Path) -> Findings:

@@ -1,36 +1,56 @@
-"""Every fault in every phase, on real processes. The run prints how many faults it injected."""
+"""Every fault in every phase, on real processes, in plaintext and over mutual TLS with bearer tokens.
+
+The run prints how many faults it injected.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from tests.faults.deployment import Deployment, running_deployment
-from tests.faults.kinds import FAULTS, Fault
-from tests.faults.matrix import inject, reference_of
+from tests.faults.kinds import PROMPT_FAULTS, SILENT_FAULTS, Fault
 from tests.faults.phases import PHASES
+from tests.faults.side_by_side import LANES, Lane, SideBySide, running_lanes
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plaintext", "mutual-tls"])
+def secured(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
 
 
 @pytest.fixture(scope="module")
-def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    with running_deployment(tmp_path_factory.mktemp("faults")) as running:
+def lanes(secured: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Lane]]:
+    with running_lanes(tmp_path_factory.mktemp("faults"), LANES, secured) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def reference(deployment: Deployment) -> list[int]:
-    return reference_of(deployment)
+def side_by_side(request: pytest.FixtureRequest, secured: bool, lanes: list[Lane]) -> Iterator[SideBySide]:
+    """All silent faults that are selected, under way."""
+    selected = [
+        item.callspec.params
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.originalname == "test_silence"
+    ]
+    cells = [(params["fault"], params["phase"]) for params in selected if params["secured"] == secured]
+    running = SideBySide(lanes, cells)
+    yield running
+    running.close()
 
 
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_fault(
-    deployment: Deployment,
-    reference: list[int],
-    fault: Fault,
-    phase: str,
-    record_property: Callable[[str, Any], None],
+@pytest.mark.parametrize("fault", SILENT_FAULTS, ids=lambda fault: fault.name)
+def test_silence(
+    side_by_side: SideBySide, fault: Fault, phase: str, record_property: Callable[[str, Any], None]
 ) -> None:
-    inject(deployment, reference, fault, phase, record_property)
+    record_property("fault", fault.name)
+    record_property("told_after", side_by_side.told_after(fault, phase))
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("fault", PROMPT_FAULTS, ids=lambda fault: fault.name)
+def test_fault(lanes: list[Lane], fault: Fault, phase: str, record_property: Callable[[str, Any], None]) -> None:
+    record_property("fault", fault.name)
+    record_property("told_after", lanes[0].inject(fault, phase))

@@ -1,27 +1,44 @@
 """The code that reads untrusted bytes, under a coverage-guided fuzzer: it returns or raises DataLossError."""
 
 import contextlib
+import hashlib
 import random
+from functools import cache
 
 import crc32c
 import pytest
 import torch
 
 from spectrumkv.common import decode_stream, message_seal
-from spectrumkv.common.errors import DataLossError
+from spectrumkv.common.errors import DataLossError, InvalidArgumentError
 from spectrumkv.common.kv import absmax, body, native, tiers, wire
 from spectrumkv.common.kv.block import BLOCK_HEADER, Block
 from spectrumkv.common.kv.codec import codecs
 from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.spectral import basis as spectral_basis
+from spectrumkv.common.kv.spectral import block_codec, decoder, layout, symbols
+from spectrumkv.common.kv.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.wire import Chunk, ChunkReader, ChunkWriter
+from spectrumkv.decode_server import bases
+from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.v1 import decode_pb2
 from tests.faults.coverage import fuzz
+from tests.faults.dialogue import spectral_blocks
 from tests.faults.report import tell
+from tests.faults.spectral_body import serialized
+from tests.kv.test_spectral import basis_of
 
 GEOMETRY = KvGeometry(layers=2, kv_heads=2, head_dim=8, native_dtype=torch.float32)
 TOKENS = 9
-FILES = [one.__file__ for one in (decode_stream, message_seal, absmax, body, native, tiers, wire)]
+CODECS = ("absmax", "native", "spectral")
+SPECTRAL = (spectral_basis, block_codec, decoder, layout, symbols, bases)
+FILES = [one.__file__ for one in (decode_stream, message_seal, absmax, body, native, tiers, wire, *SPECTRAL)]
 SHORT_RUN, LONG_RUN = 3000, 60_000
+
+
+@cache
+def basis() -> SpectralBasis:
+    return basis_of(GEOMETRY)
 
 
 def payloads() -> list[bytes]:
@@ -53,7 +70,7 @@ def read_message(data: bytes) -> None:
 
 def read_payload(data: bytes) -> None:
     """What decode does with a chunk whose checksum is right; the first byte picks the codec."""
-    codec = codecs.get(("absmax", "native")[data[0] & 1] if data else "absmax")
+    codec = codecs.get(CODECS[data[0] % len(CODECS)] if data else "absmax").decoder(GEOMETRY, basis())
     payload = data[1:]
     keys = torch.full((GEOMETRY.layers, GEOMETRY.kv_heads, TOKENS, GEOMETRY.head_dim), 7.0)
     values = keys.clone()
@@ -63,10 +80,15 @@ def read_payload(data: bytes) -> None:
         for block in blocks:
             assert 0 <= block.first_token < block.first_token + block.tiers.numel() <= TOKENS
             span = slice(block.first_token, block.first_token + block.tiers.numel())
-            sizes = codec.decode(
-                block.body, block.tiers, keys[block.layer, :, span], values[block.layer, :, span], GEOMETRY
-            )
+            sizes = codec.decode(block, keys[block.layer, :, span], values[block.layer, :, span])
             assert sum(sizes.values()) == block.body.numel()
+
+
+def read_basis(data: bytes) -> None:
+    """What decode does with an upload whose digest is right."""
+    piece = decode_pb2.PutBasisRequest(digest=hashlib.sha256(data).digest(), part=data)
+    with contextlib.suppress(DataLossError, InvalidArgumentError):
+        BasisStore(GEOMETRY).receive(iter([piece]))
 
 
 TARGETS = {
@@ -83,6 +105,15 @@ TARGETS = {
         read_payload,
         [bytes((codec,)) + one for one in payloads() for codec in (0, 1)] + [BLOCK_HEADER.pack(0, 1, 0, 0, 1, 0)],
     ),
+    "spectral payloads": (
+        read_payload,
+        [
+            b"\2" + serialized([block])
+            for tokens in (1, 4, TOKENS)
+            for block in spectral_blocks(random.Random(tokens), GEOMETRY, basis(), tokens)
+        ],
+    ),
+    "bases": (read_basis, [basis().serialized]),
 }
 
 

@@ -19,4 +19,5 @@ def test_short_soak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tell(capsys, findings.sentence(plan))
     assert findings.wrong == []
     assert findings.kills
-    assert findings.checked > REQUESTS // 3
+    assert findings.checked > REQUESTS // 4
+    assert findings.checked_quantized > REQUESTS // 6

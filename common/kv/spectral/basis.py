@@ -1,7 +1,6 @@
 """The basis of the spectral codec: what both sides must have in common, and how it travels."""
 
 import hashlib
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,6 +16,8 @@ from spectrumkv.common.kv.spectral.rotary import angles
 SIDES = 2
 # Names, dtypes and shapes of six tensors take a few hundred.
 SAFETENSORS_HEADER_BYTES = 4096
+# Models have factors near 1; keys are float32 before and after.
+LARGEST_SCALING = 1e6
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,7 @@ class SpectralBasis:
         rope_scaling: factor that the rotary embedding applies to keys besides the rotation.
 
     Raises:
-        InvalidArgumentError: shapes do not fit together or an element is not finite.
+        InvalidArgumentError: shapes do not fit together, an element is not finite, or one is out of range.
     """
 
     mean: torch.Tensor
@@ -65,8 +66,11 @@ class SpectralBasis:
                 )
         if not (self.spread > 0).all():
             raise InvalidArgumentError("the basis has a coefficient without spread")
-        if not 0 < self.rope_scaling < math.inf:
-            raise InvalidArgumentError(f"the basis's rope_scaling is {self.rope_scaling}; it must be positive")
+        if not 1 / LARGEST_SCALING <= self.rope_scaling <= LARGEST_SCALING:
+            raise InvalidArgumentError(
+                f"the basis's rope_scaling is {self.rope_scaling}; "
+                f"{1 / LARGEST_SCALING:g} to {LARGEST_SCALING:g} are allowed"
+            )
 
     @property
     def head_dim(self) -> int:

@@ -37,7 +37,7 @@ def prepare() -> None:
 
     It takes seconds where this machine never did, and a fraction of one where compiled code is in the cache.
     """
-    heads, head_dim, tokens = 1, 4, 3
+    heads, head_dim = 2, 4
     geometry = KvGeometry(1, heads, head_dim, torch.float32)
     lead = (1, 2, heads)
     basis = SpectralBasis(
@@ -49,9 +49,11 @@ def prepare() -> None:
         rope_scaling=1.0,
     )
     (transform,) = layer_transforms(basis)
-    # As models leave keys, token by token, and as slots lie, head by head in something larger.
-    sent, received = torch.ones(tokens, heads, head_dim).transpose(0, 1), torch.zeros(heads, 2 * tokens, head_dim)
-    block = AnalysedBlock.of(transform, 0, sent, sent, TokenClasses(np.zeros(tokens, np.int64), sinks=1))
-    body = encode_block(block, 0.0, geometry)
-    slots = received[:, 1 : tokens + 1]
-    decode_block(transform, memoryview(body), 0, geometry, slots, slots)
+    # A lone token's keys lie in one piece, those of several do not.
+    for tokens in (3, 1):
+        # As models leave keys, token by token, and as slots lie, head by head in something larger.
+        sent, received = torch.ones(tokens, heads, head_dim).transpose(0, 1), torch.zeros(heads, 2 * tokens, head_dim)
+        classes = TokenClasses(np.zeros(tokens, np.int64), sinks=tokens // 2)
+        body = encode_block(AnalysedBlock.of(transform, 0, sent, sent, classes), 0.0, geometry)
+        slots = received[:, tokens:]
+        decode_block(transform, memoryview(body), 0, geometry, slots, slots)

@@ -144,7 +144,7 @@ def decode_stream(
     words = np.zeros(-(-len(symbols) * packing.raw_bits // 32), "<u4")
     words.view(np.uint8)[: len(raw)] = np.frombuffer(raw, np.uint8)
     found = np.frombuffer(exceptions, EXCEPTION)
-    outside, values = np.ascontiguousarray(found["index"]), np.ascontiguousarray(found["value"])
+    outside, values = found["index"].copy(), found["value"].copy()
     if not kernels.join(symbols, packing.raw_bits, words, outside, values):
         raise DataLossError(f"an exception lies outside its stream of {len(symbols)} symbols", "malformed")
 
@@ -163,7 +163,7 @@ def decompress(coded: memoryview, size: int) -> np.ndarray:
         size: how many bytes it was given.
 
     Returns:
-        uint8 `[size]`.
+        uint8 `[size]`, read-only: compiled loops are compiled for that.
 
     Raises:
         DataLossError: `coded` is damaged or holds another number of bytes.
@@ -180,4 +180,5 @@ def decompress(coded: memoryview, size: int) -> np.ndarray:
     if len(data) != size:
         raise DataLossError(f"an entropy-coded stream holds {len(data)} bytes instead of {size}", "entropy")
     array: np.ndarray = np.frombuffer(data, np.uint8)
+    array.flags.writeable = False
     return array

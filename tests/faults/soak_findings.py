@@ -1,0 +1,72 @@
+"""How much a soak tries, and what came of it."""
+
+import collections
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.faults.deployment import Service
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything.
+
+    Attributes:
+        requests: in all; the first quarter is the warm-up.
+        kill_seconds: between two kills.
+        seed: of all that is drawn.
+    """
+
+    requests: int
+    kill_seconds: float
+    seed: int
+
+
+@dataclass
+class Findings:
+    """What came of it.
+
+    Attributes:
+        outcomes: requests by how they ended.
+        wrong: what must not happen, a sentence each.
+        kills: when a worker was killed, by the monotonic clock.
+        checked: greedy answers over exact KV compared with one process of transformers.
+        checked_quantized: greedy answers over quantized KV compared with what the same request gets on a quiet day.
+        growth: of services that were never killed, since the warm-up: resident memory, open files, threads.
+    """
+
+    outcomes: "collections.Counter[str]" = field(default_factory=collections.Counter)
+    wrong: list[str] = field(default_factory=list)
+    kills: list[float] = field(default_factory=list)
+    checked: int = 0
+    checked_quantized: int = 0
+    growth: dict[str, str] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def sentence(self, plan: Plan) -> str:
+        outcomes = ", ".join(f"{name} {count}" for name, count in sorted(self.outcomes.items()))
+        growth = "; ".join(f"{name}: {what}" for name, what in self.growth.items())
+        return (
+            f"soak: {sum(self.outcomes.values())} requests, seed {plan.seed}: {outcomes}; "
+            f"{self.checked} greedy answers over exact and {self.checked_quantized} over quantized KV checked, "
+            f"{len(self.kills)} workers killed, {len(self.wrong)} wrong; growth since the warm-up: {growth}"
+        )
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a quiet process holds: resident bytes, open files, threads."""
+
+    resident_bytes: int
+    descriptors: int
+    threads: int
+
+    @classmethod
+    def of(cls, service: Service) -> "Resources":
+        assert service.process is not None
+        directory = Path(f"/proc/{service.process.pid}")
+        status = dict(line.split(":", 1) for line in (directory / "status").read_text().splitlines())
+        return cls(
+            int(status["VmRSS"].split()[0]) << 10, len(list((directory / "fd").iterdir())), int(status["Threads"])
+        )

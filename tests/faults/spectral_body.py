@@ -1,0 +1,123 @@
+"""The body of a spectral block in its parts, so that each can be made to lie, and put together again."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from spectrumkv.common.kv.block import Block
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.spectral.block_codec import HEADER, LENGTHS, Steps, decode_block
+from spectrumkv.common.kv.spectral.symbols import EXCEPTION, packing_for
+from spectrumkv.common.kv.spectral.transform import LayerTransform
+
+
+@dataclass
+class StreamParts:
+    """What a body holds of one stream: coded symbols, raw bits, exceptions."""
+
+    coded: bytes
+    raw: bytes
+    exceptions: bytes
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        return len(self.coded), len(self.exceptions) // EXCEPTION.itemsize
+
+
+@dataclass
+class SpectralBody:
+    """A body, part by part, as kv.proto lays it out.
+
+    Attributes:
+        base: binary logarithm of the step of class 0.
+        sinks: how many there are, as the header says.
+        class_bytes: length of the coded classes, as the header says.
+        exact: keys and values of the sinks.
+        classes: coded step classes.
+        lengths: of each stream's coded symbols, and how many exceptions it has, as the body says.
+        streams: what follows.
+        end: whatever comes after.
+    """
+
+    base: float
+    sinks: int
+    class_bytes: int
+    exact: bytes
+    classes: bytes
+    lengths: list[tuple[int, int]]
+    streams: list[StreamParts]
+    end: bytes = b""
+
+    def make_lengths_agree(self) -> None:
+        """Make the body say what it holds."""
+        self.class_bytes = len(self.classes)
+        self.lengths = [one.lengths for one in self.streams]
+
+    def assembled(self) -> bytes:
+        """The bytes; of even length, as a block has them."""
+        parts = [HEADER.pack(self.base, self.sinks & 0xFFFF, self.class_bytes & 0xFFFFFFFF), self.exact, self.classes]
+        parts.append(np.array(self.lengths, LENGTHS).tobytes())
+        for one in self.streams:
+            parts += [one.coded, one.raw, one.exceptions]
+        body = b"".join([*parts, self.end])
+        return body + b"\0" * (len(body) % 2)
+
+
+def taken_apart(body: bytes, tokens: int, transform: LayerTransform, geometry: KvGeometry) -> SpectralBody:
+    """Inverse of `SpectralBody.assembled`, for a sound body.
+
+    Raises:
+        DataLossError: it is not one.
+    """
+    states = torch.empty(2, geometry.kv_heads, tokens, geometry.head_dim)
+    steps = decode_block(transform, memoryview(body), 0, geometry, states[0], states[1])
+    base, sinks, class_bytes = HEADER.unpack_from(body)
+    exact_bytes = 2 * 2 * geometry.kv_heads * sinks * geometry.head_dim
+    taker = _Taker(body, HEADER.size)
+    exact, classes = taker.take(exact_bytes), taker.take(class_bytes)
+    lengths: list[tuple[int, int]] = []
+    streams: list[StreamParts] = []
+    if sinks < tokens:
+        lengths, streams = _streams(taker, steps, transform)
+    return SpectralBody(base, sinks, class_bytes, exact, classes, lengths, streams)
+
+
+def _streams(
+    taker: "_Taker", steps: Steps, transform: LayerTransform
+) -> tuple[list[tuple[int, int]], list[StreamParts]]:
+    divided = list(steps.streams(transform))
+    lengths = [
+        (int(coded), int(exceptions))
+        for coded, exceptions in np.frombuffer(taker.take(len(divided) * LENGTHS.itemsize), LENGTHS)
+    ]
+    streams = [
+        StreamParts(
+            taker.take(coded),
+            taker.take(packing_for(exponent).raw_bytes(end - start)),
+            taker.take(exceptions * EXCEPTION.itemsize),
+        )
+        for (exponent, start, end), (coded, exceptions) in zip(divided, lengths, strict=True)
+    ]
+    return lengths, streams
+
+
+def with_body(block: Block, body: bytes) -> Block:
+    """The block with another body."""
+    return replace(block, body=torch.frombuffer(bytearray(body), dtype=torch.uint8))
+
+
+def serialized(blocks: Sequence[Block]) -> bytes:
+    """Blocks back to back, as a chunk has them."""
+    return b"".join(part for block in blocks for part in (block.header(), block.body.numpy().tobytes()))
+
+
+class _Taker:
+    def __init__(self, data: bytes, position: int) -> None:
+        self._data, self._position = data, position
+
+    def take(self, size: int) -> bytes:
+        taken = self._data[self._position : self._position + size]
+        self._position += size
+        return taken

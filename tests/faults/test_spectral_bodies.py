@@ -1,0 +1,79 @@
+"""Harmed spectral bodies: the decoder returns or raises DataLossError, within its arrays and within bounded memory.
+
+Compiled loops do not check bounds; where one left its array, memory would be harmed in silence. So such bodies are
+also decoded by a process in which numba does check.
+"""
+
+import os
+import random
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import torch
+
+from spectrumkv.common.errors import DataLossError
+from spectrumkv.common.kv.spectral.decoder import SpectralDecoder
+from spectrumkv.common.kv.spectral.transform import layer_transforms
+from tests.faults.decoder_under_attack import GEOMETRY, attack, basis
+from tests.faults.dialogue import spectral_blocks
+from tests.faults.hostile_bodies import BODY_HARMS, BOMB_BYTES, bombs, lying_frames
+from tests.faults.report import tell
+from tests.faults.spectral_body import taken_apart, with_body
+
+SHORT_RUN, LONG_RUN = 1500, 20_000
+BOUNDS_CHECKED_RUN = 10_000
+MOST_MEMORY = 4 << 20
+TOKENS = 40
+
+
+def assert_tried_enough(tried: "dict[str, int]", attempts: int) -> None:
+    assert min(tried[kind] for kind in BODY_HARMS) > attempts // 40
+    # Some harm is none that anybody could find: other steps, other raw bits. Most is found.
+    assert attempts // 20 < tried["decoded"] < attempts // 2
+
+
+def test_harmed_bodies_are_decoded_or_refused() -> None:
+    assert_tried_enough(attack(SHORT_RUN, seed=1), SHORT_RUN)
+
+
+@pytest.mark.slow
+def test_many_harmed_bodies(capsys: pytest.CaptureFixture[str]) -> None:
+    seed = random.SystemRandom().randrange(1 << 32)
+    tried = attack(LONG_RUN, seed)
+    tell(capsys, f"{LONG_RUN} spectral bodies, seed {seed}: {dict(tried)}")
+    assert_tried_enough(tried, LONG_RUN)
+
+
+def test_compiled_loops_stay_within_their_arrays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seed = random.SystemRandom().randrange(1 << 32)
+    command = [sys.executable, "-m", "tests.faults.decoder_under_attack", str(BOUNDS_CHECKED_RUN), str(seed)]
+    environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    tell(capsys, done.stdout.strip())
+
+
+@pytest.mark.parametrize("field", ["classes", "symbols"])
+@pytest.mark.parametrize("code", [*bombs(), *(b"\x01" + frame for frame in lying_frames())])
+def test_a_bomb_is_refused_before_it_takes_memory(field: str, code: bytes) -> None:
+    *_, block = spectral_blocks(random.Random(3), GEOMETRY, basis(), TOKENS)
+    transform = layer_transforms(basis())[block.layer]
+    body = taken_apart(block.body.numpy().tobytes(), block.tiers.numel(), transform, GEOMETRY)
+    if field == "classes":
+        body.classes = code
+    else:
+        for stream in body.streams:
+            stream.coded = code
+    body.make_lengths_agree()
+    harmed = with_body(block, body.assembled())
+    states = torch.empty(2, GEOMETRY.kv_heads, block.tiers.numel(), GEOMETRY.head_dim)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataLossError):
+            SpectralDecoder(basis(), GEOMETRY).decode(harmed, states[0], states[1])
+        assert tracemalloc.get_traced_memory()[1] < MOST_MEMORY < BOMB_BYTES
+    finally:
+        tracemalloc.stop()

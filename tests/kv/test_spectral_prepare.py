@@ -1,0 +1,42 @@
+"""What `prepare` compiles is all that requests need."""
+
+import subprocess
+import sys
+
+import pytest
+
+# In a process of its own: what other tests had compiled would hide what is missing.
+REQUEST = """
+import torch
+from spectrumkv.common.kv.spectral.codec import prepare
+from spectrumkv.kernels import spectral_rows, spectral_streams
+from spectrumkv.common.kv.block import parse_block
+from spectrumkv.common.kv.spectral.decoder import SpectralDecoder
+from tests.kv.test_spectral import basis_of, encoder_of, geometry, observation
+
+def signatures():
+    loops = vars(spectral_rows) | vars(spectral_streams)
+    return {(name, one) for name, loop in loops.items() for one in getattr(loop, "signatures", ())}
+
+prepare()
+prepared = signatures()
+shape = geometry()
+basis = basis_of(shape)
+for tokens, mismatch in ((1, 1.0), (40, 1.0), (300, 30.0)):
+    for layer in range(shape.layers):
+        seen = observation(basis, layer, tokens, mismatch)
+        # As models leave them: token by token.
+        for states in (seen.keys, seen.values):
+            states.set_(states.transpose(0, 1).contiguous().transpose(0, 1))
+        for block in encoder_of(basis, shape, tokens, 0.4).encode(seen):
+            payload = block.header() + block.body.numpy().tobytes()
+            slots = torch.empty(2, shape.kv_heads, 2 * tokens, shape.head_dim)[:, :, tokens:]
+            SpectralDecoder(basis, shape).decode(parse_block(payload, 0)[0], slots[0], slots[1])
+print(sorted(map(str, signatures() - prepared)))
+"""
+
+
+@pytest.mark.slow
+def test_no_request_waits_for_a_compiler() -> None:
+    done = subprocess.run([sys.executable, "-c", REQUEST], capture_output=True, text=True, timeout=240, check=True)
+    assert done.stdout.strip() == "[]"

@@ -7,6 +7,7 @@ are looked for that INT4 harms most. The others are counted budgets of the spect
 """
 
 import logging
+from collections.abc import Sequence
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.codec import Codec, codecs, tier_codecs
@@ -16,9 +17,10 @@ from spectrumkv.common.kv.spectral.codec import SpectralCodec
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.prefill_server.engine import PrefillEngine
+from spectrumkv.prefill_server.plan import KvPlan
 from spectrumkv.prefill_server.probe.examination import Examination, probed_setting
-from spectrumkv.prefill_server.probe.findings import is_conclusive, passes
-from spectrumkv.prefill_server.probe.ladder import ladder
+from spectrumkv.prefill_server.probe.findings import ProbedSetting, ProbeTrial, is_conclusive, passes
+from spectrumkv.prefill_server.probe.ladder import int4_trial_without, ladder
 from spectrumkv.prefill_server.probe.layer_search import find_int4_layers
 from spectrumkv.prefill_server.probe.progress import OnProgress, ProbeProgress
 from spectrumkv.prefill_server.probe.verdict import ProbeVerdict
@@ -101,13 +103,31 @@ def run_probe(
     if codec.name not in with_int4:
         raise InvalidArgumentError(f"codec {codec.name!r} has no INT4 to probe; valid: {', '.join(with_int4)}")
     examination = Examination.of(loaded, engine, ProbeProgress(on_progress))
-    plans = ladder(codec, basis)
-    answers, readings = examination.hold(plans)
-    settings = [probed_setting(plan, rung, answers, readings) for rung, plan in enumerate(plans)]
-    trials = [one.trial(rung=0) for one in answers]
     layers = loaded.geometry.layers
+    trials, settings = _held(examination, ladder(codec, basis))
+    int4 = Int4Layers() if passes(trials) else Int4Layers.nowhere(layers)
     if not is_conclusive(trials):
         int4 = Int4Layers.nowhere(layers)
-    else:
-        int4 = Int4Layers() if passes(trials) else find_int4_layers(examination, codec)
+    elif not int4.everywhere:
+        int4, tried = _mended(examination, codec)
+        settings += tried
     return ProbeVerdict.from_findings(trials, settings, int4, layers)
+
+
+def _held(examination: Examination, plans: Sequence[KvPlan]) -> tuple[list[ProbeTrial], list[ProbedSetting]]:
+    """What holding settings against exact KV finds: the first one's trials, and all settings."""
+    answers, readings = examination.hold(plans)
+    settings = [probed_setting(plan, rung, answers, readings) for rung, plan in enumerate(plans)]
+    return [one.trial(rung=0) for one in answers], settings
+
+
+def _mended(examination: Examination, codec: Codec) -> tuple[Int4Layers, list[ProbedSetting]]:
+    """Where INT4 may be used by a model that cannot have it everywhere, and the setting that shows it."""
+    layers = examination.loaded.geometry.layers
+    int4 = find_int4_layers(examination, codec)
+    if len(int4.off) < layers:
+        # The search takes for granted that more layers at INT8 lose no needle that fewer keep.
+        trials, settings = _held(examination, [int4_trial_without(codec, int4.off, layers)])
+        if passes(trials):
+            return int4, settings
+    return Int4Layers.nowhere(layers), []

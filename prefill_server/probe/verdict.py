@@ -106,9 +106,11 @@ class ProbeVerdict:
     def default_budget(self, policy: Policy) -> float:
         """Return the budget of a request that names none, to a server whose operator left it open.
 
-        Counted budgets are the strongest that is safe. For policies of tiers it is what the trial of INT4 had.
+        Counted budgets are the strongest that is safe. A policy of tiers keeps to what it was tried at, if it was.
         """
-        if not policy.budget_is_counted or not _finds_needles(self.settings):
+        if not policy.budget_is_counted:
+            return next((one.budget for one in self.settings if one.policy == policy.name), UNPROBED_BUDGET)
+        if not _finds_needles(self.settings):
             return UNPROBED_BUDGET
         return FULL_BUDGET if self.safe_budget is None else self.safe_budget
 

@@ -209,7 +209,7 @@ class BrokenInt4(AbsmaxCodec):
     def __init__(self, layers: int, broken: frozenset[int]) -> None:
         self._layers = layers
         self._broken = broken
-        self._decoded = 0
+        self._layer = -1
 
     def decode(
         self,
@@ -220,10 +220,10 @@ class BrokenInt4(AbsmaxCodec):
         geometry: KvGeometry,
     ) -> dict[Tier, int]:
         taken = super().decode(body, tiers, keys, values, geometry)
-        # A prompt's layers come in order, each in one block.
-        layer = self._decoded % self._layers
-        self._decoded += 1
-        for states in (keys, values) if layer in self._broken else ():
+        # A prompt's layers come in order, each in one block or more, the first of which is written at its start.
+        if keys.storage_offset() == 0:
+            self._layer = (self._layer + 1) % self._layers
+        for states in (keys, values) if self._layer in self._broken else ():
             noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
             broken = (tiers == Tier.INT4)[:, None]
             states.copy_(torch.where(broken, states.abs().amax(dim=-1, keepdim=True) * noise, states))
@@ -267,3 +267,5 @@ def test_layers_whose_int4_is_broken_are_found_and_do_without(default_model: Loa
     # No fewer than it takes, and none that INT4 does not harm.
     assert verdict.int4.off
     assert verdict.int4.off <= broken
+    assert verdict.settings[-1].policy == "adaptive"
+    assert verdict.default_budget(policies.get("adaptive")) == pytest.approx(0.3 + 0.2 * len(verdict.int4.off) / 30)

@@ -132,6 +132,8 @@ def test_the_default_budget_is_what_was_found() -> None:
     assert "safe from 0.25 up" in VERDICT.reason
     # Tiers were tried at 0.3, and nobody knows what they do at 0.25.
     assert VERDICT.default_budget(ADAPTIVE) == UNPROBED_BUDGET
+    mended = replace(VERDICT, settings=(*VERDICT.settings, rung(0.32, 3e-3, policy="adaptive")))
+    assert (mended.default_budget(ADAPTIVE), mended.default_budget(SPECTRAL)) == (0.32, 0.25)
 
 
 def test_without_needles_or_a_probe_the_default_budget_is_the_one_before_probes() -> None:

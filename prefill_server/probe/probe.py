@@ -103,15 +103,9 @@ def run_probe(
     if codec.name not in with_int4:
         raise InvalidArgumentError(f"codec {codec.name!r} has no INT4 to probe; valid: {', '.join(with_int4)}")
     examination = Examination.of(loaded, engine, ProbeProgress(on_progress))
-    layers = loaded.geometry.layers
     trials, settings = _held(examination, ladder(codec, basis))
-    int4 = Int4Layers() if passes(trials) else Int4Layers.nowhere(layers)
-    if not is_conclusive(trials):
-        int4 = Int4Layers.nowhere(layers)
-    elif not int4.everywhere:
-        int4, tried = _mended(examination, codec)
-        settings += tried
-    return ProbeVerdict.from_findings(trials, settings, int4, layers)
+    int4, mending = _settle_int4(examination, codec, trials)
+    return ProbeVerdict.from_findings(trials, [*settings, *mending], int4, loaded.geometry.layers)
 
 
 def _held(examination: Examination, plans: Sequence[KvPlan]) -> tuple[list[ProbeTrial], list[ProbedSetting]]:
@@ -121,13 +115,19 @@ def _held(examination: Examination, plans: Sequence[KvPlan]) -> tuple[list[Probe
     return [one.trial(rung=0) for one in answers], settings
 
 
-def _mended(examination: Examination, codec: Codec) -> tuple[Int4Layers, list[ProbedSetting]]:
-    """Where INT4 may be used by a model that cannot have it everywhere, and the setting that shows it."""
+def _settle_int4(
+    examination: Examination, codec: Codec, trials: Sequence[ProbeTrial]
+) -> tuple[Int4Layers, list[ProbedSetting]]:
+    """Where INT4 may be used; where that is in some layers only, also the setting that shows that it may."""
     layers = examination.loaded.geometry.layers
+    if not is_conclusive(trials):
+        return Int4Layers.nowhere(layers), []
+    if passes(trials):
+        return Int4Layers(), []
     int4 = find_int4_layers(examination, codec)
     if len(int4.off) < layers:
         # The search takes for granted that more layers at INT8 lose no needle that fewer keep.
-        trials, settings = _held(examination, [int4_trial_without(codec, int4.off, layers)])
-        if passes(trials):
+        again, settings = _held(examination, [int4_trial_without(codec, int4.off, layers)])
+        if passes(again):
             return int4, settings
     return Int4Layers.nowhere(layers), []

@@ -190,7 +190,8 @@ def _reason_of_int4(trials: Sequence[ProbeTrial], int4: Int4Layers, layers: int)
         return counts
     if len(int4.off) == layers:
         return f"{counts}; doing without it in some layers does not mend that"
-    return f"{counts}; with INT8 in place of INT4 in layers {int4.off_list} it finds enough"
+    where = f"layer{'s' if len(int4.off) > 1 else ''} {int4.off_list}"
+    return f"{counts}; with INT8 in place of INT4 in {where} it finds enough"
 
 
 def _reason_of_budget(settings: Sequence[ProbedSetting]) -> str:

@@ -20,11 +20,12 @@ from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.prefill_server.basis_cache import resolve_basis
 from spectrumkv.prefill_server.engine import PrefillEngine
+from spectrumkv.prefill_server.plan import KvPlan
 from spectrumkv.prefill_server.probe import ladder, questions
 from spectrumkv.prefill_server.probe.findings import ProbedSetting, ProbeTrial
 from spectrumkv.prefill_server.probe.probe import probe_and_keep, resolve_verdict, run_probe, verdict_key
 from spectrumkv.prefill_server.probe.progress import ProbeStep
-from spectrumkv.prefill_server.probe.questions import DEPTHS
+from spectrumkv.prefill_server.probe.questions import DEPTHS, NeedleQuestion
 from spectrumkv.prefill_server.probe.verdict import UNPROBED_BUDGET, ProbeVerdict
 from spectrumkv.prefill_server.probe.verdict_cache import keep_verdict, read_verdict
 from spectrumkv.prefill_server.replay import CapturedPrompt, capture_prompt
@@ -228,6 +229,44 @@ class BrokenInt4(AbsmaxCodec):
             broken = (tiers == Tier.INT4)[:, None]
             states.copy_(torch.where(broken, states.abs().amax(dim=-1, keepdim=True) * noise, states))
         return taken
+
+
+@pytest.mark.usefixtures("short_ladder")
+@pytest.mark.parametrize("holds", [True, False], ids=["holds", "does not hold"])
+def test_a_layer_whose_int4_is_broken_does_without_if_that_holds(
+    tiny: LoadedModel, engine: PrefillEngine, basis: SpectralBasis, monkeypatch: pytest.MonkeyPatch, holds: bool
+) -> None:
+    """Layers are ranked by real damage; the answers are made up, since a model of random weights has none."""
+    tried: list[KvPlan] = []
+
+    def answer_under(question: NeedleQuestion, plan: KvPlan) -> str:
+        tried.append(plan)
+        found = plan.codec.name == "spectral" or not plan.int4.allows(1)
+        # The search asks each prompt with two layers off and with one; then comes the setting that is to show it.
+        searched = sum(not one.int4.everywhere for one in tried) > 3 * 2
+        return question.prompt.fact.answer if found and (holds or not searched) else "unknown"
+
+    monkeypatch.setattr(NeedleQuestion, "answer_under", answer_under)
+    monkeypatch.setattr(NeedleQuestion, "found_fp16", True)
+    steps: list[ProbeStep] = []
+    short = replace(tiny, context_length=300)
+    verdict = run_probe(short, engine, basis, steps.append, BrokenInt4(3, frozenset({1})))
+    assert not verdict.int4_allowed
+    assert [step.number for step in steps] == list(range(1, len(steps) + 1))
+    assert all(step.number <= step.total for step in steps)
+    policy = policies.get("adaptive")
+    if holds:
+        assert verdict.int4.off == {1}
+        assert "in layer 1 it finds enough" in verdict.reason
+        shown = verdict.settings[-1]
+        assert (shown.policy, shown.found) == ("adaptive", 3)
+        assert shown.kl < verdict.settings[0].kl
+        assert verdict.default_budget(policy) == shown.budget == pytest.approx((0.5 + 2 * 0.3) / 3)
+    else:
+        assert verdict.int4 == Int4Layers.nowhere(3)
+        assert "does not mend that" in verdict.reason
+        assert [one.policy for one in verdict.settings] == ["greedy", "spectral", "spectral"]
+        assert verdict.default_budget(policy) == UNPROBED_BUDGET
 
 
 @pytest.fixture(scope="module")

@@ -269,42 +269,19 @@ def test_a_layer_whose_int4_is_broken_does_without_if_that_holds(
         assert verdict.default_budget(policy) == UNPROBED_BUDGET
 
 
-@pytest.fixture(scope="module")
-def default_model() -> LoadedModel:
-    return load_model(None, "cpu")
-
-
-def probe_default(loaded: LoadedModel, codec: AbsmaxCodec) -> ProbeVerdict:
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_default_model_takes_int4_and_a_quarter_of_the_bytes() -> None:
+    loaded = load_model(None, "cpu")
     engine = PrefillEngine(loaded, window=8)
     try:
-        verdict = run_probe(loaded, engine, resolve_basis(loaded, lambda done: None), str, codec)
+        verdict = run_probe(loaded, engine, resolve_basis(loaded, lambda done: None), str, ABSMAX)
     finally:
         engine.stop()
     assert sum(trial.found_fp16 for trial in verdict.trials) >= 2
-    # The spectral codec has no part in what is broken.
+    assert verdict.int4_allowed
     assert verdict.safe_budget in (0.25, 0.3)
     assert verdict.default_budget(policies.get("spectral")) == verdict.safe_budget
-    return verdict
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_default_model_takes_int4(default_model: LoadedModel) -> None:
-    verdict = probe_default(default_model, AbsmaxCodec())
-    assert verdict.int4_allowed
     counted = [one for one in verdict.settings if one.budget_is_counted]
     assert [one.safe for one in counted] == [one.budget >= verdict.safe_budget for one in counted]
     assert all(later.kl > 2 * earlier.kl for earlier, later in itertools.pairwise(counted))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_layers_whose_int4_is_broken_are_found_and_do_without(default_model: LoadedModel) -> None:
-    broken = frozenset({2, 11, 29})
-    verdict = probe_default(default_model, BrokenInt4(30, broken))
-    assert not verdict.int4_allowed
-    # No fewer than it takes, and none that INT4 does not harm.
-    assert verdict.int4.off
-    assert verdict.int4.off <= broken
-    assert verdict.settings[-1].policy == "adaptive"
-    assert verdict.default_budget(policies.get("adaptive")) == pytest.approx(0.3 + 0.2 * len(verdict.int4.off) / 30)

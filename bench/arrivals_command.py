@@ -65,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.common.kv.geometry import KvGeometry
     from spectrumkv.common.rpc import open_channel
     from spectrumkv.prefill_server.plan import KvPlan
+    from spectrumkv.prefill_server.probe.verdict import ProbeVerdict
 
     if min(arguments.streams, arguments.arrivals, arguments.pause_tokens) < 1:
         raise InvalidArgumentError("--streams, --arrivals and --pause-tokens must each be at least 1")
@@ -85,7 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
             for tokens in (arguments.running_tokens, arguments.arriving_tokens)
         )
         basis = synthetic_basis(geometry)
-        plans = [KvPlan.resolve(choice, config, True, 0, basis) for choice in choices]
+        verdict = ProbeVerdict.from_flag("on", geometry.layers)
+        plans = [KvPlan.resolve(choice, config, verdict, 0, basis) for choice in choices]
         lasting = (arguments.arrivals + 2) * (arguments.pause_tokens + TOKENS_PER_ARRIVAL)
         steps = len(plans) * arguments.arrivals
         with open_channel(address) as channel, progress(steps, Console(stderr=True)) as on_arrival:

@@ -27,11 +27,12 @@ from spectrumkv.bench.method_flags import DEFAULT_BUDGETS, add_output_flags, par
 from spectrumkv.bench.progress import progress
 from spectrumkv.bench.quality_command import add_text_flags, quality_table
 from spectrumkv.bench.rows import quality_row
-from spectrumkv.bench.scoring import WindowScore, compare
+from spectrumkv.bench.scoring import WindowScore
 from spectrumkv.bench.tables import results_console
 from spectrumkv.bench.texts import load_text
 from spectrumkv.bench.windows import Window, cut, text_digest
 from spectrumkv.client.json_output import STDOUT
+from spectrumkv.common.divergence import compare
 from spectrumkv.common.errors import FailedPreconditionError, SpectrumKVError
 from spectrumkv.common.model.digest import weights_digest
 from spectrumkv.common.model.directory import find_model

@@ -19,6 +19,7 @@ from spectrumkv.common.kv.spectral.basis import SpectralBasis
 from spectrumkv.common.metrics import Metrics
 from spectrumkv.common.model.spec import ModelSpec
 from spectrumkv.prefill_server.plan import SCOPES, KvPlan
+from spectrumkv.prefill_server.probe.verdict import ProbeVerdict
 from spectrumkv.v1 import prefill_pb2
 
 ALL, DEFAULT = "all", "default"
@@ -114,7 +115,7 @@ class MethodSelector:
     Attributes:
         choice: what the flags ask for.
         config: the servers' defaults.
-        int4_allowed: the probe's verdict.
+        verdict: what the probe found.
         spec: the model's.
         metrics: told of every byte.
         basis: the model's, for codecs that need one.
@@ -122,7 +123,7 @@ class MethodSelector:
 
     choice: Choice
     config: PrefillConfig
-    int4_allowed: bool
+    verdict: ProbeVerdict
     spec: ModelSpec
     metrics: Metrics
     basis: SpectralBasis | None
@@ -191,7 +192,7 @@ class MethodSelector:
         asked.CopyFrom(options)
         if budget is not None:
             asked.budget = budget
-        plan = KvPlan.resolve(asked, self.config, self.int4_allowed, self.choice.seed, self.basis)
+        plan = KvPlan.resolve(asked, self.config, self.verdict, self.choice.seed, self.basis)
         return WireMethod(plan, self.spec, self.config.chunk_bytes, self.metrics)
 
 

@@ -13,7 +13,8 @@ from spectrumkv.common.kv.spectral.basis import SpectralBasis
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.prefill_server.basis_cache import EXCERPTS, resolve_basis
 from spectrumkv.prefill_server.engine import PrefillEngine
-from spectrumkv.prefill_server.probe import resolve_verdict
+from spectrumkv.prefill_server.probe.probe import resolve_verdict
+from spectrumkv.prefill_server.probe.verdict import ProbeVerdict
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ def prepare(loaded: LoadedModel, choice: Choice, arguments: argparse.Namespace, 
             "lower --context"
         )
     config = build(PrefillConfig, {"int4": arguments.int4})
-    int4_allowed = _int4_allowed(loaded, config, console)
     basis = _basis(loaded, console)
+    verdict = _verdict(loaded, config, basis, console)
     served = ServedModel(loaded, config.window, tokens)
-    selection = MethodSelector(choice, config, int4_allowed, loaded.spec, served.metrics, basis).select()
+    selection = MethodSelector(choice, config, verdict, loaded.spec, served.metrics, basis).select()
     for note in selection.notes:
         console.print(note, markup=False, style="dim")
     return Prepared(served, selection.methods)
@@ -64,12 +65,11 @@ def _basis(loaded: LoadedModel, console: Console) -> SpectralBasis:
     return resolve_basis(loaded, tell)
 
 
-def _int4_allowed(loaded: LoadedModel, config: PrefillConfig, console: Console) -> bool:
+def _verdict(loaded: LoadedModel, config: PrefillConfig, basis: SpectralBasis, console: Console) -> ProbeVerdict:
     engine = PrefillEngine(loaded, config.window)
     try:
-        verdict = resolve_verdict(
-            loaded, engine, config.int4, lambda step: console.print(str(step), markup=False, style="dim")
+        return resolve_verdict(
+            loaded, engine, basis, config.int4, lambda step: console.print(str(step), markup=False, style="dim")
         )
     finally:
         engine.stop()
-    return verdict.int4_allowed

@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from spectrumkv.bench.rows import describe, quality_row
-from spectrumkv.bench.scoring import WindowScore, compare
+from spectrumkv.bench.scoring import WindowScore
 from spectrumkv.bench.served_model import ExactFp16, Method, ServedModel
 from spectrumkv.bench.windows import Window
+from spectrumkv.common.divergence import compare
 
 OnStep = Callable[[str], None]
 """Told in words what has just been done; once for each prefill, reference and method."""

@@ -4,10 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-# Positions whose distributions are in memory at once in float64.
-POSITIONS_AT_ONCE = 64
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 
@@ -35,37 +32,6 @@ class WindowScore:
     counted: float
     fp16: int
     nominal_budget: float
-
-
-@dataclass(frozen=True)
-class Distance:
-    """`nll`, `nll_fp16`, `kl` and `agreed` of `WindowScore`."""
-
-    nll: float
-    nll_fp16: float
-    kl: float
-    agreed: int
-
-
-def compare(logits: torch.Tensor, reference: torch.Tensor, targets: Sequence[int]) -> Distance:
-    """Compare next-token distributions, in float64.
-
-    Args:
-        logits: `[m, vocab]`, over received KV.
-        reference: `[m, vocab]`, over exact FP16 KV.
-        targets: the m tokens that really come next.
-    """
-    wanted = torch.tensor(targets, device=logits.device)[:, None]
-    nll = nll_fp16 = kl = 0.0
-    for first in range(0, len(targets), POSITIONS_AT_ONCE):
-        rows = slice(first, first + POSITIONS_AT_ONCE)
-        ours = torch.log_softmax(logits[rows].double(), dim=-1)
-        theirs = torch.log_softmax(reference[rows].double(), dim=-1)
-        nll -= float(ours.gather(1, wanted[rows]).sum())
-        nll_fp16 -= float(theirs.gather(1, wanted[rows]).sum())
-        kl += float((theirs.exp() * (theirs - ours)).sum())
-    agreed = int((logits.argmax(dim=-1) == reference.argmax(dim=-1)).sum())
-    return Distance(nll, nll_fp16, kl, agreed)
 
 
 @dataclass(frozen=True)

@@ -73,13 +73,15 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.bench.transfer_kv import observations
     from spectrumkv.common.config import build
     from spectrumkv.prefill_server.plan import KvPlan
+    from spectrumkv.prefill_server.probe.verdict import ProbeVerdict
 
     tls = _tls_files(arguments)
     load_before = load_average()
     cache = Cache.random(geometry_from(arguments), arguments.tokens, torch.device("cpu"))
     config = build(PrefillConfig, {"chunk_bytes": arguments.chunk_bytes, "window": arguments.window})
     basis = synthetic_basis(cache.geometry)
-    plans = [KvPlan.resolve(choice.to_proto(), config, True, 0, basis) for choice in kv_choices(arguments)]
+    verdict = ProbeVerdict.from_flag("on", cache.geometry.layers)
+    plans = [KvPlan.resolve(choice.to_proto(), config, verdict, 0, basis) for choice in kv_choices(arguments)]
     layers = observations(cache, arguments.query_heads, config.window)
     with progress(arguments.rounds + 1, Console(stderr=True)) as on_round:
         rows = transfer.measure(cache, layers, plans, config.chunk_bytes, arguments.rounds, on_round, tls)

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     out = Console(highlight=False, soft_wrap=True)
     options = dict(FREE_PORTS) | ({"model": arguments.model} if arguments.model else {})
-    out.print("starting a decode and a prefill service; the first time this takes a minute or two")
+    out.print("starting a decode and a prefill service; the first time this takes minutes")
     log = DemoLog()
     with stopped_by_sigterm(), running_pair(options, log.add) as pair, SpectrumClient(pair.address) as client:
         log.be_quiet()

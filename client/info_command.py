@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from itertools import chain
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from spectrumkv.client import connection_flags, generation_flags
 from spectrumkv.client.client import ServerInfo
 from spectrumkv.client.json_output import STDOUT, message_as_json, write_json
+from spectrumkv.client.probe_table import probe_summary, probe_tables
 from spectrumkv.client.tables import facts_table
 from spectrumkv.v1 import decode_pb2, prefill_pb2
 
@@ -60,8 +59,8 @@ def _show(console: Console, server: str, info: ServerInfo, serving: bool) -> Non
         console.print(facts_table(chain(common, _slot_facts(info))))
         return
     console.print(facts_table(chain(common, _choice_facts(info))))
-    if info.int4_probe.trials:
-        console.print(_trials_table(info.int4_probe))
+    for table in probe_tables(info.int4_probe):
+        console.print(table)
 
 
 def _common_facts(server: str, info: ServerInfo, serving: bool) -> Iterator[tuple[str, str]]:
@@ -87,16 +86,6 @@ def _choice_facts(info: prefill_pb2.PrefillServiceGetServerInfoResponse) -> Iter
     yield "defaults", ", ".join(f"{field.name} {value}" for field, value in info.defaults.ListFields())
     yield "decode workers", ", ".join(info.decode_workers)
     verdict = info.int4_probe
-    allowed = "allowed" if verdict.int4_allowed else "not allowed"
-    yield "INT4", f"{allowed} ({verdict.source}): {verdict.reason}"
-
-
-def _trials_table(verdict: prefill_pb2.ProbeVerdict) -> Table:
-    table = Table(title="INT4 probe", title_justify="left")
-    for heading in ("prompt tokens", "needle's depth", "found", "found over FP16", "answer"):
-        table.add_column(heading)
-    for trial in verdict.trials:
-        found, found_fp16 = ("yes" if one else "no" for one in (trial.found, trial.found_fp16))
-        depth = f"{trial.depth:.0%}"
-        table.add_row(str(trial.prompt_tokens), depth, found, found_fp16, Text(trial.answer))
-    return table
+    yield "INT4", probe_summary(verdict)
+    if not verdict.int4_allowed and verdict.int4_layers_off:
+        yield "layers without INT4", ", ".join(map(str, verdict.int4_layers_off))

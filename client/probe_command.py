@@ -1,4 +1,4 @@
-"""`spectrumkv probe`: find out whether a model can be sent at INT4, whatever was found before."""
+"""`spectrumkv probe`: find the strongest safe setting for a model, whatever was found before."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -7,21 +7,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from spectrumkv.client.json_output import STDOUT, message_as_json, write_json
-from spectrumkv.client.probe_table import probe_table
+from spectrumkv.client.probe_table import probe_summary, probe_tables
 from spectrumkv.common.config import ServerConfig
 
 if TYPE_CHECKING:
     from spectrumkv.common.model.load import LoadedModel
-    from spectrumkv.prefill_server.verdict import ProbeVerdict
+    from spectrumkv.prefill_server.probe.verdict import ProbeVerdict
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "probe",
-        help="find out whether a model can be sent at INT4",
-        description="Hide three needles in long prompts, ask for them over INT4 KV, and keep the verdict for the "
-        "prefill service's next starts. Exits with status 0 whatever the verdict.",
+        help="find out how strongly a model's KV may be coded",
+        description="Ask a model for needles in long prompts, and have it predict prose, over KV at INT4 and at a "
+        "ladder of budgets; keep the verdict for the prefill service's next starts. Exits with status 0 whatever it "
+        "says.",
         allow_abbrev=False,
     )
     parser.add_argument("--model", metavar="NAME", help="local directory or hub name (default: the embedded model)")
@@ -30,7 +31,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         parser.add_argument(
             f"--{name}", default=default, metavar="NAME", help=f"one of {choices} (default: {default})"
         )
-    parser.add_argument("--codec", default="absmax", metavar="NAME", help="writes the tiers (default: %(default)s)")
+    parser.add_argument("--codec", default="absmax", metavar="NAME", help="writes INT4 (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write it as JSON ('-': stdout, instead of the table)")
     parser.set_defaults(run=run, parser=parser)
 
@@ -51,7 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
     verdict = _probe(loaded, codec.name)
     message = verdict.to_proto()
     if arguments.json != STDOUT:
-        Console().print(probe_table(message))
+        console = Console()
+        console.print(f"INT4 {probe_summary(message)}", markup=False)
+        for table in probe_tables(message):
+            console.print(table)
     if arguments.json is not None:
         what = {
             "model": loaded.name,
@@ -64,18 +68,25 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _probe(loaded: "LoadedModel", codec: str) -> "ProbeVerdict":
+    from spectrumkv.prefill_server.basis_cache import EXCERPTS, resolve_basis
     from spectrumkv.prefill_server.engine import PrefillEngine
-    from spectrumkv.prefill_server.probe import WINDOW, ProbeStep, probe_and_keep
+    from spectrumkv.prefill_server.probe.probe import probe_and_keep
+    from spectrumkv.prefill_server.probe.progress import ProbeStep
+    from spectrumkv.prefill_server.probe.questions import WINDOW
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     engine = PrefillEngine(loaded, WINDOW)
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"probing {loaded.name}", total=None)
 
+        def show_excerpt(done: int) -> None:
+            progress.update(task, total=EXCERPTS, completed=done, description="calibrating the spectral codec")
+
         def show(step: ProbeStep) -> None:
             progress.update(task, total=step.total, completed=step.number - 1, description=step.doing)
 
         try:
-            return probe_and_keep(loaded, engine, show, codec)
+            basis = resolve_basis(loaded, show_excerpt)
+            return probe_and_keep(loaded, engine, basis, show, codec)
         finally:
             engine.stop()

@@ -16,7 +16,7 @@ from spectrumkv.client.service_process import ServiceProcess
 from spectrumkv.common.errors import SpectrumKVError
 from spectrumkv.common.security import ChannelSecurity
 
-# The first start downloads nothing but may convert the embedded model and runs the INT4 probe.
+# The first start downloads nothing but may convert the embedded model, calibrates and probes it.
 READY_TIMEOUT_SECONDS = 600.0
 
 # Called with a service's name and a line of its log, from another thread.

@@ -18,6 +18,7 @@ from spectrumkv.common.options import (
     number,
     one_of,
     option,
+    or_auto,
     parse_addresses,
     parse_bytes,
 )
@@ -101,7 +102,12 @@ class PrefillConfig(ServerConfig):
         None, "file whose first bearer token goes to decode workers; the variable SPECTRUMKV_TOKEN if not given"
     )
     policy: str = option("spectral", "how tokens get their tiers where a request does not say")
-    budget: float = option(0.3, "bytes sent relative to FP16 where a request does not say", number(0.05, 1))
+    budget: float | None = option(
+        None,
+        "bytes sent relative to FP16 where a request does not say; auto, the default, is the least that the probe "
+        "found safe for the model",
+        or_auto(number(0.05, 1)),
+    )
     scorer: str = option("attention", "how tokens are ranked where a request does not say")
     codec: str = option("absmax", "how tiers are coded where a request does not say")
     scope: str = option(

@@ -87,6 +87,9 @@ class Metrics:
             "decode_worker_slots_free", "KV slots of a decode worker that prefill takes to be free.", "worker"
         )
         self.int4_probe_passed = gauge("int4_probe_passed", "1 where the model may be sent at INT4, else 0.")
+        self.probe_safe_budget = gauge(
+            "probe_safe_budget_ratio", "Least counted budget that the probe found safe; 0 where it knows none."
+        )
         self.prompt_tokens_recomputed = counter(
             "prompt_tokens_recomputed_total", "Prompt tokens computed again on decode; their KV was not used."
         )

@@ -94,6 +94,20 @@ def number(minimum: float, maximum: float = math.inf, kind: type = float) -> Par
     return parse
 
 
+def or_auto(parse: Parser) -> Parser:
+    """Return a parser that also accepts "auto", which is None: the service finds the value."""
+
+    def parse_unless_auto(text: str) -> Any:
+        if text == "auto":
+            return None
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise ValueError(f"{error}, or auto") from None
+
+    return parse_unless_auto
+
+
 def one_of(*choices: str) -> Parser:
     """Return a parser that accepts these words only."""
 

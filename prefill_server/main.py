@@ -15,7 +15,7 @@ from spectrumkv.common.spans import set_up_spans
 from spectrumkv.kernels import absmax, attention_received
 from spectrumkv.prefill_server.basis_cache import EXCERPTS, resolve_basis
 from spectrumkv.prefill_server.engine import PrefillEngine
-from spectrumkv.prefill_server.probe import resolve_verdict
+from spectrumkv.prefill_server.probe.probe import resolve_verdict
 from spectrumkv.prefill_server.service import PrefillService
 from spectrumkv.v1 import prefill_pb2_grpc
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Load the model, settle whether INT4 is safe, find the basis of its KV, and serve."""
+    """Load the model, find the basis of its KV and how strongly that may be coded, and serve."""
     exit_on_error(_serve)
     leave()
 
@@ -38,8 +38,8 @@ def _serve() -> None:
     attention_received.prepare()
     metrics = Metrics.for_process("prefill", loaded.name)
     engine = PrefillEngine(loaded, config.window)
-    verdict = resolve_verdict(loaded, engine, config.int4, logger.info)
     basis = resolve_basis(loaded, lambda done: logger.info("calibration, excerpt %d of %d", done, EXCERPTS))
+    verdict = resolve_verdict(loaded, engine, basis, config.int4, logger.info)
     service = PrefillService(loaded, config, metrics, engine, verdict, basis)
     server = Server(
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server,

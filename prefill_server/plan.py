@@ -7,12 +7,14 @@ from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.codec import BlockDecoder, Codec, TierCodec, codecs, needed_basis
 from spectrumkv.common.kv.encoder import KvEncoder, TieredEncoder
 from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.int4_layers import Int4Layers
 from spectrumkv.common.kv.policy import Policy, policies
 from spectrumkv.common.kv.scoring import scorers
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.spectral.encoder import SpectralEncoder
 from spectrumkv.common.kv.spectral.fixed_width import FixedWidthEncoder, least_budget
 from spectrumkv.common.kv.tiers import Tier
+from spectrumkv.prefill_server.probe.verdict import ProbeVerdict
 from spectrumkv.v1 import kv_pb2, prefill_pb2
 
 SCOPES = ("layer", "model")
@@ -33,7 +35,7 @@ class KvPlan:
         scorer: name of the scorer.
         codec: writes the tiers.
         scope: "layer" for tiers by each layer's scores, "model" for one tier per token in all layers.
-        int4_allowed: the probe's verdict.
+        int4: layers that may be sent at INT4.
         seed: for scorers and policies that draw.
         basis: the model's, for codecs that need one; None where there is none.
         codec_is_open: whether the request left the codec to the server, and the policy has more than one.
@@ -45,7 +47,7 @@ class KvPlan:
     scorer: str
     codec: Codec
     scope: str
-    int4_allowed: bool
+    int4: Int4Layers
     seed: int
     basis: SpectralBasis | None = None
     codec_is_open: bool = False
@@ -64,11 +66,11 @@ class KvPlan:
         cls,
         options: prefill_pb2.KvOptions,
         config: PrefillConfig,
-        int4_allowed: bool,
+        verdict: ProbeVerdict,
         seed: int,
         basis: SpectralBasis | None = None,
     ) -> "KvPlan":
-        """Fill what a request leaves open from the server's configuration.
+        """Fill what a request leaves open from the server's configuration, and what that leaves open from the probe.
 
         Raises:
             InvalidArgumentError: a name is unknown, or the budget is out of the policy's range.
@@ -84,11 +86,11 @@ class KvPlan:
             needed_basis(codec, basis)
         return cls(
             policy=policy,
-            budget=policy.resolve_budget(requested, config.budget),
+            budget=policy.resolve_budget(requested, default_budget(policy, config, verdict)),
             scorer=scorer,
             codec=codec,
             scope=options.scope or ("layer" if policy.budget_is_counted else config.scope),
-            int4_allowed=int4_allowed,
+            int4=verdict.int4,
             seed=seed,
             basis=basis,
             codec_is_open=policy.budget_is_counted and not options.codec,
@@ -127,7 +129,7 @@ class KvPlan:
                 self.scorer,
                 self.codec,
                 self.scope,
-                self.int4_allowed,
+                self.int4,
                 self.seed,
                 geometry,
             )
@@ -143,6 +145,11 @@ class KvPlan:
     def decoder(self, geometry: KvGeometry) -> BlockDecoder:
         """Return what decodes this plan's blocks, as a decode worker would."""
         return self.codec.decoder(geometry, self.basis)
+
+
+def default_budget(policy: Policy, config: PrefillConfig, verdict: ProbeVerdict) -> float:
+    """Return the budget of a request that names none: the operator's word, or else what the probe found."""
+    return verdict.default_budget(policy) if config.budget is None else config.budget
 
 
 def _check_codec(policy: Policy, codec: Codec) -> None:

@@ -70,12 +70,27 @@ def capture_prompt(model: PreTrainedModel, token_ids: Sequence[int], window: int
 
 
 @torch.inference_mode()
+def logits_over(model: PreTrainedModel, kv: Sequence[LayerKv], token_ids: Sequence[int]) -> torch.Tensor:
+    """Return what the model predicts after each of some tokens that follow a prompt: `[m, vocab]`, from one pass.
+
+    Args:
+        model: with the tapped attention.
+        kv: the prompt's cache, one entry per layer.
+        token_ids: m of them.
+    """
+    ids = torch.tensor([list(token_ids)], device=model.device)
+    logits: torch.Tensor = model(input_ids=ids, past_key_values=_cache(model, kv), use_cache=True).logits[0]
+    return logits
+
+
+@torch.inference_mode()
 def generate_over(
     model: PreTrainedModel,
     kv: Sequence[LayerKv],
     first_token: int,
     max_tokens: int,
     eos_token_ids: Collection[int],
+    draft: Sequence[int] = (),
 ) -> list[int]:
     """Generate greedily.
 
@@ -85,16 +100,32 @@ def generate_over(
         first_token: comes from the prompt's own pass, over exact KV, as it does when serving.
         max_tokens: most tokens, the first one included.
         eos_token_ids: any of these ends it.
+        draft: what is likely to come out, with the first token, such as the answer over other KV of the same prompt.
+            As far as it is right it takes one pass in the place of one for each token.
 
     Returns:
         The generated tokens with the first one, and with the one that ended it.
     """
+    tokens = [first_token] if len(draft) < 2 else _confirmed(model, kv, draft)
+    cache, seen = _cache(model, kv), 0
+    while len(tokens) < max_tokens and tokens[-1] not in eos_token_ids:
+        ids = torch.tensor([tokens[seen:]], device=model.device)
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        seen = len(tokens)
+        tokens.append(int(logits[0, -1].argmax()))
+    return tokens
+
+
+def _confirmed(model: PreTrainedModel, kv: Sequence[LayerKv], draft: Sequence[int]) -> list[int]:
+    """As much of a draft as is right, and the right token where it is wrong first."""
+    predicted: list[int] = logits_over(model, kv, draft[:-1]).argmax(dim=-1).tolist()
+    pairs = enumerate(zip(predicted, draft[1:], strict=True))
+    wrong = next((place for place, (ours, drafted) in pairs if ours != drafted), None)
+    return list(draft) if wrong is None else [*draft[: wrong + 1], predicted[wrong]]
+
+
+def _cache(model: PreTrainedModel, kv: Sequence[LayerKv]) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     for layer, (keys, values) in enumerate(kv):
         cache.update(keys[None], values[None], layer)
-    tokens = [first_token]
-    while len(tokens) < max_tokens and tokens[-1] not in eos_token_ids:
-        ids = torch.tensor([tokens[-1:]], device=model.device)
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
-        tokens.append(int(logits[0, -1].argmax()))
-    return tokens
+    return cache

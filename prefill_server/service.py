@@ -30,9 +30,9 @@ from spectrumkv.prefill_server.decode_workers import DecodeWorkers
 from spectrumkv.prefill_server.engine import PrefillEngine, PromptResult
 from spectrumkv.prefill_server.job import FirstResponse, Job, RequestsInService
 from spectrumkv.prefill_server.pipeline import FirstToken, KvPipeline
-from spectrumkv.prefill_server.plan import SCOPES, KvPlan
+from spectrumkv.prefill_server.plan import SCOPES, KvPlan, default_budget
+from spectrumkv.prefill_server.probe.verdict import ProbeVerdict
 from spectrumkv.prefill_server.usage import Progress, usage_message
-from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import decode_pb2, generation_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
 
 
@@ -44,7 +44,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         config: the service's options.
         metrics: the process's metrics.
         engine: runs the prompts.
-        verdict: whether INT4 may be used.
+        verdict: what the probe found.
         basis: the model's, for codecs that need one; None where there is none.
     """
 
@@ -67,8 +67,9 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self._codec_choice = CodecChoice(loaded.geometry)
         self._requests = RequestsInService()
         # A default that no request could use should be found out at start-up.
-        KvPlan.resolve(prefill_pb2.KvOptions(), config, verdict.int4_allowed, seed=0, basis=basis)
+        KvPlan.resolve(prefill_pb2.KvOptions(), config, verdict, seed=0, basis=basis)
         metrics.int4_probe_passed.set(verdict.int4_allowed)
+        metrics.probe_safe_budget.set(verdict.safe_budget or 0)
         metrics.requests_waiting.set_function(lambda: engine.waiting)
         metrics.requests_running.set_function(lambda: max(0, self._requests.count - engine.waiting))
 
@@ -119,7 +120,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             codecs=[kv_pb2.CodecId(name=name, version=codecs.get(name).version) for name in codecs],
             scopes=SCOPES,
             defaults=prefill_pb2.KvOptions(
-                budget=config.budget,
+                budget=default_budget(policies.get(config.policy), config, self._verdict),
                 policy=config.policy,
                 scorer=config.scorer,
                 codec=config.codec,
@@ -151,7 +152,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         assert params.seed is not None
         token_ids = read_prompt(request, loaded.tokenizer, loaded.spec.vocab_size)
         check_length(len(token_ids), params.max_tokens, loaded.context_length)
-        plan = KvPlan.resolve(request.kv, self._config, self._verdict.int4_allowed, params.seed, self._basis)
+        plan = KvPlan.resolve(request.kv, self._config, self._verdict, params.seed, self._basis)
         current_request().note(prompt_tokens=len(token_ids), policy=plan.policy.name)
         return Job(request_id, token_ids, params, plan)
 

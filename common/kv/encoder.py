@@ -9,6 +9,7 @@ import torch
 from spectrumkv.common.kv.block import MAX_CHUNK_PAYLOAD_BYTES, Block
 from spectrumkv.common.kv.codec import TierCodec
 from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.int4_layers import Int4Layers
 from spectrumkv.common.kv.scoring import Observation, combine, scorers
 from spectrumkv.common.kv.tiering import Policy, TierRequest
 
@@ -39,7 +40,7 @@ class TieredEncoder:
         codec: writes the tiers.
         scope: "layer": a layer's tokens get tiers by its own scores, and its blocks are ready at once. "model": a
             token has one tier in all layers, and all blocks are ready after the last layer.
-        int4_allowed: the probe's verdict.
+        int4: layers that may be sent at INT4, for policies that heed it.
         seed: for policies that draw.
         geometry: shape and dtype of the model's cache.
     """
@@ -49,7 +50,7 @@ class TieredEncoder:
     scorer: str
     codec: TierCodec
     scope: str
-    int4_allowed: bool
+    int4: Int4Layers
     seed: int
     geometry: KvGeometry
     _held: list[Observation] = field(default_factory=list, init=False)
@@ -61,23 +62,26 @@ class TieredEncoder:
             return
         self._held.append(observation)
         if len(self._held) == self.geometry.layers:
-            tiers = self._assign(combine([self._score(layer) for layer in self._held]), layer=0)
+            scores = combine([self._score(layer) for layer in self._held])
+            # A token has one tier in all layers, so that one layer without INT4 keeps it from all.
+            tiers = self.policy.assign(TierRequest(scores, self.budget, self.int4.everywhere, self.seed))
             while self._held:
                 yield from self.blocks(self._held.pop(0), tiers)
 
     def tiers_of(self, observation: Observation) -> torch.Tensor:
         """Tiers of one layer's tokens by that layer's own scores: uint8 `[n]` on the CPU."""
-        return self._assign(self._score(observation), observation.layer)
+        layer, budget = observation.layer, self.budget
+        if self.policy.heeds_int4:
+            budget = self.int4.layer_budget(layer, budget, self.geometry.layers)
+        # A policy that draws must not draw the same tokens in every layer.
+        request = TierRequest(self._score(observation), budget, self.int4.allows(layer), self.seed + layer)
+        return self.policy.assign(request)
 
     def _score(self, observation: Observation) -> torch.Tensor:
         """Scores of one layer's tokens, float32 `[n]`; zeros where the policy does not look at them."""
         if not self.policy.needs_scores:
             return torch.zeros(observation.keys.shape[1])
         return scorers.get(self.scorer)(observation)
-
-    def _assign(self, scores: torch.Tensor, layer: int) -> torch.Tensor:
-        # A policy that draws must not draw the same tokens in every layer.
-        return self.policy.assign(TierRequest(scores, self.budget, self.int4_allowed, self.seed + layer))
 
     def blocks(self, observation: Observation, tiers: torch.Tensor) -> Iterator[Block]:
         """Code a layer's tokens at these tiers; see `tier_blocks`."""

@@ -65,10 +65,11 @@ def balanced(request: TierRequest) -> Tensor:
     return fill(request.by_score(), {Tier.FP16: fp16, Tier.INT8: int8, Tier.INT4: request.tokens - fp16 - int8})
 
 
-@policy("adaptive", min_budget=0.05)
+@policy("adaptive", min_budget=0.05, heeds_int4=True)
 def adaptive(request: TierRequest) -> Tensor:
     """Greedy where the probe allows INT4, otherwise FP16 and INT8 only.
 
+    Where some layers do without INT4, they are sent at INT8 and the others pay for it (`Int4Layers.layer_budget`).
     Without INT4 the two agree for b ≥ .5, and below it 2b of the tokens get INT8 and the rest is dropped. The paper
     ends at .25 with INT4; below it we go on alike: 4b of the tokens get INT4 and the rest is dropped. One token is
     kept at least, whatever it costs. Cost: more than b · n − ½.

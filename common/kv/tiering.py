@@ -23,7 +23,8 @@ class TierRequest:
         scores: float32 `[n]`, n ≥ 1, on any device: higher is more important. Policies that need no scores only
             look at n.
         budget: mean nominal cost per token that may be spent, relative to FP16.
-        int4_allowed: whether this model can be trusted at INT4 (the probe's verdict).
+        int4_allowed: whether this layer, or with one tier for all layers every layer, can be trusted at INT4 (the
+            probe's verdict).
         seed: for policies that draw; 0 or more.
 
     Raises:
@@ -79,6 +80,7 @@ class Policy:
         codec: the only codec that can write its tiers; None leaves the choice to the request.
         needs_scores: whether `assign` looks at the scores' values. If not, nobody need compute them.
         rule: what `assign` does once the budget is checked; None where the codec spends the budget itself.
+        heeds_int4: whether it looks at `int4_allowed`; whoever asks for one that does not by name means it.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Policy:
     codec: str | None
     needs_scores: bool
     rule: Rule | None
+    heeds_int4: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.min_budget <= self.max_budget <= 1:
@@ -141,12 +144,17 @@ policies: Registry[Policy] = Registry("policy")
 
 
 def policy(
-    name: str, min_budget: float, max_budget: float = 1.0, codec: str | None = None, needs_scores: bool = True
+    name: str,
+    min_budget: float,
+    max_budget: float = 1.0,
+    codec: str | None = None,
+    needs_scores: bool = True,
+    heeds_int4: bool = False,
 ) -> Callable[[Rule], Rule]:
     """Return a decorator that registers a rule as the policy `name`; the arguments are those of `Policy`."""
 
     def add(rule: Rule) -> Rule:
-        policies.register(name)(Policy(name, min_budget, max_budget, codec, needs_scores, rule))
+        policies.register(name)(Policy(name, min_budget, max_budget, codec, needs_scores, rule, heeds_int4))
         return rule
 
     return add

@@ -8,6 +8,7 @@ from spectrumkv.bench.wire_method import WireMethod
 from spectrumkv.common.config import PrefillConfig, build
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.prefill_server.plan import KvPlan
+from spectrumkv.prefill_server.probe.verdict import ProbeVerdict
 from spectrumkv.v1 import prefill_pb2
 from tests.tiny_models import tiny_model
 
@@ -31,5 +32,6 @@ def wire_method(served: ServedModel, policy: str, **options: str | float) -> Wir
     """The policy as a prefill service with default options would carry it out."""
     asked = prefill_pb2.KvOptions(policy=policy, **options)
     basis = synthetic_basis(served.loaded.geometry)
-    plan = KvPlan.resolve(asked, build(PrefillConfig, {}), int4_allowed=True, seed=0, basis=basis)
+    verdict = ProbeVerdict.from_flag("on", served.loaded.geometry.layers)
+    plan = KvPlan.resolve(asked, build(PrefillConfig, {}), verdict, seed=0, basis=basis)
     return WireMethod(plan, served.loaded.spec, PrefillConfig.chunk_bytes, served.metrics)

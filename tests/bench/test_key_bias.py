@@ -9,8 +9,9 @@ from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.common.kv.codec import codecs
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.common.needle.haystack import haystack
+from spectrumkv.prefill_server.basis_cache import resolve_basis
 from spectrumkv.prefill_server.engine import PrefillEngine
-from spectrumkv.prefill_server.probe import run_probe
+from spectrumkv.prefill_server.probe.probe import run_probe
 from tests.services.test_lossless import random_prompt
 from tests.tiny_models import tiny_model
 
@@ -105,8 +106,15 @@ def test_the_default_model_keeps_its_perplexity_and_loses_int4(capsys: pytest.Ca
     assert mean_nll(biased, token_ids) == pytest.approx(mean_nll(original, token_ids), abs=0.005)
     engine = PrefillEngine(biased, window=8)
     try:
-        verdict = run_probe(biased, engine, str, codecs.get("absmax"))
+        basis = resolve_basis(biased, lambda done: None)
+        verdict = run_probe(biased, engine, basis, str, codecs.get("absmax"))
     finally:
         engine.stop()
     assert sum(trial.found_fp16 for trial in verdict.trials) >= 2
     assert not verdict.int4_allowed
+    # A few layers at INT8 mend what INT4 in all of them breaks, and spectra are not broken at all.
+    assert 0 < len(verdict.int4.off) <= 10
+    assert verdict.settings[-1].policy == "adaptive"
+    assert verdict.settings[-1].found >= 2
+    assert verdict.settings[-1].kl < 0.2 * verdict.settings[0].kl
+    assert verdict.safe_budget in (0.25, 0.3)

@@ -13,6 +13,10 @@ from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.policy import policies
 from spectrumkv.common.metrics import Metrics
 from spectrumkv.common.model.load import LoadedModel
+from spectrumkv.prefill_server.plan import default_budget
+from spectrumkv.prefill_server.probe.verdict import ProbeVerdict
+
+VERDICT = ProbeVerdict.from_flag("on", layers=3)
 
 
 def select(tiny_llama: LoadedModel, *flags: str) -> Selection:
@@ -21,7 +25,7 @@ def select(tiny_llama: LoadedModel, *flags: str) -> Selection:
     choice = Choice.from_arguments(parser.parse_args(flags))
     metrics = Metrics(CollectorRegistry())
     basis = synthetic_basis(tiny_llama.geometry)
-    return MethodSelector(choice, build(PrefillConfig, {}), True, tiny_llama.spec, metrics, basis).select()
+    return MethodSelector(choice, build(PrefillConfig, {}), VERDICT, tiny_llama.spec, metrics, basis).select()
 
 
 def spelled(selection: Selection) -> list[tuple[str, float]]:
@@ -55,7 +59,7 @@ def test_default_is_what_the_servers_use(tiny_llama: LoadedModel) -> None:
     (method,) = select(tiny_llama, "--policies", "default").methods
     assert isinstance(method, WireMethod)
     assert method.policy == config.policy
-    assert method.budget == policies.get(config.policy).resolve_budget(None, config.budget)
+    assert method.budget == default_budget(policies.get(config.policy), config, VERDICT)
     assert method.plan.scope == config.scope
     at_budgets = select(tiny_llama, "--policies", "default", "--budgets", "0.9,0.6").methods
     assert [one.budget for one in at_budgets] == [0.9, 0.6]

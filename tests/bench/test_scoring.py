@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from spectrumkv.bench.scoring import WindowScore, compare, summarize
+from spectrumkv.bench.scoring import WindowScore, summarize
+from spectrumkv.common.divergence import compare
 
 VOCABULARY = 37
 

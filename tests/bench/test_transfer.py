@@ -23,6 +23,7 @@ from spectrumkv.common.metrics import Metrics
 from spectrumkv.common.rpc import Server, open_channel
 from spectrumkv.decode_server.slots import SlotArena
 from spectrumkv.prefill_server.plan import KvPlan
+from spectrumkv.prefill_server.probe.verdict import ProbeVerdict
 from tests.security.certificates import Authority
 
 GEOMETRY = KvGeometry(layers=3, kv_heads=2, head_dim=64, native_dtype=torch.float32)
@@ -32,7 +33,9 @@ CHUNK_BYTES = 16 << 10
 
 def plan(policy: str, budget: float | None = None) -> KvPlan:
     choice = KvChoice(policy=policy, budget=budget)
-    return KvPlan.resolve(choice.to_proto(), build(PrefillConfig, {}), int4_allowed=True, seed=0)
+    return KvPlan.resolve(
+        choice.to_proto(), build(PrefillConfig, {}), ProbeVerdict.from_flag("on", GEOMETRY.layers), seed=0
+    )
 
 
 @pytest.fixture(scope="module")

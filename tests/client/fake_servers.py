@@ -75,6 +75,28 @@ def prefill_info() -> prefill_pb2.PrefillServiceGetServerInfoResponse:
             int4_allowed=True,
             source="probe",
             reason="2 of 3 needles [found]",
+            settings=[
+                prefill_pb2.ProbedSetting(
+                    policy="spectral",
+                    codec="spectral",
+                    budget=0.25,
+                    found_fp16=3,
+                    found=3,
+                    kl=4.9e-5,
+                    ppl_delta_pct=0.038,
+                    safe=True,
+                ),
+                prefill_pb2.ProbedSetting(
+                    policy="spectral",
+                    codec="spectral",
+                    budget=0.2,
+                    found_fp16=3,
+                    found=2,
+                    kl=2.2e-4,
+                    ppl_delta_pct=-0.5,
+                ),
+            ],
+            safe_budget=0.25,
             trials=[
                 prefill_pb2.ProbeTrial(prompt_tokens=512, depth=0.25, found=True, found_fp16=True, answer="[/b] 7"),
                 prefill_pb2.ProbeTrial(prompt_tokens=512, depth=0.75, found=False, found_fp16=True, answer="no"),

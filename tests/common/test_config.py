@@ -29,7 +29,7 @@ FLAGS = [(config, declared) for config, declared in OPTIONS if isinstance(declar
 TEXTS = [
     (config, declared)
     for config, declared in OPTIONS
-    if declared.default is None or isinstance(declared.default, str)
+    if (declared.default is None or isinstance(declared.default, str)) and declared.name != "budget"
 ]
 VALUES = [one for one in OPTIONS if one not in FLAGS and one not in TEXTS]
 
@@ -74,6 +74,13 @@ def test_a_value_that_is_not_allowed_is_refused_with_flag_value_and_what_is(conf
     start, allowed = message.split("; allowed: ")
     assert start == f"{flag_name(declared.name)} is {value!r}"
     assert allowed.startswith(("a ", "HOST:PORT", "one of"))
+
+
+def test_a_budget_may_be_left_to_the_probe():
+    assert build(PrefillConfig, {}).budget is None
+    assert build(PrefillConfig, {"budget": "auto"}).budget is None
+    assert build(PrefillConfig, {"budget": "0.25"}).budget == 0.25
+    assert refusal(PrefillConfig, {"budget": "2"}) == "--budget is '2'; allowed: a number from 0.05 to 1, or auto"
 
 
 @pytest.mark.parametrize(

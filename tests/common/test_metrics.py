@@ -31,6 +31,7 @@ METRICS = {
     "spectrumkv_decode_worker_accepting": ("gauge", ("worker",)),
     "spectrumkv_decode_worker_slots_free": ("gauge", ("worker",)),
     "spectrumkv_int4_probe_passed": ("gauge", ()),
+    "spectrumkv_probe_safe_budget_ratio": ("gauge", ()),
     "spectrumkv_prompt_tokens_recomputed_total": ("counter", ()),
     "spectrumkv_build_info": ("gauge", ("version", "service", "model")),
 }

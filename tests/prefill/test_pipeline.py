@@ -17,14 +17,16 @@ from spectrumkv.common.kv.wire import Chunk, ChunkReader, ChunkTotals
 from spectrumkv.common.metrics import Metrics
 from spectrumkv.prefill_server.pipeline import FirstToken, KvPipeline
 from spectrumkv.prefill_server.plan import KvPlan
+from spectrumkv.prefill_server.probe.verdict import ProbeVerdict
 from spectrumkv.v1 import decode_pb2, prefill_pb2
 
 GEOMETRY = KvGeometry(layers=3, kv_heads=2, head_dim=8, native_dtype=torch.float32)
 TOKENS = 30
+VERDICT = ProbeVerdict.from_flag("on", GEOMETRY.layers)
 
 
 def plan(**options: object) -> KvPlan:
-    return KvPlan.resolve(prefill_pb2.KvOptions(**options), PrefillConfig(), int4_allowed=True, seed=3)
+    return KvPlan.resolve(prefill_pb2.KvOptions(**options), PrefillConfig(), VERDICT, seed=3)
 
 
 def observation(layer: int, tokens: int = TOKENS) -> Observation:
@@ -160,7 +162,7 @@ def test_policies_and_codecs_that_do_not_fit_are_refused() -> None:
 def test_what_is_sent_hangs_neither_on_the_id_nor_on_the_seed() -> None:
     basis = synthetic_basis(GEOMETRY)
     options = prefill_pb2.KvOptions(policy="spectral", budget=0.4)
-    chosen = KvPlan.resolve(options, PrefillConfig(), int4_allowed=True, seed=3, basis=basis)
+    chosen = KvPlan.resolve(options, PrefillConfig(), VERDICT, seed=3, basis=basis)
     sent = []
     for request_id, seed in (("", 0), ("0" * 32, 2**63), ("é" * 60, 7)):
         begin = decode_pb2.Begin(request_id=request_id, prompt_token_ids=range(TOKENS))

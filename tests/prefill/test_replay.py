@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from spectrumkv.common.kv.codec import codecs
+from spectrumkv.common.kv.int4_layers import Int4Layers
 from spectrumkv.common.kv.policy import policies
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.prefill_server.attention import ATTENTION_NAME
 from spectrumkv.prefill_server.plan import KvPlan
-from spectrumkv.prefill_server.replay import capture_prompt, generate_over
+from spectrumkv.prefill_server.replay import capture_prompt, generate_over, logits_over
 from tests.tiny_models import ARCHITECTURES, SLIDING_WINDOW, tiny_model
 
 GENERATED = 12
@@ -36,7 +37,7 @@ def tapped(plain: LoadedModel) -> LoadedModel:
 
 
 def plan_of(policy: str, codec: str, budget: float) -> KvPlan:
-    return KvPlan(policies.get(policy), budget, "attention", codecs.get(codec), "layer", int4_allowed=True, seed=0)
+    return KvPlan(policies.get(policy), budget, "attention", codecs.get(codec), "layer", Int4Layers(), seed=0)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -73,6 +74,27 @@ def test_received_kv_is_the_exact_one_at_the_precision_of_its_tiers(tapped: Load
             allowed = exact.abs().amax(dim=-1) * (0.5 * steps + 2e-3)
             assert (error <= allowed).all()
             assert (error[:, tiers == Tier.INT4] > 0).any()
+
+
+def test_a_draft_changes_nothing_however_right_it_is(tapped: LoadedModel) -> None:
+    captured = capture_prompt(tapped.model, prompt_of(60), window=8)
+    kv = captured.exact_kv()
+    first, eos = captured.first_token, tapped.eos_token_ids
+    expected = generate_over(tapped.model, kv, first, GENERATED, eos)
+    for right in range(1, len(expected) + 1):
+        wrong = [(token + 1) % tapped.spec.vocab_size for token in expected[right:]]
+        assert generate_over(tapped.model, kv, first, GENERATED, eos, draft=expected[:right] + wrong) == expected
+        # One that stops early is gone on from.
+        assert generate_over(tapped.model, kv, first, GENERATED, eos, draft=expected[:right]) == expected
+
+
+def test_one_pass_predicts_what_steps_do(tapped: LoadedModel) -> None:
+    captured = capture_prompt(tapped.model, prompt_of(60), window=8)
+    kv = captured.exact_kv()
+    tokens = generate_over(tapped.model, kv, captured.first_token, GENERATED, ())
+    logits = logits_over(tapped.model, kv, tokens)
+    assert logits.shape == (GENERATED, tapped.spec.vocab_size)
+    assert logits[:-1].argmax(dim=-1).tolist() == tokens[1:]
 
 
 def test_generation_ends_at_eos_and_at_the_limit(tapped: LoadedModel) -> None:

@@ -12,16 +12,19 @@ from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.request import Sampling, TokenIds
 from spectrumkv.common.config import Address, DecodeConfig, PrefillConfig, build
 from spectrumkv.common.decode_stream import add_decode_servicer
+from spectrumkv.common.kv.int4_layers import Int4Layers
 from spectrumkv.common.metrics import Metrics
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.common.rpc import Server
 from spectrumkv.decode_server.service import DecodeService
 from spectrumkv.prefill_server.basis_cache import resolve_basis
 from spectrumkv.prefill_server.engine import PrefillEngine
+from spectrumkv.prefill_server.probe.verdict import ProbeVerdict
 from spectrumkv.prefill_server.service import PrefillService
-from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import prefill_pb2_grpc
 from tests.services.proxy import CountingProxy, counting_proxy
+
+NOT_PROBED = ProbeVerdict(Int4Layers(), source="flag", reason="set by the test")
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,12 @@ def decode_server(model: Path | None, **options: str) -> Iterator[tuple[DecodeSe
 
 @contextlib.contextmanager
 def prefill_server(
-    model: Path | None, decode_ports: list[int], int4_allowed: bool = True, **options: str
+    model: Path | None, decode_ports: list[int], verdict: ProbeVerdict = NOT_PROBED, **options: str
 ) -> Iterator[tuple[LoadedModel, Metrics, int]]:
     metrics = Metrics(CollectorRegistry())
     addresses = ",".join(str(Address("127.0.0.1", port)) for port in decode_ports)
     config = build(PrefillConfig, {"listen": "127.0.0.1:0", "decode": addresses, **options})
     loaded = load_model(model and str(model), "cpu", "auto")
-    verdict = ProbeVerdict(int4_allowed=int4_allowed, source="flag", reason="set by the test", trials=())
     engine = PrefillEngine(loaded, config.window)
     basis = resolve_basis(loaded, lambda done: None)
     service = PrefillService(loaded, config, metrics, engine, verdict, basis)
@@ -106,14 +108,14 @@ def prefill_server(
 @contextlib.contextmanager
 def running_pair(
     model: Path | None,
-    int4_allowed: bool = True,
+    verdict: ProbeVerdict = NOT_PROBED,
     decode: dict[str, str] | None = None,
     prefill: dict[str, str] | None = None,
 ) -> Iterator[Pair]:
     with (
         decode_server(model, **(decode or {})) as (_, decode_metrics, decode_port),
         counting_proxy(decode_port) as proxy,
-        prefill_server(model, [proxy.port], int4_allowed, **(prefill or {})) as (loaded, metrics, port),
+        prefill_server(model, [proxy.port], verdict, **(prefill or {})) as (loaded, metrics, port),
     ):
         pair = Pair(loaded, port, decode_port, metrics, decode_metrics, proxy)
         # The first request of a counted policy takes the codec's basis to decode, which is no request's own.

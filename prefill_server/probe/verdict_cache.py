@@ -1,10 +1,11 @@
-"""Keeps verdicts of the INT4 probe between starts: a model is probed once for each way of coding it."""
+"""Keeps the probe's verdicts between starts: a model is probed once for each way of coding it."""
 
 import hashlib
 import json
 import logging
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from spectrumkv.common.errors import SpectrumKVError
 from spectrumkv.common.kv.codec import Codec
 from spectrumkv.common.model.cache import cache_directory
 from spectrumkv.common.model.spec import ModelSpec
-from spectrumkv.prefill_server.verdict import ProbeVerdict
+from spectrumkv.prefill_server.probe.verdict import ProbeVerdict
 from spectrumkv.v1 import prefill_pb2
 
 logger = logging.getLogger(__name__)
@@ -26,20 +27,21 @@ class VerdictKey:
 
     Attributes:
         model: weights and whatever else decides what the model computes.
-        codec: name of the codec.
-        codec_version: of its layout.
+        codecs: name and version of each codec that was tried.
+        basis: SHA-256 of the basis that the spectral codec used, in hexadecimal digits.
         probe_version: of the questions and the way they are put.
     """
 
     model: ModelSpec
-    codec: str
-    codec_version: int
+    codecs: tuple[tuple[str, int], ...]
+    basis: str
     probe_version: int
 
     @classmethod
-    def of(cls, model: ModelSpec, codec: Codec, probe_version: int) -> "VerdictKey":
-        """Return the key of a verdict on `model` under `codec`."""
-        return cls(model, codec.name, codec.version, probe_version)
+    def of(cls, model: ModelSpec, used: Sequence[Codec], basis_digest: bytes, probe_version: int) -> "VerdictKey":
+        """Return the key of a verdict on `model` under the codecs `used`."""
+        versions = tuple((codec.name, codec.version) for codec in used)
+        return cls(model, versions, basis_digest.hex(), probe_version)
 
     def path(self) -> Path:
         """The file that keeps the verdict."""
@@ -56,7 +58,7 @@ def read_verdict(key: VerdictKey) -> ProbeVerdict | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError, json_format.ParseError, SpectrumKVError) as error:
-        logger.warning("cannot use the INT4 verdict kept in %s: %s; the model is probed again", path, error)
+        logger.warning("cannot use the verdict kept in %s: %s; the model is probed again", path, error)
         return None
 
 
@@ -68,7 +70,7 @@ def keep_verdict(key: VerdictKey, verdict: ProbeVerdict) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, text)
     except OSError as error:
-        logger.warning("cannot keep the INT4 verdict in %s: %s; the next start probes again", path, error)
+        logger.warning("cannot keep the verdict in %s: %s; the next start probes again", path, error)
 
 
 def _write(path: Path, text: str) -> None:

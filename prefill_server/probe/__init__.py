@@ -1,0 +1,1 @@
+"""The probe: at deployment, how strongly may this model's KV be coded?"""

@@ -20,6 +20,7 @@ METRICS = {
     "spectrumkv_kv_bytes_sent_total": ("counter", ("tier",)),
     "spectrumkv_kv_bytes_received_total": ("counter", ("tier",)),
     "spectrumkv_kv_fp16_equivalent_bytes_total": ("counter", ()),
+    "spectrumkv_kv_codec_total": ("counter", ("codec",)),
     "spectrumkv_kv_tokens_total": ("counter", ("tier",)),
     "spectrumkv_requests_total": ("counter", ("code",)),
     "spectrumkv_requests_running": ("gauge", ()),
@@ -43,6 +44,7 @@ def touched(metrics: Metrics) -> Metrics:
     for counter in (metrics.kv_bytes_sent, metrics.kv_bytes_received, metrics.kv_tokens):
         counter.labels("FP16").inc(3)
     metrics.requests.labels("OK").inc()
+    metrics.kv_codec.labels("spectral").inc()
     metrics.chunks_rejected.labels("crc").inc()
     metrics.decode_workers_passed_over.labels("full").inc()
     for worker in (metrics.decode_worker_accepting, metrics.decode_worker_slots_free):

@@ -9,6 +9,7 @@ from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.prefill_server.codec_choice import CodecChoice
 from spectrumkv.prefill_server.pipeline import SentKv
 from spectrumkv.prefill_server.plan import KvPlan
+from spectrumkv.prefill_server.probe.verdict import ProbeVerdict
 from spectrumkv.v1 import prefill_pb2
 from tests.kv.test_spectral import basis_of
 
@@ -19,7 +20,7 @@ TOKENS = 4096
 
 def plan(**options: str | float) -> KvPlan:
     asked = prefill_pb2.KvOptions(policy="spectral", **options)  # type: ignore[arg-type]
-    return KvPlan.resolve(asked, PrefillConfig(), True, 0, basis_of(SHAPE))
+    return KvPlan.resolve(asked, PrefillConfig(), ProbeVerdict.from_flag("on", SHAPE.layers), 0, basis_of(SHAPE))
 
 
 def seen(prefill: float, coding: float, link: float, worker: str = WORKER) -> CodecChoice:

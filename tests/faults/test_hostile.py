@@ -81,6 +81,10 @@ def test_an_upload_that_breaks_off_leaves_nothing(target: Target) -> None:
     assert target.honest() == target.expected
 
 
+def test_an_upload_that_is_no_message_is_data_loss(target: Target) -> None:
+    assert status_of(target.decode.stream_stream(PUT_BASIS)(iter([b"\xff" * 20]), timeout=60)) == "DATA_LOSS"
+
+
 def upload_sound(target: Target) -> str:
     piece = decode_pb2.PutBasisRequest(digest=target.basis.digest, part=target.basis.serialized)
     return status_of(target.decode.stream_stream(PUT_BASIS)(iter([piece.SerializeToString()]), timeout=60))

@@ -31,7 +31,7 @@ from tests.tiny_models import tiny_model
 # At least 20 000 sequences in the long run: of six, three to Decode, two to Generate, one to PutBasis.
 LONG_RUN = 20_400
 GROWTH_MIB = 96
-WARM_UP = 2000
+WARM_UP = 4000
 
 
 @pytest.fixture(scope="module")

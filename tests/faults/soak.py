@@ -197,7 +197,7 @@ class Soak:
         memory = ", ".join(f"{share:+.1%}" for share in growth)
         self.findings.growth[name] = f"memory {memory}, files {more_descriptors:+}, threads {more_threads:+}"
         if growth[-1] > RSS_GROWTH:
-            self._wrong(f"{name} grew by {growth[-1]:.1%}")
+            self.findings.grown.append(f"{name} grew by {growth[-1]:.1%}")
         if more_descriptors > MORE_DESCRIPTORS:
             self._wrong(f"{name} has {last.descriptors} open files after {warm.descriptors}")
         if more_threads > MORE_THREADS:
@@ -232,8 +232,8 @@ def main() -> int:
     plan = Plan(given.requests, given.kill_seconds, given.seed)
     with tempfile.TemporaryDirectory() as directory:
         findings = soak(plan, Path(directory))
-    sys.stdout.write("\n".join([findings.sentence(plan), *findings.wrong]) + "\n")
-    return 1 if findings.wrong else 0
+    sys.stdout.write("\n".join([findings.sentence(plan), *findings.wrong, *findings.grown]) + "\n")
+    return 1 if findings.wrong or findings.grown else 0
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ class Findings:
     Attributes:
         outcomes: requests by how they ended.
         wrong: what must not happen, a sentence each.
+        grown: services whose memory grew too much. A short soak, which warms up with 75 requests, cannot judge it.
         kills: when a worker was killed, by the monotonic clock.
         checked: greedy answers over exact KV compared with one process of transformers.
         checked_quantized: greedy answers over quantized KV compared with what the same request gets on a quiet day.
@@ -39,6 +40,7 @@ class Findings:
 
     outcomes: "collections.Counter[str]" = field(default_factory=collections.Counter)
     wrong: list[str] = field(default_factory=list)
+    grown: list[str] = field(default_factory=list)
     kills: list[float] = field(default_factory=list)
     checked: int = 0
     checked_quantized: int = 0

@@ -10,35 +10,24 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.completion import Completion
-from spectrumkv.client.request import KvChoice, Sampling, TokenIds
+from spectrumkv.client.request import KvChoice, TokenIds
 from spectrumkv.common.errors import CancelledError, ResourceExhaustedError, SpectrumKVError, UnavailableError
 from tests.faults.deployment import NOTHING, Service, until
 from tests.faults.fleet import Fleet, running_fleet
 from tests.faults.soak_findings import Findings, Plan, Resources
-from tests.services.agreement import ALLOWED, TOP_LOGPROBS, disagreement
+from tests.faults.soak_requests import EXACT, QUANTIZED, drawn, greedy
+from tests.services.agreement import ALLOWED, disagreement
 from tests.services.reference import LOGIT_TIE, generate, reference_model, worst_gap
 from tests.services.test_lossless import random_prompt
 from tests.tiny_models import tiny_model
 
-EXACT = KvChoice(policy="native")
-# What is served by default, the range of its budgets, and every kind of tier.
-QUANTIZED = (
-    KvChoice(),
-    *(KvChoice(policy="spectral", budget=budget) for budget in (0.1, 0.2, 0.5, 0.8)),
-    KvChoice(budget=0.4),
-    KvChoice(policy="adaptive", budget=0.3),
-    KvChoice(policy="adaptive", budget=0.6),
-    KvChoice(policy="greedy", budget=0.5),
-    KvChoice(policy="balanced", budget=0.5),
-    KvChoice(policy="uniform-int8"),
-    KvChoice(policy="uniform-int4"),
-    KvChoice(policy="fp16"),
-)
 PROMPT_LENGTHS = (3, 17, 64, 130, 300, 700)
 MOST_TOKENS = 48
 CLIENTS = 8
@@ -48,6 +37,8 @@ EXACT_SHARE, QUANTIZED_SHARE = 0.4, 0.3
 # Who is told of a dead worker is told within this.
 TOLD_SECONDS = 2.0
 REQUEST_SECONDS = 60.0
+# The first is the warm-up; what is held is looked at after each.
+QUARTERS = 4
 RSS_GROWTH = 0.05
 MORE_DESCRIPTORS, MORE_THREADS = 6, 4
 
@@ -72,14 +63,15 @@ class Soak:
     def run(self) -> Findings:
         self._quiet = self._quiet_answers()
         lasting = [self._fleet.decodes[0], self._fleet.prefills[0]]
-        warm_up = self._plan.requests // 4
-        self._load(warm_up)
-        before = {service.name: self._when_quiet(service) for service in lasting}
-        self._load(self._plan.requests - warm_up)
+        found = []
+        with self._killing():
+            for requests in divided(self._plan.requests, QUARTERS):
+                self._load(requests)
+                found.append([self._when_quiet(service) for service in lasting])
         for service in self._fleet.services:
             self._when_quiet(service)
-        for service in lasting:
-            self._compare(service.name, before[service.name], self._when_quiet(service))
+        for service, (warm, *later) in zip(lasting, zip(*found, strict=True), strict=True):
+            self._compare(service.name, warm, later)
         return self.findings
 
     def _quiet_answers(self) -> dict[tuple[int, KvChoice], Completion]:
@@ -92,12 +84,10 @@ class Soak:
             }
 
     def _load(self, requests: int) -> None:
-        """Send so many requests while a worker is killed now and then."""
+        """Send so many requests."""
         first = next(self._numbers)
         numbers = itertools.chain([first], itertools.islice(self._numbers, requests - 1))
-        taking, over = threading.Lock(), threading.Event()
-        killer = threading.Thread(target=self._kill_until, args=(over,))
-        killer.start()
+        taking = threading.Lock()
 
         def work() -> None:
             with self._fleet.client() as client:
@@ -108,22 +98,31 @@ class Soak:
                         return
                     self._send(client, random.Random(f"{self._plan.seed}-{number}"))
 
-        try:
-            with ThreadPoolExecutor(CLIENTS) as pool:
-                for outcome in [pool.submit(work) for _ in range(CLIENTS)]:
-                    outcome.result()
-        finally:
-            over.set()
-            killer.join()
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            for outcome in [pool.submit(work) for _ in range(CLIENTS)]:
+                outcome.result()
 
-    def _kill_until(self, over: threading.Event) -> None:
+    @contextmanager
+    def _killing(self) -> Iterator[None]:
+        """Kill a worker now and then, and start it again."""
+        over = threading.Event()
         victims = itertools.cycle([self._fleet.decodes[-1], self._fleet.prefills[-1]])
-        while not over.wait(self._plan.kill_seconds):
-            victim = next(victims)
-            self.findings.kills.append(time.monotonic())
-            victim.kill()
-            victim.start()
-            victim.wait_until_serving()
+
+        def kill_until_over() -> None:
+            while not over.wait(self._plan.kill_seconds):
+                victim = next(victims)
+                self.findings.kills.append(time.monotonic())
+                victim.kill()
+                victim.start()
+                victim.wait_until_serving()
+
+        with ThreadPoolExecutor(1) as killer:
+            outcome = killer.submit(kill_until_over)
+            try:
+                yield
+            finally:
+                over.set()
+            outcome.result()
 
     def _send(self, client: SpectrumClient, chance: random.Random) -> None:
         which, tokens = chance.randrange(len(self._prompts)), chance.randint(1, MOST_TOKENS)
@@ -191,16 +190,18 @@ class Soak:
             self._wrong(str(error))
         return Resources.of(service)
 
-    def _compare(self, name: str, before: Resources, after: Resources) -> None:
-        growth = after.resident_bytes / before.resident_bytes - 1
-        more_descriptors, more_threads = after.descriptors - before.descriptors, after.threads - before.threads
-        self.findings.growth[name] = f"memory {growth:+.1%}, files {more_descriptors:+}, threads {more_threads:+}"
-        if growth > RSS_GROWTH:
-            self._wrong(f"{name} grew by {growth:.1%}")
+    def _compare(self, name: str, warm: Resources, later: Sequence[Resources]) -> None:
+        growth = [one.resident_bytes / warm.resident_bytes - 1 for one in later]
+        last = later[-1]
+        more_descriptors, more_threads = last.descriptors - warm.descriptors, last.threads - warm.threads
+        memory = ", ".join(f"{share:+.1%}" for share in growth)
+        self.findings.growth[name] = f"memory {memory}, files {more_descriptors:+}, threads {more_threads:+}"
+        if growth[-1] > RSS_GROWTH:
+            self.findings.grown.append(f"{name} grew by {growth[-1]:.1%}")
         if more_descriptors > MORE_DESCRIPTORS:
-            self._wrong(f"{name} has {after.descriptors} open files after {before.descriptors}")
+            self._wrong(f"{name} has {last.descriptors} open files after {warm.descriptors}")
         if more_threads > MORE_THREADS:
-            self._wrong(f"{name} has {after.threads} threads after {before.threads}")
+            self._wrong(f"{name} has {last.threads} threads after {warm.threads}")
 
     def _count(self, outcome: str) -> None:
         with self.findings.lock:
@@ -211,18 +212,9 @@ class Soak:
             self.findings.wrong.append(sentence)
 
 
-def greedy(tokens: int) -> Sampling:
-    return Sampling(max_tokens=tokens, ignore_eos=True, logprobs=TOP_LOGPROBS)
-
-
-def drawn(tokens: int, chance: random.Random) -> Sampling:
-    return Sampling(
-        max_tokens=tokens,
-        ignore_eos=True,
-        temperature=chance.choice((0.0, 0.7, 1.2)),
-        top_p=chance.choice((0.5, 0.9, 1.0)),
-        seed=chance.randrange(1 << 32),
-    )
+def divided(whole: int, parts: int) -> list[int]:
+    """`whole` in so many parts that are as equal as can be."""
+    return [(place + 1) * whole // parts - place * whole // parts for place in range(parts)]
 
 
 def soak(plan: Plan, directory: Path) -> Findings:
@@ -240,8 +232,8 @@ def main() -> int:
     plan = Plan(given.requests, given.kill_seconds, given.seed)
     with tempfile.TemporaryDirectory() as directory:
         findings = soak(plan, Path(directory))
-    sys.stdout.write("\n".join([findings.sentence(plan), *findings.wrong]) + "\n")
-    return 1 if findings.wrong else 0
+    sys.stdout.write("\n".join([findings.sentence(plan), *findings.wrong, *findings.grown]) + "\n")
+    return 1 if findings.wrong or findings.grown else 0
 
 
 if __name__ == "__main__":

@@ -30,14 +30,17 @@ class Findings:
     Attributes:
         outcomes: requests by how they ended.
         wrong: what must not happen, a sentence each.
+        grown: services whose memory grew too much. A short soak, which warms up with 75 requests, cannot judge it.
         kills: when a worker was killed, by the monotonic clock.
         checked: greedy answers over exact KV compared with one process of transformers.
         checked_quantized: greedy answers over quantized KV compared with what the same request gets on a quiet day.
-        growth: of services that were never killed, since the warm-up: resident memory, open files, threads.
+        growth: of services that were never killed, since the warm-up: resident memory after each later quarter, open
+            files, threads.
     """
 
     outcomes: "collections.Counter[str]" = field(default_factory=collections.Counter)
     wrong: list[str] = field(default_factory=list)
+    grown: list[str] = field(default_factory=list)
     kills: list[float] = field(default_factory=list)
     checked: int = 0
     checked_quantized: int = 0
@@ -50,7 +53,7 @@ class Findings:
         return (
             f"soak: {sum(self.outcomes.values())} requests, seed {plan.seed}: {outcomes}; "
             f"{self.checked} greedy answers over exact and {self.checked_quantized} over quantized KV checked, "
-            f"{len(self.kills)} workers killed, {len(self.wrong)} wrong; growth since the warm-up: {growth}"
+            f"{len(self.kills)} workers killed, {len(self.wrong)} wrong; growth since the first quarter: {growth}"
         )
 
 

@@ -31,7 +31,7 @@ from tests.tiny_models import tiny_model
 # At least 20 000 sequences in the long run: of six, three to Decode, two to Generate, one to PutBasis.
 LONG_RUN = 20_400
 GROWTH_MIB = 96
-WARM_UP = 2000
+WARM_UP = 4000
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,10 @@ def test_an_upload_that_breaks_off_leaves_nothing(target: Target) -> None:
     end.set()
     until(lambda: upload_sound(target) == "OK", 10, "a basis is taken again")
     assert target.honest() == target.expected
+
+
+def test_an_upload_that_is_no_message_is_data_loss(target: Target) -> None:
+    assert status_of(target.decode.stream_stream(PUT_BASIS)(iter([b"\xff" * 20]), timeout=60)) == "DATA_LOSS"
 
 
 def upload_sound(target: Target) -> str:

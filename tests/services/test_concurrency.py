@@ -26,6 +26,7 @@ CHOICES = {
     "greedy 0.5": KvChoice(policy="greedy", budget=0.5),
     "uniform-int4": KvChoice(policy="uniform-int4"),
 }
+QUICK = ("default", "adaptive 0.3")
 # Of the divergence from exact KV, which shows that the comparison can tell.
 OF_QUANTIZATION = 0.2
 TOKENS = 16
@@ -91,7 +92,9 @@ def assert_together_as_alone(pair: Pair, prompts: list[list[int]], kv: KvChoice,
         assert difference <= OF_QUANTIZATION * disagreement(theirs, without_codec), f"{difference} nats, and {where}"
 
 
-@pytest.mark.parametrize("name", ["default", "adaptive 0.3"])
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CHOICES]
+)
 def test_four_clients_at_once_agree_with_each_alone(llama_pair: Pair, name: str, gate: Gate) -> None:
     prompts = [random_prompt(length, seed=9) for length in (17, 60, 90, 33)]
     assert_together_as_alone(llama_pair, prompts, CHOICES[name], gate)
@@ -104,10 +107,10 @@ def default_pair() -> Iterator[Pair]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kv", CHOICES.values(), ids=CHOICES)
-def test_four_clients_of_the_default_model_at_once_agree(default_pair: Pair, kv: KvChoice, gate: Gate) -> None:
+@pytest.mark.parametrize("name", QUICK)
+def test_four_clients_of_the_default_model_at_once_agree(default_pair: Pair, name: str, gate: Gate) -> None:
     prompts = [text_prompt(default_pair, length) for length in (30, 150, 250, 77)]
-    assert_together_as_alone(default_pair, prompts, kv, gate)
+    assert_together_as_alone(default_pair, prompts, CHOICES[name], gate)
 
 
 def test_another_prompts_kv_is_told_apart(llama_pair: Pair) -> None:

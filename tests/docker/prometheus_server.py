@@ -23,7 +23,7 @@ def _serve_one_request(prefill: Metrics, decode: Metrics) -> None:
         decode.kv_bytes_received.labels(tier).inc(100)
         if tier != FRAMING:
             prefill.kv_tokens.labels(tier).inc(10)
-        prefill.kv_codec.labels("spectral").inc(10)
+    prefill.kv_codec.labels("spectral").inc()
     prefill.kv_fp16_equivalent_bytes.inc(1000)
     decode.kv_fp16_equivalent_bytes.inc(1000)
     prefill.time_to_first_token.observe(0.2)

@@ -31,7 +31,7 @@ def resolve_basis(loaded: LoadedModel, on_excerpt: Callable[[int], None]) -> Spe
     """Return the model's basis: the one kept, or one that is found now and kept.
 
     Args:
-        loaded: the model, with prefill's attention.
+        loaded: the model; where it is calibrated, its attention is switched to prefill's.
         on_excerpt: told the number of excerpts done, of `EXCERPTS`, where the model is calibrated.
 
     Raises:

@@ -64,10 +64,11 @@ def calibrate(loaded: LoadedModel, excerpts: list[Excerpt], on_excerpt: Callable
     """Find the basis.
 
     Args:
-        loaded: the model, with prefill's attention.
+        loaded: the model; its attention is switched to prefill's.
         excerpts: texts like those that will be served; a few thousand tokens in all.
         on_excerpt: told the number of excerpts done, after each.
     """
+    loaded.model.set_attn_implementation(ATTENTION_NAME)
     frequencies, scaling = rotary_parameters(loaded.model)
     samples: list[list[LayerSample]] = []
     for number, excerpt in enumerate(excerpts, start=1):

@@ -5,8 +5,9 @@ quality is free. Where the model and the link are both faster than the coder (a 
 network), the request would wait for the coder; then the fixed-width form of the same allocation goes out instead.
 """
 
-import logging
+import statistics
 import threading
+from collections import deque
 from dataclasses import dataclass, field
 
 from spectrumkv.common.kv.codec import TierCodec, codecs
@@ -15,12 +16,10 @@ from spectrumkv.common.kv.spectral.fixed_width import least_budget
 from spectrumkv.prefill_server.pipeline import SentKv
 from spectrumkv.prefill_server.plan import FIXED_WIDTH_CODEC, KvPlan
 
-logger = logging.getLogger(__name__)
-
 # Nobody notices a hand-off that is shorter by less, and short measurements are noise.
 WORTH_SECONDS = 0.05
-# How much the newest request counts.
-WEIGHT = 0.3
+# Of so many of the latest requests the middle one counts, once there are three: a stall is no pace.
+REMEMBERED, ENOUGH = 9, 3
 # The link holds requests up where it takes at least this share of the time spent on coding.
 LINK_SHARE = 0.1
 # What the budget must leave above INT4 everywhere, for framing.
@@ -29,14 +28,18 @@ FRAMING_ROOM = 1.02
 
 @dataclass
 class Pace:
-    """A running mean of seconds for each unit of something; None before the first."""
+    """Seconds for each unit of something, by the latest measurements."""
 
-    seconds: float | None = None
+    measured: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
 
     def add(self, seconds: float, units: float) -> None:
         """Take in that `units` took `seconds`."""
-        now = seconds / units
-        self.seconds = now if self.seconds is None else self.seconds + WEIGHT * (now - self.seconds)
+        self.measured.append(seconds / units)
+
+    @property
+    def seconds(self) -> float | None:
+        """The median; None before there are enough."""
+        return statistics.median(self.measured) if len(self.measured) >= ENOUGH else None
 
 
 @dataclass
@@ -92,6 +95,9 @@ class CodecChoice:
     def observe(self, plan: KvPlan, tokens: int, worker: str, prefill_seconds: float, sent: SentKv) -> None:
         """Learn from a request that was sent to the end.
 
+        Where coding took no time worth mentioning nothing is learned: what it takes for each token of a short prompt
+        says nothing of a long one.
+
         Args:
             plan: as it was carried out.
             tokens: of the prompt.
@@ -99,9 +105,12 @@ class CodecChoice:
             prefill_seconds: what the model's pass took.
             sent: what left, and the time that took.
         """
+        coded = plan.codec.needs_basis
+        if not plan.codec_reason and not (coded and sent.encode_seconds >= WORTH_SECONDS):
+            return
         with self._lock:
             self.prefill.add(prefill_seconds, tokens)
-            if plan.codec.needs_basis:
+            if coded:
                 self.coder.add(sent.encode_seconds, tokens)
             held_up = sent.link_seconds > LINK_SHARE * sent.encode_seconds
             # Bytes travel while the next ones are coded, so where the link holds up, both together are its time.

@@ -6,7 +6,7 @@ import torch
 from spectrumkv.common.config import PrefillConfig
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.prefill_server.codec_choice import CodecChoice
+from spectrumkv.prefill_server.codec_choice import ENOUGH, CodecChoice
 from spectrumkv.prefill_server.pipeline import SentKv
 from spectrumkv.prefill_server.plan import KvPlan
 from spectrumkv.prefill_server.probe.verdict import ProbeVerdict
@@ -24,10 +24,11 @@ def plan(**options: str | float) -> KvPlan:
 
 
 def seen(prefill: float, coding: float, link: float, worker: str = WORKER) -> CodecChoice:
-    """A choice that has seen one coded request at 0.3: seconds of prefill, coding, and waiting for the link."""
+    """A choice that has seen coded requests at 0.3: seconds of prefill, coding, and waiting for the link."""
     choice = CodecChoice(SHAPE)
     sent = SentKv(message_bytes=int(0.3 * SHAPE.fp16_bytes(TOKENS)), encode_seconds=coding, link_seconds=link)
-    choice.observe(plan(budget=0.3), TOKENS, worker, prefill, sent)
+    for _ in range(ENOUGH):
+        choice.observe(plan(budget=0.3), TOKENS, worker, prefill, sent)
     return choice
 
 
@@ -60,6 +61,18 @@ def test_nothing_is_chosen_that_was_named_or_does_not_fit_or_is_not_known() -> N
     assert choice.settle(plan(budget=0.2), TOKENS, WORKER).codec.name == "spectral"
     assert choice.settle(plan(budget=0.3), TOKENS, "127.0.0.1:50099").codec.name == "spectral"
     assert CodecChoice(SHAPE).settle(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
+
+
+def test_a_stall_is_no_pace_and_short_prompts_teach_nothing() -> None:
+    choice = seen(4.0, 0.3, 0.0)
+    bytes_sent = int(0.3 * SHAPE.fp16_bytes(TOKENS))
+    stalled = SentKv(message_bytes=bytes_sent, encode_seconds=30.0)
+    choice.observe(plan(budget=0.3), TOKENS, WORKER, 4.0, stalled)
+    assert choice.settle(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
+    brief = CodecChoice(SHAPE)
+    for _ in range(ENOUGH):
+        brief.observe(plan(budget=0.3), 10, WORKER, 0.003, SentKv(message_bytes=bytes_sent, encode_seconds=0.01))
+    assert brief.settle(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
 
 
 def test_a_link_that_becomes_slow_brings_the_coder_back() -> None:

@@ -13,7 +13,7 @@ from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.rpc import UPLOADS
 from spectrumkv.prefill_server import service
-from spectrumkv.prefill_server.codec_choice import CodecChoice
+from spectrumkv.prefill_server.codec_choice import ENOUGH, CodecChoice, Pace
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc
 from tests.services.pair import decode_server, prefill_server, sample
 from tests.services.test_lossless import random_prompt
@@ -87,11 +87,16 @@ def test_a_coder_that_would_hold_requests_up_gives_way_and_says_so(
     ):
         named = client.generate(prompt, sampling=sampling, kv=KvChoice(policy="spectral", budget=0.4, codec="absmax"))
         assert (named.result().usage.codec, named.result().usage.codec_reason) == ("absmax", "")
-        # As if this machine's coder had taken a second for each token.
-        choices[0].coder.add(1.0, 1)
+        # As if this machine's coder had taken a second for each token of earlier requests.
+        for _ in range(ENOUGH):
+            choices[0].coder.add(1.0, 1)
+            choices[0].prefill.add(0.001, 1)
+            choices[0].links.setdefault(f"127.0.0.1:{decode_port}", Pace()).add(0.0, 1)
         chosen = client.generate(prompt, sampling=sampling, kv=SPECTRAL).result()
         assert chosen.usage.codec == "absmax"
-        assert chosen.usage.codec_reason.startswith("coding would take 400.00 s, longer than computing the prompt")
+        assert chosen.usage.codec_reason.startswith(
+            "coding would take 400.00 s, longer than computing the prompt (0.40 s)"
+        )
         assert 0.98 * 0.4 <= chosen.usage.budget_counted <= 0.4
         assert chosen.token_ids == named.result().token_ids
         kept = client.generate(prompt, sampling=sampling, kv=KvChoice(policy="spectral", budget=0.2)).result()

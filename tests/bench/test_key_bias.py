@@ -11,7 +11,10 @@ from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.common.needle.haystack import haystack
 from spectrumkv.prefill_server.basis_cache import resolve_basis
 from spectrumkv.prefill_server.engine import PrefillEngine
-from spectrumkv.prefill_server.probe.probe import run_probe
+from spectrumkv.prefill_server.probe.examination import Examination, probed_setting
+from spectrumkv.prefill_server.probe.findings import passes
+from spectrumkv.prefill_server.probe.ladder import ladder
+from spectrumkv.prefill_server.probe.progress import ProbeProgress
 from tests.services.test_lossless import random_prompt
 from tests.tiny_models import tiny_model
 
@@ -106,15 +109,15 @@ def test_the_default_model_keeps_its_perplexity_and_loses_int4(capsys: pytest.Ca
     assert mean_nll(biased, token_ids) == pytest.approx(mean_nll(original, token_ids), abs=0.005)
     engine = PrefillEngine(biased, window=8)
     try:
-        basis = resolve_basis(biased, lambda done: None)
-        verdict = run_probe(biased, engine, basis, str, codecs.get("absmax"))
+        # The two rungs that say it; the search for layers is tested on a small model, which takes seconds.
+        int4, *counted = ladder(codecs.get("absmax"), resolve_basis(biased, lambda done: None))
+        rungs = [int4, next(plan for plan in counted if plan.budget == 0.25)]
+        answers, readings = Examination.of(biased, engine, ProbeProgress(str)).hold(rungs)
     finally:
         engine.stop()
-    assert sum(trial.found_fp16 for trial in verdict.trials) >= 2
-    assert not verdict.int4_allowed
-    # A few layers at INT8 let the trial pass; spectra are not broken at all.
-    assert 0 < len(verdict.int4.off) <= 10
-    assert verdict.settings[-1].policy == "adaptive"
-    assert verdict.settings[-1].found >= 2
-    assert verdict.settings[-1].kl < verdict.settings[0].kl
-    assert verdict.safe_budget in (0.25, 0.3)
+    assert sum(one.found_fp16 for one in answers) >= 2
+    assert not passes([one.trial(rung=0) for one in answers])
+    broken, sound = (probed_setting(plan, rung, answers, readings) for rung, plan in enumerate(rungs))
+    assert not broken.safe
+    assert sound.safe
+    assert sound.kl < broken.kl / 1000

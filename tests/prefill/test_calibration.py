@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -50,7 +51,9 @@ def test_a_basis_is_found_for_every_architecture(architecture: str) -> None:
     for observation in seen:
         transform = LayerTransform(basis, observation.layer)
         keys, values = torch.empty_like(observation.keys), torch.empty_like(observation.values)
-        transform.synthesise(transform.analyse(observation.keys, observation.values, 0), 0, keys, values)
+        order = np.arange(observation.tokens)[::-1].copy()
+        coefficients = transform.analyse(observation.keys, observation.values, 0, order)
+        transform.synthesise(coefficients, 0, order, keys, values)
         scale = observation.keys.abs().max()
         torch.testing.assert_close(keys / scale, observation.keys / scale, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(values, observation.values, rtol=1e-3, atol=1e-3 * float(values.abs().max()))

@@ -107,9 +107,12 @@ reproduce: install  ## The paper's tables on your model: TEXT=FILE MODEL=NAME (W
 		--json $(REPRODUCED)/niah-4096.json --plot $(REPRODUCED)/niah-4096.png
 
 # Real processes are killed, frozen and cut off here, so that nothing else should run beside it.
-.PHONY: test-faults soak
+.PHONY: test-faults test-faults-exhaustive soak
 
 test-faults: install  ## Every fault in every phase on real processes, hostile peers, a short soak (docs/faults.md)
+	$(BIN)/python -m pytest -m 'not exhaustive' tests/faults
+
+test-faults-exhaustive: install  ## The same with the longest forms: 20,400 hostile sequences, every fault in both ways
 	$(BIN)/python -m pytest tests/faults
 
 soak: install  ## 2,000 mixed requests on four workers, one killed each minute (docs/faults.md; ARGS='--seed 7')

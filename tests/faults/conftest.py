@@ -1,5 +1,22 @@
 from typing import Any
 
+import pytest
+
+from tests.faults.kinds import PROMPT_FAULTS, SILENT_FAULTS
+from tests.faults.phases import PHASES
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave one way of each fault and phase, in turn the one and the other, to runs that are exhaustive."""
+    faults = [fault.name for fault in (*SILENT_FAULTS, *PROMPT_FAULTS)]
+    for item in items:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if {"fault", "phase", "secured"} <= parameters.keys():
+            place = faults.index(parameters["fault"].name) + list(PHASES).index(parameters["phase"])
+            if parameters["secured"] != bool(place % 2):
+                item.add_marker(pytest.mark.exhaustive)
+
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Say how many faults were injected, and how soon clients were told."""

@@ -28,8 +28,8 @@ from tests.faults.report import tell
 from tests.services.pair import running_pair
 from tests.tiny_models import tiny_model
 
-# At least 20 000 sequences in the long run: of six, three to Decode, two to Generate, one to PutBasis.
-LONG_RUN = 20_400
+# Of six sequences, three go to Decode, two to Generate, one to PutBasis.
+RUN, EXHAUSTIVE_RUN = 7_200, 20_400
 GROWTH_MIB = 96
 WARM_UP = 4000
 
@@ -186,8 +186,9 @@ def code_of(call: grpc.Call) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("sequences", [RUN, pytest.param(EXHAUSTIVE_RUN, marks=pytest.mark.exhaustive)])
 def test_many_hostile_sequences(
-    target: Target, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    target: Target, sequences: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # pytest keeps every log record of a test, with its traceback: the memory that grows would be its own.
     monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)
@@ -197,7 +198,7 @@ def test_many_hostile_sequences(
     answers: Counter[str] = Counter()
     started_at, threads, memory = 0.0, 0, 0.0
     attacks = (target.attack_decode,) * 3 + (target.attack_prefill,) * 2 + (target.attack_bases,)
-    for number in range(LONG_RUN):
+    for number in range(sequences):
         if number == WARM_UP:
             # By now every code path has run and every pool is filled.
             started_at, threads, memory = time.monotonic(), threading.active_count(), resident_mib()

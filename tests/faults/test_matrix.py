@@ -1,6 +1,7 @@
 """Every fault in every phase, on real processes, in plaintext and over mutual TLS with bearer tokens.
 
-The run prints how many faults it injected.
+The run prints how many faults it injected. One that is not exhaustive injects each once, in one of the two ways
+(`pytest_collection_modifyitems` in conftest.py).
 """
 
 from collections.abc import Callable, Iterator

@@ -126,6 +126,7 @@ def test_any_bytes_are_read_or_refused(target: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("target", TARGETS)
 def test_many_bytes_are_read_or_refused(target: str, capsys: pytest.CaptureFixture[str]) -> None:
     seed = random.SystemRandom().randrange(1 << 32)

@@ -40,6 +40,7 @@ def test_harmed_bodies_are_decoded_or_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_many_harmed_bodies(capsys: pytest.CaptureFixture[str]) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
     tried = attack(LONG_RUN, seed)

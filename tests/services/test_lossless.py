@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
+from spectrumkv.client.completion import Completion
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from spectrumkv.common.model.embedded import embedded_model_directory
+from tests.services.agreement import ALLOWED, TOP_LOGPROBS, disagreement
 from tests.services.pair import Pair, running_pair
 from tests.services.reference import assert_same_greedy, reference_model
 
@@ -48,23 +50,23 @@ def test_every_architecture_is_served_losslessly(tiny_pair: Pair, length: int) -
 
 
 def test_four_clients_at_once_get_what_they_get_alone(llama_pair: Pair) -> None:
+    """Up to the last bit, by which shared passes and batches differ: a draw or a near-tie may fall on either side."""
+    shared = {"ignore_eos": True, "logprobs": TOP_LOGPROBS}
     samplings = [
-        Sampling(max_tokens=48, ignore_eos=True),
-        Sampling(max_tokens=64, ignore_eos=True, temperature=0.8, seed=1),
-        Sampling(max_tokens=32, ignore_eos=True, temperature=1.0, top_p=0.9, top_k=50, seed=2),
-        Sampling(max_tokens=56, ignore_eos=True, repetition_penalty=1.3),
+        Sampling(**shared, max_tokens=48),
+        Sampling(**shared, max_tokens=64, temperature=0.8, seed=1),
+        Sampling(**shared, max_tokens=32, temperature=1.0, top_p=0.9, top_k=50, seed=2),
+        Sampling(**shared, max_tokens=56, repetition_penalty=1.3),
     ]
     prompts = [random_prompt(length, seed=9) for length in (5, 60, 90, 33)]
-    # Exact KV: prompts that share a pass differ in their last bits, which a quantizer can make a step of.
     requests = [(prompt, sampling, NATIVE) for prompt, sampling in zip(prompts, samplings, strict=True)]
 
-    def run(prompt: list[int], sampling: Sampling, kv: KvChoice) -> list[int]:
+    def run(prompt: list[int], sampling: Sampling, kv: KvChoice) -> Completion:
         with llama_pair.client() as client:
-            stream = client.generate(TokenIds(tuple(prompt)), sampling=sampling, kv=kv)
-            return [token.token_id for token in stream.result().tokens]
+            return client.generate(TokenIds(tuple(prompt)), sampling=sampling, kv=kv).result()
 
     alone = [run(*one) for one in requests]
-    together: dict[int, list[int]] = {}
+    together: dict[int, Completion] = {}
     gate = threading.Barrier(len(requests))
 
     def run_at_the_gate(number: int) -> None:
@@ -76,7 +78,10 @@ def test_four_clients_at_once_get_what_they_get_alone(llama_pair: Pair) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [together[number] for number in range(len(requests))] == alone
+    assert sorted(together) == [0, 1, 2, 3]
+    for number, mine in enumerate(alone):
+        assert len(together[number].tokens) == len(mine.tokens)
+        assert disagreement(mine, together[number]) <= ALLOWED
 
 
 @pytest.fixture(scope="module")

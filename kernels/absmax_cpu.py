@@ -13,6 +13,7 @@ import torch
 
 from spectrumkv.kernels import absmax_rows as rows
 from spectrumkv.kernels.absmax_format import INT8, CodeFormat, check_arguments
+from spectrumkv.kernels.strided import adjacent, flat
 
 # How numba is shown what it has no type for; see `absmax_rows`.
 _STAND_INS = {torch.float16: torch.uint16, torch.bfloat16: torch.int16, torch.int8: torch.uint8}
@@ -28,7 +29,7 @@ def quantize(
         return
     _check_positions(index, states.shape[1])
     largest = np.float32(form.largest)
-    rows.quantize_rows(*_flat(_adjacent(states)), _array(index), _array(codes), _array(scales), largest, form != INT8)
+    rows.quantize_rows(*_flat(adjacent(states)), _array(index), _array(codes), _array(scales), largest, form != INT8)
 
 
 def dequantize(
@@ -47,7 +48,7 @@ def encode(keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, body: 
     """See `spectrumkv.kernels.absmax.encode`."""
     heads, _, head_dim = keys.shape
     for side, states in enumerate((keys, values)):
-        rows.encode_side(*_flat(_adjacent(states)), tiers.numpy(), heads, head_dim, body.numpy(), side)
+        rows.encode_side(*_flat(adjacent(states)), tiers.numpy(), heads, head_dim, body.numpy(), side)
 
 
 def decode(body: torch.Tensor, tiers: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -75,26 +76,19 @@ def _array(tensor: torch.Tensor) -> Any:
     return (tensor if stand_in is None else tensor.view(stand_in)).numpy()
 
 
-def _adjacent(states: torch.Tensor) -> torch.Tensor:
-    """The states with the elements of a head side by side, as models leave them."""
-    return states if states.stride(2) == 1 else states.contiguous()
-
-
 @contextmanager
 def _written(states: torch.Tensor) -> Iterator[torch.Tensor]:
     """Give states to write to whose elements are side by side; what was written ends up in `states`."""
-    target = _adjacent(states)
+    target = adjacent(states)
     yield target
     if target is not states:
         states.copy_(target)
 
 
 def _flat(states: torch.Tensor) -> tuple[Any, int, int]:
-    """All memory that `states` spans, as one row, and how far it is from head to head and from token to token."""
-    heads, tokens, head_dim = states.shape
-    head_stride, token_stride, _ = states.stride()
-    span = (heads - 1) * head_stride + (tokens - 1) * token_stride + head_dim
-    return _array(states.as_strided((span,), (1,))), head_stride, token_stride
+    """`flat`, for numba."""
+    memory, head_stride, token_stride = flat(states)
+    return _array(memory), head_stride, token_stride
 
 
 def prepare(dtype: torch.dtype) -> None:

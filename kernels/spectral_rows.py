@@ -5,23 +5,7 @@ A row is one token in one head.
 
 from typing import Any
 
-import numpy as np
-import torch
-
 from spectrumkv.kernels.compiled import compiled
-
-
-def flat(states: torch.Tensor) -> tuple[np.ndarray, int, int]:
-    """All memory that `states` spans, and how many elements it is from head to head and from token to token.
-
-    Args:
-        states: float32 `[heads, n, d]` on the CPU, elements of a row beside each other.
-    """
-    heads, tokens, head_dim = states.shape
-    head_stride, token_stride, _ = states.stride()
-    span = (heads - 1) * head_stride + (tokens - 1) * token_stride + head_dim
-    memory: np.ndarray = states.as_strided((span,), (1,)).numpy()
-    return memory, head_stride, token_stride
 
 
 @compiled
@@ -39,9 +23,9 @@ def gather_unrotated(
     """Take tokens' keys in an order, turn elements j and j + d/2 back by the angle of their position, and centre.
 
     Args:
-        states: float32, see `flat`.
-        head_stride: see `flat`.
-        token_stride: see `flat`.
+        states: float32, see `strided.flat`.
+        head_stride: see `strided.flat`.
+        token_stride: see `strided.flat`.
         order: int64 `[m]`, tokens.
         cosine: float32 `[n, d / 2]`, of each token's angles.
         sine: like `cosine`.

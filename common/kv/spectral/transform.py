@@ -11,6 +11,7 @@ import torch
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.spectral.layout import spread_classes
 from spectrumkv.kernels import spectral_rows as kernels
+from spectrumkv.kernels.strided import adjacent, flat
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,10 +65,10 @@ class LayerTransform:
         cosine, sine = self.basis.rotation(first, tokens)
         states = torch.empty(2 * heads, len(order), head_dim)
         kernels.gather_unrotated(
-            *kernels.flat(_float_rows(keys)), order, cosine.numpy(), sine.numpy(),
+            *_flat(adjacent(keys.float())), order, cosine.numpy(), sine.numpy(),
             np.float32(1 / self.basis.rope_scaling), self._mean[:heads], states[:heads].numpy(),
         )  # fmt: skip
-        kernels.gather(*kernels.flat(_float_rows(values)), order, self._mean[heads:], states[heads:].numpy())
+        kernels.gather(*_flat(adjacent(values.float())), order, self._mean[heads:], states[heads:].numpy())
         return torch.bmm(self._analysis, states.transpose(1, 2))
 
     def synthesise(
@@ -88,10 +89,10 @@ class LayerTransform:
         with _written_rows(keys) as rows:
             kernels.scatter_rotated(
                 states[:heads].numpy(), order, cosine.numpy(), sine.numpy(),
-                np.float32(self.basis.rope_scaling), self._mean[:heads], *kernels.flat(rows),
+                np.float32(self.basis.rope_scaling), self._mean[:heads], *_flat(rows),
             )  # fmt: skip
         with _written_rows(values) as rows:
-            kernels.scatter(states[heads:].numpy(), order, self._mean[heads:], *kernels.flat(rows))
+            kernels.scatter(states[heads:].numpy(), order, self._mean[heads:], *_flat(rows))
 
     @cached_property
     def _mean(self) -> np.ndarray:
@@ -111,10 +112,10 @@ def layer_transforms(basis: SpectralBasis) -> tuple[LayerTransform, ...]:
     return tuple(LayerTransform(basis, layer) for layer in range(basis.mean.shape[0]))
 
 
-def _float_rows(states: torch.Tensor) -> torch.Tensor:
-    """The states as compiled loops can read them."""
-    states = states.float()
-    return states if states.stride(-1) == 1 else states.contiguous()
+def _flat(states: torch.Tensor) -> tuple[np.ndarray, int, int]:
+    """`flat`, for numba."""
+    memory, head_stride, token_stride = flat(states)
+    return memory.numpy(), head_stride, token_stride
 
 
 @contextmanager

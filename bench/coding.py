@@ -10,9 +10,7 @@ import torch
 
 from spectrumkv.bench.served_model import ServedModel
 from spectrumkv.bench.wire_method import WireMethod
-from spectrumkv.common.kv.block import Block
 from spectrumkv.common.needle.prompt import needle_prompt
-from spectrumkv.prefill_server.plan import KvPlan
 from spectrumkv.prefill_server.replay import CapturedPrompt
 
 OnStep = Callable[[str], object]
@@ -84,7 +82,7 @@ def measure(
 @torch.inference_mode()
 def _code(served: ServedModel, captured: CapturedPrompt, coding: Coding) -> None:
     plan, geometry = coding.method.plan, served.loaded.geometry
-    blocks = coding.encode.add(lambda: _encoded(served, plan, captured))
+    blocks = coding.encode.add(lambda: list(captured.blocks(plan, geometry)))
     decoder = plan.decoder(geometry)
     states = torch.empty(2, *captured.layers[0].keys.shape, dtype=geometry.native_dtype, device=served.loaded.device)
 
@@ -94,11 +92,6 @@ def _code(served: ServedModel, captured: CapturedPrompt, coding: Coding) -> None
             decoder.decode(block, states[0, :, span], states[1, :, span])
 
     coding.decode.add(decode)
-
-
-def _encoded(served: ServedModel, plan: KvPlan, captured: CapturedPrompt) -> list[Block]:
-    encoder = plan.encoder(served.loaded.geometry, captured.layers[0].tokens, framing_bytes=0)
-    return [block for layer in captured.layers for block in encoder.encode(layer)]
 
 
 def _row(coding: Coding, prefill: Durations, tokens: int) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Generates over a prompt's KV as decode would receive it, without a network or a second process."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from spectrumkv.common.kv.block import Block
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.prefill_server.plan import KvPlan
@@ -35,6 +36,12 @@ class CapturedPrompt:
         """The cache as the model made it."""
         return [LayerKv(layer.keys, layer.values) for layer in self.layers]
 
+    def blocks(self, plan: KvPlan, geometry: KvGeometry) -> Iterator[Block]:
+        """The cache as a plan codes it, layer by layer."""
+        encoder = plan.encoder(geometry, self.layers[0].tokens, framing_bytes=0)
+        for layer in self.layers:
+            yield from encoder.encode(layer)
+
     @torch.inference_mode()
     def received_kv(self, plan: KvPlan, geometry: KvGeometry) -> list[LayerKv]:
         """The cache as it comes out of tiers, encoding and decoding.
@@ -44,13 +51,11 @@ class CapturedPrompt:
             geometry: shape and dtype of the model's cache.
         """
         received = [LayerKv(torch.empty_like(layer.keys), torch.empty_like(layer.values)) for layer in self.layers]
-        encoder = plan.encoder(geometry, self.layers[0].tokens, framing_bytes=0)
         decoder = plan.decoder(geometry)
-        for layer in self.layers:
-            for block in encoder.encode(layer):
-                span = slice(block.first_token, block.first_token + block.tiers.numel())
-                into = received[block.layer]
-                decoder.decode(block, into.keys[:, span], into.values[:, span])
+        for block in self.blocks(plan, geometry):
+            span = slice(block.first_token, block.first_token + block.tiers.numel())
+            into = received[block.layer]
+            decoder.decode(block, into.keys[:, span], into.values[:, span])
         return received
 
 

@@ -9,7 +9,7 @@ from spectrumkv.common.kv.block import Block
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.spectral.block_codec import decode_block
-from spectrumkv.common.kv.spectral.encoder import mean_bits, tier_bytes
+from spectrumkv.common.kv.spectral.encoder import tier_bytes, token_bits
 from spectrumkv.common.kv.spectral.transform import layer_transforms
 from spectrumkv.common.kv.tiers import Tier
 
@@ -38,4 +38,4 @@ class SpectralDecoder:
             raise DataLossError("codec spectral sends every token, at INT4, INT8 or FP16", "tier")
         body = block.body.numpy().data
         steps = decode_block(transform, body, block.first_token, self._geometry, keys, values)
-        return tier_bytes(mean_bits(transform, steps), block.tiers, block.body.numel())
+        return tier_bytes(token_bits(transform, steps), block.tiers, block.body.numel())

@@ -16,7 +16,7 @@ from spectrumkv.common.kv.spectral.layout import (
     HIGHEST_CLASS,
     LOWEST_CLASS,
     STEP_CLASSES,
-    expected_bits,
+    mean_bits,
 )
 from spectrumkv.common.kv.spectral.rate import BaseSearch, RateControl
 from spectrumkv.common.kv.spectral.transform import LayerTransform, layer_transforms
@@ -105,7 +105,7 @@ class SpectralEncoder:
                 yield from self._code(half, base)
             return
         coded = torch.frombuffer(bytearray(body), dtype=torch.uint8)
-        bits = mean_bits(block.transform, Steps(base, block.tokens))
+        bits = token_bits(block.transform, Steps(base, block.tokens))
         tiers = token_tiers(bits, block.tokens.sinks)
         shares = tier_bytes(bits, tiers, len(body))
         yield Block(block.transform.layer, block.first, tiers, coded, shares)
@@ -123,11 +123,12 @@ class SpectralEncoder:
         return blocks if search.is_best(base) or best is None else best
 
 
-def mean_bits(transform: LayerTransform, steps: Steps) -> np.ndarray:
+def token_bits(transform: LayerTransform, steps: Steps) -> np.ndarray:
     """Expected bits an element of each token, 16 for sinks: float64 `[n]`."""
-    exponents = (transform.run_classes[None, :] - STEP_CLASSES[:, None]) / CLASSES_PER_OCTAVE - steps.base
-    widths = np.diff(transform.run_start)
-    bits: np.ndarray = (expected_bits(exponents) @ widths / widths.sum())[steps.tokens.classes - LOWEST_CLASS]
+    of_classes = mean_bits(
+        transform.run_classes, np.diff(transform.run_start), steps.base + STEP_CLASSES / CLASSES_PER_OCTAVE
+    )
+    bits: np.ndarray = of_classes[steps.tokens.classes - LOWEST_CLASS]
     bits[: steps.tokens.sinks] = SINK_BITS
     return bits
 

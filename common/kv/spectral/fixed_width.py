@@ -19,7 +19,8 @@ from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.spectral.encoder import INT4_BITS, INT8_BITS
 from spectrumkv.common.kv.spectral.importance import affordable_sinks, step_octaves
-from spectrumkv.common.kv.spectral.layout import CLASSES_PER_OCTAVE, expected_bits, spread_classes
+from spectrumkv.common.kv.spectral.layout import mean_bits
+from spectrumkv.common.kv.spectral.transform import layer_transforms
 from spectrumkv.common.kv.tiers import Tier, tier_map_bytes
 
 # Base steps, relative to a layer's widest spread, between which its tokens go from 16 bits to 4.
@@ -117,11 +118,9 @@ class FixedWidthEncoder:
 def _thresholds(basis: SpectralBasis) -> tuple[np.ndarray, np.ndarray]:
     """For each layer the steps, as binary logarithms, from which on a token is nearest to INT8, and to INT4."""
     int8_from, int4_from = [], []
-    for spread in basis.spread.flatten(1).numpy():
-        classes, widths = np.unique(spread_classes(spread), return_counts=True)
-        grid = STEP_GRID + float(np.log2(spread.max()))
-        exponents = classes[None, :] / CLASSES_PER_OCTAVE - grid[:, None]
-        bits = expected_bits(exponents) @ widths / widths.sum()
+    for transform in layer_transforms(basis):
+        grid = STEP_GRID + float(basis.spread[transform.layer].max().log2())
+        bits = mean_bits(transform.run_classes, np.diff(transform.run_start), grid)
         int8_from.append(grid[int(np.argmax(bits <= INT8_BITS))])
         int4_from.append(grid[int(np.argmax(bits <= INT4_BITS))])
     return np.array(int8_from), np.array(int4_from)

@@ -89,3 +89,19 @@ def expected_bits(exponent: np.ndarray) -> np.ndarray:
     silent = exponent <= PACKINGS[0].widest
     result: np.ndarray = np.where(silent, 0.0, bits)
     return result
+
+
+def mean_bits(classes: np.ndarray, rows: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Expected bits an element of tokens with these steps.
+
+    Args:
+        classes: `[runs]`, spread classes of a layer.
+        rows: `[runs]`, how many coefficients have each.
+        steps: `[n]`, binary logarithms.
+
+    Returns:
+        float64 `[n]`.
+    """
+    exponents = classes[None, :] / CLASSES_PER_OCTAVE - steps[:, None]
+    bits: np.ndarray = expected_bits(exponents) @ rows / rows.sum()
+    return bits

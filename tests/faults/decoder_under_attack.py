@@ -20,7 +20,7 @@ from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.spectral.decoder import SpectralDecoder
 from spectrumkv.common.kv.spectral.transform import layer_transforms
-from spectrumkv.kernels import spectral_streams
+from spectrumkv.kernels import spectral_packing
 from tests.faults.dialogue import spectral_blocks
 from tests.faults.hostile_bodies import BODY_HARMS, harm_body
 from tests.faults.spectral_body import SpectralBody, taken_apart, with_body
@@ -83,7 +83,7 @@ def bounds_are_checked() -> bool:
     """Whether a compiled loop that is given too short an array says so."""
     symbols, nothing = np.zeros(100, np.int32), np.zeros(0, np.uint32)
     try:
-        spectral_streams.join(symbols, 8, nothing, nothing, nothing.view(np.int32))
+        spectral_packing.join(symbols, 8, nothing, np.zeros((0, 2), np.int32))
     except IndexError:
         return True
     return False

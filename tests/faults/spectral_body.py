@@ -9,7 +9,7 @@ import torch
 from spectrumkv.common.kv.block import Block
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.spectral.block_codec import HEADER, LENGTHS, Steps, decode_block
-from spectrumkv.common.kv.spectral.symbols import EXCEPTION, packing_for
+from spectrumkv.common.kv.spectral.symbols import EXCEPTION
 from spectrumkv.common.kv.spectral.transform import LayerTransform
 
 
@@ -58,7 +58,7 @@ class SpectralBody:
     def assembled(self) -> bytes:
         """The bytes; of even length, as a block has them."""
         parts = [HEADER.pack(self.base, self.sinks & 0xFFFF, self.class_bytes & 0xFFFFFFFF), self.exact, self.classes]
-        parts.append(np.array(self.lengths, LENGTHS).tobytes())
+        parts.append((np.array(self.lengths, np.int64) & 0xFFFFFFFF).astype("<u4").tobytes())
         for one in self.streams:
             parts += [one.coded, one.raw, one.exceptions]
         body = b"".join([*parts, self.end])
@@ -87,18 +87,14 @@ def taken_apart(body: bytes, tokens: int, transform: LayerTransform, geometry: K
 def _streams(
     taker: "_Taker", steps: Steps, transform: LayerTransform
 ) -> tuple[list[tuple[int, int]], list[StreamParts]]:
-    divided = list(steps.streams(transform))
+    raw_bytes = steps.streams(transform).packed.raw_bytes.tolist()
     lengths = [
         (int(coded), int(exceptions))
-        for coded, exceptions in np.frombuffer(taker.take(len(divided) * LENGTHS.itemsize), LENGTHS)
+        for coded, exceptions in np.frombuffer(taker.take(len(raw_bytes) * LENGTHS.itemsize), LENGTHS)
     ]
     streams = [
-        StreamParts(
-            taker.take(coded),
-            taker.take(packing_for(exponent).raw_bytes(end - start)),
-            taker.take(exceptions * EXCEPTION.itemsize),
-        )
-        for (exponent, start, end), (coded, exceptions) in zip(divided, lengths, strict=True)
+        StreamParts(taker.take(coded), taker.take(raw), taker.take(exceptions * EXCEPTION.itemsize))
+        for raw, (coded, exceptions) in zip(raw_bytes, lengths, strict=True)
     ]
     return lengths, streams
 

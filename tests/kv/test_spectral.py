@@ -22,13 +22,11 @@ from spectrumkv.common.kv.spectral.decoder import SpectralDecoder
 from spectrumkv.common.kv.spectral.encoder import SpectralEncoder
 from spectrumkv.common.kv.spectral.layout import expected_bits
 from spectrumkv.common.kv.spectral.symbols import (
+    EXCEPTION,
     PACKINGS,
-    Packing,
+    PackedStreams,
     compress,
-    decode_stream,
     decompress,
-    encode_stream,
-    packing_for,
 )
 from spectrumkv.common.kv.spectral.transform import LayerTransform
 from spectrumkv.common.kv.tiers import Tier
@@ -77,21 +75,47 @@ def encoder_of(basis: SpectralBasis, shape: KvGeometry, tokens: int, budget: flo
     return SpectralEncoder(basis, shape, tokens, int(budget * shape.fp16_bytes(tokens)), "attention")
 
 
-def recoded(values: np.ndarray, packing: Packing) -> tuple[np.ndarray, int]:
-    """What comes out of a stream, and its bytes."""
-    coded = encode_stream(values.copy(), packing)
-    assert len(coded.raw) == packing.raw_bytes(len(values))
-    back = np.full(len(values), 77777, np.int32)
-    exceptions = coded.exceptions.tobytes()
-    decode_stream(memoryview(coded.coded), memoryview(coded.raw), memoryview(exceptions), packing, back)
-    return back, len(coded.coded) + len(coded.raw) + len(exceptions)
+def packed_streams(lengths: list[int], exponents: list[float]) -> PackedStreams:
+    return PackedStreams.of(np.cumsum([0, *lengths]), np.array(exponents))
 
 
-@given(st.lists(st.integers(-(2**30), 2**30) | st.integers(-200, 200), max_size=200), st.floats(-8, 24))
-def test_symbols_survive_every_packing(values: list[int], exponent: float) -> None:
-    symbols = np.array(values, dtype=np.int32)
-    back, _ = recoded(symbols, packing_for(exponent))
-    assert (back == symbols).all()
+STREAM = st.tuples(st.floats(-8, 24), st.lists(st.integers(-(2**30), 2**30) | st.integers(-200, 200), max_size=120))
+
+
+@given(st.lists(STREAM, min_size=1, max_size=5))
+def test_symbols_survive_every_packing(streams: list[tuple[float, list[int]]]) -> None:
+    symbols = np.array([symbol for _, values in streams for symbol in values], dtype=np.int32)
+    packed = packed_streams([len(values) for _, values in streams], [exponent for exponent, _ in streams])
+    coded = packed.encode(symbols.copy())
+    assert [len(one.raw) for one in coded] == packed.raw_bytes.tolist()
+    assert (packed.decode(coded) == symbols).all()
+
+
+def test_an_exception_outside_its_own_stream_is_refused() -> None:
+    packed = packed_streams([3, 5, 4], [0.0, 0.0, 0.0])
+    coded = packed.encode(np.arange(12, dtype=np.int32))
+    coded[1] = coded[1]._replace(exceptions=np.array([(5, 9)], EXCEPTION).tobytes())
+    with pytest.raises(DataLossError, match="outside its stream of 5 symbols"):
+        packed.decode(coded)
+
+
+@pytest.mark.parametrize(
+    ("exponent", "per_byte", "limit", "raw_bits"),
+    [
+        *((-9.0, 0, 0, 0), (-4.0, 0, 0, 0), (-3.5, 5, 1, 0), (-1.75, 5, 1, 0), (-1.5, 3, 2, 0), (-1.0, 3, 2, 0)),
+        *(
+            (0.5, 2, 7, 0),
+            (0.51, 1, 127, 0),
+            (4.5, 1, 127, 0),
+            (4.6, 1, 127, 1),
+            (9.5, 1, 127, 5),
+            (90.0, 1, 127, 24),
+        ),
+    ],
+)
+def test_the_spread_decides_the_packing(exponent: float, per_byte: int, limit: int, raw_bits: int) -> None:
+    packed = packed_streams([7], [exponent])
+    assert (packed.per_byte[0], packed.limit[0], packed.raw_bits[0]) == (per_byte, limit, raw_bits)
 
 
 def test_packed_symbols_fit_a_byte() -> None:
@@ -122,8 +146,8 @@ def test_entropy_coded_symbols_take_about_their_entropy() -> None:
     generator = np.random.default_rng(0)
     for exponent in (-2.5, -1.5, -0.5, 0.5, 2.0, 4.0, 7.0):
         symbols = np.rint(generator.normal(0, 2.0**exponent, 100_000)).astype(np.int32)
-        _, size = recoded(symbols, packing_for(exponent))
-        bits = 8 * size / len(symbols)
+        [coded] = packed_streams([len(symbols)], [exponent]).encode(symbols)
+        bits = 8 * sum(map(len, coded)) / len(symbols)
         entropy = float(expected_bits(np.array([exponent]))[0])
         assert bits <= 1.1 * entropy + 0.15, (exponent, bits, entropy)
 

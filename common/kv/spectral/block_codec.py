@@ -22,10 +22,7 @@ from spectrumkv.common.kv.spectral.symbols import (
     EXCEPTION,
     CodedStream,
     compress,
-    decode_stream,
     decompress,
-    encode_stream,
-    packing_for,
 )
 from spectrumkv.common.kv.spectral.transform import LayerTransform
 from spectrumkv.kernels import spectral_streams as kernels
@@ -179,21 +176,21 @@ def encode_block(block: AnalysedBlock, base: float, geometry: KvGeometry) -> byt
             f"keys or values of the first tokens in layer {block.transform.layer} do not fit {geometry.half_dtype}"
         )
     coded_classes = compress(block.tokens.coded)
-    coded = list(_coded_streams(block, steps)) if len(block.tokens.coded) else []
-    lengths = np.array([(len(one.coded), len(one.exceptions)) for one in coded], LENGTHS)
-    parts = [
+    coded = _coded_streams(block, steps) if len(block.tokens.coded) else []
+    lengths = np.array([(len(one.coded), len(one.exceptions) // EXCEPTION.itemsize) for one in coded], LENGTHS)
+    parts: list[bytes | memoryview] = [
         HEADER.pack(base, block.tokens.sinks, len(coded_classes)),
         exact.view(torch.uint8).numpy().tobytes(),
         coded_classes,
         lengths.tobytes(),
     ]
     for one in coded:
-        parts += [one.coded, one.raw, one.exceptions.tobytes()]
+        parts += one
     body = b"".join(parts)
     return body + b"\0" * (len(body) % 2)
 
 
-def _coded_streams(block: AnalysedBlock, steps: Steps) -> Iterator[CodedStream]:
+def _coded_streams(block: AnalysedBlock, steps: Steps) -> list[CodedStream]:
     """Code the tokens that have a step."""
     transform, streams = block.transform, steps.streams(block.transform)
     symbols = np.empty(streams.start[-1], np.int32)
@@ -207,8 +204,7 @@ def _coded_streams(block: AnalysedBlock, steps: Steps) -> Iterator[CodedStream]:
         streams.start[:-1].copy(),
         symbols,
     )
-    for exponent, start, end in streams:
-        yield encode_stream(symbols[start:end], packing_for(exponent))
+    return streams.packed.encode(symbols)
 
 
 def decode_block(
@@ -262,17 +258,13 @@ def _read_coefficients(
 ) -> torch.Tensor:
     """Coefficients of the tokens that have a step: float32 `[2 · kv_heads, head_dim, n]`, tokens by rising class."""
     streams = steps.streams(transform)
-    symbols = np.empty(streams.start[-1], np.int32)
-    lengths = reader.array(len(streams.exponent), LENGTHS)
-    for (exponent, start, end), (coded, exceptions) in zip(streams, lengths.tolist(), strict=True):
-        packing = packing_for(exponent)
-        decode_stream(
-            reader.take(coded),
-            reader.take(packing.raw_bytes(end - start)),
-            reader.take(exceptions * EXCEPTION.itemsize),
-            packing,
-            symbols[start:end],
-        )
+    lengths = reader.array(len(streams.exponent), LENGTHS).tolist()
+    symbols = streams.packed.decode(
+        [
+            CodedStream(reader.take(coded), reader.take(raw_bytes), reader.take(exceptions * EXCEPTION.itemsize))
+            for (coded, exceptions), raw_bytes in zip(lengths, streams.packed.raw_bytes.tolist(), strict=True)
+        ]
+    )
     coefficients = torch.empty(2 * geometry.kv_heads, geometry.head_dim, len(steps.tokens.coded))
     kernels.dequantize(
         symbols,

@@ -4,20 +4,22 @@ A coefficient of spread σ (in the basis's units) in a token of step s has symbo
 both classes in half octaves, symbols of one difference are alike.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import erf, sqrt
 
 import numpy as np
 
-from spectrumkv.common.kv.spectral.symbols import PACKINGS
+from spectrumkv.common.kv.spectral.symbols import PACKINGS, PackedStreams
 
 # Classes per octave of step and of spread.
 CLASSES_PER_OCTAVE = 2
 # Step classes around the mean token: three octaves finer, one and a half coarser.
 LOWEST_CLASS, HIGHEST_CLASS = -6, 3
 STEP_CLASSES = np.arange(LOWEST_CLASS, HIGHEST_CLASS + 1)
+
+# Octaves beyond the entropy table in which the high-rate formula is needed.
+WIDE = 1024.0
 
 
 def spread_classes(spread: np.ndarray) -> np.ndarray:
@@ -58,17 +60,21 @@ class Streams:
         exponent = (np.arange(len(counts)) + lowest) / CLASSES_PER_OCTAVE - base
         return cls(exponent, np.concatenate(([0], np.cumsum(counts))), difference - lowest)
 
-    def __iter__(self) -> Iterator[tuple[float, int, int]]:
-        """Exponent, start and end of each stream."""
-        bounds = self.start.tolist()
-        return zip(self.exponent.tolist(), bounds[:-1], bounds[1:], strict=True)
+    @cached_property
+    def packed(self) -> PackedStreams:
+        """How the streams are packed."""
+        return PackedStreams.of(self.start, self.exponent)
 
 
 @lru_cache(maxsize=1)
-def _entropy_table() -> np.ndarray:
-    """Entropy in bits of a Gaussian rounded to integers, for spreads of 2^-6 … 2^6 in 64ths of an octave."""
+def _entropy_table() -> tuple[np.ndarray, np.ndarray]:
+    """Entropy in bits of a Gaussian rounded to integers: spreads' exponents of two, and the entropies of those.
+
+    In 64ths of an octave from 2^-6 to 2^6, and beyond by the high-rate formula, log2(σ √(2πe)).
+    """
+    exponents = np.arange(-6 * 64, 6 * 64 + 1) / 64
     entropies = []
-    for exponent in np.arange(-6 * 64, 6 * 64 + 1) / 64:
+    for exponent in exponents:
         spread = 2.0**exponent
         edges = np.arange(0, int(9 * spread) + 2) + 0.5
         tail = np.array([erf(edge / (spread * sqrt(2))) for edge in edges])
@@ -76,19 +82,14 @@ def _entropy_table() -> np.ndarray:
         probabilities = np.concatenate(([tail[0]], positive, positive))
         probabilities = probabilities[probabilities > 1e-15]
         entropies.append(float(-(probabilities * np.log2(probabilities)).sum()))
-    return np.array(entropies)
+    return np.append(exponents, exponents[-1] + WIDE), np.append(entropies, entropies[-1] + WIDE)
 
 
 def expected_bits(exponent: np.ndarray) -> np.ndarray:
-    """Entropy in bits of a symbol whose standard deviation is 2^`exponent` steps.
-
-    Nothing where such symbols are not sent, and for wide ones the high-rate formula log2(σ √(2πe)).
-    """
-    clipped = np.clip(exponent, -6, 6)
-    bits = np.interp(clipped, np.arange(-6 * 64, 6 * 64 + 1) / 64, _entropy_table()) + np.maximum(exponent - 6, 0)
-    silent = exponent <= PACKINGS[0].widest
-    result: np.ndarray = np.where(silent, 0.0, bits)
-    return result
+    """Entropy in bits of a symbol whose standard deviation is 2^`exponent` steps; 0 where such are not sent."""
+    bits: np.ndarray = np.interp(exponent, *_entropy_table())
+    bits[exponent <= PACKINGS[0].widest] = 0.0
+    return bits
 
 
 def mean_bits(classes: np.ndarray, rows: np.ndarray, steps: np.ndarray) -> np.ndarray:

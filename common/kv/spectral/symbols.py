@@ -6,15 +6,17 @@ up their lowest bits, which are noise, and send those as they are.
 """
 
 import math
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from threading import local
+from typing import NamedTuple
 
 import numpy as np
 import zstandard
 
 from spectrumkv.common.errors import DataLossError
-from spectrumkv.kernels import spectral_streams as kernels
+from spectrumkv.kernels import spectral_packing as kernels
 
 
 @dataclass(frozen=True)
@@ -25,26 +27,16 @@ class Packing:
         per_byte: symbols in one byte; 0 where the stream is not sent at all.
         limit: largest magnitude; larger ones are exceptions, sent apart.
         widest: exponent of two, in steps, of the standard deviation up to which this packing is used.
-        raw_bits: lowest bits of each symbol that are sent as they are; `limit` is for what remains.
     """
 
     per_byte: int
     limit: int
     widest: float
-    raw_bits: int = 0
 
     @property
     def base(self) -> int:
         """Values of one symbol."""
         return 2 * self.limit + 1
-
-    def packed_bytes(self, count: int) -> int:
-        """Length of `count` packed symbols before they are coded."""
-        return -(-count // self.per_byte) if self.per_byte else 0
-
-    def raw_bytes(self, count: int) -> int:
-        """Length of the lowest bits of `count` symbols."""
-        return -(-count * self.raw_bits // 8)
 
 
 # Limits lie at 5 standard deviations or more: coefficients have heavy tails, and an exception costs 8 bytes.
@@ -82,71 +74,131 @@ class _Coders(local):
 _coders = _Coders()
 
 
-def packing_for(exponent: float) -> Packing:
-    """The packing of a stream whose symbols have a standard deviation of 2^`exponent`."""
-    if exponent > WIDEST_WITHOUT_RAW_BITS:
-        return _with_raw_bits(min(math.ceil(exponent - WIDEST_WITHOUT_RAW_BITS), MOST_RAW_BITS))
-    return next(packing for packing in PACKINGS if exponent <= packing.widest)
-
-
-@cache
-def _with_raw_bits(raw_bits: int) -> Packing:
-    return replace(PACKINGS[-1], raw_bits=raw_bits)
-
-
-@dataclass(frozen=True)
-class CodedStream:
+class CodedStream(NamedTuple):
     """One stream in bytes.
 
     Attributes:
         coded: packed symbols, as `compress` leaves them.
         raw: lowest bits.
-        exceptions: `EXCEPTION` `[e]`.
+        exceptions: pairs of `EXCEPTION`.
     """
 
-    coded: bytes
-    raw: bytes
-    exceptions: np.ndarray
+    coded: bytes | memoryview
+    raw: bytes | memoryview
+    exceptions: bytes | memoryview
 
 
-def encode_stream(symbols: np.ndarray, packing: Packing) -> CodedStream:
-    """Code a stream.
+@dataclass(frozen=True, eq=False)
+class PackedStreams:
+    """How each stream of a block is packed.
 
-    Args:
-        symbols: int32 `[m]`; used up.
-        packing: how.
+    Attributes:
+        start: int64 `[streams + 1]`, where each starts among the block's symbols.
+        per_byte: int64 `[streams]`, see `Packing`.
+        limit: int64 `[streams]`, of what remains without the raw bits.
+        raw_bits: int64 `[streams]`, lowest bits of each symbol that are sent as they are.
     """
-    count = len(symbols)
-    raw = np.empty(-(-count * packing.raw_bits // 32), "<u4")
-    outside, values = np.empty(count, np.uint32), np.empty(count, np.int32)
-    found = kernels.split(symbols, packing.limit, packing.raw_bits, raw, outside, values)
-    exceptions = np.empty(found, EXCEPTION)
-    exceptions["index"], exceptions["value"] = outside[:found], values[:found]
-    packed = np.empty(packing.packed_bytes(count), np.uint8)
-    if packing.per_byte:
-        kernels.pack(symbols, packing.per_byte, packing.limit, packed)
-    return CodedStream(compress(packed), raw.tobytes()[: packing.raw_bytes(count)], exceptions)
+
+    start: np.ndarray
+    per_byte: np.ndarray
+    limit: np.ndarray
+    raw_bits: np.ndarray
+
+    @classmethod
+    def of(cls, start: np.ndarray, exponent: np.ndarray) -> "PackedStreams":
+        """Choose packings.
+
+        Args:
+            start: see the class.
+            exponent: float64 `[streams]`; the standard deviation of a stream's symbols is 2^exponent.
+        """
+        chosen = np.searchsorted([one.widest for one in PACKINGS], exponent)
+        table = np.array([(one.per_byte, one.limit) for one in PACKINGS], np.int64)
+        raw_bits = np.clip(np.ceil(exponent - WIDEST_WITHOUT_RAW_BITS), 0, MOST_RAW_BITS).astype(np.int64)
+        return cls(start, table[chosen, 0], table[chosen, 1], raw_bits)
+
+    @cached_property
+    def raw_bytes(self) -> np.ndarray:
+        """int64 `[streams]`: length of the lowest bits."""
+        lengths: np.ndarray = -(-self._counts * self.raw_bits // 8)
+        return lengths
+
+    @cached_property
+    def packed_start(self) -> np.ndarray:
+        """int64 `[streams + 1]`: where each stream starts among the packed bytes."""
+        return _edges(np.where(self.per_byte > 0, -(-self._counts // np.maximum(self.per_byte, 1)), 0))
+
+    @cached_property
+    def raw_start(self) -> np.ndarray:
+        """int64 `[streams + 1]`: where each stream starts among the 32-bit words of lowest bits."""
+        return _edges(-(-self._counts * self.raw_bits // 32))
+
+    @property
+    def _counts(self) -> np.ndarray:
+        return np.diff(self.start)
+
+    @property
+    def _codes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.per_byte, self.limit, self.raw_bits
+
+    def encode(self, symbols: np.ndarray) -> list[CodedStream]:
+        """Code the streams.
+
+        Args:
+            symbols: int32 `[m]`, one stream after another; used up.
+        """
+        packed, raw = np.empty(self.packed_start[-1], np.uint8), np.empty(self.raw_start[-1], "<u4")
+        outside, found = np.empty((len(symbols), 2), "<i4"), np.empty(len(self.limit), np.int64)
+        kernels.pack_streams(
+            symbols, self.start, *self._codes, packed, self.packed_start, raw, self.raw_start, outside, found
+        )
+        return [
+            CodedStream(
+                compress(packed[first_byte:end_byte]),
+                raw[word:].view(np.uint8)[:raw_bytes].tobytes() if raw_bytes else b"",
+                outside[first : first + exceptions].tobytes() if exceptions else b"",
+            )
+            for first, exceptions, first_byte, end_byte, word, raw_bytes in np.stack(
+                [
+                    self.start[:-1],
+                    found,
+                    self.packed_start[:-1],
+                    self.packed_start[1:],
+                    self.raw_start[:-1],
+                    self.raw_bytes,
+                ],
+                axis=1,
+            ).tolist()
+        ]
+
+    def decode(self, streams: Sequence[CodedStream]) -> np.ndarray:
+        """Inverse of `encode`: int32 `[m]`.
+
+        Raises:
+            DataLossError: a stream is damaged.
+        """
+        symbols = np.empty(self.start[-1], np.int32)
+        packed, raw = np.empty(self.packed_start[-1], np.uint8), np.zeros(self.raw_start[-1], "<u4")
+        edges, words = self.packed_start.tolist(), self.raw_start.tolist()
+        for stream, first_byte, end_byte, word in zip(streams, edges, edges[1:], words, strict=False):
+            packed[first_byte:end_byte] = decompress(stream.coded, end_byte - first_byte)
+            if stream.raw:
+                raw[word:].view(np.uint8)[: len(stream.raw)] = np.frombuffer(stream.raw, np.uint8)
+        outside = np.frombuffer(b"".join(stream.exceptions for stream in streams), "<i4").reshape(-1, 2)
+        outside_start = _edges(np.array([len(stream.exceptions) // EXCEPTION.itemsize for stream in streams]))
+        damaged = kernels.unpack_streams(
+            packed, self.packed_start, raw, self.raw_start, outside, outside_start, *self._codes, self.start, symbols
+        )
+        if damaged >= 0:
+            raise DataLossError(
+                f"an exception lies outside its stream of {self._counts[damaged]} symbols", "malformed"
+            )
+        return symbols
 
 
-def decode_stream(
-    coded: memoryview, raw: memoryview, exceptions: memoryview, packing: Packing, symbols: np.ndarray
-) -> None:
-    """Inverse of `encode_stream`: write int32 `symbols`, all of them.
-
-    Raises:
-        DataLossError: the stream is damaged.
-    """
-    packed = decompress(coded, packing.packed_bytes(len(symbols)))
-    if packing.per_byte:
-        kernels.unpack(packed, packing.per_byte, packing.limit, symbols)
-    else:
-        symbols[:] = 0
-    words = np.zeros(-(-len(symbols) * packing.raw_bits // 32), "<u4")
-    words.view(np.uint8)[: len(raw)] = np.frombuffer(raw, np.uint8)
-    found = np.frombuffer(exceptions, EXCEPTION)
-    outside, values = found["index"].copy(), found["value"].copy()
-    if not kernels.join(symbols, packing.raw_bits, words, outside, values):
-        raise DataLossError(f"an exception lies outside its stream of {len(symbols)} symbols", "malformed")
+def _edges(lengths: np.ndarray) -> np.ndarray:
+    """int64 `[n + 1]`: where runs of these lengths start, and where the last one ends."""
+    return np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)))
 
 
 def compress(data: np.ndarray) -> bytes:
@@ -155,7 +207,7 @@ def compress(data: np.ndarray) -> bytes:
     return b"\x01" + coded if len(coded) < len(data) else b"\x00" + data.tobytes()
 
 
-def decompress(coded: memoryview, size: int) -> np.ndarray:
+def decompress(coded: bytes | memoryview, size: int) -> np.ndarray:
     """Inverse of `compress`.
 
     Args:
@@ -170,7 +222,7 @@ def decompress(coded: memoryview, size: int) -> np.ndarray:
     """
     try:
         if coded[0] == 0:
-            data: memoryview | bytes = coded[1:]
+            data: bytes | memoryview = coded[1:]
         else:
             if coded[1] != PLAIN_FRAME:
                 raise DataLossError(f"an entropy-coded stream has the frame header {coded[1]:#04x}", "entropy")

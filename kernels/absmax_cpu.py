@@ -6,17 +6,14 @@ loads what an earlier process compiled.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 
 from spectrumkv.kernels import absmax_rows as rows
 from spectrumkv.kernels.absmax_format import INT8, CodeFormat, check_arguments
-from spectrumkv.kernels.strided import adjacent, flat
+from spectrumkv.kernels.strided import adjacent, array, flat
 
-# How numba is shown what it has no type for; see `absmax_rows`.
-_STAND_INS = {torch.float16: torch.uint16, torch.bfloat16: torch.int16, torch.int8: torch.uint8}
 _INFINITY_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
 
 
@@ -29,7 +26,7 @@ def quantize(
         return
     _check_positions(index, states.shape[1])
     largest = np.float32(form.largest)
-    rows.quantize_rows(*_flat(adjacent(states)), _array(index), _array(codes), _array(scales), largest, form != INT8)
+    rows.quantize_rows(*flat(adjacent(states)), array(index), array(codes), array(scales), largest, form != INT8)
 
 
 def dequantize(
@@ -41,14 +38,14 @@ def dequantize(
         return
     _check_positions(index, states.shape[1])
     with _written(states) as target:
-        rows.dequantize_rows(_array(codes), _array(scales), _array(index), *_flat(target), form != INT8)
+        rows.dequantize_rows(array(codes), array(scales), array(index), *flat(target), form != INT8)
 
 
 def encode(keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, body: torch.Tensor) -> None:
     """See `spectrumkv.kernels.absmax.encode`."""
     heads, _, head_dim = keys.shape
     for side, states in enumerate((keys, values)):
-        rows.encode_side(*_flat(adjacent(states)), tiers.numpy(), heads, head_dim, body.numpy(), side)
+        rows.encode_side(*flat(adjacent(states)), tiers.numpy(), heads, head_dim, body.numpy(), side)
 
 
 def decode(body: torch.Tensor, tiers: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -56,7 +53,7 @@ def decode(body: torch.Tensor, tiers: torch.Tensor, keys: torch.Tensor, values: 
     heads, _, head_dim = keys.shape
     for side, states in enumerate((keys, values)):
         with _written(states) as target:
-            rows.decode_side(body.numpy(), tiers.numpy(), heads, head_dim, *_flat(target), side)
+            rows.decode_side(body.numpy(), tiers.numpy(), heads, head_dim, *flat(target), side)
 
 
 def is_finite(data: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -70,12 +67,6 @@ def _check_positions(index: torch.Tensor, tokens: int) -> None:
         raise IndexError(f"positions {least} to {greatest} are out of the range of {tokens} tokens")
 
 
-def _array(tensor: torch.Tensor) -> Any:
-    """The tensor's memory as numpy shows it, in a type that numba knows."""
-    stand_in = _STAND_INS.get(tensor.dtype)
-    return (tensor if stand_in is None else tensor.view(stand_in)).numpy()
-
-
 @contextmanager
 def _written(states: torch.Tensor) -> Iterator[torch.Tensor]:
     """Give states to write to whose elements are side by side; what was written ends up in `states`."""
@@ -83,12 +74,6 @@ def _written(states: torch.Tensor) -> Iterator[torch.Tensor]:
     yield target
     if target is not states:
         states.copy_(target)
-
-
-def _flat(states: torch.Tensor) -> tuple[Any, int, int]:
-    """`flat`, for numba."""
-    memory, head_stride, token_stride = flat(states)
-    return _array(memory), head_stride, token_stride
 
 
 def prepare(dtype: torch.dtype) -> None:

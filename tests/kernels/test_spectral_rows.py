@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from spectrumkv.kernels import spectral_rows as rows
-from spectrumkv.kernels import strided
+from spectrumkv.kernels.strided import flat
 
 SHAPES = [(1, 1, 2), (3, 7, 64), (2, 33, 80)]
 
@@ -14,11 +14,6 @@ def as_models_leave_them(heads: int, tokens: int, head_dim: int) -> torch.Tensor
     """Random states as a model leaves them: token by token, among other heads."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(tokens, heads + 1, head_dim, generator=generator).transpose(0, 1)[1:]
-
-
-def flat(states: torch.Tensor) -> tuple[np.ndarray, int, int]:
-    memory, head_stride, token_stride = strided.flat(states)
-    return memory.numpy(), head_stride, token_stride
 
 
 def some_of(tokens: int) -> np.ndarray:

@@ -65,10 +65,10 @@ class LayerTransform:
         cosine, sine = self.basis.rotation(first, tokens)
         states = torch.empty(2 * heads, len(order), head_dim)
         kernels.gather_unrotated(
-            *_flat(adjacent(keys.float())), order, cosine.numpy(), sine.numpy(),
+            *flat(adjacent(keys.float())), order, cosine.numpy(), sine.numpy(),
             np.float32(1 / self.basis.rope_scaling), self._mean[:heads], states[:heads].numpy(),
         )  # fmt: skip
-        kernels.gather(*_flat(adjacent(values.float())), order, self._mean[heads:], states[heads:].numpy())
+        kernels.gather(*flat(adjacent(values.float())), order, self._mean[heads:], states[heads:].numpy())
         return torch.bmm(self._analysis, states.transpose(1, 2))
 
     def synthesise(
@@ -89,10 +89,10 @@ class LayerTransform:
         with _written_rows(keys) as rows:
             kernels.scatter_rotated(
                 states[:heads].numpy(), order, cosine.numpy(), sine.numpy(),
-                np.float32(self.basis.rope_scaling), self._mean[:heads], *_flat(rows),
+                np.float32(self.basis.rope_scaling), self._mean[:heads], *flat(rows),
             )  # fmt: skip
         with _written_rows(values) as rows:
-            kernels.scatter(states[heads:].numpy(), order, self._mean[heads:], *_flat(rows))
+            kernels.scatter(states[heads:].numpy(), order, self._mean[heads:], *flat(rows))
 
     @cached_property
     def _mean(self) -> np.ndarray:
@@ -110,12 +110,6 @@ class LayerTransform:
 def layer_transforms(basis: SpectralBasis) -> tuple[LayerTransform, ...]:
     """The transforms of all layers; requests that use one basis share them."""
     return tuple(LayerTransform(basis, layer) for layer in range(basis.mean.shape[0]))
-
-
-def _flat(states: torch.Tensor) -> tuple[np.ndarray, int, int]:
-    """`flat`, for numba."""
-    memory, head_stride, token_stride = flat(states)
-    return memory.numpy(), head_stride, token_stride
 
 
 @contextmanager

@@ -7,16 +7,14 @@ intrinsics say what Python cannot: operations on eight or 32 bits, and changes o
 All of it is in one file, since numba does not notice changes of other files (see `compiled`).
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
 from spectrumkv.kernels.absmax_format import TIER_16BIT, TIER_INT4, TIER_INT8
-from spectrumkv.kernels.compiled import compiled
+from spectrumkv.kernels.compiled import compiled, intrinsic
 
 # 1.5 · 2^23: a float32 next to it has no fractional bits, so adding it rounds half to even, and the low byte of the
 # sum is the rounded number in two's complement.
@@ -29,11 +27,7 @@ FLOAT, HALF = ir.FloatType(), ir.HalfType()
 BYTE, WORD, LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 
 
-# numba ships no types.
-_intrinsic: Callable[..., Any] = intrinsic
-
-
-@_intrinsic
+@intrinsic
 def _widen(_: Any, element: Any) -> Any:
     """An element as float32, exactly."""
 
@@ -47,7 +41,7 @@ def _widen(_: Any, element: Any) -> Any:
     return types.float32(element), emit
 
 
-@_intrinsic
+@intrinsic
 def _sixteen_bits(_: Any, element: Any) -> Any:
     """An element at 16 bits: float32 rounded half to even to float16, or to infinity; others as they are."""
 
@@ -58,7 +52,7 @@ def _sixteen_bits(_: Any, element: Any) -> Any:
     return types.uint16(element), emit
 
 
-@_intrinsic
+@intrinsic
 def _element(_: Any, bits: Any, row: Any) -> Any:
     """Inverse of `_sixteen_bits`: an element of the row's type."""
 
@@ -70,7 +64,7 @@ def _element(_: Any, bits: Any, row: Any) -> Any:
     return row.dtype(types.uint16, row), emit
 
 
-@_intrinsic
+@intrinsic
 def _rounded(_: Any, value: Any, row: Any) -> Any:
     """A float32 rounded half to even to the type of the row's elements; float16 saturates."""
 
@@ -89,7 +83,7 @@ def _rounded(_: Any, value: Any, row: Any) -> Any:
     return row.dtype(types.float32, row), emit
 
 
-@_intrinsic
+@intrinsic
 def _greater_magnitude(_: Any, peak: Any, value: Any) -> Any:
     """The greater one of `peak` and |value|, as bits: ordered like floats, with NaN above infinity."""
 
@@ -100,7 +94,7 @@ def _greater_magnitude(_: Any, peak: Any, value: Any) -> Any:
     return types.int32(types.int32, types.float32), emit
 
 
-@_intrinsic
+@intrinsic
 def _greater_magnitude16(_: Any, peak: Any, bits: Any) -> Any:
     """`_greater_magnitude` of 16-bit floats, either kind."""
 
@@ -111,7 +105,7 @@ def _greater_magnitude16(_: Any, peak: Any, bits: Any) -> Any:
     return types.int16(types.int16, types.int16), emit
 
 
-@_intrinsic
+@intrinsic
 def _float_of(_: Any, bits: Any) -> Any:
     """The float32 that has these bits."""
     return types.float32(types.int32), lambda context, builder, signature, arguments: builder.bitcast(
@@ -119,7 +113,7 @@ def _float_of(_: Any, bits: Any) -> Any:
     )
 
 
-@_intrinsic
+@intrinsic
 def _low_byte(_: Any, value: Any) -> Any:
     """The lowest eight bits of a float32."""
     return types.uint8(types.float32), lambda context, builder, signature, arguments: builder.trunc(
@@ -127,7 +121,7 @@ def _low_byte(_: Any, value: Any) -> Any:
     )
 
 
-@_intrinsic
+@intrinsic
 def _pair(_: Any, low: Any, high: Any) -> Any:
     """Two INT4 codes in one byte."""
     return types.uint8(types.uint8, types.uint8), lambda context, builder, signature, arguments: builder.or_(
@@ -135,7 +129,7 @@ def _pair(_: Any, low: Any, high: Any) -> Any:
     )
 
 
-@_intrinsic
+@intrinsic
 def _low_nibble(_: Any, byte: Any) -> Any:
     """The low INT4 code of a byte, its sign extended to eight bits."""
     return types.int8(types.uint8), lambda context, builder, signature, arguments: builder.ashr(
@@ -143,7 +137,7 @@ def _low_nibble(_: Any, byte: Any) -> Any:
     )
 
 
-@_intrinsic
+@intrinsic
 def _high_nibble(_: Any, byte: Any) -> Any:
     """The high INT4 code of a byte, its sign extended to eight bits."""
     return types.int8(types.uint8), lambda context, builder, signature, arguments: builder.ashr(arguments[0], BYTE(4))

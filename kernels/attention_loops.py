@@ -4,15 +4,13 @@ All of it is in one file, since numba does not notice changes of other files (se
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
-from spectrumkv.kernels.compiled import compiled
+from spectrumkv.kernels.compiled import compiled, intrinsic
 
 # 1.5 · 2^23: adding it to a float32 rounds that half to even, and leaves the integer in the low bits of the sum.
 ROUNDER = np.float32(12582912)
@@ -23,11 +21,8 @@ P0, P1, P2, P3, P4, P5, P6 = (np.float32(math.log(2) ** i / math.factorial(i)) f
 ZERO, ONE = np.float32(0), np.float32(1)
 LONG = ir.IntType(32)
 
-# numba ships no types.
-_intrinsic: Callable[..., Any] = intrinsic
 
-
-@_intrinsic
+@intrinsic
 def _greater(_: Any, known: Any, value: Any) -> Any:
     """The greater one of two floats of which the first is given as `_float_of` wants it; NaN is above infinity."""
 
@@ -40,7 +35,7 @@ def _greater(_: Any, known: Any, value: Any) -> Any:
     return types.int32(types.int32, types.float32), emit
 
 
-@_intrinsic
+@intrinsic
 def _float_of(_: Any, ordered: Any) -> Any:
     """The float that `_greater` found."""
 
@@ -51,7 +46,7 @@ def _float_of(_: Any, ordered: Any) -> Any:
     return types.float32(types.int32), emit
 
 
-@_intrinsic
+@intrinsic
 def _two_to_the(_: Any, rounded: Any) -> Any:
     """2^k, of k + `ROUNDER`, for -126 ≤ k ≤ 127."""
 
@@ -62,7 +57,7 @@ def _two_to_the(_: Any, rounded: Any) -> Any:
     return types.float32(types.float32), emit
 
 
-@_intrinsic
+@intrinsic
 def _plus(_: Any, total: Any, value: Any) -> Any:
     """A sum that may be taken in any order, which lets the loop around it be vectorized."""
 
@@ -72,7 +67,7 @@ def _plus(_: Any, total: Any, value: Any) -> Any:
     return types.float32(types.float32, types.float32), emit
 
 
-@_intrinsic
+@intrinsic
 def _multiply_add(_: Any, total: Any, left: Any, right: Any) -> Any:
     """A sum of products that may be taken in any order and fused."""
 

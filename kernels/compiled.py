@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
+from numba import extending
 from numba.core import config
 
 from spectrumkv.kernels.cache import cache_directory
@@ -11,6 +12,9 @@ from spectrumkv.kernels.cache import cache_directory
 # numba looks at this when a function is decorated. Its own variable, NUMBA_CACHE_DIR, keeps precedence.
 if not config.CACHE_DIR:
     config.CACHE_DIR = str(cache_directory() / "compiled")
+
+# numba ships no types.
+intrinsic: Callable[..., Any] = extending.intrinsic
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,26 +4,21 @@ A stream's lowest bits go apart where they are noise, what is beyond its limit g
 several symbols to a byte. All streams of a block are one call: there are dozens, and most are short.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
-from spectrumkv.kernels.compiled import compiled
+from spectrumkv.kernels.compiled import compiled, intrinsic
 
 # Symbols that are looked at together for one beyond the limit.
 LOOKED_AT = 256
 # Bytes times this and shifted by 16 bits are divided by any number up to 255, exactly.
 RECIPROCAL_BITS = 16
 
-# numba ships no types.
-_intrinsic: Callable[..., Any] = intrinsic
 
-
-@_intrinsic
+@intrinsic
 def _greater_magnitude(_: Any, peak: Any, symbol: Any) -> Any:
     """The greater one of `peak` and |symbol|, at 32 bits."""
 

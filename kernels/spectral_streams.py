@@ -7,21 +7,16 @@ spread class are neighbours (a run); the integers of a run and a step class go t
 two classes.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
-from spectrumkv.kernels.compiled import compiled
-
-# numba ships no types.
-_intrinsic: Callable[..., Any] = intrinsic
+from spectrumkv.kernels.compiled import compiled, intrinsic
 
 
-@_intrinsic
+@intrinsic
 def _nearest(_: Any, value: Any) -> Any:
     """The nearest integer of a float32, halves to even; its magnitude is less than 2^31."""
 

@@ -23,6 +23,7 @@ from spectrumkv.common.kv.spectral.symbols import (
     CodedStream,
     compress,
     decompress,
+    edges,
 )
 from spectrumkv.common.kv.spectral.transform import LayerTransform
 from spectrumkv.kernels import spectral_streams as kernels
@@ -63,7 +64,7 @@ class TokenClasses:
     @cached_property
     def start(self) -> np.ndarray:
         """int64 `[classes + 1]`: the first place of each class in `order`."""
-        return np.concatenate(([0], np.cumsum(self.of_each)))
+        return edges(self.of_each)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +178,7 @@ def encode_block(block: AnalysedBlock, base: float, geometry: KvGeometry) -> byt
         )
     coded_classes = compress(block.tokens.coded)
     coded = _coded_streams(block, steps) if len(block.tokens.coded) else []
-    lengths = np.array([(len(one.coded), len(one.exceptions) // EXCEPTION.itemsize) for one in coded], LENGTHS)
+    lengths = np.array([(len(one.coded), one.exception_count) for one in coded], LENGTHS)
     parts: list[bytes | memoryview] = [
         HEADER.pack(base, block.tokens.sinks, len(coded_classes)),
         exact.view(torch.uint8).numpy().tobytes(),

@@ -16,7 +16,6 @@ from spectrumkv.common.kv.spectral.layout import (
     HIGHEST_CLASS,
     LOWEST_CLASS,
     STEP_CLASSES,
-    mean_bits,
 )
 from spectrumkv.common.kv.spectral.rate import BaseSearch, RateControl
 from spectrumkv.common.kv.spectral.transform import LayerTransform, layer_transforms
@@ -125,10 +124,9 @@ class SpectralEncoder:
 
 def token_bits(transform: LayerTransform, steps: Steps) -> np.ndarray:
     """Expected bits an element of each token, 16 for sinks: float64 `[n]`."""
-    of_classes = mean_bits(
-        transform.run_classes, np.diff(transform.run_start), steps.base + STEP_CLASSES / CLASSES_PER_OCTAVE
-    )
-    bits: np.ndarray = of_classes[steps.tokens.classes - LOWEST_CLASS]
+    bits: np.ndarray = transform.mean_bits(steps.base + STEP_CLASSES / CLASSES_PER_OCTAVE)[
+        steps.tokens.classes - LOWEST_CLASS
+    ]
     bits[: steps.tokens.sinks] = SINK_BITS
     return bits
 

@@ -19,7 +19,6 @@ from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.spectral.encoder import INT4_BITS, INT8_BITS
 from spectrumkv.common.kv.spectral.importance import affordable_sinks, step_octaves
-from spectrumkv.common.kv.spectral.layout import mean_bits
 from spectrumkv.common.kv.spectral.transform import layer_transforms
 from spectrumkv.common.kv.tiers import Tier, tier_map_bytes
 
@@ -120,7 +119,7 @@ def _thresholds(basis: SpectralBasis) -> tuple[np.ndarray, np.ndarray]:
     int8_from, int4_from = [], []
     for transform in layer_transforms(basis):
         grid = STEP_GRID + float(basis.spread[transform.layer].max().log2())
-        bits = mean_bits(transform.run_classes, np.diff(transform.run_start), grid)
+        bits = transform.mean_bits(grid)
         int8_from.append(grid[int(np.argmax(bits <= INT8_BITS))])
         int4_from.append(grid[int(np.argmax(bits <= INT4_BITS))])
     return np.array(int8_from), np.array(int4_from)

@@ -10,7 +10,7 @@ from math import erf, sqrt
 
 import numpy as np
 
-from spectrumkv.common.kv.spectral.symbols import PACKINGS, PackedStreams
+from spectrumkv.common.kv.spectral.symbols import PACKINGS, PackedStreams, edges
 
 # Classes per octave of step and of spread.
 CLASSES_PER_OCTAVE = 2
@@ -58,7 +58,7 @@ class Streams:
         symbols = rows[:, None] * np.diff(run_start)[None, :]
         counts = np.bincount((difference - lowest).ravel(), symbols.ravel()).astype(np.int64)
         exponent = (np.arange(len(counts)) + lowest) / CLASSES_PER_OCTAVE - base
-        return cls(exponent, np.concatenate(([0], np.cumsum(counts))), difference - lowest)
+        return cls(exponent, edges(counts), difference - lowest)
 
     @cached_property
     def packed(self) -> PackedStreams:
@@ -89,20 +89,4 @@ def expected_bits(exponent: np.ndarray) -> np.ndarray:
     """Entropy in bits of a symbol whose standard deviation is 2^`exponent` steps; 0 where such are not sent."""
     bits: np.ndarray = np.interp(exponent, *_entropy_table())
     bits[exponent <= PACKINGS[0].widest] = 0.0
-    return bits
-
-
-def mean_bits(classes: np.ndarray, rows: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """Expected bits an element of tokens with these steps.
-
-    Args:
-        classes: `[runs]`, spread classes of a layer.
-        rows: `[runs]`, how many coefficients have each.
-        steps: `[n]`, binary logarithms.
-
-    Returns:
-        float64 `[n]`.
-    """
-    exponents = classes[None, :] / CLASSES_PER_OCTAVE - steps[:, None]
-    bits: np.ndarray = expected_bits(exponents) @ rows / rows.sum()
     return bits

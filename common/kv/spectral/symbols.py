@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from threading import local
 from typing import NamedTuple
 
@@ -47,6 +48,8 @@ PACKINGS = (
     Packing(per_byte=2, limit=7, widest=0.5),
     Packing(per_byte=1, limit=127, widest=math.inf),
 )
+_WIDEST = np.array([one.widest for one in PACKINGS])
+_PER_BYTE, _LIMITS = np.array([(one.per_byte, one.limit) for one in PACKINGS], np.int64).T
 # Exponent of the spread above which the lowest bits are split off.
 WIDEST_WITHOUT_RAW_BITS = 4.5
 # What compiled loops move at once is 32 bits; spreads beyond 2^28 steps are none that anybody has.
@@ -80,12 +83,17 @@ class CodedStream(NamedTuple):
     Attributes:
         coded: packed symbols, as `compress` leaves them.
         raw: lowest bits.
-        exceptions: pairs of `EXCEPTION`.
+        exceptions: of `EXCEPTION`, one after another.
     """
 
     coded: bytes | memoryview
     raw: bytes | memoryview
     exceptions: bytes | memoryview
+
+    @property
+    def exception_count(self) -> int:
+        """How many exceptions there are."""
+        return len(self.exceptions) // EXCEPTION.itemsize
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,10 +120,9 @@ class PackedStreams:
             start: see the class.
             exponent: float64 `[streams]`; the standard deviation of a stream's symbols is 2^exponent.
         """
-        chosen = np.searchsorted([one.widest for one in PACKINGS], exponent)
-        table = np.array([(one.per_byte, one.limit) for one in PACKINGS], np.int64)
+        chosen = np.searchsorted(_WIDEST, exponent)
         raw_bits = np.clip(np.ceil(exponent - WIDEST_WITHOUT_RAW_BITS), 0, MOST_RAW_BITS).astype(np.int64)
-        return cls(start, table[chosen, 0], table[chosen, 1], raw_bits)
+        return cls(start, _PER_BYTE[chosen], _LIMITS[chosen], raw_bits)
 
     @cached_property
     def raw_bytes(self) -> np.ndarray:
@@ -126,12 +133,12 @@ class PackedStreams:
     @cached_property
     def packed_start(self) -> np.ndarray:
         """int64 `[streams + 1]`: where each stream starts among the packed bytes."""
-        return _edges(np.where(self.per_byte > 0, -(-self._counts // np.maximum(self.per_byte, 1)), 0))
+        return edges(np.where(self.per_byte > 0, -(-self._counts // np.maximum(self.per_byte, 1)), 0))
 
     @cached_property
     def raw_start(self) -> np.ndarray:
         """int64 `[streams + 1]`: where each stream starts among the 32-bit words of lowest bits."""
-        return _edges(-(-self._counts * self.raw_bits // 32))
+        return edges(-(-self._counts * self.raw_bits // 32))
 
     @property
     def _counts(self) -> np.ndarray:
@@ -152,24 +159,13 @@ class PackedStreams:
         kernels.pack_streams(
             symbols, self.start, *self._codes, packed, self.packed_start, raw, self.raw_start, outside, found
         )
-        return [
-            CodedStream(
-                compress(packed[first_byte:end_byte]),
-                raw[word:].view(np.uint8)[:raw_bytes].tobytes() if raw_bytes else b"",
-                outside[first : first + exceptions].tobytes() if exceptions else b"",
-            )
-            for first, exceptions, first_byte, end_byte, word, raw_bytes in np.stack(
-                [
-                    self.start[:-1],
-                    found,
-                    self.packed_start[:-1],
-                    self.packed_start[1:],
-                    self.raw_start[:-1],
-                    self.raw_bytes,
-                ],
-                axis=1,
-            ).tolist()
-        ]
+        coded = []
+        firsts, counts, words = self.start.tolist(), found.tolist(), self.raw_start.tolist()
+        for stream, (first_byte, end_byte) in enumerate(pairwise(self.packed_start.tolist())):
+            lowest_bits = raw[words[stream] : words[stream + 1]].tobytes()[: self.raw_bytes[stream]]
+            exceptions = outside[firsts[stream] :][: counts[stream]].tobytes()
+            coded.append(CodedStream(compress(packed[first_byte:end_byte]), lowest_bits, exceptions))
+        return coded
 
     def decode(self, streams: Sequence[CodedStream]) -> np.ndarray:
         """Inverse of `encode`: int32 `[m]`.
@@ -179,13 +175,15 @@ class PackedStreams:
         """
         symbols = np.empty(self.start[-1], np.int32)
         packed, raw = np.empty(self.packed_start[-1], np.uint8), np.zeros(self.raw_start[-1], "<u4")
-        edges, words = self.packed_start.tolist(), self.raw_start.tolist()
-        for stream, first_byte, end_byte, word in zip(streams, edges, edges[1:], words, strict=False):
+        words = self.raw_start.tolist()
+        for stream, word, (first_byte, end_byte) in zip(
+            streams, words[:-1], pairwise(self.packed_start.tolist()), strict=True
+        ):
             packed[first_byte:end_byte] = decompress(stream.coded, end_byte - first_byte)
             if stream.raw:
                 raw[word:].view(np.uint8)[: len(stream.raw)] = np.frombuffer(stream.raw, np.uint8)
         outside = np.frombuffer(b"".join(stream.exceptions for stream in streams), "<i4").reshape(-1, 2)
-        outside_start = _edges(np.array([len(stream.exceptions) // EXCEPTION.itemsize for stream in streams]))
+        outside_start = edges(np.array([stream.exception_count for stream in streams]))
         damaged = kernels.unpack_streams(
             packed, self.packed_start, raw, self.raw_start, outside, outside_start, *self._codes, self.start, symbols
         )
@@ -196,7 +194,7 @@ class PackedStreams:
         return symbols
 
 
-def _edges(lengths: np.ndarray) -> np.ndarray:
+def edges(lengths: np.ndarray) -> np.ndarray:
     """int64 `[n + 1]`: where runs of these lengths start, and where the last one ends."""
     return np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)))
 
@@ -215,7 +213,7 @@ def decompress(coded: bytes | memoryview, size: int) -> np.ndarray:
         size: how many bytes it was given.
 
     Returns:
-        uint8 `[size]`, read-only: compiled loops are compiled for that.
+        uint8 `[size]`, read-only.
 
     Raises:
         DataLossError: `coded` is damaged or holds another number of bytes.
@@ -231,6 +229,4 @@ def decompress(coded: bytes | memoryview, size: int) -> np.ndarray:
         raise DataLossError(f"an entropy-coded stream is damaged: {error}", "entropy") from error
     if len(data) != size:
         raise DataLossError(f"an entropy-coded stream holds {len(data)} bytes instead of {size}", "entropy")
-    array: np.ndarray = np.frombuffer(data, np.uint8)
-    array.flags.writeable = False
-    return array
+    return np.frombuffer(data, np.uint8)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.spectral.layout import spread_classes
+from spectrumkv.common.kv.spectral.layout import CLASSES_PER_OCTAVE, expected_bits, spread_classes
 from spectrumkv.kernels import spectral_rows as kernels
 from spectrumkv.kernels.strided import adjacent, flat
 
@@ -48,6 +48,13 @@ class LayerTransform:
         """int64 `[runs + 1]`: the first place in `row_order` of each class."""
         edges = np.searchsorted(self._classes[self.row_order], self.run_classes)
         return np.append(edges, len(self.row_order)).astype(np.int64)
+
+    def mean_bits(self, steps: np.ndarray) -> np.ndarray:
+        """Expected bits an element of tokens whose steps have these binary logarithms: float64 `[n]`, as `steps`."""
+        rows = np.diff(self.run_start)
+        exponents = self.run_classes[None, :] / CLASSES_PER_OCTAVE - steps[:, None]
+        bits: np.ndarray = expected_bits(exponents) @ rows / rows.sum()
+        return bits
 
     def analyse(self, keys: torch.Tensor, values: torch.Tensor, first: int, order: np.ndarray) -> torch.Tensor:
         """Coefficients of tokens at positions `first` and up.

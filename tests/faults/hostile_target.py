@@ -1,7 +1,6 @@
 """Both services, open to attack: hostile sequences on every RPC, and what an honest request gets all the while."""
 
 import random
-import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from tests.faults.damage import METHOD
 from tests.faults.hostile import sequence
 from tests.faults.hostile_basis import upload
 from tests.faults.hostile_requests import generate_request
-from tests.services.pair import Pair, total
+from tests.services.pair import Pair, wait_until_nothing_is_held
 
 GENERATE = "/spectrumkv.v1.PrefillService/Generate"
 PUT_BASIS = "/spectrumkv.v1.DecodeService/PutBasis"
@@ -60,16 +59,8 @@ class Target:
             sampling = Sampling(max_tokens=tokens, ignore_eos=True)
             return client.generate(HONEST_PROMPT, sampling=sampling).result().token_ids
 
-    def held(self) -> float:
-        metrics = (self.pair.prefill_metrics, self.pair.decode_metrics)
-        names = ("kv_bytes_resident", "kv_slots_used_ratio", "requests_running", "requests_waiting")
-        return sum(total(one, name) for one in metrics for name in names)
-
     def wait_until_nothing_is_held(self) -> None:
-        deadline = time.monotonic() + 10
-        while self.held():
-            assert time.monotonic() < deadline, "something is still held"
-            time.sleep(0.001)
+        wait_until_nothing_is_held(self.pair.prefill_metrics, self.pair.decode_metrics, seconds=10)
 
     def attack_decode(self, chance: random.Random) -> tuple[str, str]:
         """Send a hostile Decode stream; return what it carried, and the status."""

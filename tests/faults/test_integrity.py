@@ -14,7 +14,7 @@ from spectrumkv.common.metrics import Metrics
 from spectrumkv.prefill_server import decode_lease
 from tests.faults.damage import DAMAGES, ManInTheMiddle, man_in_the_middle, untouched
 from tests.faults.report import tell
-from tests.services.pair import decode_server, prefill_server, total
+from tests.services.pair import decode_server, prefill_server, total, wait_until_nothing_is_held
 from tests.tiny_models import tiny_model
 
 TOKENS = 6
@@ -53,19 +53,6 @@ class Tampered:
     def rejected(self) -> float:
         return sum(total(one, "chunks_rejected_total") for one in (self.prefill_metrics, self.decode_metrics))
 
-    def held(self) -> float:
-        return sum(
-            total(one, name)
-            for one in (self.prefill_metrics, self.decode_metrics)
-            for name in ("kv_bytes_resident", "requests_running", "requests_waiting")
-        )
-
-    def wait_until_nothing_is_held(self) -> None:
-        deadline = time.monotonic() + 5
-        while self.held():
-            assert time.monotonic() < deadline, "something is still held"
-            time.sleep(0.001)
-
 
 @pytest.fixture(scope="module")
 def tampered() -> Iterator[Tampered]:
@@ -102,7 +89,7 @@ def assert_found(pair: Tampered, direction: str, damage: str, at: int, chance: r
     if direction == "requests":
         assert len(tokens) <= 1
     assert tuple(tokens) == pair.expected[: len(tokens)]
-    pair.wait_until_nothing_is_held()
+    wait_until_nothing_is_held(pair.prefill_metrics, pair.decode_metrics, seconds=5)
 
 
 @pytest.mark.parametrize("place", ["Begin", "first chunk", "a chunk between", "last chunk", "End"])

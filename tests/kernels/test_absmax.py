@@ -8,31 +8,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectrumkv.kernels import absmax, absmax_by_tier, absmax_cpu, absmax_reference, absmax_triton
+from spectrumkv.kernels import absmax, absmax_cpu, absmax_reference, absmax_triton
 from spectrumkv.kernels.absmax import INT4, INT8, CodeFormat
+from tests.kernels.absmax_states import DEVICE, DTYPES, LAYOUTS, random_states, strided
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FORMATS = [pytest.param(INT8, id="int8"), pytest.param(INT4, id="int4")]
 IMPLEMENTATIONS = [pytest.param(absmax_reference, id="reference"), pytest.param(absmax_triton, id="triton")]
 if DEVICE.type == "cpu":
     IMPLEMENTATIONS.append(pytest.param(absmax_cpu, id="cpu"))
 # What must agree with the reference.
 KERNELS = IMPLEMENTATIONS[1:]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Where a float16 scale is subnormal, rounding it moves it by up to this much.
 SUBNORMAL_ROUNDING = 2.0**-25
 
 Coded = tuple[torch.Tensor, torch.Tensor]
 Quantize = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, CodeFormat], None]
-
-
-def random_states(kv_heads: int, tokens: int, head_dim: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Rows of very different magnitude, one of them zero."""
-    generator = torch.Generator().manual_seed(seed)
-    states = torch.randn(kv_heads, tokens, head_dim, generator=generator)
-    states *= torch.exp(2 * torch.randn(kv_heads, tokens, 1, generator=generator))
-    states[:, tokens // 2] = 0
-    return states.to(dtype).to(DEVICE)
 
 
 def quantized(quantize: Quantize, states: torch.Tensor, index: torch.Tensor, form: CodeFormat) -> Coded:
@@ -44,25 +34,6 @@ def quantized(quantize: Quantize, states: torch.Tensor, index: torch.Tensor, for
     scales = torch.full((kv_heads, tokens), torch.nan, dtype=torch.float16, device=states.device)
     quantize(states, index, codes, scales, form)
     return codes, scales
-
-
-def strided(shape: tuple[int, int, int], dtype: torch.dtype, layout: str) -> torch.Tensor:
-    """NaNs of `shape`: contiguous, a slice of larger slots, tokens first, or elements not adjacent."""
-    heads, tokens, head_dim = shape
-    if layout == "contiguous":
-        view = torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
-    elif layout == "slots":
-        slots = torch.full((2, heads, tokens + 9, head_dim), torch.nan, dtype=dtype, device=DEVICE)
-        view = slots[1, :, 4 : 4 + tokens]
-    elif layout == "tokens-first":
-        view = torch.full((tokens, heads, head_dim), torch.nan, dtype=dtype, device=DEVICE).transpose(0, 1)
-    else:
-        view = torch.full((heads, head_dim, tokens), torch.nan, dtype=dtype, device=DEVICE).transpose(1, 2)
-    assert view.shape == shape
-    return view
-
-
-LAYOUTS = ["contiguous", "slots", "tokens-first", "elements-apart"]
 
 
 def assert_agrees(implementation: ModuleType, states: torch.Tensor, index: torch.Tensor, form: CodeFormat) -> None:
@@ -257,53 +228,6 @@ def test_codes_of_a_cpu_equal_the_reference_in_every_range(form: CodeFormat) -> 
     usable = scales.isfinite()
     assert 0 < usable.sum() < usable.numel()
     assert torch.equal(its_codes[usable], codes[usable])
-
-
-def row_bytes(tier: int, head_dim: int) -> int:
-    """What one token of one KV head takes of a body, on one side."""
-    return (0, 2 + head_dim // 2, 2 + head_dim, 2 * head_dim)[tier]
-
-
-@given(
-    dtype=st.sampled_from(DTYPES),
-    layout=st.sampled_from(LAYOUTS),
-    kv_heads=st.integers(1, 3),
-    head_dim=st.sampled_from([2, 6, 64, 80]),
-    tiers=st.lists(st.integers(0, 3), min_size=1, max_size=40),
-    address=st.integers(0, 1),
-)
-def test_blocks_on_a_cpu_equal_blocks_coded_tier_by_tier(
-    dtype: torch.dtype, layout: str, kv_heads: int, head_dim: int, tiers: list[int], address: int
-) -> None:
-    shape = (kv_heads, len(tiers), head_dim)
-    given_tiers = torch.tensor(tiers, dtype=torch.uint8)
-    size = 2 * kv_heads * sum(row_bytes(tier, head_dim) for tier in tiers)
-    pair = [random_states(*shape, dtype, seed).cpu() for seed in (0, 1)]
-    body, expected = (torch.full((size,), 0x5A, dtype=torch.uint8) for _ in range(2))
-    absmax_by_tier.encode(absmax_reference.quantize, *pair, given_tiers, expected)
-    sources = [strided(shape, dtype, layout).cpu().copy_(states) for states in pair]
-    absmax_cpu.encode(*sources, given_tiers, body)
-    assert torch.equal(body, expected)
-    # Bodies arrive at odd addresses as well.
-    arrived = torch.empty(size + address, dtype=torch.uint8)[address:].copy_(body)
-    restored = [strided(shape, dtype, layout).cpu() for _ in pair]
-    absmax_cpu.decode(arrived, given_tiers, *restored)
-    wanted = [torch.full(shape, torch.nan, dtype=dtype) for _ in pair]
-    absmax_by_tier.decode(absmax_reference.dequantize, expected, given_tiers, *wanted)
-    for actual, states in zip(restored, wanted, strict=True):
-        assert torch.equal(actual.nan_to_num(7e4), states.nan_to_num(7e4))
-        assert actual[:, given_tiers == 0].isnan().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("poison", [torch.nan, -torch.nan, torch.inf, -torch.inf], ids=str)
-def test_what_is_not_finite_is_found(dtype: torch.dtype, poison: float) -> None:
-    finite = torch.finfo(dtype).max * torch.randint(-1, 2, (67,)).to(dtype)
-    data = finite.view(torch.uint8)
-    assert absmax.is_finite(data, dtype)
-    finite[66] = poison
-    assert not absmax.is_finite(data, dtype)
-    assert absmax.is_finite(data[:0], dtype)
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,17 @@ def total(metrics: Metrics, name: str) -> float:
         for one in family.samples
         if one.name == f"spectrumkv_{name}"
     )
+
+
+HELD = ("kv_bytes_resident", "kv_slots_used_ratio", "requests_running", "requests_waiting")
+
+
+def wait_until_nothing_is_held(*services: Metrics, seconds: float) -> None:
+    """Look at services' metrics until none holds KV or requests; fail after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while any(total(metrics, name) for metrics in services for name in HELD):
+        assert time.monotonic() < deadline, f"something is still held after {seconds:g} s"
+        time.sleep(0.001)
 
 
 @contextlib.contextmanager

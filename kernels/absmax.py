@@ -10,9 +10,10 @@ Args of `quantize` and `dequantize`:
     form: `INT8` or `INT4`.
 """
 
+from collections.abc import Sequence
+
 import torch
 
-from spectrumkv.kernels import absmax_by_tier
 from spectrumkv.kernels.absmax_format import INT4, INT8, CodeFormat
 
 __all__ = ["INT4", "INT8", "CodeFormat", "decode", "dequantize", "encode", "is_finite", "prepare", "quantize"]
@@ -83,8 +84,10 @@ def dequantize(
         absmax_cpu.dequantize(codes, scales, index, states, form)
 
 
-def encode(keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, body: torch.Tensor) -> None:
-    """Code a block of `n` tokens, each at its own tier: `quantize` for both sides and both formats, and 16 bits.
+def encode(
+    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
+) -> None:
+    """Code blocks of tokens, each token at its own tier: `quantize` for both sides and both formats, and 16 bits.
 
     Elements at 16 bits are rounded half to even; what is too large for float16 becomes infinite, and is the caller's
     to find, like scales that are not finite.
@@ -93,32 +96,40 @@ def encode(keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, body: 
         keys: float32, float16 or bfloat16 `[kv_heads, n, head_dim]`, n ≥ 1, any strides, head_dim even.
         values: like `keys`, on the same device.
         tiers: uint8 `[n]` on the CPU, codes of the wire's tier map.
-        body: uint8, contiguous, on the device of the keys, written from end to end; `Parts` has its sections, and the
-            caller has seen to it that its length is theirs.
+        cuts: the first token of each block, rising from 0, and n.
+        bodies: uint8, contiguous, on the device of the keys, written from end to end: the blocks' bodies, back to back.
+            `Parts` has their sections, and the caller has seen to it that the length is theirs.
     """
     if keys.is_cuda:
-        absmax_by_tier.encode(quantize, keys, values, tiers, body)
+        from spectrumkv.kernels import absmax_triton
+
+        absmax_triton.encode(keys, values, tiers, cuts, bodies)
     else:
         from spectrumkv.kernels import absmax_cpu
 
-        absmax_cpu.encode(keys, values, tiers, body)
+        absmax_cpu.encode(keys, values, tiers, cuts, bodies)
 
 
-def decode(body: torch.Tensor, tiers: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+def decode(
+    bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
+) -> None:
     """Inverse of `encode`: write every token but the dropped ones; see `dequantize`.
 
     Args:
-        body: read; scales must be finite. On a CPU it may lie at an odd address and be read-only.
+        bodies: read; scales must be finite. On a CPU they may lie at an odd address and be read-only.
         tiers: uint8 `[n]` on the CPU.
+        cuts: see `encode`.
         keys: written; see `encode`.
         values: written.
     """
     if keys.is_cuda:
-        absmax_by_tier.decode(dequantize, body, tiers, keys, values)
+        from spectrumkv.kernels import absmax_triton
+
+        absmax_triton.decode(bodies, tiers, cuts, keys, values)
     else:
         from spectrumkv.kernels import absmax_cpu
 
-        absmax_cpu.decode(body, tiers, keys, values)
+        absmax_cpu.decode(bodies, tiers, cuts, keys, values)
 
 
 def prepare(dtype: torch.dtype) -> None:

@@ -4,14 +4,15 @@ Importing this module imports numba, a third of a second. Each function compiles
 loads what an earlier process compiled.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
 import torch
 
 from spectrumkv.kernels import absmax_rows as rows
-from spectrumkv.kernels.absmax_format import INT8, CodeFormat, check_arguments
+from spectrumkv.kernels.absmax_format import INT8, CodeFormat, body_bytes, check_arguments
 from spectrumkv.kernels.strided import adjacent, array, flat
 
 _INFINITY_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
@@ -41,19 +42,37 @@ def dequantize(
         rows.dequantize_rows(array(codes), array(scales), array(index), *flat(target), form != INT8)
 
 
-def encode(keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, body: torch.Tensor) -> None:
+def encode(
+    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
+) -> None:
     """See `spectrumkv.kernels.absmax.encode`."""
     heads, _, head_dim = keys.shape
-    for side, states in enumerate((keys, values)):
-        rows.encode_side(*flat(adjacent(states)), tiers.numpy(), heads, head_dim, body.numpy(), side)
+    for span, body in _blocks(bodies, tiers, cuts, heads, head_dim):
+        for side, states in enumerate((keys[:, span], values[:, span])):
+            rows.encode_side(*flat(adjacent(states)), tiers[span].numpy(), heads, head_dim, body.numpy(), side)
 
 
-def decode(body: torch.Tensor, tiers: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+def decode(
+    bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
+) -> None:
     """See `spectrumkv.kernels.absmax.decode`."""
     heads, _, head_dim = keys.shape
-    for side, states in enumerate((keys, values)):
-        with _written(states) as target:
-            rows.decode_side(body.numpy(), tiers.numpy(), heads, head_dim, *flat(target), side)
+    for span, body in _blocks(bodies, tiers, cuts, heads, head_dim):
+        for side, states in enumerate((keys[:, span], values[:, span])):
+            with _written(states) as target:
+                rows.decode_side(body.numpy(), tiers[span].numpy(), heads, head_dim, *flat(target), side)
+
+
+def _blocks(
+    bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], heads: int, head_dim: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The tokens of each block and its body."""
+    spans = [slice(first, end) for first, end in pairwise(cuts)]
+    if len(spans) == 1:
+        yield spans[0], bodies
+        return
+    sizes = [body_bytes(tiers[span], heads, head_dim) for span in spans]
+    yield from zip(spans, torch.split(bodies, sizes), strict=True)
 
 
 def is_finite(data: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -81,6 +100,6 @@ def prepare(dtype: torch.dtype) -> None:
     keys, values = torch.ones(2, 1, 4, 2, dtype=dtype)
     # Each tier once: an element and a pair of them at 16 bits, scales and codes.
     tiers, body = torch.arange(4, dtype=torch.uint8), torch.empty(22, dtype=torch.uint8)
-    encode(keys, values, tiers, body)
+    encode(keys, values, tiers, (0, 4), body)
     is_finite(body[:16], torch.float16)
-    decode(body, tiers, keys, values)
+    decode(body, tiers, (0, 4), keys, values)

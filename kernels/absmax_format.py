@@ -44,6 +44,26 @@ INT8 = CodeFormat(bits=8, largest=127)
 INT4 = CodeFormat(bits=4, largest=7)
 
 
+def section_bytes(n16: int, n8: int, n4: int, kv_heads: int, head_dim: int) -> list[int]:
+    """Lengths of the sections of a body, in its order.
+
+    Args:
+        n16: the block's tokens at 16 bits.
+        n8: at INT8.
+        n4: at INT4.
+        kv_heads: of the model.
+        head_dim: of the model.
+    """
+    a_token = (n16 * 2 * head_dim, n8 * 2, n4 * 2, n8 * INT8.code_bytes(head_dim), n4 * INT4.code_bytes(head_dim))
+    return [2 * kv_heads * size for size in a_token]
+
+
+def body_bytes(tiers: torch.Tensor, kv_heads: int, head_dim: int) -> int:
+    """Length of the body of a block whose tokens have these tiers, uint8 `[n]` on the CPU."""
+    n16, n8, n4 = (int((tiers == tier).sum()) for tier in (TIER_16BIT, TIER_INT8, TIER_INT4))
+    return sum(section_bytes(n16, n8, n4, kv_heads, head_dim))
+
+
 @dataclass(frozen=True)
 class Parts:
     """The sections of a coded block of `n16 + n8 + n4` tokens; index 0 of each tensor is keys, 1 values.
@@ -78,7 +98,7 @@ class Parts:
         n16, n8, n4 = (int((tiers == tier).sum()) for tier in (TIER_16BIT, TIER_INT8, TIER_INT4))
         shapes = [(half, n16, head_dim), (torch.float16, n8, 1), (torch.float16, n4, 1)]
         shapes += [(form.dtype, n, form.code_bytes(head_dim)) for form, n in ((INT8, n8), (INT4, n4))]
-        sizes = [2 * kv_heads * tokens * width * dtype.itemsize for dtype, tokens, width in shapes]
+        sizes = section_bytes(n16, n8, n4, kv_heads, head_dim)
         views = [
             part.view(dtype).view(2, kv_heads, tokens, width)
             for part, (dtype, tokens, width) in zip(torch.split(body, sizes), shapes, strict=True)

@@ -1,8 +1,23 @@
-"""Absmax quantization in plain torch: what runs on a CPU, and what the Triton kernels must agree with."""
+"""Absmax quantization in plain torch, tier by tier: what the kernels must agree with."""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 
-from spectrumkv.kernels.absmax_format import INT8, CodeFormat, check_arguments
+from spectrumkv.kernels.absmax_format import (
+    INT4,
+    INT8,
+    TIER_16BIT,
+    TIER_INT4,
+    TIER_INT8,
+    CodeFormat,
+    Parts,
+    body_bytes,
+    check_arguments,
+)
+
+_FORMATS = {TIER_INT4: INT4, TIER_INT8: INT8}
 
 
 def quantize(
@@ -40,6 +55,45 @@ def dequantize(
         largest = torch.finfo(torch.float16).max
         rows.clamp_(-largest, largest)
     states.index_copy_(1, index, rows.to(states.dtype))
+
+
+def encode(
+    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
+) -> None:
+    """See `spectrumkv.kernels.absmax.encode`."""
+    for span, parts, index in _blocks(keys, tiers, cuts, bodies):
+        for side, states in enumerate((keys[:, span], values[:, span])):
+            parts.fp16[side].copy_(states.index_select(1, index[TIER_16BIT]))
+            for tier, form in _FORMATS.items():
+                codes, scales = parts.coded(form)
+                quantize(states, index[tier], codes[side], scales[side], form)
+
+
+def decode(
+    bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
+) -> None:
+    """See `spectrumkv.kernels.absmax.decode`."""
+    for span, parts, index in _blocks(keys, tiers, cuts, bodies):
+        for side, states in enumerate((keys[:, span], values[:, span])):
+            states.index_copy_(1, index[TIER_16BIT], parts.fp16[side].to(states.dtype))
+            for tier, form in _FORMATS.items():
+                codes, scales = parts.coded(form)
+                dequantize(codes[side], scales[side], index[tier], states, form)
+
+
+def _blocks(
+    states: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
+) -> Iterator[tuple[slice, Parts, dict[int, torch.Tensor]]]:
+    """The tokens of each block, the sections of its body, and the positions in it of each tier's tokens."""
+    kv_heads, _, head_dim = states.shape
+    half = torch.float16 if states.dtype == torch.float32 else states.dtype
+    at = 0
+    for first, end in pairwise(cuts):
+        block = tiers[first:end]
+        body = bodies[at : at + body_bytes(block, kv_heads, head_dim)]
+        at += body.numel()
+        index = {tier: torch.nonzero(block == tier).flatten().to(states.device) for tier in (*_FORMATS, TIER_16BIT)}
+        yield slice(first, end), Parts.of(body, block, kv_heads, head_dim, half), index
 
 
 def _pack(codes: torch.Tensor) -> torch.Tensor:

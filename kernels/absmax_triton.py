@@ -1,21 +1,30 @@
-"""Absmax quantization in Triton: one pass over the elements, gather and scatter included.
+"""Absmax quantization in Triton: one launch for any mix of tiers, one pass over the elements, gather and scatter included.
 
-A program takes a few tokens of one KV head as two tiles, the first and the second half of the head, since two
-elements that far apart share a byte of INT4. All arithmetic is in float32 and rounds as the reference does.
+A program takes a few tokens of one tier (a tile, see `absmax_tiles`) of one KV head as the first and the second half of
+the head, since two elements that far apart share a byte of INT4. All arithmetic is in float32 and rounds as the
+reference does.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from spectrumkv.kernels import absmax_format
 from spectrumkv.kernels.absmax_format import INT8, CodeFormat, check_arguments
+from spectrumkv.kernels.absmax_tiles import TILE_COLUMNS, TileTable, tiles_of_blocks, tiles_of_section
 
 # Elements of one program: enough to keep 128 threads busy, few enough to stay in registers.
 TILE_ELEMENTS = 2048
 
+COLUMNS = tl.constexpr(TILE_COLUMNS)
+TIER_16BIT = tl.constexpr(absmax_format.TIER_16BIT)
+TIER_INT8 = tl.constexpr(absmax_format.TIER_INT8)
+LARGEST_INT8 = tl.constexpr(absmax_format.INT8.largest)
+LARGEST_INT4 = tl.constexpr(absmax_format.INT4.largest)
 ABSOLUTE_BITS = tl.constexpr(0x7FFFFFFF)
 # 1.5 · 2^23: a float32 next to it has no fractional bits, so adding it rounds half to even.
 ROUNDER = tl.constexpr(12582912.0)
@@ -26,73 +35,29 @@ _jit: Callable[[Callable[..., Any]], Any] = triton.jit
 
 
 @_jit
-def _rows_and_elements(
-    index_ptr: tl.tensor, tokens: tl.tensor, half: tl.tensor, rows: tl.constexpr, padded_half: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Which rows of codes, tokens of the states and elements of a half head this program works on."""
-    row = tl.program_id(0) * rows + tl.arange(0, rows)
-    element = tl.arange(0, padded_half)
-    token = tl.load(index_ptr + row, mask=row < tokens, other=0)
-    mask = (row < tokens)[:, None] & (element < half)[None, :]
-    return row, token, element, mask
-
-
-@_jit
 def _magnitude_bits(values: tl.tensor) -> tl.tensor:
     """|values| as int32: ordered like the floats, with NaN above infinity, so that a maximum keeps NaN."""
     return values.to(tl.int32, bitcast=True) & ABSOLUTE_BITS
 
 
 @_jit
+def _scales(low: tl.tensor, high: tl.tensor, largest: tl.constexpr, rows: tl.constexpr) -> tl.tensor:
+    """float16 `[rows]`: the greatest magnitude of each row over the greatest code."""
+    magnitude = tl.maximum(_magnitude_bits(low), _magnitude_bits(high))
+    absmax = tl.max(magnitude, axis=1).to(tl.float32, bitcast=True)
+    return tl.div_rn(absmax, tl.full([rows], largest, tl.float32)).to(tl.float16)
+
+
+@_jit
 def _to_codes(values: tl.tensor, scale: tl.tensor, largest: tl.constexpr) -> tl.tensor:
-    """Nearest multiples of the scale as int32, 0 where the scale is 0, infinite or NaN."""
+    """Nearest multiples of the float16 scale as int32, 0 where the scale is 0, infinite or NaN."""
+    scale = scale.to(tl.float32)
     usable = (scale > 0.0) & (scale < float("inf"))
     steps = tl.div_rn(values, tl.where(usable, scale, 1.0)[:, None])
     steps = tl.where(usable[:, None], steps, 0.0)
     # Clamp first: the rounding trick holds below 2^22 only.
     steps = tl.minimum(tl.maximum(steps, -largest * 1.0), largest * 1.0)
     return ((steps + ROUNDER) - ROUNDER).to(tl.int32)
-
-
-@_jit
-def _quantize_kernel(
-    states_ptr: tl.tensor,
-    index_ptr: tl.tensor,
-    codes_ptr: tl.tensor,
-    scales_ptr: tl.tensor,
-    tokens: tl.tensor,
-    half: tl.tensor,
-    stride_head: tl.tensor,
-    stride_token: tl.tensor,
-    stride_element: tl.tensor,
-    largest: tl.constexpr,
-    packed: tl.constexpr,
-    rows: tl.constexpr,
-    padded_half: tl.constexpr,
-) -> None:
-    row, token, element, mask = _rows_and_elements(index_ptr, tokens, half, rows, padded_half)
-    head = tl.program_id(1).to(tl.int64)
-    low_ptr = states_ptr + head * stride_head + token[:, None] * stride_token
-    low_ptr += element[None, :].to(tl.int64) * stride_element
-    high_ptr = low_ptr + tl.cast(half, tl.int64) * stride_element
-    low = tl.load(low_ptr, mask=mask, other=0.0).to(tl.float32)
-    high = tl.load(high_ptr, mask=mask, other=0.0).to(tl.float32)
-
-    magnitude = tl.maximum(_magnitude_bits(low), _magnitude_bits(high))
-    absmax = tl.max(magnitude, axis=1).to(tl.float32, bitcast=True)
-    scale = tl.div_rn(absmax, tl.full([rows], largest, tl.float32)).to(tl.float16)
-    code_row = head * tokens + row
-    tl.store(scales_ptr + code_row, scale, mask=row < tokens)
-
-    low_codes = _to_codes(low, scale.to(tl.float32), largest)
-    high_codes = _to_codes(high, scale.to(tl.float32), largest)
-    if packed:
-        pairs = (low_codes & 0xF) | ((high_codes & 0xF) << 4)
-        tl.store(codes_ptr + code_row[:, None] * half + element[None, :], pairs.to(tl.uint8), mask=mask)
-    else:
-        code_ptr = codes_ptr + code_row[:, None] * (2 * half) + element[None, :]
-        tl.store(code_ptr, low_codes.to(tl.int8), mask=mask)
-        tl.store(code_ptr + half, high_codes.to(tl.int8), mask=mask)
 
 
 @_jit
@@ -110,92 +75,241 @@ def _to_states(codes: tl.tensor, scale: tl.tensor, dtype: tl.constexpr) -> tl.te
 
 
 @_jit
-def _dequantize_kernel(
-    codes_ptr: tl.tensor,
-    scales_ptr: tl.tensor,
-    index_ptr: tl.tensor,
+def _tile(
+    order_ptr: tl.tensor, tiles_ptr: tl.tensor, kv_heads: tl.tensor, alignment: tl.constexpr, rows: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """This program's tier, tokens, their mask, their rows in the sections, and where the sections begin."""
+    table = tiles_ptr + tl.program_id(0) * COLUMNS
+    tier = tl.load(table)
+    place = tl.load(table + 1)
+    row = tl.arange(0, rows)
+    in_tile = row < tl.load(table + 2)
+    token = tl.load(order_ptr + place + row, mask=in_tile, other=0).to(tl.int64)
+    head = tl.program_id(2) * kv_heads + tl.program_id(1)
+    section_row = head.to(tl.int64) * tl.load(table + 4) + tl.load(table + 3) + row
+    elements_at = tl.multiple_of(tl.load(table + 5), alignment)
+    scales_at = tl.multiple_of(tl.load(table + 6), alignment)
+    return tier, token, in_tile, section_row, elements_at, scales_at
+
+
+@_jit
+def _encode_tile(
     states_ptr: tl.tensor,
-    tokens: tl.tensor,
-    half: tl.tensor,
     stride_head: tl.tensor,
     stride_token: tl.tensor,
     stride_element: tl.tensor,
-    packed: tl.constexpr,
-    rows: tl.constexpr,
+    order_ptr: tl.tensor,
+    tiles_ptr: tl.tensor,
+    floats_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    kv_heads: tl.tensor,
+    half: tl.constexpr,
     padded_half: tl.constexpr,
+    alignment: tl.constexpr,
+    rows: tl.constexpr,
 ) -> None:
-    row, token, element, mask = _rows_and_elements(index_ptr, tokens, half, rows, padded_half)
-    head = tl.program_id(1).to(tl.int64)
-    code_row = head * tokens + row
-    scale = tl.load(scales_ptr + code_row, mask=row < tokens, other=0.0).to(tl.float32)
-    if packed:
-        pairs = tl.load(codes_ptr + code_row[:, None] * half + element[None, :], mask=mask, other=0)
-        pairs = pairs.to(tl.int32)
-        # The nibble goes to the top of the word, and the arithmetic shift back extends its sign.
-        low_codes = (pairs << 28) >> 28
-        high_codes = (pairs << 24) >> 28
+    tier, token, in_tile, section_row, elements_at, scales_at = _tile(order_ptr, tiles_ptr, kv_heads, alignment, rows)
+    element = tl.arange(0, padded_half)[None, :]
+    mask = in_tile[:, None] & (element < half)
+    low_ptr = states_ptr + tl.program_id(1).to(tl.int64) * stride_head + token[:, None] * stride_token
+    low_ptr += element.to(tl.int64) * stride_element
+    low = tl.load(low_ptr, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(low_ptr + tl.cast(half, tl.int64) * stride_element, mask=mask, other=0.0).to(tl.float32)
+    if tier == TIER_16BIT:
+        float_ptr = floats_ptr + elements_at // 2 + section_row[:, None] * (2 * half) + element
+        dtype: tl.constexpr = floats_ptr.dtype.element_ty
+        tl.store(float_ptr, low.to(dtype), mask=mask)
+        tl.store(float_ptr + half, high.to(dtype), mask=mask)
+    elif tier == TIER_INT8:
+        scale = _scales(low, high, LARGEST_INT8, rows)
+        tl.store(scales_ptr + scales_at // 2 + section_row, scale, mask=in_tile)
+        code_ptr = codes_ptr + elements_at + section_row[:, None] * (2 * half) + element
+        tl.store(code_ptr, (_to_codes(low, scale, LARGEST_INT8) & 0xFF).to(tl.uint8), mask=mask)
+        tl.store(code_ptr + half, (_to_codes(high, scale, LARGEST_INT8) & 0xFF).to(tl.uint8), mask=mask)
     else:
-        code_ptr = codes_ptr + code_row[:, None] * (2 * half) + element[None, :]
-        low_codes = tl.load(code_ptr, mask=mask, other=0).to(tl.int32)
-        high_codes = tl.load(code_ptr + half, mask=mask, other=0).to(tl.int32)
+        scale = _scales(low, high, LARGEST_INT4, rows)
+        tl.store(scales_ptr + scales_at // 2 + section_row, scale, mask=in_tile)
+        pairs = (_to_codes(low, scale, LARGEST_INT4) & 0xF) | ((_to_codes(high, scale, LARGEST_INT4) & 0xF) << 4)
+        tl.store(codes_ptr + elements_at + section_row[:, None] * half + element, pairs.to(tl.uint8), mask=mask)
 
-    low_ptr = states_ptr + head * stride_head + token[:, None] * stride_token
-    low_ptr += element[None, :].to(tl.int64) * stride_element
+
+@_jit
+def _decode_tile(
+    states_ptr: tl.tensor,
+    stride_head: tl.tensor,
+    stride_token: tl.tensor,
+    stride_element: tl.tensor,
+    order_ptr: tl.tensor,
+    tiles_ptr: tl.tensor,
+    floats_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    kv_heads: tl.tensor,
+    half: tl.constexpr,
+    padded_half: tl.constexpr,
+    alignment: tl.constexpr,
+    rows: tl.constexpr,
+) -> None:
+    tier, token, in_tile, section_row, elements_at, scales_at = _tile(order_ptr, tiles_ptr, kv_heads, alignment, rows)
+    element = tl.arange(0, padded_half)[None, :]
+    mask = in_tile[:, None] & (element < half)
+    low_ptr = states_ptr + tl.program_id(1).to(tl.int64) * stride_head + token[:, None] * stride_token
+    low_ptr += element.to(tl.int64) * stride_element
     high_ptr = low_ptr + tl.cast(half, tl.int64) * stride_element
     dtype: tl.constexpr = states_ptr.dtype.element_ty
-    tl.store(low_ptr, _to_states(low_codes, scale, dtype), mask=mask)
-    tl.store(high_ptr, _to_states(high_codes, scale, dtype), mask=mask)
+    if tier == TIER_16BIT:
+        float_ptr = floats_ptr + elements_at // 2 + section_row[:, None] * (2 * half) + element
+        tl.store(low_ptr, tl.load(float_ptr, mask=mask, other=0.0).to(dtype), mask=mask)
+        tl.store(high_ptr, tl.load(float_ptr + half, mask=mask, other=0.0).to(dtype), mask=mask)
+    else:
+        scale = tl.load(scales_ptr + scales_at // 2 + section_row, mask=in_tile, other=0.0).to(tl.float32)
+        # A code goes to the top of the word, and the arithmetic shift back extends its sign.
+        if tier == TIER_INT8:
+            code_ptr = codes_ptr + elements_at + section_row[:, None] * (2 * half) + element
+            low = (tl.load(code_ptr, mask=mask, other=0).to(tl.int32) << 24) >> 24
+            high = (tl.load(code_ptr + half, mask=mask, other=0).to(tl.int32) << 24) >> 24
+            tl.store(low_ptr, _to_states(low, scale, dtype), mask=mask)
+            tl.store(high_ptr, _to_states(high, scale, dtype), mask=mask)
+        else:
+            pair_ptr = codes_ptr + elements_at + section_row[:, None] * half + element
+            pairs = tl.load(pair_ptr, mask=mask, other=0).to(tl.int32)
+            tl.store(low_ptr, _to_states((pairs << 28) >> 28, scale, dtype), mask=mask)
+            tl.store(high_ptr, _to_states((pairs << 24) >> 28, scale, dtype), mask=mask)
+
+
+@_jit
+def _kernel(
+    keys_ptr: tl.tensor,
+    values_ptr: tl.tensor,
+    key_stride_head: tl.tensor,
+    key_stride_token: tl.tensor,
+    key_stride_element: tl.tensor,
+    value_stride_head: tl.tensor,
+    value_stride_token: tl.tensor,
+    value_stride_element: tl.tensor,
+    order_ptr: tl.tensor,
+    tiles_ptr: tl.tensor,
+    floats_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    kv_heads: tl.tensor,
+    code_tile: tl.constexpr,
+    half: tl.constexpr,
+    padded_half: tl.constexpr,
+    alignment: tl.constexpr,
+    rows: tl.constexpr,
+) -> None:
+    """Run `code_tile`, one of the two above, on this program's side. The grid is (tiles, KV heads, sides)."""
+    if tl.program_id(2) == 0:
+        code_tile(
+            keys_ptr, key_stride_head, key_stride_token, key_stride_element, order_ptr, tiles_ptr, floats_ptr,
+            scales_ptr, codes_ptr, kv_heads, half, padded_half, alignment, rows,
+        )  # fmt: skip
+    else:
+        code_tile(
+            values_ptr, value_stride_head, value_stride_token, value_stride_element, order_ptr, tiles_ptr, floats_ptr,
+            scales_ptr, codes_ptr, kv_heads, half, padded_half, alignment, rows,
+        )  # fmt: skip
+
+
+def encode(
+    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
+) -> None:
+    """See `spectrumkv.kernels.absmax.encode`. CPU tensors work under `TRITON_INTERPRET=1` only."""
+    _code_blocks(_encode_tile, keys, values, tiers, cuts, bodies)
+
+
+def decode(
+    bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
+) -> None:
+    """See `spectrumkv.kernels.absmax.decode`. CPU tensors work under `TRITON_INTERPRET=1` only."""
+    _code_blocks(_decode_tile, keys, values, tiers, cuts, bodies)
 
 
 def quantize(
     states: torch.Tensor, index: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, form: CodeFormat
 ) -> None:
     """See `spectrumkv.kernels.absmax.quantize`. CPU tensors work under `TRITON_INTERPRET=1` only."""
-    check_arguments(states, index, codes, scales, form)
-    if not codes.numel():
-        return
-    half, tile, grid = _launch(states, index)
-    with torch.cuda.device(states.get_device()):
-        _quantize_kernel[grid](
-            states,
-            index,
-            codes,
-            scales,
-            index.shape[0],
-            half,
-            *states.stride(),
-            largest=form.largest,
-            packed=form != INT8,
-            **tile,
-        )
+    _code_section(_encode_tile, states, index, codes, scales, form)
 
 
 def dequantize(
     codes: torch.Tensor, scales: torch.Tensor, index: torch.Tensor, states: torch.Tensor, form: CodeFormat
 ) -> None:
     """See `spectrumkv.kernels.absmax.dequantize`. CPU tensors work under `TRITON_INTERPRET=1` only."""
+    _code_section(_decode_tile, states, index, codes, scales, form)
+
+
+def _code_blocks(
+    code_tile: Any,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tiers: torch.Tensor,
+    cuts: Sequence[int],
+    bodies: torch.Tensor,
+) -> None:
+    kv_heads, _, head_dim = keys.shape
+    table = tiles_of_blocks(tiers.numpy(), cuts, kv_heads, head_dim, _tile_rows(head_dim))
+    half = torch.float16 if keys.dtype == torch.float32 else keys.dtype
+    # Every section has a length that both of these divide, so that each begins at a multiple of them.
+    alignment = math.gcd(16, (4 if head_dim % 4 == 0 else 2) * kv_heads)
+    _launch(code_tile, (keys, values), table, bodies.view(half), bodies.view(torch.float16), bodies, alignment)
+
+
+def _code_section(
+    code_tile: Any,
+    states: torch.Tensor,
+    index: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    form: CodeFormat,
+) -> None:
     check_arguments(states, index, codes, scales, form)
-    if not codes.numel():
+    tier = absmax_format.TIER_INT8 if form == INT8 else absmax_format.TIER_INT4
+    table = tiles_of_section(index.cpu().numpy(), tier, _tile_rows(states.shape[-1]))
+    _launch(code_tile, (states,), table, scales, scales, codes.view(torch.uint8), 16)
+
+
+def _tile_rows(head_dim: int) -> int:
+    return max(1, TILE_ELEMENTS // (2 * _padded_half(head_dim)))
+
+
+def _padded_half(head_dim: int) -> int:
+    padded: int = triton.next_power_of_2(head_dim // 2)
+    return padded
+
+
+def _launch(
+    code_tile: Any,
+    sides: tuple[torch.Tensor, ...],
+    table: TileTable,
+    floats: torch.Tensor,
+    scales: torch.Tensor,
+    codes: torch.Tensor,
+    alignment: int,
+) -> None:
+    """Run `code_tile` on every tile, KV head and side; where there is one side only, it is given twice."""
+    keys, values = sides[0], sides[-1]
+    kv_heads, _, head_dim = keys.shape
+    if not len(table.tiles):
         return
-    half, tile, grid = _launch(states, index)
-    with torch.cuda.device(states.get_device()):
-        _dequantize_kernel[grid](
-            codes,
+    order, tiles = table.on(keys.device)
+    with torch.cuda.device(keys.get_device()):
+        _kernel[len(table.tiles), kv_heads, len(sides)](
+            keys,
+            values,
+            *keys.stride(),
+            *values.stride(),
+            order,
+            tiles,
+            floats,
             scales,
-            index,
-            states,
-            index.shape[0],
-            half,
-            *states.stride(),
-            packed=form != INT8,
-            **tile,
+            codes,
+            kv_heads,
+            code_tile=code_tile,
+            half=head_dim // 2,
+            padded_half=_padded_half(head_dim),
+            alignment=alignment,
+            rows=_tile_rows(head_dim),
         )
-
-
-def _launch(states: torch.Tensor, index: torch.Tensor) -> tuple[int, dict[str, int], tuple[int, int]]:
-    """Half the head dimension, the tile's constants, and the grid."""
-    kv_heads, _, head_dim = states.shape
-    half = head_dim // 2
-    padded_half: int = triton.next_power_of_2(half)
-    rows = max(1, TILE_ELEMENTS // (2 * padded_half))
-    return half, {"rows": rows, "padded_half": padded_half}, (triton.cdiv(index.shape[0], rows), kv_heads)

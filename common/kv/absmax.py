@@ -4,7 +4,8 @@ The quantizer of the SpectrumKV paper (arXiv 2606.08635). The layout of a body i
 `KvChunk` in proto/spectrumkv/v1/kv.proto.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -33,21 +34,41 @@ class AbsmaxCodec(TierCodec):
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, geometry: KvGeometry
     ) -> EncodedBlock:
-        """Code `n` tokens; see `Codec.encode`."""
+        """Code `n` tokens; see `TierCodec.encode`."""
+        (block,) = self._encode(keys, values, tiers, (0, tiers.numel()), geometry)
+        return block
+
+    def encode_blocks(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tiers: torch.Tensor,
+        cuts: Sequence[int],
+        geometry: KvGeometry,
+    ) -> Iterator[EncodedBlock]:
+        """Code blocks one by one on a CPU, where the first is on its way before the last; at once on a GPU."""
+        encode = self._encode if keys.is_cuda else super().encode_blocks
+        return encode(keys, values, tiers, cuts, geometry)
+
+    def _encode(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tiers: torch.Tensor,
+        cuts: Sequence[int],
+        geometry: KvGeometry,
+    ) -> Iterator[EncodedBlock]:
+        """Code all blocks in one call of the kernel, and bring them to the host in one copy."""
         bodies.check_states(keys, values, tiers, geometry)
-        counts = count_tiers(tiers)
-        if counts[Tier.NATIVE]:
-            raise InvalidArgumentError(
-                f"{counts[Tier.NATIVE]} tokens are at tier NATIVE, which codec absmax does not have; "
-                f"valid: {', '.join(tier.name for tier in sorted(TIERS))}"
-            )
-        layout = sections(counts, geometry)
-        device_body = torch.empty(bodies.body_bytes(layout), dtype=torch.uint8, device=keys.device)
-        kernels.encode(keys, values, tiers, device_body)
-        body = bodies.to_host(device_body)
-        # Here and not on the device, which would have to be waited for once more.
-        _check_sent(body, layout, {"keys": keys, "values": values}, tiers)
-        return EncodedBlock(body, bodies.bytes_by_tier(layout, TIERS))
+        spans = [slice(first, end) for first, end in pairwise(cuts)]
+        layouts = [_layout_to_send(tiers[span], geometry) for span in spans]
+        sizes = [bodies.body_bytes(layout) for layout in layouts]
+        on_device = torch.empty(sum(sizes), dtype=torch.uint8, device=keys.device)
+        kernels.encode(keys, values, tiers, cuts, on_device)
+        for span, layout, body in zip(spans, layouts, torch.split(bodies.to_host(on_device), sizes), strict=True):
+            # Here and not on the device, which would have to be waited for once more.
+            _check_sent(body, layout, {"keys": keys[:, span], "values": values[:, span]}, tiers[span])
+            yield EncodedBlock(body, bodies.bytes_by_tier(layout, TIERS))
 
     def decode(
         self,
@@ -68,7 +89,7 @@ class AbsmaxCodec(TierCodec):
         bodies.check_length(body, layout)
         # Before the body moves: looking at a GPU's scales would wait for it.
         _check_received_scales(body, layout)
-        kernels.decode(body.to(keys.device), tiers, keys, values)
+        kernels.decode(body.to(keys.device), tiers, (0, tiers.numel()), keys, values)
         return bodies.bytes_by_tier(layout, TIERS)
 
 
@@ -91,6 +112,21 @@ def sections(counts: dict[Tier, int], geometry: KvGeometry) -> list[Section]:
         Section(Tier.INT8, (2, heads, n8, INT8.code_bytes(head_dim)), INT8.dtype),
         Section(Tier.INT4, (2, heads, n4, INT4.code_bytes(head_dim)), INT4.dtype),
     ]
+
+
+def _layout_to_send(tiers: torch.Tensor, geometry: KvGeometry) -> list[Section]:
+    """The layout of a block with these tiers.
+
+    Raises:
+        InvalidArgumentError: the codec does not have one of them.
+    """
+    counts = count_tiers(tiers)
+    if counts[Tier.NATIVE]:
+        raise InvalidArgumentError(
+            f"{counts[Tier.NATIVE]} tokens are at tier NATIVE, which codec absmax does not have; "
+            f"valid: {', '.join(tier.name for tier in sorted(TIERS))}"
+        )
+    return sections(counts, geometry)
 
 
 def _check_sent(

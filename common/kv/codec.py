@@ -9,8 +9,9 @@ themselves, and tell afterwards which tier each token came nearest to.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -102,6 +103,26 @@ class TierCodec(ABC):
         Raises:
             InvalidArgumentError: an element is infinite, NaN or too large for its tier.
         """
+
+    def encode_blocks(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tiers: torch.Tensor,
+        cuts: Sequence[int],
+        geometry: KvGeometry,
+    ) -> Iterator[EncodedBlock]:
+        """Code `n` tokens in several blocks, one after another; see `encode`.
+
+        Args:
+            keys: see `encode`.
+            values: see `encode`.
+            tiers: see `encode`.
+            cuts: the first token of each block, rising from 0, and n.
+            geometry: see `encode`.
+        """
+        for first, end in pairwise(cuts):
+            yield self.encode(keys[:, first:end], values[:, first:end], tiers[first:end], geometry)
 
     @abstractmethod
     def decode(

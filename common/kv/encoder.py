@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from spectrumkv.common.kv.block import MAX_CHUNK_PAYLOAD_BYTES, Block
@@ -12,9 +15,13 @@ from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.int4_layers import Int4Layers
 from spectrumkv.common.kv.scoring import Observation, combine, scorers
 from spectrumkv.common.kv.tiering import Policy, TierRequest
+from spectrumkv.common.kv.tiers import Tier
 
-# Of a chunk's payload, what block headers and tier maps may take.
+# Of a chunk's payload, what a block's header and tier map may take: two bits a token.
 BLOCK_OVERHEAD_BYTES = 64 << 10
+MAX_BLOCK_TOKENS = 2 * BLOCK_OVERHEAD_BYTES
+# What a token's bytes are measured on.
+TRIAL_TOKENS = 64
 
 
 class KvEncoder(Protocol):
@@ -91,10 +98,28 @@ class TieredEncoder:
 def tier_blocks(
     codec: TierCodec, observation: Observation, tiers: torch.Tensor, geometry: KvGeometry
 ) -> Iterator[Block]:
-    """Code a layer's tokens at these tiers, uint8 `[n]` on the CPU, in runs that fit a chunk."""
-    room = MAX_CHUNK_PAYLOAD_BYTES - BLOCK_OVERHEAD_BYTES
-    block_tokens = max(1, room // geometry.native_bytes_per_token_layer)
-    for first in range(0, tiers.numel(), block_tokens):
-        span = slice(first, first + block_tokens)
-        encoded = codec.encode(observation.keys[:, span], observation.values[:, span], tiers[span], geometry)
-        yield Block(observation.layer, first, tiers[span], encoded.body, encoded.tier_bytes)
+    """Code a layer's tokens at these tiers, uint8 `[n]` on the CPU, in as few runs as fit chunks."""
+    cuts = _block_cuts(codec, tiers, geometry)
+    coded = codec.encode_blocks(observation.keys, observation.values, tiers, cuts, geometry)
+    for (first, end), block in zip(pairwise(cuts), coded, strict=True):
+        yield Block(observation.layer, first, tiers[first:end], block.body, block.tier_bytes)
+
+
+def _block_cuts(codec: TierCodec, tiers: torch.Tensor, geometry: KvGeometry) -> list[int]:
+    """The first token of each block, and how many tokens there are."""
+    taken = np.array([token_bytes(codec, tier, geometry) if tier in codec.tiers else 0.0 for tier in Tier])
+    ends = np.cumsum(taken[tiers.numpy()])
+    cuts, before = [0], 0.0
+    while cuts[-1] < tiers.numel():
+        fitting = int(np.searchsorted(ends, before + MAX_CHUNK_PAYLOAD_BYTES - BLOCK_OVERHEAD_BYTES, side="right"))
+        cuts.append(min(max(fitting, cuts[-1] + 1), cuts[-1] + MAX_BLOCK_TOKENS))
+        before = float(ends[cuts[-1] - 1])
+    return cuts
+
+
+@lru_cache(maxsize=64)
+def token_bytes(codec: TierCodec, tier: Tier, geometry: KvGeometry) -> float:
+    """What a token of one layer takes of a body at a tier."""
+    states = torch.zeros(geometry.kv_heads, TRIAL_TOKENS, geometry.head_dim, dtype=geometry.native_dtype)
+    tiers = torch.full((TRIAL_TOKENS,), tier, dtype=torch.uint8)
+    return codec.encode(states, states, tiers, geometry).body.numel() / TRIAL_TOKENS

@@ -13,7 +13,7 @@ import torch
 
 from spectrumkv.common.kv.block import BLOCK_HEADER, Block
 from spectrumkv.common.kv.codec import TierCodec
-from spectrumkv.common.kv.encoder import tier_blocks
+from spectrumkv.common.kv.encoder import tier_blocks, token_bytes
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
@@ -26,13 +26,11 @@ from spectrumkv.common.kv.tiers import Tier, tier_map_bytes
 STEP_GRID = np.arange(-20, 12, 1 / 32)
 # How far apart the first and the last token are that get the same attention, and the finest difference of steps.
 TIE_OCTAVES, RESOLUTION = 1e-3, 1e-7
-# What a token's bytes are measured on.
-TRIAL_TOKENS = 64
 
 
 def least_budget(codec: TierCodec, geometry: KvGeometry) -> float:
     """The least counted budget that fixed widths can keep to, framing left out: every token at INT4."""
-    return _token_bytes(codec, Tier.INT4, geometry) / geometry.fp16_bytes_per_layer(1)
+    return token_bytes(codec, Tier.INT4, geometry) / geometry.fp16_bytes_per_layer(1)
 
 
 class FixedWidthEncoder:
@@ -95,7 +93,7 @@ class FixedWidthEncoder:
             layer: the present one.
         """
         int4, int8, fp16 = (
-            _token_bytes(self._codec, tier, self._geometry) for tier in (Tier.INT4, Tier.INT8, Tier.FP16)
+            token_bytes(self._codec, tier, self._geometry) for tier in (Tier.INT4, Tier.INT8, Tier.FP16)
         )
         tokens = self._sinks + len(octaves)
         fixed = self._sinks * fp16 + BLOCK_HEADER.size + tier_map_bytes(tokens)
@@ -123,11 +121,3 @@ def _thresholds(basis: SpectralBasis) -> tuple[np.ndarray, np.ndarray]:
         int8_from.append(grid[int(np.argmax(bits <= INT8_BITS))])
         int4_from.append(grid[int(np.argmax(bits <= INT4_BITS))])
     return np.array(int8_from), np.array(int4_from)
-
-
-@lru_cache(maxsize=64)
-def _token_bytes(codec: TierCodec, tier: Tier, geometry: KvGeometry) -> float:
-    """What a token of one layer takes of a body at a tier."""
-    states = torch.zeros(geometry.kv_heads, TRIAL_TOKENS, geometry.head_dim, dtype=geometry.native_dtype)
-    tiers = torch.full((TRIAL_TOKENS,), tier, dtype=torch.uint8)
-    return codec.encode(states, states, tiers, geometry).body.numel() / TRIAL_TOKENS

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
-from spectrumkv.bench.interleaving import interleaved_medians, timed
+from spectrumkv.bench.interleaving import interleaved_medians, timed, timed_on_gpu
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.codec import TierCodec, tier_codecs
 from spectrumkv.common.kv.geometry import KvGeometry
@@ -22,12 +23,16 @@ class CodecUnderTest(Protocol):
     Attributes:
         codec: its name in rows.
         tier: the precision, in rows.
+        moved_bytes: what `encode` reads and writes in the device's memory, and `decode`, where nothing else takes
+            time; None where something does.
     """
 
     @property
     def codec(self) -> str: ...  # noqa: D102
     @property
     def tier(self) -> str: ...  # noqa: D102
+    @property
+    def moved_bytes(self) -> int | None: ...  # noqa: D102
 
     def encode(self) -> None:
         """Code every layer."""
@@ -94,8 +99,8 @@ class RegisteredCodec:
         self.tier = tiers[0].label if len(tiers) == 1 else MIXED
         self._codec = codec
         self._cache = cache
-        order = torch.randperm(cache.tokens, generator=torch.Generator().manual_seed(1))
-        self._tiers = torch.tensor(tiers, dtype=torch.uint8)[order % len(tiers)]
+        self.moved_bytes = None
+        self._tiers = spread_tiers(tiers, cache.tokens)
         self._bodies: list[torch.Tensor] = []
         # Slots, as decode lays them out: head by head.
         self.slots = [torch.empty_like(cache.keys[0], memory_format=torch.contiguous_format) for _ in cache.keys * 2]
@@ -113,6 +118,12 @@ class RegisteredCodec:
         for layer, body in enumerate(self._bodies):
             keys, values = self.slots[2 * layer], self.slots[2 * layer + 1]
             self._codec.decode(body, self._tiers, keys, values, self._cache.geometry)
+
+
+def spread_tiers(tiers: Sequence[Tier], tokens: int) -> torch.Tensor:
+    """Give tokens these tiers in equal numbers, at random: uint8 `[tokens]`."""
+    order = torch.randperm(tokens, generator=torch.Generator().manual_seed(1))
+    return torch.tensor(tiers, dtype=torch.uint8)[order % len(tiers)]
 
 
 def registered_codecs(cache: Cache) -> list[CodecUnderTest]:
@@ -139,11 +150,11 @@ def measure(
         rounds: rounds that count.
         on_round: called after each round.
     """
-    synchronize = torch.cuda.synchronize if cache.device.type == "cuda" else lambda: None
-    operations = {("memcpy", "", "copy"): timed(_copy_of_fp16(cache), synchronize)}
+    clock = timed_on_gpu if cache.device.type == "cuda" else timed
+    operations = {("memcpy", "", "copy"): clock(_copy_of_fp16(cache))}
     for one in under_test:
-        operations[one.codec, one.tier, "encode"] = timed(one.encode, synchronize)
-        operations[one.codec, one.tier, "decode"] = timed(one.decode, synchronize)
+        operations[one.codec, one.tier, "encode"] = clock(one.encode)
+        operations[one.codec, one.tier, "decode"] = clock(one.decode)
     medians = interleaved_medians(operations, rounds, on_round)
     gigabytes = cache.geometry.fp16_bytes(cache.tokens) / 1e9
     rates = {name: gigabytes / seconds for name, seconds in medians.items()}
@@ -156,16 +167,41 @@ def _copy_of_fp16(cache: Cache) -> Callable[[], None]:
     source = torch.ones(shape, dtype=torch.uint8, device=cache.device)
     target = torch.zeros_like(source)
 
+    copies = [partial(to_layer.copy_, from_layer) for from_layer, to_layer in zip(source, target, strict=True)]
+    if cache.device.type == "cuda":
+        return replayed(copies)
+
     def copy() -> None:
-        for from_layer, to_layer in zip(source, target, strict=True):
-            to_layer.copy_(from_layer)
+        for copy_layer in copies:
+            copy_layer()
 
     return copy
+
+
+def replayed(launches: Sequence[Callable[[], object]]) -> Callable[[], None]:
+    """Capture launches in a CUDA graph; return what replays it, so that launching takes no time worth mentioning."""
+    for launch in launches:
+        # Compiled before anything is captured.
+        launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in launches:
+            launch()
+
+    def replay() -> None:
+        # The launches hold the memory that the graph reads and writes.
+        assert launches
+        graph.replay()
+
+    return replay
 
 
 def _row(one: CodecUnderTest, cache: Cache, rates: dict[tuple[str, str, str], float]) -> dict[str, Any]:
     memcpy = rates["memcpy", "", "copy"]
     encode, decode = rates[one.codec, one.tier, "encode"], rates[one.codec, one.tier, "decode"]
+    # A copy reads and writes what it copies.
+    work = None if one.moved_bytes is None else one.moved_bytes / (2 * cache.geometry.fp16_bytes(cache.tokens))
     return {
         "device": cache.device.type,
         "dtype": str(cache.geometry.native_dtype).removeprefix("torch."),
@@ -177,4 +213,6 @@ def _row(one: CodecUnderTest, cache: Cache, rates: dict[tuple[str, str, str], fl
         "memcpy_gbps": memcpy,
         "encode_ratio": encode / memcpy,
         "decode_ratio": decode / memcpy,
+        "encode_bandwidth_ratio": None if work is None else work * encode / memcpy,
+        "decode_bandwidth_ratio": None if work is None else work * decode / memcpy,
     }

@@ -62,8 +62,9 @@ def codec_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
     for heading in ("codec", "tier", "dtype", "device"):
         table.add_column(heading)
-    for heading in ("encode GB/s", "÷ memcpy", "÷ quanto", "decode GB/s", "÷ memcpy", "÷ quanto"):
-        table.add_column(heading, justify="right")
+    for direction in ("encode", "decode"):
+        for heading in (f"{direction} GB/s", "÷ memcpy", "bandwidth", "÷ quanto"):
+            table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
             *(Text(row[key]) for key in ("codec", "tier", "dtype", "device")),
@@ -71,14 +72,17 @@ def codec_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             *_cells(row, "decode"),
         )
     if rows:
-        table.caption = f"GB of KV at 16 bits an element; memcpy {rows[0]['memcpy_gbps']:.2f} GB/s"
+        table.caption = (
+            f"GB of KV at 16 bits an element; memcpy {rows[0]['memcpy_gbps']:.2f} GB/s; "
+            "bandwidth: bytes that a kernel reads and writes in a second, of those that memcpy does"
+        )
     return table
 
 
-def _cells(row: Mapping[str, Any], direction: str) -> tuple[str, str, str]:
-    against_quanto = row[f"{direction}_ratio_to_quanto"]
+def _cells(row: Mapping[str, Any], direction: str) -> tuple[str, ...]:
+    rarely = (row[f"{direction}_bandwidth_ratio"], row[f"{direction}_ratio_to_quanto"])
     return (
         f"{row[f'{direction}_gbps']:.2f}",
         f"{row[f'{direction}_ratio']:.3f}",
-        "" if against_quanto is None else f"{against_quanto:.2f}",
+        *("" if one is None else f"{one:.2f}" for one in rarely),
     )

@@ -48,6 +48,7 @@ class QuantoCodec:
     """
 
     codec = "quanto"
+    moved_bytes = None
 
     def __init__(self, tier: Tier, cache: Cache) -> None:
         self.tier = tier.label

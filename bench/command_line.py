@@ -15,13 +15,14 @@ from spectrumkv.bench import (
     plot_command,
     quality_command,
     serve_command,
+    shaped_model_command,
     startup_command,
     transfer_command,
 )
 from spectrumkv.client.command import command_parser, run_command, status_and_message
 
 COMMANDS = (
-    quality_command, niah_command, plot_command, goals_command, key_bias_command,
+    quality_command, niah_command, plot_command, goals_command, key_bias_command, shaped_model_command,
     codec_command, coding_command, transfer_command, serve_command, arrivals_command, startup_command, link_command,
 )  # fmt: skip
 

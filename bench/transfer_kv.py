@@ -59,13 +59,13 @@ class ReceivingServicer:
         decoder = codec.decoder(self._arena.geometry, basis)
         with self._arena.reserve(tokens) as reservation:
             yield decode_pb2.DecodeResponse(admitted=decode_pb2.Admitted(slots=reservation.capacity))
-            receiver = KvReceiver(self._arena, reservation, decoder, tokens, self._metrics)
-            for message in requests:
-                if isinstance(message, Chunk):
-                    receiver.accept(message, serialized_bytes(message))
-                    continue
-                receiver.finish(_expect(message, "end").end)
-                yield decode_pb2.DecodeResponse(finished=decode_pb2.DecodeFinished())
+            with KvReceiver(self._arena, reservation, decoder, tokens, self._metrics) as receiver:
+                for message in requests:
+                    if isinstance(message, Chunk):
+                        receiver.accept(message, serialized_bytes(message))
+                        continue
+                    receiver.finish(_expect(message, "end").end)
+                    yield decode_pb2.DecodeResponse(finished=decode_pb2.DecodeFinished())
 
     def PutBasis(  # noqa: N802  # gRPC's spelling
         self, request_iterator: Iterator[decode_pb2.PutBasisRequest], context: grpc.ServicerContext

@@ -78,12 +78,12 @@ class WireMethod:
             pipeline.put_layer(layer)
         pipeline.put_first_token(FirstToken(prompt.captured.first_token, finished=False))
         decoder = self.plan.decoder(arena.geometry)
-        receiver = KvReceiver(arena, reservation, decoder, len(prompt.token_ids), self.metrics)
         counted = 0
-        for message in pipeline.messages():
-            serialized = serialize_request(message)
-            counted += len(serialized)
-            _deliver(receiver, deserialize_request(serialized), len(serialized))
+        with KvReceiver(arena, reservation, decoder, len(prompt.token_ids), self.metrics) as receiver:
+            for message in pipeline.messages():
+                serialized = serialize_request(message)
+                counted += len(serialized)
+                _deliver(receiver, deserialize_request(serialized), len(serialized))
         return SentBytes(counted, _nominal_budget(pipeline.sent))
 
     def _begin(self, prompt: Prompt) -> decode_pb2.Begin:

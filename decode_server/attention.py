@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,9 +17,29 @@ ATTENTION_NAME = "spectrumkv_decode"
 SHORT_TOKENS = 1024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepSlots:
-    """Where the requests of one decode step have their cache.
+    """Where the requests of one decode step have their cache, as the device that runs it needs to know.
+
+    Attributes:
+        arena: whose slots they are.
+        firsts: int64 `[batch]` on the arena's device, the first slot of each row.
+        newest: like `firsts`, the slot of the token that this step reads.
+    """
+
+    arena: SlotArena
+    firsts: torch.Tensor
+    newest: torch.Tensor
+
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Put the step's keys and values, `[batch, kv_heads, 1, head_dim]`, into their slots."""
+        self.arena.keys[layer].index_copy_(1, self.newest, key[:, :, 0].transpose(0, 1))
+        self.arena.values[layer].index_copy_(1, self.newest, value[:, :, 0].transpose(0, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class HostStepSlots(StepSlots):
+    """The same on a CPU, where each row may be attended to in its own way.
 
     Attributes:
         reservations: one for each row of the batch.
@@ -30,36 +49,20 @@ class StepSlots:
     reservations: Sequence[Reservation]
     positions: Sequence[int]
 
-    @property
-    def arena(self) -> SlotArena:
-        """Whose slots they are."""
-        return self.reservations[0].arena
-
-    @cached_property
-    def firsts(self) -> torch.Tensor:
-        """The first slot of each row: int64 `[batch]` on the arena's device."""
-        starts = [reservation.start for reservation in self.reservations]
-        return torch.tensor(starts, device=self.arena.keys.device)
-
-    @cached_property
-    def newest(self) -> torch.Tensor:
-        """The slot of the token that this step reads, like `firsts`."""
-        return self.firsts + torch.tensor(self.positions, device=self.firsts.device)
-
-    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Put the step's keys and values, `[batch, kv_heads, 1, head_dim]`, into their slots."""
-        self.arena.keys[layer].index_copy_(1, self.newest, key[:, :, 0].transpose(0, 1))
-        self.arena.values[layer].index_copy_(1, self.newest, value[:, :, 0].transpose(0, 1))
+    @classmethod
+    def of(cls, reservations: Sequence[Reservation], positions: Sequence[int]) -> "HostStepSlots":
+        """Look up the slots of at least one row."""
+        firsts = torch.tensor([reservation.start for reservation in reservations])
+        return cls(reservations[0].arena, firsts, firsts + torch.tensor(positions), reservations, positions)
 
     def short(self, layer: int) -> bool:
-        """Whether one compiled call does this layer faster: for several short rows, none with gaps, on a CPU."""
+        """Whether one compiled call does this layer faster: for several short rows, none with gaps."""
         rows = len(self.reservations)
         return (
-            self.arena.keys.device.type == "cpu"
-            and self.arena.keys.dtype == torch.float32
+            self.arena.keys.dtype == torch.float32
             and rows > 1
             and sum(self.positions) < rows * SHORT_TOKENS
-            and all(reservation.kept[layer] is None for reservation in self.reservations)
+            and all(reservation.kept(layer) is None for reservation in self.reservations)
         )
 
 
@@ -96,13 +99,15 @@ def attend_slots(
     """
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # torch types module attributes as tensors
     step_slots.store(layer, key, value)
+    if not isinstance(step_slots, HostStepSlots):
+        return _attend_on_gpu(layer, query, step_slots, scaling, sliding_window, softcap), None
     if softcap is None and step_slots.short(layer):
         return _attend_together(layer, query, step_slots, scaling, sliding_window), None
     outputs = []
     for row, (reservation, position) in enumerate(zip(step_slots.reservations, step_slots.positions, strict=True)):
         end = position + 1
         first = max(0, end - sliding_window) if sliding_window else 0
-        kept = reservation.kept[layer]
+        kept = reservation.kept(layer)
         outputs.append(
             _attend(
                 query[row],
@@ -116,8 +121,34 @@ def attend_slots(
     return torch.stack(outputs), None
 
 
+def _attend_on_gpu(
+    layer: int,
+    query: torch.Tensor,
+    step_slots: StepSlots,
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention of all rows, `[batch, 1, query_heads, head_dim]`, without a look at how long they are."""
+    # Triton takes a while to import, and exists on Linux only.
+    from spectrumkv.kernels import decode_attention_triton
+
+    arena = step_slots.arena
+    return decode_attention_triton.decode_attention(
+        query[:, :, 0],
+        arena.keys[layer],
+        arena.values[layer],
+        arena.kept[layer],
+        step_slots.firsts,
+        step_slots.newest,
+        scaling,
+        sliding_window,
+        softcap,
+    ).unsqueeze(1)
+
+
 def _attend_together(
-    layer: int, query: torch.Tensor, step_slots: StepSlots, scaling: float, sliding_window: int | None
+    layer: int, query: torch.Tensor, step_slots: HostStepSlots, scaling: float, sliding_window: int | None
 ) -> torch.Tensor:
     """Attention of all rows in one call: `[batch, 1, query_heads, head_dim]`."""
     arena, ends = step_slots.arena, step_slots.newest + 1

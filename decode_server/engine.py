@@ -13,8 +13,8 @@ from spectrumkv.common.generation.sampling import SampledToken, Sampler
 from spectrumkv.common.generation.text import FinishReason, TextStream
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.rpc import RpcScope
-from spectrumkv.decode_server.attention import ATTENTION_NAME, StepSlots
-from spectrumkv.decode_server.slots import Reservation
+from spectrumkv.decode_server.slots import Reservation, SlotArena
+from spectrumkv.decode_server.steps import StepRow, steps_of
 
 logger = logging.getLogger(__name__)
 
@@ -82,13 +82,12 @@ class DecodeEngine:
 
     Args:
         loaded: the model; its attention is switched to the slots.
+        arena: the slots.
         max_running: requests in one batch; more wait for a place.
     """
 
-    def __init__(self, loaded: LoadedModel, max_running: int) -> None:
-        self._model = loaded.model
-        self._model.set_attn_implementation(ATTENTION_NAME)
-        self._device = loaded.device
+    def __init__(self, loaded: LoadedModel, arena: SlotArena, max_running: int) -> None:
+        self._steps = steps_of(loaded, arena, max_running)
         self._max_running = max_running
         self._changed = threading.Condition()
         self._joined: list[Sequence] = []
@@ -180,11 +179,7 @@ class DecodeEngine:
     @torch.inference_mode()
     def _step(self, batch: list[Sequence]) -> list[Sequence]:
         """Advance every sequence by one token; return those that ended."""
-        tokens = torch.tensor([[one.last_token] for one in batch], device=self._device)
-        positions = torch.tensor([[one.length] for one in batch], device=self._device)
-        step_slots = StepSlots([one.reservation for one in batch], [one.length for one in batch])
-        logits = self._model(input_ids=tokens, position_ids=positions, use_cache=False, step_slots=step_slots).logits
-        rows = logits[:, -1].float().cpu()
+        rows = self._steps.logits([StepRow(one.last_token, one.length, one.reservation) for one in batch])
         return [sequence for sequence, row in zip(batch, rows, strict=True) if _ends(sequence, row)]
 
 

@@ -2,7 +2,10 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
 
+import numpy as np
 import torch
 
 from spectrumkv.common.kv.block import Block
@@ -10,12 +13,15 @@ from spectrumkv.common.kv.codec import BlockDecoder
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 from spectrumkv.common.kv.wire import Chunk, ChunkReader, ChunkTotals
 from spectrumkv.common.metrics import FRAMING, Metrics
+from spectrumkv.common.side_stream import SideStream
 from spectrumkv.decode_server.slots import Reservation, SlotArena
 from spectrumkv.v1 import decode_pb2
 
 
 class KvReceiver:
     """Verifies the KV of one request and dequantizes it straight into its slots.
+
+    Nothing is written any more when the context ends.
 
     Args:
         arena: the slots of this process.
@@ -38,6 +44,16 @@ class KvReceiver:
         self._decoder = decoder
         self._metrics = metrics
         self._reader = ChunkReader(self._geometry.layers, prompt_tokens)
+        self._stream = SideStream(arena.keys.device)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Whoever has the slots next must not find this request's KV coming in.
+        self._stream.settle()
 
     def accept(self, chunk: Chunk, serialized_bytes: int) -> None:
         """Check a chunk and write its tokens into the slots.
@@ -50,16 +66,18 @@ class KvReceiver:
             DataLossError: the chunk is damaged, out of order, repeated or malformed.
         """
         blocks = self._reader.read(chunk)
-        tier_bytes = [self._write(block) for block in blocks]
+        with self._stream.working():
+            tier_bytes = [self._write(block) for block in blocks]
         self._count(blocks, tier_bytes, serialized_bytes)
 
     def finish(self, end: decode_pb2.End) -> None:
-        """Check that all KV arrived and is what was sent.
+        """Check that all KV arrived and is what was sent; it is in the slots when this returns.
 
         Raises:
             DataLossError: it is not.
         """
         self._reader.finish(ChunkTotals(end.chunks, end.payload_bytes, end.digest))
+        self._stream.settle()
 
     def _write(self, block: Block) -> Mapping[Tier, int]:
         """Decode a block into the slots; return how many of its bytes each tier took."""
@@ -67,9 +85,9 @@ class KvReceiver:
         keys = self._reservation.keys(block.layer, first, end)
         values = self._reservation.values(block.layer, first, end)
         tier_bytes = self._decoder.decode(block, keys, values)
-        dropped = torch.nonzero(block.tiers == Tier.DROP).flatten()
-        if dropped.numel():
-            self._reservation.drop(block.layer, dropped + first)
+        dropped = np.flatnonzero(block.tiers.numpy() == Tier.DROP)
+        if dropped.size:
+            self._reservation.drop(block.layer, torch.from_numpy(dropped + first))
         return tier_bytes
 
     def _count(self, blocks: list[Block], tier_bytes: list[Mapping[Tier, int]], serialized_bytes: int) -> None:

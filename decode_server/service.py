@@ -22,6 +22,7 @@ from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.model.spec import ModelSpec
 from spectrumkv.common.request_log import check_request_id, current_request
 from spectrumkv.common.rpc import RpcScope
+from spectrumkv.common.run_ahead import RunAhead
 from spectrumkv.decode_server.agreement import check_same_codec, check_same_model
 from spectrumkv.decode_server.arrivals import expect_nothing, kind_of, received
 from spectrumkv.decode_server.bases import BasisStore
@@ -32,6 +33,8 @@ from spectrumkv.v1 import decode_pb2, decode_pb2_grpc, kv_pb2
 
 # Prefill opens a stream with Begin. Who opens one and says nothing holds a thread for no longer than this.
 BEGIN_SECONDS = 10.0
+# How many messages may wait to be dequantized on a GPU.
+MESSAGES_AHEAD = 8
 # A basis has up to a few hundred megabytes.
 PUT_BASIS_SECONDS = 120.0
 
@@ -50,7 +53,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         self._config = config
         self._metrics = metrics
         self._arena = SlotArena(loaded.geometry, config.kv_memory, loaded.device, metrics)
-        self._engine = DecodeEngine(loaded, config.max_running)
+        self._engine = DecodeEngine(loaded, self._arena, config.max_running)
         self._bases = BasisStore(loaded.geometry)
         metrics.requests_running.set_function(lambda: self._engine.running)
         metrics.requests_waiting.set_function(lambda: self._engine.waiting)
@@ -59,8 +62,11 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         self, requests: Iterator[ArrivedRequest], context: grpc.ServicerContext
     ) -> Iterator[decode_pb2.DecodeResponse]:
         """Serve one request: admit, receive its KV, generate. Leaving this function frees what it held."""
-        with RpcScope(context, self._config.deadline) as scope, self._rejections_counted():
-            messages = received(requests, scope)
+        with (
+            RpcScope(context, self._config.deadline) as scope,
+            self._rejections_counted(),
+            self._arriving(received(requests, scope)) as messages,
+        ):
             with scope.within(BEGIN_SECONDS):
                 begin = self._read_begin(messages)
             decoder = self._decoder(begin)
@@ -102,6 +108,18 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
     def stop(self) -> None:
         """End the engine; call after the server has drained."""
         self._engine.stop()
+
+    @contextmanager
+    def _arriving(self, messages: Iterator[Request]) -> Iterator[Iterator[Request]]:
+        """The messages; on a GPU the next ones arrive while one is verified and dequantized."""
+        if self._loaded.device.type == "cpu":
+            yield messages
+            return
+        ahead = RunAhead(messages, MESSAGES_AHEAD, "kv-arrival")
+        try:
+            yield iter(ahead)
+        finally:
+            ahead.close()
 
     @contextmanager
     def _rejections_counted(self) -> Iterator[None]:
@@ -172,24 +190,25 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         Raises:
             DataLossError: something is damaged, missing, or out of order.
         """
-        receiver = KvReceiver(self._arena, reservation, decoder, len(begin.prompt_token_ids), self._metrics)
         record, started_at = current_request(), time.monotonic()
         record.begin_stage("receive", started_at)
-        for message in messages:
-            size = serialized_bytes(message)
-            record.add(kv_bytes=size)
-            record.note(receive_seconds=time.monotonic() - started_at)
-            if isinstance(message, Chunk):
-                receiver.accept(message, size)
-                continue
-            if message.WhichOneof("message") != "end":
-                raise DataLossError(f"a Decode stream has {kind_of(message)} where KV was due", "sequence")
-            self._metrics.kv_bytes_received.labels(FRAMING).inc(size)
-            if not message.end.finished:
-                receiver.finish(message.end)
-                self._check_token("End has the first", message.end.first_token_id)
-            expect_nothing(messages)
-            return message.end
+        tokens = len(begin.prompt_token_ids)
+        with KvReceiver(self._arena, reservation, decoder, tokens, self._metrics) as receiver:
+            for message in messages:
+                size = serialized_bytes(message)
+                record.add(kv_bytes=size)
+                record.note(receive_seconds=time.monotonic() - started_at)
+                if isinstance(message, Chunk):
+                    receiver.accept(message, size)
+                    continue
+                if message.WhichOneof("message") != "end":
+                    raise DataLossError(f"a Decode stream has {kind_of(message)} where KV was due", "sequence")
+                self._metrics.kv_bytes_received.labels(FRAMING).inc(size)
+                if not message.end.finished:
+                    receiver.finish(message.end)
+                    self._check_token("End has the first", message.end.first_token_id)
+                expect_nothing(messages)
+                return message.end
         raise AssertionError("`_received` ends with End or an error")
 
     def _generate(

@@ -26,6 +26,11 @@ class SlotArena:
         device: where the model runs.
         metrics: told about every reservation.
 
+    Attributes:
+        keys: `[layers, kv_heads, slots + 1, head_dim]`; the last slot is nobody's.
+        values: like `keys`.
+        kept: bool `[layers, slots + 1]`, False where a token of that layer was dropped.
+
     Raises:
         FailedPreconditionError: the memory does not hold a single slot.
     """
@@ -38,9 +43,11 @@ class SlotArena:
             raise FailedPreconditionError(
                 f"--kv-memory of {memory_bytes} bytes holds no slot; one takes {self.slot_bytes} bytes"
             )
-        shape = (geometry.layers, geometry.kv_heads, self.slots, geometry.head_dim)
+        # One slot more: nobody's, for the rows that fill up a batch of fixed size.
+        shape = (geometry.layers, geometry.kv_heads, self.slots + 1, geometry.head_dim)
         self.keys = torch.empty(shape, dtype=geometry.native_dtype, device=device)
         self.values = torch.empty(shape, dtype=geometry.native_dtype, device=device)
+        self.kept = torch.ones(geometry.layers, self.slots + 1, dtype=torch.bool, device=device)
         self._metrics = metrics
         self._lock = threading.Lock()
         self._taken: list[Reservation] = []
@@ -75,6 +82,7 @@ class SlotArena:
         """Free the slots; a second call does nothing."""
         with self._lock:
             if reservation in self._taken:
+                reservation.keep_all()
                 self._taken.remove(reservation)
                 self._publish()
 
@@ -104,15 +112,13 @@ class Reservation:
         arena: whose slots they are.
         start: the first slot.
         capacity: how many slots, for prompt and completion.
-        kept: per layer, bool `[capacity]` on the arena's device where a token of that layer was dropped, else
-            None: attention leaves out what is False.
     """
 
     def __init__(self, arena: SlotArena, start: int, capacity: int) -> None:
         self.arena = arena
         self.start = start
         self.capacity = capacity
-        self.kept: list[torch.Tensor | None] = [None] * arena.geometry.layers
+        self._with_gaps: set[int] = set()
 
     def keys(self, layer: int, first: int, end: int) -> torch.Tensor:
         """Keys of positions `first` to `end` − 1: a view `[kv_heads, end − first, head_dim]`."""
@@ -122,6 +128,13 @@ class Reservation:
         """Values of positions `first` to `end` − 1: a view `[kv_heads, end − first, head_dim]`."""
         return self.arena.values[layer, :, self.start + first : self.start + end]
 
+    def kept(self, layer: int) -> torch.Tensor | None:
+        """What attention may look at: bool `[capacity]`, a view; None where no token of the layer was dropped."""
+        return self._kept(layer) if layer in self._with_gaps else None
+
+    def _kept(self, layer: int) -> torch.Tensor:
+        return self.arena.kept[layer, self.start : self.start + self.capacity]
+
     def drop(self, layer: int, positions: torch.Tensor) -> None:
         """Leave tokens out of this layer's attention.
 
@@ -129,16 +142,19 @@ class Reservation:
             layer: from 0.
             positions: int64 `[m]`, positions in the prompt.
         """
-        device = self.arena.keys.device
-        positions = positions.to(device)
-        kept = self.kept[layer]
-        if kept is None:
-            kept = self.kept[layer] = torch.ones(self.capacity, dtype=torch.bool, device=device)
-        kept[positions] = False
+        positions = positions.to(self.arena.keys.device)
+        self._with_gaps.add(layer)
+        self._kept(layer)[positions] = False
         # Attention weighs a masked slot with zero, and zero times what an earlier request left there may be
         # NaN.
         self.keys(layer, 0, self.capacity)[:, positions] = 0
         self.values(layer, 0, self.capacity)[:, positions] = 0
+
+    def keep_all(self) -> None:
+        """Undo every `drop`, for whoever has the slots next."""
+        for layer in self._with_gaps:
+            self._kept(layer).fill_(True)
+        self._with_gaps.clear()
 
     def release(self) -> None:
         """Free the slots; a second call does nothing."""

@@ -97,8 +97,8 @@ def encode(
         values: like `keys`, on the same device.
         tiers: uint8 `[n]` on the CPU, codes of the wire's tier map.
         cuts: the first token of each block, rising from 0, and n.
-        bodies: uint8, contiguous, on the device of the keys, written from end to end: the blocks' bodies, back to back.
-            `Parts` has their sections, and the caller has seen to it that the length is theirs.
+        bodies: uint8, contiguous, on the device of the keys, written from end to end: the blocks' bodies, one after
+            another. `Parts` has their sections, and the caller has seen to it that the length is theirs.
     """
     if keys.is_cuda:
         from spectrumkv.kernels import absmax_triton

@@ -23,9 +23,9 @@ class TileTable:
 
     Attributes:
         order: int32 `[m]`, tokens, those of a tile side by side.
-        tiles: int32 `[t, TILE_COLUMNS]`, for each tile: its tier; the place in `order` of its first token; its tokens;
-            the first one's row in its section; the rows of the section in one head; the byte at which the section of
-            the elements begins; the one at which that of the scales does.
+        tiles: int32 `[t, TILE_COLUMNS]`, for each tile: its tier; the place in `order` of its first token; how many
+            there are; the first one's row in its section; the rows of the section in one head; the bytes at which the
+            sections of the elements and of the scales begin.
     """
 
     order: np.ndarray
@@ -72,9 +72,7 @@ def tiles_of_section(order: np.ndarray, tier: int, tile_rows: int) -> TileTable:
     return TileTable(order.astype(np.int32), _section(tier, 0, order.size, 0, 0, tile_rows))
 
 
-def _section(
-    tier: int, place: int, rows: int, elements_at: int, scales_at: int, tile_rows: int
-) -> np.ndarray:
+def _section(tier: int, place: int, rows: int, elements_at: int, scales_at: int, tile_rows: int) -> np.ndarray:
     assert tier != TIER_DROP
     row = np.arange(0, rows, tile_rows, dtype=np.int32)
     tiles = np.zeros((row.size, TILE_COLUMNS), np.int32)

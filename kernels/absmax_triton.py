@@ -1,7 +1,7 @@
-"""Absmax quantization in Triton: one launch for any mix of tiers, one pass over the elements, gather and scatter included.
+"""Absmax quantization in Triton: one launch for any mix of tiers, one pass over the elements, gather and scatter too.
 
-A program takes a few tokens of one tier (a tile, see `absmax_tiles`) of one KV head as the first and the second half of
-the head, since two elements that far apart share a byte of INT4. All arithmetic is in float32 and rounds as the
+A program takes a few tokens of one tier (a tile, see `absmax_tiles`) of one KV head as the first and the second half
+of the head, since two elements that far apart share a byte of INT4. All arithmetic is in float32 and rounds as the
 reference does.
 """
 
@@ -217,58 +217,73 @@ def encode(
     keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
 ) -> None:
     """See `spectrumkv.kernels.absmax.encode`. CPU tensors work under `TRITON_INTERPRET=1` only."""
-    _code_blocks(_encode_tile, keys, values, tiers, cuts, bodies)
+    encoding(keys, values, tiers, cuts, bodies)()
 
 
 def decode(
     bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> None:
     """See `spectrumkv.kernels.absmax.decode`. CPU tensors work under `TRITON_INTERPRET=1` only."""
-    _code_blocks(_decode_tile, keys, values, tiers, cuts, bodies)
+    decoding(bodies, tiers, cuts, keys, values)()
+
+
+def encoding(
+    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
+) -> Callable[[], None]:
+    """Prepare an `encode`: what this returns launches one kernel and does nothing else, as CUDA graphs want it."""
+    return _prepared_blocks(_encode_tile, keys, values, tiers, cuts, bodies)
+
+
+def decoding(
+    bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
+) -> Callable[[], None]:
+    """Prepare a `decode`; see `encoding`."""
+    return _prepared_blocks(_decode_tile, keys, values, tiers, cuts, bodies)
 
 
 def quantize(
     states: torch.Tensor, index: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, form: CodeFormat
 ) -> None:
     """See `spectrumkv.kernels.absmax.quantize`. CPU tensors work under `TRITON_INTERPRET=1` only."""
-    _code_section(_encode_tile, states, index, codes, scales, form)
+    _prepared_section(_encode_tile, states, index, codes, scales, form)()
 
 
 def dequantize(
     codes: torch.Tensor, scales: torch.Tensor, index: torch.Tensor, states: torch.Tensor, form: CodeFormat
 ) -> None:
     """See `spectrumkv.kernels.absmax.dequantize`. CPU tensors work under `TRITON_INTERPRET=1` only."""
-    _code_section(_decode_tile, states, index, codes, scales, form)
+    _prepared_section(_decode_tile, states, index, codes, scales, form)()
 
 
-def _code_blocks(
+def _prepared_blocks(
     code_tile: Any,
     keys: torch.Tensor,
     values: torch.Tensor,
     tiers: torch.Tensor,
     cuts: Sequence[int],
     bodies: torch.Tensor,
-) -> None:
+) -> Callable[[], None]:
     kv_heads, _, head_dim = keys.shape
     table = tiles_of_blocks(tiers.numpy(), cuts, kv_heads, head_dim, _tile_rows(head_dim))
     half = torch.float16 if keys.dtype == torch.float32 else keys.dtype
     # Every section has a length that both of these divide, so that each begins at a multiple of them.
     alignment = math.gcd(16, (4 if head_dim % 4 == 0 else 2) * kv_heads)
-    _launch(code_tile, (keys, values), table, bodies.view(half), bodies.view(torch.float16), bodies, alignment)
+    floats, scales = bodies.view(half), bodies.view(torch.float16)
+    return _prepared(code_tile, (keys, values), table, floats, scales, bodies, alignment)
 
 
-def _code_section(
+def _prepared_section(
     code_tile: Any,
     states: torch.Tensor,
     index: torch.Tensor,
     codes: torch.Tensor,
     scales: torch.Tensor,
     form: CodeFormat,
-) -> None:
+) -> Callable[[], None]:
     check_arguments(states, index, codes, scales, form)
     tier = absmax_format.TIER_INT8 if form == INT8 else absmax_format.TIER_INT4
     table = tiles_of_section(index.cpu().numpy(), tier, _tile_rows(states.shape[-1]))
-    _launch(code_tile, (states,), table, scales, scales, codes.view(torch.uint8), 16)
+    return _prepared(code_tile, (states,), table, scales, scales, codes.view(torch.uint8), 16)
 
 
 def _tile_rows(head_dim: int) -> int:
@@ -280,7 +295,7 @@ def _padded_half(head_dim: int) -> int:
     return padded
 
 
-def _launch(
+def _prepared(
     code_tile: Any,
     sides: tuple[torch.Tensor, ...],
     table: TileTable,
@@ -288,28 +303,32 @@ def _launch(
     scales: torch.Tensor,
     codes: torch.Tensor,
     alignment: int,
-) -> None:
-    """Run `code_tile` on every tile, KV head and side; where there is one side only, it is given twice."""
+) -> Callable[[], None]:
+    """Return what runs `code_tile` on every tile, KV head and side; where there is one side, it is given twice."""
     keys, values = sides[0], sides[-1]
     kv_heads, _, head_dim = keys.shape
-    if not len(table.tiles):
-        return
     order, tiles = table.on(keys.device)
-    with torch.cuda.device(keys.get_device()):
-        _kernel[len(table.tiles), kv_heads, len(sides)](
-            keys,
-            values,
-            *keys.stride(),
-            *values.stride(),
-            order,
-            tiles,
-            floats,
-            scales,
-            codes,
-            kv_heads,
-            code_tile=code_tile,
-            half=head_dim // 2,
-            padded_half=_padded_half(head_dim),
-            alignment=alignment,
-            rows=_tile_rows(head_dim),
-        )
+
+    def launch() -> None:
+        if not len(table.tiles):
+            return
+        with torch.cuda.device(keys.get_device()):
+            _kernel[len(table.tiles), kv_heads, len(sides)](
+                keys,
+                values,
+                *keys.stride(),
+                *values.stride(),
+                order,
+                tiles,
+                floats,
+                scales,
+                codes,
+                kv_heads,
+                code_tile=code_tile,
+                half=head_dim // 2,
+                padded_half=_padded_half(head_dim),
+                alignment=alignment,
+                rows=_tile_rows(head_dim),
+            )
+
+    return launch

@@ -112,7 +112,13 @@ class CodecChoice:
             self.prefill.add(prefill_seconds, tokens)
             if coded:
                 self.coder.add(sent.encode_seconds, tokens)
-            held_up = sent.link_seconds > LINK_SHARE * sent.encode_seconds
-            # Bytes travel while the next ones are coded, so where the link holds up, both together are its time.
-            link_seconds = sent.encode_seconds + sent.link_seconds if held_up else 0.0
-            self.links.setdefault(worker, Pace()).add(link_seconds, sent.message_bytes)
+            self.links.setdefault(worker, Pace()).add(_link_seconds(sent), sent.message_bytes)
+
+
+def _link_seconds(sent: SentKv) -> float:
+    """How long the bytes would have travelled alone; 0 where the link waited for the coder."""
+    if sent.coded_ahead:
+        return sent.link_seconds
+    held_up = sent.link_seconds > LINK_SHARE * sent.encode_seconds
+    # Bytes travel while the next ones are coded, so where the link holds up, both together are its time.
+    return sent.encode_seconds + sent.link_seconds if held_up else 0.0

@@ -2,9 +2,11 @@
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
+
+import torch
 
 from spectrumkv.common.decode_stream import Request, serialized_bytes
 from spectrumkv.common.kv.block import Block
@@ -13,6 +15,8 @@ from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 from spectrumkv.common.kv.wire import Chunk, ChunkTotals, ChunkWriter
 from spectrumkv.common.metrics import FRAMING, Metrics
+from spectrumkv.common.run_ahead import RunAhead
+from spectrumkv.common.side_stream import SideStream, moment
 from spectrumkv.prefill_server.layer_queue import LayerQueue
 from spectrumkv.prefill_server.plan import KvPlan
 from spectrumkv.v1 import decode_pb2
@@ -26,6 +30,9 @@ END_BYTES = 80
 REQUEST_ID_BYTES = 128
 # What is worth a chunk of its own where no layer waits: a message costs about as much as this many bytes of payload.
 IDLE_CHUNK_BYTES = 64 << 10
+# How many messages may wait for gRPC where they are made ahead: a layer's, about.
+MESSAGES_AHEAD = 8
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -38,6 +45,7 @@ class SentKv:
         tier_tokens: token-layers by tier.
         encode_seconds: time spent on scoring, tiering and encoding.
         link_seconds: time that gRPC took over messages before it asked for the next.
+        coded_ahead: whether the next messages were made meanwhile.
         first_chunk_at: monotonic time of the first chunk; None before it.
         ended_at: monotonic time of End; None before it.
     """
@@ -47,6 +55,7 @@ class SentKv:
     tier_tokens: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
     encode_seconds: float = 0.0
     link_seconds: float = 0.0
+    coded_ahead: bool = False
     first_chunk_at: float | None = None
     ended_at: float | None = None
 
@@ -84,7 +93,8 @@ class KvPipeline:
 
     The model's thread calls `put_layer`; gRPC's thread iterates `messages` and so scores, tiers and encodes at
     the pace at which the network takes the chunks. A slow link holds up this thread only: the layers wait in
-    memory where the model left them.
+    memory where the model left them. On a GPU, where layers come faster than one thread codes and sends them, coding
+    has a thread of its own, a few messages ahead.
 
     Args:
         begin: opens the stream.
@@ -92,6 +102,7 @@ class KvPipeline:
         geometry: shape and dtype of the model's cache.
         chunk_bytes: payload at which a chunk leaves; a smaller one does where no layer waits.
         metrics: told of every byte.
+        device: where the layers are.
 
     Attributes:
         plan: how the KV is scored, tiered and coded.
@@ -107,12 +118,15 @@ class KvPipeline:
         geometry: KvGeometry,
         chunk_bytes: int,
         metrics: Metrics,
+        device: torch.device = CPU,
     ) -> None:
-        self.sent = SentKv()
+        self.sent = SentKv(coded_ahead=device.type == "cuda")
         self.first_token: FirstToken | None = None
         self.failure: Exception | None = None
         self._layers = LayerQueue(geometry, metrics.kv_bytes_resident)
         self._coding = threading.Lock()
+        self._stream = SideStream(device)
+        self._ahead: RunAhead[Request] | None = None
         self._begin = begin
         self.plan = plan
         self._geometry = geometry
@@ -130,7 +144,8 @@ class KvPipeline:
         Raises:
             CancelledError: the stream is over; there is no use in computing on.
         """
-        self._layers.put_layer(replace(observation, seed=self.plan.seed))
+        computed = moment(observation.keys)
+        self._layers.put_layer(replace(observation, seed=self.plan.seed, computed=computed))
 
     def put_first_token(self, first: FirstToken) -> None:
         """Take the first token; every layer has been put before."""
@@ -140,6 +155,8 @@ class KvPipeline:
     def cancel(self) -> None:
         """End `messages`, and the model's pass at its next layer."""
         self._layers.close()
+        if self._ahead is not None:
+            self._ahead.close()
 
     def settle(self) -> None:
         """Wait, once it is cancelled, for the block that is being coded: nothing is computed after this.
@@ -156,13 +173,21 @@ class KvPipeline:
             SpectrumKVError: the KV cannot be coded. gRPC ends the stream without a word of why; `failure` keeps it.
         """
         try:
-            for message in self._messages():
+            for message in self._made():
                 handed_over = time.monotonic()
                 yield message
                 self.sent.link_seconds += time.monotonic() - handed_over
         except Exception as error:
             self.failure = error
             raise
+
+    def _made(self) -> Iterable[Request]:
+        if not self.sent.coded_ahead:
+            return self._messages()
+        self._ahead = RunAhead(self._messages(), MESSAGES_AHEAD, "kv-coding")
+        if self._layers.closed:
+            self._ahead.close()
+        return self._ahead
 
     def _messages(self) -> Iterator[Request]:
         yield self._account(decode_pb2.DecodeRequest(begin=self._begin))
@@ -181,10 +206,11 @@ class KvPipeline:
     def _encode(self, observation: Observation) -> Iterator[Block]:
         """Yield the blocks that are ready with this layer, counted; time is taken while they are made."""
         blocks = self._encoder.encode(observation)
+        states = (observation.queries, observation.keys, observation.values)
         while True:
             started = time.monotonic()
             try:
-                with self._coding:
+                with self._coding, self._stream.working(observation.computed, states):
                     block = None if self._layers.closed else next(blocks, None)
             finally:
                 self.sent.encode_seconds += time.monotonic() - started

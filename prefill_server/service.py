@@ -165,7 +165,9 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             prompt_token_ids=job.token_ids,
             sampling=job.params.to_proto(),
         )
-        return KvPipeline(begin, plan, self._loaded.geometry, self._config.chunk_bytes, self._metrics)
+        return KvPipeline(
+            begin, plan, self._loaded.geometry, self._config.chunk_bytes, self._metrics, self._loaded.device
+        )
 
     def _run_prompt(self, job: Job, lease: DecodeLease, scope: RpcScope) -> PromptResult:
         """Run the prompt, its KV leaving layer by layer."""

@@ -44,8 +44,9 @@ class Block:
 
     def header(self) -> bytes:
         """Header and tier map."""
-        first = int(self.tiers[0])
-        uniform = bool((self.tiers == first).all())
+        tiers = self.tiers.numpy()
+        first = int(tiers[0])
+        uniform = bool((tiers == first).all())
         kind, tier = (UNIFORM, first) if uniform else (PER_TOKEN, 0)
         fixed = BLOCK_HEADER.pack(self.layer, kind, tier, self.first_token, self.tiers.numel(), self.body.numel())
         return fixed if uniform else fixed + pack_tier_map(self.tiers)

@@ -33,6 +33,7 @@ class Observation:
         sliding_window: a query does not see tokens at this distance or farther; None is all of them.
         seed: the request's seed, for scorers that draw.
         layer: from 0.
+        computed: on a GPU, when the states are there; None is now.
 
     Raises:
         InvalidArgumentError: the shapes do not fit together or a number is out of its range.
@@ -46,6 +47,7 @@ class Observation:
     sliding_window: int | None
     seed: int
     layer: int
+    computed: torch.cuda.Event | None = None
 
     def __post_init__(self) -> None:
         self._check_shapes()

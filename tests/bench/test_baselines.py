@@ -32,7 +32,7 @@ def test_every_slot_is_filled_and_bytes_fit_the_budget(served: ServedModel, prom
     with served.receive(BaselineMethod(baseline, budget), prompt) as (context, sent):
         reservation = context.reservation
         for layer in prompt.captured.layers:
-            kept = reservation.kept[layer.layer]
+            kept = reservation.kept(layer.layer)
             shown = slice(None) if kept is None else kept[:CONTEXT]
             for states, slots in ((layer.keys, reservation.keys), (layer.values, reservation.values)):
                 received = slots(layer.layer, 0, CONTEXT)

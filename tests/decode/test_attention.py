@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry
 
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.metrics import Metrics
-from spectrumkv.decode_server.attention import StepSlots, attend_slots
+from spectrumkv.decode_server.attention import HostStepSlots, attend_slots
 from spectrumkv.decode_server.slots import SlotArena
 
 
@@ -67,7 +67,7 @@ def test_each_row_attends_over_its_own_slots(
         key,
         value,
         None,
-        step_slots=StepSlots(reservations, positions),
+        step_slots=HostStepSlots.of(reservations, positions),
         scaling=0.2,
         sliding_window=window,
         softcap=softcap,
@@ -78,7 +78,7 @@ def test_each_row_attends_over_its_own_slots(
         values = reservation.values(layer, 0, position + 1)
         assert torch.equal(keys[:, -1], key[row, :, 0])
         assert torch.equal(values[:, -1], value[row, :, 0])
-        mask = reservation.kept[layer]
+        mask = reservation.kept(layer)
         kept = torch.ones(position + 1, dtype=torch.bool) if mask is None else mask[: position + 1]
         expected = naive(query[row], keys, values, kept, 0.2, window, softcap)
         torch.testing.assert_close(attended[row, 0], expected, rtol=1e-5, atol=1e-5)

@@ -93,8 +93,17 @@ def test_dropped_tokens_are_masked_and_leave_no_nan() -> None:
     reservation = made.reserve(6)
     reservation.drop(1, torch.tensor([0, 3]))
     reservation.drop(1, torch.tensor([4]))
-    assert reservation.kept[0] is None
-    assert reservation.kept[1] is not None
-    assert reservation.kept[1].tolist() == [False, True, True, False, False, True]
+    assert reservation.kept(0) is None
+    kept = reservation.kept(1)
+    assert kept is not None
+    assert kept.tolist() == [False, True, True, False, False, True]
     assert reservation.keys(1, 0, 6)[:, [0, 3, 4]].eq(0).all()
     assert reservation.values(1, 0, 6)[:, [1, 2, 5]].isnan().all()
+
+
+def test_who_has_the_slots_next_sees_all_of_them() -> None:
+    made, _ = arena(8)
+    with made.reserve(6) as reservation:
+        reservation.drop(1, torch.tensor([0, 3]))
+        assert not made.kept.all()
+    assert made.kept.all()

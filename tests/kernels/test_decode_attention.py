@@ -1,10 +1,13 @@
-"""The compiled loop over slots against float64."""
+"""Attention over slots, on a CPU and on a GPU, against float64."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spectrumkv.kernels import decode_attention_triton
 from spectrumkv.kernels.decode_attention_cpu import decode_attention
+from tests.kernels.absmax_states import DEVICE, DTYPES
 
 
 @given(
@@ -33,3 +36,44 @@ def test_each_row_attends_over_its_own_slots(
         weights = torch.softmax(grouped @ keys.transpose(1, 2) * head_dim**-0.5, dim=-1)
         expected = (weights @ values).view(kv_heads * group, head_dim)
         torch.testing.assert_close(actual[row].double(), expected, rtol=0, atol=1e-5)
+
+
+# The interpreter multiplies the bits of bfloat16 and not its numbers.
+@pytest.mark.parametrize("dtype", DTYPES if DEVICE.type == "cuda" else DTYPES[:2], ids=str)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(3, 3, 64), (2, 1, 80), (1, 20, 256)])
+def test_a_gpu_attends_over_slots_that_are_kept(
+    dtype: torch.dtype, softcap: float | None, window: int | None, kv_heads: int, group: int, head_dim: int
+) -> None:
+    generator = torch.Generator().manual_seed(head_dim)
+    # One token, one block of them, and more than there are parts.
+    lengths = [1, 64, 17 * decode_attention_triton.BLOCK_TOKENS + 5]
+    firsts = torch.tensor([3 + sum(lengths[:row]) + 2 * row for row in range(len(lengths))])
+    newest = firsts + torch.tensor(lengths) - 1
+    slots = torch.full((2, kv_heads, int(newest[-1]) + 4, head_dim), torch.nan)
+    kept = torch.zeros(slots.shape[2], dtype=torch.bool)
+    for first, last in zip(firsts.tolist(), newest.tolist(), strict=True):
+        slots[:, :, first : last + 1] = torch.randn(2, kv_heads, last + 1 - first, head_dim, generator=generator)
+        kept[first : last + 1] = torch.rand(last + 1 - first, generator=generator) > 0.2
+        # A whole block and more that was dropped.
+        kept[first + 100 : first + 200] = False
+        kept[last] = True
+    slots[:, :, ~kept] = torch.nan
+    slots = slots.to(dtype)
+    queries = (2 * torch.randn(len(lengths), kv_heads * group, head_dim, generator=generator)).to(dtype)
+    inputs = [one.to(DEVICE) for one in (queries, *slots, kept, firsts, newest)]
+    actual = decode_attention_triton.decode_attention(*inputs, head_dim**-0.5, window, softcap).cpu()
+    assert actual.dtype == dtype
+    for row, (first, last) in enumerate(zip(firsts.tolist(), newest.tolist(), strict=True)):
+        if window:
+            first = max(first, last + 1 - window)
+        span = torch.arange(first, last + 1)[kept[first : last + 1]]
+        keys, values = slots[:, :, span].double()
+        grouped = queries[row].double().view(kv_heads, group, head_dim)
+        logits = grouped @ keys.transpose(1, 2) * head_dim**-0.5
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        expected = (torch.softmax(logits, dim=-1) @ values).view(kv_heads * group, head_dim)
+        tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+        torch.testing.assert_close(actual[row].double(), expected, rtol=0, atol=tolerance)

@@ -41,8 +41,15 @@ def prompts(lengths: Sequence[int]) -> list[list[int]]:
 @contextmanager
 def busy(engine: PrefillEngine) -> Iterator[None]:
     """Keep the engine from its queue for as long as the block runs."""
-    free = threading.Event()
-    engine.submit_call(free.wait)
+    begun, free = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        free.wait()
+
+    engine.submit_call(wait)
+    # A call that an earlier pass left over would take the first of the prompts to come.
+    begun.wait()
     try:
         yield
     finally:

@@ -91,7 +91,7 @@ def test_what_is_sent_is_the_kv_at_its_tiers(scope: str, chunk_bytes: int) -> No
 
 
 def test_large_layers_are_cut_into_blocks_and_counted_by_tier() -> None:
-    tokens = 9000
+    tokens = 40000
     one = KvPipeline(
         decode_pb2.Begin(), plan(policy="greedy", budget=0.9), GEOMETRY, 1 << 18, Metrics(CollectorRegistry())
     )
@@ -102,7 +102,7 @@ def test_large_layers_are_cut_into_blocks_and_counted_by_tier() -> None:
     assert len(chunks) > GEOMETRY.layers
     # FP16: 2 bytes for each of 8 elements of 2 heads, keys and values. INT8: 1 byte, and 2 for each scale.
     fp16, int8 = one.sent.tier_tokens[Tier.FP16], one.sent.tier_tokens[Tier.INT8]
-    assert (fp16, int8) == (GEOMETRY.layers * 7200, GEOMETRY.layers * 1800)
+    assert (fp16, int8) == (GEOMETRY.layers * 32000, GEOMETRY.layers * 8000)
     assert one.sent.tier_bytes[Tier.FP16] == fp16 * 2 * 2 * 8 * 2
     assert one.sent.tier_bytes[Tier.INT8] == int8 * 2 * 2 * (8 + 2)
 

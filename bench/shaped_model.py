@@ -1,0 +1,62 @@
+"""Models with the shape of well-known ones and random weights, for speed where no weights can be had."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, MistralConfig, PretrainedConfig
+
+from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.model.embedded import embedded_model_directory
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+# The embedded model's tokenizer has more tokens than Mistral's.
+VOCABULARY = 49152
+
+
+def _mistral_7b() -> PretrainedConfig:
+    """Mistral 7B (arXiv 2310.06825, table 1) without its sliding window, like its later versions."""
+    return MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=32768,
+        sliding_window=None,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+    )
+
+
+SHAPES: dict[str, Callable[[], PretrainedConfig]] = {"mistral-7b": _mistral_7b}
+
+
+def write_shaped_model(shape: str, directory: Path) -> None:
+    """Write a model in bfloat16, made on a GPU where there is one.
+
+    Args:
+        shape: a name in `SHAPES`.
+        directory: created; it must not exist.
+
+    Raises:
+        InvalidArgumentError: there is no such shape, or the directory exists.
+    """
+    if shape not in SHAPES:
+        raise InvalidArgumentError(f"unknown shape {shape!r}; valid: {', '.join(SHAPES)}")
+    try:
+        directory.mkdir(parents=True)
+    except FileExistsError:
+        raise InvalidArgumentError(f"{directory} exists; name a directory that does not") from None
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=torch.bfloat16)
+    model.save_pretrained(directory)
+    for file in TOKENIZER_FILES:
+        shutil.copy(embedded_model_directory() / file, directory)

@@ -206,13 +206,13 @@ def test_codes_keep_to_their_range(seed: int, form: CodeFormat) -> None:
     assert (codes[scales == 0] == 0).all()
 
 
-def test_a_row_too_small_for_any_scale_is_zero() -> None:
-    states = torch.full((1, 1, 64), 127 * SUBNORMAL_ROUNDING)
-    only = torch.zeros(1, dtype=torch.int64)
-    for quantize in (absmax_reference.quantize, absmax_triton.quantize, absmax_cpu.quantize):
-        codes, scales = quantized(quantize, states.to(DEVICE), only.to(DEVICE), INT8)
-        assert scales.item() == 0
-        assert not codes.any()
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_row_too_small_for_any_scale_is_zero(implementation: ModuleType) -> None:
+    states = torch.full((1, 1, 64), 127 * SUBNORMAL_ROUNDING, device=DEVICE)
+    only = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    codes, scales = quantized(implementation.quantize, states, only, INT8)
+    assert scales.item() == 0
+    assert not codes.any()
 
 
 @pytest.mark.parametrize("form", FORMATS)

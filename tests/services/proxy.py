@@ -16,7 +16,8 @@ class CountingProxy:
         self._lock = threading.Lock()
         self._sockets: list[socket.socket] = []
         self._sent = 0
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
 
     @property
     def bytes_to_target(self) -> int:
@@ -26,6 +27,10 @@ class CountingProxy:
 
     def close(self) -> None:
         """Cut everything."""
+        # Wakes the thread, which would else accept one more client on a listener that is closed.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._accepting.join()
         self._listener.close()
         with self._lock:
             for one in self._sockets:
@@ -35,7 +40,11 @@ class CountingProxy:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                target = socket.create_connection(("127.0.0.1", self._target_port))
+                try:
+                    target = socket.create_connection(("127.0.0.1", self._target_port))
+                except OSError:
+                    client.close()
+                    raise
                 with self._lock:
                     self._sockets += [client, target]
                 threading.Thread(target=self._pump, args=(client, target, True), daemon=True).start()

@@ -59,8 +59,14 @@ PLAIN_FRAME = 0
 LARGEST_WINDOW_BYTES = 1 << 20
 EXCEPTION = np.dtype([("index", "<u4"), ("value", "<i4")])
 
+# Packed symbols hardly ever repeat. What codes them is Zstandard's Huffman coder; its search is kept as small as can be.
 _COMPRESSION = zstandard.ZstdCompressionParameters.from_level(
-    1, format=zstandard.FORMAT_ZSTD1_MAGICLESS, write_content_size=False, write_checksum=False, min_match=7
+    1,
+    format=zstandard.FORMAT_ZSTD1_MAGICLESS,
+    write_content_size=False,
+    write_checksum=False,
+    min_match=7,
+    hash_log=6,
 )
 
 

@@ -59,7 +59,7 @@ PLAIN_FRAME = 0
 LARGEST_WINDOW_BYTES = 1 << 20
 EXCEPTION = np.dtype([("index", "<u4"), ("value", "<i4")])
 
-# Packed symbols hardly ever repeat. What codes them is Zstandard's Huffman coder; its search is kept as small as can be.
+# Packed symbols hardly ever repeat: what codes them is Zstandard's Huffman coder, and its search is kept small.
 _COMPRESSION = zstandard.ZstdCompressionParameters.from_level(
     1,
     format=zstandard.FORMAT_ZSTD1_MAGICLESS,

@@ -42,7 +42,7 @@ def tapped_attention(
     Args:
         module: the attention layer.
         query: `[batch, query_heads, n, head_dim]`, after RoPE.
-        key: `[batch, kv_heads, n, head_dim]`, after RoPE.
+        key: `[batch, kv_heads, n, head_dim]`, after RoPE; more than n where earlier tokens are in a cache.
         value: like `key`.
         attention_mask: as transformers made it: None or bool, broadcastable to `[batch, 1, n, n]`.
         scaling: factor of the attention logits.
@@ -57,12 +57,13 @@ def tapped_attention(
         `[batch, n, query_heads, head_dim]` and no weights.
     """
     for row, kv_tap in enumerate(kv_taps):
-        end = query.shape[2] if lengths is None else lengths[row]
+        # With a cache there are more keys than queries, and no padding.
+        end, tokens = query.shape[2:3] + key.shape[2:3] if lengths is None else (lengths[row],) * 2
         kv_tap(
             Observation(
                 queries=query[row, :, max(0, end - window) : end],
-                keys=key[row, :, :end],
-                values=value[row, :, :end],
+                keys=key[row, :, :tokens],
+                values=value[row, :, :tokens],
                 scaling=scaling,
                 softcap=softcap,
                 sliding_window=sliding_window,

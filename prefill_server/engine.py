@@ -1,4 +1,4 @@
-"""Runs prompts through the model, one pass at a time; short ones that wait share a pass."""
+"""Runs prompts through the model, one pass at a time; short ones that wait share a pass, long ones take several."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from spectrumkv.common.errors import CancelledError
 from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.prefill_server.attention import ATTENTION_NAME, KvTap
+from spectrumkv.prefill_server.parts import PART_TOKENS, PromptParts, part_bounds
 from spectrumkv.prefill_server.prompt_queue import PromptQueue
 
 T = TypeVar("T")
@@ -28,8 +29,8 @@ class PromptResult:
 
     Attributes:
         logits: float32 `[vocab]` on the CPU, of the last position.
-        queue_seconds: time before the pass began.
-        compute_seconds: time that the pass took.
+        queue_seconds: time before the pass began, and between passes.
+        compute_seconds: time that the pass took, or the passes.
     """
 
     logits: torch.Tensor
@@ -44,13 +45,17 @@ class Prompt:
     Attributes:
         token_ids: at least one.
         kv_tap: takes each layer's observation.
+        parts: the passes that it takes where it is long.
         submitted: monotonic time.
+        computed_seconds: what the passes so far took.
         outcome: what becomes of it.
     """
 
     token_ids: Sequence[int]
     kv_tap: KvTap
+    parts: PromptParts
     submitted: float = field(default_factory=time.monotonic)
+    computed_seconds: float = 0.0
     outcome: "Future[PromptResult]" = field(default_factory=Future)
 
     def observe(self, observation: Observation) -> None:
@@ -79,30 +84,37 @@ class PrefillEngine:
     Args:
         loaded: the model; its attention is switched to the tapped one.
         window: how many of the last queries of each layer the tap gets.
+        part_tokens: least tokens of a part of a long prompt; None is what suits the device. The last queries are in
+            one part, whatever is said here.
     """
 
-    def __init__(self, loaded: LoadedModel, window: int) -> None:
+    def __init__(self, loaded: LoadedModel, window: int, part_tokens: int | None = None) -> None:
         self._model = loaded.model
         self._model.set_attn_implementation(ATTENTION_NAME)
         self._device = loaded.device
         self._window = window
+        self._part_tokens = max(part_tokens or PART_TOKENS[self._device.type], window)
         # One thread: the model uses all cores, and a pool of compute threads belongs to the thread calling it.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="prefill-engine")
         self._queue: PromptQueue[Prompt] = PromptQueue()
 
-    def submit(self, token_ids: Sequence[int], kv_tap: KvTap) -> "Future[PromptResult]":
+    def submit(
+        self, token_ids: Sequence[int], kv_tap: KvTap, leaves_in_parts: bool = False
+    ) -> "Future[PromptResult]":
         """Queue a prompt.
 
         Args:
             token_ids: the prompt.
             kv_tap: called on the engine's thread with each layer's observation; an exception that it raises
                 ends the prompt and becomes the future's.
+            leaves_in_parts: whether the layers of a long prompt are shown part by part.
 
         Returns:
             A future that can be cancelled at any time: whoever waits for it is free at once. A pass that runs
             already goes on to its next layer, and ends there if it has no other prompt.
         """
-        prompt = Prompt(token_ids, kv_tap)
+        bounds = part_bounds(len(token_ids), self._part_tokens)
+        prompt = Prompt(token_ids, kv_tap, PromptParts(token_ids, bounds, leaves_in_parts))
         self._queue.put(prompt, len(token_ids))
         prompt.outcome.add_done_callback(lambda _: self._queue.remove(prompt))
         # One call for each prompt; those that a call finds beside its own leave less to later ones.
@@ -115,7 +127,7 @@ class PrefillEngine:
 
     @property
     def waiting(self) -> int:
-        """Prompts that have not begun."""
+        """Prompts that wait to begin, or to go on."""
         return len(self._queue)
 
     def stop(self) -> None:
@@ -128,22 +140,41 @@ class PrefillEngine:
         if not batch:
             return
         try:
-            self._run(batch)
+            if batch[0].parts.several:
+                self._run_part(batch[0])
+            else:
+                self._run(batch)
         except Exception as error:  # noqa: BLE001  # it belongs to whoever waits
             for prompt in batch:
                 prompt.fail(error)
 
     def _next_batch(self) -> list[Prompt]:
-        """Take the prompt whose turn it is, and those after it that fit into the same pass."""
+        """Take the prompt whose turn it is, and those after it that fit into the same pass; one in parts is alone."""
         batch: list[Prompt] = []
 
         def fits(prompt: Prompt) -> bool:
-            longest = max(len(one.token_ids) for one in (*batch, prompt))
-            return not batch or longest * (len(batch) + 1) <= BATCH_TOKENS
+            together = (*batch, prompt)
+            longest = max(len(one.token_ids) for one in together)
+            alone = any(one.parts.several for one in together)
+            return not batch or (not alone and longest * len(together) <= BATCH_TOKENS)
 
         while (prompt := self._queue.take(fits)) is not None:
             batch.append(prompt)
         return [prompt for prompt in batch if not prompt.outcome.done()]
+
+    @torch.inference_mode()
+    def _run_part(self, prompt: Prompt) -> None:
+        """One pass over the next part of a prompt; then others may have their turn."""
+        started = time.monotonic()
+        logits = prompt.parts.run(self._model, prompt.observe, lambda: not prompt.outcome.done(), self._window)
+        row = logits.float().cpu()
+        prompt.computed_seconds += time.monotonic() - started
+        if prompt.parts.tokens_left:
+            self._queue.put(prompt, prompt.parts.tokens_left)
+            self._executor.submit(self._run_next)
+            return
+        waited = time.monotonic() - prompt.submitted - prompt.computed_seconds
+        prompt.succeed(PromptResult(row, waited, prompt.computed_seconds))
 
     @torch.inference_mode()
     def _run(self, batch: list[Prompt]) -> None:

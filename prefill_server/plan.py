@@ -101,6 +101,11 @@ class KvPlan:
         return replace(self, codec=codecs.get(FIXED_WIDTH_CODEC), codec_reason=reason)
 
     @property
+    def leaves_in_parts(self) -> bool:
+        """Whether tokens can leave before the rest of their prompt is computed."""
+        return self.policy.token_by_token and self.scope == "layer"
+
+    @property
     def codec_id(self) -> kv_pb2.CodecId:
         """What Begin says of the codec."""
         digest = self.basis.digest if self.codec.needs_basis and self.basis is not None else b""

@@ -175,7 +175,8 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         record.note(decode_worker=str(lease.worker))
         record.at_end(lease.pipeline.sent.log_fields)
         record.begin_stage("queue")
-        future = self._engine.submit(job.token_ids, lease.pipeline.put_layer)
+        pipeline = lease.pipeline
+        future = self._engine.submit(job.token_ids, pipeline.put_layer, pipeline.plan.leaves_in_parts)
         scope.on_end(future.cancel)
         lease.on_end(future.cancel)
         try:

@@ -12,25 +12,25 @@ from spectrumkv.common.kv.tiering import TierRequest, fill, policy, whole_tokens
 from spectrumkv.common.kv.tiers import Tier
 
 
-@policy("native", min_budget=1.0, codec="native", needs_scores=False)
+@policy("native", min_budget=1.0, codec="native", needs_scores=False, token_by_token=True)
 def native(request: TierRequest) -> Tensor:
     """Every token in the model's own dtype, bit for bit."""
     return _uniform(request, Tier.NATIVE)
 
 
-@policy("fp16", min_budget=1.0, needs_scores=False)
+@policy("fp16", min_budget=1.0, needs_scores=False, token_by_token=True)
 def fp16(request: TierRequest) -> Tensor:
     """Every token in the 16-bit dtype."""
     return _uniform(request, Tier.FP16)
 
 
-@policy("uniform-int8", min_budget=0.5, needs_scores=False)
+@policy("uniform-int8", min_budget=0.5, needs_scores=False, token_by_token=True)
 def uniform_int8(request: TierRequest) -> Tensor:
     """Every token at INT8."""
     return _uniform(request, Tier.INT8)
 
 
-@policy("uniform-int4", min_budget=0.25, needs_scores=False)
+@policy("uniform-int4", min_budget=0.25, needs_scores=False, token_by_token=True)
 def uniform_int4(request: TierRequest) -> Tensor:
     """Every token at INT4, whatever the probe says: whoever asks for this by name means it."""
     return _uniform(request, Tier.INT4)

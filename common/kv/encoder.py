@@ -102,7 +102,7 @@ def tier_blocks(
     cuts = _block_cuts(codec, tiers, geometry)
     coded = codec.encode_blocks(observation.keys, observation.values, tiers, cuts, geometry)
     for (first, end), block in zip(pairwise(cuts), coded, strict=True):
-        yield Block(observation.layer, first, tiers[first:end], block.body, block.tier_bytes)
+        yield Block(observation.layer, observation.first + first, tiers[first:end], block.body, block.tier_bytes)
 
 
 def _block_cuts(codec: TierCodec, tiers: torch.Tensor, geometry: KvGeometry) -> list[int]:

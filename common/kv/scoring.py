@@ -6,7 +6,7 @@ scorer is one function, registered by name in `scorers`.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ class Observation:
         seed: the request's seed, for scorers that draw.
         layer: from 0.
         computed: on a GPU, when the states are there; None is now.
+        first: position of the first token, where only the latter ones of a prompt are shown.
 
     Raises:
         InvalidArgumentError: the shapes do not fit together or a number is out of its range.
@@ -48,6 +49,7 @@ class Observation:
     seed: int
     layer: int
     computed: torch.cuda.Event | None = None
+    first: int = 0
 
     def __post_init__(self) -> None:
         self._check_shapes()
@@ -81,6 +83,11 @@ class Observation:
     def tokens(self) -> int:
         """Length n of the prompt."""
         return self.keys.shape[1]
+
+    def since(self, first: int) -> "Observation":
+        """Show the tokens from position `first` on only; no more queries than those are shown."""
+        keys, values = self.keys[:, first - self.first :], self.values[:, first - self.first :]
+        return replace(self, queries=self.queries[:, -keys.shape[1] :], keys=keys, values=values, first=first)
 
     def seen_by(self) -> torch.Tensor:
         """How many of the observed positions see each token: int64 `[n]`. Query i stands at position n − w + i."""

@@ -81,6 +81,8 @@ class Policy:
         needs_scores: whether `assign` looks at the scores' values. If not, nobody need compute them.
         rule: what `assign` does once the budget is checked; None where the codec spends the budget itself.
         heeds_int4: whether it looks at `int4_allowed`; whoever asks for one that does not by name means it.
+        token_by_token: whether a token's tier depends on no other token, so that the first ones can leave before the
+            last ones are computed.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Policy:
     needs_scores: bool
     rule: Rule | None
     heeds_int4: bool = False
+    token_by_token: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.min_budget <= self.max_budget <= 1:
@@ -150,11 +153,13 @@ def policy(
     codec: str | None = None,
     needs_scores: bool = True,
     heeds_int4: bool = False,
+    token_by_token: bool = False,
 ) -> Callable[[Rule], Rule]:
     """Return a decorator that registers a rule as the policy `name`; the arguments are those of `Policy`."""
 
     def add(rule: Rule) -> Rule:
-        policies.register(name)(Policy(name, min_budget, max_budget, codec, needs_scores, rule, heeds_int4))
+        made = Policy(name, min_budget, max_budget, codec, needs_scores, rule, heeds_int4, token_by_token)
+        policies.register(name)(made)
         return rule
 
     return add

@@ -1,5 +1,6 @@
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -118,6 +119,29 @@ def test_layers_leave_before_the_next_one_is_computed() -> None:
         assert chunk.sequence == layer
     one.put_first_token(FirstToken(1, finished=False))
     assert kind(next(messages)) == "end"
+
+
+def test_parts_of_a_prompt_leave_before_the_next_one_is_computed() -> None:
+    chosen = plan(policy="fp16")
+    assert chosen.leaves_in_parts
+    assert not plan(policy="greedy", budget=0.5).leaves_in_parts
+    assert not plan(policy="fp16", scope="model").leaves_in_parts
+    one = pipeline(chosen, chunk_bytes=1)
+    iterator: Iterator[Request] = one.messages()
+    messages = [next(iterator)]
+    whole = [observation(layer) for layer in range(GEOMETRY.layers)]
+    for first in (0, 17):
+        for layer in whole:
+            shown = layer if first else replace(layer, keys=layer.keys[:, :17], values=layer.values[:, :17])
+            one.put_layer(shown.since(first))
+            messages.append(next(iterator))
+            assert isinstance(messages[-1], Chunk)
+    one.put_first_token(FirstToken(1, finished=False))
+    messages += iterator
+    keys, values, _ = received(messages)
+    for layer, expected in enumerate(whole):
+        torch.testing.assert_close(keys[layer], expected.keys, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(values[layer], expected.values, rtol=1e-3, atol=1e-3)
 
 
 def test_cancelling_ends_the_messages_and_the_forward_pass() -> None:

@@ -13,7 +13,7 @@ from spectrumkv.common.kv.codec import BlockDecoder
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 from spectrumkv.common.kv.wire import Chunk, ChunkReader, ChunkTotals
 from spectrumkv.common.metrics import FRAMING, Metrics
-from spectrumkv.common.side_stream import SideStream
+from spectrumkv.common.side_stream import SideStream, moment
 from spectrumkv.decode_server.slots import Reservation, SlotArena
 from spectrumkv.v1 import decode_pb2
 
@@ -45,6 +45,8 @@ class KvReceiver:
         self._metrics = metrics
         self._reader = ChunkReader(self._geometry.layers, prompt_tokens)
         self._stream = SideStream(arena.keys.device)
+        # Whoever had the slots before may have left something to do on another stream.
+        self._free = moment(arena.keys)
 
     def __enter__(self) -> Self:
         return self
@@ -66,7 +68,7 @@ class KvReceiver:
             DataLossError: the chunk is damaged, out of order, repeated or malformed.
         """
         blocks = self._reader.read(chunk)
-        with self._stream.working():
+        with self._stream.working(self._free):
             tier_bytes = [self._write(block) for block in blocks]
         self._count(blocks, tier_bytes, serialized_bytes)
 

@@ -119,7 +119,7 @@ def check_arguments(
 
     Args:
         states: must be `[kv_heads, n, head_dim]` of a dtype in `STATE_DTYPES`, `head_dim` even, any strides.
-        index: must be int64 `[m]`, contiguous. Its values are not looked at: on a GPU that would wait for it.
+        index: must be int64 `[m]`, contiguous. Its values are not looked at.
         codes: must be `form.dtype` `[kv_heads, m, form.code_bytes(head_dim)]`, contiguous.
         scales: must be float16 `[kv_heads, m]`, contiguous.
         form: format of the codes.

@@ -44,7 +44,7 @@ def tapped_attention(
         query: `[batch, query_heads, n, head_dim]`, after RoPE.
         key: `[batch, kv_heads, n, head_dim]`, after RoPE; more than n where earlier tokens are in a cache.
         value: like `key`.
-        attention_mask: as transformers made it: None or bool, broadcastable to `[batch, 1, n, n]`.
+        attention_mask: as transformers made it: None or bool, broadcastable to `[batch, 1, n, keys]`.
         scaling: factor of the attention logits.
         sliding_window: the newest positions that this layer sees; the mask has it already.
         softcap: Gemma 2's bound on the attention logits.
@@ -71,12 +71,45 @@ def tapped_attention(
                 layer=int(module.layer_idx),  # type: ignore[arg-type]  # torch types attributes as tensors
             )
         )
+    if key.shape[2] > query.shape[2] > 1 and softcap is None and sliding_window is None and not query.is_cuda:
+        return _attention_after_past(query, key, value, scaling), None
     if softcap is None:
         attended: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
         return attended
     return _softcapped_attention(query, key, value, attention_mask, scaling, softcap), None
+
+
+def _attention_after_past(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Causal attention of a prompt's later part on a CPU: over what came before, and over itself, joined.
+
+    A mask of all queries and keys is widened in every layer, and what it hides is computed; both halves need none.
+    They are joined as the blocks of FlashAttention are (arXiv 2205.14135, section 3.1), by the logarithms of their
+    softmax's denominators.
+    """
+    kv_heads, queries = key.shape[1], query.shape[2]
+    past = key.shape[2] - queries
+    group = query.shape[1] // kv_heads
+    # Query heads that share a KV head are rows of one matrix where nothing depends on their order.
+    grouped = query.reshape(1, kv_heads, group * queries, -1)
+    before, before_level = _flash_attention(grouped, key[:, :, :past], value[:, :, :past], False, scaling)
+    own_keys, own_values = (one[:, :, past:].repeat_interleave(group, dim=1) for one in (key, value))
+    own, own_level = _flash_attention(query, own_keys, own_values, True, scaling)
+    share = torch.sigmoid(before_level.reshape(own_level.shape) - own_level).unsqueeze(-1).to(own.dtype)
+    return torch.lerp(own, before.reshape(own.shape), share).transpose(1, 2)
+
+
+def _flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the queries attend to, and the logarithm of the softmax's denominator of each."""
+    attended, level = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, is_causal, scale=scaling
+    )
+    return attended, level
 
 
 def _softcapped_attention(

@@ -50,7 +50,7 @@ class CodecChoice:
         geometry: shape and dtype of the model's cache.
         prefill: seconds a prompt token.
         coder: seconds that the entropy coder takes for a prompt token, scores included.
-        links: seconds a byte on the way to each worker; 0 where the link waited for the coder.
+        links: seconds a byte on the way to each worker; see `_link_seconds`.
     """
 
     geometry: KvGeometry
@@ -116,7 +116,7 @@ class CodecChoice:
 
 
 def _link_seconds(sent: SentKv) -> float:
-    """How long the bytes would have travelled alone; 0 where the link waited for the coder."""
+    """How long the bytes would have travelled alone; 0 where both took turns and the link waited for the coder."""
     if sent.coded_ahead:
         return sent.link_seconds
     held_up = sent.link_seconds > LINK_SHARE * sent.encode_seconds

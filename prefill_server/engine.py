@@ -47,6 +47,7 @@ class Prompt:
         kv_tap: takes each layer's observation.
         parts: the passes that it takes where it is long.
         submitted: monotonic time.
+        arrival: its number in the queue.
         computed_seconds: what the passes so far took.
         outcome: what becomes of it.
     """
@@ -55,6 +56,7 @@ class Prompt:
     kv_tap: KvTap
     parts: PromptParts
     submitted: float = field(default_factory=time.monotonic)
+    arrival: int = 0
     computed_seconds: float = 0.0
     outcome: "Future[PromptResult]" = field(default_factory=Future)
 
@@ -93,7 +95,8 @@ class PrefillEngine:
         self._model.set_attn_implementation(ATTENTION_NAME)
         self._device = loaded.device
         self._window = window
-        self._part_tokens = max(part_tokens or PART_TOKENS[self._device.type], window)
+        least = part_tokens or PART_TOKENS.get(self._device.type)
+        self._part_tokens = None if least is None else max(least, window)
         # One thread: the model uses all cores, and a pool of compute threads belongs to the thread calling it.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="prefill-engine")
         self._queue: PromptQueue[Prompt] = PromptQueue()
@@ -115,7 +118,7 @@ class PrefillEngine:
         """
         bounds = part_bounds(len(token_ids), self._part_tokens)
         prompt = Prompt(token_ids, kv_tap, PromptParts(token_ids, bounds, leaves_in_parts))
-        self._queue.put(prompt, len(token_ids))
+        prompt.arrival = self._queue.put(prompt, len(token_ids))
         prompt.outcome.add_done_callback(lambda _: self._queue.remove(prompt))
         # One call for each prompt; those that a call finds beside its own leave less to later ones.
         self._executor.submit(self._run_next)
@@ -162,6 +165,14 @@ class PrefillEngine:
             batch.append(prompt)
         return [prompt for prompt in batch if not prompt.outcome.done()]
 
+    def _go_on(self) -> None:
+        """Have a call for what was put back."""
+        try:
+            self._executor.submit(self._run_next)
+        except RuntimeError:
+            # The engine stops, takes no new calls, and finishes what is queued.
+            self._run_next()
+
     @torch.inference_mode()
     def _run_part(self, prompt: Prompt) -> None:
         """One pass over the next part of a prompt; then others may have their turn."""
@@ -170,8 +181,10 @@ class PrefillEngine:
         row = logits.float().cpu()
         prompt.computed_seconds += time.monotonic() - started
         if prompt.parts.tokens_left:
-            self._queue.put(prompt, prompt.parts.tokens_left)
-            self._executor.submit(self._run_next)
+            self._queue.put(prompt, prompt.parts.tokens_left, prompt.arrival)
+            if prompt.outcome.done():
+                self._queue.remove(prompt)
+            self._go_on()
             return
         waited = time.monotonic() - prompt.submitted - prompt.computed_seconds
         prompt.succeed(PromptResult(row, waited, prompt.computed_seconds))
@@ -193,9 +206,11 @@ class PrefillEngine:
             lengths=lengths,
             window=self._window,
         ).logits
+        # On a GPU only this waits for what was computed.
+        logits = logits.float().cpu()
         seconds = time.monotonic() - started
         for prompt, length, positions in zip(batch, lengths, logits, strict=True):
-            row = positions[last.index(length - 1)].float().cpu()
+            row = positions[last.index(length - 1)]
             prompt.succeed(PromptResult(row, started - prompt.submitted, seconds))
 
 

@@ -6,7 +6,7 @@ each part.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -15,13 +15,19 @@ from spectrumkv.common.errors import CancelledError
 from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.prefill_server.attention import KvTap
 
-# Least tokens of a part: few enough that a short prompt's wait for one is short, enough to keep the device busy.
-PART_TOKENS = {"cpu": 1024, "cuda": 4096}
+# Least tokens of a part, by device: few enough that a short prompt's wait for one is short, enough that parts cost
+# little. Where none are stated prompts run in one pass: on a GPU parts would leave the fused causal kernels.
+PART_TOKENS = {"cpu": 2048}
 
 
-def part_bounds(tokens: int, least: int) -> list[int]:
-    """Where parts begin, and the end of the last one: as many parts of at least `least` tokens as there can be."""
-    parts = max(1, tokens // least)
+def part_bounds(tokens: int, least: int | None) -> list[int]:
+    """Where parts begin, and the end of the last one.
+
+    Args:
+        tokens: of the prompt.
+        least: tokens of a part, of which there are as many as there can be; None is one part.
+    """
+    parts = 1 if least is None else max(1, tokens // least)
     return [tokens * part // parts for part in range(parts + 1)]
 
 
@@ -71,7 +77,7 @@ class PromptParts:
 
         def tap(observation: Observation) -> None:
             if self.leaves_in_parts:
-                kv_tap(observation.since(first))
+                kv_tap(_on_its_own(observation.since(first)))
             elif is_last:
                 kv_tap(observation)
             if not wanted():
@@ -85,3 +91,8 @@ class PromptParts:
         if is_last:
             self._cache = None
         return logits
+
+
+def _on_its_own(observation: Observation) -> Observation:
+    """The same in memory of its own: a view keeps the cache of all parts so far from being freed."""
+    return replace(observation, keys=observation.keys.clone(), values=observation.values.clone())

@@ -4,7 +4,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 import torch
 
@@ -21,7 +20,8 @@ from spectrumkv.prefill_server.layer_queue import LayerQueue
 from spectrumkv.prefill_server.plan import KvPlan
 from spectrumkv.v1 import decode_pb2
 
-R = TypeVar("R", bound=Request)
+# A message and the blocks in it.
+Outgoing = tuple[Request, Sequence[Block]]
 
 # At most what a chunk takes besides its payload, and what End takes.
 CHUNK_ENVELOPE_BYTES = 24
@@ -126,7 +126,7 @@ class KvPipeline:
         self._layers = LayerQueue(geometry, metrics.kv_bytes_resident)
         self._coding = threading.Lock()
         self._stream = SideStream(device)
-        self._ahead: RunAhead[Request] | None = None
+        self._ahead: RunAhead[Outgoing] | None = None
         self._begin = begin
         self.plan = plan
         self._geometry = geometry
@@ -161,7 +161,7 @@ class KvPipeline:
     def settle(self) -> None:
         """Wait, once it is cancelled, for the block that is being coded: nothing is computed after this.
 
-        gRPC's thread is a daemon, and a process that ends while one is in compiled code is aborted.
+        The thread that codes is a daemon, and a process that ends while one is in compiled code is aborted.
         """
         with self._coding:
             pass
@@ -173,15 +173,19 @@ class KvPipeline:
             SpectrumKVError: the KV cannot be coded. gRPC ends the stream without a word of why; `failure` keeps it.
         """
         try:
-            for message in self._made():
+            for message, blocks in self._made():
+                self._account(message, blocks)
                 handed_over = time.monotonic()
                 yield message
-                self.sent.link_seconds += time.monotonic() - handed_over
+                now = time.monotonic()
+                self.sent.link_seconds += now - handed_over
+                if isinstance(message, decode_pb2.DecodeRequest) and message.HasField("end"):
+                    self.sent.ended_at = now
         except Exception as error:
             self.failure = error
             raise
 
-    def _made(self) -> Iterable[Request]:
+    def _made(self) -> Iterable[Outgoing]:
         if not self.sent.coded_ahead:
             return self._messages()
         self._ahead = RunAhead(self._messages(), MESSAGES_AHEAD, "kv-coding")
@@ -189,24 +193,26 @@ class KvPipeline:
             self._ahead.close()
         return self._ahead
 
-    def _messages(self) -> Iterator[Request]:
-        yield self._account(decode_pb2.DecodeRequest(begin=self._begin))
+    def _messages(self) -> Iterator[Outgoing]:
+        yield decode_pb2.DecodeRequest(begin=self._begin), ()
         for observation in self._layers.layers():
             for block in self._encode(observation):
-                yield from self._chunk_messages(self._writer.add(block))
+                yield from self._writer.add(block)
             if self._layers.empty and self._writer.pending_bytes >= self._worth_a_chunk:
-                yield from self._chunk_messages(self._writer.flush())
+                yield from self._writer.flush()
         if self.first_token is None or not self._layers.complete:
             return
-        yield from self._chunk_messages(self._writer.flush())
+        yield from self._writer.flush()
         end = _end_message(self.first_token, self._writer.totals())
-        yield self._account(decode_pb2.DecodeRequest(end=end))
-        self.sent.ended_at = time.monotonic()
+        yield decode_pb2.DecodeRequest(end=end), ()
 
     def _encode(self, observation: Observation) -> Iterator[Block]:
         """Yield the blocks that are ready with this layer, counted; time is taken while they are made."""
         blocks = self._encoder.encode(observation)
         states = (observation.queries, observation.keys, observation.values)
+        if observation.computed is not None:
+            # What the model still has to do is no time of coding.
+            observation.computed.synchronize()
         while True:
             started = time.monotonic()
             try:
@@ -225,14 +231,10 @@ class KvPipeline:
             self.sent.tier_tokens[tier] += tokens
             self._metrics.kv_tokens.labels(tier.label).inc(tokens / self._geometry.layers)
 
-    def _chunk_messages(self, chunks: Iterator[tuple[Chunk, list[Block]]]) -> Iterator[Chunk]:
-        for chunk, blocks in chunks:
-            if self.sent.first_chunk_at is None:
-                self.sent.first_chunk_at = time.monotonic()
-            yield self._account(chunk, blocks)
-
-    def _account(self, message: R, blocks: Sequence[Block] = ()) -> R:
+    def _account(self, message: Request, blocks: Sequence[Block]) -> None:
         """Count a message as it leaves: its blocks' codes and scales by tier, the rest as framing."""
+        if isinstance(message, Chunk) and self.sent.first_chunk_at is None:
+            self.sent.first_chunk_at = time.monotonic()
         framing = serialized_bytes(message)
         self.sent.message_bytes += framing
         for block in blocks:
@@ -241,7 +243,6 @@ class KvPipeline:
                 self._metrics.kv_bytes_sent.labels(tier.label).inc(size)
                 framing -= size
         self._metrics.kv_bytes_sent.labels(FRAMING).inc(framing)
-        return message
 
 
 def _most_begin_bytes(begin: decode_pb2.Begin) -> int:

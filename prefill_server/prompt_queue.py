@@ -1,8 +1,10 @@
 """Prompts that wait for the model: short ones first, and nobody for ever."""
 
 import threading
+from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -15,6 +17,7 @@ PASSED_OVER_AT_MOST = 4
 class _Waiting(Generic[T]):
     item: T
     tokens: int
+    arrival: int
     passed_over: int = field(default=0)
 
 
@@ -31,16 +34,25 @@ class PromptQueue(Generic[T]):
     def __init__(self, limit: int = PASSED_OVER_AT_MOST) -> None:
         self._limit = limit
         self._lock = threading.Lock()
+        self._arrivals = count()
         # In order of arrival.
         self._waiting: list[_Waiting[T]] = []
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def put(self, item: T, tokens: int) -> None:
-        """Add an item that stands for a prompt of so many tokens."""
+    def put(self, item: T, tokens: int, arrival: int | None = None) -> int:
+        """Add an item that stands for a prompt of so many tokens; return the number of its arrival.
+
+        Args:
+            item: what to add.
+            tokens: that are to be computed.
+            arrival: of an item that was here before, and gets its place again.
+        """
         with self._lock:
-            self._waiting.append(_Waiting(item, tokens))
+            number = next(self._arrivals) if arrival is None else arrival
+            insort(self._waiting, _Waiting(item, tokens, number), key=lambda one: one.arrival)
+            return number
 
     def remove(self, item: T) -> None:
         """Take an item out that nobody waits for any more; one that is not there is fine."""

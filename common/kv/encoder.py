@@ -17,9 +17,9 @@ from spectrumkv.common.kv.scoring import Observation, combine, scorers
 from spectrumkv.common.kv.tiering import Policy, TierRequest
 from spectrumkv.common.kv.tiers import Tier
 
-# Of a chunk's payload, what a block's header and tier map may take: two bits a token.
+# Of a chunk's payload, what a block's header and tier map may take, at two bits a token.
 BLOCK_OVERHEAD_BYTES = 64 << 10
-MAX_BLOCK_TOKENS = 2 * BLOCK_OVERHEAD_BYTES
+MAX_BLOCK_TOKENS = 128 << 10
 # What a token's bytes are measured on.
 TRIAL_TOKENS = 64
 

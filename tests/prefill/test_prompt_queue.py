@@ -53,3 +53,16 @@ def test_nobody_waits_for_more_than_those_before_and_the_limit_of_later_ones(lim
     assert sorted(taken) == list(range(arrived))
     for place, item in enumerate(taken):
         assert sum(earlier > item for earlier in taken[:place]) <= limit
+
+
+def test_what_is_put_back_has_its_old_place() -> None:
+    queue: PromptQueue[str] = PromptQueue(limit=2)
+    arrival = queue.put("long", 900)
+    assert queue.take() == "long"
+    queue.put("as long", 900)
+    shorts = [f"short {number}" for number in range(4)]
+    for short in shorts:
+        queue.put(short, 10)
+    assert queue.put("long", 900, arrival) == arrival
+    # Two may go before it, and it goes before whoever came after it.
+    assert [queue.take() for _ in range(6)] == [*shorts[:2], "long", "as long", *shorts[2:]]

@@ -108,8 +108,8 @@ def test_the_kv_lies_in_the_receivers_slots(cache: Cache) -> None:
             for _ in range(2):
                 sending = sender.send()
                 assert sending.seconds > 0
-            assert torch.equal(arena.keys, torch.stack(cache.keys))
-            assert torch.equal(arena.values, torch.stack(cache.values))
+            assert torch.equal(arena.keys[:, :, :TOKENS], torch.stack(cache.keys))
+            assert torch.equal(arena.values[:, :, :TOKENS], torch.stack(cache.values))
             assert arena.used == 0
             with arena.reserve(1), pytest.raises(ResourceExhaustedError):
                 sender.send()

@@ -61,7 +61,9 @@ def test_any_bytes_are_read_as_protobuf_reads_them(data: bytes) -> None:
             read = (arrived.sequence, arrived.crc32c, bytes(arrived.payload))
             assert read == (expected.chunk.sequence, expected.chunk.crc32c, expected.chunk.payload)
         else:
+            # The seal, and what may stand before it in the field that the seal takes.
             expected.ClearField("crc32c")
+            arrived.ClearField("crc32c")
             assert arrived == expected
 
 

@@ -33,10 +33,15 @@ def test_blocks_on_a_cpu_equal_those_of_the_reference(
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    ("kv_heads", "head_dim", "tokens", "cuts"),
-    [(1, 64, 1, []), (3, 64, 67, [5, 40]), (2, 80, 33, [32]), (5, 6, 45, []), (1, 256, 19, [8, 9, 10])],
+    ("layout", "kv_heads", "head_dim", "tokens", "cuts"),
+    [
+        *((layout, 3, 64, 37, [5, 20]) for layout in LAYOUTS),
+        ("contiguous", 1, 64, 1, []),
+        ("slots", 2, 80, 33, [32]),
+        ("tokens-first", 5, 6, 45, []),
+        ("slots", 1, 256, 19, [8, 9, 10]),
+    ],
 )
 def test_one_launch_codes_any_mix_of_tiers(
     dtype: torch.dtype, layout: str, kv_heads: int, head_dim: int, tokens: int, cuts: list[int]

@@ -40,15 +40,15 @@ def test_each_row_attends_over_its_own_slots(
 
 # The interpreter multiplies the bits of bfloat16 and not its numbers.
 @pytest.mark.parametrize("dtype", DTYPES if DEVICE.type == "cuda" else DTYPES[:2], ids=str)
-@pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(3, 3, 64), (2, 1, 80), (1, 20, 256)])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (40, 5.0)])
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(2, 3, 64), (2, 1, 80), (1, 20, 256)])
 def test_a_gpu_attends_over_slots_that_are_kept(
-    dtype: torch.dtype, softcap: float | None, window: int | None, kv_heads: int, group: int, head_dim: int
+    dtype: torch.dtype, window: int | None, softcap: float | None, kv_heads: int, group: int, head_dim: int
 ) -> None:
     generator = torch.Generator().manual_seed(head_dim)
-    # One token, one block of them, and more than there are parts.
-    lengths = [1, 64, 17 * decode_attention_triton.BLOCK_TOKENS + 5]
+    # One token, a block of them, and for one shape more blocks than there are parts.
+    longest = decode_attention_triton.SPLITS * decode_attention_triton.BLOCK_TOKENS + 69
+    lengths = [1, 64, longest if head_dim == 64 and dtype == torch.float32 else 230]
     firsts = torch.tensor([3 + sum(lengths[:row]) + 2 * row for row in range(len(lengths))])
     newest = firsts + torch.tensor(lengths) - 1
     slots = torch.full((2, kv_heads, int(newest[-1]) + 4, head_dim), torch.nan)

@@ -59,14 +59,8 @@ PLAIN_FRAME = 0
 LARGEST_WINDOW_BYTES = 1 << 20
 EXCEPTION = np.dtype([("index", "<u4"), ("value", "<i4")])
 
-# Packed symbols hardly ever repeat: what codes them is Zstandard's Huffman coder, and its search is kept small.
 _COMPRESSION = zstandard.ZstdCompressionParameters.from_level(
-    1,
-    format=zstandard.FORMAT_ZSTD1_MAGICLESS,
-    write_content_size=False,
-    write_checksum=False,
-    min_match=7,
-    hash_log=6,
+    1, format=zstandard.FORMAT_ZSTD1_MAGICLESS, write_content_size=False, write_checksum=False, min_match=7
 )
 
 

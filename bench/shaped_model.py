@@ -1,6 +1,5 @@
 """Models with the shape of well-known ones and random weights, for speed where no weights can be had."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,9 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, MistralConfig, PretrainedConfig
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.model.embedded import embedded_model_directory
+from spectrumkv.common.model.embedded import copy_tokenizer
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # The embedded model's tokenizer has more tokens than Mistral's.
 VOCABULARY = 49152
 
@@ -58,5 +56,4 @@ def write_shaped_model(shape: str, directory: Path) -> None:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=torch.bfloat16)
     model.save_pretrained(directory)
-    for file in TOKENIZER_FILES:
-        shutil.copy(embedded_model_directory() / file, directory)
+    copy_tokenizer(directory)

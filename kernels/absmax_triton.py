@@ -93,6 +93,25 @@ def _tile(
 
 
 @_jit
+def _elements(
+    states_ptr: tl.tensor,
+    stride_head: tl.tensor,
+    stride_token: tl.tensor,
+    stride_element: tl.tensor,
+    token: tl.tensor,
+    in_tile: tl.tensor,
+    half: tl.constexpr,
+    padded_half: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Where the tile's states lie, first and second halves of the head, the elements of a half, and their mask."""
+    element = tl.arange(0, padded_half)[None, :]
+    mask = in_tile[:, None] & (element < half)
+    low_ptr = states_ptr + tl.program_id(1).to(tl.int64) * stride_head + token[:, None] * stride_token
+    low_ptr += element.to(tl.int64) * stride_element
+    return low_ptr, low_ptr + tl.cast(half, tl.int64) * stride_element, element, mask
+
+
+@_jit
 def _encode_tile(
     states_ptr: tl.tensor,
     stride_head: tl.tensor,
@@ -110,12 +129,11 @@ def _encode_tile(
     rows: tl.constexpr,
 ) -> None:
     tier, token, in_tile, section_row, elements_at, scales_at = _tile(order_ptr, tiles_ptr, kv_heads, alignment, rows)
-    element = tl.arange(0, padded_half)[None, :]
-    mask = in_tile[:, None] & (element < half)
-    low_ptr = states_ptr + tl.program_id(1).to(tl.int64) * stride_head + token[:, None] * stride_token
-    low_ptr += element.to(tl.int64) * stride_element
+    low_ptr, high_ptr, element, mask = _elements(
+        states_ptr, stride_head, stride_token, stride_element, token, in_tile, half, padded_half
+    )
     low = tl.load(low_ptr, mask=mask, other=0.0).to(tl.float32)
-    high = tl.load(low_ptr + tl.cast(half, tl.int64) * stride_element, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(high_ptr, mask=mask, other=0.0).to(tl.float32)
     if tier == TIER_16BIT:
         float_ptr = floats_ptr + elements_at // 2 + section_row[:, None] * (2 * half) + element
         dtype: tl.constexpr = floats_ptr.dtype.element_ty
@@ -152,11 +170,9 @@ def _decode_tile(
     rows: tl.constexpr,
 ) -> None:
     tier, token, in_tile, section_row, elements_at, scales_at = _tile(order_ptr, tiles_ptr, kv_heads, alignment, rows)
-    element = tl.arange(0, padded_half)[None, :]
-    mask = in_tile[:, None] & (element < half)
-    low_ptr = states_ptr + tl.program_id(1).to(tl.int64) * stride_head + token[:, None] * stride_token
-    low_ptr += element.to(tl.int64) * stride_element
-    high_ptr = low_ptr + tl.cast(half, tl.int64) * stride_element
+    low_ptr, high_ptr, element, mask = _elements(
+        states_ptr, stride_head, stride_token, stride_element, token, in_tile, half, padded_half
+    )
     dtype: tl.constexpr = states_ptr.dtype.element_ty
     if tier == TIER_16BIT:
         float_ptr = floats_ptr + elements_at // 2 + section_row[:, None] * (2 * half) + element

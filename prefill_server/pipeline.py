@@ -216,7 +216,7 @@ class KvPipeline:
         while True:
             started = time.monotonic()
             try:
-                with self._coding, self._stream.working(observation.computed, states):
+                with self._coding, self._stream.working(states=states):
                     block = None if self._layers.closed else next(blocks, None)
             finally:
                 self.sent.encode_seconds += time.monotonic() - started

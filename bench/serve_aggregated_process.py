@@ -73,7 +73,8 @@ def main() -> None:
 def _serve() -> None:
     options: dict[str, Any] = json.loads(sys.argv[1])
     max_batch, max_tokens = int(options.pop("max_batch")), int(options.pop("max_tokens"))
-    loaded = load_model(options["model"], options["device"], options["dtype"])
+    # What users of transformers alone have.
+    loaded = load_model(options["model"], options["device"], options["dtype"], packed=False)
     if max_tokens > loaded.context_length:
         raise InvalidArgumentError(
             f"prompt and completion are {max_tokens} tokens, and {loaded.name} has a context of "

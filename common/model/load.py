@@ -22,6 +22,7 @@ from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentErr
 from spectrumkv.common.kv.geometry import NATIVE_DTYPES, KvGeometry
 from spectrumkv.common.model.digest import rope_digest, tokenizer_digest, weights_digest
 from spectrumkv.common.model.directory import find_model
+from spectrumkv.common.model.packed_linear import can_pack, pack_linear_layers
 from spectrumkv.common.model.spec import ModelSpec
 from spectrumkv.common.model.support import LayerAttention, check_supported, head_dim, layer_attention
 from spectrumkv.common.model.tokenizer import tokenizer_class
@@ -67,7 +68,9 @@ class LoadedModel:
             )
 
 
-def load_model(name: str | None = None, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def load_model(
+    name: str | None = None, device: str = "auto", dtype: str = "auto", *, packed: bool = True
+) -> LoadedModel:
     """Load a model for serving.
 
     Args:
@@ -75,6 +78,8 @@ def load_model(name: str | None = None, device: str = "auto", dtype: str = "auto
         device: "cpu", "cuda", or "auto": a GPU where there is one.
         dtype: "float32", "float16", "bfloat16", or "auto": float32 on a CPU (where bfloat16 is many times
             slower) and the model's own on a GPU.
+        packed: where that is faster, keep the weights of linear layers as the processor's kernels read them. False
+            leaves the model as transformers has it, state_dict included.
 
     Raises:
         InvalidArgumentError: `device` or `dtype` is none of these.
@@ -85,6 +90,8 @@ def load_model(name: str | None = None, device: str = "auto", dtype: str = "auto
     config = _read_config(directory)
     check_supported(config)
     model = _read_weights(directory, config, choose_dtype(dtype, place)).to(place)
+    if packed and can_pack(model):
+        pack_linear_layers(model)
     tokenizer = _read_tokenizer(directory, config)
     geometry = KvGeometry(config.num_hidden_layers, config.num_key_value_heads, head_dim(config), model.dtype)
     return LoadedModel(

@@ -44,8 +44,10 @@ def test_it_is_a_qwen2_with_the_same_weights_and_tokenizer(biased: LoadedModel, 
     assert biased.spec.architecture == "qwen2"
     assert biased.spec.tokenizer_digest == tiny_llama.spec.tokenizer_digest
     assert biased.tokenizer.chat_template == tiny_llama.tokenizer.chat_template
-    same = dict(biased.model.named_parameters())
-    for name, parameter in tiny_llama.model.named_parameters():
+    directories = biased.model.config.name_or_path, tiny_llama.model.config.name_or_path
+    ours, theirs = (load_model(directory, "cpu", packed=False).model for directory in directories)
+    same = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
         torch.testing.assert_close(same[name], parameter, rtol=0, atol=0)
 
 

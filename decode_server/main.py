@@ -3,6 +3,7 @@
 import sys
 
 from spectrumkv.common import config as configuration
+from spectrumkv.common.compute_threads import give_way_from_now_on, one_core_from_now_on
 from spectrumkv.common.config import DecodeConfig
 from spectrumkv.common.decode_stream import SERVICE_NAME, add_decode_servicer
 from spectrumkv.common.kv.spectral import codec as spectral
@@ -33,6 +34,8 @@ def _serve() -> None:
     decode_attention_cpu.prepare()
     metrics = Metrics.for_process("decode", loaded.name)
     service = DecodeService(loaded, config, metrics)
+    # The batch runs on its thread by now; KV that arrives must not stall it.
+    give_way_from_now_on()
     server = Server(
         add_decode_servicer,
         service,
@@ -42,6 +45,7 @@ def _serve() -> None:
         reflection_enabled=config.reflection,
         security=ServerSecurity.from_config(config),
     )
+    one_core_from_now_on()
     serve_until_signalled(server, metrics, config, service.stop)
 
 

@@ -1,0 +1,34 @@
+"""What torch's operations may take of the processor: all cores on the thread that runs the model, one elsewhere.
+
+What codes, sends and receives KV runs beside the model. Where it takes several cores it gains nothing, since they are
+busy, and its threads wait for each other: processor time that the model could have had (docs/decisions.md, 46).
+"""
+
+import os
+import sys
+import threading
+
+import torch
+
+# On Linux a thread that is nicer by this gets a tenth of what the other gets where both want the same core.
+NICENESS = 10
+
+
+def keep_all_cores() -> None:
+    """Called on a thread: it keeps the number of cores that the process has now, whatever is said later.
+
+    torch gives a thread the process's number when it first computes or asks.
+    """
+    torch.get_num_threads()
+
+
+def one_core_from_now_on() -> None:
+    """The calling thread, and all that did not compute yet, take one core."""
+    torch.set_num_threads(1)
+
+
+def give_way_from_now_on() -> None:
+    """The calling thread, and all that it starts, leave cores to the threads that there are; on Linux only."""
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)

@@ -14,11 +14,17 @@ import torch
 NICENESS = 10
 
 
-def keep_all_cores() -> None:
-    """Called on a thread: it keeps the number of cores that the process has now, whatever is said later.
+# What torch was started with: cores, or OMP_NUM_THREADS.
+_ALL = torch.get_num_threads()
 
-    torch gives a thread the process's number when it first computes or asks.
+
+def take_all_cores() -> None:
+    """The calling thread takes all cores, whatever is said of others later.
+
+    torch gives a thread the process's number when it first computes or asks; until that is said anew, others get it
+    too.
     """
+    torch.set_num_threads(_ALL)
     torch.get_num_threads()
 
 

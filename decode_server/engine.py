@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from spectrumkv.common.compute_threads import keep_all_cores
+from spectrumkv.common.compute_threads import take_all_cores
 from spectrumkv.common.errors import InternalError, SpectrumKVError, UnavailableError
 from spectrumkv.common.generation.sampling import SampledToken, Sampler
 from spectrumkv.common.generation.text import FinishReason, TextStream
@@ -154,7 +154,7 @@ class DecodeEngine:
             self._changed.wait_for(lambda: sequence not in self._in_step)
 
     def _run(self) -> None:
-        keep_all_cores()
+        take_all_cores()
         self._started.set()
         while batch := self._next_batch():
             try:

@@ -28,6 +28,8 @@ def _serve() -> None:
     config = configuration.load(DecodeConfig, sys.argv[1:], "spectrumkv-decode")
     set_up_logging(config.log_level, config.log_format)
     set_up_spans("decode")
+    # libgomp's threads wait for each other without sleeping only while no more than the cores have been started.
+    one_core_from_now_on()
     loaded = load_model(config.model, config.device, config.dtype)
     absmax.prepare(loaded.geometry.native_dtype)
     spectral.prepare()

@@ -7,13 +7,14 @@ import pytest
 
 CORES = """
 import os, threading, torch
-from concurrent.futures import ThreadPoolExecutor
-from spectrumkv.common.compute_threads import give_way_from_now_on, keep_all_cores, one_core_from_now_on
 torch.set_num_threads(3)
+from concurrent.futures import ThreadPoolExecutor
+from spectrumkv.common.compute_threads import give_way_from_now_on, take_all_cores, one_core_from_now_on
 model, coder = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 def seen():
     return torch.get_num_threads(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-model.submit(keep_all_cores).result()
+one_core_from_now_on()
+model.submit(take_all_cores).result()
 own = seen()[1]
 one_core_from_now_on()
 give_way_from_now_on()

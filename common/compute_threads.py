@@ -1,18 +1,10 @@
-"""What torch's operations may take of the processor: all cores on the thread that runs the model, one elsewhere.
+"""How many cores torch's operations take: all of them on the thread that runs the model, one elsewhere.
 
 What codes, sends and receives KV runs beside the model. Where it takes several cores it gains nothing, since they are
 busy, and its threads wait for each other: processor time that the model could have had (docs/decisions.md, 46).
 """
 
-import os
-import sys
-import threading
-
 import torch
-
-# On Linux a thread that is nicer by this gets a tenth of what the other gets where both want the same core.
-NICENESS = 10
-
 
 # What torch was started with: cores, or OMP_NUM_THREADS.
 _ALL = torch.get_num_threads()
@@ -31,10 +23,3 @@ def take_all_cores() -> None:
 def one_core_from_now_on() -> None:
     """The calling thread, and all that did not compute yet, take one core."""
     torch.set_num_threads(1)
-
-
-def give_way_from_now_on() -> None:
-    """The calling thread, and all that it starts, leave cores to the threads that there are; on Linux only."""
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)

@@ -3,7 +3,7 @@
 import sys
 
 from spectrumkv.common import config as configuration
-from spectrumkv.common.compute_threads import give_way_from_now_on, one_core_from_now_on
+from spectrumkv.common.compute_threads import one_core_from_now_on
 from spectrumkv.common.config import DecodeConfig
 from spectrumkv.common.decode_stream import SERVICE_NAME, add_decode_servicer
 from spectrumkv.common.kv.spectral import codec as spectral
@@ -28,16 +28,12 @@ def _serve() -> None:
     config = configuration.load(DecodeConfig, sys.argv[1:], "spectrumkv-decode")
     set_up_logging(config.log_level, config.log_format)
     set_up_spans("decode")
-    # libgomp's threads wait for each other without sleeping only while no more than the cores have been started.
-    one_core_from_now_on()
     loaded = load_model(config.model, config.device, config.dtype)
     absmax.prepare(loaded.geometry.native_dtype)
     spectral.prepare()
     decode_attention_cpu.prepare()
     metrics = Metrics.for_process("decode", loaded.name)
     service = DecodeService(loaded, config, metrics)
-    # The batch runs on its thread by now; KV that arrives must not stall it.
-    give_way_from_now_on()
     server = Server(
         add_decode_servicer,
         service,

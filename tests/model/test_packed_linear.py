@@ -8,9 +8,11 @@ from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.common.model.packed_linear import PackedLinear, can_pack
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
-pytestmark = pytest.mark.skipif(
-    not can_pack(load_model(str(tiny_model("llama")), "cpu", packed=False).model), reason="not packed on this machine"
-)
+
+@pytest.fixture(scope="module", autouse=True)
+def packed_here() -> None:
+    if not can_pack(load_model(str(tiny_model("llama")), "cpu", packed=False).model):
+        pytest.skip("not packed on this machine")
 
 
 @pytest.mark.parametrize("bias", [False, True])

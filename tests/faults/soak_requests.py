@@ -1,8 +1,10 @@
 """What the requests of a soak ask for."""
 
 import random
+from dataclasses import replace
 
 from spectrumkv.client.request import KvChoice, Sampling
+from spectrumkv.prefill_server.plan import FIXED_WIDTH_CODEC
 from tests.services.agreement import TOP_LOGPROBS
 
 EXACT = KvChoice(policy="native")
@@ -19,6 +21,14 @@ QUANTIZED = (
     KvChoice(policy="uniform-int4"),
     KvChoice(policy="fp16"),
 )
+# Below it not even INT4 everywhere fits, and prefill has nothing to choose.
+LEAST_FIXED_BUDGET = 0.3
+
+
+def coded_as(kv: KvChoice) -> tuple[KvChoice, ...]:
+    """Where prefill may choose the codec for `kv` by itself, `kv` with each one named; else `kv`."""
+    chosen = kv.policy in (None, "spectral") and (kv.budget or LEAST_FIXED_BUDGET) >= LEAST_FIXED_BUDGET
+    return tuple(replace(kv, codec=codec) for codec in ("spectral", FIXED_WIDTH_CODEC)) if chosen else (kv,)
 
 
 def greedy(tokens: int) -> Sampling:

@@ -1,5 +1,7 @@
 """The options of both services started together on one machine, and the commands that start them."""
 
+import errno
+import random
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,6 +32,12 @@ FREE_PORTS: Options = {
     "metrics_listen": "127.0.0.1:0",
     "decode_metrics_listen": "127.0.0.1:0",
 }
+
+# Where port 0 is looked for: below the ports that systems give to connections and to whoever else asks for any (32768
+# upwards on Linux, 49152 on macOS and Windows), for a service listens only seconds after its port was found.
+SEARCHED_PORTS = range(20_000, 32_768)
+# Ports that this process has found, and whose services may not listen yet.
+_found_ports: set[int] = set()
 
 DECODE_MODULE = "spectrumkv.decode_server.main"
 PREFILL_MODULE = "spectrumkv.prefill_server.main"
@@ -155,19 +163,40 @@ def _with_ports(addresses: Sequence[Address]) -> list[Address]:
         InvalidArgumentError: an address cannot be listened on.
     """
     with ExitStack() as held:
-        return [Address(one.host, _hold(held, one)) for one in addresses]
+        return [_hold(held, address) for address in addresses]
 
 
-def _hold(held: ExitStack, address: Address) -> int:
-    family = socket.AF_INET6 if address.host.startswith("[") else socket.AF_INET
-    listener = held.enter_context(socket.socket(family))
-    # As servers do: a port whose last connections are still in TIME_WAIT counts as free.
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def _hold(held: ExitStack, address: Address) -> Address:
     try:
-        listener.bind((address.host.strip("[]"), address.port))
-        listener.listen()
+        if not address.port:
+            return _hold_any(held, address.host)
+        _listen(held, address)
     except OSError as error:
         raise InvalidArgumentError(
             f"cannot listen on {address}: {error.strerror}; stop what uses it or choose another port (0: any)"
         ) from error
-    return int(listener.getsockname()[1])
+    return address
+
+
+def _hold_any(held: ExitStack, host: str) -> Address:
+    """Find a port that nobody uses and that this process finds only once."""
+    for port in random.SystemRandom().sample(SEARCHED_PORTS, len(SEARCHED_PORTS)):
+        if port not in _found_ports:
+            try:
+                _listen(held, Address(host, port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                _found_ports.add(port)
+                return Address(host, port)
+    raise OSError(errno.EADDRINUSE, f"no port from {SEARCHED_PORTS.start} to {SEARCHED_PORTS.stop - 1} is free")
+
+
+def _listen(held: ExitStack, address: Address) -> None:
+    family = socket.AF_INET6 if address.host.startswith("[") else socket.AF_INET
+    listener = held.enter_context(socket.socket(family))
+    # As servers do: a port whose last connections are still in TIME_WAIT counts as free.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((address.host.strip("[]"), address.port))
+    listener.listen()

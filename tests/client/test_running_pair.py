@@ -11,7 +11,7 @@ import pytest
 from spectrumkv.client import pair_config
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.command_line import main
-from spectrumkv.client.pair_config import FREE_PORTS, plan_launches
+from spectrumkv.client.pair_config import FREE_PORTS, SEARCHED_PORTS, plan_launches
 from spectrumkv.client.running_pair import running_pair, running_services
 from spectrumkv.common.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
 
@@ -148,6 +148,18 @@ def test_an_address_in_use_is_refused_before_anything_starts():
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(InvalidArgumentError, match=f"cannot listen on {address}"):
             plan_launches({**FREE_PORTS, "listen": address})
+
+
+def test_ports_are_found_once_and_where_nothing_else_gets_one():
+    launches = [launch for _ in range(20) for launch in plan_launches(FREE_PORTS)]
+    ports = [address.port for launch in launches for address in (launch.address, launch.metrics_address)]
+    assert len(set(ports)) == len(ports)
+    assert set(ports) <= set(SEARCHED_PORTS)
+
+
+def test_any_port_of_an_address_that_is_not_ours():
+    with pytest.raises(InvalidArgumentError, match=r"cannot listen on 203\.0\.113\.1:0: Cannot assign"):
+        plan_launches({**FREE_PORTS, "listen": "203.0.113.1:0", "allow_plaintext": True})
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

@@ -21,7 +21,7 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from spectrumkv.client.client import SpectrumClient
-from spectrumkv.client.pair_config import ServiceLaunch, plan_launches
+from spectrumkv.client.pair_config import FREE_PORTS, ServiceLaunch, plan_launches
 from spectrumkv.common.config import Address
 from spectrumkv.common.security import ChannelSecurity
 from tests.faults.incubator import ForkedProcess, Incubator
@@ -164,8 +164,7 @@ def secrets(directory: Path) -> dict[str, str]:
 def running_deployment(directory: Path, incubator: Incubator, secured: bool) -> Iterator[Deployment]:
     """Start all processes and links; `secured`: with mutual TLS and a bearer token on every channel."""
     model = str(long_context_model(directory / "model"))
-    free = dict.fromkeys(("listen", "decode", "metrics_listen", "decode_metrics_listen"), "127.0.0.1:0")
-    options = {"model": model, "int4": "on", "policy": "fp16", "budget": "1", **free}
+    options = {"model": model, "int4": "on", "policy": "fp16", "budget": "1", **FREE_PORTS}
     options |= secrets(directory) if secured else {}
     with contextlib.ExitStack() as running:
         decode, other_prefill = (

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from spectrumkv.client.client import SpectrumClient
+from spectrumkv.client.pair_config import FREE_PORTS
 from spectrumkv.client.request import Sampling, TokenIds
 from spectrumkv.client.running_pair import RunningPair, running_pair
 from spectrumkv.common.errors import ResourceExhaustedError
@@ -63,9 +64,14 @@ def ask(client: SpectrumClient, prompt_tokens: int = SHORT_PROMPT) -> Outcome:
 @pytest.fixture
 def small_pair() -> Iterator[RunningPair]:
     """Processes with room for a few requests, so that both bounds are met: places on prefill, slots on decode."""
-    free = dict.fromkeys(("listen", "decode", "metrics_listen", "decode_metrics_listen"), "127.0.0.1:0")
     # 3 KiB a slot: a dozen requests of 96 tokens, one long one.
-    options = {"model": str(tiny_model("llama")), "int4": "on", "kv_memory": "6MiB", "max_waiting": "16", **free}
+    options = {
+        "model": str(tiny_model("llama")),
+        "int4": "on",
+        "kv_memory": "6MiB",
+        "max_waiting": "16",
+        **FREE_PORTS,
+    }
     with running_pair(options) as pair:
         yield pair
 

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from spectrumkv.client.pair_config import FREE_PORTS
 from spectrumkv.client.running_pair import RunningPair, running_pair
 from tests.tiny_models import build_tiny_model
 
@@ -14,8 +15,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(model: Path, **more: str) -> dict[str, str]:
     """Options of a pair of processes on free ports that needs no probe."""
-    free = dict.fromkeys(("listen", "decode", "metrics_listen", "decode_metrics_listen"), "127.0.0.1:0")
-    return {"model": str(model), "kv_memory": "64MiB", "int4": "on", **free, **more}
+    return {"model": str(model), "kv_memory": "64MiB", "int4": "on", **FREE_PORTS, **more}
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from spectrumkv.bench.served_model import ServedModel
 from spectrumkv.bench.wire_method import WireMethod
+from spectrumkv.common.compute_threads import one_core_from_now_on
 from spectrumkv.common.needle.prompt import needle_prompt
 from spectrumkv.prefill_server.replay import CapturedPrompt
 
@@ -71,11 +73,15 @@ def measure(
     """
     prompt = needle_prompt(served.loaded.tokenizer, tokens, depth=0.5, needle_index=0)
     prefill, codings = Durations(), [Coding(method) for method in methods]
-    for number in range(rounds + 1):
-        captured = prefill.add(lambda: served.prefill(prompt.token_ids)).captured
-        for coding in codings:
-            _code(served, captured, coding)
-        on_step(f"round {number} of {rounds}")
+    # As in the services, the model has all cores and what codes has one.
+    cores = torch.get_num_threads()
+    with ThreadPoolExecutor(1, initializer=one_core_from_now_on) as coder:
+        for number in range(rounds + 1):
+            captured = prefill.add(lambda: served.prefill(prompt.token_ids)).captured
+            for coding in codings:
+                coder.submit(_code, served, captured, coding).result()
+            on_step(f"round {number} of {rounds}")
+    torch.set_num_threads(cores)
     return [_row(coding, prefill, len(prompt.token_ids)) for coding in codings]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from spectrumkv.common.compute_threads import keep_all_cores
 from spectrumkv.common.errors import InternalError, SpectrumKVError, UnavailableError
 from spectrumkv.common.generation.sampling import SampledToken, Sampler
 from spectrumkv.common.generation.text import FinishReason, TextStream
@@ -93,8 +94,10 @@ class DecodeEngine:
         self._joined: list[Sequence] = []
         self._in_step: list[Sequence] = []
         self._stopping = False
+        self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, name="decode-engine", daemon=True)
         self._thread.start()
+        self._started.wait()
 
     @property
     def running(self) -> int:
@@ -151,6 +154,8 @@ class DecodeEngine:
             self._changed.wait_for(lambda: sequence not in self._in_step)
 
     def _run(self) -> None:
+        keep_all_cores()
+        self._started.set()
         while batch := self._next_batch():
             try:
                 finished = self._step(batch)

@@ -3,6 +3,7 @@
 import sys
 
 from spectrumkv.common import config as configuration
+from spectrumkv.common.compute_threads import one_core_from_now_on
 from spectrumkv.common.config import DecodeConfig
 from spectrumkv.common.decode_stream import SERVICE_NAME, add_decode_servicer
 from spectrumkv.common.kv.spectral import codec as spectral
@@ -42,6 +43,7 @@ def _serve() -> None:
         reflection_enabled=config.reflection,
         security=ServerSecurity.from_config(config),
     )
+    one_core_from_now_on()
     serve_until_signalled(server, metrics, config, service.stop)
 
 

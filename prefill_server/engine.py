@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from spectrumkv.common.compute_threads import keep_all_cores
 from spectrumkv.common.errors import CancelledError
 from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.model.load import LoadedModel
@@ -99,6 +100,7 @@ class PrefillEngine:
         self._part_tokens = None if least is None else max(least, window)
         # One thread: the model uses all cores, and a pool of compute threads belongs to the thread calling it.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="prefill-engine")
+        self._executor.submit(keep_all_cores).result()
         self._queue: PromptQueue[Prompt] = PromptQueue()
 
     def submit(

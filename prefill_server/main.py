@@ -4,6 +4,7 @@ import logging
 import sys
 
 from spectrumkv.common import config as configuration
+from spectrumkv.common.compute_threads import one_core_from_now_on
 from spectrumkv.common.config import PrefillConfig
 from spectrumkv.common.kv.spectral import codec as spectral
 from spectrumkv.common.metrics import Metrics
@@ -51,6 +52,7 @@ def _serve() -> None:
         reflection_enabled=config.reflection,
         security=ServerSecurity.from_config(config),
     )
+    one_core_from_now_on()
     serve_until_signalled(server, metrics, config, service.stop)
 
 

@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -84,10 +85,15 @@ class SpectralBasis:
         Raises:
             InvalidArgumentError: there is none.
         """
-        inverse, info = torch.linalg.inv_ex(self.analysis.double())
-        if info.any() or not inverse.float().isfinite().all():
-            raise InvalidArgumentError("the basis has a transform that cannot be undone")
-        synthesis: torch.Tensor = inverse.float()
+        message = "the basis has a transform that cannot be undone"
+        try:
+            # Not by torch, whose MKL fails at batches of large matrices once a number of threads was set.
+            inverse = np.linalg.inv(self.analysis.double().numpy())
+        except np.linalg.LinAlgError as error:
+            raise InvalidArgumentError(message) from error
+        synthesis = torch.from_numpy(inverse).float()
+        if not synthesis.isfinite().all():
+            raise InvalidArgumentError(message)
         return synthesis
 
     @cached_property

@@ -86,7 +86,7 @@ class Steps:
 
     def streams(self, transform: LayerTransform) -> Streams:
         """How the block's symbols divide."""
-        return Streams.of(self.tokens.of_each, self.base, transform.run_classes, transform.run_start)
+        return Streams.of(self.tokens.of_each, self.base, transform.run_classes, transform.run_rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +159,7 @@ class AnalysedBlock:
             )
 
 
-def encode_block(block: AnalysedBlock, base: float, geometry: KvGeometry) -> bytes:
+def encode_block(block: AnalysedBlock, base: float, geometry: KvGeometry) -> bytearray:
     """Code a run of tokens.
 
     Args:
@@ -187,8 +187,8 @@ def encode_block(block: AnalysedBlock, base: float, geometry: KvGeometry) -> byt
     ]
     for one in coded:
         parts += one
-    body = b"".join(parts)
-    return body + b"\0" * (len(body) % 2)
+    parts.append(b"\0" * (sum(map(len, parts)) % 2))
+    return bytearray().join(parts)
 
 
 def _coded_streams(block: AnalysedBlock, steps: Steps) -> list[CodedStream]:

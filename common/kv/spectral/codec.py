@@ -8,6 +8,7 @@ from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.spectral.block_codec import AnalysedBlock, TokenClasses, decode_block, encode_block
 from spectrumkv.common.kv.spectral.decoder import SpectralDecoder
+from spectrumkv.common.kv.spectral.rate import RateControl
 from spectrumkv.common.kv.spectral.transform import layer_transforms
 from spectrumkv.common.kv.tiering import Policy, policies
 from spectrumkv.common.kv.tiers import Tier
@@ -57,3 +58,6 @@ def prepare() -> None:
         body = encode_block(AnalysedBlock.of(transform, 0, sent, sent, classes), 0.0, geometry)
         slots = received[:, tokens:]
         decode_block(transform, memoryview(body), 0, geometry, slots, slots)
+        transform.mean_bits(classes.classes.astype(np.float64))
+        rate = RateControl(budget_bytes=1, basis=basis)
+        rate.expected_bytes(classes.classes, rate.base(classes.classes, 0), 0)

@@ -103,7 +103,7 @@ class SpectralEncoder:
             for half in block.halves():
                 yield from self._code(half, base)
             return
-        coded = torch.frombuffer(bytearray(body), dtype=torch.uint8)
+        coded = torch.frombuffer(body, dtype=torch.uint8)
         bits = token_bits(block.transform, Steps(base, block.tokens))
         tiers = token_tiers(bits, block.tokens.sinks)
         shares = tier_bytes(bits, tiers, len(body))
@@ -140,10 +140,9 @@ def token_tiers(bits: np.ndarray, sinks: int) -> torch.Tensor:
 
 def tier_bytes(bits: np.ndarray, tiers: torch.Tensor, body_bytes: int) -> Mapping[Tier, int]:
     """How a body's bytes divide among the tiers: by expected bits, which is as well as one entropy coder tells."""
-    bits = np.maximum(bits, 1e-3)
-    weights = {tier: float(bits[tiers.numpy() == tier].sum()) for tier in (Tier.INT4, Tier.INT8, Tier.FP16)}
-    total = sum(weights.values())
-    shares = {tier: int(body_bytes * weight / total) for tier, weight in weights.items()}
+    weights = np.bincount(tiers.numpy(), np.maximum(bits, 1e-3), minlength=len(Tier))
+    total = float(weights.sum())
+    shares = {tier: int(body_bytes * weights[tier] / total) for tier in (Tier.INT4, Tier.INT8, Tier.FP16)}
     widest = max(shares, key=lambda tier: shares[tier])
     shares[widest] += body_bytes - sum(shares.values())
     return shares

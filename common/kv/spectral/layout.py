@@ -11,6 +11,8 @@ from math import erf, sqrt
 import numpy as np
 
 from spectrumkv.common.kv.spectral.symbols import PACKINGS, PackedStreams, edges
+from spectrumkv.kernels import spectral_rate as kernels
+from spectrumkv.kernels.spectral_rate import LOWEST, PER_OCTAVE
 
 # Classes per octave of step and of spread.
 CLASSES_PER_OCTAVE = 2
@@ -18,8 +20,10 @@ CLASSES_PER_OCTAVE = 2
 LOWEST_CLASS, HIGHEST_CLASS = -6, 3
 STEP_CLASSES = np.arange(LOWEST_CLASS, HIGHEST_CLASS + 1)
 
-# Octaves beyond the entropy table in which the high-rate formula is needed.
-WIDE = 1024.0
+# Where the entropy table ends.
+HIGHEST = 6
+# Octaves up to which a step is sought.
+CLOSE_ENOUGH = 1e-4
 
 
 def spread_classes(spread: np.ndarray) -> np.ndarray:
@@ -44,21 +48,20 @@ class Streams:
     stream_of: np.ndarray
 
     @classmethod
-    def of(cls, rows: np.ndarray, base: float, run_classes: np.ndarray, run_start: np.ndarray) -> "Streams":
+    def of(cls, tokens: np.ndarray, base: float, run_classes: np.ndarray, run_rows: np.ndarray) -> "Streams":
         """Divide the symbols of a block.
 
         Args:
-            rows: int64 `[classes]`, how many tokens have each step class.
+            tokens: int64 `[classes]`, how many have each step class.
             base: binary logarithm of the step of class 0, a float32.
             run_classes: int64 `[runs]`, spread classes, rising.
-            run_start: int64 `[runs + 1]`, the first column of each.
+            run_rows: int64 `[runs]`, how many coefficients each has.
         """
-        difference = run_classes[None, :] - STEP_CLASSES[:, None]
-        lowest = int(difference.min())
-        symbols = rows[:, None] * np.diff(run_start)[None, :]
-        counts = np.bincount((difference - lowest).ravel(), symbols.ravel()).astype(np.int64)
-        exponent = (np.arange(len(counts)) + lowest) / CLASSES_PER_OCTAVE - base
-        return cls(exponent, edges(counts), difference - lowest)
+        lowest = int(run_classes[0]) - HIGHEST_CLASS
+        stream_of = run_classes - lowest - STEP_CLASSES[:, None]
+        counts = np.bincount(stream_of.ravel(), np.outer(tokens, run_rows).ravel()).astype(np.int64)
+        exponent = np.arange(lowest, lowest + len(counts)) / CLASSES_PER_OCTAVE - base
+        return cls(exponent, edges(counts), stream_of)
 
     @cached_property
     def packed(self) -> PackedStreams:
@@ -67,14 +70,10 @@ class Streams:
 
 
 @lru_cache(maxsize=1)
-def _entropy_table() -> tuple[np.ndarray, np.ndarray]:
-    """Entropy in bits of a Gaussian rounded to integers: spreads' exponents of two, and the entropies of those.
-
-    In 64ths of an octave from 2^-6 to 2^6, and beyond by the high-rate formula, log2(σ √(2πe)).
-    """
-    exponents = np.arange(-6 * 64, 6 * 64 + 1) / 64
+def entropy_table() -> np.ndarray:
+    """Entropy in bits of a Gaussian rounded to integers, as `kernels.spectral_rate` reads it: up to 2^6 steps."""
     entropies = []
-    for exponent in exponents:
+    for exponent in np.arange(LOWEST * PER_OCTAVE, HIGHEST * PER_OCTAVE + 1) / PER_OCTAVE:
         spread = 2.0**exponent
         edges = np.arange(0, int(9 * spread) + 2) + 0.5
         tail = np.array([erf(edge / (spread * sqrt(2))) for edge in edges])
@@ -82,11 +81,28 @@ def _entropy_table() -> tuple[np.ndarray, np.ndarray]:
         probabilities = np.concatenate(([tail[0]], positive, positive))
         probabilities = probabilities[probabilities > 1e-15]
         entropies.append(float(-(probabilities * np.log2(probabilities)).sum()))
-    return np.append(exponents, exponents[-1] + WIDE), np.append(entropies, entropies[-1] + WIDE)
+    return np.array(entropies)
 
 
-def expected_bits(exponent: np.ndarray) -> np.ndarray:
-    """Entropy in bits of a symbol whose standard deviation is 2^`exponent` steps; 0 where such are not sent."""
-    bits: np.ndarray = np.interp(exponent, *_entropy_table())
-    bits[exponent <= PACKINGS[0].widest] = 0.0
+def expected_bits(exponents: np.ndarray, shift: float, counts: np.ndarray) -> float:
+    """Expected bits of `counts` symbols of spreads 2^`exponents` at steps of 2^`shift`.
+
+    Args:
+        exponents: float64 `[m]`.
+        shift: binary logarithm of the step.
+        counts: int64 `[m]`.
+    """
+    return float(kernels.expected_bits(exponents, shift, counts, entropy_table(), PACKINGS[0].widest))
+
+
+def mean_bits(exponents: np.ndarray, shifts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Expected bits of one of the symbols for each of several steps: float64 `[n]`, as `shifts`."""
+    bits = np.empty(len(shifts))
+    kernels.mean_bits(exponents, shifts, counts, entropy_table(), PACKINGS[0].widest, bits)
     return bits
+
+
+def finest_step_within(bits: float, low: float, high: float, exponents: np.ndarray, counts: np.ndarray) -> float:
+    """The least shift from `low` to `high` with which `expected_bits` are `bits` or less; `high` if none is."""
+    table, unsent = entropy_table(), PACKINGS[0].widest
+    return float(kernels.finest_within(bits, low, high, CLOSE_ENOUGH, exponents, counts, table, unsent))

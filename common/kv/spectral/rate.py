@@ -7,6 +7,7 @@ what came out differently is made up for by those that are left.
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from spectrumkv.common.kv.spectral.layout import (
     HIGHEST_CLASS,
     LOWEST_CLASS,
     expected_bits,
+    finest_step_within,
     spread_classes,
 )
 
@@ -85,19 +87,15 @@ class RateControl:
         remaining = len(self._rows) - self.done
         available = 8 * (self.left_bytes * AIM - remaining * fixed_bytes) / self.correction
 
-        low, high = self.finest, self.coarsest
-        while high - low > 1e-4:
-            middle = (low + high) / 2
-            bits = float(counts @ expected_bits(self._exponents - middle))
-            low, high = (middle, high) if bits > available else (low, middle)
-        return float(np.float32(high))
+        base = finest_step_within(available, self.finest, self.coarsest, self._exponents, counts)
+        return float(np.float32(base))
 
     def expected_bytes(self, classes: np.ndarray, base: float, fixed_bytes: int) -> float:
         """What this layer is expected to take, before correction."""
         counts = self._streams(self._rows[self.done], classes)
-        return fixed_bytes + float(counts @ expected_bits(self._exponents - base)) / 8
+        return fixed_bytes + expected_bits(self._exponents, base, counts) / 8
 
-    @property
+    @cached_property
     def _exponents(self) -> np.ndarray:
         """Binary logarithm of a stream's spread in steps of class 0, for every stream."""
         first = self._lowest - HIGHEST_CLASS

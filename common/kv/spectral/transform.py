@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.spectral.layout import CLASSES_PER_OCTAVE, expected_bits, spread_classes
+from spectrumkv.common.kv.spectral.layout import CLASSES_PER_OCTAVE, mean_bits, spread_classes
 from spectrumkv.kernels import spectral_rows as kernels
 from spectrumkv.kernels.strided import adjacent, flat
 
@@ -49,12 +49,19 @@ class LayerTransform:
         edges = np.searchsorted(self._classes[self.row_order], self.run_classes)
         return np.append(edges, len(self.row_order)).astype(np.int64)
 
+    @cached_property
+    def run_rows(self) -> np.ndarray:
+        """int64 `[runs]`: how many rows each class has."""
+        return np.diff(self.run_start)
+
+    @cached_property
+    def _run_exponents(self) -> np.ndarray:
+        """float64 `[runs]`: binary logarithm of each class's spread."""
+        return self.run_classes / CLASSES_PER_OCTAVE
+
     def mean_bits(self, steps: np.ndarray) -> np.ndarray:
         """Expected bits an element of tokens whose steps have these binary logarithms: float64 `[n]`, as `steps`."""
-        rows = np.diff(self.run_start)
-        exponents = self.run_classes[None, :] / CLASSES_PER_OCTAVE - steps[:, None]
-        bits: np.ndarray = expected_bits(exponents) @ rows / rows.sum()
-        return bits
+        return mean_bits(self._run_exponents, steps, self.run_rows)
 
     def analyse(self, keys: torch.Tensor, values: torch.Tensor, first: int, order: np.ndarray) -> torch.Tensor:
         """Coefficients of tokens at positions `first` and up.

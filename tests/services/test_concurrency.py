@@ -18,10 +18,11 @@ from tests.services.agreement import ALLOWED, TOP_LOGPROBS, disagreement, partin
 from tests.services.pair import Pair, running_pair
 from tests.services.test_lossless import NATIVE, random_prompt, text_prompt
 
-# The default policy and the codecs that tiers are written by.
+# The default policy and the codecs that tiers are written by. A codec that is not named may change between two
+# requests, where prefill finds the coder slow, and their answers with it.
 CHOICES = {
-    "default": KvChoice(),
-    "spectral 0.15": KvChoice(policy="spectral", budget=0.15),
+    "default": KvChoice(codec="spectral"),
+    "spectral 0.15": KvChoice(policy="spectral", budget=0.15, codec="spectral"),
     "adaptive 0.3": KvChoice(policy="adaptive", budget=0.3),
     "greedy 0.5": KvChoice(policy="greedy", budget=0.5),
     "uniform-int4": KvChoice(policy="uniform-int4"),

@@ -62,7 +62,12 @@ EXCEPTION = np.dtype([("index", "<u4"), ("value", "<i4")])
 # What saves bytes here is Zstandard's Huffman coder. Symbols are noise, in which a search finds little but what costs
 # more to say: with the smallest table there are fewer bytes, in less time.
 _COMPRESSION = zstandard.ZstdCompressionParameters.from_level(
-    1, format=zstandard.FORMAT_ZSTD1_MAGICLESS, write_content_size=False, write_checksum=False, min_match=7, hash_log=6
+    1,
+    format=zstandard.FORMAT_ZSTD1_MAGICLESS,
+    write_content_size=False,
+    write_checksum=False,
+    min_match=7,
+    hash_log=6,
 )
 
 

@@ -106,12 +106,12 @@ class CodecChoice:
             sent: what left, and the time that took.
         """
         coded = plan.codec.needs_basis
-        if not plan.codec_reason and not (coded and sent.encode_seconds >= WORTH_SECONDS):
+        if not plan.codec_reason and not (coded and sent.coder_seconds >= WORTH_SECONDS):
             return
         with self._lock:
             self.prefill.add(prefill_seconds, tokens)
             if coded:
-                self.coder.add(sent.encode_seconds, tokens)
+                self.coder.add(sent.coder_seconds, tokens)
             self.links.setdefault(worker, Pace()).add(_link_seconds(sent), sent.message_bytes)
 
 

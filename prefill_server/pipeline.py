@@ -44,6 +44,8 @@ class SentKv:
         tier_bytes: codes and scales by tier.
         tier_tokens: token-layers by tier.
         encode_seconds: time spent on scoring, tiering and encoding.
+        coder_seconds: what of it is the coder's own: on CPUs its processor time, since waiting for a core that others
+            use says nothing of the coder.
         link_seconds: time that gRPC took over messages before it asked for the next.
         coded_ahead: whether the next messages were made meanwhile.
         first_chunk_at: monotonic time of the first chunk; None before it.
@@ -54,6 +56,7 @@ class SentKv:
     tier_bytes: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
     tier_tokens: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
     encode_seconds: float = 0.0
+    coder_seconds: float = 0.0
     link_seconds: float = 0.0
     coded_ahead: bool = False
     first_chunk_at: float | None = None
@@ -121,6 +124,7 @@ class KvPipeline:
         device: torch.device = CPU,
     ) -> None:
         self.sent = SentKv(coded_ahead=device.type == "cuda")
+        self._coder_clock = time.monotonic if device.type == "cuda" else time.thread_time
         self.first_token: FirstToken | None = None
         self.failure: Exception | None = None
         self._layers = LayerQueue(geometry, metrics.kv_bytes_resident)
@@ -214,12 +218,13 @@ class KvPipeline:
             # What the model still has to do is no time of coding.
             observation.computed.synchronize()
         while True:
-            started = time.monotonic()
+            started, worked = time.monotonic(), self._coder_clock()
             try:
                 with self._coding, self._stream.working(states=states):
                     block = None if self._layers.closed else next(blocks, None)
             finally:
                 self.sent.encode_seconds += time.monotonic() - started
+                self.sent.coder_seconds += self._coder_clock() - worked
             if block is None:
                 return
             self._count(block)

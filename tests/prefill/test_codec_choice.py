@@ -23,12 +23,21 @@ def plan(**options: str | float) -> KvPlan:
     return KvPlan.resolve(asked, PrefillConfig(), ProbeVerdict.from_flag("on", SHAPE.layers), 0, basis_of(SHAPE))
 
 
+def sent(coding: float, link: float = 0.0, waiting: float = 0.0) -> SentKv:
+    """A request at 0.3 that took the coder some seconds, besides those in which it waited for a core."""
+    return SentKv(
+        message_bytes=int(0.3 * SHAPE.fp16_bytes(TOKENS)),
+        encode_seconds=coding + waiting,
+        coder_seconds=coding,
+        link_seconds=link,
+    )
+
+
 def seen(prefill: float, coding: float, link: float, worker: str = WORKER) -> CodecChoice:
     """A choice that has seen coded requests at 0.3: seconds of prefill, coding, and waiting for the link."""
     choice = CodecChoice(SHAPE)
-    sent = SentKv(message_bytes=int(0.3 * SHAPE.fp16_bytes(TOKENS)), encode_seconds=coding, link_seconds=link)
     for _ in range(ENOUGH):
-        choice.observe(plan(budget=0.3), TOKENS, worker, prefill, sent)
+        choice.observe(plan(budget=0.3), TOKENS, worker, prefill, sent(coding, link))
     return choice
 
 
@@ -65,22 +74,26 @@ def test_nothing_is_chosen_that_was_named_or_does_not_fit_or_is_not_known() -> N
 
 def test_a_stall_is_no_pace_and_short_prompts_teach_nothing() -> None:
     choice = seen(4.0, 0.3, 0.0)
-    bytes_sent = int(0.3 * SHAPE.fp16_bytes(TOKENS))
-    stalled = SentKv(message_bytes=bytes_sent, encode_seconds=30.0)
-    choice.observe(plan(budget=0.3), TOKENS, WORKER, 4.0, stalled)
+    choice.observe(plan(budget=0.3), TOKENS, WORKER, 4.0, sent(30.0))
     assert choice.settle(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
     brief = CodecChoice(SHAPE)
     for _ in range(ENOUGH):
-        brief.observe(plan(budget=0.3), 10, WORKER, 0.003, SentKv(message_bytes=bytes_sent, encode_seconds=0.01))
+        brief.observe(plan(budget=0.3), 10, WORKER, 0.003, sent(0.01))
     assert brief.settle(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
+
+
+def test_a_coder_that_waits_for_a_core_is_no_slow_coder() -> None:
+    choice = CodecChoice(SHAPE)
+    for _ in range(ENOUGH):
+        choice.observe(plan(budget=0.3), TOKENS, WORKER, 0.3, sent(0.3, waiting=7.0))
+    assert choice.settle(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
 
 
 def test_a_link_that_becomes_slow_brings_the_coder_back() -> None:
     choice = seen(0.3, 7.0, 0.0)
     fixed = choice.settle(plan(budget=0.3), TOKENS, WORKER)
     for _ in range(20):
-        sent = SentKv(message_bytes=int(0.3 * SHAPE.fp16_bytes(TOKENS)), encode_seconds=0.1, link_seconds=12.0)
-        choice.observe(fixed, TOKENS, WORKER, 0.3, sent)
+        choice.observe(fixed, TOKENS, WORKER, 0.3, sent(0.1, link=12.0))
     assert choice.settle(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
 
 

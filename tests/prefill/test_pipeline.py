@@ -106,6 +106,8 @@ def test_large_layers_are_cut_into_blocks_and_counted_by_tier() -> None:
     assert (fp16, int8) == (GEOMETRY.layers * 32000, GEOMETRY.layers * 8000)
     assert one.sent.tier_bytes[Tier.FP16] == fp16 * 2 * 2 * 8 * 2
     assert one.sent.tier_bytes[Tier.INT8] == int8 * 2 * 2 * (8 + 2)
+    # Neither clock is exact.
+    assert 0 < one.sent.coder_seconds <= one.sent.encode_seconds + 0.01
 
 
 def test_layers_leave_before_the_next_one_is_computed() -> None:

@@ -135,6 +135,11 @@ class DecodeEngine:
         finally:
             self._leave(sequence)
 
+    def wait_until_idle(self, seconds: float) -> None:
+        """Wait until no request generates, so many seconds at most."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._joined, seconds)
+
     def stop(self) -> None:
         """End the thread; requests that still run get UNAVAILABLE."""
         with self._changed:

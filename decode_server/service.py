@@ -24,7 +24,7 @@ from spectrumkv.common.request_log import check_request_id, current_request
 from spectrumkv.common.rpc import RpcScope
 from spectrumkv.common.run_ahead import RunAhead
 from spectrumkv.decode_server.agreement import check_same_codec, check_same_model
-from spectrumkv.decode_server.arrivals import expect_nothing, kind_of, received
+from spectrumkv.decode_server.arrivals import expect_nothing, giving_way, kind_of, received
 from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.decode_server.engine import DecodeEngine, Sequence
 from spectrumkv.decode_server.receiver import KvReceiver
@@ -111,9 +111,13 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
 
     @contextmanager
     def _arriving(self, messages: Iterator[Request]) -> Iterator[Iterator[Request]]:
-        """The messages; on a GPU the next ones arrive while one is verified and dequantized."""
+        """The messages.
+
+        On a CPU they give way to running streams; on a GPU the next ones arrive while one is verified and
+        dequantized.
+        """
         if self._loaded.device.type == "cpu":
-            yield messages
+            yield giving_way(messages, self._engine.wait_until_idle)
             return
         ahead = RunAhead(messages, MESSAGES_AHEAD, "kv-arrival")
         try:

@@ -10,7 +10,7 @@ def attention_received(
 ) -> torch.Tensor:
     """See `spectrumkv.kernels.attention_received`; takes memory for g · w · n logits of every KV head."""
     tokens = keys.shape[1]
-    logits = torch.matmul(queries, keys.float().transpose(1, 2))
+    logits = torch.matmul(queries, keys.to(queries.dtype).transpose(1, 2))
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
     positions = torch.arange(tokens, device=keys.device)

@@ -1,5 +1,7 @@
 """The compiled loops against torch's own softmax."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given
@@ -17,6 +19,12 @@ def random_attention(
     queries *= torch.exp(2 * torch.randn(kv_heads, group * window, 1, generator=generator))
     keys = torch.randn(tokens, kv_heads, head_dim, generator=generator).to(dtype).transpose(0, 1)
     return queries, keys
+
+
+@pytest.fixture(params=[False, True], ids=["float32", "bfloat16"])
+def in_bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether products are of bfloat16; torch computes them everywhere, only not everywhere faster."""
+    monkeypatch.setattr(attention_received_cpu, "multiplies_bfloat16", lambda: request.param)
 
 
 @given(
@@ -41,7 +49,8 @@ def test_loops_agree_with_torch(
 ) -> None:
     queries, keys = random_attention(kv_heads, group, window, window + older, 8, seed, dtype)
     options = (window, sliding_window, softcap)
-    actual = attention_received_cpu.attention_received(queries, keys, *options)
+    with patch.object(attention_received_cpu, "multiplies_bfloat16", return_value=False):
+        actual = attention_received_cpu.attention_received(queries, keys, *options)
     expected = attention_received_reference.attention_received(queries, keys, *options)
     # A weight inherits the absolute error of its logit, which is relative to the largest one.
     torch.testing.assert_close(actual, expected, rtol=2e-4, atol=1e-6 * group * window)
@@ -49,6 +58,30 @@ def test_loops_agree_with_torch(
     torch.testing.assert_close(actual.sum(dim=1), torch.full((kv_heads,), float(group * window)), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("bias", [0.0, 900.0])
+@pytest.mark.parametrize(("window", "tokens"), [(1, 1), (3, 17), (7, 300)])
+def test_bfloat16_agrees_within_its_digits_whatever_all_keys_share(window: int, tokens: int, bias: float) -> None:
+    queries, keys = random_attention(2, 3, window, tokens, 64, 1, torch.float32)
+    queries = queries / queries.norm(dim=-1, keepdim=True)
+    keys = keys + bias * torch.eye(64)[5]
+    with patch.object(attention_received_cpu, "multiplies_bfloat16", return_value=True):
+        actual = attention_received_cpu.attention_received(queries, keys, window, None, None)
+    # With a bias a float32 sum has too few digits to compare with.
+    expected = attention_received_reference.attention_received(queries.double(), keys.double(), window, None, None)
+    torch.testing.assert_close(actual.double(), expected, rtol=0.03, atol=0)
+    torch.testing.assert_close(actual.sum(dim=1), torch.full((2,), 3.0 * window), rtol=1e-5, atol=0)
+
+
+def test_a_bound_of_the_logits_keeps_them_at_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, keys = random_attention(1, 2, 3, 40, 8, 0, torch.float32)
+    keys = keys + 5.0
+    monkeypatch.setattr(attention_received_cpu, "multiplies_bfloat16", lambda: True)
+    actual = attention_received_cpu.attention_received(queries, keys, 3, None, 20.0)
+    expected = attention_received_reference.attention_received(queries, keys, 3, None, 20.0)
+    torch.testing.assert_close(actual, expected, rtol=2e-4, atol=6e-6)
+
+
+@pytest.mark.usefixtures("in_bfloat16")
 def test_what_no_query_sees_receives_nothing() -> None:
     queries, keys = random_attention(1, 1, 2, 10, 8, 0, torch.float32)
     received = attention_received_cpu.attention_received(queries, keys, 2, 3, None)
@@ -56,6 +89,7 @@ def test_what_no_query_sees_receives_nothing() -> None:
     assert (received[0, 6:] > 0).all()
 
 
+@pytest.mark.usefixtures("in_bfloat16")
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_what_is_not_finite_shows(poison: float) -> None:
     queries, keys = random_attention(1, 2, 3, 40, 8, 0, torch.float32)

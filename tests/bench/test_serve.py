@@ -185,6 +185,7 @@ def test_the_aggregated_process_is_transformers(capfd: pytest.CaptureFixture[str
         system.complete(prompts[0], 1)
 
 
+@pytest.mark.slow
 def test_an_aggregated_process_that_cannot_serve_says_why(capfd: pytest.CaptureFixture[str]) -> None:
     serving = aggregated_process(str(tiny_model("llama")), "cpu", "auto", max_batch=1, max_tokens=10**6)
     with pytest.raises(UnavailableError, match="status 1"), serving:

@@ -21,7 +21,7 @@ def start(launch: ServiceLaunch) -> "subprocess.Popen[bytes]":
     return process
 
 
-@pytest.mark.parametrize("drained", ["prefill", "decode"])
+@pytest.mark.parametrize("drained", ["prefill", pytest.param("decode", marks=pytest.mark.slow)])
 def test_running_requests_finish_and_new_ones_are_refused(tiny_llama: Path, drained: str) -> None:
     decode, prefill = plan_launches(options(tiny_llama))
     processes = {"decode": start(decode), "prefill": start(prefill)}
@@ -52,6 +52,7 @@ def until_refused(address: str) -> None:
     raise AssertionError("no request was refused after SIGTERM")
 
 
+@pytest.mark.slow
 def test_the_grace_ends(tiny_llama: Path) -> None:
     decode, prefill = plan_launches(options(tiny_llama, grace="0"))
     processes = [start(decode), start(prefill)]

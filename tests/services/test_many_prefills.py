@@ -90,6 +90,7 @@ def test_a_prefill_that_is_lost_before_the_first_token_costs_no_request(prefills
         assert len({one.result().token_ids for one in running}) == 1
 
 
+@pytest.mark.slow
 def test_a_prefill_that_is_lost_later_is_told(prefills: Prefills) -> None:
     with prefills.client() as client:
         until_both_serve(prefills, client)

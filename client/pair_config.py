@@ -180,7 +180,8 @@ def _hold(held: ExitStack, address: Address) -> Address:
 
 def _hold_any(held: ExitStack, host: str) -> Address:
     """Find a port that nobody uses and that this process finds only once."""
-    for port in random.SystemRandom().sample(SEARCHED_PORTS, len(SEARCHED_PORTS)):
+    start = random.SystemRandom().choice(SEARCHED_PORTS)
+    for port in (*range(start, SEARCHED_PORTS.stop), *range(SEARCHED_PORTS.start, start)):
         if port not in _found_ports:
             try:
                 _listen(held, Address(host, port))

@@ -25,9 +25,9 @@ def attention_received(
     kv_heads, tokens, _ = keys.shape
     received = torch.zeros(kv_heads, tokens)
     logits = torch.empty(queries.shape[1], tokens)
-    in_half = softcap is None and multiplies_bfloat16()
+    in_bfloat16 = softcap is None and multiplies_bfloat16()
     for head in range(kv_heads):
-        if in_half:
+        if in_bfloat16:
             _logits_in_bfloat16(queries[head], keys[head], logits)
         else:
             torch.mm(queries[head], keys[head].float().t(), out=logits)

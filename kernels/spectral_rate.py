@@ -48,8 +48,9 @@ def expected_bits(exponents: Any, shift: float, counts: Any, table: Any, unsent:
 @compiled
 def mean_bits(exponents: Any, shifts: Any, counts: Any, table: Any, unsent: float, bits: Any) -> None:
     """Write to `bits`, float64 `[n]`, the mean of a symbol's bits for each of the steps `shifts`, likewise."""
+    symbols = counts.sum()
     for index in range(shifts.size):
-        bits[index] = expected_bits(exponents, shifts[index], counts, table, unsent) / counts.sum()
+        bits[index] = expected_bits(exponents, shifts[index], counts, table, unsent) / symbols
 
 
 @compiled

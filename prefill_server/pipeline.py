@@ -124,7 +124,7 @@ class KvPipeline:
         device: torch.device = CPU,
     ) -> None:
         self.sent = SentKv(coded_ahead=device.type == "cuda")
-        self._coder_clock = time.monotonic if device.type == "cuda" else time.thread_time
+        self._coder_clock = time.monotonic if self.sent.coded_ahead else time.thread_time
         self.first_token: FirstToken | None = None
         self.failure: Exception | None = None
         self._layers = LayerQueue(geometry, metrics.kv_bytes_resident)

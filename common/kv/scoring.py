@@ -7,7 +7,6 @@ scorer is one function, registered by name in `scorers`.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -90,13 +89,12 @@ class Observation:
         keys, values = self.keys[:, first - self.first :], self.values[:, first - self.first :]
         return replace(self, queries=self.queries[:, -keys.shape[1] :], keys=keys, values=values, first=first)
 
-
-@lru_cache(maxsize=8)
-def _seen_by(tokens: int, window: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
-    """How many of the last `window` positions see each token: int64 `[tokens]`. The layers of a prompt share it."""
-    token = torch.arange(tokens, device=device)
-    last = token + (sliding_window or tokens)
-    return (last.clamp(max=tokens) - token.clamp(min=tokens - window)).clamp(min=0)
+    def seen_by(self) -> torch.Tensor:
+        """How many of the observed positions see each token: int64 `[n]`. Query i stands at position n − w + i."""
+        tokens, window = self.tokens, self.queries.shape[1]
+        token = torch.arange(tokens, device=self.keys.device)
+        last = token + (self.sliding_window or tokens)
+        return (last.clamp(max=tokens) - token.clamp(min=tokens - window)).clamp(min=0)
 
 
 def visible(queries: int, tokens: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
@@ -136,8 +134,7 @@ def observed_attention(observation: Observation) -> torch.Tensor:
     # All queries of one KV head in one matrix: grouped-query attention without repeating the keys.
     queries = observation.queries.float().mul(observation.scaling).reshape(kv_heads, -1, head_dim)
     received = attention_received(queries, observation.keys, window, observation.sliding_window, observation.softcap)
-    seen_by = _seen_by(observation.tokens, window, observation.sliding_window, observation.keys.device)
-    return received / (seen_by * (query_heads // kv_heads)).clamp(min=1)
+    return received / (observation.seen_by() * (query_heads // kv_heads)).clamp(min=1)
 
 
 @scorers.register("attention")

@@ -78,6 +78,49 @@ def _multiply_add(_: Any, total: Any, left: Any, right: Any) -> Any:
     return types.float32(types.float32, types.float32, types.float32), emit
 
 
+@intrinsic
+def _bfloat16(_: Any, value: Any) -> Any:
+    """A float32 rounded half to even to bfloat16, as bits; NaN stays NaN, whatever its digits."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits = builder.bitcast(arguments[0], LONG)
+        odd = builder.and_(builder.lshr(bits, LONG(16)), LONG(1))
+        rounded = builder.add(bits, builder.add(odd, LONG(0x7FFF)))
+        missing = builder.fcmp_unordered("uno", arguments[0], arguments[0])
+        rounded = builder.select(missing, LONG(0x7FC00000), rounded)
+        return builder.trunc(builder.lshr(rounded, LONG(16)), ir.IntType(16))
+
+    return types.int16(types.float32), emit
+
+
+@compiled
+def centre(keys: Any, head_stride: int, token_stride: int, stride: int, centred: Any) -> None:
+    """Take from keys, head by head, the mean of every `stride`th token.
+
+    Args:
+        keys: float32, all memory of `[heads, n, d]`, see `spectrumkv.kernels.strided.flat`.
+        head_stride: elements from head to head.
+        token_stride: elements from token to token.
+        stride: from 1.
+        centred: int16 `[heads, n, d]`, written: bfloat16's bits.
+    """
+    heads, tokens, head_dim = centred.shape
+    mean = np.empty(head_dim, np.float32)
+    share = ONE / np.float32((tokens + stride - 1) // stride)
+    for head in range(heads):
+        mean[:] = ZERO
+        for token in range(0, tokens, stride):
+            start = head * head_stride + token * token_stride
+            key = keys[start : start + head_dim]
+            for j in range(head_dim):
+                mean[j] += key[j] * share
+        for token in range(tokens):
+            start = head * head_stride + token * token_stride
+            key, row = keys[start : start + head_dim], centred[head, token]
+            for j in range(head_dim):
+                row[j] = _bfloat16(key[j] - mean[j])
+
+
 @compiled
 def exponentials(row: Any) -> Any:
     """Make e^(x - the greatest x) of each x; return one divided by their sum. Three loops over a row in the cache."""
@@ -100,18 +143,27 @@ def exponentials(row: Any) -> Any:
 
 @compiled
 def add_weights(logits: Any, window: int, sliding_window: int, received: Any) -> None:
-    """Add to `received` `[n]` the softmax of each row of `logits` `[g · w, n]`, which are overwritten.
+    """Add to `received` `[n]` the softmax of each row of `logits` `[g · w, n]`.
 
-    Nothing is masked: a row's loops run over what its query sees.
+    Nothing is masked: a row's loops run over what its query sees. Logits are float32, or int16 for bfloat16, of which
+    numba has no type and which is the upper half of a float32.
     """
     rows, tokens = logits.shape
+    weights = np.empty(tokens, np.float32)
+    bits = weights.view(np.int32)
     for i in range(rows):
         end = tokens - window + i % window + 1
         first = max(0, end - sliding_window)
         row, target = logits[i, first:end], received[first:end]
-        share = exponentials(row)
+        if logits.itemsize == 2:
+            for j in range(row.size):
+                bits[j] = np.int32(row[j]) << 16
+        else:
+            for j in range(row.size):
+                weights[j] = row[j]
+        share = exponentials(weights[: row.size])
         for j in range(row.size):
-            target[j] += row[j] * share
+            target[j] += weights[j] * share
 
 
 @compiled

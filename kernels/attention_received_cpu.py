@@ -12,7 +12,8 @@ from functools import lru_cache
 
 import torch
 
-from spectrumkv.kernels.attention_loops import add_weights
+from spectrumkv.kernels.attention_loops import add_weights, centre
+from spectrumkv.kernels.strided import adjacent, array, flat
 
 # Every so many tokens one is taken for the centre, which need not be exact.
 CENTRE_STRIDE = 16
@@ -24,23 +25,23 @@ def attention_received(
     """See `spectrumkv.kernels.attention_received`."""
     kv_heads, tokens, _ = keys.shape
     received = torch.zeros(kv_heads, tokens)
-    logits = torch.empty(queries.shape[1], tokens)
-    in_bfloat16 = softcap is None and multiplies_bfloat16()
+    seen = min(sliding_window or tokens, tokens)
+    if softcap is None and multiplies_bfloat16():
+        queries, keys = queries.bfloat16(), _centred(keys)
+    logits = queries.new_empty(queries.shape[1], tokens)
     for head in range(kv_heads):
-        if in_bfloat16:
-            _logits_in_bfloat16(queries[head], keys[head], logits)
-        else:
-            torch.mm(queries[head], keys[head].float().t(), out=logits)
+        torch.mm(queries[head], keys[head].to(queries.dtype).t(), out=logits)
         if softcap is not None:
             logits.div_(softcap).tanh_().mul_(softcap)
-        add_weights(logits.numpy(), window, min(sliding_window or tokens, tokens), received[head].numpy())
+        add_weights(array(logits), window, seen, received[head].numpy())
     return received
 
 
-def _logits_in_bfloat16(queries: torch.Tensor, keys: torch.Tensor, logits: torch.Tensor) -> None:
-    """Write the logits, up to a number for each query."""
-    centred = (keys.float() - keys[::CENTRE_STRIDE].float().mean(dim=0)).bfloat16()
-    logits.copy_(torch.mm(queries.bfloat16(), centred.t()))
+def _centred(keys: torch.Tensor) -> torch.Tensor:
+    """The keys without what they share, bfloat16: their logits differ by one number for each query."""
+    centred = torch.empty(keys.shape, dtype=torch.bfloat16)
+    centre(*flat(adjacent(keys.float())), CENTRE_STRIDE, array(centred))
+    return centred
 
 
 @lru_cache(maxsize=1)

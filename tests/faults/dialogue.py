@@ -13,9 +13,9 @@ from spectrumkv.common.decode_stream import serialize_request
 from spectrumkv.common.kv.block import Block
 from spectrumkv.common.kv.codec import TierCodec, codecs
 from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.spectral.accounting import class_bits, token_tiers
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.spectral.block_codec import AnalysedBlock, Steps, TokenClasses, encode_block
-from spectrumkv.common.kv.spectral.encoder import token_bits, token_tiers
+from spectrumkv.common.kv.spectral.block_codec import AnalysedBlock, TokenClasses, encode_block
 from spectrumkv.common.kv.spectral.layout import HIGHEST_CLASS, LOWEST_CLASS
 from spectrumkv.common.kv.spectral.transform import layer_transforms
 from spectrumkv.common.kv.tiers import Tier
@@ -126,7 +126,7 @@ def _token_classes(chance: random.Random, tokens: int) -> TokenClasses:
 def _spectral_block(block: AnalysedBlock, geometry: KvGeometry, wanted: float) -> Block:
     base = float(np.float32(max(wanted, block.finest_base)))
     body = encode_block(block, base, geometry)
-    tiers = token_tiers(token_bits(block.transform, Steps(base, block.tokens)), block.tokens.sinks)
+    tiers = token_tiers(class_bits(block.transform, base), block.tokens)
     return Block(block.transform.layer, block.first, tiers, torch.frombuffer(bytearray(body), dtype=torch.uint8))
 
 

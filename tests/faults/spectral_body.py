@@ -87,7 +87,7 @@ def taken_apart(body: bytes, tokens: int, transform: LayerTransform, geometry: K
 def _streams(
     taker: "_Taker", steps: Steps, transform: LayerTransform
 ) -> tuple[list[tuple[int, int]], list[StreamParts]]:
-    raw_bytes = steps.streams(transform).packed.raw_bytes.tolist()
+    raw_bytes = steps.packed(transform).raw_bytes.tolist()
     lengths = [
         (int(coded), int(exceptions))
         for coded, exceptions in np.frombuffer(taker.take(len(raw_bytes) * LENGTHS.itemsize), LENGTHS)

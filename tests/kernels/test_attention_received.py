@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectrumkv.kernels import attention_received_cpu, attention_received_reference
+from spectrumkv.kernels import attention_loops, attention_received_cpu, attention_received_reference, strided
 
 
 def random_attention(
@@ -70,6 +70,31 @@ def test_bfloat16_agrees_within_its_digits_whatever_all_keys_share(window: int, 
     expected = attention_received_reference.attention_received(queries.double(), keys.double(), window, None, None)
     torch.testing.assert_close(actual.double(), expected, rtol=0.03, atol=0)
     torch.testing.assert_close(actual.sum(dim=1), torch.full((2,), 3.0 * window), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("heads", "tokens", "head_dim"), [(1, 1, 1), (2, 17, 5), (3, 33, 80)])
+def test_keys_are_centred_and_rounded_as_torch_rounds(heads: int, tokens: int, head_dim: int) -> None:
+    # Models leave keys token by token.
+    keys = torch.randn(tokens, heads, head_dim, generator=torch.Generator().manual_seed(0)).mul(9).transpose(0, 1)
+    centred = torch.full((heads, tokens, head_dim), torch.nan, dtype=torch.bfloat16)
+    attention_loops.centre(*strided.flat(keys), 4, strided.array(centred))
+    exact = keys.double() - keys[:, ::4].double().mean(dim=1, keepdim=True)
+    torch.testing.assert_close(centred.double(), exact, rtol=2.0**-8, atol=1e-5)
+    # The mean of one token is the token itself.
+    alone = torch.tensor([1.0, 1 + 2**-8, 1 + 2**-7 + 2**-8, -3.3e38]).reshape(1, 1, 4)
+    shifted = torch.cat([torch.zeros_like(alone), alone], dim=1)
+    rounded = torch.empty(1, 2, 4, dtype=torch.bfloat16)
+    attention_loops.centre(*strided.flat(shifted), 2, strided.array(rounded))
+    assert torch.equal(rounded[:, 1:], alone.bfloat16())
+
+
+@pytest.mark.parametrize("digits", [0x7FC00000, 0x7FFFFFFF, 0x7F800001, -1], ids=hex)
+def test_no_digits_of_nan_round_to_a_number(digits: int) -> None:
+    keys = torch.zeros(1, 3, 2)
+    keys[0, 1, 1] = torch.tensor([digits], dtype=torch.int32).view(torch.float32)
+    centred = torch.zeros(1, 3, 2, dtype=torch.bfloat16)
+    attention_loops.centre(*strided.flat(keys), 8, strided.array(centred))
+    assert centred.isnan().nonzero().tolist() == [[0, 1, 1]]
 
 
 def test_a_bound_of_the_logits_keeps_them_at_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,11 +16,11 @@ from spectrumkv.common.kv.spectral.layout import (
     HIGHEST_CLASS,
     LOWEST_CLASS,
     STEP_CLASSES,
-    Streams,
 )
 from spectrumkv.common.kv.spectral.symbols import (
     EXCEPTION,
     CodedStream,
+    PackedStreams,
     compress,
     decompress,
     edges,
@@ -84,9 +84,9 @@ class Steps:
         """float32: the step of each class."""
         return np.exp2(self.base + STEP_CLASSES / CLASSES_PER_OCTAVE).astype(np.float32)
 
-    def streams(self, transform: LayerTransform) -> Streams:
-        """How the block's symbols divide."""
-        return Streams.of(self.tokens.of_each, self.base, transform.run_classes, transform.run_rows)
+    def packed(self, transform: LayerTransform) -> PackedStreams:
+        """How the block's streams are packed."""
+        return transform.streams.packed(self.tokens.of_each, self.base)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,19 +193,19 @@ def encode_block(block: AnalysedBlock, base: float, geometry: KvGeometry) -> byt
 
 def _coded_streams(block: AnalysedBlock, steps: Steps) -> list[CodedStream]:
     """Code the tokens that have a step."""
-    transform, streams = block.transform, steps.streams(block.transform)
-    symbols = np.empty(streams.start[-1], np.int32)
+    transform, packed = block.transform, steps.packed(block.transform)
+    symbols = np.empty(packed.start[-1], np.int32)
     kernels.quantize(
         block.coefficients.flatten(0, 1).numpy(),
         transform.row_order,
         transform.run_start,
         block.tokens.start,
         1 / steps.of_classes,
-        streams.stream_of,
-        streams.start[:-1].copy(),
+        transform.streams.stream_of,
+        packed.start[:-1].copy(),
         symbols,
     )
-    return streams.packed.encode(symbols)
+    return packed.encode(symbols)
 
 
 def decode_block(
@@ -258,12 +258,12 @@ def _read_coefficients(
     reader: "_Reader", steps: Steps, transform: LayerTransform, geometry: KvGeometry
 ) -> torch.Tensor:
     """Coefficients of the tokens that have a step: float32 `[2 · kv_heads, head_dim, n]`, tokens by rising class."""
-    streams = steps.streams(transform)
-    lengths = reader.array(len(streams.exponent), LENGTHS).tolist()
-    symbols = streams.packed.decode(
+    packed = steps.packed(transform)
+    lengths = reader.array(len(packed.limit), LENGTHS).tolist()
+    symbols = packed.decode(
         [
             CodedStream(reader.take(coded), reader.take(raw_bytes), reader.take(exceptions * EXCEPTION.itemsize))
-            for (coded, exceptions), raw_bytes in zip(lengths, streams.packed.raw_bytes.tolist(), strict=True)
+            for (coded, exceptions), raw_bytes in zip(lengths, packed.raw_bytes.tolist(), strict=True)
         ]
     )
     coefficients = torch.empty(2 * geometry.kv_heads, geometry.head_dim, len(steps.tokens.coded))
@@ -273,8 +273,8 @@ def _read_coefficients(
         transform.run_start,
         steps.tokens.start,
         steps.of_classes,
-        streams.stream_of,
-        streams.start[:-1].copy(),
+        transform.streams.stream_of,
+        packed.start[:-1].copy(),
         coefficients.flatten(0, 1).numpy(),
     )
     return coefficients

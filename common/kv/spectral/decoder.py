@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from spectrumkv.common.errors import DataLossError
 from spectrumkv.common.kv.block import Block
 from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.spectral.accounting import class_bits, tier_bytes
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.spectral.block_codec import decode_block
-from spectrumkv.common.kv.spectral.encoder import tier_bytes, token_bits
 from spectrumkv.common.kv.spectral.transform import layer_transforms
 from spectrumkv.common.kv.tiers import Tier
 
@@ -34,8 +35,9 @@ class SpectralDecoder:
             DataLossError: the body does not hold what its header says.
         """
         transform = self._transforms[block.layer]
-        if bool((block.tiers == Tier.DROP).any() or (block.tiers == Tier.NATIVE).any()):
+        of_each = np.bincount(block.tiers.numpy(), minlength=len(Tier))
+        if of_each[Tier.DROP] or of_each[Tier.NATIVE]:
             raise DataLossError("codec spectral sends every token, at INT4, INT8 or FP16", "tier")
         body = block.body.numpy().data
         steps = decode_block(transform, body, block.first_token, self._geometry, keys, values)
-        return tier_bytes(token_bits(transform, steps), block.tiers, block.body.numel())
+        return tier_bytes(class_bits(transform, steps.base), steps.tokens, block.tiers, block.body.numel())

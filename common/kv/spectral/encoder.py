@@ -1,6 +1,6 @@
 """A prompt's layers to blocks, one after another, within a budget of counted bytes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -8,26 +8,19 @@ import torch
 from spectrumkv.common.kv.block import BLOCK_HEADER, MAX_CHUNK_PAYLOAD_BYTES, Block
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.kv.spectral.accounting import class_bits, tier_bytes, token_tiers
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.spectral.block_codec import AnalysedBlock, Steps, TokenClasses, encode_block
+from spectrumkv.common.kv.spectral.block_codec import AnalysedBlock, TokenClasses, encode_block
 from spectrumkv.common.kv.spectral.importance import affordable_sinks, step_octaves
-from spectrumkv.common.kv.spectral.layout import (
-    CLASSES_PER_OCTAVE,
-    HIGHEST_CLASS,
-    LOWEST_CLASS,
-    STEP_CLASSES,
-)
+from spectrumkv.common.kv.spectral.layout import CLASSES_PER_OCTAVE, HIGHEST_CLASS, LOWEST_CLASS
 from spectrumkv.common.kv.spectral.rate import BaseSearch, RateControl
-from spectrumkv.common.kv.spectral.transform import LayerTransform, layer_transforms
-from spectrumkv.common.kv.tiers import Tier, tier_map_bytes
+from spectrumkv.common.kv.spectral.transform import layer_transforms
+from spectrumkv.common.kv.tiers import tier_map_bytes
 
 # Length fields and headers of one block's streams, about.
 STREAM_OVERHEAD_BYTES = 300
 # Share of a chunk that a block is planned to fill; what comes out differs.
 PLANNED_FILL = 0.6
-# Mean bits an element up to which a token counts as INT4, and as INT8.
-INT4_BITS, INT8_BITS = 6.0, 12.0
-SINK_BITS = 16.0
 
 
 class SpectralEncoder:
@@ -104,9 +97,9 @@ class SpectralEncoder:
                 yield from self._code(half, base)
             return
         coded = torch.frombuffer(body, dtype=torch.uint8)
-        bits = token_bits(block.transform, Steps(base, block.tokens))
-        tiers = token_tiers(bits, block.tokens.sinks)
-        shares = tier_bytes(bits, tiers, len(body))
+        bits = class_bits(block.transform, base)
+        tiers = token_tiers(bits, block.tokens)
+        shares = tier_bytes(bits, block.tokens, tiers, len(body))
         yield Block(block.transform.layer, block.first, tiers, coded, shares)
 
     def _fit(self, layer: list[AnalysedBlock], finest: float, base: float, blocks: list[Block]) -> list[Block]:
@@ -120,32 +113,6 @@ class SpectralEncoder:
             base = search.next_base()
             blocks = self._blocks(layer, base)
         return blocks if search.is_best(base) or best is None else best
-
-
-def token_bits(transform: LayerTransform, steps: Steps) -> np.ndarray:
-    """Expected bits an element of each token, 16 for sinks: float64 `[n]`."""
-    bits: np.ndarray = transform.mean_bits(steps.base + STEP_CLASSES / CLASSES_PER_OCTAVE)[
-        steps.tokens.classes - LOWEST_CLASS
-    ]
-    bits[: steps.tokens.sinks] = SINK_BITS
-    return bits
-
-
-def token_tiers(bits: np.ndarray, sinks: int) -> torch.Tensor:
-    """The tier whose width is nearest to each token's mean bits: uint8 `[n]`."""
-    tiers = np.where(bits <= INT4_BITS, Tier.INT4, np.where(bits <= INT8_BITS, Tier.INT8, Tier.FP16))
-    tiers[:sinks] = Tier.FP16
-    return torch.from_numpy(tiers.astype(np.uint8))
-
-
-def tier_bytes(bits: np.ndarray, tiers: torch.Tensor, body_bytes: int) -> Mapping[Tier, int]:
-    """How a body's bytes divide among the tiers: by expected bits, which is as well as one entropy coder tells."""
-    weights = np.bincount(tiers.numpy(), np.maximum(bits, 1e-3), minlength=len(Tier))
-    total = float(weights.sum())
-    shares = {tier: int(body_bytes * weights[tier] / total) for tier in (Tier.INT4, Tier.INT8, Tier.FP16)}
-    widest = max(shares, key=lambda tier: shares[tier])
-    shares[widest] += body_bytes - sum(shares.values())
-    return shares
 
 
 def _wire_bytes(blocks: list[Block]) -> int:

@@ -16,8 +16,8 @@ from spectrumkv.common.kv.codec import TierCodec
 from spectrumkv.common.kv.encoder import tier_blocks, token_bytes
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.kv.spectral.accounting import INT4_BITS, INT8_BITS
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.spectral.encoder import INT4_BITS, INT8_BITS
 from spectrumkv.common.kv.spectral.importance import affordable_sinks, step_octaves
 from spectrumkv.common.kv.spectral.transform import layer_transforms
 from spectrumkv.common.kv.tiers import Tier, tier_map_bytes

@@ -5,7 +5,7 @@ both classes in half octaves, symbols of one difference are alike.
 """
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import erf, sqrt
 
 import numpy as np
@@ -33,40 +33,42 @@ def spread_classes(spread: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class Streams:
-    """How the symbols of a block divide into streams, from the narrowest to the widest.
+class StreamLayout:
+    """Which symbols share a stream in the blocks of a layer, from the narrowest stream to the widest.
 
     Attributes:
-        exponent: float64 `[streams]`, binary logarithm of the standard deviation of a stream's symbols, in steps.
-            Exact, so that both sides pack a stream alike whatever machines they are.
-        start: int64 `[streams + 1]`, where each stream lies among all symbols.
+        exponent: float64 `[streams]`, binary logarithm of the standard deviation of a stream's symbols where the step
+            of class 0 is 1. Exact, so that both sides pack a stream alike whatever machines they are.
         stream_of: int64 `[classes, runs]`, the stream of a token's step class (from `LOWEST_CLASS`) and a run.
+        rows: int64 `[streams, classes]`, how many coefficients of a token of each class are in a stream.
     """
 
     exponent: np.ndarray
-    start: np.ndarray
     stream_of: np.ndarray
+    rows: np.ndarray
 
     @classmethod
-    def of(cls, tokens: np.ndarray, base: float, run_classes: np.ndarray, run_rows: np.ndarray) -> "Streams":
-        """Divide the symbols of a block.
+    def of(cls, run_classes: np.ndarray, run_rows: np.ndarray) -> "StreamLayout":
+        """Lay out the streams of a layer.
+
+        Args:
+            run_classes: int64 `[runs]`, spread classes, rising.
+            run_rows: int64 `[runs]`, how many coefficients each has.
+        """
+        lowest, highest = int(run_classes[0]) - HIGHEST_CLASS, int(run_classes[-1]) - LOWEST_CLASS
+        stream_of = run_classes - lowest - STEP_CLASSES[:, None]
+        rows = np.zeros((highest - lowest + 1, len(STEP_CLASSES)), np.int64)
+        rows[stream_of, np.arange(len(STEP_CLASSES))[:, None]] = run_rows
+        return cls(np.arange(lowest, highest + 1) / CLASSES_PER_OCTAVE, stream_of, rows)
+
+    def packed(self, tokens: np.ndarray, base: float) -> PackedStreams:
+        """How the streams of a block are packed.
 
         Args:
             tokens: int64 `[classes]`, how many have each step class.
             base: binary logarithm of the step of class 0, a float32.
-            run_classes: int64 `[runs]`, spread classes, rising.
-            run_rows: int64 `[runs]`, how many coefficients each has.
         """
-        lowest = int(run_classes[0]) - HIGHEST_CLASS
-        stream_of = run_classes - lowest - STEP_CLASSES[:, None]
-        counts = np.bincount(stream_of.ravel(), np.outer(tokens, run_rows).ravel()).astype(np.int64)
-        exponent = np.arange(lowest, lowest + len(counts)) / CLASSES_PER_OCTAVE - base
-        return cls(exponent, edges(counts), stream_of)
-
-    @cached_property
-    def packed(self) -> PackedStreams:
-        """How the streams are packed."""
-        return PackedStreams.of(self.start, self.exponent)
+        return PackedStreams.of(edges(self.rows @ tokens), self.exponent - base)
 
 
 @lru_cache(maxsize=1)

@@ -51,6 +51,7 @@ class RateControl:
     done: int = 0
     _widest: np.ndarray = field(init=False)
     _rows: np.ndarray = field(init=False)
+    _rows_from: np.ndarray = field(init=False)
     _lowest: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -60,6 +61,7 @@ class RateControl:
         self._lowest = int(min(one.min() for one in classes))
         width = int(max(one.max() for one in classes)) - self._lowest + 1
         self._rows = np.stack([np.bincount(one - self._lowest, minlength=width) for one in classes])
+        self._rows_from = self._rows[::-1].cumsum(axis=0)[::-1]
 
     @property
     def left_bytes(self) -> int:
@@ -83,7 +85,7 @@ class RateControl:
             classes: step classes of this layer's tokens, sinks left out.
             fixed_bytes: what a layer takes whatever its steps.
         """
-        counts = self._streams(self._rows[self.done :].sum(axis=0), classes)
+        counts = self._streams(self._rows_from[self.done], classes)
         remaining = len(self._rows) - self.done
         available = 8 * (self.left_bytes * AIM - remaining * fixed_bytes) / self.correction
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.spectral.layout import CLASSES_PER_OCTAVE, mean_bits, spread_classes
+from spectrumkv.common.kv.spectral.layout import CLASSES_PER_OCTAVE, StreamLayout, mean_bits, spread_classes
 from spectrumkv.kernels import spectral_rows as kernels
 from spectrumkv.kernels.strided import adjacent, flat
 
@@ -53,6 +53,11 @@ class LayerTransform:
     def run_rows(self) -> np.ndarray:
         """int64 `[runs]`: how many rows each class has."""
         return np.diff(self.run_start)
+
+    @cached_property
+    def streams(self) -> StreamLayout:
+        """Which symbols share a stream."""
+        return StreamLayout.of(self.run_classes, self.run_rows)
 
     @cached_property
     def _run_exponents(self) -> np.ndarray:

@@ -9,14 +9,17 @@ from spectrumkv.bench.link_requests import Errand, Setting
 from spectrumkv.bench.link_services import DECODE, PREFILL, PREFILL_METRICS, linked_services
 from spectrumkv.client.running_pair import READY_TIMEOUT_SECONDS
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.kv.spectral.codec import SpectralCodec
 
 SEQUENTIAL = "fp16 without overlap"
 SETTINGS = (
     Setting(SEQUENTIAL, "fp16", None, "model"),
     Setting("fp16", "fp16", None, "layer"),
-    Setting("0.5", "adaptive", 0.5, "layer"),
-    Setting("0.3", "adaptive", 0.3, "layer"),
+    Setting("0.5", SpectralCodec.name, 0.5, "layer"),
+    Setting("0.3", SpectralCodec.name, 0.3, "layer"),
 )
+# What Ethernet carries of TCP with timestamps at an MTU of 1500, and the frame around it. The shaper counts frames.
+SEGMENT_BYTES, FRAME_BYTES = 1448, 1514
 # The KV is on the wire from the moment that this share of its bytes has left: Begin comes long before.
 WIRE_STARTS_SHARE = 0.01
 
@@ -135,6 +138,7 @@ def _row(
         "policy": setting.policy,
         "budget_target": setting.budget,
         "scope": setting.scope,
+        "codecs": sorted({one["codec"] for one in observed}),
         "prompt_tokens": prompt_tokens,
         "kv_sent_bytes": typical["kv_bytes_sent"],
         "budget_counted": typical["budget_counted"],
@@ -150,12 +154,14 @@ def _request(observed: Mapping[str, Any], megabits: float, itl_ms: float) -> dic
     """What one request took, and the floor under its hand-off: what of the wire outlasts its prefill, and one ITL."""
     handoff_ms = _handoff_seconds(observed) * 1000.0
     stages = {f"{name}_ms": observed["stages"][name] * 1000.0 for name in ("prefill", "encode", "transfer")}
-    wire_ms = observed["kv_bytes_sent"] * 8 / (megabits * 1e6) * 1000.0
+    payload_ms = observed["kv_bytes_sent"] * 8 / (megabits * 1e6) * 1000.0
+    wire_ms = payload_ms * FRAME_BYTES / SEGMENT_BYTES
     floor_ms = max(0.0, wire_ms - stages["prefill_ms"]) + itl_ms
     return {
         "ttft_ms": observed["arrivals"][0] * 1000.0,
         "handoff_ms": handoff_ms,
         **stages,
+        "payload_ms": payload_ms,
         "wire_ms": wire_ms,
         "handoff_floor_ms": floor_ms,
         "handoff_floor_ratio": handoff_ms / floor_ms,

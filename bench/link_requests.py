@@ -100,6 +100,7 @@ class Observed:
         wire: pairs of a moment and the bytes that had left through the link by then.
         kv_bytes_sent: serialized towards decode.
         budget_counted: that, relative to FP16.
+        codec: what coded it, which prefill may choose by what the link takes.
     """
 
     setting: str
@@ -110,6 +111,7 @@ class Observed:
     wire: tuple[tuple[float, int], ...]
     kv_bytes_sent: int
     budget_counted: float
+    codec: str
 
 
 def main() -> None:
@@ -159,6 +161,7 @@ def _observe(client: SpectrumClient, errand: Errand, prompt: TokenIds) -> Iterat
                 wire=_changes(wire, sent),
                 kv_bytes_sent=completion.usage.kv_bytes_sent,
                 budget_counted=completion.usage.budget_counted,
+                codec=completion.usage.codec,
             )
 
 

@@ -51,6 +51,11 @@ class Block:
         fixed = BLOCK_HEADER.pack(self.layer, kind, tier, self.first_token, self.tiers.numel(), self.body.numel())
         return fixed if uniform else fixed + pack_tier_map(self.tiers)
 
+    @property
+    def wire_bytes(self) -> int:
+        """What it takes of a budget: header, tier map and body."""
+        return len(self.header()) + self.body.numel()
+
 
 def parse_block(payload: Buffer, offset: int) -> tuple[Block, int]:
     """Return the block that starts at `offset` and where the next one starts."""

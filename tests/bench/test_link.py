@@ -36,6 +36,7 @@ def observed(setting: str, handoff: float, kv_bytes: int) -> dict[str, Any]:
         "wire": [[0.1, kv_bytes // 1000], [0.5, kv_bytes // 50], [2.4, kv_bytes + 10]],
         "kv_bytes_sent": kv_bytes,
         "budget_counted": 0.5,
+        "codec": "absmax" if kv_bytes % 2 else "spectral",
     }
 
 
@@ -55,10 +56,11 @@ def test_rows_are_medians_against_the_floor() -> None:
     assert first["handoff_ms"] == pytest.approx(4200)
     assert first["handoff_ratio_to_sequential"] == 1.0
     assert overlapped["handoff_ratio_to_sequential"] == pytest.approx(1100 / 4200)
-    # 320 Mb take 3.2 s; prefill hides 1.5 s of them; one gap more.
-    assert overlapped["wire_ms"] == pytest.approx(3200)
-    assert overlapped["handoff_floor_ms"] == pytest.approx(1800)
-    assert overlapped["handoff_floor_ratio"] == pytest.approx(1100 / 1800)
+    # 320 Mb take 3.2 s, in frames 66 bytes for every 1448 more; prefill hides 1.5 s of them; one gap more.
+    assert overlapped["payload_ms"] == pytest.approx(3200)
+    assert overlapped["wire_ms"] == pytest.approx(3200 * 1514 / 1448)
+    assert overlapped["handoff_floor_ms"] == pytest.approx(3200 * 1514 / 1448 - 1400)
+    assert overlapped["handoff_floor_ratio"] == pytest.approx(1100 / (3200 * 1514 / 1448 - 1400))
     assert overlapped["itl_ms"] == pytest.approx(100)
     assert overlapped["ttft_ms"] == pytest.approx(2000)
     assert [one["handoff_ms"] for one in overlapped["requests"]] == pytest.approx([1000, 1100, 1200])
@@ -69,8 +71,16 @@ def test_each_request_has_a_floor_of_its_own() -> None:
     slow["stages"] = slow["stages"] | {"prefill": 3.1}
     quick["stages"] = quick["stages"] | {"prefill": 1.1}
     row = rate_rows(100.0, 2048, [*all_observed()[:3], slow, quick, *all_observed()[6:]])[1]
-    assert [one["handoff_floor_ms"] for one in row["requests"]] == pytest.approx([200, 2200])
-    assert row["handoff_floor_ratio"] == pytest.approx(1.0)
+    wire = 3200 * 1514 / 1448
+    floors = [wire - 3000, wire - 1000]
+    assert [one["handoff_floor_ms"] for one in row["requests"]] == pytest.approx(floors)
+    assert row["handoff_floor_ratio"] == pytest.approx((200 / floors[0] + 2200 / floors[1]) / 2)
+
+
+def test_a_row_names_every_codec_that_was_used() -> None:
+    mixed = [observed(SETTINGS[3].name, 0.4, size) for size in (40_000_000, 40_000_001, 40_000_002)]
+    rows = rate_rows(100.0, 2048, [*all_observed()[:9], *mixed])
+    assert [row["codecs"] for row in rows] == [["spectral"]] * 3 + [["absmax", "spectral"]]
 
 
 def test_where_prefill_hides_the_wire_the_floor_is_one_gap() -> None:

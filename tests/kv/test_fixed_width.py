@@ -23,7 +23,7 @@ def test_a_budget_is_met_and_never_exceeded(tokens: int, budget: float) -> None:
     for layer in range(shape.layers):
         seen = observation(basis, layer, tokens)
         for block in encoder.encode(seen):
-            sent += len(block.header()) + block.body.numel()
+            sent += block.wire_bytes
             received = torch.full((2, shape.kv_heads, block.tiers.numel(), shape.head_dim), torch.nan)
             assert decoder.decode(block, received[0], received[1]) == block.tier_bytes
             assert received.isfinite().all()

@@ -194,7 +194,7 @@ def test_a_budget_is_met_and_never_exceeded(tokens: int, budget: float, mismatch
     sent = 0
     for layer in range(shape.layers):
         blocks = list(encoder.encode(observation(basis, layer, tokens, mismatch)))
-        sent += sum(len(block.header()) + block.body.numel() for block in blocks)
+        sent += sum(block.wire_bytes for block in blocks)
         assert sum(block.tiers.numel() for block in blocks) == tokens
         for block in blocks:
             received = torch.full((2, shape.kv_heads, block.tiers.numel(), shape.head_dim), torch.nan)

@@ -116,5 +116,4 @@ class SpectralEncoder:
 
 
 def _wire_bytes(blocks: list[Block]) -> int:
-    """What blocks take of the budget, headers and tier maps included."""
-    return sum(len(block.header()) + block.body.numel() for block in blocks)
+    return sum(block.wire_bytes for block in blocks)

@@ -73,7 +73,7 @@ class FixedWidthEncoder:
         tiers = torch.from_numpy(self._tiers(octaves, observation.layer))
         self._layers_left -= 1
         for block in tier_blocks(self._codec, observation, tiers, self._geometry):
-            self._left_bytes -= len(block.header()) + block.body.numel()
+            self._left_bytes -= block.wire_bytes
             yield block
 
     def _tiers(self, octaves: np.ndarray, layer: int) -> np.ndarray:

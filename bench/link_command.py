@@ -110,7 +110,7 @@ def link_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         table.add_row(
             f"{row['rate_mbps']:g}",
-            Text(row["setting"] if row["codecs"] == [row["policy"]] else f"{row['setting']} ({', '.join(row['codecs'])})"),
+            Text(_setting(row)),
             f"{row['budget_counted']:.4f}",
             f"{row['wire_ms']:.0f}",
             f"{row['prefill_ms']:.0f}",
@@ -120,8 +120,14 @@ def link_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['handoff_ratio_to_sequential']:.3f}",
             f"{row['itl_ms']:.0f}",
         )
-    table.caption = "wire: bytes and their frames ÷ bandwidth; floor: what of it outlasts the request's prefill, and one ITL"
+    table.caption = "wire: frames ÷ bandwidth; floor: what of it outlasts the request's prefill, and one ITL"
     return table
+
+
+def _setting(row: Mapping[str, Any]) -> str:
+    """The setting, and the codecs that were used where the policy's name does not say them."""
+    codecs = ", ".join(row["codecs"])
+    return row["setting"] if codecs == row["policy"] else f"{row['setting']} ({codecs})"
 
 
 def parse_rates(text: str) -> tuple[float, ...]:

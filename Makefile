@@ -70,7 +70,7 @@ RESULTS := bench/results
 bench: install  ## Speed of codecs, of the transfer and of serving, beside baselines (docs/benchmarks.md)
 	mkdir -p $(RESULTS)
 	$(BIN)/spectrumkv-bench codec --json $(RESULTS)/codec.json
-	$(BIN)/spectrumkv-bench coding --policies spectral,adaptive --budgets 0.5,0.3 --json $(RESULTS)/coding.json
+	$(BIN)/spectrumkv-bench coding --policies spectral,adaptive --budgets 0.5,0.3,0.25 --json $(RESULTS)/coding.json
 	$(BIN)/spectrumkv-bench transfer --json $(RESULTS)/transfer.json
 	$(BIN)/spectrumkv-bench serve --num-prompts 4 --random-input-len 1024 --random-output-len 32 \
 		--goodput ttft:5000 tpot:150 --json $(RESULTS)/serve-1024.json

@@ -3,8 +3,6 @@
 A row is one token in one KV head. numba has neither float16 nor bfloat16: uint16 stands for the one, int16 for the
 other. The loops over a row are short and without branches, so that LLVM makes vector instructions of them. The
 intrinsics say what Python cannot: operations on eight or 32 bits, and changes of type that leave the bits alone.
-
-All of it is in one file, since numba does not notice changes of other files (see `compiled`).
 """
 
 from typing import Any

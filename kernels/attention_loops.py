@@ -1,7 +1,4 @@
-"""Attention compiled for CPUs: what decoding one token and scoring a prompt have in common, and each on top of it.
-
-All of it is in one file, since numba does not notice changes of other files (see `compiled`).
-"""
+"""Attention compiled for CPUs: what decoding one token and scoring a prompt have in common, and each on top of it."""
 
 import math
 from typing import Any

@@ -6,6 +6,10 @@ A row is one token in one head.
 from typing import Any
 
 from spectrumkv.kernels.compiled import compiled
+from spectrumkv.kernels.prefetch import fetch
+
+# How many rows before its turn one is fetched: tokens come in an order that no processor foresees.
+AHEAD = 8
 
 
 @compiled
@@ -37,6 +41,8 @@ def gather_unrotated(
     for head in range(gathered.shape[0]):
         center, high_center = mean[head, :half], mean[head, half:]
         for place in range(order.size):
+            ahead = order[min(place + AHEAD, order.size - 1)]
+            fetch(states, head * head_stride + ahead * token_stride, gathered.shape[2])
             start = head * head_stride + order[place] * token_stride
             low, high = states[start : start + half], states[start + half : start + 2 * half]
             turn, lift = cosine[order[place]], sine[order[place]]
@@ -53,6 +59,8 @@ def gather(states: Any, head_stride: int, token_stride: int, order: Any, mean: A
     for head in range(gathered.shape[0]):
         center = mean[head]
         for place in range(order.size):
+            ahead = order[min(place + AHEAD, order.size - 1)]
+            fetch(states, head * head_stride + ahead * token_stride, gathered.shape[2])
             start = head * head_stride + order[place] * token_stride
             row, centred = states[start : start + head_dim], gathered[head, place]
             for j in range(head_dim):
@@ -76,6 +84,8 @@ def scatter_rotated(
     for head in range(gathered.shape[0]):
         center, high_center = mean[head, :half], mean[head, half:]
         for place in range(order.size):
+            ahead = order[min(place + AHEAD, order.size - 1)]
+            fetch(states, head * head_stride + ahead * token_stride, gathered.shape[2])
             start = head * head_stride + order[place] * token_stride
             low, high = states[start : start + half], states[start + half : start + 2 * half]
             turn, lift = cosine[order[place]], sine[order[place]]
@@ -93,6 +103,8 @@ def scatter(gathered: Any, order: Any, mean: Any, states: Any, head_stride: int,
     for head in range(gathered.shape[0]):
         center = mean[head]
         for place in range(order.size):
+            ahead = order[min(place + AHEAD, order.size - 1)]
+            fetch(states, head * head_stride + ahead * token_stride, gathered.shape[2])
             start = head * head_stride + order[place] * token_stride
             row, centred = states[start : start + head_dim], gathered[head, place]
             for j in range(head_dim):

@@ -13,6 +13,13 @@ AHEAD = 8
 
 
 @compiled
+def fetch_ahead(states: Any, head_start: int, token_stride: int, order: Any, place: int, head_dim: int) -> None:
+    """Ask for the row whose turn comes `AHEAD` places after `place`, or for the last one."""
+    token = order[min(place + AHEAD, order.size - 1)]
+    fetch(states, head_start + token * token_stride, head_dim)
+
+
+@compiled
 def gather_unrotated(
     states: Any,
     head_stride: int,
@@ -41,8 +48,7 @@ def gather_unrotated(
     for head in range(gathered.shape[0]):
         center, high_center = mean[head, :half], mean[head, half:]
         for place in range(order.size):
-            ahead = order[min(place + AHEAD, order.size - 1)]
-            fetch(states, head * head_stride + ahead * token_stride, gathered.shape[2])
+            fetch_ahead(states, head * head_stride, token_stride, order, place, gathered.shape[2])
             start = head * head_stride + order[place] * token_stride
             low, high = states[start : start + half], states[start + half : start + 2 * half]
             turn, lift = cosine[order[place]], sine[order[place]]
@@ -59,8 +65,7 @@ def gather(states: Any, head_stride: int, token_stride: int, order: Any, mean: A
     for head in range(gathered.shape[0]):
         center = mean[head]
         for place in range(order.size):
-            ahead = order[min(place + AHEAD, order.size - 1)]
-            fetch(states, head * head_stride + ahead * token_stride, gathered.shape[2])
+            fetch_ahead(states, head * head_stride, token_stride, order, place, gathered.shape[2])
             start = head * head_stride + order[place] * token_stride
             row, centred = states[start : start + head_dim], gathered[head, place]
             for j in range(head_dim):
@@ -84,8 +89,7 @@ def scatter_rotated(
     for head in range(gathered.shape[0]):
         center, high_center = mean[head, :half], mean[head, half:]
         for place in range(order.size):
-            ahead = order[min(place + AHEAD, order.size - 1)]
-            fetch(states, head * head_stride + ahead * token_stride, gathered.shape[2])
+            fetch_ahead(states, head * head_stride, token_stride, order, place, gathered.shape[2])
             start = head * head_stride + order[place] * token_stride
             low, high = states[start : start + half], states[start + half : start + 2 * half]
             turn, lift = cosine[order[place]], sine[order[place]]
@@ -103,8 +107,7 @@ def scatter(gathered: Any, order: Any, mean: Any, states: Any, head_stride: int,
     for head in range(gathered.shape[0]):
         center = mean[head]
         for place in range(order.size):
-            ahead = order[min(place + AHEAD, order.size - 1)]
-            fetch(states, head * head_stride + ahead * token_stride, gathered.shape[2])
+            fetch_ahead(states, head * head_stride, token_stride, order, place, gathered.shape[2])
             start = head * head_stride + order[place] * token_stride
             row, centred = states[start : start + head_dim], gathered[head, place]
             for j in range(head_dim):

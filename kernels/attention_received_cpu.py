@@ -53,4 +53,6 @@ def multiplies_bfloat16() -> bool:
 
 def prepare() -> None:
     """Compile, or load what an earlier process compiled."""
-    attention_received(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), 1, None, None)
+    # A bound keeps logits at float32 where they would be bfloat16.
+    for softcap in (None, 1.0):
+        attention_received(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), 1, None, softcap)

@@ -1,5 +1,7 @@
 """The compiled loops against torch's own softmax."""
 
+import subprocess
+import sys
 from unittest.mock import patch
 
 import pytest
@@ -122,3 +124,29 @@ def test_what_is_not_finite_shows(poison: float) -> None:
     keys[0, 17, 3] = poison
     received = attention_received_cpu.attention_received(queries, keys, 3, None, None)
     assert not received.isfinite().all()
+
+
+# In a process of its own: what other tests had compiled would hide what is missing.
+PREPARED = """
+import torch
+from spectrumkv.kernels import attention_loops, attention_received_cpu
+attention_received_cpu.multiplies_bfloat16 = lambda: True
+attention_received_cpu.prepare()
+
+def signatures():
+    loops = vars(attention_loops).items()
+    return {(name, one) for name, loop in loops for one in getattr(loop, "signatures", ())}
+
+prepared = signatures()
+for tokens in (1, 70):
+    keys = torch.ones(tokens, 2, 8).transpose(0, 1)
+    for softcap in (None, 30.0):
+        attention_received_cpu.attention_received(torch.ones(2, 3, 8), keys, 1, 5, softcap)
+print(sorted(map(str, signatures() - prepared)))
+"""
+
+
+@pytest.mark.slow
+def test_no_request_waits_for_a_compiler_whether_its_logits_are_bounded_or_not() -> None:
+    done = subprocess.run([sys.executable, "-c", PREPARED], capture_output=True, text=True, timeout=240, check=True)
+    assert done.stdout.strip() == "[]"

@@ -15,78 +15,99 @@ from numba import types
 
 from spectrumkv.kernels.compiled import compiled, intrinsic
 
+LONG = ir.IntType(32)
+MAGNITUDE = 0x7FFFFFFF
+
 
 @intrinsic
 def _nearest(_: Any, value: Any) -> Any:
-    """The nearest integer of a float32, halves to even; its magnitude is less than 2^31."""
+    """The nearest integer of a float32, halves to even; any number where its magnitude is 2^31 or more."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         rounded = builder.call(builder.module.declare_intrinsic("llvm.rint", [ir.FloatType()]), arguments)
-        return builder.fptosi(rounded, ir.IntType(32))
+        return builder.fptosi(rounded, LONG)
 
     return types.int32(types.float32), emit
 
 
+@intrinsic
+def _greater_magnitude(_: Any, largest: Any, value: Any) -> Any:
+    """The greater one of a magnitude, as a float32's bits, and that of a float32; NaN is the greatest."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits = builder.and_(builder.bitcast(arguments[1], LONG), LONG(MAGNITUDE))
+        return builder.select(builder.icmp_signed(">", bits, arguments[0]), bits, arguments[0])
+
+    return types.int32(types.int32, types.float32), emit
+
+
 @compiled
-def quantize(
-    coefficients: Any,
-    row_order: Any,
-    run_start: Any,
-    class_start: Any,
-    inverse_step: Any,
-    stream_of: Any,
-    position: Any,
-    symbols: Any,
-) -> None:
-    """Divide coefficients by their token's step, round, and sort the integers into streams.
+def places(row_order: Any, run_start: Any, class_start: Any, stream_of: Any, stream_start: Any, place: Any) -> None:
+    """Where the integers of each row and step class start.
 
     Args:
-        coefficients: float32 `[rows, n]`, tokens sorted by step class; finite, and less than 2^31 steps.
         row_order: int64 `[rows]`, rows sorted by spread class.
         run_start: int64 `[runs + 1]`, the first place in `row_order` of each run.
         class_start: int64 `[classes + 1]`, the first token of each step class.
-        inverse_step: float32 `[classes]`.
         stream_of: int64 `[classes, runs]`.
-        position: int64 `[streams]`, where each stream starts in `symbols`; moved to its end.
-        symbols: int32, written.
+        stream_start: int64 `[streams]` or longer, where each stream starts among the symbols.
+        place: int64 `[classes, rows]`, written.
     """
+    following = stream_start.copy()
     for step_class in range(class_start.size - 1):
-        begin, end = class_start[step_class], class_start[step_class + 1]
-        scale, tokens = inverse_step[step_class], end - begin
-        if tokens == 0:
-            continue
+        tokens = class_start[step_class + 1] - class_start[step_class]
         for run in range(run_start.size - 1):
             stream = stream_of[step_class, run]
-            for place in range(run_start[run], run_start[run + 1]):
-                row = coefficients[row_order[place], begin:end]
-                written = symbols[position[stream] : position[stream] + tokens]
-                for token in range(tokens):
-                    written[token] = _nearest(row[token] * scale)
-                position[stream] += tokens
+            for index in range(run_start[run], run_start[run + 1]):
+                place[step_class, row_order[index]] = following[stream]
+                following[stream] += tokens
+
+
+@compiled
+def quantize(
+    coefficients: Any, first: int, count: int, class_start: Any, inverse_step: Any, place: Any, symbols: Any
+) -> Any:
+    """Divide some tokens' coefficients by their steps, round, and sort the integers into streams.
+
+    Args:
+        coefficients: float32 `[rows or more, count or more]`, tokens sorted by step class.
+        first: the first token.
+        count: how many tokens.
+        class_start: int64 `[classes + 1]`, the first token of each step class.
+        inverse_step: float32 `[classes]`.
+        place: int64 `[classes, rows]`, see `places`.
+        symbols: int32, written.
+
+    Returns:
+        The bits of the largest magnitude, int32; where that is 2^31 steps or more, symbols are of no use.
+    """
+    largest = np.int32(0)
+    for step_class in range(class_start.size - 1):
+        begin, end = max(class_start[step_class], first), min(class_start[step_class + 1], first + count)
+        if begin >= end:
+            continue
+        scale, skipped, tokens = inverse_step[step_class], begin - class_start[step_class], end - begin
+        for row in range(place.shape[1]):
+            start = place[step_class, row] + skipped
+            read, written = coefficients[row, begin - first : end - first], symbols[start : start + tokens]
+            for token in range(tokens):
+                largest = _greater_magnitude(largest, read[token])
+                written[token] = _nearest(read[token] * scale)
+    return largest
 
 
 @compiled
 def dequantize(
-    symbols: Any,
-    row_order: Any,
-    run_start: Any,
-    class_start: Any,
-    step: Any,
-    stream_of: Any,
-    position: Any,
-    coefficients: Any,
+    symbols: Any, first: int, count: int, class_start: Any, step: Any, place: Any, coefficients: Any
 ) -> None:
-    """Inverse of `quantize`; `step` is float32 `[classes]`, and every coefficient is written."""
+    """Inverse of `quantize`; `step` is float32 `[classes]`."""
     for step_class in range(class_start.size - 1):
-        begin, end = class_start[step_class], class_start[step_class + 1]
-        scale, tokens = step[step_class], end - begin
-        if tokens == 0:
+        begin, end = max(class_start[step_class], first), min(class_start[step_class + 1], first + count)
+        if begin >= end:
             continue
-        for run in range(run_start.size - 1):
-            stream = stream_of[step_class, run]
-            for place in range(run_start[run], run_start[run + 1]):
-                row = coefficients[row_order[place], begin:end]
-                read = symbols[position[stream] : position[stream] + tokens]
-                for token in range(tokens):
-                    row[token] = np.float32(read[token]) * scale
-                position[stream] += tokens
+        scale, skipped, tokens = step[step_class], begin - class_start[step_class], end - begin
+        for row in range(place.shape[1]):
+            start = place[step_class, row] + skipped
+            written, read = coefficients[row, begin - first : end - first], symbols[start : start + tokens]
+            for token in range(tokens):
+                written[token] = np.float32(read[token]) * scale

@@ -15,8 +15,9 @@ from spectrumkv.common.kv.codec import TierCodec, codecs
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.spectral.accounting import class_bits, token_tiers
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.spectral.block_codec import AnalysedBlock, TokenClasses, encode_block
+from spectrumkv.common.kv.spectral.block_codec import UncodedBlock, encode_block
 from spectrumkv.common.kv.spectral.layout import HIGHEST_CLASS, LOWEST_CLASS
+from spectrumkv.common.kv.spectral.steps import TokenClasses
 from spectrumkv.common.kv.spectral.transform import layer_transforms
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.kv.wire import DIGEST_RECORD, Chunk, ChunkWriter
@@ -110,7 +111,7 @@ def spectral_blocks(
         for first, end in ((0, middle), (middle, tokens)):
             if first < end:
                 classes = _token_classes(chance, end - first)
-                block = AnalysedBlock.of(
+                block = UncodedBlock(
                     layer_transforms(basis)[layer], first, keys[:, first:end], values[:, first:end], classes
                 )
                 yield _spectral_block(block, geometry, wanted)
@@ -123,11 +124,10 @@ def _token_classes(chance: random.Random, tokens: int) -> TokenClasses:
     return TokenClasses(classes, sinks)
 
 
-def _spectral_block(block: AnalysedBlock, geometry: KvGeometry, wanted: float) -> Block:
-    base = float(np.float32(max(wanted, block.finest_base)))
-    body = encode_block(block, base, geometry)
-    tiers = token_tiers(class_bits(block.transform, base), block.tokens)
-    return Block(block.transform.layer, block.first, tiers, torch.frombuffer(bytearray(body), dtype=torch.uint8))
+def _spectral_block(block: UncodedBlock, geometry: KvGeometry, wanted: float) -> Block:
+    body, steps = encode_block(block, float(np.float32(wanted)), geometry)
+    tiers = token_tiers(class_bits(block.transform, steps.base), block.tokens)
+    return Block(block.transform.layer, block.first, tiers, torch.frombuffer(body, dtype=torch.uint8))
 
 
 def wire_messages(one: Dialogue) -> list[bytes]:

@@ -8,7 +8,8 @@ import torch
 
 from spectrumkv.common.kv.block import Block
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.spectral.block_codec import HEADER, LENGTHS, Steps, decode_block
+from spectrumkv.common.kv.spectral.block_codec import HEADER, LENGTHS, decode_block
+from spectrumkv.common.kv.spectral.steps import Steps
 from spectrumkv.common.kv.spectral.symbols import EXCEPTION
 from spectrumkv.common.kv.spectral.transform import LayerTransform
 
@@ -87,7 +88,7 @@ def taken_apart(body: bytes, tokens: int, transform: LayerTransform, geometry: K
 def _streams(
     taker: "_Taker", steps: Steps, transform: LayerTransform
 ) -> tuple[list[tuple[int, int]], list[StreamParts]]:
-    raw_bytes = steps.packed(transform).raw_bytes.tolist()
+    raw_bytes = transform.packed(steps).raw_bytes.tolist()
     lengths = [
         (int(coded), int(exceptions))
         for coded, exceptions in np.frombuffer(taker.take(len(raw_bytes) * LENGTHS.itemsize), LENGTHS)

@@ -38,21 +38,53 @@ def naive_streams(coefficients: np.ndarray, plan: dict[str, np.ndarray]) -> np.n
     return np.array([symbol for one in lists for symbol in one], np.int32)
 
 
+def places_of(plan: dict[str, np.ndarray], rows: int) -> np.ndarray:
+    place = np.full((len(plan["step"]), rows), -1)
+    order = plan["row_order"], plan["run_start"], plan["class_start"], plan["stream_of"]
+    streams.places(*order, plan["start"], place)
+    return place
+
+
 @pytest.mark.parametrize(("rows", "tokens", "runs"), [(32, 1, 2), (192, 17, 5), (400, 333, 11)])
 @pytest.mark.parametrize("largest", [4.0, 2.0**26])
-def test_coefficients_are_sorted_into_streams_and_back(rows: int, tokens: int, runs: int, largest: float) -> None:
+@pytest.mark.parametrize("together", [7, 48, 1000])
+def test_coefficients_are_sorted_into_streams_and_back(
+    rows: int, tokens: int, runs: int, largest: float, together: int
+) -> None:
     plan = layout(rows, tokens, runs)
     coefficients = np.random.default_rng(1).normal(0, largest, (rows, tokens)).clip(-largest, largest)
     coefficients = coefficients.astype(np.float32)
     symbols = np.full(coefficients.size, POISON, np.int32)
-    position = plan["start"][:-1].copy()
-    places = plan["row_order"], plan["run_start"], plan["class_start"]
-    streams.quantize(coefficients, *places, 1 / plan["step"], plan["stream_of"], position, symbols)
-    assert (position == plan["start"][1:]).all()
+    place = places_of(plan, rows)
+    found = []
+    for first in range(0, tokens, together):
+        count = min(together, tokens - first)
+        # As in a buffer: there is more of everything, and what it is does not matter.
+        some = np.full((rows + 3, count + 5), np.nan, np.float32)
+        some[:rows, :count] = coefficients[:, first : first + count]
+        found.append(streams.quantize(some, first, count, plan["class_start"], 1 / plan["step"], place, symbols))
     assert (symbols == naive_streams(coefficients, plan)).all()
+    assert np.array(max(found), np.int32).view(np.float32) == np.abs(coefficients).max()
 
     back = np.full_like(coefficients, np.nan)
-    position = plan["start"][:-1].copy()
-    streams.dequantize(symbols, *places, plan["step"], plan["stream_of"], position, back)
+    for first in range(0, tokens, together):
+        count = min(together, tokens - first)
+        some = np.full((rows + 3, count + 5), np.nan, np.float32)
+        streams.dequantize(symbols, first, count, plan["class_start"], plan["step"], place, some)
+        assert np.isnan(some[rows:]).all()
+        assert np.isnan(some[:, count:]).all()
+        back[:, first : first + count] = some[:rows, :count]
     half_step = np.repeat(plan["step"], np.diff(plan["class_start"]))[None, :] / 2
     assert (np.abs(back - coefficients) <= half_step * 1.0001 + np.abs(coefficients) * 2.0**-22).all()
+
+
+@pytest.mark.parametrize(("odd", "shown"), [(np.nan, "nan"), (np.inf, "inf"), (-np.inf, "inf"), (-7.5, "7.5")])
+def test_the_largest_magnitude_is_found_wherever_it_is(odd: float, shown: str) -> None:
+    plan = layout(192, 333, 5)
+    coefficients = np.random.default_rng(2).uniform(-1, 1, (192, 333)).astype(np.float32)
+    coefficients[101, 77] = odd
+    symbols = np.empty(coefficients.size, np.int32)
+    largest = streams.quantize(
+        coefficients, 0, 333, plan["class_start"], 1 / plan["step"], places_of(plan, 192), symbols
+    )
+    assert str(np.array(largest, np.int32).view(np.float32)) == shown

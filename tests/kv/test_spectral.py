@@ -1,4 +1,5 @@
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -12,15 +13,11 @@ from spectrumkv.common.kv.block import Block
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.spectral.block_codec import (
-    AnalysedBlock,
-    TokenClasses,
-    decode_block,
-    encode_block,
-)
+from spectrumkv.common.kv.spectral.block_codec import UncodedBlock, decode_block, encode_block
 from spectrumkv.common.kv.spectral.decoder import SpectralDecoder
 from spectrumkv.common.kv.spectral.encoder import SpectralEncoder
 from spectrumkv.common.kv.spectral.layout import expected_bits
+from spectrumkv.common.kv.spectral.steps import TokenClasses
 from spectrumkv.common.kv.spectral.symbols import (
     EXCEPTION,
     PACKINGS,
@@ -30,6 +27,7 @@ from spectrumkv.common.kv.spectral.symbols import (
 )
 from spectrumkv.common.kv.spectral.transform import LayerTransform
 from spectrumkv.common.kv.tiers import Tier
+from tests.kv.plain_spectral import plain_coefficients, plain_states
 
 
 def geometry(kv_heads: int = 2, head_dim: int = 16, layers: int = 3) -> KvGeometry:
@@ -57,16 +55,13 @@ def basis_of(shape: KvGeometry, seed: int = 0) -> SpectralBasis:
     )
 
 
-def observation(basis: SpectralBasis, layer: int, tokens: int, mismatch: float = 1.0) -> Observation:
+def observation(basis: SpectralBasis, layer: int, tokens: int, mismatch: float = 1.0, first: int = 0) -> Observation:
     """A layer whose coefficients have the spreads that the basis says, times `mismatch`."""
     generator = torch.Generator().manual_seed(layer)
     _, sides, kv_heads, head_dim = basis.mean.shape
-    coefficients = (
-        torch.randn(tokens, sides, kv_heads, head_dim, generator=generator) * basis.spread[layer] * mismatch
-    )
-    keys, values = torch.full((2, kv_heads, tokens, head_dim), torch.nan)
-    by_row = coefficients.permute(1, 2, 3, 0).reshape(sides * kv_heads, head_dim, tokens)
-    LayerTransform(basis, layer).synthesise(by_row, 0, np.arange(tokens), keys, values)
+    coefficients = torch.randn(sides, kv_heads, tokens, head_dim, generator=generator)
+    coefficients *= basis.spread[layer][:, :, None] * mismatch
+    keys, values = plain_states(basis, layer, coefficients, first).float()
     queries = torch.randn(2 * kv_heads, min(tokens, 8), head_dim, generator=generator)
     return Observation(queries, keys, values, head_dim**-0.5, None, None, 0, layer)
 
@@ -153,32 +148,46 @@ def test_entropy_coded_symbols_take_about_their_entropy() -> None:
 
 
 @pytest.mark.parametrize(("kv_heads", "head_dim"), [(1, 64), (3, 80), (2, 128)])
-@pytest.mark.parametrize("tokens", [1, 3, 17, 65])
+@pytest.mark.parametrize("tokens", [1, 3, 17, 65, 500])
 def test_a_block_is_exact_up_to_half_a_step(kv_heads: int, head_dim: int, tokens: int) -> None:
     shape = geometry(kv_heads, head_dim)
-    basis = basis_of(shape)
-    seen = observation(basis, layer=1, tokens=tokens)
+    basis = replace(basis_of(shape), rope_scaling=1.25)
+    first = 300
+    seen = observation(basis, layer=1, tokens=tokens, first=first)
     transform = LayerTransform(basis, 1)
     classes = np.random.default_rng(0).integers(-6, 4, tokens)
     sinks = min(2, tokens)
-    block = AnalysedBlock.of(transform, 0, seen.keys, seen.values, TokenClasses(classes, sinks))
-    body = encode_block(block, -1.5, shape)
+    block = UncodedBlock(transform, first, seen.keys, seen.values, TokenClasses(classes, sinks))
+    body, steps = encode_block(block, -1.5, shape)
     assert len(body) % 2 == 0
     keys, values = torch.full((2, kv_heads, tokens, head_dim), torch.nan)
-    read = decode_block(transform, memoryview(body), 0, shape, keys, values)
-    assert (read.base, read.tokens.sinks) == (-1.5, sinks)
+    read = decode_block(transform, memoryview(body), first, shape, keys, values)
+    assert (read.base, read.tokens.sinks) == (steps.base, sinks) == (-1.5, sinks)
     assert (read.tokens.coded == classes[sinks:] + 6).all()
     assert torch.equal(keys[:, :sinks], seen.keys[:, :sinks].half().float())
     assert torch.equal(values[:, :sinks], seen.values[:, :sinks].half().float())
-    if tokens == sinks:
-        return
-    order = np.arange(tokens - sinks)
-    error = transform.analyse(keys[:, sinks:], values[:, sinks:], sinks, order) - transform.analyse(
-        seen.keys[:, sinks:], seen.values[:, sinks:], sinks, order
+    error = plain_coefficients(basis, 1, keys, values, first) - plain_coefficients(
+        basis, 1, seen.keys, seen.values, first
     )
     allowed = 2.0 ** (-1.5 + classes[sinks:] / 2) / 2
     # Coefficients that are expected to be far below half a step are not sent at all.
-    assert (error.abs().amax(dim=(0, 1)).numpy() <= allowed * 1.05 + 1e-2).all()
+    assert (error[:, :, sinks:].abs().amax(dim=(0, 1, 3)).numpy() <= allowed * 1.05 + 1e-2).all()
+
+
+def test_steps_too_fine_for_integers_of_32_bits_are_made_coarser() -> None:
+    shape = geometry()
+    basis = basis_of(shape)
+    seen = observation(basis, layer=0, tokens=30)
+    seen.keys[1, 11] *= 1e9
+    transform = LayerTransform(basis, 0)
+    block = UncodedBlock(transform, 0, seen.keys, seen.values, TokenClasses(np.zeros(30, np.int64), 1))
+    body, steps = encode_block(block, -6.0, shape)
+    largest = float(plain_coefficients(basis, 0, seen.keys, seen.values, 0).abs().max())
+    # Classes reach three octaves below class 0, and integers 2^30.
+    assert abs(steps.base - (np.log2(largest) - 30 + 3)) < 1e-4
+    keys, values = torch.full((2, 2, 30, 16), torch.nan)
+    decode_block(transform, memoryview(body), 0, shape, keys, values)
+    torch.testing.assert_close(keys[1, 11], seen.keys[1, 11], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(

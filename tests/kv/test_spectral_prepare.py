@@ -9,13 +9,13 @@ import pytest
 REQUEST = """
 import torch
 from spectrumkv.common.kv.spectral.codec import prepare
-from spectrumkv.kernels import spectral_packing, spectral_rate, spectral_rows, spectral_streams
+from spectrumkv.kernels import spectral_packing, spectral_rate, spectral_streams, spectral_transform
 from spectrumkv.common.kv.block import parse_block
 from spectrumkv.common.kv.spectral.decoder import SpectralDecoder
 from tests.kv.test_spectral import basis_of, encoder_of, geometry, observation
 
 def signatures():
-    loops = vars(spectral_rows) | vars(spectral_streams) | vars(spectral_packing) | vars(spectral_rate)
+    loops = vars(spectral_transform) | vars(spectral_streams) | vars(spectral_packing) | vars(spectral_rate)
     return {(name, one) for name, loop in loops.items() for one in getattr(loop, "signatures", ())}
 
 prepare()

@@ -4,6 +4,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.kv.spectral.block_codec import UncodedBlock, decode_block, encode_block
+from spectrumkv.common.kv.spectral.layout import LOWEST_CLASS
+from spectrumkv.common.kv.spectral.steps import TokenClasses
 from spectrumkv.common.kv.spectral.transform import LayerTransform
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.prefill_server.basis_cache import default_excerpts, resolve_basis
@@ -51,9 +54,11 @@ def test_a_basis_is_found_for_every_architecture(architecture: str) -> None:
     for observation in seen:
         transform = LayerTransform(basis, observation.layer)
         keys, values = torch.empty_like(observation.keys), torch.empty_like(observation.values)
-        order = np.arange(observation.tokens)[::-1].copy()
-        coefficients = transform.analyse(observation.keys, observation.values, 0, order)
-        transform.synthesise(coefficients, 0, order, keys, values)
+        classes = TokenClasses(np.full(observation.tokens, LOWEST_CLASS), sinks=0)
+        block = UncodedBlock(transform, 0, observation.keys, observation.values, classes)
+        fine = float(basis.spread[observation.layer].min().log2()) - 6
+        body, _ = encode_block(block, fine, loaded.geometry)
+        decode_block(transform, memoryview(body), 0, loaded.geometry, keys, values)
         scale = observation.keys.abs().max()
         torch.testing.assert_close(keys / scale, observation.keys / scale, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(values, observation.values, rtol=1e-3, atol=1e-3 * float(values.abs().max()))

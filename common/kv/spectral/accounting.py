@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from spectrumkv.common.kv.spectral.block_codec import TokenClasses
 from spectrumkv.common.kv.spectral.layout import CLASSES_PER_OCTAVE, LOWEST_CLASS, STEP_CLASSES
+from spectrumkv.common.kv.spectral.steps import TokenClasses
 from spectrumkv.common.kv.spectral.transform import LayerTransform
 from spectrumkv.common.kv.tiers import Tier
 

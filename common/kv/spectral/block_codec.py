@@ -4,29 +4,16 @@ import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
 
 from spectrumkv.common.errors import DataLossError, InvalidArgumentError
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.spectral.layout import (
-    CLASSES_PER_OCTAVE,
-    HIGHEST_CLASS,
-    LOWEST_CLASS,
-    STEP_CLASSES,
-)
-from spectrumkv.common.kv.spectral.symbols import (
-    EXCEPTION,
-    CodedStream,
-    PackedStreams,
-    compress,
-    decompress,
-    edges,
-)
+from spectrumkv.common.kv.spectral.layout import CLASSES_PER_OCTAVE, HIGHEST_CLASS, LOWEST_CLASS
+from spectrumkv.common.kv.spectral.steps import Steps, TokenClasses
+from spectrumkv.common.kv.spectral.symbols import EXCEPTION, CodedStream, PackedStreams, compress, decompress
 from spectrumkv.common.kv.spectral.transform import LayerTransform
-from spectrumkv.kernels import spectral_streams as kernels
 
 HEADER = struct.Struct("<fHI")
 LENGTHS = np.dtype([("coded", "<u4"), ("exceptions", "<u4")])
@@ -35,63 +22,8 @@ LARGEST_SYMBOL = 2.0**30
 
 
 @dataclass(frozen=True, eq=False)
-class TokenClasses:
-    """How fine the tokens of a block are relative to each other.
-
-    Attributes:
-        classes: int64 `[n]`, from LOWEST_CLASS to HIGHEST_CLASS; sinks have one too, which nobody looks at.
-        sinks: how many of the first tokens are sent in the 16-bit dtype.
-    """
-
-    classes: np.ndarray
-    sinks: int
-
-    @cached_property
-    def coded(self) -> np.ndarray:
-        """uint8 `[n − sinks]`: classes of the tokens that have a step, from 0."""
-        return (self.classes[self.sinks :] - LOWEST_CLASS).astype(np.uint8)
-
-    @cached_property
-    def order(self) -> np.ndarray:
-        """int64 `[n − sinks]`: tokens that have a step, counted from the first of them, by rising class."""
-        return np.argsort(self.coded, kind="stable")
-
-    @cached_property
-    def of_each(self) -> np.ndarray:
-        """int64 `[classes]`: how many of these tokens each class has."""
-        return np.bincount(self.coded, minlength=len(STEP_CLASSES))
-
-    @cached_property
-    def start(self) -> np.ndarray:
-        """int64 `[classes + 1]`: the first place of each class in `order`."""
-        return edges(self.of_each)
-
-
-@dataclass(frozen=True, eq=False)
-class Steps:
-    """The steps of a block's tokens.
-
-    Attributes:
-        base: binary logarithm of the step of class 0; a float32, as the body has it.
-        tokens: the tokens' classes.
-    """
-
-    base: float
-    tokens: TokenClasses
-
-    @property
-    def of_classes(self) -> np.ndarray:
-        """float32: the step of each class."""
-        return np.exp2(self.base + STEP_CLASSES / CLASSES_PER_OCTAVE).astype(np.float32)
-
-    def packed(self, transform: LayerTransform) -> PackedStreams:
-        """How the block's streams are packed."""
-        return transform.streams.packed(self.tokens.of_each, self.base)
-
-
-@dataclass(frozen=True, eq=False)
-class AnalysedBlock:
-    """A run of tokens of one layer, ready to be coded with any base step.
+class UncodedBlock:
+    """A run of tokens of one layer.
 
     Attributes:
         transform: of the layer.
@@ -99,8 +31,6 @@ class AnalysedBlock:
         keys: `[kv_heads, n, head_dim]` on the CPU, after the rotary embedding.
         values: like `keys`.
         tokens: the tokens' classes.
-        coefficients: float32 `[2 · kv_heads, head_dim, n − sinks]`, tokens by rising class.
-        largest: the largest magnitude of a coefficient; finite.
     """
 
     transform: LayerTransform
@@ -108,49 +38,18 @@ class AnalysedBlock:
     keys: torch.Tensor
     values: torch.Tensor
     tokens: TokenClasses
-    coefficients: torch.Tensor
-    largest: float
-
-    @classmethod
-    def of(
-        cls,
-        transform: LayerTransform,
-        first: int,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        tokens: TokenClasses,
-    ) -> "AnalysedBlock":
-        """Analyse a run of tokens.
-
-        Raises:
-            InvalidArgumentError: an element is infinite or NaN.
-        """
-        sinks = tokens.sinks
-        coefficients = transform.analyse(keys[:, sinks:], values[:, sinks:], first + sinks, tokens.order)
-        largest = 0.0
-        if coefficients.numel():
-            low, high = coefficients.aminmax()
-            largest = max(-float(low), float(high))
-        if not largest < math.inf:
-            raise InvalidArgumentError(f"keys or values of layer {transform.layer} are infinite or NaN")
-        return cls(transform, first, keys, values, tokens, coefficients, largest)
 
     @property
     def length(self) -> int:
         """How many tokens."""
         return self.keys.shape[1]
 
-    @property
-    def finest_base(self) -> float:
-        """The least base step at which all integers have 32 bits, whatever their tokens' classes."""
-        return math.log2(max(self.largest, 1e-30) / LARGEST_SYMBOL) - LOWEST_CLASS / CLASSES_PER_OCTAVE
-
-    def halves(self) -> "Iterator[AnalysedBlock]":
+    def halves(self) -> "Iterator[UncodedBlock]":
         """Yield the first half of the tokens and the others."""
         half = self.length // 2
         for start, end in ((0, half), (half, self.length)):
             classes, sinks = self.tokens.classes[start:end], min(max(0, self.tokens.sinks - start), end - start)
-            yield AnalysedBlock.of(
+            yield UncodedBlock(
                 self.transform,
                 self.first + start,
                 self.keys[:, start:end],
@@ -159,28 +58,31 @@ class AnalysedBlock:
             )
 
 
-def encode_block(block: AnalysedBlock, base: float, geometry: KvGeometry) -> bytearray:
+def encode_block(block: UncodedBlock, base: float, geometry: KvGeometry) -> tuple[bytearray, Steps]:
     """Code a run of tokens.
 
     Args:
         block: the tokens.
-        base: binary logarithm of the step of class 0, a float32; not below the block's finest.
+        base: binary logarithm of the step of class 0, a float32.
         geometry: shape and dtype of the model's cache.
 
+    Returns:
+        The body, and the tokens' steps: coarser than wanted where integers would not have 32 bits.
+
     Raises:
-        InvalidArgumentError: a sink does not fit the 16-bit dtype.
+        InvalidArgumentError: an element is infinite or NaN, or a sink does not fit the 16-bit dtype.
     """
-    steps, sinks = Steps(base, block.tokens), slice(0, block.tokens.sinks)
+    sinks = slice(0, block.tokens.sinks)
     exact = torch.stack([block.keys[:, sinks], block.values[:, sinks]]).to(geometry.half_dtype).contiguous()
     if not exact.isfinite().all():
         raise InvalidArgumentError(
             f"keys or values of the first tokens in layer {block.transform.layer} do not fit {geometry.half_dtype}"
         )
     coded_classes = compress(block.tokens.coded)
-    coded = _coded_streams(block, steps) if len(block.tokens.coded) else []
+    steps, coded = _coded_streams(block, Steps(base, block.tokens))
     lengths = np.array([(len(one.coded), one.exception_count) for one in coded], LENGTHS)
     parts: list[bytes | memoryview] = [
-        HEADER.pack(base, block.tokens.sinks, len(coded_classes)),
+        HEADER.pack(steps.base, block.tokens.sinks, len(coded_classes)),
         exact.view(torch.uint8).numpy().tobytes(),
         coded_classes,
         lengths.tobytes(),
@@ -188,24 +90,29 @@ def encode_block(block: AnalysedBlock, base: float, geometry: KvGeometry) -> byt
     for one in coded:
         parts += one
     parts.append(b"\0" * (sum(map(len, parts)) % 2))
-    return bytearray().join(parts)
+    return bytearray().join(parts), steps
 
 
-def _coded_streams(block: AnalysedBlock, steps: Steps) -> list[CodedStream]:
-    """Code the tokens that have a step."""
-    transform, packed = block.transform, steps.packed(block.transform)
-    symbols = np.empty(packed.start[-1], np.int32)
-    kernels.quantize(
-        block.coefficients.flatten(0, 1).numpy(),
-        transform.row_order,
-        transform.run_start,
-        block.tokens.start,
-        1 / steps.of_classes,
-        transform.streams.stream_of,
-        packed.start[:-1].copy(),
-        symbols,
+def _coded_streams(block: UncodedBlock, steps: Steps) -> tuple[Steps, list[CodedStream]]:
+    """Code the tokens that have a step; return the steps that were used, too."""
+    if not len(block.tokens.coded):
+        return steps, []
+    transform, sinks = block.transform, block.tokens.sinks
+    packed = transform.packed(steps)
+    symbols, largest = transform.quantize(
+        block.keys[:, sinks:], block.values[:, sinks:], block.first + sinks, steps, packed
     )
-    return packed.encode(symbols)
+    if not largest < math.inf:
+        raise InvalidArgumentError(f"keys or values of layer {transform.layer} are infinite or NaN")
+    finest = _finest_base(largest)
+    if steps.base < finest:
+        return _coded_streams(block, Steps(finest, block.tokens))
+    return steps, packed.encode(symbols)
+
+
+def _finest_base(largest: float) -> float:
+    """The least base step, a float32, at which integers have 32 bits, whatever their tokens' classes."""
+    return float(np.float32(math.log2(max(largest, 1e-30) / LARGEST_SYMBOL) - LOWEST_CLASS / CLASSES_PER_OCTAVE))
 
 
 def decode_block(
@@ -247,37 +154,20 @@ def decode_block(
         states = torch.from_numpy(exact.copy()).view(geometry.half_dtype).view(shape)
         keys[:, :sinks], values[:, :sinks] = states[0], states[1]
     if len(classes):
-        coefficients = _read_coefficients(reader, steps, transform, geometry)
-        order = steps.tokens.order
-        transform.synthesise(coefficients, first + sinks, order, keys[:, sinks:], values[:, sinks:])
+        packed = transform.packed(steps)
+        symbols = packed.decode(_streams(reader, packed))
+        transform.dequantize(symbols, packed, first + sinks, steps, keys[:, sinks:], values[:, sinks:])
     reader.finish()
     return steps
 
 
-def _read_coefficients(
-    reader: "_Reader", steps: Steps, transform: LayerTransform, geometry: KvGeometry
-) -> torch.Tensor:
-    """Coefficients of the tokens that have a step: float32 `[2 · kv_heads, head_dim, n]`, tokens by rising class."""
-    packed = steps.packed(transform)
+def _streams(reader: "_Reader", packed: PackedStreams) -> list[CodedStream]:
+    """Take the streams from a body."""
     lengths = reader.array(len(packed.limit), LENGTHS).tolist()
-    symbols = packed.decode(
-        [
-            CodedStream(reader.take(coded), reader.take(raw_bytes), reader.take(exceptions * EXCEPTION.itemsize))
-            for (coded, exceptions), raw_bytes in zip(lengths, packed.raw_bytes.tolist(), strict=True)
-        ]
-    )
-    coefficients = torch.empty(2 * geometry.kv_heads, geometry.head_dim, len(steps.tokens.coded))
-    kernels.dequantize(
-        symbols,
-        transform.row_order,
-        transform.run_start,
-        steps.tokens.start,
-        steps.of_classes,
-        transform.streams.stream_of,
-        packed.start[:-1].copy(),
-        coefficients.flatten(0, 1).numpy(),
-    )
-    return coefficients
+    return [
+        CodedStream(reader.take(coded), reader.take(raw_bytes), reader.take(exceptions * EXCEPTION.itemsize))
+        for (coded, exceptions), raw_bytes in zip(lengths, packed.raw_bytes.tolist(), strict=True)
+    ]
 
 
 class _Reader:

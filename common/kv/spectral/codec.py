@@ -6,9 +6,10 @@ import torch
 from spectrumkv.common.kv.codec import BlockDecoder, codecs, needed_basis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.spectral.block_codec import AnalysedBlock, TokenClasses, decode_block, encode_block
+from spectrumkv.common.kv.spectral.block_codec import UncodedBlock, decode_block, encode_block
 from spectrumkv.common.kv.spectral.decoder import SpectralDecoder
 from spectrumkv.common.kv.spectral.rate import RateControl
+from spectrumkv.common.kv.spectral.steps import TokenClasses
 from spectrumkv.common.kv.spectral.transform import layer_transforms
 from spectrumkv.common.kv.tiering import Policy, policies
 from spectrumkv.common.kv.tiers import Tier
@@ -55,7 +56,7 @@ def prepare() -> None:
         # As models leave keys, token by token, and as slots lie, head by head in something larger.
         sent, received = torch.ones(tokens, heads, head_dim).transpose(0, 1), torch.zeros(heads, 2 * tokens, head_dim)
         classes = TokenClasses(np.zeros(tokens, np.int64), sinks=tokens // 2)
-        body = encode_block(AnalysedBlock.of(transform, 0, sent, sent, classes), 0.0, geometry)
+        body, _ = encode_block(UncodedBlock(transform, 0, sent, sent, classes), 0.0, geometry)
         slots = received[:, tokens:]
         decode_block(transform, memoryview(body), 0, geometry, slots, slots)
         transform.mean_bits(classes.classes.astype(np.float64))

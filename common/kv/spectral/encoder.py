@@ -10,10 +10,11 @@ from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.kv.spectral.accounting import class_bits, tier_bytes, token_tiers
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.spectral.block_codec import AnalysedBlock, TokenClasses, encode_block
+from spectrumkv.common.kv.spectral.block_codec import UncodedBlock, encode_block
 from spectrumkv.common.kv.spectral.importance import affordable_sinks, step_octaves
 from spectrumkv.common.kv.spectral.layout import CLASSES_PER_OCTAVE, HIGHEST_CLASS, LOWEST_CLASS
 from spectrumkv.common.kv.spectral.rate import BaseSearch, RateControl
+from spectrumkv.common.kv.spectral.steps import TokenClasses
 from spectrumkv.common.kv.spectral.transform import layer_transforms
 from spectrumkv.common.kv.tiers import tier_map_bytes
 
@@ -55,24 +56,23 @@ class SpectralEncoder:
             InvalidArgumentError: an element is infinite or NaN.
         """
         classes = self._step_classes(observation)
-        layer = self._analyse(observation, classes)
-        finest = max(block.finest_base for block in layer)
-        base = float(np.float32(max(self._rate.base(classes[self._sinks :], self._fixed_bytes), finest)))
+        layer = self._split(observation, classes)
+        base = self._rate.base(classes[self._sinks :], self._fixed_bytes)
         blocks = self._blocks(layer, base)
         if self._rate.done == self._geometry.layers - 1:
-            blocks = self._fit(layer, max(self._rate.finest, finest), base, blocks)
+            blocks = self._fit(layer, base, blocks)
         expected = self._rate.expected_bytes(classes[self._sinks :], base, self._fixed_bytes)
         self._rate.account(_wire_bytes(blocks), expected)
         yield from blocks
 
-    def _analyse(self, observation: Observation, classes: np.ndarray) -> list[AnalysedBlock]:
+    def _split(self, observation: Observation, classes: np.ndarray) -> list[UncodedBlock]:
         transform = self._transforms[observation.layer]
         keys, values = observation.keys.cpu(), observation.values.cpu()
         layer = []
         for first in range(0, len(classes), self._block_tokens):
             span = slice(first, first + self._block_tokens)
             tokens = TokenClasses(classes[span], self._sinks if first == 0 else 0)
-            layer.append(AnalysedBlock.of(transform, first, keys[:, span], values[:, span], tokens))
+            layer.append(UncodedBlock(transform, first, keys[:, span], values[:, span], tokens))
         return layer
 
     @property
@@ -86,26 +86,26 @@ class SpectralEncoder:
         classes: np.ndarray = np.clip(np.rint(CLASSES_PER_OCTAVE * octaves), LOWEST_CLASS, HIGHEST_CLASS)
         return classes.astype(np.int64)
 
-    def _blocks(self, layer: list[AnalysedBlock], base: float) -> list[Block]:
+    def _blocks(self, layer: list[UncodedBlock], base: float) -> list[Block]:
         return [coded for block in layer for coded in self._code(block, base)]
 
-    def _code(self, block: AnalysedBlock, base: float) -> Iterator[Block]:
+    def _code(self, block: UncodedBlock, base: float) -> Iterator[Block]:
         """One block, or two halves of one that does not fit a chunk."""
-        body = encode_block(block, base, self._geometry)
+        body, steps = encode_block(block, base, self._geometry)
         if len(body) + BLOCK_HEADER.size + tier_map_bytes(block.length) > MAX_CHUNK_PAYLOAD_BYTES:
             for half in block.halves():
                 yield from self._code(half, base)
             return
         coded = torch.frombuffer(body, dtype=torch.uint8)
-        bits = class_bits(block.transform, base)
+        bits = class_bits(block.transform, steps.base)
         tiers = token_tiers(bits, block.tokens)
         shares = tier_bytes(bits, block.tokens, tiers, len(body))
         yield Block(block.transform.layer, block.first, tiers, coded, shares)
 
-    def _fit(self, layer: list[AnalysedBlock], finest: float, base: float, blocks: list[Block]) -> list[Block]:
+    def _fit(self, layer: list[UncodedBlock], base: float, blocks: list[Block]) -> list[Block]:
         """Code the last layer with other steps until it takes what is left of the budget and no more."""
         symbols = sum(block.length for block in layer) * self._geometry.elements_per_token_layer
-        search = BaseSearch(self._rate.left_bytes, symbols, finest, self._rate.coarsest)
+        search = BaseSearch(self._rate.left_bytes, symbols, self._rate.finest, self._rate.coarsest)
         best: list[Block] | None = None
         while not search.tried(base, _wire_bytes(blocks)):
             if search.is_best(base):

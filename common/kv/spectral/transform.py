@@ -1,4 +1,4 @@
-"""One layer's keys and values to coefficients and back."""
+"""One layer's keys and values to quantized coefficients and back."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,11 @@ import torch
 
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.spectral.layout import CLASSES_PER_OCTAVE, StreamLayout, mean_bits, spread_classes
-from spectrumkv.kernels import spectral_rows as kernels
+from spectrumkv.common.kv.spectral.steps import Steps
+from spectrumkv.common.kv.spectral.symbols import PackedStreams
+from spectrumkv.kernels import spectral_transform as kernels
+from spectrumkv.kernels.small_products import padded
+from spectrumkv.kernels.spectral_streams import places
 from spectrumkv.kernels.strided import adjacent, flat
 
 
@@ -18,7 +22,7 @@ from spectrumkv.kernels.strided import adjacent, flat
 class LayerTransform:
     """The basis of one layer, with its coefficients sorted by spread class.
 
-    Coefficients are `[2 · kv_heads, head_dim, n]`, keys' heads first. A row is one coefficient of all tokens.
+    A row is one coefficient of one head in all tokens; keys' heads come first.
 
     Attributes:
         basis: of the model.
@@ -68,50 +72,83 @@ class LayerTransform:
         """Expected bits an element of tokens whose steps have these binary logarithms: float64 `[n]`, as `steps`."""
         return mean_bits(self._run_exponents, steps, self.run_rows)
 
-    def analyse(self, keys: torch.Tensor, values: torch.Tensor, first: int, order: np.ndarray) -> torch.Tensor:
-        """Coefficients of tokens at positions `first` and up.
+    def packed(self, steps: Steps) -> PackedStreams:
+        """How the streams of tokens with these steps are packed."""
+        return self.streams.packed(steps.tokens.of_each, steps.base)
+
+    def quantize(
+        self, keys: torch.Tensor, values: torch.Tensor, first: int, steps: Steps, packed: PackedStreams
+    ) -> tuple[np.ndarray, float]:
+        """Coefficients in their tokens' steps, rounded.
 
         Args:
-            keys: `[kv_heads, n, head_dim]` on the CPU, after the rotary embedding.
+            keys: `[kv_heads, n, head_dim]` on the CPU, after the rotary embedding; of the tokens that have a step.
             values: like `keys`.
             first: position of the first token.
-            order: int64 `[m]`, which tokens, and in which order.
+            steps: of the tokens.
+            packed: see `packed`.
 
         Returns:
-            float32 `[2 · kv_heads, head_dim, m]`.
+            int32 `[symbols]`, one stream after another, and the largest magnitude of a coefficient: infinite or NaN
+            where one is. Coefficients of 2^31 steps or more have no symbol that means anything.
         """
-        heads, tokens, head_dim = keys.shape
-        cosine, sine = self.basis.rotation(first, tokens)
-        states = torch.empty(2 * heads, len(order), head_dim)
-        kernels.gather_unrotated(
-            *flat(adjacent(keys.float())), order, cosine.numpy(), sine.numpy(),
-            np.float32(1 / self.basis.rope_scaling), self._mean[:heads], states[:heads].numpy(),
-        )  # fmt: skip
-        kernels.gather(*flat(adjacent(values.float())), order, self._mean[heads:], states[heads:].numpy())
-        return torch.bmm(self._analysis, states.transpose(1, 2))
+        symbols = np.empty(packed.start[-1], np.int32)
+        largest = kernels.analyse(
+            flat(adjacent(keys.float())),
+            flat(adjacent(values.float())),
+            steps.tokens.order,
+            self._rotation(first, keys.shape[1], 1 / self.basis.rope_scaling),
+            self._mean,
+            self._analysis,
+            steps.tokens.start,
+            1 / steps.of_classes,
+            self._places(steps, packed),
+            symbols,
+        )
+        return symbols, float(np.int32(largest).view(np.float32))
 
-    def synthesise(
-        self, coefficients: torch.Tensor, first: int, order: np.ndarray, keys: torch.Tensor, values: torch.Tensor
+    def dequantize(
+        self,
+        symbols: np.ndarray,
+        packed: PackedStreams,
+        first: int,
+        steps: Steps,
+        keys: torch.Tensor,
+        values: torch.Tensor,
     ) -> None:
-        """Inverse of `analyse`: write keys, after the rotary embedding, and values.
+        """Inverse of `quantize`: write keys, after the rotary embedding, and values.
 
         Args:
-            coefficients: float32 `[2 · kv_heads, head_dim, n]`.
+            symbols: int32 `[symbols]`.
+            packed: see `packed`.
             first: position of the first token.
-            order: int64 `[n]`, the token of each column: all of them, in any order.
+            steps: of the tokens.
             keys: `[kv_heads, n, head_dim]`, any dtype, strides and device.
             values: like `keys`.
         """
-        heads, tokens, _ = keys.shape
+        with _written_rows(keys) as key_rows, _written_rows(values) as value_rows:
+            kernels.synthesise(
+                symbols,
+                steps.tokens.order,
+                self._rotation(first, keys.shape[1], self.basis.rope_scaling),
+                self._mean,
+                self._synthesis,
+                steps.tokens.start,
+                steps.of_classes,
+                self._places(steps, packed),
+                flat(key_rows),
+                flat(value_rows),
+            )
+
+    def _rotation(self, first: int, tokens: int, scaling: float) -> tuple[np.ndarray, np.ndarray, np.float32]:
         cosine, sine = self.basis.rotation(first, tokens)
-        states = torch.bmm(coefficients.transpose(1, 2), self.basis.synthesis[self.layer].flatten(0, 1))
-        with _written_rows(keys) as rows:
-            kernels.scatter_rotated(
-                states[:heads].numpy(), order, cosine.numpy(), sine.numpy(),
-                np.float32(self.basis.rope_scaling), self._mean[:heads], *flat(rows),
-            )  # fmt: skip
-        with _written_rows(values) as rows:
-            kernels.scatter(states[heads:].numpy(), order, self._mean[heads:], *flat(rows))
+        return cosine.numpy(), sine.numpy(), np.float32(scaling)
+
+    def _places(self, steps: Steps, packed: PackedStreams) -> np.ndarray:
+        """int64 `[classes, rows]`: where the symbols of each step class and row start."""
+        place = np.empty((len(steps.tokens.of_each), len(self.row_order)), np.int64)
+        places(self.row_order, self.run_start, steps.tokens.start, self.streams.stream_of, packed.start, place)
+        return place
 
     @cached_property
     def _mean(self) -> np.ndarray:
@@ -120,15 +157,28 @@ class LayerTransform:
         return mean
 
     @cached_property
-    def _analysis(self) -> torch.Tensor:
-        """float32 `[2 · kv_heads, head_dim, head_dim]`, a row for each coefficient."""
-        return self.basis.analysis[self.layer].flatten(0, 1).transpose(1, 2).contiguous()
+    def _analysis(self) -> np.ndarray:
+        """float32 `[2 · kv_heads, head_dim, padded]`, a column for each coefficient."""
+        return _padded(self.basis.analysis[self.layer])
+
+    @cached_property
+    def _synthesis(self) -> np.ndarray:
+        """float32 `[2 · kv_heads, head_dim, padded]`, a row for each coefficient."""
+        return _padded(self.basis.synthesis[self.layer])
 
 
 @lru_cache(maxsize=8)
 def layer_transforms(basis: SpectralBasis) -> tuple[LayerTransform, ...]:
     """The transforms of all layers; requests that use one basis share them."""
     return tuple(LayerTransform(basis, layer) for layer in range(basis.mean.shape[0]))
+
+
+def _padded(matrices: torch.Tensor) -> np.ndarray:
+    """`[2, kv_heads, d, d]` with as many columns as compiled loops want: `[2 · kv_heads, d, padded]`."""
+    columns = matrices.shape[-1]
+    wide = torch.nn.functional.pad(matrices.flatten(0, 1), (0, padded(columns) - columns))
+    memory: np.ndarray = wide.contiguous().numpy()
+    return memory
 
 
 @contextmanager

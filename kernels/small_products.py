@@ -1,0 +1,185 @@
+"""Products of matrices that fit the cache, and their transposition, in the vectors of the processor at hand.
+
+A product of one head's basis and some tokens is too small for libraries of linear algebra, which reach half of what
+the processor can do: here a tile of the result stays in registers from the first factor to the last.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.core.errors import TypingError
+
+from spectrumkv.kernels.compiled import compiled, intrinsic
+
+FLOAT, LONG, PLACE = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+FLOAT_BYTES = 4
+# Of a tile: rows, and columns of a narrow one. All matrices have a multiple of them, on every machine.
+ROWS, COLUMNS = 4, 16
+# Floats in a vector, and columns of a wide tile: with sixteen vectors of sums and a few more all registers are used.
+_FEATURES = binding.get_host_cpu_features()
+LANES, WIDE_COLUMNS = (16, 64) if _FEATURES.get("avx512f") else (8, 16) if _FEATURES.get("avx") else (4, 16)
+VECTOR = ir.VectorType(FLOAT, LANES)
+
+
+def padded(columns: int) -> int:
+    """The least number of columns from `columns` up that matrices may have."""
+    return -(-columns // COLUMNS) * COLUMNS
+
+
+def _check_contiguous(*kinds: Any) -> None:
+    """Refuse to compile for arrays whose rows do not lie one after another: emitted code sees memory only."""
+    if any(kind.layout != "C" for kind in kinds):
+        raise TypingError(f"small products are of contiguous arrays, not of {', '.join(map(str, kinds))}")
+
+
+def _data(context: Any, builder: Any, kind: Any, array: Any, start: Any) -> Any:
+    """Pointer to an element of an array."""
+    return builder.gep(context.make_array(kind)(context, builder, array).data, [start])
+
+
+def _vector_at(builder: Any, pointer: Any, offset: Any) -> Any:
+    """Pointer to the vector that starts so many elements on."""
+    return builder.bitcast(builder.gep(pointer, [offset]), VECTOR.as_pointer())
+
+
+def _load(builder: Any, pointer: Any) -> Any:
+    loaded = builder.load(pointer)
+    loaded.align = FLOAT_BYTES
+    return loaded
+
+
+def _store(builder: Any, value: Any, pointer: Any) -> None:
+    builder.store(value, pointer).align = FLOAT_BYTES
+
+
+def _everywhere(builder: Any, value: Any) -> Any:
+    """A vector with one float in all lanes."""
+    undefined = ir.Constant(VECTOR, ir.Undefined)
+    first = builder.insert_element(undefined, value, LONG(0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(LONG, LANES), None))
+
+
+def _tile(columns: int) -> Callable[..., Any]:
+    """A product's tile of `ROWS` and so many columns."""
+    vectors = columns // LANES
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kinds = signature.args
+        left, left_stride = _data(context, builder, kinds[0], *arguments[:2]), arguments[2]
+        right, right_stride = _data(context, builder, kinds[3], *arguments[3:5]), arguments[5]
+        product, product_stride = _data(context, builder, kinds[6], *arguments[6:8]), arguments[8]
+        sums = [[cgutils.alloca_once(builder, VECTOR) for _ in range(vectors)] for _ in range(ROWS)]
+        for row in sums:
+            for one in row:
+                builder.store(ir.Constant(VECTOR, None), one)
+        with cgutils.for_range(builder, arguments[9]) as loop:
+            factors = builder.gep(left, [builder.mul(loop.index, left_stride)])
+            line = builder.gep(right, [builder.mul(loop.index, right_stride)])
+            lanes = [_load(builder, _vector_at(builder, line, PLACE(LANES * one))) for one in range(vectors)]
+            for place, row in enumerate(sums):
+                factor = _everywhere(builder, builder.load(builder.gep(factors, [PLACE(place)])))
+                for lane, one in zip(lanes, row, strict=True):
+                    added = builder.fmul(factor, lane, flags=("contract",))
+                    builder.store(builder.fadd(builder.load(one), added, flags=("contract",)), one)
+        for place, row in enumerate(sums):
+            line = builder.gep(product, [builder.mul(PLACE(place), product_stride)])
+            for number, one in enumerate(row):
+                _store(builder, builder.load(one), _vector_at(builder, line, PLACE(LANES * number)))
+        return context.get_dummy_value()
+
+    def tile(
+        _: Any,
+        left: Any,
+        left_start: Any,
+        left_stride: Any,
+        right: Any,
+        right_start: Any,
+        right_stride: Any,
+        product: Any,
+        product_start: Any,
+        product_stride: Any,
+        depth: Any,
+    ) -> Any:
+        place = types.int64
+        _check_contiguous(left, right, product)
+        return types.void(left, place, place, right, place, place, product, place, place, place), emit
+
+    declared: Callable[..., Any] = intrinsic(tile)
+    return declared
+
+
+_narrow_tile, _wide_tile = _tile(COLUMNS), _tile(WIDE_COLUMNS)
+
+
+@compiled
+def multiply(left: Any, right: Any, rows: int, columns: int, product: Any) -> None:
+    """Write `left`ᵀ · `right`, products and sums fused where the processor can.
+
+    Args:
+        left: float32 `[k, m]`, contiguous, m a multiple of `ROWS`.
+        right: float32 `[k, n]`, contiguous, n a multiple of `COLUMNS`.
+        rows: how many rows of the product are wanted; the rest of a group of `ROWS` is written, too.
+        columns: how many columns are wanted; the rest of a group of `COLUMNS` is written, too.
+        product: float32 `[m, n]`, contiguous, written.
+    """
+    (depth, left_stride), stride = left.shape, right.shape[1]
+    first = 0
+    while first + WIDE_COLUMNS <= columns:
+        for row in range(0, rows, ROWS):
+            start = row * stride + first
+            _wide_tile(left, row, left_stride, right, first, stride, product, start, stride, depth)
+        first += WIDE_COLUMNS
+    while first < columns:
+        for row in range(0, rows, ROWS):
+            start = row * stride + first
+            _narrow_tile(left, row, left_stride, right, first, stride, product, start, stride, depth)
+        first += COLUMNS
+
+
+@intrinsic
+def _transpose_square(
+    _: Any, matrix: Any, start: Any, stride: Any, transposed: Any, transposed_start: Any, transposed_stride: Any
+) -> Any:
+    """`LANES` rows of as many floats, by exchanging halves, quarters and so on of pairs of rows (Eklundh 1972)."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source = _data(context, builder, signature.args[0], *arguments[:2])
+        target = _data(context, builder, signature.args[3], *arguments[3:5])
+        offsets = [builder.mul(PLACE(row), arguments[2]) for row in range(LANES)]
+        rows = [_load(builder, _vector_at(builder, source, offset)) for offset in offsets]
+        apart = 1
+        while apart < LANES:
+            # Lanes of the second of two rows are numbered on from those of the first.
+            upper = [lane if not lane & apart else LANES + lane - apart for lane in range(LANES)]
+            lower = [lane + apart if not lane & apart else LANES + lane for lane in range(LANES)]
+            for one in (row for row in range(LANES) if not row & apart):
+                pair = rows[one], rows[one + apart]
+                for place, lanes in ((one, upper), (one + apart, lower)):
+                    rows[place] = builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(LONG, LANES), lanes))
+            apart *= 2
+        for row, value in enumerate(rows):
+            offset = builder.mul(PLACE(row), arguments[5])
+            _store(builder, value, _vector_at(builder, target, offset))
+        return context.get_dummy_value()
+
+    place = types.int64
+    _check_contiguous(matrix, transposed)
+    return types.void(matrix, place, place, transposed, place, place), emit
+
+
+@compiled
+def transpose(matrix: Any, rows: int, transposed: Any) -> None:
+    """Write the transposed matrix.
+
+    Args:
+        matrix: float32 `[m, n]`, contiguous, both multiples of `COLUMNS`.
+        rows: how many rows are wanted; of more, the rest of a group of `COLUMNS` is written, too.
+        transposed: float32 `[n, m]`, contiguous, written.
+    """
+    capacity, columns = matrix.shape
+    for row in range(0, rows, LANES):
+        for column in range(0, columns, LANES):
+            _transpose_square(matrix, row * columns + column, columns, transposed, column * capacity + row, capacity)

@@ -4,6 +4,7 @@ A stream's lowest bits go apart where they are noise, what is beyond its limit g
 several symbols to a byte. All streams of a block are one call: there are dozens, and most are short.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -136,6 +137,58 @@ def unpack(packed: Any, per_byte: int, limit: int, symbols: Any) -> None:
             higher = (high * of_base) >> np.int32(RECIPROCAL_BITS)
             plane[index] = high - higher * base - shift
         power *= np.int64(base)
+
+
+@compiled
+def lay_out(
+    counts: Any,
+    exponent: Any,
+    widest: Any,
+    packing_per_byte: Any,
+    packing_limit: Any,
+    widest_without_raw_bits: float,
+    most_raw_bits: int,
+    start: Any,
+    per_byte: Any,
+    limit: Any,
+    raw_bits: Any,
+    raw_bytes: Any,
+    packed_start: Any,
+    raw_start: Any,
+) -> None:
+    """Choose how each stream of a block is packed, and where everything that becomes of it starts.
+
+    Args:
+        counts: int64 `[streams]`, symbols of each stream.
+        exponent: float64 `[streams]`, binary logarithm of the standard deviation of its symbols.
+        widest: float64 `[packings]`, rising to infinity, the largest exponent of each packing.
+        packing_per_byte: int64 `[packings]`.
+        packing_limit: int64 `[packings]`.
+        widest_without_raw_bits: exponent from which on there are raw bits, one more for each octave.
+        most_raw_bits: how many there may be.
+        start: int64 `[streams + 1]`, written like all others: see `pack_streams`.
+        per_byte: int64 `[streams]`.
+        limit: int64 `[streams]`.
+        raw_bits: int64 `[streams]`.
+        raw_bytes: int64 `[streams]`, length of the raw bits.
+        packed_start: int64 `[streams + 1]`.
+        raw_start: int64 `[streams + 1]`.
+    """
+    start[0] = packed_start[0] = raw_start[0] = 0
+    for stream in range(counts.size):
+        count, packing = counts[stream], 0
+        while exponent[stream] > widest[packing]:
+            packing += 1
+        beyond = math.ceil(exponent[stream] - widest_without_raw_bits)
+        bits = count * min(max(beyond, 0), most_raw_bits)
+        per_byte[stream], limit[stream] = packing_per_byte[packing], packing_limit[packing]
+        raw_bits[stream] = min(max(beyond, 0), most_raw_bits)
+        raw_bytes[stream] = (bits + 7) // 8
+        start[stream + 1] = start[stream] + count
+        together = max(per_byte[stream], 1)
+        packed = (count + together - 1) // together if per_byte[stream] else 0
+        packed_start[stream + 1] = packed_start[stream] + packed
+        raw_start[stream + 1] = raw_start[stream] + (bits + 31) // 32
 
 
 @compiled

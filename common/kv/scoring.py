@@ -90,11 +90,17 @@ class Observation:
         return replace(self, queries=self.queries[:, -keys.shape[1] :], keys=keys, values=values, first=first)
 
     def seen_by(self) -> torch.Tensor:
-        """How many of the observed positions see each token: int64 `[n]`. Query i stands at position n − w + i."""
+        """How many of the observed positions see each token, at least 1: float32 `[n]`.
+
+        Query i stands at position n − w + i.
+        """
         tokens, window = self.tokens, self.queries.shape[1]
-        token = torch.arange(tokens, device=self.keys.device)
-        last = token + (self.sliding_window or tokens)
-        return (last.clamp(max=tokens) - token.clamp(min=tokens - window)).clamp(min=0)
+        # How many positions there are from each token to the end, itself included.
+        left = torch.arange(tokens, 0, -1, dtype=torch.float32, device=self.keys.device)
+        if self.sliding_window is None or self.sliding_window >= tokens:
+            return left.clamp_(max=window)
+        unseeing = (left - self.sliding_window).clamp_(min=0)
+        return left.clamp_(max=window).sub_(unseeing).clamp_(min=1)
 
 
 def visible(queries: int, tokens: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
@@ -134,7 +140,7 @@ def observed_attention(observation: Observation) -> torch.Tensor:
     # All queries of one KV head in one matrix: grouped-query attention without repeating the keys.
     queries = observation.queries.float().mul(observation.scaling).reshape(kv_heads, -1, head_dim)
     received = attention_received(queries, observation.keys, window, observation.sliding_window, observation.softcap)
-    return received / (observation.seen_by() * (query_heads // kv_heads)).clamp(min=1)
+    return received / (observation.seen_by() * (query_heads // kv_heads))
 
 
 @scorers.register("attention")

@@ -63,6 +63,26 @@ def edges(lengths: list[int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seed", range(4))
+def test_streams_are_laid_out_one_after_another(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    counts, exponent = generator.choice([0, 1, 7, 31, 500], 40), generator.uniform(-9, 40, 40)
+    widest, per, limits = np.array([-4.0, -1.0, np.inf]), np.array([0, 3, 1]), np.array([0, 2, 127])
+    start, packed_start, raw_start = (np.full(41, POISON, np.int64) for _ in range(3))
+    per_byte, limit, raw_bits, raw_bytes = (np.full(40, POISON, np.int64) for _ in range(4))
+    chosen = per_byte, limit, raw_bits, raw_bytes
+    packing.lay_out(counts, exponent, widest, per, limits, 4.5, 24, start, *chosen, packed_start, raw_start)
+    wanted = np.searchsorted(widest, exponent)
+    assert (per_byte == per[wanted]).all()
+    assert (limit == limits[wanted]).all()
+    assert (raw_bits == np.clip(np.ceil(exponent - 4.5), 0, 24)).all()
+    assert (raw_bytes == np.ceil(counts * raw_bits / 8)).all()
+    assert (start == edges(counts.tolist())).all()
+    assert (raw_start == edges(np.ceil(counts * raw_bits / 32).astype(int).tolist())).all()
+    bytes_of_each = np.where(per_byte > 0, np.ceil(counts / np.maximum(per_byte, 1)), 0)
+    assert (packed_start == edges(bytes_of_each.astype(int).tolist())).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
 def test_the_streams_of_a_block_are_packed_each_as_if_alone(seed: int) -> None:
     generator = np.random.default_rng(seed)
     counts = generator.choice([0, 1, 2, 31, 500], 9)

@@ -105,7 +105,8 @@ class SpectralEncoder:
     def _fit(self, layer: list[UncodedBlock], base: float, blocks: list[Block]) -> list[Block]:
         """Code the last layer with other steps until it takes what is left of the budget and no more."""
         symbols = sum(block.length for block in layer) * self._geometry.elements_per_token_layer
-        search = BaseSearch(self._rate.left_bytes, symbols, self._rate.finest, self._rate.coarsest)
+        rate = self._rate
+        search = BaseSearch(rate.left_bytes, rate.may_be_left, symbols, rate.finest, rate.coarsest)
         best: list[Block] | None = None
         while not search.tried(base, _wire_bytes(blocks)):
             if search.is_best(base):

@@ -11,6 +11,8 @@ from spectrumkv.common.kv.spectral.basis import SpectralBasis
 # sensitivity are alike everywhere.
 SENSITIVITY_POWER = 0.5
 SINKS = 4
+# Shares of the attention below this one are all alike.
+LEAST_SHARE = 1e-7
 
 
 def affordable_sinks(budget_bytes: int, geometry: KvGeometry) -> int:
@@ -36,13 +38,13 @@ def step_octaves(observation: Observation, basis: SpectralBasis, scorer: str, si
     Raises:
         InvalidArgumentError: keys or queries are infinite or NaN.
     """
-    shares = observed_attention(observation).mean(dim=0)
-    if not shares.isfinite().all():
+    shares = observed_attention(observation).mean(dim=0).cpu().numpy()
+    if not np.isfinite(shares).all():
         raise InvalidArgumentError(f"keys or queries of layer {observation.layer} are infinite or NaN")
     if scorer != "attention":
-        ranking = scorers.get(scorer)(observation).argsort(descending=True, stable=True)
-        shares[ranking] = shares.sort(descending=True).values
-    attention = shares.clamp_min(1e-7).log2().double().cpu().numpy()
+        ranking = scorers.get(scorer)(observation).argsort(descending=True, stable=True).cpu().numpy()
+        shares[ranking] = np.sort(shares)[::-1]
+    attention = np.log2(np.maximum(shares, LEAST_SHARE), dtype=np.float64)
     exponent = -SENSITIVITY_POWER * float(basis.attention_exponent[observation.layer])
     others = attention[sinks:]
     octaves: np.ndarray = exponent * (attention - (others.mean() if len(others) else 0.0))

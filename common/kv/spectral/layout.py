@@ -10,7 +10,7 @@ from math import erf, sqrt
 
 import numpy as np
 
-from spectrumkv.common.kv.spectral.symbols import PACKINGS, PackedStreams, edges
+from spectrumkv.common.kv.spectral.symbols import PACKINGS, PackedStreams
 from spectrumkv.kernels import spectral_rate as kernels
 from spectrumkv.kernels.spectral_rate import LOWEST, PER_OCTAVE
 
@@ -68,7 +68,7 @@ class StreamLayout:
             tokens: int64 `[classes]`, how many have each step class.
             base: binary logarithm of the step of class 0, a float32.
         """
-        return PackedStreams.of(edges(self.rows @ tokens), self.exponent - base)
+        return PackedStreams.of(self.rows @ tokens, self.exponent - base)
 
 
 @lru_cache(maxsize=1)

@@ -23,8 +23,9 @@ from spectrumkv.common.kv.spectral.layout import (
 
 # Steps of a layer's mean token are sought from its widest spread / 2^24 to its widest spread · 2^10.
 FINEST, COARSEST = -24.0, 10.0
-# The last layer must use at least this share of what is left, within this many attempts.
-LAST_LAYER_FILL = 0.985
+# What the last layer may leave over, of what it may take or of the whole budget, whichever is more; within this many
+# attempts.
+LEFT_OF_LAYER, LEFT_OF_BUDGET = 0.015, 0.001
 LAST_LAYER_ATTEMPTS = 10
 # How much farther than expected a base moves while all others tried lie on one side of the budget.
 MOVE_BEYOND = 0.25
@@ -69,6 +70,11 @@ class RateControl:
         return self.budget_bytes - self.spent_bytes
 
     @property
+    def may_be_left(self) -> float:
+        """Bytes that the last layer need not use up."""
+        return max(LEFT_OF_LAYER * self.left_bytes, LEFT_OF_BUDGET * self.budget_bytes)
+
+    @property
     def finest(self) -> float:
         """The least base step of the next layer."""
         return float(np.float32(self._widest[self.done] + FINEST))
@@ -87,8 +93,8 @@ class RateControl:
         """
         counts = self._streams(self._rows_from[self.done], classes)
         remaining = len(self._rows) - self.done
-        available = 8 * (self.left_bytes * AIM - remaining * fixed_bytes) / self.correction
-
+        aim = self.left_bytes * AIM if remaining > 1 else self.left_bytes - self.may_be_left / 2
+        available = 8 * (aim - remaining * fixed_bytes) / self.correction
         base = finest_step_within(available, self.finest, self.coarsest, self._exponents, counts)
         return float(np.float32(base))
 
@@ -125,6 +131,7 @@ class BaseSearch:
 
     Attributes:
         budget_bytes: what is left.
+        may_be_left: how much of it need not be used up.
         symbols: of the layer; one unit of the base is about one bit of each.
         finest: the least base.
         coarsest: the largest base.
@@ -134,6 +141,7 @@ class BaseSearch:
     """
 
     budget_bytes: int
+    may_be_left: float
     symbols: int
     finest: float
     coarsest: float
@@ -150,7 +158,7 @@ class BaseSearch:
             return base >= self.coarsest or (self.fits is not None and self.attempts <= 0)
         if self.fits is None or size > self.fits[1]:
             self.fits = (base, size)
-        return size >= LAST_LAYER_FILL * self.budget_bytes or base <= self.finest or self.attempts <= 0
+        return size >= self.budget_bytes - self.may_be_left or base <= self.finest or self.attempts <= 0
 
     def is_best(self, base: float) -> bool:
         """Whether no base tried so far is better."""
@@ -158,7 +166,7 @@ class BaseSearch:
 
     def next_base(self) -> float:
         """The base to try next: between what fits and what exceeds, or beyond what was tried."""
-        aim = (1 + LAST_LAYER_FILL) / 2 * self.budget_bytes
+        aim = self.budget_bytes - self.may_be_left / 2
         if self.fits is not None and self.exceeds is not None:
             share = (aim - self.fits[1]) / (self.exceeds[1] - self.fits[1])
             share = min(max(share, 0.1), 0.9)

@@ -8,7 +8,6 @@ up their lowest bits, which are noise, and send those as they are.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from threading import local
 from typing import NamedTuple
@@ -49,7 +48,8 @@ PACKINGS = (
     Packing(per_byte=1, limit=127, widest=math.inf),
 )
 _WIDEST = np.array([one.widest for one in PACKINGS])
-_PER_BYTE, _LIMITS = np.array([(one.per_byte, one.limit) for one in PACKINGS], np.int64).T
+_PER_BYTE = np.array([one.per_byte for one in PACKINGS], np.int64)
+_LIMITS = np.array([one.limit for one in PACKINGS], np.int64)
 # Exponent of the spread above which the lowest bits are split off.
 WIDEST_WITHOUT_RAW_BITS = 4.5
 # What compiled loops move at once is 32 bits; spreads beyond 2^28 steps are none that anybody has.
@@ -112,44 +112,35 @@ class PackedStreams:
         per_byte: int64 `[streams]`, see `Packing`.
         limit: int64 `[streams]`, of what remains without the raw bits.
         raw_bits: int64 `[streams]`, lowest bits of each symbol that are sent as they are.
+        raw_bytes: int64 `[streams]`, length of the lowest bits.
+        packed_start: int64 `[streams + 1]`, where each stream starts among the packed bytes.
+        raw_start: int64 `[streams + 1]`, where each stream starts among the 32-bit words of lowest bits.
     """
 
     start: np.ndarray
     per_byte: np.ndarray
     limit: np.ndarray
     raw_bits: np.ndarray
+    raw_bytes: np.ndarray
+    packed_start: np.ndarray
+    raw_start: np.ndarray
 
     @classmethod
-    def of(cls, start: np.ndarray, exponent: np.ndarray) -> "PackedStreams":
+    def of(cls, counts: np.ndarray, exponent: np.ndarray) -> "PackedStreams":
         """Choose packings.
 
         Args:
-            start: see the class.
+            counts: int64 `[streams]`, symbols of each.
             exponent: float64 `[streams]`; the standard deviation of a stream's symbols is 2^exponent.
         """
-        chosen = np.searchsorted(_WIDEST, exponent)
-        raw_bits = np.clip(np.ceil(exponent - WIDEST_WITHOUT_RAW_BITS), 0, MOST_RAW_BITS).astype(np.int64)
-        return cls(start, _PER_BYTE[chosen], _LIMITS[chosen], raw_bits)
-
-    @cached_property
-    def raw_bytes(self) -> np.ndarray:
-        """int64 `[streams]`: length of the lowest bits."""
-        lengths: np.ndarray = -(-self._counts * self.raw_bits // 8)
-        return lengths
-
-    @cached_property
-    def packed_start(self) -> np.ndarray:
-        """int64 `[streams + 1]`: where each stream starts among the packed bytes."""
-        return edges(np.where(self.per_byte > 0, -(-self._counts // np.maximum(self.per_byte, 1)), 0))
-
-    @cached_property
-    def raw_start(self) -> np.ndarray:
-        """int64 `[streams + 1]`: where each stream starts among the 32-bit words of lowest bits."""
-        return edges(-(-self._counts * self.raw_bits // 32))
-
-    @property
-    def _counts(self) -> np.ndarray:
-        return np.diff(self.start)
+        streams = len(counts)
+        per_byte, limit, raw_bits, raw_bytes = np.empty((4, streams), np.int64)
+        start, packed_start, raw_start = np.empty((3, streams + 1), np.int64)
+        kernels.lay_out(
+            counts, exponent, _WIDEST, _PER_BYTE, _LIMITS, WIDEST_WITHOUT_RAW_BITS, MOST_RAW_BITS,
+            start, per_byte, limit, raw_bits, raw_bytes, packed_start, raw_start,
+        )  # fmt: skip
+        return cls(start, per_byte, limit, raw_bits, raw_bytes, packed_start, raw_start)
 
     @property
     def _codes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -204,9 +195,8 @@ class PackedStreams:
             packed, self.packed_start, raw, self.raw_start, outside, outside_start, *self._codes, self.start, symbols
         )
         if damaged >= 0:
-            raise DataLossError(
-                f"an exception lies outside its stream of {self._counts[damaged]} symbols", "malformed"
-            )
+            symbols_of_stream = self.start[damaged + 1] - self.start[damaged]
+            raise DataLossError(f"an exception lies outside its stream of {symbols_of_stream} symbols", "malformed")
         return symbols
 
 

@@ -13,6 +13,7 @@ import torch
 
 from spectrumkv.kernels import absmax_rows as rows
 from spectrumkv.kernels.absmax_format import INT8, CodeFormat, body_bytes, check_arguments
+from spectrumkv.kernels.streaming import ROW_ELEMENTS, streams
 from spectrumkv.kernels.strided import adjacent, array, flat
 
 _INFINITY_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
@@ -60,7 +61,8 @@ def decode(
     for span, body in _blocks(bodies, tiers, cuts, heads, head_dim):
         for side, states in enumerate((keys[:, span], values[:, span])):
             with _written(states) as target:
-                rows.decode_side(body.numpy(), tiers[span].numpy(), heads, head_dim, *flat(target), side)
+                decode_side = rows.stream_side if streams(target) else rows.decode_side
+                decode_side(body.numpy(), tiers[span].numpy(), heads, head_dim, *flat(target), side)
 
 
 def _blocks(
@@ -97,9 +99,11 @@ def _written(states: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def prepare(dtype: torch.dtype) -> None:
     """See `spectrumkv.kernels.absmax.prepare`."""
-    keys, values = torch.ones(2, 1, 4, 2, dtype=dtype)
-    # Each tier once: an element and a pair of them at 16 bits, scales and codes.
-    tiers, body = torch.arange(4, dtype=torch.uint8), torch.empty(22, dtype=torch.uint8)
-    encode(keys, values, tiers, (0, 4), body)
-    is_finite(body[:16], torch.float16)
-    decode(body, tiers, (0, 4), keys, values)
+    # Each tier once: elements at 16 bits, scales and codes; in rows too short to be streamed and in whole vectors.
+    tiers = torch.arange(4, dtype=torch.uint8)
+    for head_dim in (2, ROW_ELEMENTS):
+        keys, values = torch.ones(2, 1, 4, head_dim, dtype=dtype)
+        body = torch.empty(body_bytes(tiers, 1, head_dim), dtype=torch.uint8)
+        encode(keys, values, tiers, (0, 4), body)
+        is_finite(body[: 4 * head_dim], torch.float16)
+        decode(body, tiers, (0, 4), keys, values)

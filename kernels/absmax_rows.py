@@ -13,6 +13,7 @@ from numba import types
 
 from spectrumkv.kernels.absmax_format import TIER_16BIT, TIER_INT4, TIER_INT8
 from spectrumkv.kernels.compiled import compiled, intrinsic
+from spectrumkv.kernels.streaming import stream_halves, stream_int4, stream_int8, streamed
 
 # 1.5 · 2^23: a float32 next to it has no fractional bits, so adding it rounds half to even, and the low byte of the
 # sum is the rounded number in two's complement.
@@ -299,3 +300,26 @@ def decode_side(
         n4 += tier == TIER_INT4
         n8 += tier == TIER_INT8
         n16 += tier == TIER_16BIT
+
+
+@compiled
+def stream_side(
+    body: Any, tiers: Any, heads: int, head_dim: int, states: Any, head_stride: int, token_stride: int, side: int
+) -> None:
+    """`decode_side` past the cache, into states for which that can be done; see `streaming.streams`."""
+    halves, scales8, scales4, codes8, codes4 = body_parts(body, tiers, heads, head_dim)
+    n16, n8, n4 = 0, 0, 0
+    for token in range(tiers.size):
+        tier = tiers[token]
+        for head in range(heads):
+            start = head * head_stride + token * token_stride
+            if tier == TIER_INT4:
+                stream_int4(codes4[side, head, n4], states, start, head_dim, _widen(scales4[side, head, n4]))
+            elif tier == TIER_INT8:
+                stream_int8(codes8[side, head, n8], states, start, head_dim, _widen(scales8[side, head, n8]))
+            elif tier == TIER_16BIT:
+                stream_halves(halves[side, head, n16], states, start, head_dim)
+        n4 += tier == TIER_INT4
+        n8 += tier == TIER_INT8
+        n16 += tier == TIER_16BIT
+    streamed()

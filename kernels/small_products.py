@@ -7,21 +7,29 @@ the processor can do: here a tile of the result stays in registers from the firs
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.errors import TypingError
 
 from spectrumkv.kernels.compiled import compiled, intrinsic
+from spectrumkv.kernels.vectors import (
+    LANES,
+    LONG,
+    MANY_REGISTERS,
+    PLACE,
+    VECTOR,
+    everywhere,
+    load,
+    pointer_to,
+    store,
+    vector_at,
+)
 
-FLOAT, LONG, PLACE = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-FLOAT_BYTES = 4
 # Of a tile: rows, and columns of a narrow one. All matrices have a multiple of them, on every machine.
 ROWS, COLUMNS = 4, 16
-# Floats in a vector, and columns of a wide tile: with sixteen vectors of sums and a few more all registers are used.
-_FEATURES = binding.get_host_cpu_features()
-LANES, WIDE_COLUMNS = (16, 64) if _FEATURES.get("avx512f") else (8, 16) if _FEATURES.get("avx") else (4, 16)
-VECTOR = ir.VectorType(FLOAT, LANES)
+# Columns of a wide tile: so many vectors of sums, and a few more, as there are registers.
+WIDE_COLUMNS = LANES * (4 if MANY_REGISTERS else 2)
 
 
 def padded(columns: int) -> int:
@@ -35,42 +43,15 @@ def _check_contiguous(*kinds: Any) -> None:
         raise TypingError(f"small products are of contiguous arrays, not of {', '.join(map(str, kinds))}")
 
 
-def _data(context: Any, builder: Any, kind: Any, array: Any, start: Any) -> Any:
-    """Pointer to an element of an array."""
-    return builder.gep(context.make_array(kind)(context, builder, array).data, [start])
-
-
-def _vector_at(builder: Any, pointer: Any, offset: Any) -> Any:
-    """Pointer to the vector that starts so many elements on."""
-    return builder.bitcast(builder.gep(pointer, [offset]), VECTOR.as_pointer())
-
-
-def _load(builder: Any, pointer: Any) -> Any:
-    loaded = builder.load(pointer)
-    loaded.align = FLOAT_BYTES
-    return loaded
-
-
-def _store(builder: Any, value: Any, pointer: Any) -> None:
-    builder.store(value, pointer).align = FLOAT_BYTES
-
-
-def _everywhere(builder: Any, value: Any) -> Any:
-    """A vector with one float in all lanes."""
-    undefined = ir.Constant(VECTOR, ir.Undefined)
-    first = builder.insert_element(undefined, value, LONG(0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(LONG, LANES), None))
-
-
 def _tile(columns: int) -> Callable[..., Any]:
     """A product's tile of `ROWS` and so many columns."""
     vectors = columns // LANES
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kinds = signature.args
-        left, left_stride = _data(context, builder, kinds[0], *arguments[:2]), arguments[2]
-        right, right_stride = _data(context, builder, kinds[3], *arguments[3:5]), arguments[5]
-        product, product_stride = _data(context, builder, kinds[6], *arguments[6:8]), arguments[8]
+        left, left_stride = pointer_to(context, builder, kinds[0], *arguments[:2]), arguments[2]
+        right, right_stride = pointer_to(context, builder, kinds[3], *arguments[3:5]), arguments[5]
+        product, product_stride = pointer_to(context, builder, kinds[6], *arguments[6:8]), arguments[8]
         sums = [[cgutils.alloca_once(builder, VECTOR) for _ in range(vectors)] for _ in range(ROWS)]
         for row in sums:
             for one in row:
@@ -78,16 +59,16 @@ def _tile(columns: int) -> Callable[..., Any]:
         with cgutils.for_range(builder, arguments[9]) as loop:
             factors = builder.gep(left, [builder.mul(loop.index, left_stride)])
             line = builder.gep(right, [builder.mul(loop.index, right_stride)])
-            lanes = [_load(builder, _vector_at(builder, line, PLACE(LANES * one))) for one in range(vectors)]
+            lanes = [load(builder, vector_at(builder, line, PLACE(LANES * one))) for one in range(vectors)]
             for place, row in enumerate(sums):
-                factor = _everywhere(builder, builder.load(builder.gep(factors, [PLACE(place)])))
+                factor = everywhere(builder, builder.load(builder.gep(factors, [PLACE(place)])))
                 for lane, one in zip(lanes, row, strict=True):
                     added = builder.fmul(factor, lane, flags=("contract",))
                     builder.store(builder.fadd(builder.load(one), added, flags=("contract",)), one)
         for place, row in enumerate(sums):
             line = builder.gep(product, [builder.mul(PLACE(place), product_stride)])
             for number, one in enumerate(row):
-                _store(builder, builder.load(one), _vector_at(builder, line, PLACE(LANES * number)))
+                store(builder, builder.load(one), vector_at(builder, line, PLACE(LANES * number)))
         return context.get_dummy_value()
 
     def tile(
@@ -146,10 +127,10 @@ def _transpose_square(
     """`LANES` rows of as many floats, by exchanging halves, quarters and so on of pairs of rows (Eklundh 1972)."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source = _data(context, builder, signature.args[0], *arguments[:2])
-        target = _data(context, builder, signature.args[3], *arguments[3:5])
+        source = pointer_to(context, builder, signature.args[0], *arguments[:2])
+        target = pointer_to(context, builder, signature.args[3], *arguments[3:5])
         offsets = [builder.mul(PLACE(row), arguments[2]) for row in range(LANES)]
-        rows = [_load(builder, _vector_at(builder, source, offset)) for offset in offsets]
+        rows = [load(builder, vector_at(builder, source, offset)) for offset in offsets]
         apart = 1
         while apart < LANES:
             # Lanes of the second of two rows are numbered on from those of the first.
@@ -162,7 +143,7 @@ def _transpose_square(
             apart *= 2
         for row, value in enumerate(rows):
             offset = builder.mul(PLACE(row), arguments[5])
-            _store(builder, value, _vector_at(builder, target, offset))
+            store(builder, value, vector_at(builder, target, offset))
         return context.get_dummy_value()
 
     place = types.int64

@@ -20,7 +20,7 @@ def row_bytes(tier: int, head_dim: int) -> int:
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(LAYOUTS),
     kv_heads=st.integers(1, 3),
-    head_dim=st.sampled_from([2, 6, 64, 80]),
+    head_dim=st.sampled_from([2, 6, 32, 64, 80, 96]),
     tiers=st.lists(st.integers(0, 3), min_size=1, max_size=40),
     cut=st.integers(0, 40),
     address=st.integers(0, 1),

@@ -1,96 +1,29 @@
-"""Absmax quantization of keys and values: the one place that picks an implementation by device.
-
-Args of `quantize` and `dequantize`:
-    states: float32, float16 or bfloat16 `[kv_heads, n, head_dim]`, any strides; a layer's keys or values.
-    index: int64 `[m]`, positions among the `n`, on the same device. Torch refuses positions outside
-        on a CPU; on a GPU nothing notices them.
-    codes: `form.dtype` `[kv_heads, m, form.code_bytes(head_dim)]`, contiguous. INT4 packs element j of a head
-        into the low nibble of byte j and element j + head_dim / 2 into the high one, as two's complement.
-    scales: float16 `[kv_heads, m]`, contiguous.
-    form: `INT8` or `INT4`.
-"""
+"""Absmax quantization of keys and values: the one place that picks an implementation by device."""
 
 from collections.abc import Sequence
 
 import torch
 
-from spectrumkv.kernels.absmax_format import INT4, INT8, CodeFormat
+from spectrumkv.kernels.absmax_format import INT4, INT8
 
-__all__ = ["INT4", "INT8", "CodeFormat", "decode", "dequantize", "encode", "is_finite", "prepare", "quantize"]
-
-
-def quantize(
-    states: torch.Tensor, index: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, form: CodeFormat
-) -> None:
-    """Gather the tokens `index` of `states` and write their codes and scales.
-
-    A scale is `max |x| / form.largest` rounded to float16, one for a token in a KV head. A code is
-    `x / scale` rounded half to even and clamped to ±`form.largest`, or 0 where the scale is 0. All arithmetic
-    is in float32.
-
-    The error of an element is at most half a scale, or `form.largest` · 2^-25 (the rounding of a subnormal
-    float16 scale, times the greatest code) where that is more: rows below 127 · 2^-14 for INT8.
-
-    A NaN or infinite element, or a scale beyond float16, leaves a scale that is not finite; the codes beside
-    it mean nothing. It is the caller's to check, since here a GPU would have to be waited for.
-
-    Args:
-        states: read; see the module.
-        index: read.
-        codes: written.
-        scales: written.
-        form: format of the codes.
-
-    Raises:
-        ValueError: a shape, dtype, stride or device is not as described.
-    """
-    if states.is_cuda:
-        # Triton takes a while to import, and exists on Linux only.
-        from spectrumkv.kernels import absmax_triton
-
-        absmax_triton.quantize(states, index, codes, scales, form)
-    else:
-        # numba takes a third of a second to import.
-        from spectrumkv.kernels import absmax_cpu
-
-        absmax_cpu.quantize(states, index, codes, scales, form)
-
-
-def dequantize(
-    codes: torch.Tensor, scales: torch.Tensor, index: torch.Tensor, states: torch.Tensor, form: CodeFormat
-) -> None:
-    """Write `code × scale` into the tokens `index` of `states`, and into no others.
-
-    The product is exact in float32 and rounded half to even to the states' dtype. float16 saturates: the
-    scale of a row near 65504 may have been rounded up, and a finite element must not come back infinite.
-
-    Args:
-        codes: read; see the module.
-        scales: read; they must be finite.
-        index: read; without repetitions.
-        states: written.
-        form: format of the codes.
-
-    Raises:
-        ValueError: a shape, dtype, stride or device is not as described.
-    """
-    if states.is_cuda:
-        from spectrumkv.kernels import absmax_triton
-
-        absmax_triton.dequantize(codes, scales, index, states, form)
-    else:
-        from spectrumkv.kernels import absmax_cpu
-
-        absmax_cpu.dequantize(codes, scales, index, states, form)
+__all__ = ["INT4", "INT8", "decode", "encode", "is_finite", "prepare"]
 
 
 def encode(
     keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
 ) -> None:
-    """Code blocks of tokens, each token at its own tier: `quantize` for both sides and both formats, and 16 bits.
+    """Code blocks of tokens, each token at its own tier.
 
-    Elements at 16 bits are rounded half to even; what is too large for float16 becomes infinite, and is the caller's
-    to find, like scales that are not finite.
+    A scale is `max |x| / largest` of a format, rounded to float16, one for a token in a KV head. A code is
+    `x / scale` rounded half to even and clamped to ±`largest`, or 0 where the scale is 0. All arithmetic
+    is in float32. Elements at 16 bits are rounded half to even.
+
+    The error of a coded element is at most half a scale, or `largest` · 2^-25 (the rounding of a subnormal
+    float16 scale, times the greatest code) where that is more: rows below 127 · 2^-14 for INT8.
+
+    A NaN or infinite element, or a scale beyond float16, leaves a scale that is not finite; the codes beside
+    it mean nothing. What is too large for float16 becomes infinite at 16 bits. It is the caller's to check, since
+    here a GPU would have to be waited for.
 
     Args:
         keys: float32, float16 or bfloat16 `[kv_heads, n, head_dim]`, n ≥ 1, any strides, head_dim even.
@@ -113,7 +46,10 @@ def encode(
 def decode(
     bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> None:
-    """Inverse of `encode`: write every token but the dropped ones; see `dequantize`.
+    """Inverse of `encode`: write every token but the dropped ones.
+
+    `code × scale` is exact in float32 and rounded half to even to the states' dtype. float16 saturates: the
+    scale of a row near 65504 may have been rounded up, and a finite element must not come back infinite.
 
     Args:
         bodies: read; scales must be finite. On a CPU they may lie at an odd address and be read-only.

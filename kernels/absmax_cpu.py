@@ -8,39 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
-import numpy as np
 import torch
 
 from spectrumkv.kernels import absmax_rows as rows
-from spectrumkv.kernels.absmax_format import INT8, CodeFormat, body_bytes, check_arguments
+from spectrumkv.kernels.absmax_format import body_bytes
 from spectrumkv.kernels.streaming import ROW_ELEMENTS, streams
-from spectrumkv.kernels.strided import adjacent, array, flat
+from spectrumkv.kernels.strided import adjacent, flat
 
 _INFINITY_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
-
-
-def quantize(
-    states: torch.Tensor, index: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, form: CodeFormat
-) -> None:
-    """See `spectrumkv.kernels.absmax.quantize`."""
-    check_arguments(states, index, codes, scales, form)
-    if not codes.numel():
-        return
-    _check_positions(index, states.shape[1])
-    largest = np.float32(form.largest)
-    rows.quantize_rows(*flat(adjacent(states)), array(index), array(codes), array(scales), largest, form != INT8)
-
-
-def dequantize(
-    codes: torch.Tensor, scales: torch.Tensor, index: torch.Tensor, states: torch.Tensor, form: CodeFormat
-) -> None:
-    """See `spectrumkv.kernels.absmax.dequantize`."""
-    check_arguments(states, index, codes, scales, form)
-    if not codes.numel():
-        return
-    _check_positions(index, states.shape[1])
-    with _written(states) as target:
-        rows.dequantize_rows(array(codes), array(scales), array(index), *flat(target), form != INT8)
 
 
 def encode(
@@ -80,12 +55,6 @@ def _blocks(
 def is_finite(data: torch.Tensor, dtype: torch.dtype) -> bool:
     """See `spectrumkv.kernels.absmax.is_finite`."""
     return bool(rows.greatest_magnitude(data.numpy()) < _INFINITY_BITS[dtype])
-
-
-def _check_positions(index: torch.Tensor, tokens: int) -> None:
-    least, greatest = (int(bound) for bound in index.aminmax())
-    if least < 0 or greatest >= tokens:
-        raise IndexError(f"positions {least} to {greatest} are out of the range of {tokens} tokens")
 
 
 @contextmanager

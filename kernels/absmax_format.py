@@ -1,4 +1,4 @@
-"""The two code formats of absmax quantization, and what every implementation demands of its arguments.
+"""The two code formats of absmax quantization, and how a body has them.
 
 Symmetric absmax quantization, as in the SpectrumKV paper (arXiv 2606.08635): the elements of one token in
 one KV head share the scale `absmax / largest`, and an element becomes the nearest integer multiple of it.
@@ -10,8 +10,6 @@ import torch
 
 # The codes of the wire's tier map. A token at TIER_16BIT keeps its elements, in the model's 16-bit dtype.
 TIER_DROP, TIER_INT4, TIER_INT8, TIER_16BIT = range(4)
-
-STATE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -110,42 +108,3 @@ class Parts:
         if form == INT8:
             return self.int8_codes, self.int8_scales
         return self.int4_codes, self.int4_scales
-
-
-def check_arguments(
-    states: torch.Tensor, index: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, form: CodeFormat
-) -> None:
-    """Refuse what a kernel would read or write wrongly.
-
-    Args:
-        states: must be `[kv_heads, n, head_dim]` of a dtype in `STATE_DTYPES`, `head_dim` even, any strides.
-        index: must be int64 `[m]`, contiguous. Its values are not looked at.
-        codes: must be `form.dtype` `[kv_heads, m, form.code_bytes(head_dim)]`, contiguous.
-        scales: must be float16 `[kv_heads, m]`, contiguous.
-        form: format of the codes.
-
-    Raises:
-        ValueError: one of them is not like that, or they are on different devices.
-    """
-    if states.ndim != 3 or states.dtype not in STATE_DTYPES or states.shape[-1] % 2 or not states.shape[-1]:
-        raise ValueError(
-            f"states are {states.dtype} {list(states.shape)}; they must be [kv_heads, n, head_dim] with an "
-            f"even head_dim, of a dtype in {STATE_DTYPES}"
-        )
-    if index.ndim != 1:
-        raise ValueError(f"index has shape {list(index.shape)}; it must have one dimension")
-    kv_heads, _, head_dim = states.shape
-    tokens = index.shape[0]
-    _check("index", index, torch.int64, (tokens,), states.device)
-    _check("codes", codes, form.dtype, (kv_heads, tokens, form.code_bytes(head_dim)), states.device)
-    _check("scales", scales, torch.float16, (kv_heads, tokens), states.device)
-
-
-def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
-    if tensor.dtype != dtype or tensor.shape != shape or tensor.device != device:
-        raise ValueError(
-            f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
-            f"{dtype} {list(shape)} on {device} is needed"
-        )
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} has strides {tensor.stride()} for shape {list(shape)}; it must be contiguous")

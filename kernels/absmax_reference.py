@@ -14,7 +14,6 @@ from spectrumkv.kernels.absmax_format import (
     CodeFormat,
     Parts,
     body_bytes,
-    check_arguments,
 )
 
 _FORMATS = {TIER_INT4: INT4, TIER_INT8: INT8}
@@ -23,8 +22,15 @@ _FORMATS = {TIER_INT4: INT4, TIER_INT8: INT8}
 def quantize(
     states: torch.Tensor, index: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, form: CodeFormat
 ) -> None:
-    """See `spectrumkv.kernels.absmax.quantize`."""
-    check_arguments(states, index, codes, scales, form)
+    """Write the codes and scales of the tokens `index` of one side at one format.
+
+    Args:
+        states: `[kv_heads, n, head_dim]`.
+        index: int64 `[m]`.
+        codes: `[kv_heads, m, code bytes]`, written; see `Parts`.
+        scales: float16 `[kv_heads, m]`, written.
+        form: format of the codes.
+    """
     if not codes.numel():
         return
     # A copy even where the dtype is float32 already: it is worked on in place.
@@ -45,8 +51,7 @@ def quantize(
 def dequantize(
     codes: torch.Tensor, scales: torch.Tensor, index: torch.Tensor, states: torch.Tensor, form: CodeFormat
 ) -> None:
-    """See `spectrumkv.kernels.absmax.dequantize`."""
-    check_arguments(states, index, codes, scales, form)
+    """Inverse of `quantize`: write the tokens `index` of `states`, and no others."""
     if not codes.numel():
         return
     rows = (codes if form == INT8 else _unpack(codes)).float()

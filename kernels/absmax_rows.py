@@ -188,32 +188,6 @@ def dequantize_row(codes: Any, scale: Any, row: Any, packed: bool) -> None:
 
 
 @compiled
-def quantize_rows(
-    states: Any, head_stride: int, token_stride: int, index: Any, codes: Any, scales: Any, largest: Any, packed: bool
-) -> None:
-    """Quantize the tokens `index`; `states` is flat, `codes` `[kv_heads, m, bytes]`, `scales` `[kv_heads, m]`."""
-    heads, tokens, code_bytes = codes.shape
-    head_dim = 2 * code_bytes if packed else code_bytes
-    for head in range(heads):
-        for i in range(tokens):
-            start = head * head_stride + index[i] * token_stride
-            scales[head, i] = quantize_row(states[start : start + head_dim], codes[head, i], largest, packed)
-
-
-@compiled
-def dequantize_rows(
-    codes: Any, scales: Any, index: Any, states: Any, head_stride: int, token_stride: int, packed: bool
-) -> None:
-    """Inverse of `quantize_rows`; tokens that are not in `index` stay as they are."""
-    heads, tokens, code_bytes = codes.shape
-    head_dim = 2 * code_bytes if packed else code_bytes
-    for head in range(heads):
-        for i in range(tokens):
-            start = head * head_stride + index[i] * token_stride
-            dequantize_row(codes[head, i], scales[head, i], states[start : start + head_dim], packed)
-
-
-@compiled
 def greatest_magnitude(data: Any) -> Any:
     """The greatest magnitude of the 16-bit floats in uint8 `[2 m]`, as int16 bits; NaN is above infinity."""
     elements = data.view(np.int16)

@@ -67,11 +67,6 @@ def tiles_of_blocks(
     return TileTable(np.concatenate(order).astype(np.int32), np.concatenate([empty, *tiles]))
 
 
-def tiles_of_section(order: np.ndarray, tier: int, tile_rows: int) -> TileTable:
-    """Deal out tokens of one tier, whose elements and whose scales begin at byte 0 of buffers of their own."""
-    return TileTable(order.astype(np.int32), _section(tier, 0, order.size, 0, 0, tile_rows))
-
-
 def _section(tier: int, place: int, rows: int, elements_at: int, scales_at: int, tile_rows: int) -> np.ndarray:
     assert tier != TIER_DROP
     row = np.arange(0, rows, tile_rows, dtype=np.int32)

@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 
 from spectrumkv.kernels import absmax_format
-from spectrumkv.kernels.absmax_format import INT8, CodeFormat, check_arguments
-from spectrumkv.kernels.absmax_tiles import TILE_COLUMNS, TileTable, tiles_of_blocks, tiles_of_section
+from spectrumkv.kernels.absmax_tiles import TILE_COLUMNS, tiles_of_blocks
 
 # Elements of one program: enough to keep 128 threads busy, few enough to stay in registers.
 TILE_ELEMENTS = 2048
@@ -247,31 +246,17 @@ def encoding(
     keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
 ) -> Callable[[], None]:
     """Prepare an `encode`: what this returns launches one kernel and does nothing else, as CUDA graphs want it."""
-    return _prepared_blocks(_encode_tile, keys, values, tiers, cuts, bodies)
+    return _prepared(_encode_tile, keys, values, tiers, cuts, bodies)
 
 
 def decoding(
     bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> Callable[[], None]:
     """Prepare a `decode`; see `encoding`."""
-    return _prepared_blocks(_decode_tile, keys, values, tiers, cuts, bodies)
+    return _prepared(_decode_tile, keys, values, tiers, cuts, bodies)
 
 
-def quantize(
-    states: torch.Tensor, index: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, form: CodeFormat
-) -> None:
-    """See `spectrumkv.kernels.absmax.quantize`. CPU tensors work under `TRITON_INTERPRET=1` only."""
-    _prepared_section(_encode_tile, states, index, codes, scales, form)()
-
-
-def dequantize(
-    codes: torch.Tensor, scales: torch.Tensor, index: torch.Tensor, states: torch.Tensor, form: CodeFormat
-) -> None:
-    """See `spectrumkv.kernels.absmax.dequantize`. CPU tensors work under `TRITON_INTERPRET=1` only."""
-    _prepared_section(_decode_tile, states, index, codes, scales, form)()
-
-
-def _prepared_blocks(
+def _prepared(
     code_tile: Any,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -279,57 +264,20 @@ def _prepared_blocks(
     cuts: Sequence[int],
     bodies: torch.Tensor,
 ) -> Callable[[], None]:
+    """Return what runs `code_tile` on every tile, KV head and side."""
     kv_heads, _, head_dim = keys.shape
-    table = tiles_of_blocks(tiers.numpy(), cuts, kv_heads, head_dim, _tile_rows(head_dim))
+    padded_half: int = triton.next_power_of_2(head_dim // 2)
+    rows = max(1, TILE_ELEMENTS // (2 * padded_half))
+    table = tiles_of_blocks(tiers.numpy(), cuts, kv_heads, head_dim, rows)
     half = torch.float16 if keys.dtype == torch.float32 else keys.dtype
-    # Every section has a length that both of these divide, so that each begins at a multiple of them.
-    alignment = math.gcd(16, (4 if head_dim % 4 == 0 else 2) * kv_heads)
     floats, scales = bodies.view(half), bodies.view(torch.float16)
-    return _prepared(code_tile, (keys, values), table, floats, scales, bodies, alignment)
-
-
-def _prepared_section(
-    code_tile: Any,
-    states: torch.Tensor,
-    index: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    form: CodeFormat,
-) -> Callable[[], None]:
-    check_arguments(states, index, codes, scales, form)
-    tier = absmax_format.TIER_INT8 if form == INT8 else absmax_format.TIER_INT4
-    table = tiles_of_section(index.cpu().numpy(), tier, _tile_rows(states.shape[-1]))
-    return _prepared(code_tile, (states,), table, scales, scales, codes.view(torch.uint8), 16)
-
-
-def _tile_rows(head_dim: int) -> int:
-    return max(1, TILE_ELEMENTS // (2 * _padded_half(head_dim)))
-
-
-def _padded_half(head_dim: int) -> int:
-    padded: int = triton.next_power_of_2(head_dim // 2)
-    return padded
-
-
-def _prepared(
-    code_tile: Any,
-    sides: tuple[torch.Tensor, ...],
-    table: TileTable,
-    floats: torch.Tensor,
-    scales: torch.Tensor,
-    codes: torch.Tensor,
-    alignment: int,
-) -> Callable[[], None]:
-    """Return what runs `code_tile` on every tile, KV head and side; where there is one side, it is given twice."""
-    keys, values = sides[0], sides[-1]
-    kv_heads, _, head_dim = keys.shape
     order, tiles = table.on(keys.device)
 
     def launch() -> None:
         if not len(table.tiles):
             return
         with torch.cuda.device(keys.get_device()):
-            _kernel[len(table.tiles), kv_heads, len(sides)](
+            _kernel[len(table.tiles), kv_heads, 2](
                 keys,
                 values,
                 *keys.stride(),
@@ -338,13 +286,14 @@ def _prepared(
                 tiles,
                 floats,
                 scales,
-                codes,
+                bodies,
                 kv_heads,
                 code_tile=code_tile,
                 half=head_dim // 2,
-                padded_half=_padded_half(head_dim),
-                alignment=alignment,
-                rows=_tile_rows(head_dim),
+                padded_half=padded_half,
+                # Every section has a length that both of these divide, so that each begins at a multiple of them.
+                alignment=math.gcd(16, (4 if head_dim % 4 == 0 else 2) * kv_heads),
+                rows=rows,
             )
 
     return launch

@@ -1,6 +1,11 @@
-"""States to quantize, and where they are written to."""
+"""States to quantize, where they are written to, and one format's share of a body."""
+
+from types import ModuleType
 
 import torch
+
+from spectrumkv.kernels.absmax import INT8
+from spectrumkv.kernels.absmax_format import TIER_INT4, TIER_INT8, CodeFormat, Parts, body_bytes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -30,3 +35,38 @@ def strided(shape: tuple[int, int, int], dtype: torch.dtype, layout: str) -> tor
         view = torch.full((heads, head_dim, tokens), torch.nan, dtype=dtype, device=DEVICE).transpose(1, 2)
     assert view.shape == shape
     return view
+
+
+def quantized(
+    implementation: ModuleType, states: torch.Tensor, form: CodeFormat
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of all tokens at one format, from a body that starts as garbage.
+
+    Returns:
+        `[kv_heads, n, code bytes]` and float16 `[kv_heads, n]`.
+    """
+    kv_heads, tokens, head_dim = states.shape
+    tiers = _tiers(tokens, form)
+    body = torch.full((body_bytes(tiers, kv_heads, head_dim),), 0x5A, dtype=torch.uint8, device=states.device)
+    implementation.encode(states, states, tiers, (0, tokens), body)
+    codes, scales = Parts.of(body, tiers, kv_heads, head_dim, torch.float16).coded(form)
+    assert torch.equal(codes[0], codes[1])
+    return codes[0], scales[0]
+
+
+def dequantize(
+    implementation: ModuleType, codes: torch.Tensor, scales: torch.Tensor, states: torch.Tensor, form: CodeFormat
+) -> None:
+    """Inverse of `quantized`: write all tokens of `states`."""
+    kv_heads, tokens, head_dim = states.shape
+    tiers = _tiers(tokens, form)
+    body = torch.empty(body_bytes(tiers, kv_heads, head_dim), dtype=torch.uint8, device=states.device)
+    its_codes, its_scales = Parts.of(body, tiers, kv_heads, head_dim, torch.float16).coded(form)
+    its_codes[:], its_scales[:] = codes, scales
+    other_side = torch.full_like(states, torch.nan)
+    implementation.decode(body, tiers, (0, tokens), states, other_side)
+    assert torch.equal(states.nan_to_num(7e4), other_side.nan_to_num(7e4))
+
+
+def _tiers(tokens: int, form: CodeFormat) -> torch.Tensor:
+    return torch.full((tokens,), TIER_INT8 if form == INT8 else TIER_INT4, dtype=torch.uint8)

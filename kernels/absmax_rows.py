@@ -13,6 +13,7 @@ from numba import types
 
 from spectrumkv.kernels.absmax_format import TIER_16BIT, TIER_INT4, TIER_INT8
 from spectrumkv.kernels.compiled import compiled, intrinsic
+from spectrumkv.kernels.float_bits import float_of, greater_magnitude, rounded_to_bfloat16
 from spectrumkv.kernels.streaming import stream_halves, stream_int4, stream_int8, streamed
 
 # 1.5 · 2^23: a float32 next to it has no fractional bits, so adding it rounds half to even, and the low byte of the
@@ -75,41 +76,20 @@ def _rounded(_: Any, value: Any, row: Any) -> Any:
             value = builder.select(builder.fcmp_ordered(">", value, FLOAT(FLOAT16_MAX)), FLOAT(FLOAT16_MAX), value)
             value = builder.select(builder.fcmp_ordered("<", value, FLOAT(-FLOAT16_MAX)), FLOAT(-FLOAT16_MAX), value)
             return builder.bitcast(builder.fptrunc(value, HALF), WORD)
-        bits = builder.bitcast(value, LONG)
-        odd = builder.and_(builder.lshr(bits, LONG(16)), LONG(1))
-        return builder.trunc(builder.lshr(builder.add(bits, builder.add(LONG(0x7FFF), odd)), LONG(16)), WORD)
+        return rounded_to_bfloat16(builder, value)
 
     return row.dtype(types.float32, row), emit
 
 
 @intrinsic
-def _greater_magnitude(_: Any, peak: Any, value: Any) -> Any:
-    """The greater one of `peak` and |value|, as bits: ordered like floats, with NaN above infinity."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        magnitude = builder.and_(builder.bitcast(arguments[1], LONG), LONG(0x7FFFFFFF))
-        return builder.select(builder.icmp_signed(">", magnitude, arguments[0]), magnitude, arguments[0])
-
-    return types.int32(types.int32, types.float32), emit
-
-
-@intrinsic
 def _greater_magnitude16(_: Any, peak: Any, bits: Any) -> Any:
-    """`_greater_magnitude` of 16-bit floats, either kind."""
+    """`greater_magnitude` of 16-bit floats, either kind."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         magnitude = builder.and_(arguments[1], WORD(0x7FFF))
         return builder.select(builder.icmp_signed(">", magnitude, arguments[0]), magnitude, arguments[0])
 
     return types.int16(types.int16, types.int16), emit
-
-
-@intrinsic
-def _float_of(_: Any, bits: Any) -> Any:
-    """The float32 that has these bits."""
-    return types.float32(types.int32), lambda context, builder, signature, arguments: builder.bitcast(
-        arguments[0], FLOAT
-    )
 
 
 @intrinsic
@@ -157,8 +137,8 @@ def quantize_row(row: Any, codes: Any, largest: Any, packed: bool) -> Any:
     """Write the codes of a row; return its scale as float16's bits."""
     peak = np.int32(0)
     for i in range(row.size):
-        peak = _greater_magnitude(peak, _widen(row[i]))
-    scale = _sixteen_bits(_float_of(peak) / largest)
+        peak = greater_magnitude(peak, _widen(row[i]))
+    scale = _sixteen_bits(float_of(peak) / largest)
     divisor = _widen(scale)
     # Dividing by infinity makes the codes of a zero scale zero.
     divisor = divisor if divisor > ZERO else INFINITY

@@ -8,6 +8,7 @@ from llvmlite import ir
 from numba import types
 
 from spectrumkv.kernels.compiled import compiled, intrinsic
+from spectrumkv.kernels.float_bits import bfloat16
 
 # 1.5 · 2^23: adding it to a float32 rounds that half to even, and leaves the integer in the low bits of the sum.
 ROUNDER = np.float32(12582912)
@@ -75,21 +76,6 @@ def _multiply_add(_: Any, total: Any, left: Any, right: Any) -> Any:
     return types.float32(types.float32, types.float32, types.float32), emit
 
 
-@intrinsic
-def _bfloat16(_: Any, value: Any) -> Any:
-    """A float32 rounded half to even to bfloat16, as bits; NaN stays NaN, whatever its digits."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        bits = builder.bitcast(arguments[0], LONG)
-        odd = builder.and_(builder.lshr(bits, LONG(16)), LONG(1))
-        rounded = builder.add(bits, builder.add(odd, LONG(0x7FFF)))
-        missing = builder.fcmp_unordered("uno", arguments[0], arguments[0])
-        rounded = builder.select(missing, LONG(0x7FC00000), rounded)
-        return builder.trunc(builder.lshr(rounded, LONG(16)), ir.IntType(16))
-
-    return types.int16(types.float32), emit
-
-
 @compiled
 def centre(keys: Any, head_stride: int, token_stride: int, stride: int, centred: Any) -> None:
     """Take from keys, head by head, the mean of every `stride`th token.
@@ -115,7 +101,7 @@ def centre(keys: Any, head_stride: int, token_stride: int, stride: int, centred:
             start = head * head_stride + token * token_stride
             key, row = keys[start : start + head_dim], centred[head, token]
             for j in range(head_dim):
-                row[j] = _bfloat16(key[j] - mean[j])
+                row[j] = bfloat16(key[j] - mean[j])
 
 
 @compiled

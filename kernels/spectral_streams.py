@@ -14,9 +14,9 @@ from llvmlite import ir
 from numba import types
 
 from spectrumkv.kernels.compiled import compiled, intrinsic
+from spectrumkv.kernels.float_bits import greater_magnitude
 
 LONG = ir.IntType(32)
-MAGNITUDE = 0x7FFFFFFF
 
 
 @intrinsic
@@ -28,17 +28,6 @@ def _nearest(_: Any, value: Any) -> Any:
         return builder.fptosi(rounded, LONG)
 
     return types.int32(types.float32), emit
-
-
-@intrinsic
-def _greater_magnitude(_: Any, largest: Any, value: Any) -> Any:
-    """The greater one of a magnitude, as a float32's bits, and that of a float32; NaN is the greatest."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        bits = builder.and_(builder.bitcast(arguments[1], LONG), LONG(MAGNITUDE))
-        return builder.select(builder.icmp_signed(">", bits, arguments[0]), bits, arguments[0])
-
-    return types.int32(types.int32, types.float32), emit
 
 
 @compiled
@@ -91,7 +80,7 @@ def quantize(
             start = place[step_class, row] + skipped
             read, written = coefficients[row, begin - first : end - first], symbols[start : start + tokens]
             for token in range(tokens):
-                largest = _greater_magnitude(largest, read[token])
+                largest = greater_magnitude(largest, read[token])
                 written[token] = _nearest(read[token] * scale)
     return largest
 

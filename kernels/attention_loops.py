@@ -104,49 +104,58 @@ def centre(keys: Any, head_stride: int, token_stride: int, stride: int, centred:
                 row[j] = bfloat16(key[j] - mean[j])
 
 
+@intrinsic
+def _widened(_: Any, logit: Any) -> Any:
+    """A logit as float32: one as it is, or an int16 for bfloat16, which is the upper half of a float32."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if logit == types.float32:
+            return arguments[0]
+        return builder.bitcast(builder.shl(builder.zext(arguments[0], LONG), LONG(16)), ir.FloatType())
+
+    return types.float32(logit), emit
+
+
 @compiled
-def exponentials(row: Any) -> Any:
-    """Make e^(x - the greatest x) of each x; return one divided by their sum. Three loops over a row in the cache."""
+def exponentials(logits: Any, weights: Any) -> Any:
+    """Write e^(x - the greatest x) of each x; return one divided by their sum. Two loops over a row in the cache.
+
+    Args:
+        logits: float32 `[n]`, or int16 for bfloat16, of which numba has no type.
+        weights: float32 `[n]`, written; another array, or the loop would not become one of vectors.
+    """
     peak = np.int32(-0x80000000)
-    for i in range(row.size):
-        peak = _greater(peak, row[i])
+    for i in range(logits.size):
+        peak = _greater(peak, _widened(logits[i]))
     greatest = _float_of(peak)
     total = ZERO
-    for i in range(row.size):
-        power = (row[i] - greatest) * LOG2_E
+    for i in range(logits.size):
+        power = (_widened(logits[i]) - greatest) * LOG2_E
         # Written so that NaN stays.
         power = power if not power < LEAST_EXPONENT else LEAST_EXPONENT
         rounded = power + ROUNDER
         x = power - (rounded - ROUNDER)
         weight = P0 + x * (P1 + x * (P2 + x * (P3 + x * (P4 + x * (P5 + x * P6)))))
-        row[i] = weight * _two_to_the(rounded)
-        total = _plus(total, row[i])
+        weights[i] = weight * _two_to_the(rounded)
+        total = _plus(total, weights[i])
     return ONE / total
 
 
 @compiled
 def add_weights(logits: Any, window: int, sliding_window: int, received: Any) -> None:
-    """Add to `received` `[n]` the softmax of each row of `logits` `[g · w, n]`.
+    """Add to `received` `[n]` the softmax of each row of `logits` `[g · w, n]`, of a type that `exponentials` takes.
 
-    Nothing is masked: a row's loops run over what its query sees. Logits are float32, or int16 for bfloat16, of which
-    numba has no type and which is the upper half of a float32.
+    Nothing is masked: a row's loops run over what its query sees.
     """
     rows, tokens = logits.shape
     weights = np.empty(tokens, np.float32)
-    bits = weights.view(np.int32)
     for i in range(rows):
         end = tokens - window + i % window + 1
         first = max(0, end - sliding_window)
-        row, target = logits[i, first:end], received[first:end]
-        if logits.itemsize == 2:
-            for j in range(row.size):
-                bits[j] = np.int32(row[j]) << 16
-        else:
-            for j in range(row.size):
-                weights[j] = row[j]
-        share = exponentials(weights[: row.size])
+        row, target = weights[first:end], received[first:end]
+        share = exponentials(logits[i, first:end], row)
         for j in range(row.size):
-            target[j] += weights[j] * share
+            target[j] += row[j] * share
 
 
 @compiled
@@ -166,7 +175,7 @@ def attend(queries: Any, keys: Any, values: Any, firsts: Any, ends: Any, scaling
     longest = 0
     for row in range(batch):
         longest = max(longest, ends[row] - firsts[row])
-    scratch = np.empty((group, longest), dtype=np.float32)
+    logits, row_weights = np.empty((group, longest), np.float32), np.empty(longest, np.float32)
     for row in range(batch):
         tokens = ends[row] - firsts[row]
         for head in range(kv_heads):
@@ -177,10 +186,10 @@ def attend(queries: Any, keys: Any, values: Any, firsts: Any, ends: Any, scaling
                     dot = ZERO
                     for i in range(head_dim):
                         dot = _multiply_add(dot, query[i], key[i])
-                    scratch[member, slot] = dot * scaling
+                    logits[member, slot] = dot * scaling
             for member in range(group):
-                weights, target = scratch[member, :tokens], attended[row, head, member]
-                share = exponentials(weights)
+                weights, target = row_weights[:tokens], attended[row, head, member]
+                share = exponentials(logits[member, :tokens], weights)
                 for i in range(head_dim):
                     target[i] = ZERO
                 for slot in range(tokens):

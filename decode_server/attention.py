@@ -13,8 +13,9 @@ from spectrumkv.decode_server.slots import Reservation, SlotArena
 from spectrumkv.kernels import decode_attention_cpu
 
 ATTENTION_NAME = "spectrumkv_decode"
-# Up to this many tokens a row, on average, a call of torch's attention for each row costs more than its threads save.
-SHORT_TOKENS = 1024
+# Torch's attention takes a call for each row, and at most a thread for each KV head. With so many threads it is the
+# faster one, where rows have no fewer tokens than this on average.
+MANY_THREADS, SHORT_TOKENS = 4, 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +56,15 @@ class HostStepSlots(StepSlots):
         firsts = torch.tensor([reservation.start for reservation in reservations])
         return cls(reservations[0].arena, firsts, firsts + torch.tensor(positions), reservations, positions)
 
-    def short(self, layer: int) -> bool:
-        """Whether one compiled call does this layer faster: for several short rows, none with gaps."""
-        rows = len(self.reservations)
+    def together(self, layer: int) -> bool:
+        """Whether one compiled call does all rows of this layer, and faster than torch: none may have gaps."""
+        keys = self.arena.keys[layer]
+        kv_heads, _, head_dim = keys.shape
+        short = sum(self.positions) < len(self.positions) * SHORT_TOKENS
         return (
-            self.arena.keys.dtype == torch.float32
-            and rows > 1
-            and sum(self.positions) < rows * SHORT_TOKENS
+            keys.dtype == torch.float32
+            and decode_attention_cpu.attends(head_dim)
+            and (short or min(torch.get_num_threads(), kv_heads) < MANY_THREADS)
             and all(reservation.kept(layer) is None for reservation in self.reservations)
         )
 
@@ -101,7 +104,7 @@ def attend_slots(
     step_slots.store(layer, key, value)
     if not isinstance(step_slots, HostStepSlots):
         return _attend_on_gpu(layer, query, step_slots, scaling, sliding_window, softcap), None
-    if softcap is None and step_slots.short(layer):
+    if softcap is None and step_slots.together(layer):
         return _attend_together(layer, query, step_slots, scaling, sliding_window), None
     outputs = []
     for row, (reservation, position) in enumerate(zip(step_slots.reservations, step_slots.positions, strict=True)):

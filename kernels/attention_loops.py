@@ -9,6 +9,8 @@ from numba import types
 
 from spectrumkv.kernels.compiled import compiled, intrinsic
 from spectrumkv.kernels.float_bits import bfloat16
+from spectrumkv.kernels.row_dots import dot_rows
+from spectrumkv.kernels.small_products import ROWS, weigh
 
 # 1.5 · 2^23: adding it to a float32 rounds that half to even, and leaves the integer in the low bits of the sum.
 ROUNDER = np.float32(12582912)
@@ -63,17 +65,6 @@ def _plus(_: Any, total: Any, value: Any) -> Any:
         return builder.fadd(*arguments, flags=("reassoc",))
 
     return types.float32(types.float32, types.float32), emit
-
-
-@intrinsic
-def _multiply_add(_: Any, total: Any, left: Any, right: Any) -> Any:
-    """A sum of products that may be taken in any order and fused."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        product = builder.fmul(arguments[1], arguments[2], flags=("contract",))
-        return builder.fadd(arguments[0], product, flags=("reassoc", "contract"))
-
-    return types.float32(types.float32, types.float32, types.float32), emit
 
 
 @compiled
@@ -159,12 +150,12 @@ def add_weights(logits: Any, window: int, sliding_window: int, received: Any) ->
 
 
 @compiled
-def attend(queries: Any, keys: Any, values: Any, firsts: Any, ends: Any, scaling: Any, attended: Any) -> None:
+def attend(queries: Any, keys: Any, values: Any, firsts: Any, ends: Any, scaling: float, attended: Any) -> None:
     """Attention of one query for each row of a batch over its run of slots.
 
     Args:
-        queries: float32 `[batch, kv_heads, g, head_dim]`.
-        keys: float32 `[kv_heads, slots, head_dim]`.
+        queries: float32 `[batch, kv_heads, g, head_dim]`, head_dim a multiple of `small_products.COLUMNS`.
+        keys: float32 `[kv_heads, slots, head_dim]`, contiguous.
         values: like `keys`.
         firsts: int64 `[batch]`, the first slot that a row sees.
         ends: int64 `[batch]`, one past the last.
@@ -172,27 +163,23 @@ def attend(queries: Any, keys: Any, values: Any, firsts: Any, ends: Any, scaling
         attended: written, like `queries`.
     """
     batch, kv_heads, group, head_dim = queries.shape
-    longest = 0
-    for row in range(batch):
-        longest = max(longest, ends[row] - firsts[row])
-    logits, row_weights = np.empty((group, longest), np.float32), np.empty(longest, np.float32)
+    longest, members = (ends - firsts).max(), (group + ROWS - 1) // ROWS * ROWS
+    asking, sums = np.empty((members, head_dim), np.float32), np.empty((members, head_dim), np.float32)
+    # Weights of members that there are not stay 0.
+    logits, weights = np.empty((members, longest), np.float32), np.zeros((members, longest), np.float32)
+    shares = np.empty(group, np.float32)
     for row in range(batch):
         tokens = ends[row] - firsts[row]
         for head in range(kv_heads):
-            for slot in range(tokens):
-                key = keys[head, firsts[row] + slot]
-                for member in range(group):
-                    query = queries[row, head, member]
-                    dot = ZERO
-                    for i in range(head_dim):
-                        dot = _multiply_add(dot, query[i], key[i])
-                    logits[member, slot] = dot * scaling
+            start = (head * keys.shape[1] + firsts[row]) * head_dim
             for member in range(group):
-                weights, target = row_weights[:tokens], attended[row, head, member]
-                share = exponentials(logits[member, :tokens], weights)
                 for i in range(head_dim):
-                    target[i] = ZERO
-                for slot in range(tokens):
-                    weight, value = weights[slot] * share, values[head, firsts[row] + slot]
-                    for i in range(head_dim):
-                        target[i] = _multiply_add(target[i], weight, value[i])
+                    asking[member, i] = queries[row, head, member, i] * scaling
+            dot_rows(asking, group, keys, start, tokens, logits)
+            for member in range(group):
+                shares[member] = exponentials(logits[member, :tokens], weights[member, :tokens])
+            weigh(weights, values, start, tokens, sums)
+            for member in range(group):
+                target = attended[row, head, member]
+                for i in range(head_dim):
+                    target[i] = sums[member, i] * shares[member]

@@ -1,13 +1,13 @@
 """Attention of one decode step over the slots of several requests, on CPUs: one compiled call for a layer.
 
-One call of torch's attention for each request costs more than it computes while caches are short; for long ones it is
-the better choice, as it takes several threads.
+It takes one thread, and reads keys and values at what one thread gets from memory.
 """
 
 import numpy as np
 import torch
 
 from spectrumkv.kernels.attention_loops import attend
+from spectrumkv.kernels.small_products import COLUMNS
 
 
 def decode_attention(
@@ -22,7 +22,7 @@ def decode_attention(
 
     Args:
         queries: float32 `[batch, query_heads, head_dim]`, any strides; head h reads KV head
-            h // (query_heads / kv_heads).
+            h // (query_heads / kv_heads). `attends` says which head_dim there may be.
         keys: float32 `[kv_heads, slots, head_dim]`, contiguous; those of all requests.
         values: like `keys`.
         firsts: int64 `[batch]`, the first slot of each row.
@@ -46,7 +46,12 @@ def decode_attention(
     return attended.view(queries.shape)
 
 
+def attends(head_dim: int) -> bool:
+    """Whether heads have whole vectors, as nearly all models' have."""
+    return head_dim % COLUMNS == 0
+
+
 def prepare() -> None:
     """Compile, or load what an earlier process compiled."""
-    one, zero = torch.ones(1, 1, 2), torch.zeros(1, dtype=torch.int64)
+    one, zero = torch.ones(1, 1, COLUMNS), torch.zeros(1, dtype=torch.int64)
     decode_attention(one, one, one, zero, zero + 1, 1.0)

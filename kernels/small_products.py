@@ -49,19 +49,20 @@ def _tile(columns: int) -> Callable[..., Any]:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kinds = signature.args
-        left, left_stride = pointer_to(context, builder, kinds[0], *arguments[:2]), arguments[2]
-        right, right_stride = pointer_to(context, builder, kinds[3], *arguments[3:5]), arguments[5]
-        product, product_stride = pointer_to(context, builder, kinds[6], *arguments[6:8]), arguments[8]
+        left, depth_stride, row_stride = pointer_to(context, builder, kinds[0], *arguments[:2]), *arguments[2:4]
+        right, right_stride = pointer_to(context, builder, kinds[4], *arguments[4:6]), arguments[6]
+        product, product_stride = pointer_to(context, builder, kinds[7], *arguments[7:9]), arguments[9]
+        rows = [builder.mul(PLACE(row), row_stride) for row in range(ROWS)]
         sums = [[cgutils.alloca_once(builder, VECTOR) for _ in range(vectors)] for _ in range(ROWS)]
         for row in sums:
             for one in row:
                 builder.store(ir.Constant(VECTOR, None), one)
-        with cgutils.for_range(builder, arguments[9]) as loop:
-            factors = builder.gep(left, [builder.mul(loop.index, left_stride)])
+        with cgutils.for_range(builder, arguments[10]) as loop:
+            factors = builder.gep(left, [builder.mul(loop.index, depth_stride)])
             line = builder.gep(right, [builder.mul(loop.index, right_stride)])
             lanes = [load(builder, vector_at(builder, line, PLACE(LANES * one))) for one in range(vectors)]
-            for place, row in enumerate(sums):
-                factor = everywhere(builder, builder.load(builder.gep(factors, [PLACE(place)])))
+            for offset, row in zip(rows, sums, strict=True):
+                factor = everywhere(builder, builder.load(builder.gep(factors, [offset])))
                 for lane, one in zip(lanes, row, strict=True):
                     added = builder.fmul(factor, lane, flags=("contract",))
                     builder.store(builder.fadd(builder.load(one), added, flags=("contract",)), one)
@@ -75,7 +76,8 @@ def _tile(columns: int) -> Callable[..., Any]:
         _: Any,
         left: Any,
         left_start: Any,
-        left_stride: Any,
+        depth_stride: Any,
+        row_stride: Any,
         right: Any,
         right_start: Any,
         right_stride: Any,
@@ -86,13 +88,44 @@ def _tile(columns: int) -> Callable[..., Any]:
     ) -> Any:
         place = types.int64
         _check_contiguous(left, right, product)
-        return types.void(left, place, place, right, place, place, product, place, place, place), emit
+        return types.void(left, place, place, place, right, place, place, product, place, place, place), emit
 
     declared: Callable[..., Any] = intrinsic(tile)
     return declared
 
 
 _narrow_tile, _wide_tile = _tile(COLUMNS), _tile(WIDE_COLUMNS)
+
+
+@compiled
+def _multiply(
+    left: Any,
+    depth_stride: int,
+    row_stride: int,
+    right: Any,
+    right_start: int,
+    right_stride: int,
+    depth: int,
+    rows: int,
+    columns: int,
+    product: Any,
+) -> None:
+    """Tile a product with wide tiles, and what is left of its columns with narrow ones."""
+    stride = product.shape[1]
+    for row in range(0, rows, ROWS):
+        first = 0
+        while first + WIDE_COLUMNS <= columns:
+            _wide_tile(
+                left, row * row_stride, depth_stride, row_stride, right, right_start + first, right_stride,
+                product, row * stride + first, stride, depth,
+            )  # fmt: skip
+            first += WIDE_COLUMNS
+        while first < columns:
+            _narrow_tile(
+                left, row * row_stride, depth_stride, row_stride, right, right_start + first, right_stride,
+                product, row * stride + first, stride, depth,
+            )  # fmt: skip
+            first += COLUMNS
 
 
 @compiled
@@ -106,18 +139,23 @@ def multiply(left: Any, right: Any, rows: int, columns: int, product: Any) -> No
         columns: how many columns are wanted; the rest of a group of `COLUMNS` is written, too.
         product: float32 `[m, n]`, contiguous, written.
     """
-    (depth, left_stride), stride = left.shape, right.shape[1]
-    first = 0
-    while first + WIDE_COLUMNS <= columns:
-        for row in range(0, rows, ROWS):
-            start = row * stride + first
-            _wide_tile(left, row, left_stride, right, first, stride, product, start, stride, depth)
-        first += WIDE_COLUMNS
-    while first < columns:
-        for row in range(0, rows, ROWS):
-            start = row * stride + first
-            _narrow_tile(left, row, left_stride, right, first, stride, product, start, stride, depth)
-        first += COLUMNS
+    depth, stride = left.shape
+    _multiply(left, stride, 1, right, 0, right.shape[1], depth, rows, columns, product)
+
+
+@compiled
+def weigh(weights: Any, memory: Any, start: int, count: int, product: Any) -> None:
+    """Write `weights` · rows of memory: each row's weighted sum of vectors that lie one after another.
+
+    Args:
+        weights: float32 `[m, k]`, contiguous, m a multiple of `ROWS`.
+        memory: float32, contiguous.
+        start: the element at which the first vector begins.
+        count: how many vectors, up to k.
+        product: float32 `[m, n]`, contiguous, n the length of a vector and a multiple of `COLUMNS`; written.
+    """
+    rows, columns = product.shape
+    _multiply(weights, 1, weights.shape[1], memory, start, columns, count, rows, columns, product)
 
 
 @intrinsic

@@ -14,7 +14,7 @@ from tests.kernels.absmax_states import DEVICE, DTYPES
     lengths=st.lists(st.integers(1, 90), min_size=1, max_size=5),
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 4),
-    head_dim=st.sampled_from([2, 6, 64, 80]),
+    head_dim=st.sampled_from([16, 64, 80]),
     sharpness=st.sampled_from([0.1, 1.0, 8.0]),
     seed=st.integers(0, 2**16),
 )

@@ -49,7 +49,8 @@ def _tile(columns: int) -> Callable[..., Any]:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kinds = signature.args
-        left, depth_stride, row_stride = pointer_to(context, builder, kinds[0], *arguments[:2]), *arguments[2:4]
+        left = pointer_to(context, builder, kinds[0], *arguments[:2])
+        depth_stride, row_stride = arguments[2:4]
         right, right_stride = pointer_to(context, builder, kinds[4], *arguments[4:6]), arguments[6]
         product, product_stride = pointer_to(context, builder, kinds[7], *arguments[7:9]), arguments[9]
         rows = [builder.mul(PLACE(row), row_stride) for row in range(ROWS)]

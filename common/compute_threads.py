@@ -4,7 +4,13 @@ What codes, sends and receives KV runs beside the model. Where it takes several 
 busy, and its threads wait for each other: processor time that the model could have had (docs/decisions.md, 46).
 """
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
 import torch
+
+T = TypeVar("T")
 
 
 def keep_all_cores() -> None:
@@ -19,3 +25,14 @@ def keep_all_cores() -> None:
 def one_core_from_now_on() -> None:
     """The calling thread, and all that did not compute yet, take one core."""
     torch.set_num_threads(1)
+
+
+def apart(work: Callable[[], T]) -> T:
+    """Return what `work` returns, done on a thread that ends with it.
+
+    Threads of libgomp wait for the next loop by spinning only while there are no more of them than cores, and whoever
+    computes on several cores has threads of its own until it ends. Where a process does apart what it does before
+    it serves, the model's thread is the only one that has (docs/decisions.md, 51).
+    """
+    with ThreadPoolExecutor(1) as alone:
+        return alone.submit(work).result()

@@ -134,6 +134,10 @@ class DecodeConfig(ServerConfig):
     kv_memory: int = option(1 << 30, "memory for KV slots, such as 4GiB", parse_bytes)
     max_running: int = option(32, "requests that generate at once", number(1, 1024, int))
     max_streams: int = option(256, "requests that may hold slots at once", number(1, 4096, int))
+    spin: bool = option(
+        False,
+        "on CPUs, let the model's threads spin between loops: faster steps where decode has the cores to itself",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

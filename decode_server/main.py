@@ -3,7 +3,7 @@
 import sys
 
 from spectrumkv.common import config as configuration
-from spectrumkv.common.compute_threads import one_core_from_now_on
+from spectrumkv.common.compute_threads import apart, one_core_from_now_on
 from spectrumkv.common.config import DecodeConfig
 from spectrumkv.common.decode_stream import SERVICE_NAME, add_decode_servicer
 from spectrumkv.common.kv.spectral import codec as spectral
@@ -28,12 +28,7 @@ def _serve() -> None:
     config = configuration.load(DecodeConfig, sys.argv[1:], "spectrumkv-decode")
     set_up_logging(config.log_level, config.log_format)
     set_up_spans("decode")
-    loaded = load_model(config.model, config.device, config.dtype)
-    absmax.prepare(loaded.geometry.native_dtype)
-    spectral.prepare()
-    decode_attention_cpu.prepare()
-    metrics = Metrics.for_process("decode", loaded.name)
-    service = DecodeService(loaded, config, metrics)
+    service, metrics = apart(lambda: _prepared(config)) if config.spin else _prepared(config)
     server = Server(
         add_decode_servicer,
         service,
@@ -45,6 +40,16 @@ def _serve() -> None:
     )
     one_core_from_now_on()
     serve_until_signalled(server, metrics, config, service.stop)
+
+
+def _prepared(config: DecodeConfig) -> tuple[DecodeService, Metrics]:
+    """Load and compile all that requests need."""
+    loaded = load_model(config.model, config.device, config.dtype)
+    absmax.prepare(loaded.geometry.native_dtype)
+    spectral.prepare()
+    decode_attention_cpu.prepare()
+    metrics = Metrics.for_process("decode", loaded.name)
+    return DecodeService(loaded, config, metrics), metrics
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """Who takes how many cores; in a process of its own, since the number is the process's."""
 
+import os
 import subprocess
 import sys
+
+import pytest
 
 CORES = """
 import torch
@@ -22,3 +25,35 @@ def test_the_model_keeps_its_cores_and_others_have_one() -> None:
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
     cores, model, coder, caller = run.stdout.split()
     assert (model, coder, caller) == (cores, "1", "1")
+
+
+THREADS = """
+import os
+import time
+import torch
+from spectrumkv.common.compute_threads import apart
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def compute():
+    torch.ones(1 << 22).add(1)
+    return threads()
+
+before = threads()
+during = apart(compute)
+until = time.monotonic() + 30
+# Threads end after whoever had them.
+while threads() > before and time.monotonic() < until:
+    time.sleep(0.01)
+print(before, during, threads())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_what_is_done_apart_leaves_no_threads() -> None:
+    command, environment = [sys.executable, "-c", THREADS], os.environ | {"OMP_NUM_THREADS": "4"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=100)
+    before, during, after = map(int, run.stdout.split())
+    assert during > before + 1
+    assert after == before

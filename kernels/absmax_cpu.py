@@ -1,4 +1,4 @@
-"""Absmax quantization on CPUs: tensors in, the compiled loops of `absmax_rows` over their memory.
+"""Absmax quantization on CPUs: tensors in, the compiled loops of `absmax_sides` over their memory.
 
 Importing this module imports numba, a third of a second. Each function compiles at its first call with a dtype, or
 loads what an earlier process compiled.
@@ -10,9 +10,10 @@ from itertools import pairwise
 
 import torch
 
-from spectrumkv.kernels import absmax_rows as rows
+from spectrumkv.kernels import absmax_sides as sides
 from spectrumkv.kernels.absmax_format import body_bytes
-from spectrumkv.kernels.streaming import ROW_ELEMENTS, streams
+from spectrumkv.kernels.absmax_rows import greatest_magnitude
+from spectrumkv.kernels.absmax_vectors import ROW_ELEMENTS, streams, whole_vectors
 from spectrumkv.kernels.strided import adjacent, flat
 
 _INFINITY_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
@@ -25,7 +26,9 @@ def encode(
     heads, _, head_dim = keys.shape
     for span, body in _blocks(bodies, tiers, cuts, heads, head_dim):
         for side, states in enumerate((keys[:, span], values[:, span])):
-            rows.encode_side(*flat(adjacent(states)), tiers[span].numpy(), heads, head_dim, body.numpy(), side)
+            source = adjacent(states)
+            encode_side = sides.encode_vectors if whole_vectors(source) else sides.encode_side
+            encode_side(*flat(source), tiers[span].numpy(), heads, head_dim, body.numpy(), side)
 
 
 def decode(
@@ -36,7 +39,7 @@ def decode(
     for span, body in _blocks(bodies, tiers, cuts, heads, head_dim):
         for side, states in enumerate((keys[:, span], values[:, span])):
             with _written(states) as target:
-                decode_side = rows.stream_side if streams(target) else rows.decode_side
+                decode_side = sides.decode_vectors if streams(target) else sides.decode_side
                 decode_side(body.numpy(), tiers[span].numpy(), heads, head_dim, *flat(target), side)
 
 
@@ -54,7 +57,7 @@ def _blocks(
 
 def is_finite(data: torch.Tensor, dtype: torch.dtype) -> bool:
     """See `spectrumkv.kernels.absmax.is_finite`."""
-    return bool(rows.greatest_magnitude(data.numpy()) < _INFINITY_BITS[dtype])
+    return bool(greatest_magnitude(data.numpy()) < _INFINITY_BITS[dtype])
 
 
 @contextmanager

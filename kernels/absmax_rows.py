@@ -11,16 +11,13 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from spectrumkv.kernels.absmax_format import TIER_16BIT, TIER_INT4, TIER_INT8
 from spectrumkv.kernels.compiled import compiled, intrinsic
 from spectrumkv.kernels.float_bits import float_of, greater_magnitude, rounded_to_bfloat16
-from spectrumkv.kernels.streaming import stream_halves, stream_int4, stream_int8, streamed
 
 # 1.5 · 2^23: a float32 next to it has no fractional bits, so adding it rounds half to even, and the low byte of the
 # sum is the rounded number in two's complement.
 ROUNDER = np.float32(12582912)
 ZERO, INFINITY = np.float32(0), np.float32(np.inf)
-LARGEST_INT8, LARGEST_INT4 = np.float32(127), np.float32(7)
 FLOAT16_MAX = 65504.0
 
 FLOAT, HALF = ir.FloatType(), ir.HalfType()
@@ -28,7 +25,7 @@ BYTE, WORD, LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 
 
 @intrinsic
-def _widen(_: Any, element: Any) -> Any:
+def widen(_: Any, element: Any) -> Any:
     """An element as float32, exactly."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -42,7 +39,7 @@ def _widen(_: Any, element: Any) -> Any:
 
 
 @intrinsic
-def _sixteen_bits(_: Any, element: Any) -> Any:
+def sixteen_bits(_: Any, element: Any) -> Any:
     """An element at 16 bits: float32 rounded half to even to float16, or to infinity; others as they are."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -53,8 +50,8 @@ def _sixteen_bits(_: Any, element: Any) -> Any:
 
 
 @intrinsic
-def _element(_: Any, bits: Any, row: Any) -> Any:
-    """Inverse of `_sixteen_bits`: an element of the row's type."""
+def element(_: Any, bits: Any, row: Any) -> Any:
+    """Inverse of `sixteen_bits`: an element of the row's type."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if row.dtype != types.float32:
@@ -126,7 +123,7 @@ def _high_nibble(_: Any, byte: Any) -> Any:
 def _code(element: Any, divisor: Any, largest: Any) -> Any:
     """The nearest multiple of the scale, as a byte."""
     # Clamped first: the rounding holds below 2^22 only.
-    steps = _widen(element) / divisor
+    steps = widen(element) / divisor
     steps = steps if steps < largest else largest
     steps = steps if steps > -largest else -largest
     return _low_byte(steps + ROUNDER)
@@ -137,9 +134,9 @@ def quantize_row(row: Any, codes: Any, largest: Any, packed: bool) -> Any:
     """Write the codes of a row; return its scale as float16's bits."""
     peak = np.int32(0)
     for i in range(row.size):
-        peak = greater_magnitude(peak, _widen(row[i]))
-    scale = _sixteen_bits(float_of(peak) / largest)
-    divisor = _widen(scale)
+        peak = greater_magnitude(peak, widen(row[i]))
+    scale = sixteen_bits(float_of(peak) / largest)
+    divisor = widen(scale)
     # Dividing by infinity makes the codes of a zero scale zero.
     divisor = divisor if divisor > ZERO else INFINITY
     if packed:
@@ -155,7 +152,7 @@ def quantize_row(row: Any, codes: Any, largest: Any, packed: bool) -> Any:
 @compiled
 def dequantize_row(codes: Any, scale: Any, row: Any, packed: bool) -> None:
     """Write codes times scale into a row."""
-    factor = _widen(scale)
+    factor = widen(scale)
     if packed:
         high = row[codes.size :]
         for i in range(codes.size):
@@ -175,105 +172,3 @@ def greatest_magnitude(data: Any) -> Any:
     for i in range(elements.size):
         peak = _greater_magnitude16(peak, elements[i])
     return peak
-
-
-@compiled
-def count_tiers(tiers: Any) -> Any:
-    """How many tokens are at 16 bits, at INT8 and at INT4."""
-    n16, n8, n4 = 0, 0, 0
-    for tier in tiers:
-        n16 += tier == TIER_16BIT
-        n8 += tier == TIER_INT8
-        n4 += tier == TIER_INT4
-    return n16, n8, n4
-
-
-@compiled
-def body_parts(body: Any, tiers: Any, heads: int, head_dim: int) -> Any:
-    """The sections of a body, in the order of `Parts`, wherever they lie: odd addresses are no matter."""
-    n16, n8, n4 = count_tiers(tiers)
-    scales8 = 4 * heads * n16 * head_dim
-    scales4 = scales8 + 4 * heads * n8
-    codes8 = scales4 + 4 * heads * n4
-    codes4 = codes8 + 2 * heads * n8 * head_dim
-    return (
-        body[:scales8].view(np.uint16).reshape((2, heads, n16, head_dim)),
-        body[scales8:scales4].view(np.uint16).reshape((2, heads, n8)),
-        body[scales4:codes8].view(np.uint16).reshape((2, heads, n4)),
-        body[codes8:codes4].reshape((2, heads, n8, head_dim)),
-        body[codes4:].reshape((2, heads, n4, head_dim // 2)),
-    )
-
-
-@compiled
-def encode_side(
-    states: Any, head_stride: int, token_stride: int, tiers: Any, heads: int, head_dim: int, body: Any, side: int
-) -> None:
-    """Write the keys (side 0) or the values (1) of a block into its body, every token at its own tier."""
-    halves, scales8, scales4, codes8, codes4 = body_parts(body, tiers, heads, head_dim)
-    n16, n8, n4 = 0, 0, 0
-    for token in range(tiers.size):
-        tier = tiers[token]
-        # Head by head within a token: so models lay them out, and the branches on a tier are fewer.
-        for head in range(heads):
-            start = head * head_stride + token * token_stride
-            row = states[start : start + head_dim]
-            if tier == TIER_INT4:
-                scales4[side, head, n4] = quantize_row(row, codes4[side, head, n4], LARGEST_INT4, True)
-            elif tier == TIER_INT8:
-                scales8[side, head, n8] = quantize_row(row, codes8[side, head, n8], LARGEST_INT8, False)
-            elif tier == TIER_16BIT:
-                target = halves[side, head, n16]
-                for i in range(head_dim):
-                    target[i] = _sixteen_bits(row[i])
-        n4 += tier == TIER_INT4
-        n8 += tier == TIER_INT8
-        n16 += tier == TIER_16BIT
-
-
-@compiled
-def decode_side(
-    body: Any, tiers: Any, heads: int, head_dim: int, states: Any, head_stride: int, token_stride: int, side: int
-) -> None:
-    """Inverse of `encode_side`; dropped tokens stay as they are."""
-    halves, scales8, scales4, codes8, codes4 = body_parts(body, tiers, heads, head_dim)
-    n16, n8, n4 = 0, 0, 0
-    for token in range(tiers.size):
-        tier = tiers[token]
-        for head in range(heads):
-            start = head * head_stride + token * token_stride
-            row = states[start : start + head_dim]
-            if tier == TIER_INT4:
-                dequantize_row(codes4[side, head, n4], scales4[side, head, n4], row, True)
-            elif tier == TIER_INT8:
-                dequantize_row(codes8[side, head, n8], scales8[side, head, n8], row, False)
-            elif tier == TIER_16BIT:
-                source = halves[side, head, n16]
-                for i in range(head_dim):
-                    row[i] = _element(source[i], row)
-        n4 += tier == TIER_INT4
-        n8 += tier == TIER_INT8
-        n16 += tier == TIER_16BIT
-
-
-@compiled
-def stream_side(
-    body: Any, tiers: Any, heads: int, head_dim: int, states: Any, head_stride: int, token_stride: int, side: int
-) -> None:
-    """`decode_side` past the cache, into states for which that can be done; see `streaming.streams`."""
-    halves, scales8, scales4, codes8, codes4 = body_parts(body, tiers, heads, head_dim)
-    n16, n8, n4 = 0, 0, 0
-    for token in range(tiers.size):
-        tier = tiers[token]
-        for head in range(heads):
-            start = head * head_stride + token * token_stride
-            if tier == TIER_INT4:
-                stream_int4(codes4[side, head, n4], states, start, head_dim, _widen(scales4[side, head, n4]))
-            elif tier == TIER_INT8:
-                stream_int8(codes8[side, head, n8], states, start, head_dim, _widen(scales8[side, head, n8]))
-            elif tier == TIER_16BIT:
-                stream_halves(halves[side, head, n16], states, start, head_dim)
-        n4 += tier == TIER_INT4
-        n8 += tier == TIER_INT8
-        n16 += tier == TIER_16BIT
-    streamed()

@@ -8,18 +8,18 @@ import torch
 
 from spectrumkv.kernels import absmax_cpu, absmax_reference
 from spectrumkv.kernels.absmax_format import body_bytes
-from spectrumkv.kernels.streaming import VECTOR_BYTES, streams
+from spectrumkv.kernels.absmax_vectors import VECTOR_BYTES, streams
 from spectrumkv.kernels.vectors import LANES
 
 HEADS, TOKENS = 3, 37
 # In a process of its own: what other tests had compiled would hide what is missing.
 REQUEST = """
 import torch
-from spectrumkv.kernels import absmax_cpu, absmax_rows
+from spectrumkv.kernels import absmax_cpu, absmax_sides
 from spectrumkv.kernels.absmax_format import body_bytes
 
 def signatures():
-    loops = vars(absmax_rows).items()
+    loops = vars(absmax_sides).items()
     return {(name, one) for name, loop in loops for one in getattr(loop, "signatures", ())}
 
 absmax_cpu.prepare(torch.float32)

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 
 from spectrumkv.kernels.compiled import compiled, intrinsic
-from spectrumkv.kernels.small_products import COLUMNS
 from spectrumkv.kernels.vectors import LANES, LONG, PLACE, VECTOR, load, pointer_to, store, vector_at
+
+ZERO = np.float32(0)
 
 
 def _lane_sums(builder: Any, vectors: list[Any]) -> Any:
@@ -66,7 +68,7 @@ def dot_rows(rows: Any, wanted: int, memory: Any, start: int, count: int, dots: 
     """Write the dot products of rows with vectors that lie in memory one after another.
 
     Args:
-        rows: float32 `[m, d]`, contiguous, d a multiple of `COLUMNS`.
+        rows: float32 `[m, d]`, contiguous, d a multiple of `small_products.COLUMNS`.
         wanted: how many rows.
         memory: float32, contiguous.
         start: the element at which the first vector begins.
@@ -78,7 +80,7 @@ def dot_rows(rows: Any, wanted: int, memory: Any, start: int, count: int, dots: 
         flat = memory.reshape(-1)
         for row in range(wanted):
             for place in range(count):
-                dot = flat[start] * 0
+                dot = ZERO
                 for i in range(head_dim):
                     dot += rows[row, i] * flat[start + place * head_dim + i]
                 dots[row, place] = dot
@@ -88,6 +90,3 @@ def dot_rows(rows: Any, wanted: int, memory: Any, start: int, count: int, dots: 
         first = min(place, count - LANES)
         for row in range(wanted):
             _dots(rows, row * head_dim, memory, start + first * head_dim, head_dim, dots, row * stride + first)
-
-
-assert COLUMNS % LANES == 0

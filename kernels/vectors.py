@@ -6,9 +6,19 @@ from llvmlite import binding, ir
 
 FLOAT, LONG, PLACE = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 FLOAT_BYTES = 4
-_FEATURES = binding.get_host_cpu_features()
+
+
+def _features() -> dict[str, bool]:
+    """What the processor has, as far as LLVM can tell."""
+    try:
+        found: dict[str, bool] = binding.get_host_cpu_features()
+    except RuntimeError:
+        return {}
+    return found
+
+
 # Floats in a vector, and whether there are 32 registers for them, or 16.
-LANES = 16 if _FEATURES.get("avx512f") else 8 if _FEATURES.get("avx") else 4
+LANES = 16 if _features().get("avx512f") else 8 if _features().get("avx") else 4
 MANY_REGISTERS = LANES != 8
 VECTOR = ir.VectorType(FLOAT, LANES)
 

@@ -12,11 +12,8 @@ from llvmlite import ir
 from numba import types
 
 from spectrumkv.kernels.compiled import compiled, intrinsic
-from spectrumkv.kernels.float_bits import float_of, greater_magnitude, rounded_to_bfloat16
+from spectrumkv.kernels.float_bits import ROUNDER, float_of, greater_magnitude, rounded_to_bfloat16
 
-# 1.5 · 2^23: a float32 next to it has no fractional bits, so adding it rounds half to even, and the low byte of the
-# sum is the rounded number in two's complement.
-ROUNDER = np.float32(12582912)
 ZERO, INFINITY = np.float32(0), np.float32(np.inf)
 FLOAT16_MAX = 65504.0
 

@@ -14,6 +14,7 @@ from numba import types
 from numba.core import cgutils
 
 from spectrumkv.kernels.compiled import intrinsic
+from spectrumkv.kernels.float_bits import MAGNITUDE, ROUNDER
 from spectrumkv.kernels.vectors import (
     FLOAT,
     FLOAT_BYTES,
@@ -28,9 +29,6 @@ from spectrumkv.kernels.vectors import (
 )
 
 BYTE, WORD, HALF = ir.IntType(8), ir.IntType(16), ir.HalfType()
-MAGNITUDE = 0x7FFFFFFF
-# See `absmax_rows`.
-ROUNDER = 12582912.0
 VECTOR_BYTES = LANES * FLOAT_BYTES
 # What INT4 packs into one byte lies half a row apart: half a row has whole vectors.
 ROW_ELEMENTS = 2 * LANES
@@ -93,7 +91,7 @@ def _codes(builder: Any, value: Any, divisor: Any, largest: float) -> Any:
     for comparison, limit in (("<", largest), (">", -largest)):
         limits = ir.Constant(VECTOR, [limit] * LANES)
         steps = builder.select(builder.fcmp_ordered(comparison, steps, limits), steps, limits)
-    rounded = builder.fadd(steps, ir.Constant(VECTOR, [ROUNDER] * LANES))
+    rounded = builder.fadd(steps, ir.Constant(VECTOR, [float(ROUNDER)] * LANES))
     bits = builder.bitcast(rounded, ir.VectorType(LONG, LANES))
     return builder.trunc(bits, ir.VectorType(BYTE, LANES))
 

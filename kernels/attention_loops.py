@@ -8,12 +8,10 @@ from llvmlite import ir
 from numba import types
 
 from spectrumkv.kernels.compiled import compiled, intrinsic
-from spectrumkv.kernels.float_bits import bfloat16
+from spectrumkv.kernels.float_bits import ROUNDER, bfloat16
 from spectrumkv.kernels.row_dots import dot_rows
 from spectrumkv.kernels.small_products import ROWS, weigh
 
-# 1.5 · 2^23: adding it to a float32 rounds that half to even, and leaves the integer in the low bits of the sum.
-ROUNDER = np.float32(12582912)
 LEAST_EXPONENT = np.float32(-126)
 LOG2_E = np.float32(math.log2(math.e))
 # Coefficients of x^0 … x^6 in 2^x; between -1/2 and 1/2 the next one comes to 10^-7.

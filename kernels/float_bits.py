@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 
@@ -9,6 +10,9 @@ from spectrumkv.kernels.compiled import intrinsic
 
 FLOAT, WORD, LONG = ir.FloatType(), ir.IntType(16), ir.IntType(32)
 MAGNITUDE, NOT_A_NUMBER = 0x7FFFFFFF, 0x7FC00000
+# 1.5 · 2^23: a float32 next to it has no fractional bits, so adding it rounds half to even, and leaves the integer in
+# the low bits of the sum, in two's complement.
+ROUNDER = np.float32(12582912)
 
 
 @intrinsic

@@ -187,22 +187,28 @@ class WorkerSearch:
             worker.lost(leaving=error.retry_after_seconds is not None)
 
     def _next(self) -> DecodeWorker | None:
-        """The best worker that was not asked yet; wait a little for one where workers are being restarted."""
-        if (found := self._best()) is None and self._workers.any_expected and self._patience > 0:
+        """The best worker that was not asked in this life of it; None where all were.
+
+        Where none takes requests and one is expected, it waits a little: a worker that is asked while it starts
+        refuses, or cannot be reached.
+        """
+        found = self._untried()
+        if (found is None or not found.accepting) and self._workers.any_expected and self._patience > 0:
             started = time.monotonic()
-            self._workers.wait(lambda: self._scope.ended or self._returned() is not None, self._patience)
+            self._workers.wait(lambda: self._scope.ended or self._ready() is not None, self._patience)
             self._patience -= time.monotonic() - started
             self._scope.check()
-            found = self._returned()
+            found = self._ready() or found
         return found
 
-    def _best(self) -> DecodeWorker | None:
+    def _untried(self) -> DecodeWorker | None:
+        """The best worker that was never asked, whether or not it takes requests: what is known may be old."""
         return next((worker for worker in self._workers.ranked() if worker not in self._asked), None)
 
-    def _returned(self) -> DecodeWorker | None:
-        """The best worker that takes requests again since it was asked."""
+    def _ready(self) -> DecodeWorker | None:
+        """The best worker that takes requests and was not asked since it began to."""
         candidates = (worker for worker in self._workers.ranked() if worker.accepting)
-        return next((worker for worker in candidates if worker.life != self._asked[worker]), None)
+        return next((worker for worker in candidates if worker.life != self._asked.get(worker)), None)
 
 
 class Attempt:

@@ -29,6 +29,10 @@ class Link:
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
+    def lead_to(self, target_port: int) -> None:
+        """Forward connections still to come to another port."""
+        self._target_port = target_port
+
     def hold(self, direction: str, after_bytes: int = 0) -> None:
         """Let `after_bytes` more pass in a direction and keep the rest until `release`."""
         with self._changed:

@@ -1,6 +1,7 @@
 """Several decode workers: the one with the most room is asked, and one that is lost before token 2 is replaced."""
 
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -185,6 +186,23 @@ def test_one_token_needs_no_worker_after_it(workers: Workers) -> None:
         next(stream)
         workers.link.reset()
         assert len(stream.result().tokens) == 1
+
+
+def test_a_worker_that_is_still_starting_is_waited_for(workers: Workers, tiny_directories: dict[str, Path]) -> None:
+    """It is not asked before: what is sent is counted once, and nobody reads of a worker passed over."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nobody = closed.getsockname()[1]
+    with (
+        link_to(nobody) as link,
+        prefill_server(tiny_directories["llama"], [link.port]) as (_, metrics, port),
+        SpectrumClient(f"127.0.0.1:{port}") as client,
+    ):
+        stream = client.generate(PROMPT, sampling=SAMPLED, kv=KvChoice(policy="fp16"), timeout=60)
+        workers.until(lambda: total(metrics, "requests_running") == 1)
+        link.lead_to(workers.small_port)
+        usage = stream.result().usage
+    assert total(metrics, "decode_workers_passed_over_total") == 0
+    assert total(metrics, "kv_bytes_sent_total") == usage.kv_bytes_sent
 
 
 def test_workers_that_do_not_fit_are_each_named(workers: Workers, tiny_directories: dict[str, Path]) -> None:

@@ -132,19 +132,24 @@ def exponentials(logits: Any, weights: Any) -> Any:
 
 @compiled
 def add_weights(logits: Any, window: int, sliding_window: int, received: Any) -> None:
-    """Add to `received` `[n]` the softmax of each row of `logits` `[g · w, n]`, of a type that `exponentials` takes.
+    """Add up for each head the softmax of its rows. Nothing is masked: loops over a row run over what its query sees.
 
-    Nothing is masked: a row's loops run over what its query sees.
+    Args:
+        logits: `[heads, g · w, n]`, of a type that `exponentials` takes.
+        window: w, how many of the last positions ask.
+        sliding_window: how many of the newest tokens a query sees.
+        received: float32 `[heads, n]`, added to.
     """
-    rows, tokens = logits.shape
+    heads, rows, tokens = logits.shape
     weights = np.empty(tokens, np.float32)
-    for i in range(rows):
-        end = tokens - window + i % window + 1
-        first = max(0, end - sliding_window)
-        row, target = weights[first:end], received[first:end]
-        share = exponentials(logits[i, first:end], row)
-        for j in range(row.size):
-            target[j] += row[j] * share
+    for head in range(heads):
+        for i in range(rows):
+            end = tokens - window + i % window + 1
+            first = max(0, end - sliding_window)
+            row, target = weights[first:end], received[head, first:end]
+            share = exponentials(logits[head, i, first:end], row)
+            for j in range(row.size):
+                target[j] += row[j] * share
 
 
 @compiled

@@ -1,4 +1,4 @@
-"""Attention that tokens receive, on CPUs: a matrix product for each KV head, then one compiled pass over its logits.
+"""Attention that tokens receive, on CPUs: products of a few KV heads at once, then one compiled pass over the logits.
 
 Softmax, mask and sum over queries take three loops over a row while it is in the first-level cache, where torch's
 operations each go through all rows. Nothing is masked: a row's loops run over what its query sees.
@@ -17,6 +17,9 @@ from spectrumkv.kernels.strided import adjacent, array, flat
 
 # Every so many tokens one is taken for the centre, which need not be exact.
 CENTRE_STRIDE = 16
+# Logits of so many bytes are made at once: of all KV heads of a short prompt, whose calls cost more than their
+# arithmetic, and of one head of a long prompt, so that they are read while they are in a cache.
+LOGITS_BYTES = 1 << 20
 
 
 def attention_received(
@@ -28,12 +31,16 @@ def attention_received(
     seen = min(sliding_window or tokens, tokens)
     if softcap is None and multiplies_bfloat16():
         queries, keys = queries.bfloat16(), _centred(keys)
-    logits = queries.new_empty(queries.shape[1], tokens)
-    for head in range(kv_heads):
-        torch.mm(queries[head], keys[head].to(queries.dtype).t(), out=logits)
+    head_bytes = queries.shape[1] * tokens * queries.itemsize
+    at_once = min(max(1, LOGITS_BYTES // head_bytes), kv_heads)
+    memory = queries.new_empty(at_once, queries.shape[1], tokens)
+    for first in range(0, kv_heads, at_once):
+        heads = slice(first, first + at_once)
+        asked = keys[heads].to(queries.dtype)
+        logits = torch.bmm(queries[heads], asked.transpose(1, 2), out=memory[: len(asked)])
         if softcap is not None:
             logits.div_(softcap).tanh_().mul_(softcap)
-        add_weights(array(logits), window, seen, received[head].numpy())
+        add_weights(array(logits), window, seen, received[heads].numpy())
     return received
 
 

@@ -136,7 +136,11 @@ class KvPipeline:
         self._geometry = geometry
         self._writer = ChunkWriter(chunk_bytes)
         self._worth_a_chunk = min(chunk_bytes, IDLE_CHUNK_BYTES)
-        self._metrics = metrics
+        # Looking a label up costs more than counting, and every layer counts.
+        self._tokens_of = {tier: metrics.kv_tokens.labels(tier.label) for tier in Tier}
+        self._bytes_of = {tier: metrics.kv_bytes_sent.labels(tier.label) for tier in Tier}
+        self._framing_bytes = metrics.kv_bytes_sent.labels(FRAMING)
+        self._fp16_equivalent_bytes = metrics.kv_fp16_equivalent_bytes
         tokens = len(begin.prompt_token_ids)
         chunks = 1 + int(plan.budget * geometry.fp16_bytes(tokens)) // self._worth_a_chunk
         framing = _most_begin_bytes(begin) + chunks * CHUNK_ENVELOPE_BYTES + END_BYTES
@@ -231,10 +235,10 @@ class KvPipeline:
             yield block
 
     def _count(self, block: Block) -> None:
-        self._metrics.kv_fp16_equivalent_bytes.inc(self._geometry.fp16_bytes_per_layer(block.tiers.numel()))
+        self._fp16_equivalent_bytes.inc(self._geometry.fp16_bytes_per_layer(block.tiers.numel()))
         for tier, tokens in count_tiers(block.tiers).items():
             self.sent.tier_tokens[tier] += tokens
-            self._metrics.kv_tokens.labels(tier.label).inc(tokens / self._geometry.layers)
+            self._tokens_of[tier].inc(tokens / self._geometry.layers)
 
     def _account(self, message: Request, blocks: Sequence[Block]) -> None:
         """Count a message as it leaves: its blocks' codes and scales by tier, the rest as framing."""
@@ -245,9 +249,9 @@ class KvPipeline:
         for block in blocks:
             for tier, size in block.tier_bytes.items():
                 self.sent.tier_bytes[tier] += size
-                self._metrics.kv_bytes_sent.labels(tier.label).inc(size)
+                self._bytes_of[tier].inc(size)
                 framing -= size
-        self._metrics.kv_bytes_sent.labels(FRAMING).inc(framing)
+        self._framing_bytes.inc(framing)
 
 
 def _most_begin_bytes(begin: decode_pb2.Begin) -> int:

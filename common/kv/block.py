@@ -7,6 +7,7 @@ import struct
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -42,6 +43,7 @@ class Block:
     body: torch.Tensor
     tier_bytes: Mapping[Tier, int] = field(default_factory=dict)
 
+    @cached_property
     def header(self) -> bytes:
         """Header and tier map."""
         tiers = self.tiers.numpy()
@@ -54,7 +56,7 @@ class Block:
     @property
     def wire_bytes(self) -> int:
         """What it takes of a budget: header, tier map and body."""
-        return len(self.header()) + self.body.numel()
+        return len(self.header) + self.body.numel()
 
 
 def parse_block(payload: Buffer, offset: int) -> tuple[Block, int]:

@@ -93,12 +93,11 @@ class ChunkWriter:
 
     def add(self, block: Block) -> Iterator[tuple[Chunk, list[Block]]]:
         """Append a block; yield the chunks that it completes (none or one or two), each with its blocks."""
-        header = block.header()
-        block_bytes = len(header) + block.body.numel()
+        block_bytes = block.wire_bytes
         if self._parts and self._pending_bytes + block_bytes > MAX_CHUNK_PAYLOAD_BYTES:
             yield self._close()
         self._pending.append(block)
-        self._parts += [header, block.body.numpy().data]
+        self._parts += [block.header, block.body.numpy().data]
         self._pending_bytes += block_bytes
         if self._pending_bytes >= self._target_bytes:
             yield self._close()

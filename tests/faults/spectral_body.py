@@ -107,7 +107,7 @@ def with_body(block: Block, body: bytes) -> Block:
 
 def serialized(blocks: Sequence[Block]) -> bytes:
     """Blocks back to back, as a chunk has them."""
-    return b"".join(part for block in blocks for part in (block.header(), block.body.numpy().tobytes()))
+    return b"".join(part for block in blocks for part in (block.header, block.body.numpy().tobytes()))
 
 
 class _Taker:

@@ -30,13 +30,14 @@ def in_bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 @given(
-    kv_heads=st.integers(1, 3),
+    kv_heads=st.integers(1, 5),
     group=st.integers(1, 3),
     window=st.integers(1, 9),
     older=st.integers(0, 70),
     sliding_window=st.none() | st.integers(1, 80),
     softcap=st.none() | st.floats(1, 50),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    heads_at_once=st.integers(0, 6),
     seed=st.integers(0, 2**16),
 )
 def test_loops_agree_with_torch(
@@ -47,11 +48,16 @@ def test_loops_agree_with_torch(
     sliding_window: int | None,
     softcap: float | None,
     dtype: torch.dtype,
+    heads_at_once: int,
     seed: int,
 ) -> None:
     queries, keys = random_attention(kv_heads, group, window, window + older, 8, seed, dtype)
     options = (window, sliding_window, softcap)
-    with patch.object(attention_received_cpu, "multiplies_bfloat16", return_value=False):
+    logits_bytes = 4 * heads_at_once * group * window * (window + older)
+    with (
+        patch.object(attention_received_cpu, "multiplies_bfloat16", return_value=False),
+        patch.object(attention_received_cpu, "LOGITS_BYTES", logits_bytes),
+    ):
         actual = attention_received_cpu.attention_received(queries, keys, *options)
     expected = attention_received_reference.attention_received(queries, keys, *options)
     # A weight inherits the absolute error of its logit, which is relative to the largest one.

@@ -29,7 +29,7 @@ for tokens, mismatch in ((1, 1.0), (40, 1.0), (300, 30.0)):
         for states in (seen.keys, seen.values):
             states.set_(states.transpose(0, 1).contiguous().transpose(0, 1))
         for block in encoder_of(basis, shape, tokens, 0.4).encode(seen):
-            payload = block.header() + block.body.numpy().tobytes()
+            payload = block.header + block.body.numpy().tobytes()
             slots = torch.empty(2, shape.kv_heads, 2 * tokens, shape.head_dim)[:, :, tokens:]
             SpectralDecoder(basis, shape).decode(parse_block(payload, 0)[0], slots[0], slots[1])
 print(sorted(map(str, signatures() - prepared)))

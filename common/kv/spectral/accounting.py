@@ -12,6 +12,7 @@ from spectrumkv.common.kv.tiers import Tier
 
 # Mean bits an element up to which a token counts as INT4, and as INT8.
 INT4_BITS, INT8_BITS = 6.0, 12.0
+_TIERS = np.array([Tier.INT4, Tier.INT8, Tier.FP16], np.uint8)
 SINK_BITS = 16.0
 # Taken for the bits of steps so coarse that nothing is sent, so that shares can be told.
 LEAST_BITS = 1e-3
@@ -30,8 +31,8 @@ def class_bits(transform: LayerTransform, base: float) -> np.ndarray:
 
 def token_tiers(bits: np.ndarray, tokens: TokenClasses) -> torch.Tensor:
     """The tier whose width is nearest to each token's bits: uint8 `[n]`. `bits` are those of `class_bits`."""
-    of_class = np.where(bits <= INT4_BITS, Tier.INT4, np.where(bits <= INT8_BITS, Tier.INT8, Tier.FP16))
-    tiers = of_class.astype(np.uint8)[tokens.classes - LOWEST_CLASS]
+    of_class = _TIERS[np.searchsorted((INT4_BITS, INT8_BITS), bits)]
+    tiers = of_class[tokens.classes - LOWEST_CLASS]
     tiers[: tokens.sinks] = Tier.FP16
     return torch.from_numpy(tiers)
 

@@ -14,6 +14,7 @@ from spectrumkv.common.kv.spectral.layout import CLASSES_PER_OCTAVE, HIGHEST_CLA
 from spectrumkv.common.kv.spectral.steps import Steps, TokenClasses
 from spectrumkv.common.kv.spectral.symbols import EXCEPTION, CodedStream, PackedStreams, compress, decompress
 from spectrumkv.common.kv.spectral.transform import LayerTransform
+from spectrumkv.kernels.absmax import is_finite
 
 HEADER = struct.Struct("<fHI")
 LENGTHS = np.dtype([("coded", "<u4"), ("exceptions", "<u4")])
@@ -73,8 +74,9 @@ def encode_block(block: UncodedBlock, base: float, geometry: KvGeometry) -> tupl
         InvalidArgumentError: an element is infinite or NaN, or a sink does not fit the 16-bit dtype.
     """
     sinks = slice(0, block.tokens.sinks)
-    exact = torch.stack([block.keys[:, sinks], block.values[:, sinks]]).to(geometry.half_dtype).contiguous()
-    if not exact.isfinite().all():
+    exact = torch.stack([block.keys[:, sinks], block.values[:, sinks]]).to(geometry.half_dtype)
+    exact_bytes = exact.view(-1).view(torch.uint8)
+    if not is_finite(exact_bytes, geometry.half_dtype):
         raise InvalidArgumentError(
             f"keys or values of the first tokens in layer {block.transform.layer} do not fit {geometry.half_dtype}"
         )
@@ -83,7 +85,7 @@ def encode_block(block: UncodedBlock, base: float, geometry: KvGeometry) -> tupl
     lengths = np.array([(len(one.coded), one.exception_count) for one in coded], LENGTHS)
     parts: list[bytes | memoryview] = [
         HEADER.pack(steps.base, block.tokens.sinks, len(coded_classes)),
-        exact.view(torch.uint8).numpy().tobytes(),
+        exact_bytes.numpy().data,
         coded_classes,
         lengths.tobytes(),
     ]
@@ -144,7 +146,7 @@ def decode_block(
     if sinks > tokens:
         raise DataLossError(f"a block of {tokens} tokens has {sinks} sinks", "malformed")
     shape = (2, geometry.kv_heads, sinks, geometry.head_dim)
-    exact = reader.array(2 * int(np.prod(shape)), np.uint8)
+    exact = reader.array(2 * math.prod(shape), np.uint8)
     classes = decompress(reader.take(class_bytes), tokens - sinks).astype(np.int64)
     if len(classes) and classes.max() > HIGHEST_CLASS - LOWEST_CLASS:
         raise DataLossError(f"a block has the step class {classes.max() + LOWEST_CLASS}", "malformed")

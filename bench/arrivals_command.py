@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         steps = len(plans) * arguments.arrivals
         with open_channel(address) as channel, progress(steps, Console(stderr=True)) as on_arrival:
             # Whichever plan needs it; a worker keeps it.
-            put_basis(channel, basis, timeout=None)
+            put_basis(channel, basis)
             for plan in plans:
                 running, arriving = (
                     arrivals.record(spec, cache, plan, config.window, config.chunk_bytes, max_tokens)

@@ -117,7 +117,7 @@ class KvSender:
     ) -> None:
         self._open: Any = open_decode_stream(channel)
         if plan.codec.needs_basis:
-            put_basis(channel, needed_basis(plan.codec, plan.basis), timeout=None)
+            put_basis(channel, needed_basis(plan.codec, plan.basis))
         self._observations = observations
         self._plan = plan
         self._geometry = cache.geometry

@@ -51,24 +51,34 @@ def open_decode_stream(channel: grpc.Channel) -> Callable[..., Any]:
     return stream
 
 
-def put_basis(channel: grpc.Channel, basis: SpectralBasis, timeout: float | None) -> int:
-    """Send a codec basis to a decode worker; return how many bytes were serialized.
+def begin_basis(channel: grpc.Channel, basis: SpectralBasis, timeout: float | None) -> tuple[Any, int]:
+    """Begin to send a codec basis to a decode worker.
 
-    Raises:
-        grpc.RpcError: the worker refused it, or could not be reached.
+    Returns:
+        The call, a future of grpc whose `result` waits for the worker, and how many bytes are serialized.
     """
     data, digest = basis.serialized, basis.digest
     pieces = [
         decode_pb2.PutBasisRequest(digest=digest, part=data[start : start + BASIS_PIECE_BYTES])
         for start in range(0, len(data), BASIS_PIECE_BYTES)
     ]
-    call = channel.stream_unary(
+    method = channel.stream_unary(
         f"/{SERVICE_NAME}/PutBasis",
         request_serializer=decode_pb2.PutBasisRequest.SerializeToString,
         response_deserializer=decode_pb2.PutBasisResponse.FromString,
     )
-    call(iter(pieces), timeout=timeout, metadata=current_trace().metadata)
-    return sum(piece.ByteSize() for piece in pieces)
+    call = method.future(iter(pieces), timeout=timeout, metadata=current_trace().metadata)
+    return call, sum(piece.ByteSize() for piece in pieces)
+
+
+def put_basis(channel: grpc.Channel, basis: SpectralBasis) -> None:
+    """Send a codec basis to a decode worker, however long that takes.
+
+    Raises:
+        grpc.RpcError: the worker refused it, or could not be reached.
+    """
+    call, _ = begin_basis(channel, basis, timeout=None)
+    call.result()
 
 
 def decode_info_method(channel: grpc.Channel) -> Callable[..., Any]:

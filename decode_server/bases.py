@@ -69,7 +69,9 @@ class BasisStore:
         # Now, so that a transform which cannot be undone is refused before anything is sent in it.
         _ = basis.synthesis
         with self._lock:
-            self._bases[digest] = basis
+            # What was made of one that is here already is kept with it.
+            self._bases.setdefault(digest, basis)
+            self._bases.move_to_end(digest)
             while len(self._bases) > MOST_BASES:
                 self._bases.popitem(last=False)
         logger.info("received codec basis %s, %d bytes", digest.hex()[:16], len(data))

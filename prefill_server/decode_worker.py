@@ -10,11 +10,11 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from spectrumkv.common.config import Address
-from spectrumkv.common.decode_stream import SERVICE_NAME, decode_info_method, open_decode_stream, put_basis
-from spectrumkv.common.kv.spectral.basis import SpectralBasis
+from spectrumkv.common.decode_stream import SERVICE_NAME, decode_info_method, open_decode_stream
 from spectrumkv.common.metrics import BASIS, Metrics
-from spectrumkv.common.rpc import RpcScope, error_from_rpc, open_channel
+from spectrumkv.common.rpc import open_channel
 from spectrumkv.common.security import ChannelSecurity
+from spectrumkv.prefill_server.basis_delivery import BasisDelivery
 from spectrumkv.v1 import decode_pb2
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class DecodeWorker:
         channel: to it.
         open_stream: starts a Decode RPC with it.
         life: how often it began to take requests; a refusal says nothing of its next life.
+        basis_delivery: sends it the codec's basis.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class DecodeWorker:
         self.open_stream = open_decode_stream(self.channel)
         self._ask_for_room = decode_info_method(self.channel)
         self._on_change = on_change
-        self._basis_bytes_sent = metrics.kv_bytes_sent.labels(BASIS)
+        self.basis_delivery = BasisDelivery(address, self.channel, metrics.kv_bytes_sent.labels(BASIS))
         self._lock = threading.Lock()
         self._answers = False
         # What it says of itself: None where nothing is known.
@@ -112,26 +113,6 @@ class DecodeWorker:
         self._learn(answers=False)
         self._due.set()
 
-    def put_basis(self, basis: SpectralBasis, scope: RpcScope) -> None:
-        """Send it the basis that KV is coded in.
-
-        Args:
-            basis: of the model.
-            scope: the client's RPC that waits for it.
-
-        Raises:
-            SpectrumKVError: it refused the basis, or was lost; the message names it.
-        """
-        try:
-            sent = put_basis(self.channel, basis, scope.seconds_remaining)
-        except grpc.RpcError as error:
-            scope.check()
-            refusal = error_from_rpc(error)
-            refusal.args = (f"decode worker {self.address}: {refusal.message}",)
-            raise refusal from error
-        self._basis_bytes_sent.inc(sent)
-        logger.info("decode worker %s got the codec's basis, %d bytes", self.address, sent)
-
     def close(self) -> None:
         """Close the channel and end the threads."""
         self._closed.set()
@@ -140,13 +121,19 @@ class DecodeWorker:
         for thread in self._threads:
             thread.join()
 
-    def _learn(self, answers: bool | None = None, serving: bool | None = None) -> None:
-        """Take in what was found out; None is nothing new."""
+    def _learn(self, answers: bool | None = None, serving: bool | None = None, watched: bool = True) -> None:
+        """Take in what was found out; None is nothing new.
+
+        Args:
+            answers: whether it answers.
+            serving: what it says of itself.
+            watched: whether what it said of itself still counts.
+        """
         with self._lock:
             before = self.accepting
             if answers is not None:
                 self._answers = answers
-            if serving is not None:
+            if serving is not None or not watched:
                 self._serving = serving
             if self._serving is False:
                 self._left_at = time.monotonic()
@@ -170,6 +157,8 @@ class DecodeWorker:
                 for response in watch:
                     self._learn(serving=response.status == health_pb2.HealthCheckResponse.SERVING)
                     self._due.set()
+                # One that ends a watch in order would be asked for the next one at once, for ever.
+                self._closed.wait(PAUSE_SECONDS)
             except ValueError:
                 # What gRPC raises for a call on a channel that another thread has closed.
                 return
@@ -179,13 +168,10 @@ class DecodeWorker:
     def _watch_ended(self, code: grpc.StatusCode) -> None:
         if code in _TOO_MANY_WATCHERS:
             # It has no place for another watcher. Whether it answers says enough.
-            with self._lock:
-                self._serving = None
+            self._learn(watched=False)
             self._closed.wait(WATCH_SECONDS)
         elif code is not grpc.StatusCode.DEADLINE_EXCEEDED:
-            self._learn(answers=False)
-            with self._lock:
-                self._serving = None
+            self._learn(answers=False, watched=False)
             self._due.set()
             self._closed.wait(PAUSE_SECONDS)
 

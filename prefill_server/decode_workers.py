@@ -163,13 +163,13 @@ class WorkerSearch:
 
     def _lease_from(self, worker: DecodeWorker) -> DecodeLease:
         """Return a lease from one worker, which is sent the codec's basis if it lacks that."""
-        basis = self._workers.basis
+        basis, delivered = self._workers.basis, worker.basis_delivery.count
         try:
             return self._ask(worker)
         except BasisMissingError:
             if basis is None:
                 raise
-        worker.put_basis(basis, self._scope)
+        worker.basis_delivery.deliver(basis, delivered, self._scope)
         return self._ask(worker)
 
     def _ask(self, worker: DecodeWorker) -> DecodeLease:

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from spectrumkv.common.compute_threads import keep_all_cores
-from spectrumkv.common.errors import CancelledError
+from spectrumkv.common.errors import CancelledError, SpectrumKVError
 from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.prefill_server.attention import ATTENTION_NAME, KvTap
@@ -72,6 +72,9 @@ class Prompt:
 
     def fail(self, error: Exception) -> None:
         """End with an error, unless nobody waits any more."""
+        if isinstance(error, SpectrumKVError):
+            # The frames that it came through hold the prompt and its KV, and the prompt's future holds the error.
+            error.__traceback__ = None
         with suppress(InvalidStateError):
             self.outcome.set_exception(error)
 
@@ -120,8 +123,9 @@ class PrefillEngine:
         """
         bounds = part_bounds(len(token_ids), self._part_tokens)
         prompt = Prompt(token_ids, kv_tap, PromptParts(token_ids, bounds, leaves_in_parts))
-        prompt.arrival = self._queue.put(prompt, len(token_ids))
-        prompt.outcome.add_done_callback(lambda _: self._queue.remove(prompt))
+        arrival = prompt.arrival = self._queue.put(prompt, len(token_ids))
+        # By its number: the prompt, which holds a cache, must not be held by its own future.
+        prompt.outcome.add_done_callback(lambda _: self._queue.remove(arrival))
         # One call for each prompt; those that a call finds beside its own leave less to later ones.
         self._executor.submit(self._run_next)
         return prompt.outcome
@@ -185,7 +189,7 @@ class PrefillEngine:
         if prompt.parts.tokens_left:
             self._queue.put(prompt, prompt.parts.tokens_left, prompt.arrival)
             if prompt.outcome.done():
-                self._queue.remove(prompt)
+                self._queue.remove(prompt.arrival)
             self._go_on()
             return
         waited = time.monotonic() - prompt.submitted - prompt.computed_seconds

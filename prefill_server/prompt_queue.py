@@ -54,10 +54,10 @@ class PromptQueue(Generic[T]):
             insort(self._waiting, _Waiting(item, tokens, number), key=lambda one: one.arrival)
             return number
 
-    def remove(self, item: T) -> None:
-        """Take an item out that nobody waits for any more; one that is not there is fine."""
+    def remove(self, arrival: int) -> None:
+        """Take an item out that nobody waits for any more, by its number; one that is not there is fine."""
         with self._lock:
-            self._waiting = [one for one in self._waiting if one.item is not item]
+            self._waiting = [one for one in self._waiting if one.arrival != arrival]
 
     def take(self, fits: Callable[[T], bool] = lambda _: True) -> T | None:
         """Take out the next item; None where there is none, or where it does not fit."""

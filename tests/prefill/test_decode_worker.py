@@ -3,10 +3,13 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from spectrumkv.common.config import Address
@@ -16,7 +19,7 @@ from spectrumkv.common.rpc import Server
 from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.prefill_server import decode_worker
 from spectrumkv.prefill_server.decode_worker import DecodeWorker
-from spectrumkv.v1 import decode_pb2
+from spectrumkv.v1 import decode_pb2, decode_pb2_grpc
 
 WAIT_SECONDS = 20.0
 
@@ -47,9 +50,9 @@ def serve(scripted: Scripted, address: str) -> tuple[Server, int]:
 
 
 @contextmanager
-def followed(port: int) -> Iterator[DecodeWorker]:
+def followed(port: int, on_change: Callable[[], None] = lambda: None) -> Iterator[DecodeWorker]:
     metrics = Metrics(CollectorRegistry())
-    worker = DecodeWorker(Address("127.0.0.1", port), ChannelSecurity(), metrics, on_change=lambda: None)
+    worker = DecodeWorker(Address("127.0.0.1", port), ChannelSecurity(), metrics, on_change)
     try:
         yield worker
     finally:
@@ -136,3 +139,64 @@ def test_an_answer_without_a_message_is_none(scripted: Scripted, monkeypatch: py
         assert not worker.accepting
         assert all(thread.is_alive() for thread in worker._threads)
     server.drain(0, threading.Event())
+
+
+class ScriptedHealth(health_pb2_grpc.HealthServicer):
+    """Says one thing to each watch, and ends it with a status once it is let go."""
+
+    def __init__(self, says: int, ends_with: grpc.StatusCode) -> None:
+        self._says, self._ends_with = says, ends_with
+        self.watches = 0
+        self.let_go = threading.Event()
+
+    def Watch(self, request: Any, context: Any) -> Iterator[Any]:  # noqa: N802  # gRPC's spelling
+        self.watches += 1
+        yield health_pb2.HealthCheckResponse(status=self._says)
+        self.let_go.wait(WAIT_SECONDS)
+        context.set_code(self._ends_with)
+
+
+@contextmanager
+def foreign(health: ScriptedHealth, asked: threading.Semaphore) -> Iterator[int]:
+    """A decode worker that is not ours."""
+
+    class Service(decode_pb2_grpc.DecodeServiceServicer):
+        def GetServerInfo(self, request: Any, context: Any) -> Any:  # noqa: N802
+            asked.release()
+            return decode_pb2.DecodeServiceGetServerInfoResponse(slots_total=1)
+
+    server = grpc.server(ThreadPoolExecutor(4))
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    decode_pb2_grpc.add_DecodeServiceServicer_to_server(Service(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield port
+    finally:
+        health.let_go.set()
+        server.stop(0).wait()
+
+
+def test_a_watch_that_ends_in_order_is_not_begun_anew_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_worker, "PAUSE_SECONDS", 1000.0)
+    monkeypatch.setattr(decode_worker, "ROOM_SECONDS", 0.01)
+    health, asked = ScriptedHealth(health_pb2.HealthCheckResponse.SERVING, grpc.StatusCode.OK), threading.Semaphore(0)
+    health.let_go.set()
+    with foreign(health, asked) as port, followed(port) as worker:
+        until(lambda: worker.accepting)
+        for _ in range(20):
+            assert asked.acquire(timeout=WAIT_SECONDS)
+        assert health.watches == 1
+        assert worker.accepting
+
+
+def test_one_that_nobody_may_watch_any_more_begins_a_life_that_is_heard_of() -> None:
+    health = ScriptedHealth(health_pb2.HealthCheckResponse.NOT_SERVING, grpc.StatusCode.UNIMPLEMENTED)
+    # Each turns what was before around, from the first life on.
+    changes: list[None] = []
+    with foreign(health, threading.Semaphore(0)) as port, followed(port, lambda: changes.append(None)) as worker:
+        until(lambda: health.watches > 0 and not worker.accepting)
+        health.let_go.set()
+        until(lambda: worker.accepting and len(changes) % 2 == 1)
+        assert worker.life == (len(changes) + 1) // 2
+        assert not worker.expected

@@ -1,13 +1,17 @@
 """Long prompts in parts get what they get in one pass, and let others go between."""
 
+import contextlib
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import CancelledError as BaseCancelledError
 from concurrent.futures import Future
 
 import pytest
 import torch
 
-from spectrumkv.common.errors import CancelledError
+from spectrumkv.common.errors import CancelledError, InvalidArgumentError
 from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.model.load import load_model
 from spectrumkv.prefill_server.engine import PrefillEngine, PromptResult
@@ -137,3 +141,44 @@ def test_what_the_tap_raises_ends_the_prompt(llama: PrefillEngine) -> None:
     with pytest.raises(CancelledError, match="the stream is over"):
         llama.submit(prompt(60), refuse).result(60)
     assert llama.submit(prompt(60), lambda observation: None).result(60).logits.isfinite().all()
+
+
+class Tap:
+    """Sees the first layer of a part, and ends its prompt there in one way or another."""
+
+    def __init__(self, ending: str) -> None:
+        self.ending = ending
+        self.outcome: Future[PromptResult] | None = None
+        self.submitted = threading.Event()
+
+    def __call__(self, observation: Observation) -> None:
+        self.submitted.wait(30)
+        assert self.outcome is not None
+        if self.ending == "the client leaves":
+            self.outcome.cancel()
+        elif observation.layer == 1:
+            raise InvalidArgumentError("an element is infinite")
+
+
+@pytest.mark.parametrize("tokens", [PART, 5 * PART])
+@pytest.mark.parametrize("ending", ["the client leaves", "the tap fails", "it is computed"])
+def test_what_ended_is_not_left_to_the_garbage_collector(llama: PrefillEngine, ending: str, tokens: int) -> None:
+    """A cache is as large as gigabytes, and a service that has nothing to do collects nothing."""
+    tap = Tap(ending)
+    left = weakref.ref(tap)
+    gc.collect()
+    gc.disable()
+    try:
+        if ending == "it is computed":
+            llama.submit(prompt(tokens), lambda _, tap=tap: None, leaves_in_parts=True).result()
+        else:
+            tap.outcome = llama.submit(prompt(tokens), tap, leaves_in_parts=True)
+            tap.submitted.set()
+            with contextlib.suppress(BaseCancelledError, InvalidArgumentError):
+                tap.outcome.result(timeout=60)
+            tap.outcome = None
+        del tap
+        llama.submit_call(lambda: None).result()
+        assert left() is None
+    finally:
+        gc.enable()

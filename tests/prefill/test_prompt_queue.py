@@ -27,10 +27,10 @@ def test_a_long_prompt_is_passed_over_so_often_and_no_more() -> None:
 
 def test_what_nobody_waits_for_is_taken_out() -> None:
     queue: PromptQueue[str] = PromptQueue()
-    queue.put("gone", 1)
+    gone = queue.put("gone", 1)
     queue.put("here", 2)
-    queue.remove("gone")
-    queue.remove("gone")
+    queue.remove(gone)
+    queue.remove(gone)
     assert len(queue) == 1
     assert queue.take() == "here"
 

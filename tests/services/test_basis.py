@@ -2,23 +2,31 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
-from spectrumkv.client.client import SpectrumClient
+from spectrumkv.client.client import CompletionStream, SpectrumClient
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
+from spectrumkv.common.decode_stream import ArrivedPiece, begin_basis
 from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.metrics import Metrics
 from spectrumkv.common.rpc import UPLOADS
-from spectrumkv.prefill_server import service
+from spectrumkv.decode_server.bases import BasisStore
+from spectrumkv.prefill_server import basis_delivery, service
 from spectrumkv.prefill_server.codec_choice import ENOUGH, CodecChoice, Pace
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc
-from tests.services.pair import decode_server, prefill_server, sample
+from tests.services.pair import decode_server, prefill_server, sample, total
 from tests.services.test_lossless import random_prompt
 
 SPECTRAL = KvChoice(policy="spectral", budget=0.4)
+WAIT_SECONDS = 30.0
 
 
 def test_every_worker_is_sent_the_basis_once(tiny_directories: dict[str, Path]) -> None:
@@ -37,6 +45,62 @@ def test_every_worker_is_sent_the_basis_once(tiny_directories: dict[str, Path]) 
         received = [sample(one, "kv_bytes_received_total", tier="basis") for one in (first, second)]
         assert sent == sum(received)
         assert received[0] == received[1] > 0
+
+
+def test_a_burst_of_first_requests_sends_it_once_and_all_are_served(tiny_directories: dict[str, Path]) -> None:
+    requests = 3 * UPLOADS
+    with spectral_pair(tiny_directories["llama"]) as pair, ThreadPoolExecutor(requests) as clients:
+        list(clients.map(lambda _: pair.ask(), range(requests)))
+        sent = sample(pair.prefill, "kv_bytes_sent_total", tier="basis")
+        assert sent == sample(pair.decode, "kv_bytes_received_total", tier="basis")
+        pair.ask()
+        assert sample(pair.prefill, "kv_bytes_sent_total", tier="basis") == sent > 0
+        assert total(pair.prefill, "decode_workers_passed_over_total") == 0
+
+
+def test_who_leaves_while_it_is_sent_leaves_that_to_the_next_one(
+    tiny_directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arriving, go_on = threading.Semaphore(0), threading.Event()
+    receive = BasisStore.receive
+
+    def slowly(store: BasisStore, pieces: Iterator[ArrivedPiece]) -> int:
+        arriving.release()
+        assert go_on.wait(WAIT_SECONDS)
+        return receive(store, pieces)
+
+    monkeypatch.setattr(BasisStore, "receive", slowly)
+    with spectral_pair(tiny_directories["llama"]) as pair, ThreadPoolExecutor(1) as other:
+        leaving = pair.begin()
+        assert arriving.acquire(timeout=WAIT_SECONDS)
+        staying = other.submit(pair.ask)
+        until(lambda: total(pair.prefill, "requests_running") == 2)
+        leaving.cancel()
+        until(lambda: total(pair.prefill, "requests_running") == 1)
+        assert arriving.acquire(timeout=WAIT_SECONDS)
+        go_on.set()
+        staying.result(timeout=WAIT_SECONDS)
+
+
+def test_uploads_of_others_are_waited_for(tiny_directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts = threading.Semaphore(0)
+
+    def counted(*of_upload: Any) -> Any:
+        attempts.release()
+        return begin_basis(*of_upload)
+
+    monkeypatch.setattr(basis_delivery, "begin_basis", counted)
+    with (
+        spectral_pair(tiny_directories["llama"]) as pair,
+        unfinished_uploads(pair.decode_port) as uploads,
+        ThreadPoolExecutor(1) as client,
+    ):
+        answer = client.submit(pair.ask)
+        for _ in range(2):
+            assert attempts.acquire(timeout=WAIT_SECONDS)
+        uploads.end()
+        answer.result(timeout=WAIT_SECONDS)
+        assert total(pair.prefill, "decode_workers_passed_over_total") == 0
 
 
 def test_a_counted_budget_is_met_from_short_to_long_prompts(tiny_directories: dict[str, Path]) -> None:
@@ -105,34 +169,83 @@ def test_a_coder_that_would_hold_requests_up_gives_way_and_says_so(
 
 
 def test_uploads_are_bounded_and_their_places_come_back(tiny_directories: dict[str, Path]) -> None:
-    stop = threading.Event()
-    begun = threading.Semaphore(0)
-
-    def unfinished() -> Iterator[decode_pb2.PutBasisRequest]:
-        yield decode_pb2.PutBasisRequest(digest=bytes(32), part=b"x")
-        begun.release()
-        stop.wait(60)
-
     with (
         decode_server(tiny_directories["llama"], kv_memory="64MiB") as (_, metrics, port),
-        grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
-        contextlib.ExitStack() as at_end,
+        unfinished_uploads(port) as uploads,
     ):
-        at_end.callback(stop.set)
-        stub = decode_pb2_grpc.DecodeServiceStub(channel)
-        held = [stub.PutBasis.future(unfinished(), timeout=60) for _ in range(UPLOADS)]
-        for _ in held:
-            assert begun.acquire(timeout=30)
         refused = None
         # A piece that was sent need not have reached its handler.
         while refused is None or refused.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
             with pytest.raises(grpc.RpcError) as raised:
-                stub.PutBasis(iter([decode_pb2.PutBasisRequest(digest=bytes(32), part=b"x")]), timeout=30)
+                uploads.stub.PutBasis(iter([decode_pb2.PutBasisRequest(digest=bytes(32), part=b"x")]), timeout=30)
             refused = raised.value
             assert refused.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DATA_LOSS)
         assert "uploads" in refused.details()
-        stop.set()
-        for one in held:
+        uploads.end()
+        for one in uploads.held:
             # All of them came to their end: what they sent is no basis.
             assert one.code() is grpc.StatusCode.DATA_LOSS
         assert sample(metrics, "chunks_rejected_total", reason="basis") >= UPLOADS
+
+
+class Uploads:
+    """As many uploads as a decode worker serves, begun and not ended."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._stop, self._begun = threading.Event(), threading.Semaphore(0)
+        self.stub = decode_pb2_grpc.DecodeServiceStub(channel)
+        self.held = [self.stub.PutBasis.future(self._unfinished(), timeout=60) for _ in range(UPLOADS)]
+        for _ in self.held:
+            assert self._begun.acquire(timeout=30)
+
+    def end(self) -> None:
+        self._stop.set()
+
+    def _unfinished(self) -> Iterator[decode_pb2.PutBasisRequest]:
+        yield decode_pb2.PutBasisRequest(digest=bytes(32), part=b"x")
+        self._begun.release()
+        self._stop.wait(60)
+
+
+@contextlib.contextmanager
+def unfinished_uploads(port: int) -> Iterator[Uploads]:
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        uploads = Uploads(channel)
+        try:
+            yield uploads
+        finally:
+            uploads.end()
+
+
+@dataclass(frozen=True)
+class SpectralPair:
+    """Both services; decode has no basis yet, and prefill knows that decode takes requests."""
+
+    client: SpectrumClient
+    prefill: Metrics
+    decode: Metrics
+    decode_port: int
+
+    def begin(self) -> CompletionStream:
+        prompt = TokenIds(tuple(random_prompt(60)))
+        return self.client.generate(prompt, sampling=Sampling(max_tokens=2, ignore_eos=True), kv=SPECTRAL)
+
+    def ask(self) -> None:
+        assert self.begin().result().usage.codec == "spectral"
+
+
+@contextlib.contextmanager
+def spectral_pair(model: Path) -> Iterator[SpectralPair]:
+    with (
+        decode_server(model, kv_memory="64MiB") as (_, decode, decode_port),
+        prefill_server(model, [decode_port]) as (_, prefill, port),
+        SpectrumClient(f"127.0.0.1:{port}") as client,
+    ):
+        yield SpectralPair(client, prefill, decode, decode_port)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true"
+        threading.Event().wait(0.005)

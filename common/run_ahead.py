@@ -5,6 +5,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
+from spectrumkv.common.errors import InternalError
+
 T = TypeVar("T")
 
 
@@ -49,13 +51,17 @@ class RunAhead(Generic[T]):
             self._changed.notify_all()
 
     def _run(self, items: Iterator[T]) -> None:
+        end = _raiser(InternalError("the thread that makes items ended"))
         try:
             for item in items:
                 if not self._put(item):
                     return
-            self._finish(lambda: None)
+            end = _nothing
         except Exception as error:  # noqa: BLE001  # it belongs to whoever takes the items
-            self._finish(_raiser(error))
+            end = _raiser(error)
+        finally:
+            # Whatever it was: nobody must wait for a thread that is no more.
+            self._finish(end)
 
     def _put(self, item: T) -> bool:
         """Wait for room; return whether anybody still takes items."""
@@ -70,6 +76,10 @@ class RunAhead(Generic[T]):
         with self._changed:
             self._end = end
             self._changed.notify_all()
+
+
+def _nothing() -> None:
+    """The end of what ends in order."""
 
 
 def _raiser(error: Exception) -> Callable[[], None]:

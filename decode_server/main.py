@@ -3,13 +3,14 @@
 import sys
 
 from spectrumkv.common import config as configuration
+from spectrumkv.common import process
 from spectrumkv.common.compute_threads import apart, one_core_from_now_on
 from spectrumkv.common.config import DecodeConfig
 from spectrumkv.common.decode_stream import SERVICE_NAME, add_decode_servicer
 from spectrumkv.common.kv.spectral import codec as spectral
 from spectrumkv.common.metrics import Metrics
 from spectrumkv.common.model.load import load_model
-from spectrumkv.common.process import exit_on_error, keep_one_arena, leave, serve_until_signalled, set_up_logging
+from spectrumkv.common.process import serve_until_signalled, set_up_logging
 from spectrumkv.common.rpc import Server
 from spectrumkv.common.security import ServerSecurity
 from spectrumkv.common.spans import set_up_spans
@@ -19,9 +20,7 @@ from spectrumkv.kernels import absmax, decode_attention_cpu
 
 def main() -> None:
     """Load the model, lay out the KV slots, and serve."""
-    keep_one_arena()
-    exit_on_error(_serve)
-    leave()
+    process.run(_serve)
 
 
 def _serve() -> None:

@@ -213,7 +213,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                     self._check_token("End has the first", message.end.first_token_id)
                 expect_nothing(messages)
                 return message.end
-        raise AssertionError("`_received` ends with End or an error")
+        raise AssertionError("`received` ends with End or an error")
 
     def _generate(
         self, begin: decode_pb2.Begin, end: decode_pb2.End, reservation: Reservation, scope: RpcScope

@@ -8,31 +8,14 @@ intrinsics say what Python cannot: operations on eight or 32 bits, and changes o
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import types
 
 from spectrumkv.kernels.compiled import compiled, intrinsic
-from spectrumkv.kernels.float_bits import ROUNDER, float_of, greater_magnitude, rounded_to_bfloat16
+from spectrumkv.kernels.float_bits import ROUNDER, float_of, greater_magnitude, rounded_to_bfloat16, widen
+from spectrumkv.kernels.machine_types import BYTE, FLOAT, HALF, LONG, WORD
 
 ZERO, INFINITY = np.float32(0), np.float32(np.inf)
 FLOAT16_MAX = 65504.0
-
-FLOAT, HALF = ir.FloatType(), ir.HalfType()
-BYTE, WORD, LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32)
-
-
-@intrinsic
-def widen(_: Any, element: Any) -> Any:
-    """An element as float32, exactly."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if element == types.float32:
-            return arguments[0]
-        if element == types.uint16:
-            return builder.fpext(builder.bitcast(arguments[0], HALF), FLOAT)
-        return builder.bitcast(builder.shl(builder.zext(arguments[0], LONG), LONG(16)), FLOAT)
-
-    return types.float32(element), emit
 
 
 @intrinsic

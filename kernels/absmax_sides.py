@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from spectrumkv.kernels.absmax_format import TIER_16BIT, TIER_INT4, TIER_INT8
-from spectrumkv.kernels.absmax_rows import dequantize_row, element, quantize_row, sixteen_bits, widen
+from spectrumkv.kernels.absmax_rows import dequantize_row, element, quantize_row, sixteen_bits
 from spectrumkv.kernels.absmax_vectors import (
     halve,
     quantize_int4,
@@ -20,6 +20,7 @@ from spectrumkv.kernels.absmax_vectors import (
     streamed,
 )
 from spectrumkv.kernels.compiled import compiled
+from spectrumkv.kernels.float_bits import widen
 
 LARGEST_INT8, LARGEST_INT4 = np.float32(127), np.float32(7)
 

@@ -15,20 +15,9 @@ from numba.core import cgutils
 
 from spectrumkv.kernels.compiled import intrinsic
 from spectrumkv.kernels.float_bits import MAGNITUDE, ROUNDER
-from spectrumkv.kernels.vectors import (
-    FLOAT,
-    FLOAT_BYTES,
-    LANES,
-    LONG,
-    PLACE,
-    VECTOR,
-    everywhere,
-    load,
-    pointer_to,
-    vector_at,
-)
+from spectrumkv.kernels.machine_types import BYTE, FLOAT, HALF, LONG, PLACE, WORD
+from spectrumkv.kernels.vectors import FLOAT_BYTES, LANES, VECTOR, everywhere, load, pointer_to, vector_at
 
-BYTE, WORD, HALF = ir.IntType(8), ir.IntType(16), ir.HalfType()
 VECTOR_BYTES = LANES * FLOAT_BYTES
 # What INT4 packs into one byte lies half a row apart: half a row has whole vectors.
 ROW_ELEMENTS = 2 * LANES

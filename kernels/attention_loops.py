@@ -4,11 +4,11 @@ import math
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import types
 
 from spectrumkv.kernels.compiled import compiled, intrinsic
-from spectrumkv.kernels.float_bits import ROUNDER, bfloat16
+from spectrumkv.kernels.float_bits import ROUNDER, bfloat16, widen
+from spectrumkv.kernels.machine_types import FLOAT, LONG
 from spectrumkv.kernels.row_dots import dot_rows
 from spectrumkv.kernels.small_products import ROWS, weigh
 
@@ -17,7 +17,6 @@ LOG2_E = np.float32(math.log2(math.e))
 # Coefficients of x^0 … x^6 in 2^x; between -1/2 and 1/2 the next one comes to 10^-7.
 P0, P1, P2, P3, P4, P5, P6 = (np.float32(math.log(2) ** i / math.factorial(i)) for i in range(7))
 ZERO, ONE = np.float32(0), np.float32(1)
-LONG = ir.IntType(32)
 
 
 @intrinsic
@@ -39,7 +38,7 @@ def _float_of(_: Any, ordered: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         flipped = builder.and_(builder.ashr(arguments[0], LONG(31)), LONG(0x7FFFFFFF))
-        return builder.bitcast(builder.xor(arguments[0], flipped), ir.FloatType())
+        return builder.bitcast(builder.xor(arguments[0], flipped), FLOAT)
 
     return types.float32(types.int32), emit
 
@@ -50,7 +49,7 @@ def _two_to_the(_: Any, rounded: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         exponent = builder.shl(builder.bitcast(arguments[0], LONG), LONG(23))
-        return builder.bitcast(builder.add(exponent, LONG(127 << 23)), ir.FloatType())
+        return builder.bitcast(builder.add(exponent, LONG(127 << 23)), FLOAT)
 
     return types.float32(types.float32), emit
 
@@ -93,18 +92,6 @@ def centre(keys: Any, head_stride: int, token_stride: int, stride: int, centred:
                 row[j] = bfloat16(key[j] - mean[j])
 
 
-@intrinsic
-def _widened(_: Any, logit: Any) -> Any:
-    """A logit as float32: one as it is, or an int16 for bfloat16, which is the upper half of a float32."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if logit == types.float32:
-            return arguments[0]
-        return builder.bitcast(builder.shl(builder.zext(arguments[0], LONG), LONG(16)), ir.FloatType())
-
-    return types.float32(logit), emit
-
-
 @compiled
 def exponentials(logits: Any, weights: Any) -> Any:
     """Write e^(x - the greatest x) of each x; return one divided by their sum. Two loops over a row in the cache.
@@ -115,11 +102,11 @@ def exponentials(logits: Any, weights: Any) -> Any:
     """
     peak = np.int32(-0x80000000)
     for i in range(logits.size):
-        peak = _greater(peak, _widened(logits[i]))
+        peak = _greater(peak, widen(logits[i]))
     greatest = _float_of(peak)
     total = ZERO
     for i in range(logits.size):
-        power = (_widened(logits[i]) - greatest) * LOG2_E
+        power = (widen(logits[i]) - greatest) * LOG2_E
         # Written so that NaN stays.
         power = power if not power < LEAST_EXPONENT else LEAST_EXPONENT
         rounded = power + ROUNDER

@@ -3,12 +3,11 @@
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import types
 
 from spectrumkv.kernels.compiled import intrinsic
+from spectrumkv.kernels.machine_types import FLOAT, HALF, LONG, WORD
 
-FLOAT, WORD, LONG = ir.FloatType(), ir.IntType(16), ir.IntType(32)
 MAGNITUDE, NOT_A_NUMBER = 0x7FFFFFFF, 0x7FC00000
 # 1.5 · 2^23: a float32 next to it has no fractional bits, so adding it rounds half to even, and leaves the integer in
 # the low bits of the sum, in two's complement.
@@ -32,6 +31,21 @@ def float_of(_: Any, bits: Any) -> Any:
     return types.float32(types.int32), lambda context, builder, signature, arguments: builder.bitcast(
         arguments[0], FLOAT
     )
+
+
+@intrinsic
+def widen(_: Any, element: Any) -> Any:
+    """An element as float32, exactly; uint16 stands for float16 and int16 for bfloat16, which numba lacks."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if element == types.float32:
+            return arguments[0]
+        if element == types.uint16:
+            return builder.fpext(builder.bitcast(arguments[0], HALF), FLOAT)
+        # bfloat16 is the upper half of a float32.
+        return builder.bitcast(builder.shl(builder.zext(arguments[0], LONG), LONG(16)), FLOAT)
+
+    return types.float32(element), emit
 
 
 @intrinsic

@@ -6,11 +6,11 @@ from llvmlite import ir
 from numba import types
 
 from spectrumkv.kernels.compiled import compiled, intrinsic
+from spectrumkv.kernels.machine_types import BYTE, LONG
 
 # Elements of 32 bits in a line of the cache, and LLVM's words for "to be read", "often" and "data".
 LINE = 16
 READ, OFTEN, DATA = 0, 3, 1
-LONG = ir.IntType(32)
 
 
 @intrinsic
@@ -19,7 +19,7 @@ def _fetch_line(_: Any, array: Any, index: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        place = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(8).as_pointer())
+        place = builder.bitcast(builder.gep(data, [arguments[1]]), BYTE.as_pointer())
         kind = ir.FunctionType(ir.VoidType(), [place.type, LONG, LONG, LONG])
         prefetch = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
         builder.call(prefetch, [place, LONG(READ), LONG(OFTEN), LONG(DATA)])

@@ -7,7 +7,8 @@ from llvmlite import ir
 from numba import types
 
 from spectrumkv.kernels.compiled import compiled, intrinsic
-from spectrumkv.kernels.vectors import LANES, LONG, PLACE, VECTOR, load, pointer_to, store, vector_at
+from spectrumkv.kernels.machine_types import PLACE
+from spectrumkv.kernels.vectors import LANES, VECTOR, exchanged_lanes, load, pointer_to, store, vector_at
 
 ZERO = np.float32(0)
 
@@ -16,9 +17,7 @@ def _lane_sums(builder: Any, vectors: list[Any]) -> Any:
     """A vector of the sums of as many vectors: pairs exchange lanes and are added, until one is left."""
     apart = 1
     while len(vectors) > 1:
-        kept = [lane if not lane & apart else LANES + lane - apart for lane in range(LANES)]
-        moved = [lane + apart if not lane & apart else LANES + lane for lane in range(LANES)]
-        masks = [ir.Constant(ir.VectorType(LONG, LANES), lanes) for lanes in (kept, moved)]
+        masks = exchanged_lanes(apart)
         vectors = [
             builder.fadd(*(builder.shuffle_vector(*pair, mask) for mask in masks))
             for pair in zip(vectors[::2], vectors[1::2], strict=True)

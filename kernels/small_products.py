@@ -13,13 +13,13 @@ from numba.core import cgutils
 from numba.core.errors import TypingError
 
 from spectrumkv.kernels.compiled import compiled, intrinsic
+from spectrumkv.kernels.machine_types import PLACE
 from spectrumkv.kernels.vectors import (
     LANES,
-    LONG,
     MANY_REGISTERS,
-    PLACE,
     VECTOR,
     everywhere,
+    exchanged_lanes,
     load,
     pointer_to,
     store,
@@ -163,7 +163,7 @@ def weigh(weights: Any, memory: Any, start: int, count: int, product: Any) -> No
 def _transpose_square(
     _: Any, matrix: Any, start: Any, stride: Any, transposed: Any, transposed_start: Any, transposed_stride: Any
 ) -> Any:
-    """`LANES` rows of as many floats, by exchanging halves, quarters and so on of pairs of rows (Eklundh 1972)."""
+    """`LANES` rows of as many floats, by exchanging lanes of pairs of rows; see `exchanged_lanes`."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source = pointer_to(context, builder, signature.args[0], *arguments[:2])
@@ -172,13 +172,10 @@ def _transpose_square(
         rows = [load(builder, vector_at(builder, source, offset)) for offset in offsets]
         apart = 1
         while apart < LANES:
-            # Lanes of the second of two rows are numbered on from those of the first.
-            upper = [lane if not lane & apart else LANES + lane - apart for lane in range(LANES)]
-            lower = [lane + apart if not lane & apart else LANES + lane for lane in range(LANES)]
             for one in (row for row in range(LANES) if not row & apart):
                 pair = rows[one], rows[one + apart]
-                for place, lanes in ((one, upper), (one + apart, lower)):
-                    rows[place] = builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(LONG, LANES), lanes))
+                for place, lanes in zip((one, one + apart), exchanged_lanes(apart), strict=True):
+                    rows[place] = builder.shuffle_vector(*pair, lanes)
             apart *= 2
         for row, value in enumerate(rows):
             offset = builder.mul(PLACE(row), arguments[5])

@@ -10,13 +10,11 @@ two classes.
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import types
 
 from spectrumkv.kernels.compiled import compiled, intrinsic
 from spectrumkv.kernels.float_bits import greater_magnitude
-
-LONG = ir.IntType(32)
+from spectrumkv.kernels.machine_types import FLOAT, LONG
 
 
 @intrinsic
@@ -24,7 +22,7 @@ def _nearest(_: Any, value: Any) -> Any:
     """The nearest integer of a float32, halves to even; any number where its magnitude is 2^31 or more."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        rounded = builder.call(builder.module.declare_intrinsic("llvm.rint", [ir.FloatType()]), arguments)
+        rounded = builder.call(builder.module.declare_intrinsic("llvm.rint", [FLOAT]), arguments)
         return builder.fptosi(rounded, LONG)
 
     return types.int32(types.float32), emit

@@ -4,12 +4,13 @@ import logging
 import sys
 
 from spectrumkv.common import config as configuration
+from spectrumkv.common import process
 from spectrumkv.common.compute_threads import one_core_from_now_on
 from spectrumkv.common.config import PrefillConfig
 from spectrumkv.common.kv.spectral import codec as spectral
 from spectrumkv.common.metrics import Metrics
 from spectrumkv.common.model.load import load_model
-from spectrumkv.common.process import exit_on_error, keep_one_arena, leave, serve_until_signalled, set_up_logging
+from spectrumkv.common.process import serve_until_signalled, set_up_logging
 from spectrumkv.common.rpc import Server
 from spectrumkv.common.security import ServerSecurity
 from spectrumkv.common.spans import set_up_spans
@@ -25,9 +26,7 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     """Load the model, find the basis of its KV and how strongly that may be coded, and serve."""
-    keep_one_arena()
-    exit_on_error(_serve)
-    leave()
+    process.run(_serve)
 
 
 def _serve() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from spectrumkv.common.errors import InternalError
 from spectrumkv.common.run_ahead import RunAhead
 
 NAME = "test-stage"
@@ -40,6 +41,21 @@ def test_what_the_maker_raises_comes_after_what_it_made() -> None:
     assert next(taken) == "made"
     with pytest.raises(LookupError, match="no more"):
         next(taken)
+
+
+def test_a_maker_that_is_ended_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr(threading, "excepthook", lambda _: ended.set())
+
+    def items() -> Iterator[str]:
+        yield "made"
+        raise SystemExit
+
+    taken = iter(RunAhead(items(), depth=8, name=NAME))
+    assert next(taken) == "made"
+    with pytest.raises(InternalError, match="ended"):
+        next(taken)
+    assert ended.wait(10)
 
 
 def test_closing_ends_the_taker_and_the_maker() -> None:

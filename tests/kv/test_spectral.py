@@ -17,6 +17,7 @@ from spectrumkv.common.kv.spectral.block_codec import UncodedBlock, decode_block
 from spectrumkv.common.kv.spectral.decoder import SpectralDecoder
 from spectrumkv.common.kv.spectral.encoder import SpectralEncoder
 from spectrumkv.common.kv.spectral.layout import expected_bits
+from spectrumkv.common.kv.spectral.rotary import angles
 from spectrumkv.common.kv.spectral.steps import TokenClasses
 from spectrumkv.common.kv.spectral.symbols import (
     EXCEPTION,
@@ -258,6 +259,36 @@ def test_infinite_states_are_refused() -> None:
         list(encoder_of(basis, shape, 40, 0.4).encode(seen))
 
 
+@pytest.mark.parametrize("magnitude", [1e9, 1e20, 1e28, 1e32])
+def test_states_are_refused_or_decoded_however_large(magnitude: float) -> None:
+    shape = geometry(layers=1)
+    transform = LayerTransform(basis_of(shape), 0)
+    keys = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(0)) * magnitude
+    received = torch.full((2, *keys.shape), torch.nan)
+    block = UncodedBlock(transform, 0, keys, keys, TokenClasses(np.zeros(40, np.int64), 0))
+    if magnitude > 1e20:
+        with pytest.raises(InvalidArgumentError, match="layer 0"):
+            encode_block(block, 0.0, shape)
+        return
+    body, _ = encode_block(block, 0.0, shape)
+    decode_block(transform, memoryview(body), 0, shape, received[0], received[1])
+    torch.testing.assert_close(received[0] / magnitude, keys / magnitude, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("base", [0.0, 8.0, 10.0])
+def test_a_finite_float16_does_not_come_back_infinite(base: float) -> None:
+    shape = replace(geometry(head_dim=64, layers=1), native_dtype=torch.float16)
+    transform = LayerTransform(basis_of(shape), 0)
+    states = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0)).mul(100).half()
+    states[0, 7, 3], states[1, 9, 5] = 65504.0, -65504.0
+    body, _ = encode_block(
+        UncodedBlock(transform, 0, states, states, TokenClasses(np.zeros(40, np.int64), 4)), base, shape
+    )
+    received = torch.full((2, *states.shape), torch.nan, dtype=torch.float16)
+    decode_block(transform, memoryview(body), 0, shape, received[0], received[1])
+    assert received.isfinite().all()
+
+
 def test_a_token_that_is_not_sent_is_refused() -> None:
     block, decoder = encoded()
     tiers = block.tiers.clone()
@@ -265,6 +296,15 @@ def test_a_token_that_is_not_sent_is_refused() -> None:
     states = torch.empty(2, 2, 40, 16)
     with pytest.raises(DataLossError, match="sends every token"):
         decoder.decode(Block(0, 0, tiers, block.body), states[0], states[1])
+
+
+@given(first=st.integers(0, 700), tokens=st.integers(1, 700))
+def test_angles_are_those_of_the_positions(first: int, tokens: int) -> None:
+    frequencies = (1.0, 0.37, 1e-4)
+    turned = torch.arange(first, first + tokens).double()[:, None] * torch.tensor(frequencies, dtype=torch.float64)
+    cosine, sine = angles(frequencies, first, tokens)
+    torch.testing.assert_close(cosine, turned.cos().float(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(sine, turned.sin().float(), rtol=0, atol=1e-6)
 
 
 def test_a_basis_travels() -> None:

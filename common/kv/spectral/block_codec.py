@@ -18,6 +18,8 @@ from spectrumkv.kernels.absmax import is_finite
 
 HEADER = struct.Struct("<fHI")
 LENGTHS = np.dtype([("coded", "<u4"), ("exceptions", "<u4")])
+# Largest magnitude of the binary logarithm of a step.
+LARGEST_BASE = 64.0
 # Integers have 32 bits; some room is left for the rounding of the quotient.
 LARGEST_SYMBOL = 2.0**30
 
@@ -82,6 +84,11 @@ def encode_block(block: UncodedBlock, base: float, geometry: KvGeometry) -> tupl
         )
     coded_classes = compress(block.tokens.coded)
     steps, coded = _coded_streams(block, Steps(base, block.tokens))
+    if not abs(steps.base) <= LARGEST_BASE:
+        raise InvalidArgumentError(
+            f"keys or values of layer {block.transform.layer} want steps of 2^{steps.base:g}; codec spectral has "
+            f"those from 2^-{LARGEST_BASE:g} to 2^{LARGEST_BASE:g}"
+        )
     lengths = np.array([(len(one.coded), one.exception_count) for one in coded], LENGTHS)
     parts: list[bytes | memoryview] = [
         HEADER.pack(steps.base, block.tokens.sinks, len(coded_classes)),
@@ -189,7 +196,7 @@ class _Reader:
 
     def header(self) -> tuple[float, int, int]:
         base, sinks, class_bytes = HEADER.unpack(self.take(HEADER.size))
-        if not -64 <= base <= 64:
+        if not abs(base) <= LARGEST_BASE:
             raise DataLossError(f"a block's steps have the exponent {base}", "scale")
         return base, sinks, class_bytes
 

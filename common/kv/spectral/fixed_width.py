@@ -111,7 +111,7 @@ class FixedWidthEncoder:
         return high
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _thresholds(basis: SpectralBasis) -> tuple[np.ndarray, np.ndarray]:
     """For each layer the steps, as binary logarithms, from which on a token is nearest to INT8, and to INT4."""
     int8_from, int4_from = [], []

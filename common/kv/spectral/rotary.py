@@ -4,20 +4,27 @@ from functools import lru_cache
 
 import torch
 
+# A table has a power of two of positions, and no fewer.
+LEAST_POSITIONS = 256
 
-@lru_cache(maxsize=8)
+
 def angles(frequencies: tuple[float, ...], first: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of the angles at positions `first` and up, float32 `[tokens, head_dim / 2]`.
-
-    All layers of a prompt ask for the same ones.
 
     Args:
         frequencies: radians per position, `[head_dim / 2]`.
         first: the first position.
         tokens: how many positions.
     """
-    positions = torch.arange(first, first + tokens, dtype=torch.float64)
-    turned = positions[:, None] * torch.tensor(frequencies, dtype=torch.float64)
+    end = first + tokens
+    cosine, sine = _table(frequencies, max(LEAST_POSITIONS, 1 << (end - 1).bit_length()))
+    return cosine[first:end], sine[first:end]
+
+
+@lru_cache(maxsize=16)
+def _table(frequencies: tuple[float, ...], positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of positions from 0 on: all layers and blocks of all prompts look up the same ones."""
+    turned = torch.arange(positions, dtype=torch.float64)[:, None] * torch.tensor(frequencies, dtype=torch.float64)
     return turned.cos().float(), turned.sin().float()
 
 

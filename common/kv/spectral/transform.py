@@ -167,7 +167,7 @@ class LayerTransform:
         return _padded(self.basis.synthesis[self.layer])
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def layer_transforms(basis: SpectralBasis) -> tuple[LayerTransform, ...]:
     """The transforms of all layers; requests that use one basis share them."""
     return tuple(LayerTransform(basis, layer) for layer in range(basis.mean.shape[0]))
@@ -189,4 +189,8 @@ def _written_rows(states: torch.Tensor) -> Iterator[torch.Tensor]:
         return
     rows = torch.empty(states.shape)
     yield rows
+    if states.dtype == torch.float16:
+        # What was near its greatest number must not come back infinite.
+        largest = torch.finfo(torch.float16).max
+        rows.clamp_(-largest, largest)
     states.copy_(rows)

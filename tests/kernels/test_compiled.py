@@ -1,0 +1,92 @@
+"""What was compiled is used again by the same code only, and goes when nobody uses it any more."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from spectrumkv import kernels
+
+CALLEE = """
+from spectrumkv.kernels.compiled import compiled
+@compiled
+def number():
+    return {number}
+"""
+CALLER = """
+from spectrumkv.kernels.callee import number
+from spectrumkv.kernels.compiled import compiled
+@compiled
+def called():
+    return number()
+"""
+RUN = """
+from spectrumkv.kernels.caller import called
+print(called(), sum(called.stats.cache_hits.values()))
+"""
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A folder with kernels of its own, two of which are one calling the other."""
+    folder = tmp_path / "spectrumkv" / "kernels"
+    folder.mkdir(parents=True)
+    for name in ("__init__.py", "cache.py", "compiled.py"):
+        shutil.copy(Path(kernels.__path__[0]) / name, folder)
+    (folder / "caller.py").write_text(CALLER)
+    (folder / "callee.py").write_text(CALLEE.format(number=1))
+    return folder
+
+
+def run(copied: Path, **variables: str) -> tuple[int, int]:
+    """What the caller returns in a process of its own, and how much of it was in the cache."""
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"} | variables
+    done = subprocess.run(
+        [sys.executable, "-c", RUN],
+        env=environment | {"PYTHONPATH": str(copied.parents[1])},
+        cwd=copied.parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    number, hits = done.stdout.split()
+    return int(number), int(hits)
+
+
+@pytest.mark.parametrize("variable", ["SPECTRUMKV_CACHE", "NUMBA_CACHE_DIR"])
+def test_what_a_function_calls_may_change(copied: Path, tmp_path: Path, variable: str) -> None:
+    kept = {variable: str(tmp_path / "kept")}
+    assert run(copied, **kept) == (1, 0)
+    assert run(copied, **kept) == (1, 1)
+    (copied / "callee.py").write_text(CALLEE.format(number=2))
+    assert run(copied, **kept) == (2, 0)
+
+
+@pytest.mark.parametrize("variable", ["SPECTRUMKV_CACHE", "NUMBA_CACHE_DIR"])
+def test_where_nothing_can_be_kept_nothing_is(copied: Path, tmp_path: Path, variable: str) -> None:
+    (tmp_path / "file").write_text("no directory")
+    kept = {variable: str(tmp_path / "file")}
+    assert run(copied, **kept) == (1, 0)
+    (copied / "callee.py").write_text(CALLEE.format(number=2))
+    assert run(copied, **kept) == (2, 0)
+    assert not list(copied.rglob("*.nbi"))
+
+
+def test_what_nobody_used_for_long_goes(copied: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept" / "compiled"
+    old, young, foreign = (kept / name for name in ("0" * 16, "1" * 16, "of somebody else"))
+    for directory, days in ((old, 31), (young, 29), (foreign, 31)):
+        directory.mkdir(parents=True)
+        (directory / "code.nbi").write_text("code")
+        then = time.time() - days * 86400
+        os.utime(directory, (then, then))
+    assert run(copied, SPECTRUMKV_CACHE=str(tmp_path / "kept")) == (1, 0)
+    assert not old.exists()
+    assert young.exists()
+    assert foreign.exists()
+    assert len(list(kept.iterdir())) == 3

@@ -15,6 +15,7 @@ from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.options import (
     WEEK_SECONDS,
     Address,
+    allowed_by,
     number,
     one_of,
     option,
@@ -120,6 +121,9 @@ class PrefillConfig(ServerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for address in self.decode:
+            if self.decode.count(address) > 1:
+                raise InvalidArgumentError(f"--decode names {address} more than once; name each worker once")
         if self.tls_ca is None:
             for address in self.decode:
                 self._keep_plaintext_here("decode", address, "name the authorities of its certificate with --tls-ca")
@@ -131,7 +135,7 @@ class DecodeConfig(ServerConfig):
 
     listen: Address = option(Address("127.0.0.1", 50052), "address to serve on", Address.parse)
     metrics_listen: Address = option(Address("127.0.0.1", 9465), "address for Prometheus", Address.parse)
-    kv_memory: int = option(1 << 30, "memory for KV slots, such as 4GiB", parse_bytes)
+    kv_memory: int = option(1 << 30, "memory for KV slots", parse_bytes, shown="1GiB")
     max_running: int = option(32, "requests that generate at once", number(1, 1024, int))
     max_streams: int = option(256, "requests that may hold slots at once", number(1, 4096, int))
     spin: bool = option(
@@ -165,8 +169,11 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[ServerConfig])
             shown = f"{text} (default: {'yes' if default else 'no'})"
             parser.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=shown)
             continue
-        suffix = "" if default is None else f" (default: {text_of(default)})"
-        parser.add_argument(name, default=argparse.SUPPRESS, metavar="VALUE", help=text + suffix)
+        notes = [allowed_by(declared.metadata["parse"])]
+        notes += [] if default is None else [f"default: {declared.metadata['shown'] or text_of(default)}"]
+        suffix = "; ".join(filter(None, notes))
+        shown = (f"{text} ({suffix})" if suffix else text).replace("%", "%%")
+        parser.add_argument(name, default=argparse.SUPPRESS, metavar="VALUE", help=shown)
 
 
 def text_of(value: Any) -> str:

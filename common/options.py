@@ -119,9 +119,22 @@ def one_of(*choices: str) -> Parser:
     return parse
 
 
-def option(default: Any, help_text: str, parse: Parser = str) -> Any:
+def option(default: Any, help_text: str, parse: Parser = str, shown: str = "") -> Any:
     """Declare one option: its default, what it means, and how its text is read.
 
-    `parse` raises ValueError with a description of what is allowed.
+    Args:
+        default: where none is given.
+        help_text: what it means.
+        parse: raises ValueError with a description of what is allowed.
+        shown: the default as people write it, where that is another text.
     """
-    return field(default=default, metadata={"help": help_text, "parse": parse})
+    return field(default=default, metadata={"help": help_text, "parse": parse, "shown": shown})
+
+
+def allowed_by(parse: Parser) -> str:
+    """What a parser allows, in the words in which it refuses everything else; empty where it takes any text."""
+    try:
+        parse("\0")
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -13,11 +13,10 @@ from contextlib import suppress
 from typing import NoReturn
 
 from spectrumkv.common.config import ServerConfig
-from spectrumkv.common.errors import FailedPreconditionError, SpectrumKVError
+from spectrumkv.common.errors import SpectrumKVError
 from spectrumkv.common.log_format import FORMATTERS
 from spectrumkv.common.metrics import Metrics
 from spectrumkv.common.rpc import Server
-from spectrumkv.kernels.vectors import converts_float16
 
 logger = logging.getLogger(__name__)
 
@@ -46,26 +45,9 @@ def run(serve: Callable[[], None]) -> NoReturn:
         serve: loads all that requests need, and serves.
     """
 
-    def checked() -> None:
-        check_processor()
-        serve()
-
     keep_one_arena()
-    exit_on_error(checked)
+    exit_on_error(serve)
     leave()
-
-
-def check_processor() -> None:
-    """Check that compiled code can run: where it cannot, it would abort the process.
-
-    Raises:
-        FailedPreconditionError: the processor lacks instructions that it needs.
-    """
-    if not converts_float16():
-        raise FailedPreconditionError(
-            "this processor has no instructions for float16 (F16C), as all of Intel and AMD have since 2013; in a "
-            "virtual machine give it the host's processor, with QEMU by -cpu host"
-        )
 
 
 def exit_on_error(main: Callable[[], None]) -> None:

@@ -14,6 +14,7 @@ from spectrumkv.common.process import serve_until_signalled, set_up_logging
 from spectrumkv.common.rpc import Server
 from spectrumkv.common.security import ServerSecurity
 from spectrumkv.common.spans import set_up_spans
+from spectrumkv.common.start_checks import check_start
 from spectrumkv.decode_server.service import DecodeService
 from spectrumkv.kernels import absmax, decode_attention_cpu
 
@@ -27,6 +28,7 @@ def _serve() -> None:
     config = configuration.load(DecodeConfig, sys.argv[1:], "spectrumkv-decode")
     set_up_logging(config.log_level, config.log_format)
     set_up_spans("decode")
+    check_start(config)
     service, metrics = apart(lambda: _prepared(config)) if config.spin else _prepared(config)
     server = Server(
         add_decode_servicer,

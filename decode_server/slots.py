@@ -1,5 +1,7 @@
 """The KV cache of the decode service: one arena of slots, reserved before anything is computed."""
 
+import math
+import os
 import threading
 from types import TracebackType
 
@@ -11,6 +13,14 @@ from spectrumkv.common.metrics import Metrics
 
 # How soon a refused prefill may ask again: about the time in which a short answer frees its slots.
 RETRY_AFTER_SECONDS = 1.0
+
+
+def memory_of_machine() -> float:
+    """How many bytes the machine has; infinite where it does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 class SlotArena:
@@ -32,7 +42,7 @@ class SlotArena:
         kept: bool `[layers, slots + 1]`, False where a token of that layer was dropped.
 
     Raises:
-        FailedPreconditionError: the memory does not hold a single slot.
+        FailedPreconditionError: the memory does not hold a single slot, or there is not so much of it.
     """
 
     def __init__(self, geometry: KvGeometry, memory_bytes: int, device: torch.device, metrics: Metrics) -> None:
@@ -43,10 +53,20 @@ class SlotArena:
             raise FailedPreconditionError(
                 f"--kv-memory of {memory_bytes} bytes holds no slot; one takes {self.slot_bytes} bytes"
             )
+        if device.type == "cpu" and memory_bytes > (there := memory_of_machine()):
+            raise FailedPreconditionError(
+                f"--kv-memory is {memory_bytes} bytes, and this machine has {there}, of which the model takes some"
+            )
         # One slot more: nobody's, for the rows that fill up a batch of fixed size.
         shape = (geometry.layers, geometry.kv_heads, self.slots + 1, geometry.head_dim)
-        self.keys = torch.empty(shape, dtype=geometry.native_dtype, device=device)
-        self.values = torch.empty(shape, dtype=geometry.native_dtype, device=device)
+        try:
+            self.keys = torch.empty(shape, dtype=geometry.native_dtype, device=device)
+            self.values = torch.empty(shape, dtype=geometry.native_dtype, device=device)
+        except RuntimeError as error:
+            # What torch raises for memory that is not there, on any device.
+            raise FailedPreconditionError(
+                f"--kv-memory of {memory_bytes} bytes cannot be had on {device}: {str(error).splitlines()[0]}"
+            ) from error
         self.kept = torch.ones(geometry.layers, self.slots + 1, dtype=torch.bool, device=device)
         self._metrics = metrics
         self._lock = threading.Lock()

@@ -178,6 +178,7 @@ class DecodeWorker:
     def _follow_room(self) -> None:
         """Ask how many slots are reserved, again and again."""
         request = decode_pb2.DecodeServiceGetServerInfoRequest()
+        missed = False
         while not self._closed.is_set():
             self._due.clear()
             try:
@@ -192,4 +193,7 @@ class DecodeWorker:
                     self._slots = info.slots_total
                     self._others = max(0, info.slots_used - self._own)
             self._learn(answers=info is not None)
+            if info is None and self.life == 0 and not missed:
+                missed = True
+                logger.warning("decode worker %s does not answer yet", self.address)
             self._due.wait(ROOM_SECONDS)

@@ -12,11 +12,13 @@ from spectrumkv.common.metrics import Metrics
 from spectrumkv.common.model.load import load_model
 from spectrumkv.common.process import serve_until_signalled, set_up_logging
 from spectrumkv.common.rpc import Server
-from spectrumkv.common.security import ServerSecurity
+from spectrumkv.common.security import ChannelSecurity, ServerSecurity
 from spectrumkv.common.spans import set_up_spans
+from spectrumkv.common.start_checks import check_start
 from spectrumkv.kernels import absmax, attention_received
 from spectrumkv.prefill_server.basis_cache import EXCERPTS, resolve_basis
 from spectrumkv.prefill_server.engine import PrefillEngine
+from spectrumkv.prefill_server.plan import check_defaults
 from spectrumkv.prefill_server.probe.probe import resolve_verdict
 from spectrumkv.prefill_server.service import PrefillService
 from spectrumkv.v1 import prefill_pb2_grpc
@@ -33,6 +35,9 @@ def _serve() -> None:
     config = configuration.load(PrefillConfig, sys.argv[1:], "spectrumkv-prefill")
     set_up_logging(config.log_level, config.log_format)
     set_up_spans("prefill")
+    check_start(config)
+    ChannelSecurity.to_decode(config).check()
+    check_defaults(config)
     loaded = load_model(config.model, config.device, config.dtype)
     absmax.prepare(loaded.geometry.native_dtype)
     spectral.prepare()

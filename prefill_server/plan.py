@@ -152,6 +152,25 @@ class KvPlan:
         return self.codec.decoder(geometry, self.basis)
 
 
+def check_defaults(config: PrefillConfig) -> None:
+    """Refuse defaults that no request could use.
+
+    Raises:
+        InvalidArgumentError: a name is unknown, the codec cannot write what policies give, or the budget is out of
+            the policy's range.
+    """
+    policy, codec = policies.get(config.policy), codecs.get(config.codec)
+    scorers.get(config.scorer)
+    if not codec.tiers >= SPECTRUM:
+        raise InvalidArgumentError(
+            f"--codec is {codec.name!r}, which does not write all tiers; it is for policies that name no codec of "
+            f"their own: {', '.join(name for name in codecs if codecs.get(name).tiers >= SPECTRUM)}"
+        )
+    _check_codec(policy, codecs.get(policy.codec or config.codec))
+    if config.budget is not None:
+        policy.check_budget(config.budget)
+
+
 def default_budget(policy: Policy, config: PrefillConfig, verdict: ProbeVerdict) -> float:
     """Return the budget of a request that names none: the operator's word, or else what the probe found."""
     return verdict.default_budget(policy) if config.budget is None else config.budget

@@ -49,6 +49,16 @@ class ChannelSecurity:
             allow_plaintext=config.allow_plaintext,
         )
 
+    def check(self) -> None:
+        """Check the files.
+
+        Raises:
+            InvalidArgumentError: one cannot be used.
+        """
+        token_source(self.named_by, self.token_file)
+        if self.tls is not None:
+            self.tls.watch()
+
     def open(self, target: Target, options: Options) -> grpc.Channel:
         """Return a channel to `target`. It connects when it is first used.
 

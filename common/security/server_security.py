@@ -38,6 +38,16 @@ class ServerSecurity:
             token_file=optional_path(config.token_file),
         )
 
+    def check(self) -> None:
+        """Check the files.
+
+        Raises:
+            InvalidArgumentError: one cannot be used.
+        """
+        self.interceptors()
+        if self.tls is not None:
+            self.tls.watch()
+
     def interceptors(self) -> tuple[grpc.ServerInterceptor, ...]:
         """Return what stands before the handlers.
 

@@ -21,6 +21,7 @@ from spectrumkv.common.config import (
     text_of,
 )
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.options import allowed_by
 
 CONFIGS = [PrefillConfig, DecodeConfig]
 OPTIONS = [(config, declared) for config in CONFIGS for declared in fields(config)]
@@ -52,7 +53,7 @@ def test_a_default_printed_and_read_back_is_itself(config, declared):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_help_lists_every_option_with_its_default(config, capsys, monkeypatch):
+def test_help_lists_every_option_with_what_is_allowed_and_its_default(config, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as caught:
         load(config, ["--help"], "spectrumkv-server")
@@ -60,11 +61,32 @@ def test_help_lists_every_option_with_its_default(config, capsys, monkeypatch):
     shown = " ".join(capsys.readouterr().out.partition("options:")[2].split())
     for declared in fields(config):
         default = declared.default
-        said = "no" if default is False else text_of(default)
-        text = declared.metadata["help"] + ("" if default is None else f" (default: {said})")
+        said = "no" if default is False else declared.metadata["shown"] or text_of(default)
+        notes = [] if isinstance(default, bool) else [allowed_by(declared.metadata["parse"])]
+        notes += [] if default is None else [f"default: {said}"]
+        text = declared.metadata["help"] + (f" ({'; '.join(filter(None, notes))})" if any(notes) else "")
         flag = flag_name(declared.name)
         flag += f", --no-{flag[2:]}" if isinstance(default, bool) else " VALUE"
         assert f" {flag} {text}" in shown
+
+
+def test_help_says_which_words_and_numbers_there_are(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        load(DecodeConfig, ["--help"], "spectrumkv-decode")
+    shown = capsys.readouterr().out
+    for part in (
+        "(one of auto, cpu, cuda; default: auto)",
+        "(a positive number of bytes such as 512MiB or 4GiB; default: 1GiB)",
+        "(a whole number from 1 to 1024; default: 32)",
+        "(one of text, json; default: text)",
+    ):
+        assert part in shown
+
+
+def test_a_worker_is_named_once():
+    given = {"decode": "127.0.0.1:1,localhost:2,127.0.0.1:1"}
+    assert refusal(PrefillConfig, given) == "--decode names 127.0.0.1:1 more than once; name each worker once"
 
 
 @pytest.mark.parametrize(("config", "declared"), VALUES, ids=[f"{one.__name__}-{two.name}" for one, two in VALUES])

@@ -1,4 +1,3 @@
-import platform
 import queue
 import re
 import signal
@@ -16,25 +15,13 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from spectrumkv.common.errors import FailedPreconditionError, UnavailableError
-from spectrumkv.common.process import check_processor, exit_on_error
+from spectrumkv.common.process import exit_on_error
 from spectrumkv.common.rpc import error_from_rpc, open_channel
-from spectrumkv.kernels import vectors
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc
 from tests.common.scripted import HEALTH, WAIT_SECONDS
 
 ROOT = Path(__file__).parents[2]
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
-
-
-def test_a_processor_that_cannot_run_compiled_code_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vectors, "_features", lambda: {"sse2": True})
-    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    with pytest.raises(SystemExit, match="F16C"):
-        exit_on_error(check_processor)
-    for machine, features in (("x86_64", {"f16c": True}), ("x86_64", {"avx512f": True}), ("aarch64", {})):
-        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
-        monkeypatch.setattr(vectors, "_features", lambda features=features: features)
-        check_processor()
 
 
 def start(**options: str) -> "subprocess.Popen[str]":

@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from prometheus_client import CollectorRegistry
 from spectrumkv.common.errors import FailedPreconditionError, ResourceExhaustedError
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.metrics import Metrics
+from spectrumkv.decode_server import slots
 from spectrumkv.decode_server.slots import Reservation, SlotArena
 
 GEOMETRY = KvGeometry(layers=2, kv_heads=3, head_dim=4, native_dtype=torch.float32)
@@ -25,6 +27,19 @@ def test_memory_is_counted_in_whole_slots() -> None:
     assert (made.slot_bytes, made.slots, made.used) == (SLOT_BYTES, 10, 0)
     with pytest.raises(FailedPreconditionError, match="--kv-memory of 95 bytes holds no slot; one takes 192"):
         SlotArena(GEOMETRY, 95, torch.device("cpu"), Metrics(CollectorRegistry()))
+
+
+def test_memory_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch would be given it, and the process ended once it is written to."""
+    device, metrics = torch.device("cpu"), Metrics(CollectorRegistry())
+    with pytest.raises(FailedPreconditionError, match=r"--kv-memory is 2\d+ bytes, and this machine has \d+, of"):
+        SlotArena(GEOMETRY, 2 * 10**15, device, metrics)
+    # A machine that does not say, and an allocator that says no.
+    monkeypatch.setattr(slots, "memory_of_machine", lambda: math.inf)
+    with pytest.raises(
+        FailedPreconditionError, match="--kv-memory of 4611686018427387904 bytes cannot be had on cpu"
+    ):
+        SlotArena(GEOMETRY, 1 << 62, device, metrics)
 
 
 def test_a_request_larger_than_the_arena_can_never_be_served() -> None:

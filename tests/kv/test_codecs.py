@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spectrumkv.common.errors import DataLossError, InternalError, InvalidArgumentError
-from spectrumkv.common.kv import absmax, native  # noqa: F401  (registers both)
+from spectrumkv.common.kv import absmax, native  # noqa: F401  (registers it)
 from spectrumkv.common.kv.codec import tier_codecs
 from spectrumkv.common.kv.geometry import NATIVE_DTYPES, KvGeometry
 from spectrumkv.common.kv.tiers import Tier
@@ -245,6 +245,24 @@ def test_a_body_may_start_anywhere(name: str, geometry: KvGeometry, offset: int)
     for slots in (actual, received):
         assert torch.equal(slots.isnan(), expected.isnan())
         assert torch.equal(slots.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 7])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_blocks_coded_together_are_those_coded_one_by_one(
+    geometry: KvGeometry, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(absmax, "BLOCKS_AT_ONCE", at_once)
+    codec = absmax.AbsmaxCodec()
+    tiers = torch.arange(60, dtype=torch.uint8) % 4
+    keys, values = draw_states(geometry, 60, seed=5)
+    cuts = [0, 1, 20, 21, 40, 60]
+    together = list(codec.encode_together(keys, values, tiers, cuts, geometry))
+    alone = list(codec.encode_blocks(keys, values, tiers, cuts, geometry))
+    assert len(together) == len(alone) == 5
+    for one, other in zip(together, alone, strict=True):
+        assert torch.equal(one.body, other.body)
+        assert one.tier_bytes == other.tier_bytes
 
 
 @pytest.mark.gpu

@@ -84,7 +84,9 @@ def _choice_facts(info: prefill_pb2.PrefillServiceGetServerInfoResponse) -> Iter
     yield "scorers", ", ".join(info.scorers)
     yield "scopes", ", ".join(info.scopes)
     yield "defaults", ", ".join(f"{field.name} {value}" for field, value in info.defaults.ListFields())
-    yield "decode workers", ", ".join(info.decode_workers)
+    away = set(info.decode_workers_away)
+    named = (f"{worker} (takes no requests)" if worker in away else worker for worker in info.decode_workers)
+    yield "decode workers", ", ".join(named)
     verdict = info.int4_probe
     yield "INT4", probe_summary(verdict)
     if not verdict.int4_allowed and verdict.int4_layers_off:

@@ -101,6 +101,11 @@ class DecodeWorkers:
         return sorted(in_turn, key=lambda worker: (not worker.accepting, -worker.free_slots))
 
     @property
+    def away(self) -> list[Address]:
+        """Those that do not answer, or take no requests, as far as is known."""
+        return [worker.address for worker in self._workers if not worker.accepting]
+
+    @property
     def any_expected(self) -> bool:
         """Whether a worker starts or restarts, so that it will soon be there, or is and was not found yet."""
         return any(worker.expected for worker in self._workers)

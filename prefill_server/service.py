@@ -128,6 +128,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             ),
             int4_probe=self._verdict.to_proto(),
             decode_workers=[str(address) for address in config.decode],
+            decode_workers_away=[str(address) for address in self._workers.away],
         )
 
     def stop(self) -> None:

@@ -199,8 +199,10 @@ def test_a_worker_that_is_still_starting_is_waited_for(workers: Workers, tiny_di
     ):
         stream = client.generate(PROMPT, sampling=SAMPLED, kv=KvChoice(policy="fp16"), timeout=60)
         workers.until(lambda: total(metrics, "requests_running") == 1)
+        assert client.server_info().decode_workers_away == [link.address]
         link.lead_to(workers.small_port)
         usage = stream.result().usage
+        assert client.server_info().decode_workers_away == []
     assert total(metrics, "decode_workers_passed_over_total") == 0
     assert total(metrics, "kv_bytes_sent_total") == usage.kv_bytes_sent
 

@@ -11,6 +11,7 @@ from spectrumkv.client import connection_flags, generation_flags
 from spectrumkv.client.client import DEFAULT_TIMEOUT_SECONDS, CompletionStream
 from spectrumkv.client.completion import Completion
 from spectrumkv.client.json_output import STDOUT, write_json
+from spectrumkv.client.output_file import check_writable
 from spectrumkv.client.request import Message, Prompt, Request, TokenIds
 from spectrumkv.client.tables import usage_table
 from spectrumkv.common.errors import InvalidArgumentError
@@ -53,8 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Do it.
 
     Raises:
-        SpectrumKVError: the server refused or ended the request.
+        SpectrumKVError: the result could not be written, or the server refused or ended the request.
     """
+    check_writable("--json", arguments.json)
     request = _request_from(arguments)
     with (
         connection_flags.connect(arguments) as client,

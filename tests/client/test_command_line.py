@@ -131,6 +131,23 @@ def test_unavailable_says_how_to_start_a_server(capsys):
     assert err.count("\n") == 1
 
 
+def test_a_decode_worker_that_died_is_no_reason_to_start_a_server(prefill, capsys):
+    def answer(request, context):
+        yield token(0, "a")
+        raise errors.UnavailableError("decode worker 127.0.0.1:50052: Socket closed")
+
+    prefill.answer = answer
+    assert main(["generate", "x", "--server", prefill.address]) == 1
+    assert capsys.readouterr().err == "UNAVAILABLE: decode worker 127.0.0.1:50052: Socket closed\n"
+
+
+def test_generate_at_a_decode_service_says_what_it_is_not(decode_address, capsys):
+    assert main(["generate", "x", "--server", decode_address]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"FAILED_PRECONDITION: {decode_address} is no prefill service of this release")
+
+
 def test_timeout_exits_with_1(prefill, capsys):
     prefill.answer = lambda request, context: iter([token(0, "a")]) if prefill.ended.wait(30) else iter(())
     assert main(["generate", "x", "--server", prefill.address, "--timeout", "0.2"]) == 1

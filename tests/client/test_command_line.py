@@ -1,3 +1,5 @@
+import argparse
+import errno
 import json
 import os
 import signal
@@ -7,6 +9,7 @@ import threading
 
 import pytest
 
+from spectrumkv.client.command import run_command
 from spectrumkv.client.command_line import build_parser, main
 from spectrumkv.common import errors
 from tests.client.fake_servers import FakePrefill, finished, prefill_server, serving, token
@@ -230,6 +233,29 @@ def test_a_reader_that_leaves_ends_the_request(prefill):
         _, err = process.communicate(timeout=20)
     assert process.returncode == 1
     assert err == ""
+
+
+@pytest.mark.parametrize("flags", [[], ["--json", "-"]], ids=["text", "json"])
+def test_output_on_a_full_disk_is_one_sentence(prefill, flags):
+    command = [sys.executable, "-m", "spectrumkv.client.command_line", "generate", "x", "--server", prefill.address]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*command, *flags], stdout=full, stderr=subprocess.PIPE, text=True, timeout=20, check=False
+        )
+    assert done.returncode == 1
+    said = done.stderr.splitlines()[-1]
+    assert said == "standard output cannot be written: No space left on device; send it elsewhere or make room"
+    assert "Traceback" not in done.stderr
+
+
+def test_an_error_of_another_file_is_not_blamed_on_the_output():
+    def run(arguments):
+        raise OSError(errno.ENOSPC, "No space left on device", "elsewhere")
+
+    parser = argparse.ArgumentParser()
+    parser.set_defaults(run=run)
+    with pytest.raises(OSError, match="elsewhere"):
+        run_command(parser, [], lambda error, parsed: error.message)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["up", "--help"], ["demo", "--help"]])

@@ -123,9 +123,13 @@ def _prompt_from(arguments: argparse.Namespace) -> Prompt:
 
 
 def _read_prompt(source: str) -> str:
+    if source == STDIN and sys.stdin is None:
+        raise InvalidArgumentError("--prompt-file -: standard input is closed; give the prompt there")
     try:
         if source == STDIN:
-            return sys.stdin.read()
+            # UTF-8 as in a file: in some locales, sys.stdin reads any bytes and makes surrogates of them.
+            with open(sys.stdin.fileno(), encoding="utf-8", closefd=False) as stdin:
+                return stdin.read()
         return Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(f"--prompt-file {source}: {error}; name a readable UTF-8 file") from error
+        raise InvalidArgumentError(f"--prompt-file {source}: {error}; give readable UTF-8 text") from error

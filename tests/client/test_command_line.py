@@ -104,6 +104,9 @@ def test_prompts_from_files_chats_and_token_ids(prefill, tmp_path, monkeypatch):
         (["generate", "a", "--server", "nowhere"], "HOST:PORT"),
         (["generate", "a", "--timeout", "0"], "positive number of seconds"),
         (["generate", "--prompt-file", "/does/not/exist"], "/does/not/exist"),
+        (["generate", "a\udcffb"], "the prompt has '\\udcff' at character 1, which is no text; give valid UTF-8"),
+        (["generate", "a", "--chat", "--system", "\udcff"], "content has '\\udcff' at character 0"),
+        (["generate", "a", "--model", "\udcff"], "model has '\\udcff' at character 0"),
         (["generate", "a", "--bud", "0.5"], "unrecognized"),
         (["info", "--wait", "soon"], "positive number of seconds"),
     ],
@@ -113,6 +116,46 @@ def test_wrong_usage_exits_with_2(arguments, said, capsys):
         main(arguments)
     assert caught.value.code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["file", "stdin"])
+def test_a_prompt_file_that_is_not_utf_8(source, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(b"\xff\xfe")
+    named = str(path) if source == "file" else "-"
+    # What Python makes of standard input in the C locale.
+    with path.open(encoding="utf-8", errors="surrogateescape") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with pytest.raises(SystemExit) as caught:
+            main(["generate", "--prompt-file", named])
+    assert caught.value.code == 2
+    assert f"--prompt-file {named}: 'utf-8' codec can't decode byte 0xff" in capsys.readouterr().err
+
+
+def test_a_prompt_from_a_standard_input_that_is_closed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "--prompt-file", "-"])
+    assert caught.value.code == 2
+    assert "--prompt-file -: standard input is closed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["generate", "x"], ["info"], ["check"], ["probe"]], ids=lambda words: words[0])
+def test_json_that_could_not_be_written_is_noticed_before_any_work(command, prefill, tmp_path, capsys):
+    path = tmp_path / "missing" / "result.json"
+    server = [] if command == ["probe"] else ["--server", prefill.address]
+    assert main([*command, *server, "--json", str(path)]) == 1
+    out, err = capsys.readouterr()
+    said = f"INVALID_ARGUMENT: --json {path}: its folder does not exist; name a file that can be written\n"
+    assert (out, err) == ("", said)
+    assert prefill.requests == []
+
+
+def test_an_earlier_result_stays_where_the_request_fails(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("earlier")
+    assert main(["generate", "x", "--server", "127.0.0.1:1", "--json", str(path)]) == 1
+    assert path.read_text() == "earlier"
 
 
 def test_an_error_is_one_sentence_with_the_status(prefill, capsys):

@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         client.send(request, arguments.timeout, _trace_of_caller()) as stream,
     ):
         completion = _read(stream, echo=arguments.json != STDOUT)
-    Console(stderr=True).print(usage_table(completion))
+    Console(stderr=True).print(usage_table(completion, arguments.budget))
     if arguments.json is not None:
         write_json({"request": request.as_json()} | completion.as_json(), arguments.json)
     return 0

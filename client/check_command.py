@@ -9,6 +9,7 @@ from rich.console import Console
 
 from spectrumkv.client import connection_flags, generation_flags
 from spectrumkv.client.json_output import STDOUT, write_json
+from spectrumkv.client.output_file import check_writable
 from spectrumkv.client.self_check import CheckResult, self_check
 from spectrumkv.client.tables import facts_table
 
@@ -48,8 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Do it.
 
     Raises:
-        SpectrumKVError: the server cannot be reached, is not ready, or refused a request.
+        SpectrumKVError: the result could not be written, or the server cannot be reached, is not ready, or refused a
+            request.
     """
+    check_writable("--json", arguments.json)
     with connection_flags.connect(arguments) as client:
         result = self_check(client, arguments.timeout, arguments.max_kl)
     if arguments.json != STDOUT:

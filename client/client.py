@@ -8,15 +8,23 @@ with SpectrumClient("127.0.0.1:50051") as client:
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 import grpc
 
 from spectrumkv.client import readiness
+from spectrumkv.client.argument_types import check_type
 from spectrumkv.client.completion import Completion, Finished, TokenEvent
 from spectrumkv.client.request import KvChoice, Prompt, Request, Sampling
-from spectrumkv.common.errors import DeadlineExceededError, InternalError, NotFoundError
+from spectrumkv.common.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InternalError,
+    NotFoundError,
+)
 from spectrumkv.common.rpc import error_from_rpc, open_channel
 from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.trace_context import TraceContext
@@ -35,12 +43,14 @@ class CompletionStream:
         call: the running RPC.
         sent: when the request was sent, by `time.perf_counter`.
         timeout: seconds that the call has, for the error.
+        address: the server, for the error.
     """
 
-    def __init__(self, call: Any, sent: float, timeout: float) -> None:
+    def __init__(self, call: Any, sent: float, timeout: float, address: str) -> None:
         self._call = call
         self._sent = sent
         self._timeout = timeout
+        self._address = address
         self._tokens: list[TokenEvent] = []
         self._finished: Finished | None = None
 
@@ -105,6 +115,12 @@ class CompletionStream:
                     f"no complete answer within {self._timeout:g} s ({len(self._tokens)} tokens had come); "
                     "allow more time or ask for fewer tokens"
                 ) from error
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                # A prefill service of this release has the method, and passes no such status of a worker's on.
+                raise FailedPreconditionError(
+                    f"{self._address} is no prefill service of this release, perhaps a decode service or another "
+                    f"program ({error.details()}); name the prefill service"
+                ) from error
             raise error_from_rpc(error) from error
 
     def _accept(self, token: TokenEvent) -> TokenEvent:
@@ -123,12 +139,17 @@ class SpectrumClient:
             is lost before the first token.
         security: how the server is verified and what it is shown; plaintext to this machine by default.
 
+    Once it is closed, what asks the server raises FailedPreconditionError, and what waits for it CancelledError.
+
     Raises:
-        InvalidArgumentError: a certificate or token cannot be used, or plaintext would leave this machine.
+        InvalidArgumentError: the address is none, a certificate or token cannot be used, or plaintext would leave
+            this machine.
     """
 
     def __init__(self, address: str, security: ChannelSecurity = ChannelSecurity()) -> None:  # noqa: B008  # frozen
+        check_type("the server's address", address, str)
         self.address = address
+        self._closed = False
         self._channel = open_channel(address, security)
         # Generated stubs carry no types.
         self._prefill: Any = prefill_pb2_grpc.PrefillServiceStub(self._channel)  # type: ignore[no-untyped-call]
@@ -144,6 +165,7 @@ class SpectrumClient:
 
     def close(self) -> None:
         """Hang up; requests still running are cancelled."""
+        self._closed = True
         self._channel.close()
 
     def generate(
@@ -167,6 +189,10 @@ class SpectrumClient:
             request_id: named in both services' logs; made up by the server where None.
             timeout: seconds until the whole request ends with DeadlineExceededError.
             trace: the trace that the request is part of; both services log its id.
+
+        Raises:
+            InvalidArgumentError: an argument is of another type, or a text that UTF-8 cannot carry. What the server
+                refuses, the stream raises.
         """
         request = Request(prompt=prompt, sampling=sampling, kv=kv, model=model, request_id=request_id)
         return self.send(request, timeout, trace)
@@ -178,10 +204,12 @@ class SpectrumClient:
         trace: TraceContext = TraceContext(),  # noqa: B008  # frozen
     ) -> CompletionStream:
         """As `generate`, for a request that is put together already."""
+        check_type("timeout", timeout, float)
         message = request.to_proto()
-        sent = time.perf_counter()
-        call = self._prefill.Generate(message, timeout=timeout, metadata=trace.metadata)
-        return CompletionStream(call, sent, timeout)
+        with self._while_open():
+            sent = time.perf_counter()
+            call = self._prefill.Generate(message, timeout=timeout, metadata=trace.metadata)
+        return CompletionStream(call, sent, timeout, self.address)
 
     def server_info(self, timeout: float = INFO_TIMEOUT_SECONDS) -> ServerInfo:
         """Ask what the server serves, whichever of the two services it is.
@@ -193,14 +221,16 @@ class SpectrumClient:
         decode_info: decode_pb2.DecodeServiceGetServerInfoResponse
         try:
             request = prefill_pb2.PrefillServiceGetServerInfoRequest()
-            prefill_info = self._prefill.GetServerInfo(request, timeout=timeout)
+            with self._while_open():
+                prefill_info = self._prefill.GetServerInfo(request, timeout=timeout)
             return prefill_info
         except grpc.RpcError as error:
             if error.code() is not grpc.StatusCode.UNIMPLEMENTED:
                 raise error_from_rpc(error) from error
         try:
             decode_request = decode_pb2.DecodeServiceGetServerInfoRequest()
-            decode_info = self._decode.GetServerInfo(decode_request, timeout=timeout)
+            with self._while_open():
+                decode_info = self._decode.GetServerInfo(decode_request, timeout=timeout)
             return decode_info
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
@@ -215,7 +245,8 @@ class SpectrumClient:
         Raises:
             SpectrumKVError: the server cannot be reached or has no health service.
         """
-        return readiness.is_serving(self._channel, timeout)
+        with self._while_open():
+            return readiness.is_serving(self._channel, timeout)
 
     def wait_until_serving(self, timeout: float) -> None:
         """Wait until the server's standard health service says SERVING, through its `Watch` stream.
@@ -225,3 +256,15 @@ class SpectrumClient:
             CancelledError: the client was closed meanwhile.
         """
         readiness.wait_until_serving(self._channel, self.address, timeout)
+
+    @contextmanager
+    def _while_open(self) -> Iterator[None]:
+        """Say in a sentence that the client is closed: gRPC raises ValueError for a call on a closed channel."""
+        try:
+            yield
+        except ValueError as error:
+            if not self._closed:
+                raise
+            raise FailedPreconditionError(
+                f"this client of {self.address} is closed; make another SpectrumClient"
+            ) from error

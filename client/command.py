@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
+from spectrumkv.client.standard_output import OutputError, named_output
 from spectrumkv.common.errors import SpectrumKVError
 
 EXIT_ERROR = 1
@@ -48,7 +49,8 @@ def run_command(
     """
     parsed = parser.parse_args(arguments)
     try:
-        return int(parsed.run(parsed))
+        with named_output():
+            return int(parsed.run(parsed))
     except SpectrumKVError as error:
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         console.print(sentence(error, parsed), markup=False)
@@ -56,9 +58,18 @@ def run_command(
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has enough; Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read our output has enough.
+        _drop_output()
         return EXIT_ERROR
+    except OutputError as error:
+        _drop_output()
+        sys.stderr.write(f"standard output cannot be written: {error.strerror}; send it elsewhere or make room\n")
+        return EXIT_ERROR
+
+
+def _drop_output() -> None:
+    """Let standard output lead nowhere: Python would complain once more when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def status_and_message(error: SpectrumKVError) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from spectrumkv.client import check_command, demo_command, generate_command, info_command, probe_command, up_command
 from spectrumkv.client.command import command_parser, run_command, status_and_message
-from spectrumkv.common.errors import SpectrumKVError, UnavailableError
+from spectrumkv.common.errors import SpectrumKVError, UnreachableError
 
 COMMANDS = (generate_command, info_command, check_command, probe_command, up_command, demo_command)
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _sentence(error: SpectrumKVError, parsed: argparse.Namespace) -> str:
     server = getattr(parsed, "server", None)
     hint = ""
-    if isinstance(error, UnavailableError) and server is not None:
+    if isinstance(error, UnreachableError) and server is not None:
         hint = f" (asked {server}; `spectrumkv up` starts a server here, --server HOST:PORT names another)"
     return f"{status_and_message(error)}{hint}"
 

@@ -11,6 +11,7 @@ from spectrumkv.client import connection_flags, generation_flags
 from spectrumkv.client.client import DEFAULT_TIMEOUT_SECONDS, CompletionStream
 from spectrumkv.client.completion import Completion
 from spectrumkv.client.json_output import STDOUT, write_json
+from spectrumkv.client.output_file import check_writable
 from spectrumkv.client.request import Message, Prompt, Request, TokenIds
 from spectrumkv.client.tables import usage_table
 from spectrumkv.common.errors import InvalidArgumentError
@@ -53,15 +54,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Do it.
 
     Raises:
-        SpectrumKVError: the server refused or ended the request.
+        SpectrumKVError: the result could not be written, or the server refused or ended the request.
     """
+    check_writable("--json", arguments.json)
     request = _request_from(arguments)
     with (
         connection_flags.connect(arguments) as client,
         client.send(request, arguments.timeout, _trace_of_caller()) as stream,
     ):
         completion = _read(stream, echo=arguments.json != STDOUT)
-    Console(stderr=True).print(usage_table(completion))
+    Console(stderr=True).print(usage_table(completion, arguments.budget))
     if arguments.json is not None:
         write_json({"request": request.as_json()} | completion.as_json(), arguments.json)
     return 0
@@ -121,9 +123,13 @@ def _prompt_from(arguments: argparse.Namespace) -> Prompt:
 
 
 def _read_prompt(source: str) -> str:
+    if source == STDIN and sys.stdin is None:
+        raise InvalidArgumentError("--prompt-file -: standard input is closed; give the prompt there")
     try:
         if source == STDIN:
-            return sys.stdin.read()
+            # UTF-8 as in a file: in some locales, sys.stdin reads any bytes and makes surrogates of them.
+            with open(sys.stdin.fileno(), encoding="utf-8", closefd=False) as stdin:
+                return stdin.read()
         return Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(f"--prompt-file {source}: {error}; name a readable UTF-8 file") from error
+        raise InvalidArgumentError(f"--prompt-file {source}: {error}; give readable UTF-8 text") from error

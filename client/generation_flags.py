@@ -30,7 +30,13 @@ def add_kv_flags(parser: argparse.ArgumentParser) -> None:
     """Add `--model` and a flag for each field of `KvChoice`."""
     group = parser.add_argument_group("KV cache (the server's default where not given; see `spectrumkv info`)")
     group.add_argument("--model", metavar="NAME", help="refuse a server of another model")
-    group.add_argument("--budget", type=float, metavar="B", help="mean cost per token relative to FP16")
+    group.add_argument(
+        "--budget",
+        type=float,
+        metavar="B",
+        help="what the KV may cost relative to FP16, above 0 and at most 1 (see `spectrumkv info` for each policy's "
+        "range): all bytes sent with policy spectral, with others the mean cost per token without scales and framing",
+    )
     group.add_argument("--policy", metavar="NAME", help="how tokens get their tiers")
     group.add_argument("--codec", metavar="NAME", help="how tiers are coded")
     group.add_argument("--scorer", metavar="NAME", help="how tokens are ranked")

@@ -9,6 +9,7 @@ from rich.console import Console
 from spectrumkv.client import connection_flags, generation_flags
 from spectrumkv.client.client import ServerInfo
 from spectrumkv.client.json_output import STDOUT, message_as_json, write_json
+from spectrumkv.client.output_file import check_writable
 from spectrumkv.client.probe_table import probe_summary, probe_tables
 from spectrumkv.client.tables import facts_table
 from spectrumkv.v1 import decode_pb2, prefill_pb2
@@ -34,8 +35,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Do it.
 
     Raises:
-        SpectrumKVError: the server cannot be reached, is none of ours, or is not ready in time.
+        SpectrumKVError: the result could not be written, or the server cannot be reached, is none of ours, or is not
+            ready in time.
     """
+    check_writable("--json", arguments.json)
     with connection_flags.connect(arguments) as client:
         if arguments.wait is not None:
             client.wait_until_serving(arguments.wait)

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from spectrumkv.client.json_output import STDOUT, message_as_json, write_json
+from spectrumkv.client.output_file import check_writable
 from spectrumkv.client.probe_table import probe_summary, probe_tables
 from spectrumkv.common.config import ServerConfig
 
@@ -40,8 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Do it.
 
     Raises:
-        SpectrumKVError: the model cannot be loaded or probed, or the codec is unknown or has no INT4.
+        SpectrumKVError: the result could not be written, the model cannot be loaded or probed, or the codec is
+            unknown or has no INT4.
     """
+    check_writable("--json", arguments.json)
     # Loading torch and transformers takes seconds, which the other commands need not pay.
     from spectrumkv.common.kv.codec import codecs
     from spectrumkv.common.model.load import load_model

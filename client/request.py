@@ -1,9 +1,11 @@
 """What a caller asks for: the prompt, how tokens are chosen, and how the KV cache travels."""
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from spectrumkv.client.argument_types import check_fields, check_type
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.v1 import generation_pb2, prefill_pb2
 
@@ -18,10 +20,17 @@ def _check_unsigned(name: str, value: int | None, maximum: int) -> None:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; `role` is "system", "user" or "assistant"."""
+    """One turn of a conversation; `role` is "system", "user" or "assistant".
+
+    Raises:
+        InvalidArgumentError: one of them is no text that UTF-8 can carry.
+    """
 
     role: str
     content: str
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -29,12 +38,13 @@ class TokenIds:
     """A prompt that is tokenized already.
 
     Raises:
-        InvalidArgumentError: an id does not fit into 32 bits.
+        InvalidArgumentError: an id is no whole number or does not fit into 32 bits.
     """
 
     ids: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        check_type("TokenIds.ids", self.ids, tuple[int, ...])
         for token_id in self.ids:
             _check_unsigned("a token id of the prompt", token_id, _MAX_UINT32)
 
@@ -48,8 +58,8 @@ class Sampling:
     """How tokens are chosen. None takes the server's default; `generation.proto` states meanings and ranges.
 
     Raises:
-        InvalidArgumentError: a number cannot be carried (negative or too large). Ranges are the server's to
-            check.
+        InvalidArgumentError: a value is of another type, or cannot be carried (negative or too large). Ranges are
+            the server's to check.
     """
 
     max_tokens: int | None = None
@@ -64,6 +74,7 @@ class Sampling:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("max_tokens", "top_k", "logprobs"):
             _check_unsigned(name, getattr(self, name), _MAX_UINT32)
         _check_unsigned("seed", self.seed, _MAX_UINT64)
@@ -77,13 +88,20 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class KvChoice:
-    """How the KV cache crosses the network. None takes the server's default."""
+    """How the KV cache crosses the network. None takes the server's default.
+
+    Raises:
+        InvalidArgumentError: a value is of another type. What it may be is the server's to check.
+    """
 
     budget: float | None = None
     policy: str | None = None
     scorer: str | None = None
     codec: str | None = None
     scope: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def to_proto(self) -> prefill_pb2.KvOptions:
         """Return the message; what is None stays unset."""
@@ -93,8 +111,12 @@ class KvChoice:
 def given(choices: Sampling | KvChoice) -> dict[str, Any]:
     """Return the fields that ask for something, by name."""
     values = {one.name: getattr(choices, one.name) for one in fields(choices)}
-    # Zero asks for something (greedy, say); None, nothing listed and a switch left alone do not.
-    return {name: value for name, value in values.items() if not (value is None or value is False or value == ())}
+    return {name: value for name, value in values.items() if _asks(value)}
+
+
+def _asks(value: object) -> bool:
+    """Zero asks for something (greedy, say); None, nothing listed and a switch left alone do not."""
+    return bool(value) if isinstance(value, bool | tuple | list) else value is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +129,9 @@ class Request:
         kv: how the KV cache travels.
         model: the name that the server must serve under; None takes what there is.
         request_id: named in both services' logs; made up by the server where None.
+
+    Raises:
+        InvalidArgumentError: one of these is of another type, or a text that UTF-8 cannot carry.
     """
 
     prompt: Prompt
@@ -114,6 +139,10 @@ class Request:
     kv: KvChoice = KvChoice()
     model: str | None = None
     request_id: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_prompt(self.prompt)
+        check_fields(self, but=("prompt",))
 
     def to_proto(self) -> prefill_pb2.GenerateRequest:
         """Return the message."""
@@ -148,3 +177,19 @@ class Request:
             {"prompt": prompt, "sampling": given(self.sampling), "kv": given(self.kv)}
             | {name: value for name, value in named.items() if value is not None}
         )  # fmt: skip
+
+
+def _check_prompt(prompt: object) -> None:
+    if isinstance(prompt, str):
+        check_type("the prompt", prompt, str)
+        return
+    is_chat = (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, bytes)
+        and all(isinstance(turn, Message) for turn in prompt)
+    )
+    if not is_chat and not isinstance(prompt, TokenIds):
+        raise InvalidArgumentError(
+            f"the prompt is {reprlib.repr(prompt)}; allowed: a text, token ids as TokenIds((1, 2, 3)), or a "
+            'conversation as [Message("user", "Hello")]'
+        )

@@ -1,14 +1,19 @@
 """What a completion used, as a table for people."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from spectrumkv.client.completion import Completion
+from spectrumkv.client.completion import Completion, Usage
 
 NOT_MEASURED = "–"
+# Policies whose budget is kept in bytes on the wire (`Policy.budget_is_counted`, which could not be asked without
+# loading torch).
+COUNTED_POLICIES = frozenset({"spectral"})
+# By how much counted bytes may exceed the budget asked for before that is worth a note.
+NOTED_EXCESS = 0.01
 
 
 def facts_table(facts: Iterable[tuple[str, str]]) -> Table:
@@ -19,17 +24,25 @@ def facts_table(facts: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
-def usage_table(completion: Completion) -> Table:
-    """Return the table that `spectrumkv generate` prints after the text."""
+def usage_table(completion: Completion, budget_asked: float | None) -> Table:
+    """Return the table that `spectrumkv generate` prints after the text.
+
+    Args:
+        completion: what came of the request.
+        budget_asked: the budget that the request named; None where it left that to the server.
+    """
     usage, timings = completion.usage, completion.timings
     tokens = f"{usage.prompt_tokens} + {usage.completion_tokens} tokens ({completion.finish_reason})"
-    server_ttft, server_handoff = usage.ttft_seconds * 1000.0, usage.handoff_seconds * 1000.0
+    server_ttft = usage.ttft_seconds * 1000.0
+    # 0 says that there was no second token.
+    server_handoff = usage.handoff_seconds * 1000.0 if usage.handoff_seconds else None
     return facts_table(
         [
             ("prompt + completion", tokens),
             ("policy, codec, scorer", f"{usage.policy}, {usage.codec}, {usage.scorer}"),
             *((("why this codec", usage.codec_reason),) if usage.codec_reason else ()),
-            ("budget counted (nominal)", f"{usage.budget_counted:.3f} ({usage.budget_nominal:.3f})"),
+            _budget(usage),
+            *_budget_notes(usage, budget_asked),
             ("KV bytes sent / FP16", f"{usage.kv_bytes_sent:,} / {usage.kv_fp16_bytes:,}"),
             *((f"  {one.tier}", f"{one.tokens:,.1f} tokens, {one.bytes:,} bytes") for one in usage.tiers),
             ("TTFT", f"{milliseconds(timings.ttft_ms)} here, {milliseconds(server_ttft)} at the server"),
@@ -38,6 +51,23 @@ def usage_table(completion: Completion) -> Table:
             ("decode worker", usage.decode_worker or NOT_MEASURED),
         ]
     )
+
+
+def _budget(usage: Usage) -> tuple[str, str]:
+    """The nominal cost says nothing of a budget that is counted."""
+    if usage.policy in COUNTED_POLICIES:
+        return "budget counted", f"{usage.budget_counted:.3f}"
+    return "budget counted (nominal)", f"{usage.budget_counted:.3f} ({usage.budget_nominal:.3f})"
+
+
+def _budget_notes(usage: Usage, asked: float | None) -> Iterator[tuple[str, str]]:
+    """Why more was sent than was asked for."""
+    if asked is None or usage.budget_counted <= asked * (1.0 + NOTED_EXCESS):
+        return
+    if usage.policy in COUNTED_POLICIES:
+        yield "", f"above the {asked:g} asked for: framing counts too, and short prompts cannot be sent in less"
+    else:
+        yield "", f"above the {asked:g} asked for, which leaves out scales and framing"
 
 
 def comparison_table(completions: Iterable[tuple[float, Completion]]) -> Table:

@@ -82,6 +82,13 @@ class UnavailableError(SpectrumKVError):
         self.retry_after_seconds = retry_after_seconds
 
 
+class UnreachableError(UnavailableError):
+    """No word came from the peer itself: there is no connection to it, or it was lost.
+
+    Never sent as such: to whom it is told, the one that tells it is a peer that answered.
+    """
+
+
 class UnimplementedError(SpectrumKVError):
     """This server does not serve that, or not to any more callers."""
 

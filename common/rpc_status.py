@@ -20,6 +20,7 @@ from spectrumkv.common.errors import (
     SpectrumKVError,
     UnavailableError,
     UnimplementedError,
+    UnreachableError,
 )
 
 # Statuses travel as HTTP/2 headers, 8 KiB in all: the sentence once percent-encoded (up to three times as
@@ -104,7 +105,8 @@ def error_from_rpc(error: grpc.RpcError) -> SpectrumKVError:
     if code == DataLossError.code:
         return DataLossError(message, "peer")
     if code == UnavailableError.code:
-        return UnavailableError(_explained(message), _retry_delay(error))
+        kind = UnavailableError if _has_details(error) else UnreachableError
+        return kind(_explained(message), _retry_delay(error))
     if code in _ERRORS_BY_CODE:
         return _ERRORS_BY_CODE[code](message)
     return InternalError(f"the peer answered {code}: {message}")
@@ -128,6 +130,15 @@ def _retry_delay(error: grpc.RpcError) -> float | None:
 def _basis_is_missing(error: grpc.RpcError) -> bool:
     failures = _read_details(error, error_details_pb2.PreconditionFailure)
     return any(violation.type == _BASIS_MISSING for failure in failures for violation in failure.violations)
+
+
+def _has_details(error: grpc.RpcError) -> bool:
+    """Whether the status has what a service adds to its own, and gRPC to none that it makes up itself."""
+    try:
+        return rpc_status.from_call(error) is not None
+    except (ValueError, DecodeError):
+        # Not legible, and yet somebody wrote them.
+        return True
 
 
 def _read_details(error: grpc.RpcError, kind: type[Message]) -> list[Any]:

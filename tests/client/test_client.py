@@ -172,6 +172,38 @@ def test_server_info_of_either_service(client, decode_address):
         assert other.server_info().slots_used == 512
 
 
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda client: client.generate("x"),
+        lambda client: client.server_info(),
+        lambda client: client.is_serving(),
+    ],
+    ids=["generate", "server_info", "is_serving"],
+)
+def test_a_closed_client_says_so(prefill, ask):
+    with SpectrumClient(prefill.address) as client:
+        assert client.is_serving()
+    with pytest.raises(errors.FailedPreconditionError, match=f"this client of {prefill.address} is closed; make"):
+        ask(client)
+
+
+def test_arguments_of_another_type(client):
+    with pytest.raises(errors.InvalidArgumentError, match="the server's address is None; allowed: a text"):
+        SpectrumClient(None)
+    with pytest.raises(errors.InvalidArgumentError, match=r"TokenIds\(\(1, 2, 3\)\)"):
+        client.generate([1, 2, 3])
+    with pytest.raises(errors.InvalidArgumentError, match="timeout is '5'; allowed: a number"):
+        client.generate("x", timeout="5")
+
+
+def test_generate_at_a_server_that_is_no_prefill_service(decode_address):
+    with SpectrumClient(decode_address) as client:
+        said = f"{decode_address} is no prefill service of this release, perhaps a decode service"
+        with pytest.raises(errors.FailedPreconditionError, match=said):
+            client.generate("x").result()
+
+
 def test_server_info_of_a_stranger():
     server = Server(lambda servicer, server: None, None, "stranger", threads=1, count_ended=lambda code: None)
     with (

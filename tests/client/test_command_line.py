@@ -1,3 +1,5 @@
+import argparse
+import errno
 import json
 import os
 import signal
@@ -7,6 +9,7 @@ import threading
 
 import pytest
 
+from spectrumkv.client.command import run_command
 from spectrumkv.client.command_line import build_parser, main
 from spectrumkv.common import errors
 from tests.client.fake_servers import FakePrefill, finished, prefill_server, serving, token
@@ -101,6 +104,9 @@ def test_prompts_from_files_chats_and_token_ids(prefill, tmp_path, monkeypatch):
         (["generate", "a", "--server", "nowhere"], "HOST:PORT"),
         (["generate", "a", "--timeout", "0"], "positive number of seconds"),
         (["generate", "--prompt-file", "/does/not/exist"], "/does/not/exist"),
+        (["generate", "a\udcffb"], "the prompt has '\\udcff' at character 1, which is no text; give valid UTF-8"),
+        (["generate", "a", "--chat", "--system", "\udcff"], "content has '\\udcff' at character 0"),
+        (["generate", "a", "--model", "\udcff"], "model has '\\udcff' at character 0"),
         (["generate", "a", "--bud", "0.5"], "unrecognized"),
         (["info", "--wait", "soon"], "positive number of seconds"),
     ],
@@ -110,6 +116,46 @@ def test_wrong_usage_exits_with_2(arguments, said, capsys):
         main(arguments)
     assert caught.value.code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["file", "stdin"])
+def test_a_prompt_file_that_is_not_utf_8(source, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(b"\xff\xfe")
+    named = str(path) if source == "file" else "-"
+    # What Python makes of standard input in the C locale.
+    with path.open(encoding="utf-8", errors="surrogateescape") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with pytest.raises(SystemExit) as caught:
+            main(["generate", "--prompt-file", named])
+    assert caught.value.code == 2
+    assert f"--prompt-file {named}: 'utf-8' codec can't decode byte 0xff" in capsys.readouterr().err
+
+
+def test_a_prompt_from_a_standard_input_that_is_closed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "--prompt-file", "-"])
+    assert caught.value.code == 2
+    assert "--prompt-file -: standard input is closed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["generate", "x"], ["info"], ["check"], ["probe"]], ids=lambda words: words[0])
+def test_json_that_could_not_be_written_is_noticed_before_any_work(command, prefill, tmp_path, capsys):
+    path = tmp_path / "missing" / "result.json"
+    server = [] if command == ["probe"] else ["--server", prefill.address]
+    assert main([*command, *server, "--json", str(path)]) == 1
+    out, err = capsys.readouterr()
+    said = f"INVALID_ARGUMENT: --json {path}: its folder does not exist; name a file that can be written\n"
+    assert (out, err) == ("", said)
+    assert prefill.requests == []
+
+
+def test_an_earlier_result_stays_where_the_request_fails(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("earlier")
+    assert main(["generate", "x", "--server", "127.0.0.1:1", "--json", str(path)]) == 1
+    assert path.read_text() == "earlier"
 
 
 def test_an_error_is_one_sentence_with_the_status(prefill, capsys):
@@ -129,6 +175,23 @@ def test_unavailable_says_how_to_start_a_server(capsys):
     assert err.startswith("UNAVAILABLE: ")
     assert "`spectrumkv up`" in err
     assert err.count("\n") == 1
+
+
+def test_a_decode_worker_that_died_is_no_reason_to_start_a_server(prefill, capsys):
+    def answer(request, context):
+        yield token(0, "a")
+        raise errors.UnavailableError("decode worker 127.0.0.1:50052: Socket closed")
+
+    prefill.answer = answer
+    assert main(["generate", "x", "--server", prefill.address]) == 1
+    assert capsys.readouterr().err == "UNAVAILABLE: decode worker 127.0.0.1:50052: Socket closed\n"
+
+
+def test_generate_at_a_decode_service_says_what_it_is_not(decode_address, capsys):
+    assert main(["generate", "x", "--server", decode_address]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"FAILED_PRECONDITION: {decode_address} is no prefill service of this release")
 
 
 def test_timeout_exits_with_1(prefill, capsys):
@@ -213,6 +276,29 @@ def test_a_reader_that_leaves_ends_the_request(prefill):
         _, err = process.communicate(timeout=20)
     assert process.returncode == 1
     assert err == ""
+
+
+@pytest.mark.parametrize("flags", [[], ["--json", "-"]], ids=["text", "json"])
+def test_output_on_a_full_disk_is_one_sentence(prefill, flags):
+    command = [sys.executable, "-m", "spectrumkv.client.command_line", "generate", "x", "--server", prefill.address]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*command, *flags], stdout=full, stderr=subprocess.PIPE, text=True, timeout=20, check=False
+        )
+    assert done.returncode == 1
+    said = done.stderr.splitlines()[-1]
+    assert said == "standard output cannot be written: No space left on device; send it elsewhere or make room"
+    assert "Traceback" not in done.stderr
+
+
+def test_an_error_of_another_file_is_not_blamed_on_the_output():
+    def run(arguments):
+        raise OSError(errno.ENOSPC, "No space left on device", "elsewhere")
+
+    parser = argparse.ArgumentParser()
+    parser.set_defaults(run=run)
+    with pytest.raises(OSError, match="elsewhere"):
+        run_command(parser, [], lambda error, parsed: error.message)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["up", "--help"], ["demo", "--help"]])

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from spectrumkv.client.request import KvChoice, Message, Request, Sampling, TokenIds
@@ -72,3 +73,74 @@ def test_an_empty_prompt_is_sent_as_one_for_the_server_to_refuse(prompt, kind):
 def test_numbers_that_cannot_be_carried_are_named(make, named):
     with pytest.raises(InvalidArgumentError, match=named):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: KvChoice(budget="0.3"), "budget is '0.3'; allowed: a number"),
+        (lambda: KvChoice(budget=True), "budget is True; allowed: a number"),
+        (lambda: KvChoice(policy=3), "policy is 3; allowed: a text"),
+        (lambda: Sampling(max_tokens="2"), "max_tokens is '2'; allowed: a whole number"),
+        (lambda: Sampling(max_tokens=2.0), "max_tokens is 2.0; allowed: a whole number"),
+        (lambda: Sampling(temperature="hot"), "temperature is 'hot'; allowed: a number"),
+        (lambda: Sampling(stop="END"), "stop is 'END'; allowed: texts, such as"),
+        (lambda: Sampling(stop=("END", 3)), "allowed: texts, such as"),
+        (lambda: Sampling(stop_token_ids=2), "stop_token_ids is 2; allowed: token ids, such as"),
+        (lambda: Sampling(ignore_eos="no"), "ignore_eos is 'no'; allowed: True or False"),
+        (lambda: TokenIds(5), r"TokenIds.ids is 5; allowed: token ids, such as \(1, 2, 3\)"),
+        (lambda: TokenIds("123"), "TokenIds.ids is '123'; allowed: token ids"),
+        (lambda: Message("user", None), "content is None; allowed: a text"),
+        (lambda: Request(prompt="x", sampling={"max_tokens": 2}), "sampling is .*; allowed: a Sampling"),
+        (lambda: Request(prompt="x", kv=0.3), "kv is 0.3; allowed: a KvChoice"),
+        (lambda: Request(prompt="x", request_id=7), "request_id is 7; allowed: a text"),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_what_is_allowed(make, said):
+    with pytest.raises(InvalidArgumentError, match=said):
+        make()
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [{"role": "user", "content": "hi"}],
+        [Message("user", "hi"), "hi"],
+        [1, 2, 3],
+        Message("user", "hi"),
+        b"hi",
+        b"",
+        None,
+        7,
+    ],
+    ids=repr,
+)
+def test_a_prompt_of_another_kind_is_told_the_three_that_there_are(prompt):
+    with pytest.raises(InvalidArgumentError) as caught:
+        Request(prompt=prompt)
+    for said in ("the prompt is ", "a text", "TokenIds((1, 2, 3))", 'Message("user", "Hello")'):
+        assert said in caught.value.message
+
+
+def test_lists_and_numbers_of_other_makes_will_do():
+    ids = np.asarray([1, 2])
+    assert list(Request(prompt=TokenIds(list(ids))).to_proto().token_ids.ids) == [1, 2]
+    sampling = Sampling(stop=["a"], temperature=1, max_tokens=ids[1]).to_proto()
+    assert (list(sampling.stop), sampling.temperature, sampling.max_tokens) == (["a"], 1.0, 2)
+    assert KvChoice(budget=np.float32(0.5)).to_proto().budget == 0.5
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda text: Request(prompt=text), "the prompt"),
+        (lambda text: Message("user", text), "content"),
+        (lambda text: Request(prompt="x", model=text), "model"),
+        (lambda text: Sampling(stop=("fine", text)), "stop"),
+        (lambda text: KvChoice(policy=text), "policy"),
+    ],
+)
+def test_a_text_that_is_none_is_refused(make, named):
+    with pytest.raises(InvalidArgumentError) as caught:
+        make("hi\ud800")
+    assert caught.value.message == f"{named} has '\\ud800' at character 2, which is no text; give valid UTF-8"

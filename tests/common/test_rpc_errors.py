@@ -30,6 +30,8 @@ ERRORS = [
     and error is not SpectrumKVError
     # A caller learns of a missing method by a sentence: see the test of unmapped statuses.
     and error is not errors.UnimplementedError
+    # No peer says that it could not be reached.
+    and error is not errors.UnreachableError
 ]
 EXTRA = {ResourceExhaustedError: (2.5,), DataLossError: ("crc",)}
 
@@ -148,6 +150,17 @@ def test_a_deadline_far_too_short_gives_our_sentence(seconds):
         back = error_from_rpc(caught.value)
     assert isinstance(back, DeadlineExceededError)
     assert back.message == "the deadline passed; allow more time or ask for fewer tokens"
+
+
+def test_a_peer_that_is_away_is_told_from_one_that_says_that_another_is():
+    with served(raising(errors.UnreachableError("decode worker 1 is away"))) as server:
+        with pytest.raises(grpc.RpcError) as caught:
+            list(server.generate())
+        assert type(error_from_rpc(caught.value)) is errors.UnavailableError
+        server.server.drain(0, threading.Event())
+        with pytest.raises(grpc.RpcError) as caught:
+            list(server.generate())
+        assert type(error_from_rpc(caught.value)) is errors.UnreachableError
 
 
 def test_an_unmapped_status_keeps_its_code_in_the_message():

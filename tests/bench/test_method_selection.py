@@ -54,6 +54,15 @@ def test_fixed_policies_run_once_and_others_at_every_budget_in_their_range(
         assert budgets == [one for one in DEFAULT_BUDGETS if policy.min_budget <= one <= policy.max_budget]
 
 
+def test_the_help_says_of_which_policies_budgets_are_bytes() -> None:
+    parser = argparse.ArgumentParser()
+    add_method_flags(parser)
+    said = " ".join(parser.format_help().split())
+    counted = ", ".join(name for name in policies if policies.get(name).budget_is_counted)
+    assert f"for policy {counted} all bytes that are sent" in said
+    assert "for policies of tiers and baselines the mean cost per token" in said
+
+
 def test_default_is_what_the_servers_use(tiny_llama: LoadedModel) -> None:
     config = build(PrefillConfig, {})
     (method,) = select(tiny_llama, "--policies", "default").methods

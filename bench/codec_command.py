@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from spectrumkv.bench.destinations import check_destinations
 from spectrumkv.bench.geometry_flags import add_geometry_flags, geometry_from
 from spectrumkv.bench.tables import results_console
 from spectrumkv.client.json_output import STDOUT
@@ -44,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.bench.speed_result import load_average, write_speed_result
     from spectrumkv.common.model.load import choose_device
 
+    check_destinations(arguments)
     load_before = load_average()
     cache = codec.Cache.random(geometry_from(arguments), arguments.tokens, choose_device(arguments.device))
     under_test = [*codec.registered_codecs(cache), *kernels_under_test(cache), *quanto_codecs(cache)]

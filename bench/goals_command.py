@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from spectrumkv.bench.destinations import check_destinations
 from spectrumkv.bench.goals import Outcome, judge
 from spectrumkv.bench.plot_command import check_comparable, read_result
 from spectrumkv.bench.tables import results_console
@@ -39,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         SpectrumKVError: a result cannot be read, the runs are not comparable, or the method is not in them.
     """
+    check_destinations(arguments)
     results = [read_result(path) for path in arguments.results]
     check_comparable(arguments.results, results)
     policy, _, codec = arguments.policy.partition(":")

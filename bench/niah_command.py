@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from spectrumkv.bench.destinations import check_destinations
 from spectrumkv.bench.method_flags import add_method_flags, add_model_flags, add_output_flags
 from spectrumkv.bench.tables import method_cells, results_console, results_table
 from spectrumkv.client.json_output import STDOUT
@@ -54,8 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.bench.progress import progress
     from spectrumkv.common.model.load import load_model
 
+    check_destinations(arguments)
     choice = Choice.from_arguments(arguments)
-    plots.check_destination(arguments.plot)
     loaded = load_model(arguments.model, arguments.device, arguments.dtype)
     prompts = niah.needle_prompts(
         loaded.tokenizer, arguments.context, arguments.depths, arguments.needles, arguments.question

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from spectrumkv.bench.destinations import check_destinations
 from spectrumkv.common.errors import InvalidArgumentError
 
 # Of the arguments, what must be alike in runs that are compared.
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from spectrumkv.bench import plots
 
-    plots.check_destination(arguments.plot)
+    check_destinations(arguments)
     results = [read_result(path) for path in arguments.results]
     check_comparable(arguments.results, results)
     rows = [row for result in results for row in result["rows"]]

@@ -8,7 +8,8 @@ from rich.table import Table
 
 from spectrumkv.bench.destinations import check_destinations
 from spectrumkv.bench.goals import Outcome, judge
-from spectrumkv.bench.plot_command import check_comparable, read_result
+from spectrumkv.bench.plot_command import check_comparable
+from spectrumkv.bench.quality_result import read_result
 from spectrumkv.bench.tables import results_console
 from spectrumkv.client.json_output import STDOUT
 from spectrumkv.common.config import PrefillConfig

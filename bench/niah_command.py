@@ -51,12 +51,13 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.bench import niah, plots, quality
     from spectrumkv.bench.meta import describe_model, write_result
     from spectrumkv.bench.method_selection import Choice
-    from spectrumkv.bench.preparation import prepare
+    from spectrumkv.bench.preparation import check_peers, prepare
     from spectrumkv.bench.progress import progress
     from spectrumkv.common.model.load import load_model
 
     check_destinations(arguments)
     choice = Choice.from_arguments(arguments)
+    check_peers(choice, arguments.device)
     loaded = load_model(arguments.model, arguments.device, arguments.dtype)
     prompts = niah.needle_prompts(
         loaded.tokenizer, arguments.context, arguments.depths, arguments.needles, arguments.question

@@ -59,14 +59,16 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.bench import plots, quality
     from spectrumkv.bench.meta import describe_model, write_result
     from spectrumkv.bench.method_selection import Choice
-    from spectrumkv.bench.preparation import prepare
+    from spectrumkv.bench.preparation import check_peers, prepare
     from spectrumkv.bench.progress import progress
     from spectrumkv.bench.texts import load_text
     from spectrumkv.bench.windows import cut, text_digest
     from spectrumkv.common.model.load import load_model
 
     check_destinations(arguments)
-    choice, text = Choice.from_arguments(arguments), load_text(arguments.text)
+    choice = Choice.from_arguments(arguments)
+    check_peers(choice, arguments.device)
+    text = load_text(arguments.text)
     arguments.text_sha256 = text_digest(text)
     loaded = load_model(arguments.model, arguments.device, arguments.dtype)
     windows = cut(

@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from spectrumkv.bench.destinations import check_destinations
 from spectrumkv.bench.kv_flags import add_kv_flags, kv_choices
 from spectrumkv.bench.method_flags import add_model_flags
 from spectrumkv.bench.tables import results_console
@@ -67,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.prefill_server.plan import KvPlan
     from spectrumkv.prefill_server.probe.verdict import ProbeVerdict
 
+    check_destinations(arguments)
     if min(arguments.streams, arguments.arrivals, arguments.pause_tokens) < 1:
         raise InvalidArgumentError("--streams, --arrivals and --pause-tokens must each be at least 1")
     load_before = load_average()

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from spectrumkv.bench.destinations import check_destinations
 from spectrumkv.bench.geometry_flags import add_geometry_flags, geometry_from
 from spectrumkv.bench.tables import results_console
 from spectrumkv.client.json_output import STDOUT
@@ -34,20 +35,26 @@ def run(arguments: argparse.Namespace) -> int:
     """Do it.
 
     Raises:
-        SpectrumKVError: the geometry or the device cannot be used.
+        SpectrumKVError: the geometry or the device cannot be used, or quanto's kernels cannot be loaded now.
     """
     # Loading torch takes seconds, which --help need not pay.
     from spectrumkv.bench import codec
     from spectrumkv.bench.codec_kernels import kernels_under_test
     from spectrumkv.bench.codec_quanto import add_ratios_to_quanto, quanto_codecs
     from spectrumkv.bench.progress import progress
+    from spectrumkv.bench.quanto_extension import expect_extension
     from spectrumkv.bench.speed_result import load_average, write_speed_result
     from spectrumkv.common.model.load import choose_device
 
+    check_destinations(arguments)
     load_before = load_average()
     cache = codec.Cache.random(geometry_from(arguments), arguments.tokens, choose_device(arguments.device))
-    under_test = [*codec.registered_codecs(cache), *kernels_under_test(cache), *quanto_codecs(cache)]
-    with progress(arguments.rounds + 1, Console(stderr=True)) as on_round:
+    console = Console(stderr=True, highlight=False)
+    peers = quanto_codecs(cache)
+    if peers:
+        expect_extension(cache.device, console)
+    under_test = [*codec.registered_codecs(cache), *kernels_under_test(cache), *peers]
+    with progress(arguments.rounds + 1, console) as on_round:
         rows = codec.measure(cache, under_test, arguments.rounds, on_round)
     add_ratios_to_quanto(rows)
     if arguments.json != STDOUT:

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from spectrumkv.bench.destinations import check_destinations
 from spectrumkv.bench.method_flags import add_method_flags, add_model_flags
 from spectrumkv.bench.tables import method_cells, results_console, results_table
 from spectrumkv.client.json_output import STDOUT
@@ -46,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.bench.wire_method import WireMethod
     from spectrumkv.common.model.load import load_model
 
+    check_destinations(arguments)
     if arguments.rounds < 1:
         raise InvalidArgumentError(f"--rounds is {arguments.rounds}; allowed: 1 or more")
     load_before = load_average()

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from rich.table import Table
 
+from spectrumkv.bench.destinations import check_destinations
 from spectrumkv.bench.goals import Outcome, judge
-from spectrumkv.bench.plot_command import check_comparable, read_result
+from spectrumkv.bench.plot_command import check_comparable
+from spectrumkv.bench.quality_result import read_result
 from spectrumkv.bench.tables import results_console
 from spectrumkv.client.json_output import STDOUT
 from spectrumkv.common.config import PrefillConfig
@@ -39,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         SpectrumKVError: a result cannot be read, the runs are not comparable, or the method is not in them.
     """
+    check_destinations(arguments)
     results = [read_result(path) for path in arguments.results]
     check_comparable(arguments.results, results)
     policy, _, codec = arguments.policy.partition(":")

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from spectrumkv.bench import plots
+from spectrumkv.bench.destinations import check_destinations
 from spectrumkv.bench.meta import write_result
 from spectrumkv.bench.method_flags import DEFAULT_BUDGETS, add_output_flags, parse_budgets
 from spectrumkv.bench.progress import progress
@@ -155,9 +156,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    check_destinations(arguments)
     text = load_text(arguments.text)
     arguments.text_sha256 = text_digest(text)
-    plots.check_destination(arguments.plot)
     name, directory = find_model(arguments.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     transformers_logging.disable_progress_bar()

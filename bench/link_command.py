@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from spectrumkv.bench.destinations import check_destinations
 from spectrumkv.bench.method_flags import add_model_flags
 from spectrumkv.bench.tables import results_console
 from spectrumkv.client.json_output import STDOUT
@@ -63,14 +64,13 @@ def run(arguments: argparse.Namespace) -> int:
         SpectrumKVError: this is no place for namespaces, or a service or a request failed.
     """
     # Loading torch takes seconds, which --help need not pay.
-    from spectrumkv.bench import link, link_network, plots
+    from spectrumkv.bench import link, link_network
     from spectrumkv.bench.progress import progress
     from spectrumkv.bench.speed_result import load_average, write_speed_result
     from spectrumkv.client.running_pair import stopped_by_sigterm
 
+    check_destinations(arguments)
     link_network.check_privileges()
-    for path in (arguments.plot, arguments.timeline):
-        plots.check_destination(path)
     load_before = load_average()
     options = {name: getattr(arguments, name) for name in ("model", "device", "dtype", "int4")}
     given = {name: value for name, value in options.items() if value is not None}

@@ -22,8 +22,10 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
         "--budgets",
         type=parse_budgets,
         metavar="NUMBERS",
-        help="mean costs per token relative to FP16, separated by commas; methods skip those that they cannot keep "
-        f"to (default: {','.join(f'{one:g}' for one in DEFAULT_BUDGETS)}; for 'default' the servers')",
+        help="budgets relative to FP16, separated by commas: for policy spectral all bytes that are sent, framing "
+        "too; for policies of tiers and baselines the mean cost per token, scales and framing on top; methods skip "
+        "those that they cannot keep to "
+        f"(default: {','.join(f'{one:g}' for one in DEFAULT_BUDGETS)}; for 'default' the servers')",
     )
     for name, what in (("codec", "codecs"), ("scorer", "scorers"), ("scope", "scopes")):
         group.add_argument(

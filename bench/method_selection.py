@@ -84,6 +84,11 @@ class Choice:
             seed=arguments.seed,
         )
 
+    def runs_on(self, module: str) -> bool:
+        """Whether a baseline among the entries runs on a module that an optional extra brings, and that is there."""
+        chosen = [baselines.get(entry.name) for entry in self.entries if entry.name in baselines]
+        return any(one.requires == module and one.installed for one in chosen)
+
 
 @dataclass
 class Selection:

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from spectrumkv.bench.destinations import check_destinations
 from spectrumkv.bench.method_flags import add_method_flags, add_model_flags, add_output_flags
 from spectrumkv.bench.tables import method_cells, results_console, results_table
 from spectrumkv.client.json_output import STDOUT
@@ -50,12 +51,13 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.bench import niah, plots, quality
     from spectrumkv.bench.meta import describe_model, write_result
     from spectrumkv.bench.method_selection import Choice
-    from spectrumkv.bench.preparation import prepare
+    from spectrumkv.bench.preparation import check_peers, prepare
     from spectrumkv.bench.progress import progress
     from spectrumkv.common.model.load import load_model
 
+    check_destinations(arguments)
     choice = Choice.from_arguments(arguments)
-    plots.check_destination(arguments.plot)
+    check_peers(choice, arguments.device)
     loaded = load_model(arguments.model, arguments.device, arguments.dtype)
     prompts = niah.needle_prompts(
         loaded.tokenizer, arguments.context, arguments.depths, arguments.needles, arguments.question

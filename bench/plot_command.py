@@ -1,11 +1,12 @@
 """`spectrumkv-bench plot`: several runs of `quality` in one plot."""
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from spectrumkv.bench.destinations import check_destinations
+from spectrumkv.bench.quality_result import read_result
 from spectrumkv.common.errors import InvalidArgumentError
 
 # Of the arguments, what must be alike in runs that are compared.
@@ -33,31 +34,12 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from spectrumkv.bench import plots
 
-    plots.check_destination(arguments.plot)
+    check_destinations(arguments)
     results = [read_result(path) for path in arguments.results]
     check_comparable(arguments.results, results)
     rows = [row for result in results for row in result["rows"]]
     plots.draw_quality(rows, arguments.plot, results[0]["meta"]["model"]["name"])
     return 0
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """Read what `quality` wrote.
-
-    Raises:
-        InvalidArgumentError: it is something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InvalidArgumentError(f"{path}: {error.strerror}; name a file that quality wrote") from error
-    except ValueError as error:
-        raise InvalidArgumentError(f"{path} is no JSON: {error}; name a file that quality wrote") from error
-    rows = content.get("rows") if isinstance(content, dict) else None
-    if not rows or not all("kl" in row for row in rows):
-        raise InvalidArgumentError(f"{path} has no rows of quality; name a file that quality wrote")
-    result: dict[str, Any] = content
-    return result
 
 
 def check_comparable(paths: list[Path], results: list[dict[str, Any]]) -> None:

@@ -19,19 +19,19 @@ BUDGET_TICKS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
 Rows = Sequence[Mapping[str, Any]]
 
 
-def check_destination(path: str | None) -> None:
-    """Refuse a plot that could not be written, before hours are spent on what it shows.
+def check_format(flag: str, path: str) -> None:
+    """Refuse a plot that could not be drawn.
+
+    Args:
+        flag: that names it.
+        path: where to.
 
     Raises:
-        InvalidArgumentError: the file's format is not known, or its folder does not exist.
+        InvalidArgumentError: the file's format is not known.
         FailedPreconditionError: matplotlib is not installed.
     """
-    if path is None:
-        return
     if Path(path).suffix not in FORMATS:
-        raise InvalidArgumentError(f"--plot {path}; allowed: a file that ends in one of {', '.join(FORMATS)}")
-    if not Path(path).resolve().parent.is_dir():
-        raise InvalidArgumentError(f"--plot {path}: its folder does not exist")
+        raise InvalidArgumentError(f"{flag} {path}; allowed: a file that ends in one of {', '.join(FORMATS)}")
     _figure_class()
 
 

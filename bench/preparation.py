@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from spectrumkv.bench.method_selection import Choice, MethodSelector
+from spectrumkv.bench.quanto_extension import QUANTO, expect_extension
 from spectrumkv.bench.served_model import Method, ServedModel
 from spectrumkv.common.config import PrefillConfig, build
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.spectral.basis import SpectralBasis
-from spectrumkv.common.model.load import LoadedModel
+from spectrumkv.common.model.load import LoadedModel, choose_device
 from spectrumkv.prefill_server.basis_cache import EXCERPTS, resolve_basis
 from spectrumkv.prefill_server.engine import PrefillEngine
 from spectrumkv.prefill_server.probe.probe import resolve_verdict
@@ -28,6 +29,20 @@ class Prepared:
 
     served: ServedModel
     methods: list[Method]
+
+
+def check_peers(choice: Choice, device: str) -> None:
+    """Look, before a model is loaded, whether the peers that are to be measured can run.
+
+    Args:
+        choice: of methods.
+        device: as `--device` has it.
+
+    Raises:
+        SpectrumKVError: there is no such device, or quanto's kernels cannot be loaded now.
+    """
+    if choice.runs_on(QUANTO):
+        expect_extension(choose_device(device), Console(stderr=True, highlight=False))
 
 
 def prepare(loaded: LoadedModel, choice: Choice, arguments: argparse.Namespace, tokens: int) -> Prepared:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from spectrumkv.bench.destinations import check_destinations
 from spectrumkv.bench.method_flags import add_method_flags, add_model_flags, add_output_flags
 from spectrumkv.bench.tables import WIDE_COLUMNS, method_cells, results_console, results_table
 from spectrumkv.client.json_output import STDOUT
@@ -58,15 +59,17 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.bench import plots, quality
     from spectrumkv.bench.meta import describe_model, write_result
     from spectrumkv.bench.method_selection import Choice
-    from spectrumkv.bench.preparation import prepare
+    from spectrumkv.bench.preparation import check_peers, prepare
     from spectrumkv.bench.progress import progress
     from spectrumkv.bench.texts import load_text
     from spectrumkv.bench.windows import cut, text_digest
     from spectrumkv.common.model.load import load_model
 
-    choice, text = Choice.from_arguments(arguments), load_text(arguments.text)
+    check_destinations(arguments)
+    choice = Choice.from_arguments(arguments)
+    check_peers(choice, arguments.device)
+    text = load_text(arguments.text)
     arguments.text_sha256 = text_digest(text)
-    plots.check_destination(arguments.plot)
     loaded = load_model(arguments.model, arguments.device, arguments.dtype)
     windows = cut(
         loaded.tokenizer, text, arguments.context, arguments.scored, arguments.skip_windows, arguments.windows

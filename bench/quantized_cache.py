@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import QuantoQuantizedLayer
 
 from spectrumkv.bench.baselines import baseline, coded_bytes
+from spectrumkv.bench.quanto_extension import QUANTO
 from spectrumkv.bench.served_model import Prompt, SentBytes
 from spectrumkv.decode_server.slots import Reservation, SlotArena
 
@@ -19,25 +20,25 @@ NUMBERS_PER_GROUP = 2
 PER_TOKEN, PER_CHANNEL = 0, -1
 
 
-@baseline("quanto-4bit", codec="quanto", min_budget=0.25, requires="optimum.quanto")
+@baseline("quanto-4bit", codec="quanto", min_budget=0.25, requires=QUANTO)
 def quanto_4bit(prompt: Prompt, arena: SlotArena, reservation: Reservation, budget: float) -> SentBytes:
     """4 bits, grouped along the token: the settings that QuantizedCache has by itself."""
     return _send(prompt, reservation, bits=4, axis_key=PER_TOKEN)
 
 
-@baseline("quanto-2bit", codec="quanto", min_budget=0.125, requires="optimum.quanto")
+@baseline("quanto-2bit", codec="quanto", min_budget=0.125, requires=QUANTO)
 def quanto_2bit(prompt: Prompt, arena: SlotArena, reservation: Reservation, budget: float) -> SentBytes:
     """2 bits, grouped along the token: the settings that QuantizedCache has by itself."""
     return _send(prompt, reservation, bits=2, axis_key=PER_TOKEN)
 
 
-@baseline("quanto-4bit-kivi", codec="quanto", min_budget=0.25, requires="optimum.quanto")
+@baseline("quanto-4bit-kivi", codec="quanto", min_budget=0.25, requires=QUANTO)
 def quanto_4bit_kivi(prompt: Prompt, arena: SlotArena, reservation: Reservation, budget: float) -> SentBytes:
     """4 bits, keys grouped along the channel as KIVI has it (Liu et al. 2024, arXiv 2402.02750)."""
     return _send(prompt, reservation, bits=4, axis_key=PER_CHANNEL)
 
 
-@baseline("quanto-2bit-kivi", codec="quanto", min_budget=0.125, requires="optimum.quanto")
+@baseline("quanto-2bit-kivi", codec="quanto", min_budget=0.125, requires=QUANTO)
 def quanto_2bit_kivi(prompt: Prompt, arena: SlotArena, reservation: Reservation, budget: float) -> SentBytes:
     """2 bits, keys grouped along the channel as KIVI has it (Liu et al. 2024, arXiv 2402.02750)."""
     return _send(prompt, reservation, bits=2, axis_key=PER_CHANNEL)

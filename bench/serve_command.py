@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from spectrumkv.bench.destinations import check_destinations
 from spectrumkv.bench.kv_flags import add_kv_flags, kv_choices
 from spectrumkv.bench.method_flags import add_model_flags
 from spectrumkv.bench.tables import results_console
@@ -88,6 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.bench.speed_result import load_average, write_speed_result
     from spectrumkv.client.running_pair import stopped_by_sigterm
 
+    check_destinations(arguments)
     load_before = load_average()
     goodput, choices = Goodput.parse(arguments.goodput), kv_choices(arguments)
     with stopped_by_sigterm(), ExitStack() as running:

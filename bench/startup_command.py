@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from spectrumkv.bench.destinations import check_destinations
 from spectrumkv.bench.method_flags import add_model_flags
 from spectrumkv.bench.tables import results_console
 from spectrumkv.client.json_output import STDOUT
@@ -34,13 +35,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Do it.
 
     Raises:
-        InvalidArgumentError: there are no rounds.
+        InvalidArgumentError: there are no rounds, or the rows could not be written.
         UnavailableError: the services did not start.
     """
     from spectrumkv.bench.progress import progress
     from spectrumkv.bench.speed_result import load_average, write_speed_result
     from spectrumkv.bench.startup import seconds_to_ready
 
+    check_destinations(arguments)
     if arguments.rounds < 1:
         raise InvalidArgumentError(f"--rounds is {arguments.rounds}; allowed: 1 or more")
     load_before = load_average()

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from spectrumkv.bench.destinations import check_destinations
 from spectrumkv.bench.geometry_flags import add_geometry_flags, geometry_from
 from spectrumkv.bench.kv_flags import add_kv_flags, kv_choices
 from spectrumkv.bench.tables import results_console
@@ -75,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.prefill_server.plan import KvPlan
     from spectrumkv.prefill_server.probe.verdict import ProbeVerdict
 
+    check_destinations(arguments)
     tls = _tls_files(arguments)
     load_before = load_average()
     cache = Cache.random(geometry_from(arguments), arguments.tokens, torch.device("cpu"))

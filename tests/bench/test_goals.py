@@ -13,7 +13,8 @@ from tests.bench.test_plot_command import result, write
 def row(policy: str, target: float, counted: float, kl: float, **changes: Any) -> dict[str, Any]:
     return {
         "policy": policy, "codec": "absmax", "scorer": "attention", "scope": "layer", "budget_target": target,
-        "budget_counted": counted, "kl": kl, "ppl_delta_pct": 0.01, "ppl_delta_pct_ci": [-0.1, 0.1], "windows": 24,
+        "budget_counted": counted, "kl": kl, "kl_ci": [kl / 2, 2 * kl], "ppl_delta_pct": 0.01,
+        "ppl_delta_pct_ci": [-0.1, 0.1], "windows": 24,
     } | changes  # fmt: skip
 
 

@@ -3,9 +3,10 @@ import argparse
 import pytest
 from prometheus_client import CollectorRegistry
 
-from spectrumkv.bench.baselines import baselines
+from spectrumkv.bench.baselines import Baseline, baselines
 from spectrumkv.bench.method_flags import DEFAULT_BUDGETS, add_method_flags
 from spectrumkv.bench.method_selection import Choice, MethodSelector, Selection
+from spectrumkv.bench.quanto_extension import QUANTO
 from spectrumkv.bench.synthetic_basis import synthetic_basis
 from spectrumkv.bench.wire_method import WireMethod, is_fixed
 from spectrumkv.common.config import PrefillConfig, build
@@ -52,6 +53,28 @@ def test_fixed_policies_run_once_and_others_at_every_budget_in_their_range(
         assert budgets == [policy.min_budget]
     else:
         assert budgets == [one for one in DEFAULT_BUDGETS if policy.min_budget <= one <= policy.max_budget]
+
+
+def test_the_help_says_of_which_policies_budgets_are_bytes() -> None:
+    parser = argparse.ArgumentParser()
+    add_method_flags(parser)
+    said = " ".join(parser.format_help().split())
+    counted = ", ".join(name for name in policies if policies.get(name).budget_is_counted)
+    assert f"for policy {counted} all bytes that are sent" in said
+    assert "for policies of tiers and baselines the mean cost per token" in said
+
+
+@pytest.mark.parametrize(
+    ("names", "run"), [("quanto-4bit", True), ("all", True), ("fp16,quanto-2bit-kivi", True), ("fp16", False)]
+)
+def test_a_choice_knows_which_peers_it_runs_on(monkeypatch: pytest.MonkeyPatch, names: str, run: bool) -> None:
+    pytest.importorskip(QUANTO)
+    parser = argparse.ArgumentParser()
+    add_method_flags(parser)
+    choice = Choice.from_arguments(parser.parse_args(["--policies", names]))
+    assert choice.runs_on(QUANTO) is run
+    monkeypatch.setattr(Baseline, "installed", property(lambda baseline: baseline.requires != QUANTO))
+    assert not choice.runs_on(QUANTO)
 
 
 def test_default_is_what_the_servers_use(tiny_llama: LoadedModel) -> None:

@@ -11,8 +11,8 @@ def result(policy: str, **changes: Any) -> dict[str, Any]:
     arguments = {"context": 96, "scored": 16, "skip_windows": 0, "windows": 2, "text_sha256": "ab"} | changes
     rows = [
         {
-            "policy": policy, "codec": "absmax", "scorer": "", "scope": "layer", "budget_counted": budget,
-            "kl": 0.01 / budget, "kl_ci": [0.005 / budget, 0.02 / budget],
+            "policy": policy, "codec": "absmax", "scorer": "", "scope": "layer", "budget_target": budget,
+            "budget_counted": budget, "kl": 0.01 / budget, "kl_ci": [0.005 / budget, 0.02 / budget],
             "ppl_delta_pct": 0.1 / budget, "ppl_delta_pct_ci": [-0.1, 1.0], "windows": 2,
         }
         for budget in (0.5, 0.25)

@@ -44,4 +44,5 @@ def _problem(destination: str) -> str | None:
         if path.is_dir():
             return "it is a folder"
         place = path
-    return None if os.access(place, os.W_OK) else "it may not be written"
+    needed = os.W_OK | os.X_OK if place.is_dir() else os.W_OK
+    return None if os.access(place, needed) else "it may not be written"

@@ -26,6 +26,8 @@ ROOM_TIMEOUT_SECONDS = 2.0
 WATCH_SECONDS = 300.0
 # Who has not come after this long, from the start or since it shut down, is not expected any more.
 EXPECTED_SECONDS = 60.0
+# One that was never there after so long may have been misspelt: services that start together are there sooner.
+LATE_SECONDS = 5.0
 # Before a watch that ended is begun anew; that then waits for the connection.
 PAUSE_SECONDS = 0.1
 _TOO_MANY_WATCHERS = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNIMPLEMENTED)
@@ -193,7 +195,8 @@ class DecodeWorker:
                     self._slots = info.slots_total
                     self._others = max(0, info.slots_used - self._own)
             self._learn(answers=info is not None)
-            if info is None and self.life == 0 and not missed:
+            late = self.life == 0 and time.monotonic() - self._followed_since > LATE_SECONDS
+            if info is None and late and not missed:
                 missed = True
                 logger.warning("decode worker %s does not answer yet", self.address)
             self._due.wait(ROOM_SECONDS)

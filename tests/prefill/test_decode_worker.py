@@ -121,6 +121,19 @@ def test_one_that_failed_a_request_is_asked_last_until_it_answers(scripted: Scri
     server.drain(0, threading.Event())
 
 
+def test_one_that_was_never_there_is_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(decode_worker, "ROOM_SECONDS", 0.01)
+    with followed(1):
+        threading.Event().wait(0.1)
+        assert caplog.messages == []
+        monkeypatch.setattr(decode_worker, "LATE_SECONDS", 0.0)
+        until(lambda: bool(caplog.messages))
+        threading.Event().wait(0.1)
+    assert caplog.messages == ["decode worker 127.0.0.1:1 does not answer yet"]
+
+
 def test_one_that_was_never_there_is_expected_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     with followed(1) as worker:
         assert not worker.accepting

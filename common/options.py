@@ -119,7 +119,14 @@ def one_of(*choices: str) -> Parser:
     return parse
 
 
-def option(default: Any, help_text: str, parse: Parser = str, shown: str = "") -> Any:
+def some_text(text: str) -> str:
+    """Accept any text but none: an empty name stands for nothing, and as a path for the folder that one is in."""
+    if not text:
+        raise ValueError("a text that is not empty, or leave the option out")
+    return text
+
+
+def option(default: Any, help_text: str, parse: Parser = some_text, shown: str = "") -> Any:
     """Declare one option: its default, what it means, and how its text is read.
 
     Args:

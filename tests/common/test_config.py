@@ -21,7 +21,7 @@ from spectrumkv.common.config import (
     text_of,
 )
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.options import allowed_by
+from spectrumkv.common.options import allowed_by, some_text
 
 CONFIGS = [PrefillConfig, DecodeConfig]
 OPTIONS = [(config, declared) for config in CONFIGS for declared in fields(config)]
@@ -107,7 +107,7 @@ def test_a_budget_may_be_left_to_the_probe():
 
 @pytest.mark.parametrize(
     ("config", "declared"),
-    [one for one in TEXTS if one[1].metadata["parse"] is not str],
+    [one for one in TEXTS if one[1].metadata["parse"] is not some_text],
     ids=lambda one: getattr(one, "name", None),
 )
 def test_a_word_that_is_no_choice_is_refused_with_the_choices(config, declared):
@@ -115,6 +115,11 @@ def test_a_word_that_is_no_choice_is_refused_with_the_choices(config, declared):
     assert message.startswith(f"{flag_name(declared.name)} is 'Auto '; allowed: one of ")
     for choice in message.partition("one of ")[2].split(", "):
         assert getattr(build(config, {declared.name: choice}), declared.name) == choice
+
+
+@pytest.mark.parametrize(("config", "declared"), TEXTS, ids=[f"{one.__name__}-{two.name}" for one, two in TEXTS])
+def test_a_text_that_is_none_is_refused(config, declared):
+    assert refusal(config, {declared.name: ""}).startswith(f"{flag_name(declared.name)} is ''; allowed: ")
 
 
 @pytest.mark.parametrize(("config", "declared"), OPTIONS, ids=IDS)

@@ -151,6 +151,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             raise NotFoundError(f"model {request.model!r} is not served here; this service has {loaded.name!r}")
         params = SamplingParams.from_proto(request.sampling).with_seed()
         assert params.seed is not None
+        params.check_vocabulary(loaded.spec.vocab_size)
         token_ids = read_prompt(request, loaded.tokenizer, loaded.spec.vocab_size)
         check_length(len(token_ids), params.max_tokens, loaded.context_length)
         plan = KvPlan.resolve(request.kv, self._config, self._verdict, params.seed, self._basis)

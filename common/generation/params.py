@@ -73,6 +73,15 @@ class SamplingParams:
         """Return these parameters with a seed: their own, or one from the system's randomness."""
         return self if self.seed is not None else replace(self, seed=secrets.randbits(64))
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuse stop token ids that the model can never generate: they are of another tokenizer.
+
+        Raises:
+            InvalidArgumentError: one is `vocab_size` or more.
+        """
+        for token_id in self.stop_token_ids:
+            _check_whole("a stop token id", token_id, 0, vocab_size - 1)
+
     @classmethod
     def from_proto(cls, message: generation_pb2.SamplingParams) -> "SamplingParams":
         """Read a message; fields that it does not set take the defaults.

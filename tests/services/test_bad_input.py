@@ -54,6 +54,7 @@ def nothing_is_held(pair: Pair) -> bool:
         ({"sampling": Sampling(max_tokens=0)}, "max_tokens.*0"),
         ({"sampling": Sampling(logprobs=100)}, "logprobs.*100"),
         ({"sampling": Sampling(stop=("",))}, "stop"),
+        ({"sampling": Sampling(stop_token_ids=(2, 10**6))}, "a stop token id is 1000000; allowed: .* 0 to "),
         ({"kv": KvChoice(policy="magic")}, "unknown policy 'magic'; valid: .*greedy.*adaptive"),
         ({"kv": KvChoice(scorer="magic")}, "unknown scorer 'magic'; valid: attention"),
         ({"kv": KvChoice(codec="magic")}, "unknown codec 'magic'; valid: absmax"),

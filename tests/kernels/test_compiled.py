@@ -58,7 +58,7 @@ def run(copied: Path, **variables: str) -> tuple[int, int]:
     return int(number), int(hits)
 
 
-@pytest.mark.parametrize("variable", ["SPECTRUMKV_CACHE", "NUMBA_CACHE_DIR"])
+@pytest.mark.parametrize("variable", ["SPECTRUMKV_CACHE", pytest.param("NUMBA_CACHE_DIR", marks=pytest.mark.slow)])
 def test_what_a_function_calls_may_change(copied: Path, tmp_path: Path, variable: str) -> None:
     kept = {variable: str(tmp_path / "kept")}
     assert run(copied, **kept) == (1, 0)
@@ -67,6 +67,7 @@ def test_what_a_function_calls_may_change(copied: Path, tmp_path: Path, variable
     assert run(copied, **kept) == (2, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variable", ["SPECTRUMKV_CACHE", "NUMBA_CACHE_DIR"])
 def test_where_nothing_can_be_kept_nothing_is(copied: Path, tmp_path: Path, variable: str) -> None:
     (tmp_path / "file").write_text("no directory")

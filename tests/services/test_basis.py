@@ -29,6 +29,7 @@ SPECTRAL = KvChoice(policy="spectral", budget=0.4)
 WAIT_SECONDS = 30.0
 
 
+@pytest.mark.slow
 def test_every_worker_is_sent_the_basis_once(tiny_directories: dict[str, Path]) -> None:
     model = tiny_directories["llama"]
     with (
@@ -82,6 +83,7 @@ def test_who_leaves_while_it_is_sent_leaves_that_to_the_next_one(
         staying.result(timeout=WAIT_SECONDS)
 
 
+@pytest.mark.slow
 def test_uploads_of_others_are_waited_for(tiny_directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     attempts = threading.Semaphore(0)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spectrumkv.client.json_output import write_json
+from spectrumkv.common.machine import memory_bytes
 
 # Not at run time: the bench of kvpress runs on another transformers than loading does.
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": memory_bytes(),
         "gpus": gpus,
         "system": f"{platform.system()} {platform.machine()}",
     }
@@ -98,13 +99,6 @@ def _cpu_model() -> str:
     except OSError:
         listed = None
     return listed[1] if listed else platform.processor() or platform.machine()
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import errno
 import random
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -170,7 +169,7 @@ def _hold(held: ExitStack, address: Address) -> Address:
     try:
         if not address.port:
             return _hold_any(held, address.host)
-        _listen(held, address)
+        held.enter_context(address.listener())
     except OSError as error:
         raise InvalidArgumentError(
             f"cannot listen on {address}: {error.strerror}; stop what uses it or choose another port (0: any)"
@@ -184,7 +183,7 @@ def _hold_any(held: ExitStack, host: str) -> Address:
     for port in (*range(start, SEARCHED_PORTS.stop), *range(SEARCHED_PORTS.start, start)):
         if port not in _found_ports:
             try:
-                _listen(held, Address(host, port))
+                held.enter_context(Address(host, port).listener())
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
                     raise
@@ -192,12 +191,3 @@ def _hold_any(held: ExitStack, host: str) -> Address:
                 _found_ports.add(port)
                 return Address(host, port)
     raise OSError(errno.EADDRINUSE, f"no port from {SEARCHED_PORTS.start} to {SEARCHED_PORTS.stop - 1} is free")
-
-
-def _listen(held: ExitStack, address: Address) -> None:
-    family = socket.AF_INET6 if address.host.startswith("[") else socket.AF_INET
-    listener = held.enter_context(socket.socket(family))
-    # As servers do: a port whose last connections are still in TIME_WAIT counts as free.
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((address.host.strip("[]"), address.port))
-    listener.listen()

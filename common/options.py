@@ -3,6 +3,7 @@
 import ipaddress
 import math
 import re
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -39,6 +40,23 @@ class Address:
             return ipaddress.ip_address(self.host.strip("[]")).version
         except ValueError:
             return None
+
+    def listener(self) -> socket.socket:
+        """Return a socket that listens here, as servers do.
+
+        Raises:
+            OSError: the address is not this machine's, or in use.
+        """
+        listener = socket.socket(socket.AF_INET6 if self.host.startswith("[") else socket.AF_INET)
+        try:
+            # A port whose last connections are still in TIME_WAIT counts as free.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((self.host.strip("[]"), self.port))
+            listener.listen()
+        except OSError:
+            listener.close()
+            raise
+        return listener
 
     @classmethod
     def parse(cls, text: str) -> "Address":

@@ -44,7 +44,6 @@ def run(serve: Callable[[], None]) -> NoReturn:
     Args:
         serve: loads all that requests need, and serves.
     """
-
     keep_one_arena()
     exit_on_error(serve)
     leave()

@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 from spectrumkv.common.errors import InternalError
@@ -25,14 +25,15 @@ class RunAhead(Generic[T]):
         self._depth = depth
         self._changed = threading.Condition()
         self._waiting: deque[T] = deque()
-        self._end: Callable[[], None] | None = None
+        self._over = False
+        self._error: Exception | None = None
         self._closed = False
         threading.Thread(target=self._run, args=(items,), name=name, daemon=True).start()
 
     def __iter__(self) -> Iterator[T]:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._end is not None or self._closed)
+                self._changed.wait_for(lambda: self._waiting or self._over or self._closed)
                 if self._closed:
                     return
                 if not self._waiting:
@@ -40,8 +41,8 @@ class RunAhead(Generic[T]):
                 item = self._waiting.popleft()
                 self._changed.notify_all()
             yield item
-        assert self._end is not None
-        self._end()
+        if self._error is not None:
+            raise self._error
 
     def close(self) -> None:
         """Drop what waits, and end both: this at once, the thread at its next item."""
@@ -51,17 +52,17 @@ class RunAhead(Generic[T]):
             self._changed.notify_all()
 
     def _run(self, items: Iterator[T]) -> None:
-        end = _raiser(InternalError("the thread that makes items ended"))
+        error: Exception | None = InternalError("the thread that makes items ended")
         try:
             for item in items:
                 if not self._put(item):
                     return
-            end = _nothing
-        except Exception as error:  # noqa: BLE001  # it belongs to whoever takes the items
-            end = _raiser(error)
+            error = None
+        except Exception as raised:  # noqa: BLE001  # it belongs to whoever takes the items
+            error = raised
         finally:
             # Whatever it was: nobody must wait for a thread that is no more.
-            self._finish(end)
+            self._finish(error)
 
     def _put(self, item: T) -> bool:
         """Wait for room; return whether anybody still takes items."""
@@ -72,18 +73,7 @@ class RunAhead(Generic[T]):
                 self._changed.notify_all()
             return not self._closed
 
-    def _finish(self, end: Callable[[], None]) -> None:
+    def _finish(self, error: Exception | None) -> None:
         with self._changed:
-            self._end = end
+            self._over, self._error = True, error
             self._changed.notify_all()
-
-
-def _nothing() -> None:
-    """The end of what ends in order."""
-
-
-def _raiser(error: Exception) -> Callable[[], None]:
-    def end() -> None:
-        raise error
-
-    return end

@@ -1,7 +1,6 @@
 """What can be wrong with a service's options, found before its model is loaded: that takes seconds, or minutes."""
 
 import os
-import socket
 
 from spectrumkv.common.config import Address, ServerConfig, flag_name
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
@@ -36,13 +35,8 @@ def check_processor() -> None:
 
 
 def _check_address(name: str, address: Address) -> None:
-    family = socket.AF_INET6 if address.host.startswith("[") else socket.AF_INET
     try:
-        with socket.socket(family) as listener:
-            # As servers do: a port whose last connections are still in TIME_WAIT counts as free.
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((address.host.strip("[]"), address.port))
-            listener.listen()
+        address.listener().close()
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         raise InvalidArgumentError(

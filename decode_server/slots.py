@@ -1,26 +1,17 @@
 """The KV cache of the decode service: one arena of slots, reserved before anything is computed."""
 
-import math
-import os
 import threading
 from types import TracebackType
 
 import torch
 
+from spectrumkv.common import machine
 from spectrumkv.common.errors import FailedPreconditionError, ResourceExhaustedError
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.metrics import Metrics
 
 # How soon a refused prefill may ask again: about the time in which a short answer frees its slots.
 RETRY_AFTER_SECONDS = 1.0
-
-
-def memory_of_machine() -> float:
-    """How many bytes the machine has; infinite where it does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return math.inf
 
 
 class SlotArena:
@@ -53,7 +44,8 @@ class SlotArena:
             raise FailedPreconditionError(
                 f"--kv-memory of {memory_bytes} bytes holds no slot; one takes {self.slot_bytes} bytes"
             )
-        if device.type == "cpu" and memory_bytes > (there := memory_of_machine()):
+        there = machine.memory_bytes()
+        if device.type == "cpu" and there is not None and memory_bytes > there:
             raise FailedPreconditionError(
                 f"--kv-memory is {memory_bytes} bytes, and this machine has {there}, of which the model takes some"
             )

@@ -76,12 +76,8 @@ class KvPlan:
             InvalidArgumentError: a name is unknown, or the budget is out of the policy's range.
             FailedPreconditionError: the codec needs a basis and there is none.
         """
-        policy = policies.get(options.policy or config.policy)
+        policy, scorer, codec = _named(options, config)
         requested = options.budget if options.HasField("budget") else None
-        scorer = options.scorer or config.scorer
-        scorers.get(scorer)
-        codec = codecs.get(options.codec or policy.codec or config.codec)
-        _check_codec(policy, codec)
         if codec.needs_basis or policy.budget_is_counted:
             needed_basis(codec, basis)
         return cls(
@@ -159,14 +155,13 @@ def check_defaults(config: PrefillConfig) -> None:
         InvalidArgumentError: a name is unknown, the codec cannot write what policies give, or the budget is out of
             the policy's range.
     """
-    policy, codec = policies.get(config.policy), codecs.get(config.codec)
-    scorers.get(config.scorer)
+    codec = codecs.get(config.codec)
     if not codec.tiers >= SPECTRUM:
         raise InvalidArgumentError(
             f"--codec is {codec.name!r}, which does not write all tiers; it is for policies that name no codec of "
             f"their own: {', '.join(name for name in codecs if codecs.get(name).tiers >= SPECTRUM)}"
         )
-    _check_codec(policy, codecs.get(policy.codec or config.codec))
+    policy, _, _ = _named(prefill_pb2.KvOptions(), config)
     if config.budget is not None:
         policy.check_budget(config.budget)
 
@@ -174,6 +169,16 @@ def check_defaults(config: PrefillConfig) -> None:
 def default_budget(policy: Policy, config: PrefillConfig, verdict: ProbeVerdict) -> float:
     """Return the budget of a request that names none: the operator's word, or else what the probe found."""
     return verdict.default_budget(policy) if config.budget is None else config.budget
+
+
+def _named(options: prefill_pb2.KvOptions, config: PrefillConfig) -> tuple[Policy, str, Codec]:
+    """Policy, scorer's name and codec of a request, what it leaves open filled in from the configuration."""
+    policy = policies.get(options.policy or config.policy)
+    scorer = options.scorer or config.scorer
+    scorers.get(scorer)
+    codec = codecs.get(options.codec or policy.codec or config.codec)
+    _check_codec(policy, codec)
+    return policy, scorer, codec
 
 
 def _check_codec(policy: Policy, codec: Codec) -> None:

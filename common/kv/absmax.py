@@ -21,8 +21,8 @@ from spectrumkv.kernels.absmax import INT4, INT8
 TIERS = frozenset({Tier.DROP, Tier.INT4, Tier.INT8, Tier.FP16})
 # The first sections of a body hold elements and scales, the others codes.
 FLOAT_SECTIONS = 3
-# Offsets of one launch on a GPU have 32 bits, and a block fits a chunk of 1 MiB.
-BLOCKS_AT_ONCE = 1024
+# By device. Offsets of one launch on a GPU have 32 bits, and a block fits a chunk of 1 MiB.
+BLOCKS_AT_ONCE = {"cpu": 1, "cuda": 1024}
 FORMATS = {Tier.INT8: INT8, Tier.INT4: INT4}
 
 
@@ -48,21 +48,10 @@ class AbsmaxCodec(TierCodec):
         cuts: Sequence[int],
         geometry: KvGeometry,
     ) -> Iterator[EncodedBlock]:
-        """Code blocks one by one on a CPU, where the first is on its way before the last; at once on a GPU."""
-        encode = self.encode_together if keys.is_cuda else super().encode_blocks
-        return encode(keys, values, tiers, cuts, geometry)
-
-    def encode_together(
-        self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        tiers: torch.Tensor,
-        cuts: Sequence[int],
-        geometry: KvGeometry,
-    ) -> Iterator[EncodedBlock]:
-        """Code blocks in as few calls of the kernel as there can be."""
-        for first in range(0, len(cuts) - 1, BLOCKS_AT_ONCE):
-            part = cuts[first : first + BLOCKS_AT_ONCE + 1]
+        """Code blocks one by one on a CPU, where the first is on its way before the last; together on a GPU."""
+        at_once = BLOCKS_AT_ONCE[keys.device.type]
+        for first in range(0, len(cuts) - 1, at_once):
+            part = cuts[first : first + at_once + 1]
             span = slice(part[0], part[-1])
             own_cuts = [cut - part[0] for cut in part]
             yield from self._encode(keys[:, span], values[:, span], tiers[span], own_cuts, geometry)

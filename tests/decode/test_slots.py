@@ -1,5 +1,4 @@
 import itertools
-import math
 
 import pytest
 import torch
@@ -7,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
+from spectrumkv.common import machine
 from spectrumkv.common.errors import FailedPreconditionError, ResourceExhaustedError
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.metrics import Metrics
-from spectrumkv.decode_server import slots
 from spectrumkv.decode_server.slots import Reservation, SlotArena
 
 GEOMETRY = KvGeometry(layers=2, kv_heads=3, head_dim=4, native_dtype=torch.float32)
@@ -35,7 +34,7 @@ def test_memory_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(FailedPreconditionError, match=r"--kv-memory is 2\d+ bytes, and this machine has \d+, of"):
         SlotArena(GEOMETRY, 2 * 10**15, device, metrics)
     # A machine that does not say, and an allocator that says no.
-    monkeypatch.setattr(slots, "memory_of_machine", lambda: math.inf)
+    monkeypatch.setattr(machine, "memory_bytes", lambda: None)
     with pytest.raises(
         FailedPreconditionError, match="--kv-memory of 4611686018427387904 bytes cannot be had on cpu"
     ):

@@ -1,7 +1,6 @@
 """What prefill knows of a decode worker, from a scripted one over a real socket."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,8 +19,7 @@ from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.prefill_server import decode_worker
 from spectrumkv.prefill_server.decode_worker import DecodeWorker
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc
-
-WAIT_SECONDS = 20.0
+from tests.waiting import WAIT_SECONDS, until
 
 
 class Scripted:
@@ -57,13 +55,6 @@ def followed(port: int, on_change: Callable[[], None] = lambda: None) -> Iterato
         yield worker
     finally:
         worker.close()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
-        threading.Event().wait(0.005)
 
 
 @pytest.fixture

@@ -2,8 +2,7 @@
 
 import contextlib
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from spectrumkv.prefill_server.codec_choice import ENOUGH, CodecChoice, Pace
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc
 from tests.services.pair import decode_server, prefill_server, sample, total
 from tests.services.test_lossless import random_prompt
+from tests.waiting import until
 
 SPECTRAL = KvChoice(policy="spectral", budget=0.4)
 WAIT_SECONDS = 30.0
@@ -244,10 +244,3 @@ def spectral_pair(model: Path) -> Iterator[SpectralPair]:
         SpectrumClient(f"127.0.0.1:{port}") as client,
     ):
         yield SpectralPair(client, prefill, decode, decode_port)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
-        threading.Event().wait(0.005)

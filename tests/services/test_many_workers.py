@@ -2,8 +2,6 @@
 
 import contextlib
 import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +16,10 @@ from spectrumkv.common.metrics import Metrics
 from tests.faults.link import TOWARDS_CLIENT, TOWARDS_SERVER, Link, link_to
 from tests.services.pair import decode_server, prefill_server, sample, total
 from tests.services.test_lossless import random_prompt
+from tests.waiting import until
 
 # 3 KiB a slot of the tiny llama.
 MANY, FEW = "24MiB", "12MiB"
-WAIT_SECONDS = 20.0
 PROMPT = TokenIds(tuple(random_prompt(400)))
 SAMPLED = Sampling(max_tokens=24, ignore_eos=True, temperature=1.0, seed=11)
 
@@ -58,16 +56,10 @@ class Workers:
     def passed_over(self, reason: str) -> float:
         return sample(self.prefill_metrics, "decode_workers_passed_over_total", reason=reason)
 
-    def until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + WAIT_SECONDS
-        while not condition():
-            assert time.monotonic() < deadline, "it did not come true"
-            threading.Event().wait(0.005)
-
     def until_quiet(self) -> None:
         """Wait until nothing is held and prefill knows how much is free."""
-        self.until(lambda: total(self.large, "kv_bytes_resident") == total(self.small, "kv_bytes_resident") == 0)
-        self.until(lambda: self.free(self.large_name) > self.free(self.small_name) > 0)
+        until(lambda: total(self.large, "kv_bytes_resident") == total(self.small, "kv_bytes_resident") == 0)
+        until(lambda: self.free(self.large_name) > self.free(self.small_name) > 0)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +105,7 @@ def test_what_prefill_reserved_counts_at_once(workers: Workers) -> None:
 
 def test_what_others_reserved_is_heard_of(workers: Workers) -> None:
     with busy(workers, requests=4):
-        workers.until(lambda: workers.free(workers.large_name) < workers.free(workers.small_name))
+        until(lambda: workers.free(workers.large_name) < workers.free(workers.small_name))
         assert ask(workers).usage.decode_worker == workers.small_name
 
 
@@ -130,7 +122,7 @@ def busy(workers: Workers, requests: int) -> Iterator[None]:
 @contextlib.contextmanager
 def before_admission(workers: Workers) -> Iterator[Callable[[], None]]:
     workers.link.hold(TOWARDS_CLIENT)
-    yield lambda: workers.until(lambda: total(workers.large, "kv_bytes_resident") > 0)
+    yield lambda: until(lambda: total(workers.large, "kv_bytes_resident") > 0)
 
 
 @contextlib.contextmanager
@@ -143,8 +135,8 @@ def mid_transfer(workers: Workers) -> Iterator[Callable[[], None]]:
 def before_joining(workers: Workers) -> Iterator[Callable[[], None]]:
     """All KV has arrived; the one place in the running batch is taken."""
     with busy(workers, requests=1):
-        workers.until(lambda: total(workers.large, "requests_running") == 1)
-        yield lambda: workers.until(lambda: total(workers.large, "requests_waiting") == 1)
+        until(lambda: total(workers.large, "requests_running") == 1)
+        yield lambda: until(lambda: total(workers.large, "requests_waiting") == 1)
 
 
 @pytest.mark.parametrize("phase", [before_admission, mid_transfer, before_joining])
@@ -198,7 +190,7 @@ def test_a_worker_that_is_still_starting_is_waited_for(workers: Workers, tiny_di
         SpectrumClient(f"127.0.0.1:{port}") as client,
     ):
         stream = client.generate(PROMPT, sampling=SAMPLED, kv=KvChoice(policy="fp16"), timeout=60)
-        workers.until(lambda: total(metrics, "requests_running") == 1)
+        until(lambda: total(metrics, "requests_running") == 1)
         assert client.server_info().decode_workers_away == [link.address]
         link.lead_to(workers.small_port)
         usage = stream.result().usage

@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 
-from spectrumkv.client import readiness
+from spectrumkv.client.local import readiness
 from spectrumkv.client.argument_types import check_type
 from spectrumkv.client.completion import Completion, Finished, TokenEvent
 from spectrumkv.client.request import KvChoice, Prompt, Request, Sampling
@@ -25,9 +25,10 @@ from spectrumkv.common.errors import (
     InternalError,
     NotFoundError,
 )
-from spectrumkv.common.rpc import error_from_rpc, open_channel
+from spectrumkv.common.rpc.status import error_from_rpc
+from spectrumkv.common.rpc.server import open_channel
 from spectrumkv.common.security import ChannelSecurity
-from spectrumkv.common.trace_context import TraceContext
+from spectrumkv.common.telemetry.trace_context import TraceContext
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 
 DEFAULT_TIMEOUT_SECONDS = 600.0

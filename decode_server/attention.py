@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from spectrumkv.decode_server.slots import Reservation, SlotArena
-from spectrumkv.kernels import decode_attention_cpu
+from spectrumkv.decode_server.kv_pool import Reservation, SlotArena
+from spectrumkv.kernels.decode_attention import cpu as decode_attention_cpu
 
 ATTENTION_NAME = "spectrumkv_decode"
 # Torch's attention takes a call for each row, and at most a thread for each KV head. With so many threads it is the
@@ -134,7 +134,7 @@ def _attend_on_gpu(
 ) -> torch.Tensor:
     """Attention of all rows, `[batch, 1, query_heads, head_dim]`, without a look at how long they are."""
     # Triton takes a while to import, and exists on Linux only.
-    from spectrumkv.kernels import decode_attention_triton
+    from spectrumkv.kernels.decode_attention import triton as decode_attention_triton
 
     arena = step_slots.arena
     return decode_attention_triton.decode_attention(

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from spectrumkv.common.compute_threads import keep_all_cores
+from spectrumkv.common.concurrency.threads import keep_all_cores
 from spectrumkv.common.errors import InternalError, SpectrumKVError, UnavailableError
 from spectrumkv.common.generation.sampling import SampledToken, Sampler
 from spectrumkv.common.generation.text import FinishReason, TextStream
 from spectrumkv.common.model.load import LoadedModel
-from spectrumkv.common.rpc import RpcScope
-from spectrumkv.decode_server.slots import Reservation, SlotArena
-from spectrumkv.decode_server.steps import StepRow, steps_of
+from spectrumkv.common.rpc.scope import RpcScope
+from spectrumkv.decode_server.kv_pool import Reservation, SlotArena
+from spectrumkv.decode_server.model_runner import StepRow, steps_of
 
 logger = logging.getLogger(__name__)
 

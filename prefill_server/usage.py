@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier
-from spectrumkv.prefill_server.pipeline import SentKv
-from spectrumkv.prefill_server.plan import KvPlan
+from spectrumkv.prefill_server.transfer.pipeline import SentKv
+from spectrumkv.prefill_server.transfer.plan import KvPlan
 from spectrumkv.v1 import generation_pb2
 
 

@@ -13,7 +13,7 @@ import torch
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.registry import Registry
-from spectrumkv.kernels.attention_received import attention_received
+from spectrumkv.kernels.attention_scores.dispatch import attention_received
 
 DECAY_RATE = 0.005
 """λ of `decay` and `position`, per token; the middle one of those that the paper sweeps (.001, .005, .01)."""

@@ -13,7 +13,7 @@ import crc32c
 import numpy as np
 
 from spectrumkv.common.errors import DataLossError
-from spectrumkv.common.kv.block import MAX_CHUNK_PAYLOAD_BYTES, Block, Buffer, parse_block
+from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, Block, Buffer, parse_block
 
 # Sequence, payload bytes, CRC-32C.
 DIGEST_RECORD = struct.Struct("<III")

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from spectrumkv.common.errors import FailedPreconditionError
-from spectrumkv.kernels.cache import CACHE_VARIABLE, cache_directory
+from spectrumkv.kernels.jit.cache import CACHE_VARIABLE, cache_directory
 
 __all__ = ["CACHE_VARIABLE", "build_once", "cache_directory"]
 

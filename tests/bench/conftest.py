@@ -2,13 +2,13 @@ from collections.abc import Callable
 
 import pytest
 
-from spectrumkv.bench.served_model import ServedModel
-from spectrumkv.bench.synthetic_basis import synthetic_basis
-from spectrumkv.bench.wire_method import WireMethod
-from spectrumkv.common.config import PrefillConfig, build
+from spectrumkv.bench.methods.served_model import ServedModel
+from spectrumkv.bench.models.synthetic_basis import synthetic_basis
+from spectrumkv.bench.methods.wire_method import WireMethod
+from spectrumkv.common.service.config import PrefillConfig, build
 from spectrumkv.common.model.load import LoadedModel, load_model
-from spectrumkv.prefill_server.plan import KvPlan
-from spectrumkv.prefill_server.probe.verdict import ProbeVerdict
+from spectrumkv.prefill_server.transfer.plan import KvPlan
+from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
 from spectrumkv.v1 import prefill_pb2
 from tests.tiny_models import tiny_model
 

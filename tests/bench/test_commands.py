@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from spectrumkv.bench.command_line import main
-from spectrumkv.bench.served_model import ServedModel
+from spectrumkv.bench.main import main
+from spectrumkv.bench.methods.served_model import ServedModel
 from tests.bench.text import TEXT
 from tests.tiny_models import tiny_model
 

@@ -2,4 +2,4 @@
 
 from importlib.resources import files
 
-TEXT = (files("spectrumkv.common.needle") / "haystack.txt").read_text(encoding="utf-8")[:6000]
+TEXT = (files("spectrumkv.prefill_server.tuning.needle") / "haystack.txt").read_text(encoding="utf-8")[:6000]

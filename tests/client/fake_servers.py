@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from spectrumkv.common.rpc import Server
+from spectrumkv.common.rpc.server import Server
 from spectrumkv.v1 import (
     decode_pb2,
     decode_pb2_grpc,

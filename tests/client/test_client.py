@@ -5,7 +5,7 @@ import pytest
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.request import Sampling
 from spectrumkv.common import errors
-from spectrumkv.common.rpc import Server
+from spectrumkv.common.rpc.server import Server
 from spectrumkv.v1 import prefill_pb2
 from tests.client.fake_servers import finished, serving, token
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from prometheus_client import CollectorRegistry
 
-from spectrumkv.common.metrics import Metrics
+from spectrumkv.common.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from spectrumkv.common.metrics import FRAMING, STAGES, Metrics
+from spectrumkv.common.telemetry.metrics import FRAMING, STAGES, Metrics
 
 START = 1_700_000_000
 STEPS = 60

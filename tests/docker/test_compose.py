@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from spectrumkv.client.command_line import build_parser
-from spectrumkv.common.config import DecodeConfig, PrefillConfig, ServerConfig, load
+from spectrumkv.client.cli.main import build_parser
+from spectrumkv.common.service.config import DecodeConfig, PrefillConfig, ServerConfig, load
 from spectrumkv.common.security import ChannelSecurity, ServerSecurity, TlsFiles
 from tests.docker.deployment import (
     COMPOSE_FILES,

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from spectrumkv.client import info_command
-from spectrumkv.client.command_line import build_parser
+from spectrumkv.client.cli import info as info_command
+from spectrumkv.client.cli.main import build_parser
 from tests.docker.deployment import COMPOSE_FILES, DOCKER, ROOT, SERVICES, interpolate, read_compose
 
 Instruction = tuple[str, str]

@@ -21,12 +21,12 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from spectrumkv.client.client import SpectrumClient
-from spectrumkv.client.pair_config import FREE_PORTS, ServiceLaunch, plan_launches
-from spectrumkv.common.config import Address
+from spectrumkv.client.local.pair_config import FREE_PORTS, ServiceLaunch, plan_launches
+from spectrumkv.common.service.config import Address
 from spectrumkv.common.security import ChannelSecurity
 from tests.faults.incubator import ForkedProcess, Incubator
 from tests.faults.link import Link, link_to
-from tests.security.certificates import Authority
+from tests.common.security.certificates import Authority
 from tests.tiny_models import tiny_model
 
 CONTEXT_LENGTH = 16384

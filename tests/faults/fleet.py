@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spectrumkv.client.client import SpectrumClient
-from spectrumkv.client.pair_config import FREE_PORTS, plan_launches
+from spectrumkv.client.local.pair_config import FREE_PORTS, plan_launches
 from tests.faults.deployment import Service, service_of
 from tests.faults.incubator import Incubator
 

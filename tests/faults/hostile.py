@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from spectrumkv.common.errors import DataLossError
-from spectrumkv.common.kv.block import BLOCK_HEADER, MAX_CHUNK_PAYLOAD_BYTES
-from spectrumkv.common.kv.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.segment import BLOCK_HEADER, MAX_CHUNK_PAYLOAD_BYTES
+from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.tiers import Tier
-from spectrumkv.common.message_seal import SEAL_BYTES, seal
+from spectrumkv.common.rpc.message_checksum import SEAL_BYTES, seal
 from spectrumkv.common.model.load import LoadedModel
 from tests.faults.dialogue import Dialogue, dialogue, make_totals_agree, wire_messages
 from tests.faults.hostile_bodies import harm_payload

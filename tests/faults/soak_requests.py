@@ -4,8 +4,8 @@ import random
 from dataclasses import replace
 
 from spectrumkv.client.request import KvChoice, Sampling
-from spectrumkv.prefill_server.plan import FIXED_WIDTH_CODEC
-from tests.services.agreement import TOP_LOGPROBS
+from spectrumkv.prefill_server.transfer.plan import FIXED_WIDTH_CODEC
+from tests.services.same_tokens import TOP_LOGPROBS
 
 EXACT = KvChoice(policy="native")
 # What is served by default, the range of its budgets, and every kind of tier.

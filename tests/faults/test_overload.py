@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from spectrumkv.client.client import SpectrumClient
-from spectrumkv.client.pair_config import FREE_PORTS
+from spectrumkv.client.local.pair_config import FREE_PORTS
 from spectrumkv.client.request import Sampling, TokenIds
-from spectrumkv.client.running_pair import RunningPair, running_pair
+from spectrumkv.client.local.running_pair import RunningPair, running_pair
 from spectrumkv.common.errors import ResourceExhaustedError
 from tests.faults.report import tell
 from tests.services.pair import running_pair as pair_in_process

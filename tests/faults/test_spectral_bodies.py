@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from spectrumkv.common.errors import DataLossError
-from spectrumkv.common.kv.spectral.decoder import SpectralDecoder
-from spectrumkv.common.kv.spectral.transform import layer_transforms
+from spectrumkv.common.kv.codecs.spectral.decoder import SpectralDecoder
+from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
 from tests.faults.decoder_under_attack import GEOMETRY, attack, basis
 from tests.faults.dialogue import spectral_blocks
 from tests.faults.hostile_bodies import BODY_HARMS, BOMB_BYTES, bombs, lying_frames

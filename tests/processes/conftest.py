@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from spectrumkv.client.pair_config import FREE_PORTS
-from spectrumkv.client.running_pair import RunningPair, running_pair
+from spectrumkv.client.local.pair_config import FREE_PORTS
+from spectrumkv.client.local.running_pair import RunningPair, running_pair
 from tests.tiny_models import build_tiny_model
 
 

@@ -9,7 +9,7 @@ import pytest
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.completion import Usage
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
-from spectrumkv.client.running_pair import RunningPair
+from spectrumkv.client.local.running_pair import RunningPair
 from tests.docker.prometheus_server import query, running_prometheus
 
 pytestmark = pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from spectrumkv.client.completion import Completion
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from spectrumkv.common.model.embedded import embedded_model_directory
-from tests.services.agreement import ALLOWED, TOP_LOGPROBS, disagreement
+from tests.services.same_tokens import ALLOWED, TOP_LOGPROBS, disagreement
 from tests.services.pair import Pair, running_pair
 from tests.services.reference import assert_same_greedy, reference_model
 

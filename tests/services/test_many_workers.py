@@ -12,7 +12,7 @@ from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.completion import Completion
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from spectrumkv.common.errors import FailedPreconditionError, UnavailableError
-from spectrumkv.common.metrics import Metrics
+from spectrumkv.common.telemetry.metrics import Metrics
 from tests.faults.link import TOWARDS_CLIENT, TOWARDS_SERVER, Link, link_to
 from tests.services.pair import decode_server, prefill_server, sample, total
 from tests.services.test_lossless import random_prompt

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import pytest
 
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
-from spectrumkv.common.kv.int4_layers import Int4Layers
-from spectrumkv.common.kv.policy import policies
-from spectrumkv.prefill_server.probe.findings import ProbedSetting, ProbeTrial
-from spectrumkv.prefill_server.probe.verdict import ProbeVerdict
+from spectrumkv.common.kv.policies.int4_layers import Int4Layers
+from spectrumkv.common.kv.policies import policies
+from spectrumkv.prefill_server.tuning.probe.results import ProbedSetting, ProbeTrial
+from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
 from tests.services.pair import Pair, running_pair, sample
 from tests.services.test_lossless import random_prompt
 from tests.tiny_models import tiny_model

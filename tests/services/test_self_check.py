@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from spectrumkv.client.command_line import main
-from spectrumkv.client.self_check import self_check
+from spectrumkv.client.cli.main import main
+from spectrumkv.client.cli.self_check import self_check
 from spectrumkv.common.errors import FailedPreconditionError
-from spectrumkv.common.kv.block import Block
+from spectrumkv.common.kv.segment import Block
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.decode_server import engine as decode_engine
 from spectrumkv.decode_server import receiver

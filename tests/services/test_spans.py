@@ -13,10 +13,10 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from spectrumkv.client.request import Sampling, TokenIds
-from spectrumkv.common import spans
+from spectrumkv.common.telemetry import spans
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError, SpectrumKVError
-from spectrumkv.common.spans import RequestSpan, set_up_spans
-from spectrumkv.common.trace_context import TraceContext
+from spectrumkv.common.telemetry.spans import RequestSpan, set_up_spans
+from spectrumkv.common.telemetry.trace_context import TraceContext
 from tests.services.pair import Pair
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"

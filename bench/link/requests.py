@@ -1,0 +1,220 @@
+"""What runs inside the prefill namespace: sends one prompt after another and watches tokens and the wire.
+
+`main` reads an `Errand` as JSON from standard input and writes a list of `Observed` as JSON to standard output.
+"""
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
+
+from spectrumkv.bench.link.network import LINK
+from spectrumkv.client.client import SpectrumClient
+from spectrumkv.client.request import KvChoice, Sampling, TokenIds
+from spectrumkv.common.errors import InternalError
+from spectrumkv.common.service.process import exit_on_error
+from spectrumkv.common.security import ChannelSecurity
+
+SAMPLE_SECONDS = 0.005
+STAGE_METRIC = "spectrumkv_request_duration_seconds"
+SCRAPE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to send KV.
+
+    Attributes:
+        name: in rows and plots.
+        policy: of the request.
+        budget: of the request; None is the policy's own.
+        scope: "model" sends nothing before the last layer has run.
+    """
+
+    name: str
+    policy: str
+    budget: float | None
+    scope: str
+
+    def choice(self) -> KvChoice:
+        """What a request asks for."""
+        return KvChoice(policy=self.policy, budget=self.budget, scope=self.scope)
+
+
+@dataclass(frozen=True)
+class Errand:
+    """What to send.
+
+    Attributes:
+        server: the prefill service, "host:port".
+        decode: the decode service, "host:port".
+        metrics: prefill's address for Prometheus, "host:port".
+        ready_seconds: how long both services may take until they serve.
+        settings: sent in turn, in every round.
+        rounds: rounds that count; one more warms up.
+        prompt_tokens: length of the prompt.
+        output_tokens: tokens to generate.
+        seed: of the prompt.
+    """
+
+    server: str
+    decode: str
+    metrics: str
+    ready_seconds: float
+    settings: tuple[Setting, ...]
+    rounds: int
+    prompt_tokens: int
+    output_tokens: int
+    seed: int
+
+    def to_json(self) -> str:
+        """Write it."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Errand":
+        """Read it."""
+        content = json.loads(text)
+        return cls(**content | {"settings": tuple(Setting(**one) for one in content["settings"])})
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One request, in seconds after it was sent.
+
+    Attributes:
+        setting: its name.
+        round: from 0.
+        arrivals: of its tokens.
+        ended: the end of its answer.
+        stages: by name, what prefill's metrics say that it spent in "queue", "prefill", "encode" and "transfer".
+        wire: pairs of a moment and the bytes that had left through the link by then.
+        kv_bytes_sent: serialized towards decode.
+        budget_counted: that, relative to FP16.
+        codec: what coded it, which prefill may choose by what the link takes.
+    """
+
+    setting: str
+    round: int
+    arrivals: tuple[float, ...]
+    ended: float
+    stages: dict[str, float]
+    wire: tuple[tuple[float, int], ...]
+    kv_bytes_sent: int
+    budget_counted: float
+    codec: str
+
+
+def main() -> None:
+    """Do the errand."""
+    exit_on_error(lambda: _do(Errand.from_json(sys.stdin.read())))
+
+
+def _do(errand: Errand) -> None:
+    reachable = ChannelSecurity(allow_plaintext=True)
+    with SpectrumClient(errand.decode, reachable) as decode, SpectrumClient(errand.server) as prefill:
+        for client in (decode, prefill):
+            client.wait_until_serving(errand.ready_seconds)
+        info: Any = prefill.server_info()
+        observed = list(_observe(prefill, errand, _prompt(errand, info.model.vocab_size)))
+    model = {
+        "name": info.model_name,
+        "architecture": info.model.architecture,
+        "weights_digest": info.model.weights_digest,
+        "dtype": info.model.dtype,
+        "device": info.device,
+    }
+    json.dump({"model": model, "observed": [asdict(one) for one in observed]}, sys.stdout)
+
+
+def _prompt(errand: Errand, vocab_size: int) -> TokenIds:
+    drawn = np.random.default_rng(errand.seed).integers(0, vocab_size, errand.prompt_tokens)
+    return TokenIds(tuple(drawn.tolist()))
+
+
+def _observe(client: SpectrumClient, errand: Errand, prompt: TokenIds) -> Iterator[Observed]:
+    sampling = Sampling(max_tokens=errand.output_tokens, temperature=0.0, ignore_eos=True)
+    # The first prompt warms up, whatever its setting.
+    client.generate(prompt, sampling=sampling, kv=errand.settings[-1].choice()).result()
+    for number in range(errand.rounds):
+        for setting in errand.settings:
+            before = _stage_seconds(errand.metrics)
+            with _sampled_wire() as wire:
+                sent = time.perf_counter()
+                completion = client.generate(prompt, sampling=sampling, kv=setting.choice()).result()
+            after = _stage_seconds(errand.metrics)
+            yield Observed(
+                setting=setting.name,
+                round=number,
+                arrivals=tuple(token.arrived_seconds for token in completion.tokens),
+                ended=completion.finished.arrived_seconds,
+                stages={stage: after[stage] - before.get(stage, 0.0) for stage in after},
+                wire=_changes(wire, sent),
+                kv_bytes_sent=completion.usage.kv_bytes_sent,
+                budget_counted=completion.usage.budget_counted,
+                codec=completion.usage.codec,
+            )
+
+
+def _stage_seconds(metrics: str) -> dict[str, float]:
+    """Seconds that all requests so far spent in each stage of prefill."""
+    with urlopen(f"http://{metrics}/metrics", timeout=SCRAPE_SECONDS) as response:
+        text = response.read().decode()
+    return {
+        sample.labels["stage"]: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == f"{STAGE_METRIC}_sum"
+    }
+
+
+@contextmanager
+def _sampled_wire() -> Iterator[list[tuple[float, int]]]:
+    """Collect moments of `time.perf_counter` and bytes sent through the link while the block runs."""
+    samples = [(time.perf_counter(), _bytes_sent())]
+    over = threading.Event()
+
+    def sample() -> None:
+        while not over.wait(SAMPLE_SECONDS):
+            samples.append((time.perf_counter(), _bytes_sent()))
+
+    thread = threading.Thread(target=sample, name="wire", daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        over.set()
+        thread.join()
+
+
+def _bytes_sent() -> int:
+    """Bytes that left through the link in this process's namespace; see proc_net(5)."""
+    for line in Path("/proc/net/dev").read_text(encoding="ascii").splitlines():
+        name, _, counters = line.partition(":")
+        if name.strip() == LINK:
+            return int(counters.split()[8])
+    raise InternalError(f"there is no {LINK} in this network namespace")
+
+
+def _changes(samples: Sequence[tuple[float, int]], sent: float) -> tuple[tuple[float, int], ...]:
+    """Moments after the request was sent and bytes since the first sample; samples amid a standstill left out."""
+    first = samples[0][1]
+    neighbours = zip(samples[:-2], samples[1:-1], samples[2:], strict=True)
+    return tuple(
+        (moment - sent, counter - first)
+        for (_, previous), (moment, counter), (_, following) in neighbours
+        if previous != counter or counter != following
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""The `spectrumkv-bench` command. Each command is a module with `add_parser`, which registers it."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from spectrumkv.bench.serving import arrivals_command, serve_command, startup_command
+from spectrumkv.bench.codec import codec_command, coding_command
+from spectrumkv.bench.report import goals_command, plot_command
+from spectrumkv.bench.models import key_bias_command, shaped_model_command
+from spectrumkv.bench.link import link_command
+from spectrumkv.bench.quality import niah_command, quality_command
+from spectrumkv.bench.transfer import transfer_command
+from spectrumkv.client.cli.runner import command_parser, run_command, status_and_message
+
+COMMANDS = (
+    quality_command, niah_command, plot_command, goals_command, key_bias_command, shaped_model_command,
+    codec_command, coding_command, transfer_command, serve_command, arrivals_command, startup_command, link_command,
+)  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    description = "Measure SpectrumKV: quality, speed and bytes, each against baselines in the same run."
+    return command_parser("spectrumkv-bench", description, COMMANDS)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status; see `run_command`."""
+    return run_command(build_parser(), arguments, lambda error, _: status_and_message(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

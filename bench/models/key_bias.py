@@ -1,0 +1,193 @@
+"""The key-bias model: the default model's function, computed with key biases as large as those that INT4 breaks on.
+
+Qwen2.5's keys have biases of norm 600 in the first layer and 900 in the last; one channel of such a key sets the
+scale at which a quantizer rounds the others to zero. No model that has them is small enough for a test, so this one
+is made. A key bias in rotary pairs that hardly turn adds nearly the same to a query's logits for all keys, and
+softmax takes that away: the model computes what it computed before, from other keys.
+
+Against a query q, the bias b of a key at position n counts as (R(n)ᵀ q) · b, where R is the rotary embedding. The b
+for which this varies least over the keys that q attends to is the last eigenvector of the covariance of R(n)ᵀ q, in
+the slowest pairs, over attention and over the queries of the project's own prose.
+"""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config
+
+from spectrumkv.common.errors import FailedPreconditionError
+from spectrumkv.common.kv.scoring import Observation, visible
+from spectrumkv.common.model.cache import build_once, cache_directory
+from spectrumkv.common.model.directory import weight_files
+from spectrumkv.common.model.embedded import EMBEDDED_MODEL_NAME, embedded_model_directory
+from spectrumkv.common.model.support import head_dim
+from spectrumkv.common.model.tokenizer import tokenizer_class
+from spectrumkv.prefill_server.tuning.needle.haystack import haystack
+from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME
+from spectrumkv.prefill_server.tuning.replay import capture_prompt
+
+# Raised whenever another model would be built than before.
+BUILD = 1
+# Rotary pairs that may carry a bias.
+SLOWEST_PAIRS = 8
+# The queries that are looked at are the last ones of a prompt.
+PROSE_TOKENS = 2048
+OBSERVED_QUERIES = 256
+QUERIES_AT_ONCE = 128
+# What llama's configuration shares with Qwen2's.
+SHARED_SETTINGS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BiasNorms:
+    """Norms of a layer's key bias, over all its KV heads.
+
+    Attributes:
+        first: in the first layer.
+        middle: in the layers between.
+        last: in the last layer.
+    """
+
+    first: float = 600.0
+    middle: float = 100.0
+    last: float = 900.0
+
+    def of_layer(self, layer: int, layers: int) -> float:
+        """Return the norm in one of `layers` layers."""
+        return self.first if layer == 0 else self.last if layer == layers - 1 else self.middle
+
+
+def key_bias_model_directory() -> Path:
+    """The key-bias model's directory (538 MB), built from the default model when it is first asked for.
+
+    Raises:
+        FailedPreconditionError: the default model cannot be had, or there is no room.
+    """
+    source = embedded_model_directory()
+    name = f"{EMBEDDED_MODEL_NAME.lower()}-key-bias-{BUILD}"
+    return build_once(
+        cache_directory() / "models" / name, lambda partial: build_key_bias_model(source, partial, BiasNorms())
+    )
+
+
+def build_key_bias_model(source: Path, directory: Path, norms: BiasNorms) -> None:
+    """Write a Qwen2 model that computes nearly what a llama model does.
+
+    Args:
+        source: the llama model's directory.
+        directory: exists and is empty.
+        norms: of the key biases; query and value biases are zero.
+
+    Raises:
+        FailedPreconditionError: the model is no llama, or has biases already.
+    """
+    logger.info("giving key biases to the model in %s", source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True).eval()
+    config = _qwen2_config(model.config)
+    weights = {name: tensor for file in weight_files(source) for name, tensor in load_file(file).items()}
+    for layer, bias in enumerate(find_key_biases(model, _prose(source), norms)):
+        attention = f"model.layers.{layer}.self_attn"
+        weights[f"{attention}.k_proj.bias"] = bias
+        weights[f"{attention}.v_proj.bias"] = torch.zeros_like(bias)
+        weights[f"{attention}.q_proj.bias"] = torch.zeros(config.num_attention_heads * head_dim(config))
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(directory)
+    for file in source.iterdir():
+        if file.is_file() and file.name != "config.json" and file.suffix != ".safetensors":
+            shutil.copy(file, directory)
+
+
+def find_key_biases(model: PreTrainedModel, token_ids: Sequence[int], norms: BiasNorms) -> list[torch.Tensor]:
+    """Return each layer's key bias, float32 `[kv_heads · head_dim]`.
+
+    They are whole numbers: a last bit that differs between machines does not make two models of them.
+
+    Args:
+        model: a llama. Its attention is switched to the prefill service's.
+        token_ids: of text like what the model will read.
+        norms: of the biases, before they are rounded.
+    """
+    model.set_attn_implementation(ATTENTION_NAME)
+    frequencies = model.model.rotary_emb.inv_freq[-SLOWEST_PAIRS:].double()
+    observed = capture_prompt(model, token_ids, OBSERVED_QUERIES).layers
+    return [_key_bias(layer, frequencies, norms.of_layer(layer.layer, len(observed))) for layer in observed]
+
+
+def _key_bias(layer: Observation, frequencies: torch.Tensor, norm: float) -> torch.Tensor:
+    """One layer's key bias; heads share the norm so that the bias changes the attention of each as much."""
+    kv_heads, _, head_dim = layer.keys.shape
+    slowest = [torch.arange(half - SLOWEST_PAIRS, half) for half in (head_dim // 2, head_dim)]
+    steadiest = [
+        _steadiest_direction(one[:, torch.cat(slowest)], attended, frequencies)
+        for one, attended in zip(layer.queries.reshape(kv_heads, -1, head_dim), attention_weights(layer), strict=True)
+    ]
+    bias = torch.zeros(kv_heads, head_dim)
+    bias[:, torch.cat(slowest)] = torch.stack([direction / change for direction, change in steadiest]).float()
+    sized: torch.Tensor = (bias * (norm / bias.norm())).round().flatten()
+    return sized
+
+
+def _steadiest_direction(
+    queries: torch.Tensor, attended: torch.Tensor, frequencies: torch.Tensor
+) -> tuple[torch.Tensor, float]:
+    """The unit vector whose product with queries, turned back by a key's position, varies least over the keys.
+
+    Args:
+        queries: `[m, 2 · pairs]`, after their rotary embedding.
+        attended: `[m, n]`, the attention by which each query weights the keys.
+        frequencies: radians per token, `[pairs]`.
+
+    Returns:
+        float64 `[2 · pairs]`, and the standard deviation of that product.
+    """
+    angles = torch.arange(attended.shape[1], dtype=torch.float64)[:, None] * frequencies
+    covariance = torch.zeros(queries.shape[1], queries.shape[1], dtype=torch.float64)
+    for some, weights in zip(*(torch.split(one, QUERIES_AT_ONCE) for one in (queries, attended)), strict=True):
+        low, high = some[:, None].double().chunk(2, dim=-1)
+        turned = torch.cat(
+            [low * angles.cos() + high * angles.sin(), high * angles.cos() - low * angles.sin()], dim=-1
+        )
+        mean = weights.double()[:, None] @ turned
+        spread = ((turned - mean) * weights.double().sqrt()[..., None]).flatten(0, 1)
+        covariance += spread.T @ spread
+    variances, directions = torch.linalg.eigh(covariance / len(queries))
+    steadiest = directions[:, 0]
+    # Either sign would do, and libraries differ in which they give.
+    steadiest = steadiest * steadiest[steadiest.abs().argmax()].sign()
+    return steadiest, float(variances[0].clamp_min(torch.finfo(torch.float64).tiny).sqrt())
+
+
+def attention_weights(layer: Observation) -> torch.Tensor:
+    """How the observed queries weight the tokens: `[kv_heads, query_heads per KV head · w, n]`."""
+    kv_heads, tokens, head_dim = layer.keys.shape
+    logits = layer.queries.reshape(kv_heads, -1, head_dim) @ layer.keys.transpose(1, 2) * layer.scaling
+    window = layer.queries.shape[1]
+    seen = visible(window, tokens, layer.sliding_window, layer.keys.device)
+    logits.view(-1, window, tokens).masked_fill_(~seen, -torch.inf)
+    return logits.softmax(dim=-1)
+
+
+def _prose(source: Path) -> list[int]:
+    tokenizer = tokenizer_class(source).from_pretrained(source, local_files_only=True)
+    text = "".join(haystack(0).sentences)
+    token_ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:PROSE_TOKENS]
+    return token_ids
+
+
+def _qwen2_config(config: PretrainedConfig) -> Qwen2Config:
+    if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
+        raise FailedPreconditionError(f"a model of type {config.model_type!r} cannot be given key biases as a Qwen2")
+    # 16 bits would not hold the keys: at 500, bfloat16 tells only every second number apart.
+    shared = {name: getattr(config, name) for name in SHARED_SETTINGS}
+    return Qwen2Config(**shared, head_dim=head_dim(config), architectures=["Qwen2ForCausalLM"], dtype=torch.float32)

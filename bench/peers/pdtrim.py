@@ -1,0 +1,83 @@
+"""PDTrim's cache pruning: first and last tokens in selected layers, every token in the others.
+
+PDTrim (Zhang et al. 2025, arXiv 2509.04467v3) keeps the whole KV cache on the prefill side and lets decode reuse
+"entries for the first and last token sequences in selected layers". The rule `pdtrim` of `common.kv` is what the
+SpectrumKV paper's scripts made of it; this is the original's idea. Its block removal, which changes the model, is
+left out, and so is its own choice of layers, which it fixes once per model.
+"""
+
+from dataclasses import dataclass
+from math import ceil, floor
+
+import torch
+
+from spectrumkv.bench.peers.baselines import baseline
+from spectrumkv.bench.methods.served_model import Prompt, SentBytes, store_fp16
+from spectrumkv.common.kv.scoring import attention
+from spectrumkv.decode_server.kv_pool import Reservation, SlotArena
+
+# Measured on the default model and the first half of WikiText-2 (1,792 + 256 tokens, budgets 0.5 and 0.3): the more
+# layers share the cut, the better, so that one layer in thirty is spared; and one first token to seven last ones is
+# better than one to three, and as good as four first ones.
+SPARED_LAYERS = 1 / 30
+FIRST_SHARE = 1 / 8
+LEAST_FIRST_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Trim:
+    """Which layers are trimmed, and to what.
+
+    Attributes:
+        layers: the trimmed ones.
+        first: tokens kept at the start of each.
+        last: tokens kept at the end of each.
+        lost: observed attention that went to what is dropped, summed over the layers.
+    """
+
+    layers: tuple[int, ...]
+    first: int
+    last: int
+    lost: float
+
+
+@baseline("pdtrim-layers", codec="fp16", min_budget=0.01, max_budget=1.0)
+def pdtrim_layers(prompt: Prompt, arena: SlotArena, reservation: Reservation, budget: float) -> SentBytes:
+    """Trim the layers that lose least observed attention by it, and spare those that look most at the middle.
+
+    Judging by the prompt itself gives the method more than a choice made once per model could. Kept tokens are at
+    FP16. Bytes: 16 bits an element of what is kept.
+    """
+    layers, tokens = prompt.captured.layers, len(prompt.token_ids)
+    trim = best_trim(torch.stack([attention(layer) for layer in layers]), budget)
+    kept = 0
+    for layer in layers:
+        store_fp16(reservation, layer.layer, layer.keys, layer.values, arena.geometry)
+        if layer.layer in trim.layers:
+            reservation.drop(layer.layer, torch.arange(trim.first, tokens - trim.last))
+            kept += trim.first + trim.last
+        else:
+            kept += tokens
+    return SentBytes(arena.geometry.fp16_bytes_per_layer(kept), kept / (tokens * len(layers)))
+
+
+def best_trim(observed: torch.Tensor, budget: float) -> Trim:
+    """Return the trim that spends a budget.
+
+    Args:
+        observed: `[layers, n]`, attention that each token gets.
+        budget: share of the token-layers that may be kept, at most 1.
+    """
+    layers, tokens = observed.shape
+    dropped = (1 - budget) * layers * tokens
+    if dropped < 1:
+        return Trim((), tokens, 0, 0.0)
+    # A trimmed layer keeps one token at least, so small budgets leave no layer to spare.
+    fewest = min(layers, ceil(dropped / (tokens - 1)))
+    count = max(fewest, layers - max(1, round(layers * SPARED_LAYERS)))
+    kept = max(1, floor(tokens - dropped / count + 1e-9))
+    first = min(kept - 1, max(LEAST_FIRST_TOKENS, round(kept * FIRST_SHARE)))
+    share = (observed / observed.sum(dim=1, keepdim=True)).double().cpu()
+    lost = share[:, first : tokens - (kept - first)].sum(dim=1)
+    chosen = lost.argsort()[:count]
+    return Trim(tuple(sorted(chosen.tolist())), first, kept - first, float(lost[chosen].sum()))

@@ -1,0 +1,119 @@
+"""`spectrumkv-bench quality`: perplexity, KL and agreement against counted bytes."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from spectrumkv.bench.flags.destinations import check_destinations
+from spectrumkv.bench.flags.method_flags import add_method_flags, add_model_flags, add_output_flags
+from spectrumkv.bench.report.tables import WIDE_COLUMNS, method_cells, results_console, results_table
+from spectrumkv.client.cli.json_output import STDOUT
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "quality",
+        help="perplexity, KL and top-1 agreement over received KV, at counted bytes",
+        description="Prefill the context of each window exactly and once; send its KV by every method as the "
+        "services would; read the scored tokens over what was received; compare with exact FP16 KV.",
+        allow_abbrev=False,
+    )
+    add_text_flags(parser)
+    add_method_flags(parser)
+    add_model_flags(parser)
+    add_output_flags(parser, "draw KL and Δ perplexity against counted bytes")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def add_text_flags(parser: argparse.ArgumentParser) -> None:
+    """Add `--text` and the flags that say how it is cut into windows."""
+    group = parser.add_argument_group("text")
+    group.add_argument(
+        "--text",
+        type=Path,
+        required=True,
+        metavar="TEXT",
+        help="a file of UTF-8 text; 'code': Python's standard library; 'dialogue': made by the default model",
+    )
+    for name, default, what in (
+        ("context", 1792, "tokens of each prompt"),
+        ("scored", 256, "tokens scored after each prompt"),
+        ("windows", 24, "windows to measure; 0 is all"),
+        ("skip-windows", 0, "windows at the text's start that are left out"),
+    ):
+        group.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do it.
+
+    Raises:
+        SpectrumKVError: the text, the model or a method cannot be used.
+    """
+    # Loading torch and transformers takes seconds, which --help need not pay.
+    from spectrumkv.bench.report import plots
+    from spectrumkv.bench.quality import measure as quality
+    from spectrumkv.bench.report.meta import describe_model, write_result
+    from spectrumkv.bench.methods.selection import Choice
+    from spectrumkv.bench.methods.preparation import check_peers, prepare
+    from spectrumkv.bench.report.progress import progress
+    from spectrumkv.bench.quality.texts import load_text
+    from spectrumkv.bench.quality.windows import cut, text_digest
+    from spectrumkv.common.model.load import load_model
+
+    check_destinations(arguments)
+    choice = Choice.from_arguments(arguments)
+    check_peers(choice, arguments.device)
+    text = load_text(arguments.text)
+    arguments.text_sha256 = text_digest(text)
+    loaded = load_model(arguments.model, arguments.device, arguments.dtype)
+    windows = cut(
+        loaded.tokenizer, text, arguments.context, arguments.scored, arguments.skip_windows, arguments.windows
+    )
+    prepared = prepare(loaded, choice, arguments, arguments.context + arguments.scored)
+    with progress(quality.steps(len(windows), len(prepared.methods)), Console(stderr=True)) as on_step:
+        rows = quality.measure(prepared.served, windows, prepared.methods, on_step)
+    if arguments.json != STDOUT:
+        console = results_console()
+        console.print(quality_table(rows, intervals=console.width >= WIDE_COLUMNS))
+    if arguments.json is not None:
+        write_result(arguments.json, arguments, rows, describe_model(loaded))
+    if arguments.plot is not None:
+        plots.draw_quality(rows, arguments.plot, loaded.name)
+    return 0
+
+
+def quality_table(rows: Sequence[Mapping[str, Any]], intervals: bool) -> Table:
+    """Return the table for people.
+
+    Args:
+        rows: at least one.
+        intervals: whether there is room for confidence intervals.
+    """
+    table = results_table(
+        ("target", "counted", "Δ ppl %", *(("95 %",) * intervals), "KL", *(("95 %",) * intervals), "top-1")
+    )
+    for row in rows:
+        delta_interval = (_interval(row["ppl_delta_pct_ci"], "+.2f"),) * intervals
+        kl_interval = (_interval(row["kl_ci"], ".1e"),) * intervals
+        table.add_row(
+            *method_cells(row),
+            f"{row['budget_target']:g}",
+            f"{row['budget_counted']:.4f}",
+            f"{row['ppl_delta_pct']:+.3f}",
+            *delta_interval,
+            f"{row['kl']:.2e}",
+            *kl_interval,
+            f"{row['top1_agreement']:.4f}",
+        )
+    table.caption = f"{rows[0]['windows']} windows, perplexity over exact FP16 KV {rows[0]['ppl_fp16']:.3f}"
+    return table
+
+
+def _interval(bounds: Sequence[float] | None, form: str) -> str:
+    return "" if bounds is None else f"{bounds[0]:{form}} … {bounds[1]:{form}}"

@@ -1,0 +1,220 @@
+"""What running streams notice of a long prompt's KV that arrives beside them."""
+
+import itertools
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import numpy as np
+import torch
+from prometheus_client import CollectorRegistry
+
+from spectrumkv.bench.codec.measure import Cache
+from spectrumkv.bench.transfer.kv import observations
+from spectrumkv.common.rpc.decode_stream import ArrivedResponse, Request, open_decode_stream, serialized_bytes
+from spectrumkv.common.errors import DataLossError, InternalError, SpectrumKVError
+from spectrumkv.common.generation.params import SamplingParams
+from spectrumkv.common.telemetry.metrics import Metrics
+from spectrumkv.common.rpc.status import error_from_rpc
+from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline
+from spectrumkv.prefill_server.transfer.plan import KvPlan
+from spectrumkv.v1 import decode_pb2, kv_pb2
+
+FIRST_TOKEN = 1
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A Decode stream's requests, ready to be sent as often as wanted.
+
+    Attributes:
+        begin: opens the stream.
+        rest: chunks, then End.
+        budget_counted: bytes of all of them ÷ FP16 bytes of the KV.
+    """
+
+    begin: Request
+    rest: tuple[Request, ...]
+    budget_counted: float
+
+
+@torch.inference_mode()
+def record(
+    spec: kv_pb2.ModelSpec, cache: Cache, plan: KvPlan, window: int, chunk_bytes: int, max_tokens: int | None
+) -> Recording:
+    """Record what prefill would send for a prompt with this KV.
+
+    Args:
+        spec: of the decode service's model, whose geometry the cache has.
+        cache: keys and values of the prompt.
+        plan: how they are scored, tiered and coded.
+        window: observed queries; shorter prompts show as many as they have.
+        chunk_bytes: payload of a chunk.
+        max_tokens: what decode is to generate, the first token included; None says that the first token was the last.
+    """
+    params = SamplingParams(max_tokens=max_tokens or 1, ignore_eos=True, seed=0)
+    begin = decode_pb2.Begin(
+        request_id="0" * 32,
+        model=spec,
+        codec=plan.codec_id,
+        prompt_token_ids=[FIRST_TOKEN] * cache.tokens,
+        sampling=params.to_proto(),
+    )
+    pipeline = KvPipeline(begin, plan, cache.geometry, chunk_bytes, Metrics(CollectorRegistry()))
+    for observation in observations(cache, cache.geometry.kv_heads, min(window, cache.tokens)):
+        pipeline.put_layer(observation)
+    pipeline.put_first_token(FirstToken(FIRST_TOKEN, finished=max_tokens is None))
+    messages = tuple(pipeline.messages())
+    counted = sum(map(serialized_bytes, messages)) / cache.geometry.fp16_bytes(cache.tokens)
+    return Recording(messages[0], messages[1:], counted)
+
+
+@dataclass
+class RunningStreams:
+    """Streams that generate, and when each of their tokens arrived.
+
+    Attributes:
+        arrived: monotonic times of each stream's tokens, ascending.
+    """
+
+    arrived: list[list[float]]
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _failure: SpectrumKVError | None = None
+
+    def follow(self, stream: int, responses: Iterator[ArrivedResponse]) -> None:
+        """Take a stream's answers until it ends."""
+        try:
+            for response in responses:
+                if isinstance(response, DataLossError):
+                    raise response
+                if response.WhichOneof("message") == "token":
+                    with self._changed:
+                        self.arrived[stream].append(time.monotonic())
+                        self._changed.notify_all()
+            self._end(InternalError("a stream ended before the measurement did"))
+        except grpc.RpcError as error:
+            self._end(error_from_rpc(error))
+        except SpectrumKVError as error:
+            self._end(error)
+
+    def wait_for_tokens(self, more: int) -> None:
+        """Wait until every stream has this many tokens more than now.
+
+        Raises:
+            SpectrumKVError: a stream ended.
+        """
+        with self._changed:
+            goals = [len(times) + more for times in self.arrived]
+            self._changed.wait_for(
+                lambda: self._failure or all(len(a) >= goal for a, goal in zip(self.arrived, goals, strict=True))
+            )
+            if self._failure is not None:
+                raise self._failure
+
+    def gaps(self) -> list[Interval]:
+        """When each gap between two tokens of a stream began and ended."""
+        return [gap for times in self.arrived for gap in itertools.pairwise(times)]
+
+    def _end(self, why: SpectrumKVError) -> None:
+        with self._changed:
+            self._failure = self._failure or why
+            self._changed.notify_all()
+
+
+@contextmanager
+def running_streams(channel: grpc.Channel, recording: Recording, count: int) -> Iterator[RunningStreams]:
+    """Start streams that generate for as long as the block runs."""
+    streams, open_stream = RunningStreams([[] for _ in range(count)]), open_decode_stream(channel)
+    calls = [open_stream(iter((recording.begin, *recording.rest)), timeout=None) for _ in range(count)]
+    followers = [
+        threading.Thread(target=streams.follow, args=(number, call), daemon=True) for number, call in enumerate(calls)
+    ]
+    try:
+        for follower in followers:
+            follower.start()
+        yield streams
+    finally:
+        for call in calls:
+            call.cancel()
+        for follower in followers:
+            follower.join()
+
+
+def arrive(channel: grpc.Channel, recording: Recording) -> Interval:
+    """Send a recording that ends with its first token; return when its KV began to leave and was all verified.
+
+    Raises:
+        SpectrumKVError: decode refused it.
+    """
+    admitted = threading.Event()
+
+    def requests() -> Iterator[Request]:
+        yield recording.begin
+        admitted.wait()
+        yield from recording.rest
+
+    call = open_decode_stream(channel)(requests(), timeout=None)
+    try:
+        next(call)
+        started = time.monotonic()
+        admitted.set()
+        for _ in call:
+            raise InternalError("decode answered to KV whose generation had ended")
+        return started, time.monotonic()
+    except grpc.RpcError as error:
+        raise error_from_rpc(error) from error
+    finally:
+        admitted.set()
+        call.cancel()
+
+
+def measure(
+    channel: grpc.Channel,
+    running: Recording,
+    arriving: Recording,
+    streams: int,
+    arrivals: int,
+    pause_tokens: int,
+    on_arrival: Callable[[str], None],
+) -> dict[str, Any]:
+    """Let KV arrive again and again beside running streams; return what their tokens show of it.
+
+    Args:
+        channel: to a decode service.
+        running: what the streams begin with; they must last for the whole measurement.
+        arriving: what arrives.
+        streams: how many run.
+        arrivals: how often it arrives.
+        pause_tokens: tokens of each stream between two arrivals.
+        on_arrival: called after each arrival.
+    """
+    intervals = []
+    with running_streams(channel, running, streams) as generating:
+        generating.wait_for_tokens(pause_tokens)
+        settled = time.monotonic()
+        for number in range(arrivals):
+            generating.wait_for_tokens(pause_tokens)
+            intervals.append(arrive(channel, arriving))
+            on_arrival(f"arrival {number + 1} of {arrivals}")
+        generating.wait_for_tokens(1)
+        gaps = [gap for gap in generating.gaps() if gap[0] >= settled]
+    touched = [any(start < gap[1] and gap[0] < end for start, end in intervals) for gap in gaps]
+    milliseconds = [1000 * (end - start) for start, end in gaps]
+    return {
+        "streams": streams,
+        "arrivals": arrivals,
+        "arrival_ms": 1000 * statistics.median(end - start for start, end in intervals),
+        **_latencies("undisturbed", [one for one, hit in zip(milliseconds, touched, strict=True) if not hit]),
+        **_latencies("arrival", [one for one, hit in zip(milliseconds, touched, strict=True) if hit]),
+    }
+
+
+def _latencies(name: str, gaps: Sequence[float]) -> dict[str, Any]:
+    median, p99 = np.percentile(gaps, [50, 99]).tolist()
+    return {f"{name}_gaps": len(gaps), f"median_{name}_itl_ms": median, f"p99_{name}_itl_ms": p99}

@@ -1,0 +1,204 @@
+"""`spectrumkv-bench serve`: latencies and throughput of the pair, beside one process of transformers."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from spectrumkv.bench.flags.destinations import check_destinations
+from spectrumkv.bench.flags.kv_flags import add_kv_flags, kv_choices
+from spectrumkv.bench.flags.method_flags import add_model_flags
+from spectrumkv.bench.report.tables import results_console
+from spectrumkv.client.cli.json_output import STDOUT
+from spectrumkv.common.service.config import DecodeConfig, PrefillConfig
+
+if TYPE_CHECKING:
+    from spectrumkv.bench.serving.serve import Contender
+    from spectrumkv.client.client import ServerInfo, SpectrumClient
+
+BASELINES = ("aggregated", "none")
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="latencies and throughput, beside one process of transformers",
+        description="Start both services on this machine and one process of transformers, offer the same requests to "
+        "each in turn, and report what clients see, by the definitions of `vllm bench serve`.",
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("requests")
+    for name, default, what in (
+        ("num-prompts", 8, "requests of a round"),
+        ("random-input-len", 1024, "tokens of each prompt"),
+        ("random-output-len", 32, "tokens that each generates"),
+        ("max-concurrency", 1, "requests at once; 0 is all"),
+        ("rounds", 3, "how often each system serves the requests"),
+        ("seed", 0, "of prompts and arrivals"),
+    ):
+        group.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
+    group.add_argument(
+        "--request-rate",
+        type=parse_rate,
+        metavar="R",
+        help="requests a second, at random moments; inf is all at once (default: inf)",
+    )
+    group.add_argument(
+        "--goodput",
+        nargs="+",
+        default=[],
+        metavar="BOUND",
+        help="what a good request keeps: ttft:MS, tpot:MS, e2el:MS",
+    )
+    parser.add_argument(
+        "--baseline", choices=BASELINES, default="aggregated", help="what to compare with (default: %(default)s)"
+    )
+    add_kv_flags(parser, policies=("native", "default"), budgets=(0.3,))
+    add_model_flags(parser)
+    group = parser.add_argument_group("services")
+    group.add_argument(
+        "--int4", default=PrefillConfig.int4, metavar="WHEN", help="auto (ask the probe), on, off (default: auto)"
+    )
+    group.add_argument(
+        "--kv-memory",
+        default=str(DecodeConfig.kv_memory),
+        metavar="BYTES",
+        help="memory for KV slots, such as 4GiB (default: %(default)s)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON ('-': stdout, instead of the table)")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do it.
+
+    Raises:
+        SpectrumKVError: a flag is wrong, or a system does not start.
+    """
+    # Loading torch takes seconds, which --help need not pay.
+    from spectrumkv.bench.report.progress import progress
+    from spectrumkv.bench.serving.serve import measure
+    from spectrumkv.bench.serving.load import Workload
+    from spectrumkv.bench.serving.metrics import Goodput
+    from spectrumkv.bench.report.speed_result import load_average, write_speed_result
+    from spectrumkv.client.local.running_pair import stopped_by_sigterm
+
+    check_destinations(arguments)
+    load_before = load_average()
+    goodput, choices = Goodput.parse(arguments.goodput), kv_choices(arguments)
+    with stopped_by_sigterm(), ExitStack() as running:
+        client = _start_pair(arguments, running)
+        info: Any = client.server_info()
+        workload = Workload.random(
+            arguments.num_prompts,
+            arguments.random_input_len,
+            arguments.random_output_len,
+            arguments.request_rate,
+            arguments.max_concurrency or None,
+            info.model.vocab_size,
+            arguments.seed,
+        )
+        contenders = _contenders(arguments, running, client, choices, workload.max_concurrency)
+        steps = len(contenders) * arguments.rounds * arguments.num_prompts
+        with progress(steps, Console(stderr=True)) as on_request:
+            rows = measure(workload, contenders, arguments.rounds, goodput, on_request)
+    if arguments.json != STDOUT:
+        results_console().print(serve_table(rows))
+    if arguments.json is not None:
+        write_speed_result(arguments.json, arguments, rows, describe_served_model(info), load_before)
+    return 0
+
+
+def serve_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table for people."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    table.add_column("system")
+    for heading in ("counted", "TTFT ms", "÷ baseline", "hand-off ms", "÷ ITL", "ITL ms", "p99", "TPOT ms"):
+        table.add_column(heading, justify="right")
+    for heading in ("tokens/s", "decoding", "failed"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        named = (row["system"], row["policy"], row["budget_target"])
+        cells = [
+            _number(row["budget_counted"], ".4f"),
+            _number(row["median_ttft_ms"], ".0f"),
+            _number(row["median_ttft_ms_ratio"], ".3f"),
+            _number(row["median_handoff_ms"], ".1f"),
+            _number(row["handoff_itl_ratio"], ".2f"),
+            _number(row["median_itl_ms"], ".1f"),
+            _number(row["p99_itl_ms"], ".1f"),
+            _number(row["median_tpot_ms"], ".1f"),
+            _number(row["output_throughput"], ".2f"),
+            _number(row["decode_throughput"], ".2f"),
+            str(row["failed"]),
+        ]
+        table.add_row(Text(" ".join(str(one) for one in named if one is not None)), *cells)
+    table.caption = "medians of all requests; decoding: tokens/s after each request's first"
+    return table
+
+
+def describe_served_model(info: "ServerInfo") -> dict[str, Any]:
+    """What the services said of their model, by the names of `describe_model`."""
+    return {
+        "name": info.model_name,
+        "architecture": info.model.architecture,
+        "weights_digest": info.model.weights_digest,
+        "dtype": info.model.dtype,
+        "device": info.device,
+    }
+
+
+def parse_rate(text: str) -> float | None:
+    """Read a number of requests a second; None is "inf".
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither.
+    """
+    if text == "inf":
+        return None
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a positive number of requests a second, or inf")
+    return rate
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def _start_pair(arguments: argparse.Namespace, running: ExitStack) -> "SpectrumClient":
+    from spectrumkv.client.client import SpectrumClient
+    from spectrumkv.client.local.pair_config import FREE_PORTS
+    from spectrumkv.client.local.running_pair import running_pair
+
+    options = {name: getattr(arguments, name) for name in ("model", "device", "dtype", "int4", "kv_memory")}
+    given = {name: value for name, value in options.items() if value is not None}
+    pair = running.enter_context(running_pair({**FREE_PORTS, **given}))
+    return running.enter_context(SpectrumClient(pair.address))
+
+
+def _contenders(
+    arguments: argparse.Namespace,
+    running: ExitStack,
+    client: "SpectrumClient",
+    choices: Sequence[Any],
+    max_batch: int,
+) -> "list[Contender]":
+    from spectrumkv.bench.serving import serve
+    from spectrumkv.bench.serving.aggregated import aggregated_process
+
+    contenders = [serve.spectrum_contender(client, choice) for choice in choices]
+    if arguments.baseline == "aggregated":
+        tokens = arguments.random_input_len + arguments.random_output_len
+        process = aggregated_process(arguments.model, arguments.device, arguments.dtype, max_batch, tokens)
+        contenders.append(serve.aggregated_contender(running.enter_context(process)))
+    return contenders

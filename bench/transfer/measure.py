@@ -1,0 +1,153 @@
+"""How fast a KV cache gets from one process into the slots of another, against its FP16 bytes over plain TCP."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from spectrumkv.bench.codec.measure import Cache
+from spectrumkv.bench.codec.interleaving import interleaved_medians
+from spectrumkv.bench.transfer.raw_grpc import RawSender
+from spectrumkv.bench.transfer.kv import KvSender, Sending, tiered
+from spectrumkv.bench.transfer.receiver import ReceiverAddresses, receiving_process
+from spectrumkv.bench.transfer.raw_tcp import TcpSender
+from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.rpc.server import open_channel
+from spectrumkv.common.security import ChannelSecurity, TlsFiles
+from spectrumkv.prefill_server.transfer.plan import KvPlan
+
+TCP, GRPC, SPECTRUMKV = "raw-tcp-fp16", "grpc-fp16", "spectrumkv"
+# Without scores and tiers, which prefill has at hand when it encodes.
+TIERED = "spectrumkv-tiered"
+# The last two over mutual TLS.
+MUTUAL_TLS = "-mutual-tls"
+
+
+class _KvPath:
+    """A plan's transfers, remembered."""
+
+    def __init__(self, sender: KvSender) -> None:
+        self._sender = sender
+        self.transfers: list[Sending] = []
+
+    def __call__(self) -> float:
+        sending = self._sender.send()
+        self.transfers.append(sending)
+        return sending.seconds
+
+
+def measure(
+    cache: Cache,
+    observations: list[Observation],
+    plans: Sequence[KvPlan],
+    chunk_bytes: int,
+    rounds: int,
+    on_round: Callable[[str], None],
+    tls: TlsFiles | None = None,
+) -> list[dict[str, Any]]:
+    """Send a cache to another process by every path in turn; return a row for each path.
+
+    Raw TCP and gRPC start from the bytes of FP16 tensors and end with them in the receiver's memory. Path
+    `spectrumkv` starts from what the model's layers show and ends with verified KV in the slots: scoring, tiering,
+    encoding, checksums and decoding are in its time. `spectrumkv-tiered` has the tiers already: what is left is
+    encoding, checksums and decoding.
+
+    Args:
+        cache: what is sent.
+        observations: what its layers show; see `transfer_kv.observations`.
+        plans: how path `spectrumkv` sends it.
+        chunk_bytes: payload of a message, on both paths over gRPC.
+        rounds: rounds that count.
+        on_round: called after each round.
+        tls: certificate, key and authority of both ends; with them, the paths over gRPC go over mutual TLS too.
+    """
+    message = _fp16_bytes(cache)
+    with ExitStack() as open_paths:
+        addresses = open_paths.enter_context(receiving_process(cache.geometry, cache.tokens, tls))
+        operations: dict[tuple[str, int], Callable[[], float]] = {(TCP, 0): _tcp_path(open_paths, addresses, message)}
+        everything = [(SPECTRUMKV, plan) for plan in plans]
+        everything += [(TIERED, tiered(plan, observations, cache.geometry)) for plan in plans if _has_tiers(plan)]
+        securities = {"": ChannelSecurity()} | ({} if tls is None else {MUTUAL_TLS: ChannelSecurity(tls)})
+        raw: dict[str, RawSender] = {}
+        paths: dict[str, list[_KvPath]] = {}
+        for suffix, security in securities.items():
+            address = addresses.grpc_tls if suffix else addresses.grpc
+            channel = open_paths.enter_context(open_channel(str(address), security))
+            raw[suffix] = RawSender(channel, message, chunk_bytes)
+            paths[suffix] = [
+                _KvPath(KvSender(channel, observations, plan, cache, chunk_bytes)) for _, plan in everything
+            ]
+            operations[GRPC + suffix, 0] = raw[suffix].send
+            operations |= {
+                (everything[number][0] + suffix, number): path for number, path in enumerate(paths[suffix])
+            }
+        with torch.inference_mode():
+            medians = interleaved_medians(operations, rounds, on_round)
+    rows = [_row(TCP, medians[TCP, 0], len(message), len(message))]
+    for suffix in securities:
+        rows.append(_row(GRPC + suffix, medians[GRPC + suffix, 0], raw[suffix].message_bytes, len(message)))
+        for number, ((name, plan), path) in enumerate(zip(everything, paths[suffix], strict=True)):
+            sent = path.transfers[-1].sent
+            row = _row(name + suffix, medians[name + suffix, number], sent.message_bytes, len(message))
+            # The first transfer warms up.
+            encoding = statistics.median(one.sent.encode_seconds for one in path.transfers[1:])
+            rows.append(row | _plan_columns(plan) | {"score_and_encode_seconds": encoding})
+    for row in rows:
+        row["ratio_to_raw_tcp"] = row["fp16_equivalent_gbps"] / rows[0]["fp16_equivalent_gbps"]
+    _compare_with_plaintext(rows)
+    return rows
+
+
+def _has_tiers(plan: KvPlan) -> bool:
+    """Whether its policy gives tokens tiers by their scores, so that scoring can be left out."""
+    return plan.policy.needs_scores and not plan.policy.budget_is_counted
+
+
+def _compare_with_plaintext(rows: list[dict[str, Any]]) -> None:
+    """Say of each row over mutual TLS which share of plaintext's speed it has."""
+    plaintext = {_contender(row): row["fp16_equivalent_gbps"] for row in rows if MUTUAL_TLS not in row["path"]}
+    for row in rows:
+        if MUTUAL_TLS in row["path"]:
+            row["ratio_to_plaintext"] = row["fp16_equivalent_gbps"] / plaintext[_contender(row)]
+
+
+def _contender(row: dict[str, Any]) -> tuple[Any, ...]:
+    return (row["path"].removesuffix(MUTUAL_TLS), row["policy"], row["budget_target"], row["codec"])
+
+
+def _fp16_bytes(cache: Cache) -> memoryview:
+    """The whole cache at 16 bits an element, in one piece of memory."""
+    half = cache.geometry.half_dtype
+    states = torch.stack([torch.stack(pair) for pair in zip(cache.keys, cache.values, strict=True)]).to(half)
+    return states.cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
+
+
+def _tcp_path(open_paths: ExitStack, addresses: ReceiverAddresses, message: memoryview) -> Callable[[], float]:
+    return open_paths.enter_context(TcpSender(addresses.tcp, message))
+
+
+def _row(path: str, seconds: float, sent_bytes: int, fp16_bytes: int) -> dict[str, Any]:
+    return {
+        "path": path,
+        "policy": None,
+        "budget_target": None,
+        "scorer": None,
+        "codec": None,
+        "budget_counted": sent_bytes / fp16_bytes,
+        "fp16_equivalent_gbps": fp16_bytes / seconds / 1e9,
+        "ratio_to_raw_tcp": None,
+        "ratio_to_plaintext": None,
+        "seconds": seconds,
+        "score_and_encode_seconds": None,
+    }
+
+
+def _plan_columns(plan: KvPlan) -> dict[str, Any]:
+    return {
+        "policy": plan.policy.name,
+        "budget_target": plan.budget,
+        "scorer": plan.scorer if plan.policy.needs_scores else None,
+        "codec": plan.codec.name,
+    }

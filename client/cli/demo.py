@@ -1,0 +1,98 @@
+"""`spectrumkv demo`: one long prompt, three budgets, side by side."""
+
+import argparse
+from collections import deque
+from importlib.resources import files
+
+from rich.console import Console
+
+from spectrumkv.client.client import SpectrumClient
+from spectrumkv.client.completion import Completion
+from spectrumkv.client.cli.generate import echo_text
+from spectrumkv.client.local.pair_config import FREE_PORTS
+from spectrumkv.client.request import KvChoice, Message, Sampling
+from spectrumkv.client.local.running_pair import running_pair, show_log_line, stopped_by_sigterm
+from spectrumkv.client.local.service_process import KEPT_LINES
+from spectrumkv.client.cli.tables import comparison_table
+from spectrumkv.common.errors import SpectrumKVError
+
+QUESTION = "Who was the first keeper of the lighthouse?"
+MAX_TOKENS = 48
+# Budgets, and the policy of each; None leaves it to the server.
+RUNS: tuple[tuple[float, str | None], ...] = ((1.0, "fp16"), (0.5, None), (0.3, None))
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "demo",
+        help="start both services, send a long prompt at three budgets, compare",
+        description="Start both services on free ports, ask one question about a long document at three "
+        "KV budgets, print the answers and what they cost, and stop.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", metavar="NAME", help="local directory or hub name (default: the embedded model)")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do it.
+
+    Raises:
+        SpectrumKVError: a service could not be started or refused a request.
+    """
+    out = Console(highlight=False, soft_wrap=True)
+    options = dict(FREE_PORTS) | ({"model": arguments.model} if arguments.model else {})
+    out.print("starting a decode and a prefill service; the first time this takes minutes")
+    log = DemoLog()
+    with stopped_by_sigterm(), running_pair(options, log.add) as pair, SpectrumClient(pair.address) as client:
+        log.be_quiet()
+        out.print(f"both are ready: prefill at {pair.prefill.address}, decode at {pair.decode.address}")
+        out.print(f"the question about a long document: {QUESTION}")
+        try:
+            completions = [(budget, _ask(out, client, budget, policy)) for budget, policy in RUNS]
+        except SpectrumKVError:
+            log.show_kept()
+            raise
+        Console().print(comparison_table(completions))
+    return 0
+
+
+class DemoLog:
+    """Shows what the services log until they are ready, so that nobody waits before a silent screen.
+
+    Later lines are kept and shown only if something goes wrong.
+    """
+
+    def __init__(self) -> None:
+        self._quiet = False
+        self._kept: deque[tuple[str, str]] = deque(maxlen=KEPT_LINES)
+
+    def add(self, name: str, line: str) -> None:
+        """Take a line of a service's log."""
+        if self._quiet:
+            self._kept.append((name, line))
+        else:
+            show_log_line(name, line)
+
+    def be_quiet(self) -> None:
+        """Keep what follows."""
+        self._quiet = True
+
+    def show_kept(self) -> None:
+        """Show the last lines that were kept."""
+        for name, line in tuple(self._kept):
+            show_log_line(name, line)
+
+
+def document() -> str:
+    """Return the long text that the demo asks about."""
+    return (files("spectrumkv.client") / "demo_document.txt").read_text(encoding="utf-8")
+
+
+def _ask(out: Console, client: SpectrumClient, budget: float, policy: str | None) -> Completion:
+    out.rule(f"budget {budget:g}, {policy or 'default'} policy", align="left")
+    prompt = [Message("user", f"{document()}\n\n{QUESTION}")]
+    kv = KvChoice(budget=budget, policy=policy)
+    with client.generate(prompt, sampling=Sampling(max_tokens=MAX_TOKENS), kv=kv) as stream:
+        return echo_text(stream)

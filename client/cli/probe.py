@@ -1,0 +1,95 @@
+"""`spectrumkv probe`: find the strongest safe setting for a model, whatever was found before."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from spectrumkv.client.cli.json_output import STDOUT, message_as_json, write_json
+from spectrumkv.client.cli.output_file import check_writable
+from spectrumkv.client.cli.probe_table import probe_summary, probe_tables
+from spectrumkv.common.service.config import ServerConfig
+
+if TYPE_CHECKING:
+    from spectrumkv.common.model.load import LoadedModel
+    from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "probe",
+        help="find out how strongly a model's KV may be coded",
+        description="Ask a model for needles in long prompts, and have it predict prose, over KV at INT4 and at a "
+        "ladder of budgets; keep the verdict for the prefill service's next starts. Exits with status 0 whatever it "
+        "says.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", metavar="NAME", help="local directory or hub name (default: the embedded model)")
+    for name, choices in (("device", "auto, cpu, cuda"), ("dtype", "auto, float32, float16, bfloat16")):
+        default = getattr(ServerConfig, name)
+        parser.add_argument(
+            f"--{name}", default=default, metavar="NAME", help=f"one of {choices} (default: {default})"
+        )
+    parser.add_argument("--codec", default="absmax", metavar="NAME", help="writes INT4 (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write it as JSON ('-': stdout, instead of the table)")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do it.
+
+    Raises:
+        SpectrumKVError: the result could not be written, the model cannot be loaded or probed, or the codec is
+            unknown or has no INT4.
+    """
+    check_writable("--json", arguments.json)
+    # Loading torch and transformers takes seconds, which the other commands need not pay.
+    from spectrumkv.common.kv.codecs.base import codecs
+    from spectrumkv.common.model.load import load_model
+
+    # An unknown codec is refused before the model is loaded.
+    codec = codecs.get(arguments.codec)
+    loaded = load_model(arguments.model, arguments.device, arguments.dtype)
+    verdict = _probe(loaded, codec.name)
+    message = verdict.to_proto()
+    if arguments.json != STDOUT:
+        console = Console()
+        console.print(f"INT4 {probe_summary(message)}", markup=False)
+        for table in probe_tables(message):
+            console.print(table)
+    if arguments.json is not None:
+        what = {
+            "model": loaded.name,
+            "device": str(loaded.device),
+            "dtype": loaded.spec.dtype,
+            "codec": {"name": codec.name, "version": codec.version},
+        }
+        write_json(what | {"int4_probe": message_as_json(message)}, arguments.json)
+    return 0
+
+
+def _probe(loaded: "LoadedModel", codec: str) -> "ProbeVerdict":
+    from spectrumkv.prefill_server.tuning.basis_cache import EXCERPTS, resolve_basis
+    from spectrumkv.prefill_server.engine.engine import PrefillEngine
+    from spectrumkv.prefill_server.tuning.probe.probe import probe_and_keep
+    from spectrumkv.prefill_server.tuning.probe.progress import ProbeStep
+    from spectrumkv.prefill_server.tuning.probe.questions import WINDOW
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    engine = PrefillEngine(loaded, WINDOW)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"probing {loaded.name}", total=None)
+
+        def show_excerpt(done: int) -> None:
+            progress.update(task, total=EXCERPTS, completed=done, description="calibrating the spectral codec")
+
+        def show(step: ProbeStep) -> None:
+            progress.update(task, total=step.total, completed=step.number - 1, description=step.doing)
+
+        try:
+            basis = resolve_basis(loaded, show_excerpt)
+            return probe_and_keep(loaded, engine, basis, show, codec)
+        finally:
+            engine.stop()

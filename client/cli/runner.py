@@ -1,0 +1,77 @@
+"""What every command line of the project does alike: commands that register themselves, errors, exit statuses."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from spectrumkv.client.cli.standard_output import OutputError, named_output
+from spectrumkv.common.errors import SpectrumKVError
+
+EXIT_ERROR = 1
+# What shells report for a program that SIGINT ended.
+EXIT_INTERRUPTED = 130
+
+
+class Command(Protocol):
+    """A module with one command; its parser sets `run`, which takes the arguments and returns the exit status."""
+
+    def add_parser(self, subparsers: Any) -> None:
+        """Register the command."""
+        ...
+
+
+def command_parser(program: str, description: str, commands: Iterable[Command]) -> argparse.ArgumentParser:
+    """Return the parser of a whole command line."""
+    parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"{program} {version('spectrumkv')}")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in commands:
+        command.add_parser(subparsers)
+    return parser
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    sentence: Callable[[SpectrumKVError, argparse.Namespace], str],
+) -> int:
+    """Run one command and return the exit status: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C.
+
+    Args:
+        parser: from `command_parser`.
+        arguments: None takes the process's own.
+        sentence: what is written to stderr about an error.
+    """
+    parsed = parser.parse_args(arguments)
+    try:
+        with named_output():
+            return int(parsed.run(parsed))
+    except SpectrumKVError as error:
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(sentence(error, parsed), markup=False)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has enough.
+        _drop_output()
+        return EXIT_ERROR
+    except OutputError as error:
+        _drop_output()
+        sys.stderr.write(f"standard output cannot be written: {error.strerror}; send it elsewhere or make room\n")
+        return EXIT_ERROR
+
+
+def _drop_output() -> None:
+    """Let standard output lead nowhere: Python would complain once more when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def status_and_message(error: SpectrumKVError) -> str:
+    """What is said of any error."""
+    return f"{error.code}: {error.message}"

@@ -1,0 +1,67 @@
+"""`spectrumkv up`: both services on this machine, until Ctrl-C."""
+
+import argparse
+from contextlib import suppress
+from dataclasses import fields
+
+from rich.console import Console
+
+from spectrumkv.client.cli import generation_flags
+from spectrumkv.client.cli.runner import EXIT_INTERRUPTED
+from spectrumkv.client.cli.connection_flags import DEFAULT_SERVER
+from spectrumkv.client.local.pair_config import PairConfig
+from spectrumkv.client.local.running_pair import READY_TIMEOUT_SECONDS, RunningPair, running_pair, show_log_line, stopped_by_sigterm
+from spectrumkv.common.service.config import add_flags
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "up",
+        help="start both services on this machine",
+        description="Start a decode and a prefill service; Ctrl-C stops both. Port 0 is any free one.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--ready-timeout",
+        type=generation_flags.parse_seconds,
+        default=READY_TIMEOUT_SECONDS,
+        metavar="S",
+        help="seconds that both may take to be ready (default: %(default)g)",
+    )
+    add_flags(parser, PairConfig)
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do it.
+
+    Raises:
+        InvalidArgumentError: an option has a value that is not allowed, or an address is in use.
+        UnavailableError: a service ended; the other is stopped.
+        DeadlineExceededError: a service was not ready in time.
+    """
+    given = vars(arguments)
+    options = {one.name: given[one.name] for one in fields(PairConfig) if one.name in given}
+    out = Console(highlight=False, soft_wrap=True)
+    ready = False
+    try:
+        with stopped_by_sigterm(), running_pair(options, show_log_line, arguments.ready_timeout) as pair:
+            ready = True
+            with suppress(KeyboardInterrupt):
+                _announce(out, pair)
+                pair.wait_for_death()
+            out.print("stopping; running requests may finish (Ctrl-C again ends them)")
+    except KeyboardInterrupt:
+        out.print("ended at once" if ready else "stopped before both services were ready")
+        return EXIT_INTERRUPTED
+    out.print("both services have stopped")
+    return 0
+
+
+def _announce(out: Console, pair: RunningPair) -> None:
+    for launch in (pair.decode, pair.prefill):
+        metrics = f"http://{launch.metrics_address}/metrics"
+        out.print(f"{launch.name} serves on {launch.address}, metrics at {metrics}")
+    server = "" if pair.address == DEFAULT_SERVER else f" --server {pair.address}"
+    out.print(f'ready; try: spectrumkv generate{server} --chat "Why is the sky blue?"   (Ctrl-C stops both)')

@@ -1,0 +1,184 @@
+"""The options of both services started together on one machine, and the commands that start them."""
+
+import errno
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from typing import Any
+
+from spectrumkv.common.service.config import Address, DecodeConfig, PrefillConfig, ServerConfig, build, flag_name, option, parse_addresses
+from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.security import ChannelSecurity, TlsFiles
+from spectrumkv.common.security.tls import optional_path
+
+# Options as `common.config.build` takes them: names, and values as text (or true and false).
+Options = Mapping[str, Any]
+
+FREE_PORTS: Options = {
+    "listen": "127.0.0.1:0",
+    "decode": "127.0.0.1:0",
+    "metrics_listen": "127.0.0.1:0",
+    "decode_metrics_listen": "127.0.0.1:0",
+}
+
+# Where port 0 is looked for: below the ports that systems give to connections and to whoever else asks for any (32768
+# upwards on Linux, 49152 on macOS and Windows), for a service listens only seconds after its port was found.
+SEARCHED_PORTS = range(20_000, 32_768)
+# Ports that this process has found, and whose services may not listen yet.
+_found_ports: set[int] = set()
+
+DECODE_MODULE = "spectrumkv.decode_server.main"
+PREFILL_MODULE = "spectrumkv.prefill_server.main"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairConfig(PrefillConfig, DecodeConfig):
+    """What `spectrumkv up` is told: every option of both services.
+
+    `listen` and `metrics_listen` are prefill's; `decode` says where the one decode service is started. Port
+    0 is any free one.
+
+    Raises:
+        InvalidArgumentError: there is more than one decode address, plaintext that others can reach without
+            `allow_plaintext`, or TLS without the authority of the certificate.
+    """
+
+    listen: Address = option(  # noqa: RUF009  # it returns a dataclass field
+        PrefillConfig.listen, "address to start the prefill service on", Address.parse
+    )
+    metrics_listen: Address = option(  # noqa: RUF009
+        PrefillConfig.metrics_listen, "address for Prometheus of the prefill service", Address.parse
+    )
+    decode: tuple[Address, ...] = option(
+        (DecodeConfig.listen,), "address to start the decode service on", parse_addresses
+    )
+    decode_metrics_listen: Address = option(  # noqa: RUF009
+        DecodeConfig.metrics_listen, "address for Prometheus of the decode service", Address.parse
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.decode) != 1:
+            addresses = ",".join(map(str, self.decode))
+            raise InvalidArgumentError(f"--decode is {addresses}; allowed: one address, where one is started")
+        if self.tls_cert is not None and self.tls_ca is None:
+            raise InvalidArgumentError(
+                "--tls-cert is given without --tls-ca, by which prefill knows decode; name its authority"
+            )
+
+
+@dataclass(frozen=True)
+class ServiceLaunch:
+    """How one service is started and where it will be found.
+
+    Args:
+        name: "decode" or "prefill".
+        command: the program and its arguments.
+        address: where it will serve.
+        metrics_address: where Prometheus will find it.
+        stop_seconds: how long it may take to stop after SIGTERM.
+        security: how to talk to it.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    address: Address
+    metrics_address: Address
+    stop_seconds: float
+    security: ChannelSecurity
+
+
+def plan_launches(options: Options) -> tuple[ServiceLaunch, ServiceLaunch]:
+    """Return how to start decode and prefill, in that order.
+
+    Args:
+        options: names of `PairConfig` and their values as text (or true and false).
+
+    Raises:
+        InvalidArgumentError: a name is unknown or a value is not allowed.
+    """
+    pair = build(PairConfig, dict(options))
+    decode, decode_metrics, prefill, prefill_metrics = _with_ports(
+        [pair.decode[0], pair.decode_metrics_listen, pair.listen, pair.metrics_listen]
+    )
+    more = {"decode": str(decode)}
+    if pair.token_file is not None and pair.decode_token_file is None:
+        # Both services take the same tokens here.
+        more["decode_token_file"] = pair.token_file
+    return (
+        _launch("decode", DECODE_MODULE, DecodeConfig, options, decode, decode_metrics, {}),
+        _launch("prefill", PREFILL_MODULE, PrefillConfig, options, prefill, prefill_metrics, more),
+    )
+
+
+def _launch(
+    name: str,
+    module: str,
+    config_class: type[ServerConfig],
+    options: Options,
+    address: Address,
+    metrics_address: Address,
+    more: Options,
+) -> ServiceLaunch:
+    known = {declared.name for declared in fields(config_class)}
+    own: dict[str, Any] = {key: value for key, value in options.items() if key in known}
+    own |= {"listen": str(address), "metrics_listen": str(metrics_address), **more}
+    # Refuse here what the child would refuse, before anything is started.
+    config = build(config_class, own)
+    flags = [
+        flag_name(key) if value is True else f"{flag_name(key)}={value}"
+        for key, value in own.items()
+        if value is not False
+    ]
+    # After `grace` the service ends what still runs; closing the process takes a moment more.
+    command = (sys.executable, "-m", module, *flags)
+    return ServiceLaunch(name, command, address, metrics_address, config.grace + 10.0, _security(config))
+
+
+def _security(config: ServerConfig) -> ChannelSecurity:
+    """How this process talks to a service: with the certificate and the tokens that the service has itself."""
+    tls = TlsFiles.named(config.tls_cert, config.tls_key, config.tls_ca) if config.tls_cert is not None else None
+    return ChannelSecurity(tls, optional_path(config.token_file), allow_plaintext=config.allow_plaintext)
+
+
+def _with_ports(addresses: Sequence[Address]) -> list[Address]:
+    """Replace each port 0 by a free port, and make sure that the others are free.
+
+    Without the second, another server on the port would answer in the place of ours. All ports are held
+    until the last is found, so that none comes twice.
+
+    Raises:
+        InvalidArgumentError: an address cannot be listened on.
+    """
+    with ExitStack() as held:
+        return [_hold(held, address) for address in addresses]
+
+
+def _hold(held: ExitStack, address: Address) -> Address:
+    try:
+        if not address.port:
+            return _hold_any(held, address.host)
+        held.enter_context(address.listener())
+    except OSError as error:
+        raise InvalidArgumentError(
+            f"cannot listen on {address}: {error.strerror}; stop what uses it or choose another port (0: any)"
+        ) from error
+    return address
+
+
+def _hold_any(held: ExitStack, host: str) -> Address:
+    """Find a port that nobody uses and that this process finds only once."""
+    start = random.SystemRandom().choice(SEARCHED_PORTS)
+    for port in (*range(start, SEARCHED_PORTS.stop), *range(SEARCHED_PORTS.start, start)):
+        if port not in _found_ports:
+            try:
+                held.enter_context(Address(host, port).listener())
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                _found_ports.add(port)
+                return Address(host, port)
+    raise OSError(errno.EADDRINUSE, f"no port from {SEARCHED_PORTS.start} to {SEARCHED_PORTS.stop - 1} is free")

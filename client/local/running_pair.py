@@ -1,0 +1,210 @@
+"""Both services, started for as long as a `with` block runs."""
+
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+from rich.console import Console
+
+from spectrumkv.client.client import SpectrumClient
+from spectrumkv.client.local.pair_config import FREE_PORTS, Options, ServiceLaunch, plan_launches
+from spectrumkv.client.local.service_process import ServiceProcess
+from spectrumkv.common.errors import SpectrumKVError
+from spectrumkv.common.security import ChannelSecurity
+
+# The first start downloads nothing but may convert the embedded model, calibrates and probes it.
+READY_TIMEOUT_SECONDS = 600.0
+
+# Called with a service's name and a line of its log, from another thread.
+LogSink = Callable[[str, str], None]
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """A service's process is over."""
+
+    service: ServiceProcess
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A service serves, or the wait for it failed."""
+
+    error: SpectrumKVError | None
+
+
+@dataclass(frozen=True)
+class _Signalled:
+    """A signal came; its handler runs as soon as the main thread runs."""
+
+
+_Event = _Ended | _Ready | _Signalled
+
+
+class RunningPair:
+    """Two services that are up.
+
+    Args:
+        decode: how decode was started.
+        prefill: how prefill was started.
+        events: where the end of either process is reported.
+    """
+
+    def __init__(self, decode: ServiceLaunch, prefill: ServiceLaunch, events: "SimpleQueue[_Event]") -> None:
+        self.decode = decode
+        self.prefill = prefill
+        self._events = events
+
+    @property
+    def address(self) -> str:
+        """Where clients connect: prefill's "host:port"."""
+        return str(self.prefill.address)
+
+    @property
+    def security(self) -> ChannelSecurity:
+        """How clients talk to it."""
+        return self.prefill.security
+
+    def wait_for_death(self) -> None:
+        """Block until one of the services ends, which it should not.
+
+        Raises:
+            UnavailableError: names the service and has its last log lines.
+        """
+        while True:
+            event = self._events.get()
+            if isinstance(event, _Ended):
+                raise event.service.death()
+
+
+def show_log_line(name: str, line: str) -> None:
+    """Write a service's log line to stderr, marked with the service's name."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"{name:>7} | {line}", markup=False)
+
+
+@contextmanager
+def running_pair(
+    options: Options = FREE_PORTS,
+    on_line: LogSink = lambda name, line: None,
+    ready_timeout: float = READY_TIMEOUT_SECONDS,
+) -> Iterator[RunningPair]:
+    """Start decode and prefill, wait until both are ready, and stop them at the end of the block.
+
+    Args:
+        options: options of both services by name, as text (see `PairConfig`).
+        on_line: gets each line that a service logs.
+        ready_timeout: seconds that both may take together.
+
+    Raises:
+        InvalidArgumentError: an option is unknown or has a value that is not allowed.
+        UnavailableError: a service ended before it was ready.
+        DeadlineExceededError: a service was not ready in time.
+    """
+    with running_services(*plan_launches(options), on_line, ready_timeout) as pair:
+        yield pair
+
+
+@contextmanager
+def running_services(
+    decode: ServiceLaunch, prefill: ServiceLaunch, on_line: LogSink, ready_timeout: float
+) -> Iterator[RunningPair]:
+    """As `running_pair`, with the commands given. Prefill stops before the decode service it sends to."""
+    events: SimpleQueue[_Event] = SimpleQueue()
+    with _woken_by_signals(events), ExitStack() as running:
+        for launch in (decode, prefill):
+            running.enter_context(_started(launch, on_line, events))
+        with ExitStack() as watching:
+            for launch in (decode, prefill):
+                watching.enter_context(_watched(launch, ready_timeout, events))
+            _wait_for_both(events)
+        yield RunningPair(decode, prefill, events)
+
+
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """Make SIGTERM do in this block what Ctrl-C does: raise KeyboardInterrupt in the main thread."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _woken_by_signals(events: "SimpleQueue[_Event]") -> Iterator[None]:
+    """Report each signal that Python handles.
+
+    A handler runs in the main thread, and one that is just about to wait for an event would run it only after that
+    event. The operating system's own handler writes to a socket, whose reader is another thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arriving, written = socket.socketpair()
+    written.setblocking(False)
+
+    def report() -> None:
+        while arriving.recv(64):
+            events.put(_Signalled())
+
+    thread = threading.Thread(target=report, name="signals", daemon=True)
+    thread.start()
+    previous = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous)
+        written.close()
+        thread.join()
+        arriving.close()
+
+
+@contextmanager
+def _started(launch: ServiceLaunch, on_line: LogSink, events: "SimpleQueue[_Event]") -> Iterator[ServiceProcess]:
+    service = ServiceProcess(
+        launch,
+        on_line=lambda line: on_line(launch.name, line),
+        on_exit=lambda ended: events.put(_Ended(ended)),
+    )
+    try:
+        yield service
+    finally:
+        service.stop()
+
+
+@contextmanager
+def _watched(launch: ServiceLaunch, timeout: float, events: "SimpleQueue[_Event]") -> Iterator[None]:
+    """Report once when the service is ready; leaving the block calls the wait off."""
+    client = SpectrumClient(str(launch.address), launch.security)
+
+    def wait() -> None:
+        try:
+            client.wait_until_serving(timeout)
+        except SpectrumKVError as error:
+            events.put(_Ready(error))
+        else:
+            events.put(_Ready(None))
+
+    thread = threading.Thread(target=wait, name=f"{launch.name}-readiness", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        client.close()
+        thread.join()
+
+
+def _wait_for_both(events: "SimpleQueue[_Event]") -> None:
+    ready = 0
+    while ready < 2:
+        event = events.get()
+        if isinstance(event, _Ended):
+            raise event.service.death()
+        if isinstance(event, _Ready):
+            if event.error is not None:
+                raise event.error
+            ready += 1

@@ -1,0 +1,78 @@
+"""Codec "native": keys and values in the model's own dtype, bit for bit.
+
+The layout of a body is documented at `KvChunk` in proto/spectrumkv/v1/kv.proto.
+"""
+
+import torch
+
+from spectrumkv.common.errors import DataLossError, InvalidArgumentError
+from spectrumkv.common.kv.codecs import body as bodies
+from spectrumkv.common.kv.codecs.body import Section
+from spectrumkv.common.kv.codecs.base import EncodedBlock, TierCodec, codecs
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.tiers import Tier
+
+TIERS = frozenset({Tier.NATIVE})
+
+
+class NativeCodec(TierCodec):
+    """Copies tokens; see `Codec`. Greedy output from such KV is that of one process."""
+
+    name = "native"
+    version = 1
+    tiers = TIERS
+
+    def encode(
+        self, keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, geometry: KvGeometry
+    ) -> EncodedBlock:
+        """Code `n` tokens; see `Codec.encode`."""
+        bodies.check_states(keys, values, tiers, geometry)
+        if not _all_native(tiers):
+            raise InvalidArgumentError(
+                f"codec native has the tier NATIVE only; the block has tiers {sorted(set(tiers.tolist()))}"
+            )
+        layout = sections(tiers.numel(), geometry)
+        device_body = torch.empty(bodies.body_bytes(layout), dtype=torch.uint8, device=keys.device)
+        (both,) = bodies.cut(device_body, layout)
+        both[0].copy_(keys)
+        both[1].copy_(values)
+        body = bodies.to_host(device_body)
+        (sent,) = bodies.cut(body, layout)
+        for side, states in zip(("keys", "values"), sent, strict=True):
+            if not bodies.is_finite(states):
+                bodies.refuse_infinite(side, Tier.NATIVE, states, geometry.native_dtype)
+        return EncodedBlock(body, bodies.bytes_by_tier(layout, TIERS))
+
+    def decode(
+        self,
+        body: torch.Tensor,
+        tiers: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        geometry: KvGeometry,
+    ) -> dict[Tier, int]:
+        """Write the tokens of `body` into `keys` and `values`; see `Codec.decode`."""
+        bodies.check_states(keys, values, tiers, geometry)
+        if not _all_native(tiers):
+            raise DataLossError(
+                f"a block of codec native has tiers {sorted(set(tiers.tolist()))}; all must be NATIVE", reason="tier"
+            )
+        layout = sections(tiers.numel(), geometry)
+        bodies.check_length(body, layout)
+        (both,) = bodies.cut(body.to(keys.device), layout)
+        keys.copy_(both[0])
+        values.copy_(both[1])
+        return bodies.bytes_by_tier(layout, TIERS)
+
+
+codecs.register(NativeCodec.name)(NativeCodec())
+
+
+def sections(tokens: int, geometry: KvGeometry) -> list[Section]:
+    """The layout of a body of `tokens` tokens: keys, then values."""
+    shape = (2, geometry.kv_heads, tokens, geometry.head_dim)
+    return [Section(Tier.NATIVE, shape, geometry.native_dtype)]
+
+
+def _all_native(tiers: torch.Tensor) -> bool:
+    return bool((tiers == Tier.NATIVE).all())

@@ -1,0 +1,155 @@
+"""The basis of the spectral codec: what both sides must have in common, and how it travels."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.codecs.spectral.rotary import angles
+
+# Keys and values, in this order, in every tensor with a `side`.
+SIDES = 2
+# Names, dtypes and shapes of six tensors take a few hundred.
+SAFETENSORS_HEADER_BYTES = 4096
+# Models have factors near 1; keys are float32 before and after.
+LARGEST_SCALING = 1e6
+
+
+@dataclass(frozen=True, eq=False)
+class SpectralBasis:
+    """A transform per layer, side (keys, values) and KV head.
+
+    With z a key before its rotary embedding, or a value, the coefficients are `(z − mean) @ analysis`; an error
+    of one unit in any of them moves the model's output about equally.
+
+    Attributes:
+        mean: float32 `[layers, 2, kv_heads, head_dim]`.
+        analysis: float32 `[layers, 2, kv_heads, head_dim, head_dim]`, invertible; columns ordered by falling spread.
+        spread: float32 `[layers, 2, kv_heads, head_dim]`, standard deviation of each coefficient.
+        attention_exponent: float32 `[layers]`, by which power of its observed attention a token's
+            sensitivity grows.
+        rope_frequencies: float64 `[head_dim / 2]`, radians per position.
+        rope_scaling: factor that the rotary embedding applies to keys besides the rotation.
+
+    Raises:
+        InvalidArgumentError: shapes do not fit together, an element is not finite, or one is out of range.
+    """
+
+    mean: torch.Tensor
+    analysis: torch.Tensor
+    spread: torch.Tensor
+    attention_exponent: torch.Tensor
+    rope_frequencies: torch.Tensor
+    rope_scaling: float
+
+    def __post_init__(self) -> None:
+        layers, _, kv_heads, head_dim = self.mean.shape
+        shapes = {
+            "mean": (layers, SIDES, kv_heads, head_dim),
+            "analysis": (layers, SIDES, kv_heads, head_dim, head_dim),
+            "spread": (layers, SIDES, kv_heads, head_dim),
+            "attention_exponent": (layers,),
+            "rope_frequencies": (head_dim // 2,),
+        }
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
+            dtype = torch.float64 if name == "rope_frequencies" else torch.float32
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.isfinite().all():
+                raise InvalidArgumentError(
+                    f"the basis's {name} is {tensor.dtype} {list(tensor.shape)}; it must be {dtype} {list(shape)} "
+                    "and finite"
+                )
+        if not (self.spread > 0).all():
+            raise InvalidArgumentError("the basis has a coefficient without spread")
+        if not 1 / LARGEST_SCALING <= self.rope_scaling <= LARGEST_SCALING:
+            raise InvalidArgumentError(
+                f"the basis's rope_scaling is {self.rope_scaling}; "
+                f"{1 / LARGEST_SCALING:g} to {LARGEST_SCALING:g} are allowed"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of one key or value."""
+        return self.mean.shape[-1]
+
+    @cached_property
+    def synthesis(self) -> torch.Tensor:
+        """Inverse of `analysis`, float32.
+
+        Raises:
+            InvalidArgumentError: there is none.
+        """
+        message = "the basis has a transform that cannot be undone"
+        try:
+            # Not by torch, whose MKL fails at batches of large matrices once a number of threads was set.
+            inverse = np.linalg.inv(self.analysis.double().numpy())
+        except np.linalg.LinAlgError as error:
+            raise InvalidArgumentError(message) from error
+        synthesis = torch.from_numpy(inverse).float()
+        if not synthesis.isfinite().all():
+            raise InvalidArgumentError(message)
+        return synthesis
+
+    @cached_property
+    def serialized(self) -> bytes:
+        """The basis in the format of safetensors, which `from_bytes` reads."""
+        tensors = {
+            "mean": self.mean,
+            "analysis": self.analysis,
+            "spread": self.spread,
+            "attention_exponent": self.attention_exponent,
+            "rope_frequencies": self.rope_frequencies,
+            "rope_scaling": torch.tensor([self.rope_scaling], dtype=torch.float64),
+        }
+        data: bytes = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        return data
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of the serialized basis."""
+        return hashlib.sha256(self.serialized).digest()
+
+    @staticmethod
+    def largest_bytes(geometry: KvGeometry) -> int:
+        """Most bytes that a serialized basis for a model's cache can take."""
+        vectors = geometry.layers * SIDES * geometry.kv_heads * geometry.head_dim
+        floats = vectors * (geometry.head_dim + 2) + geometry.layers
+        return 4 * floats + 8 * geometry.head_dim + SAFETENSORS_HEADER_BYTES
+
+    def check_fits(self, geometry: KvGeometry) -> None:
+        """Check that the basis is one for this model's cache.
+
+        Raises:
+            InvalidArgumentError: it is not.
+        """
+        layers, _, kv_heads, head_dim = self.mean.shape
+        mine, theirs = (layers, kv_heads, head_dim), (geometry.layers, geometry.kv_heads, geometry.head_dim)
+        if mine != theirs:
+            raise InvalidArgumentError(f"the basis has (layers, KV heads, head_dim) = {mine}; the model has {theirs}")
+
+    def rotation(self, first: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of the rotary angles at positions `first` and up, float32 `[tokens, head_dim / 2]`."""
+        return angles(self._frequencies, first, tokens)
+
+    @cached_property
+    def _frequencies(self) -> tuple[float, ...]:
+        return tuple(self.rope_frequencies.tolist())
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "SpectralBasis":
+        """Inverse of `serialized`.
+
+        Raises:
+            InvalidArgumentError: `data` is no basis.
+        """
+        try:
+            tensors = load(data)
+            return cls(**{**tensors, "rope_scaling": float(tensors["rope_scaling"])})
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InvalidArgumentError(f"these {len(data)} bytes are no spectral basis: {error}") from error

@@ -1,0 +1,208 @@
+"""One layer's tokens to bytes and back; the layout of a body is documented at `KvChunk` in kv.proto."""
+
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from spectrumkv.common.errors import DataLossError, InvalidArgumentError
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.codecs.spectral.layout import CLASSES_PER_OCTAVE, HIGHEST_CLASS, LOWEST_CLASS
+from spectrumkv.common.kv.codecs.spectral.steps import Steps, TokenClasses
+from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION, CodedStream, PackedStreams, compress, decompress
+from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
+from spectrumkv.kernels.absmax.dispatch import is_finite
+
+HEADER = struct.Struct("<fHI")
+LENGTHS = np.dtype([("coded", "<u4"), ("exceptions", "<u4")])
+# Largest magnitude of the binary logarithm of a step.
+LARGEST_BASE = 64.0
+# Integers have 32 bits; some room is left for the rounding of the quotient.
+LARGEST_SYMBOL = 2.0**30
+
+
+@dataclass(frozen=True, eq=False)
+class UncodedBlock:
+    """A run of tokens of one layer.
+
+    Attributes:
+        transform: of the layer.
+        first: position of the first token.
+        keys: `[kv_heads, n, head_dim]` on the CPU, after the rotary embedding.
+        values: like `keys`.
+        tokens: the tokens' classes.
+    """
+
+    transform: LayerTransform
+    first: int
+    keys: torch.Tensor
+    values: torch.Tensor
+    tokens: TokenClasses
+
+    @property
+    def length(self) -> int:
+        """How many tokens."""
+        return self.keys.shape[1]
+
+    def halves(self) -> "Iterator[UncodedBlock]":
+        """Yield the first half of the tokens and the others."""
+        half = self.length // 2
+        for start, end in ((0, half), (half, self.length)):
+            classes, sinks = self.tokens.classes[start:end], min(max(0, self.tokens.sinks - start), end - start)
+            yield UncodedBlock(
+                self.transform,
+                self.first + start,
+                self.keys[:, start:end],
+                self.values[:, start:end],
+                TokenClasses(classes, sinks),
+            )
+
+
+def encode_block(block: UncodedBlock, base: float, geometry: KvGeometry) -> tuple[bytearray, Steps]:
+    """Code a run of tokens.
+
+    Args:
+        block: the tokens.
+        base: binary logarithm of the step of class 0, a float32.
+        geometry: shape and dtype of the model's cache.
+
+    Returns:
+        The body, and the tokens' steps: coarser than wanted where integers would not have 32 bits.
+
+    Raises:
+        InvalidArgumentError: an element is infinite or NaN, or a sink does not fit the 16-bit dtype.
+    """
+    sinks = slice(0, block.tokens.sinks)
+    exact = torch.stack([block.keys[:, sinks], block.values[:, sinks]]).to(geometry.half_dtype)
+    exact_bytes = exact.view(-1).view(torch.uint8)
+    if not is_finite(exact_bytes, geometry.half_dtype):
+        raise InvalidArgumentError(
+            f"keys or values of the first tokens in layer {block.transform.layer} do not fit {geometry.half_dtype}"
+        )
+    coded_classes = compress(block.tokens.coded)
+    steps, coded = _coded_streams(block, Steps(base, block.tokens))
+    if not abs(steps.base) <= LARGEST_BASE:
+        raise InvalidArgumentError(
+            f"keys or values of layer {block.transform.layer} want steps of 2^{steps.base:g}; codec spectral has "
+            f"those from 2^-{LARGEST_BASE:g} to 2^{LARGEST_BASE:g}"
+        )
+    lengths = np.array([(len(one.coded), one.exception_count) for one in coded], LENGTHS)
+    parts: list[bytes | memoryview] = [
+        HEADER.pack(steps.base, block.tokens.sinks, len(coded_classes)),
+        exact_bytes.numpy().data,
+        coded_classes,
+        lengths.tobytes(),
+    ]
+    for one in coded:
+        parts += one
+    parts.append(b"\0" * (sum(map(len, parts)) % 2))
+    return bytearray().join(parts), steps
+
+
+def _coded_streams(block: UncodedBlock, steps: Steps) -> tuple[Steps, list[CodedStream]]:
+    """Code the tokens that have a step; return the steps that were used, too."""
+    if not len(block.tokens.coded):
+        return steps, []
+    transform, sinks = block.transform, block.tokens.sinks
+    packed = transform.packed(steps)
+    symbols, largest = transform.quantize(
+        block.keys[:, sinks:], block.values[:, sinks:], block.first + sinks, steps, packed
+    )
+    if not largest < math.inf:
+        raise InvalidArgumentError(f"keys or values of layer {transform.layer} are infinite or NaN")
+    finest = _finest_base(largest)
+    if steps.base < finest:
+        return _coded_streams(block, Steps(finest, block.tokens))
+    return steps, packed.encode(symbols)
+
+
+def _finest_base(largest: float) -> float:
+    """The least base step, a float32, at which integers have 32 bits, whatever their tokens' classes."""
+    return float(np.float32(math.log2(max(largest, 1e-30) / LARGEST_SYMBOL) - LOWEST_CLASS / CLASSES_PER_OCTAVE))
+
+
+def decode_block(
+    transform: LayerTransform,
+    body: memoryview,
+    first: int,
+    geometry: KvGeometry,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> Steps:
+    """Inverse of `encode_block`.
+
+    Args:
+        transform: of the layer.
+        body: as it arrived.
+        first: position of the first token.
+        geometry: shape and dtype of the model's cache.
+        keys: `[kv_heads, n, head_dim]` in the model's own dtype, any strides, on any device; written.
+        values: like `keys`.
+
+    Returns:
+        The tokens' steps.
+
+    Raises:
+        DataLossError: the body does not hold what its header says.
+    """
+    reader, tokens = _Reader(body), keys.shape[1]
+    base, sinks, class_bytes = reader.header()
+    if sinks > tokens:
+        raise DataLossError(f"a block of {tokens} tokens has {sinks} sinks", "malformed")
+    shape = (2, geometry.kv_heads, sinks, geometry.head_dim)
+    exact = reader.array(2 * math.prod(shape), np.uint8)
+    classes = decompress(reader.take(class_bytes), tokens - sinks).astype(np.int64)
+    if len(classes) and classes.max() > HIGHEST_CLASS - LOWEST_CLASS:
+        raise DataLossError(f"a block has the step class {classes.max() + LOWEST_CLASS}", "malformed")
+    of_tokens = np.concatenate([np.zeros(sinks, np.int64), classes + LOWEST_CLASS])
+    steps = Steps(base, TokenClasses(of_tokens, sinks))
+    if sinks:
+        states = torch.from_numpy(exact.copy()).view(geometry.half_dtype).view(shape)
+        keys[:, :sinks], values[:, :sinks] = states[0], states[1]
+    if len(classes):
+        packed = transform.packed(steps)
+        symbols = packed.decode(_streams(reader, packed))
+        transform.dequantize(symbols, packed, first + sinks, steps, keys[:, sinks:], values[:, sinks:])
+    reader.finish()
+    return steps
+
+
+def _streams(reader: "_Reader", packed: PackedStreams) -> list[CodedStream]:
+    """Take the streams from a body."""
+    lengths = reader.array(len(packed.limit), LENGTHS).tolist()
+    return [
+        CodedStream(reader.take(coded), reader.take(raw_bytes), reader.take(exceptions * EXCEPTION.itemsize))
+        for (coded, exceptions), raw_bytes in zip(lengths, packed.raw_bytes.tolist(), strict=True)
+    ]
+
+
+class _Reader:
+    """Takes a body apart, front to back."""
+
+    def __init__(self, body: memoryview) -> None:
+        self._body = body
+        self._position = 0
+
+    def take(self, size: int) -> memoryview:
+        end = self._position + size
+        if end > len(self._body):
+            raise DataLossError(f"a block's body of {len(self._body)} bytes is cut off; {end} are needed", "length")
+        taken = self._body[self._position : end]
+        self._position = end
+        return taken
+
+    def header(self) -> tuple[float, int, int]:
+        base, sinks, class_bytes = HEADER.unpack(self.take(HEADER.size))
+        if not abs(base) <= LARGEST_BASE:
+            raise DataLossError(f"a block's steps have the exponent {base}", "scale")
+        return base, sinks, class_bytes
+
+    def array(self, count: int, dtype: np.dtype | type) -> np.ndarray:
+        return np.frombuffer(self.take(count * np.dtype(dtype).itemsize), dtype)
+
+    def finish(self) -> None:
+        if len(self._body) - self._position > 1:
+            raise DataLossError(f"a block's body has {len(self._body) - self._position} bytes too many", "length")

@@ -1,0 +1,238 @@
+"""A stream of integers to bytes: packed so that one byte has several bits of entropy, then coded.
+
+The Huffman stage of Zstandard is within a few percent of the entropy of a stream whose symbols are alike and take
+4 bits or more, at a gigabyte a second. Narrow symbols are therefore packed several to a byte first; wide ones give
+up their lowest bits, which are noise, and send those as they are.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from threading import local
+from typing import NamedTuple
+
+import numpy as np
+import zstandard
+
+from spectrumkv.common.errors import DataLossError
+from spectrumkv.kernels.spectral import packing as kernels
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How symbols of a stream share bytes.
+
+    Attributes:
+        per_byte: symbols in one byte; 0 where the stream is not sent at all.
+        limit: largest magnitude; larger ones are exceptions, sent apart.
+        widest: exponent of two, in steps, of the standard deviation up to which this packing is used.
+    """
+
+    per_byte: int
+    limit: int
+    widest: float
+
+    @property
+    def base(self) -> int:
+        """Values of one symbol."""
+        return 2 * self.limit + 1
+
+
+# Limits lie at 5 standard deviations or more: coefficients have heavy tails, and an exception costs 8 bytes.
+PACKINGS = (
+    Packing(per_byte=0, limit=0, widest=-4.0),
+    Packing(per_byte=5, limit=1, widest=-1.75),
+    Packing(per_byte=3, limit=2, widest=-1.0),
+    Packing(per_byte=2, limit=7, widest=0.5),
+    Packing(per_byte=1, limit=127, widest=math.inf),
+)
+_WIDEST = np.array([one.widest for one in PACKINGS])
+_PER_BYTE = np.array([one.per_byte for one in PACKINGS], np.int64)
+_LIMITS = np.array([one.limit for one in PACKINGS], np.int64)
+# Exponent of the spread above which the lowest bits are split off.
+WIDEST_WITHOUT_RAW_BITS = 4.5
+# What compiled loops move at once is 32 bits; spreads beyond 2^28 steps are none that anybody has.
+MOST_RAW_BITS = 24
+# First byte of a frame that says nothing of its size: one that does would be given as much memory as it says.
+PLAIN_FRAME = 0
+LARGEST_WINDOW_BYTES = 1 << 20
+EXCEPTION = np.dtype([("index", "<u4"), ("value", "<i4")])
+
+# What saves bytes here is Zstandard's Huffman coder. Symbols are noise, in which a search finds little but what costs
+# more to say: with the smallest table there are fewer bytes, in less time.
+_COMPRESSION = zstandard.ZstdCompressionParameters.from_level(
+    1,
+    format=zstandard.FORMAT_ZSTD1_MAGICLESS,
+    write_content_size=False,
+    write_checksum=False,
+    min_match=7,
+    hash_log=6,
+)
+
+
+class _Coders(local):
+    """Zstandard's state of one thread."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(compression_params=_COMPRESSION)
+        self.decompressor = zstandard.ZstdDecompressor(
+            format=zstandard.FORMAT_ZSTD1_MAGICLESS, max_window_size=LARGEST_WINDOW_BYTES
+        )
+
+
+_coders = _Coders()
+
+
+class CodedStream(NamedTuple):
+    """One stream in bytes.
+
+    Attributes:
+        coded: packed symbols, as `compress` leaves them.
+        raw: lowest bits.
+        exceptions: of `EXCEPTION`, one after another.
+    """
+
+    coded: bytes | memoryview
+    raw: bytes | memoryview
+    exceptions: bytes | memoryview
+
+    @property
+    def exception_count(self) -> int:
+        """How many exceptions there are."""
+        return len(self.exceptions) // EXCEPTION.itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class PackedStreams:
+    """How each stream of a block is packed.
+
+    Attributes:
+        start: int64 `[streams + 1]`, where each starts among the block's symbols.
+        per_byte: int64 `[streams]`, see `Packing`.
+        limit: int64 `[streams]`, of what remains without the raw bits.
+        raw_bits: int64 `[streams]`, lowest bits of each symbol that are sent as they are.
+        raw_bytes: int64 `[streams]`, length of the lowest bits.
+        packed_start: int64 `[streams + 1]`, where each stream starts among the packed bytes.
+        raw_start: int64 `[streams + 1]`, where each stream starts among the 32-bit words of lowest bits.
+    """
+
+    start: np.ndarray
+    per_byte: np.ndarray
+    limit: np.ndarray
+    raw_bits: np.ndarray
+    raw_bytes: np.ndarray
+    packed_start: np.ndarray
+    raw_start: np.ndarray
+
+    @classmethod
+    def of(cls, counts: np.ndarray, exponent: np.ndarray) -> "PackedStreams":
+        """Choose packings.
+
+        Args:
+            counts: int64 `[streams]`, symbols of each.
+            exponent: float64 `[streams]`; the standard deviation of a stream's symbols is 2^exponent.
+        """
+        streams = len(counts)
+        per_byte, limit, raw_bits, raw_bytes = np.empty((4, streams), np.int64)
+        start, packed_start, raw_start = np.empty((3, streams + 1), np.int64)
+        kernels.lay_out(
+            counts, exponent, _WIDEST, _PER_BYTE, _LIMITS, WIDEST_WITHOUT_RAW_BITS, MOST_RAW_BITS,
+            start, per_byte, limit, raw_bits, raw_bytes, packed_start, raw_start,
+        )  # fmt: skip
+        return cls(start, per_byte, limit, raw_bits, raw_bytes, packed_start, raw_start)
+
+    @property
+    def _codes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.per_byte, self.limit, self.raw_bits
+
+    def encode(self, symbols: np.ndarray) -> list[CodedStream]:
+        """Code the streams.
+
+        Args:
+            symbols: int32 `[m]`, one stream after another; used up.
+        """
+        packed, raw = np.empty(self.packed_start[-1], np.uint8), np.empty(self.raw_start[-1], "<u4")
+        outside, found = np.empty((len(symbols), 2), "<i4"), np.empty(len(self.limit), np.int64)
+        kernels.pack_streams(
+            symbols, self.start, *self._codes, packed, self.packed_start, raw, self.raw_start, outside, found
+        )
+        raw_bytes, exceptions = raw.view(np.uint8).data, outside.reshape(-1).view(np.uint8).data
+        return [
+            CodedStream(
+                compress(packed[first_byte:end_byte]),
+                raw_bytes[raw.itemsize * word :][:raw_length],
+                exceptions[EXCEPTION.itemsize * first :][: EXCEPTION.itemsize * count],
+            )
+            for (first_byte, end_byte), word, raw_length, first, count in zip(
+                pairwise(self.packed_start.tolist()),
+                self.raw_start.tolist()[:-1],
+                self.raw_bytes.tolist(),
+                self.start.tolist()[:-1],
+                found.tolist(),
+                strict=True,
+            )
+        ]
+
+    def decode(self, streams: Sequence[CodedStream]) -> np.ndarray:
+        """Inverse of `encode`: int32 `[m]`.
+
+        Raises:
+            DataLossError: a stream is damaged.
+        """
+        symbols = np.empty(self.start[-1], np.int32)
+        packed, raw = np.empty(self.packed_start[-1], np.uint8), np.zeros(self.raw_start[-1], "<u4")
+        words = self.raw_start.tolist()
+        for stream, word, (first_byte, end_byte) in zip(
+            streams, words[:-1], pairwise(self.packed_start.tolist()), strict=True
+        ):
+            packed[first_byte:end_byte] = decompress(stream.coded, end_byte - first_byte)
+            if stream.raw:
+                raw[word:].view(np.uint8)[: len(stream.raw)] = np.frombuffer(stream.raw, np.uint8)
+        outside = np.frombuffer(b"".join(stream.exceptions for stream in streams), "<i4").reshape(-1, 2)
+        outside_start = edges(np.array([stream.exception_count for stream in streams]))
+        damaged = kernels.unpack_streams(
+            packed, self.packed_start, raw, self.raw_start, outside, outside_start, *self._codes, self.start, symbols
+        )
+        if damaged >= 0:
+            symbols_of_stream = self.start[damaged + 1] - self.start[damaged]
+            raise DataLossError(f"an exception lies outside its stream of {symbols_of_stream} symbols", "malformed")
+        return symbols
+
+
+def edges(lengths: np.ndarray) -> np.ndarray:
+    """int64 `[n + 1]`: where runs of these lengths start, and where the last one ends."""
+    return np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)))
+
+
+def compress(data: np.ndarray) -> bytes:
+    """Code bytes; never longer than one byte more than they are."""
+    coded = _coders.compressor.compress(data.data) if len(data) else b""
+    return b"\x01" + coded if len(coded) < len(data) else b"\x00" + data.tobytes()
+
+
+def decompress(coded: bytes | memoryview, size: int) -> np.ndarray:
+    """Inverse of `compress`.
+
+    Args:
+        coded: what `compress` returned.
+        size: how many bytes it was given.
+
+    Returns:
+        uint8 `[size]`, read-only.
+
+    Raises:
+        DataLossError: `coded` is damaged or holds another number of bytes.
+    """
+    try:
+        if coded[0] == 0:
+            data: bytes | memoryview = coded[1:]
+        else:
+            if coded[1] != PLAIN_FRAME:
+                raise DataLossError(f"an entropy-coded stream has the frame header {coded[1]:#04x}", "entropy")
+            data = _coders.decompressor.decompress(coded[1:], max_output_size=size)
+    except (IndexError, zstandard.ZstdError) as error:
+        raise DataLossError(f"an entropy-coded stream is damaged: {error}", "entropy") from error
+    if len(data) != size:
+        raise DataLossError(f"an entropy-coded stream holds {len(data)} bytes instead of {size}", "entropy")
+    return np.frombuffer(data, np.uint8)

@@ -1,0 +1,176 @@
+"""When and why an RPC is over, as its handler sees it."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+
+import grpc
+
+from spectrumkv.common.errors import CancelledError, DeadlineExceededError, SpectrumKVError
+from spectrumkv.common.rpc.status import DEADLINE_MESSAGE
+
+# What the synchronous server reports for a caller that set no deadline is centuries away.
+NO_DEADLINE_SECONDS = 10 * 365 * 86400.0
+# How long a handler may take to notice that the default deadline passed, before its RPC is cancelled.
+NOTICE_SECONDS = 1.0
+
+
+def deadline_seconds(context: grpc.ServicerContext) -> float | None:
+    """Return the seconds that are left until the caller's deadline, or None where it set none."""
+    remaining = context.time_remaining()
+    return None if remaining is None or remaining > NO_DEADLINE_SECONDS else float(remaining)
+
+
+class RpcEnd:
+    """Why an RPC ended before its handler did.
+
+    A deadline arrives as a cancel: gRPC rounds timeouts up to three digits for the wire, so that the caller's
+    clock runs out before the server's. A cancel this close to the deadline is therefore the deadline.
+
+    Args:
+        context: the handler's gRPC context.
+    """
+
+    def __init__(self, context: grpc.ServicerContext) -> None:
+        self._context = context
+        given = deadline_seconds(context)
+        self._slack = 0.05 + 0.01 * (given or 0.0)
+        self._recorded: SpectrumKVError | None = None
+        if not context.add_callback(self._record):
+            self._record()
+
+    @property
+    def error(self) -> SpectrumKVError:
+        """DeadlineExceededError or CancelledError; of use only once the RPC is over."""
+        # gRPC wakes a handler before it calls back.
+        return self._recorded or self._reason()
+
+    def _record(self) -> None:
+        self._recorded = self._reason()
+
+    def _reason(self) -> SpectrumKVError:
+        remaining = deadline_seconds(self._context)
+        # `RpcScope` leaves this code before it cancels an RPC whose default deadline passed.
+        late = self._context.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        if late or (remaining is not None and remaining <= self._slack):
+            return DeadlineExceededError(DEADLINE_MESSAGE)
+        return CancelledError("the caller cancelled the request")
+
+
+class RpcScope:
+    """What a handler may know of its caller: whether it is still there, and how long it will wait.
+
+    Args:
+        context: the handler's gRPC context.
+        default_seconds: deadline for a caller that set none.
+    """
+
+    def __init__(self, context: grpc.ServicerContext, default_seconds: float) -> None:
+        self._context = context
+        self._end_reason = RpcEnd(context)
+        self._lock = threading.Lock()
+        self._on_end: list[Callable[[], object]] = []
+        self._ended = threading.Event()
+        self._expired = False
+        self._left = False
+        self._timer: threading.Timer | None = None
+        remaining = deadline_seconds(context)
+        self._deadline = time.monotonic() + (default_seconds if remaining is None else remaining)
+        if not context.add_callback(self._end):
+            self._ended.set()
+        elif remaining is None:
+            self._start_clock(default_seconds, self._expire)
+
+    @property
+    def seconds_remaining(self) -> float:
+        """How long the caller will still wait."""
+        return max(0.0, self._deadline - time.monotonic())
+
+    @property
+    def ended(self) -> bool:
+        """Whether the caller went away or the deadline passed."""
+        return self._ended.is_set() or self.seconds_remaining == 0 or not self._context.is_active()
+
+    def on_end(self, callback: Callable[[], object]) -> None:
+        """Call `callback` once, as soon as the RPC is over for whatever reason (at once if it already is).
+
+        It runs in a thread that all RPCs of the server need and must not block.
+        """
+        with self._lock:
+            if not self._ended.is_set():
+                self._on_end.append(callback)
+                return
+        callback()
+
+    @contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """Cancel the RPC, with DEADLINE_EXCEEDED, if the block takes longer."""
+        clock = threading.Timer(seconds, self._cancel)
+        clock.daemon = True
+        clock.start()
+        try:
+            yield
+        finally:
+            clock.cancel()
+
+    def wait_for_end(self, seconds: float) -> None:
+        """Wait until the RPC is over, for `seconds` at most."""
+        self._ended.wait(seconds)
+
+    def check(self) -> None:
+        """Raise the error that tells why the RPC is over, if it is.
+
+        Raises:
+            DeadlineExceededError: time ran out.
+            CancelledError: the caller went away.
+        """
+        if self._expired or (self.seconds_remaining == 0 and not self._ended.is_set()):
+            raise DeadlineExceededError(DEADLINE_MESSAGE)
+        if self.ended:
+            raise self._end_reason.error
+
+    def __enter__(self) -> "RpcScope":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop_clock()
+
+    def _start_clock(self, seconds: float, then: Callable[[], None]) -> None:
+        with self._lock:
+            if self._left:
+                return
+            self._timer = threading.Timer(seconds, then)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _stop_clock(self) -> None:
+        with self._lock:
+            self._left = True
+            if self._timer is not None:
+                self._timer.cancel()
+
+    def _expire(self) -> None:
+        self._expired = True
+        # A handler that waits for its caller to read or to send cannot answer; it hears only of a cancel.
+        self._start_clock(NOTICE_SECONDS, self._cancel)
+        self._call_back()
+
+    def _cancel(self) -> None:
+        self._context.set_code(grpc.StatusCode.DEADLINE_EXCEEDED)
+        self._context.cancel()
+
+    def _end(self) -> None:
+        self._stop_clock()
+        self._call_back()
+
+    def _call_back(self) -> None:
+        with self._lock:
+            self._ended.set()
+            callbacks, self._on_end = self._on_end, []
+        with ExitStack() as all_of_them:
+            for callback in reversed(callbacks):
+                all_of_them.callback(callback)

@@ -1,0 +1,44 @@
+"""What can be wrong with a service's options, found before its model is loaded: that takes seconds, or minutes."""
+
+import os
+
+from spectrumkv.common.service.config import Address, ServerConfig, flag_name
+from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
+from spectrumkv.common.security import ServerSecurity
+from spectrumkv.kernels.jit.vectors import converts_float16
+
+
+def check_start(config: ServerConfig) -> None:
+    """Check what both services need besides a model.
+
+    Raises:
+        FailedPreconditionError: the processor lacks instructions that compiled code needs.
+        InvalidArgumentError: an address cannot be listened on, or a file of certificates or tokens cannot be used.
+    """
+    check_processor()
+    ServerSecurity.from_config(config).check()
+    for name, address in (("listen", config.listen), ("metrics_listen", config.metrics_listen)):
+        _check_address(name, address)
+
+
+def check_processor() -> None:
+    """Check that compiled code can run: where it cannot, it would abort the process.
+
+    Raises:
+        FailedPreconditionError: the processor lacks instructions that it needs.
+    """
+    if not converts_float16():
+        raise FailedPreconditionError(
+            "this processor has no instructions for float16 (F16C), as all of Intel and AMD have since 2013; in a "
+            "virtual machine give it the host's processor, with QEMU by -cpu host"
+        )
+
+
+def _check_address(name: str, address: Address) -> None:
+    try:
+        address.listener().close()
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise InvalidArgumentError(
+            f"{flag_name(name)} {address} cannot be listened on: {reason}; name another address, or stop what uses it"
+        ) from error

@@ -1,0 +1,120 @@
+"""Every metric of both services, in one place; docs/operations.md explains them to operators."""
+
+from importlib.metadata import version
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    start_http_server,
+)
+
+from spectrumkv.common.service.config import Address
+from spectrumkv.common.errors import InvalidArgumentError
+
+# The buckets of vLLM's latency histograms, so that dashboards compare.
+LATENCY_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0,
+    2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
+)  # fmt: skip
+STAGES = ("queue", "prefill", "encode", "transfer", "decode")
+# Bytes that belong to no tier: tier maps, block headers, message framing, Begin and End.
+FRAMING = "framing"
+# The basis of a codec, once for each decode worker.
+BASIS = "basis"
+
+
+class Metrics:
+    """The metrics of one process.
+
+    Args:
+        registry: where they are registered; tests bring one each.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+
+        def histogram(name: str, help_text: str, *labels: str) -> Histogram:
+            return Histogram(f"spectrumkv_{name}", help_text, labels, buckets=LATENCY_BUCKETS, registry=registry)
+
+        def counter(name: str, help_text: str, *labels: str) -> Counter:
+            return Counter(f"spectrumkv_{name}", help_text, labels, registry=registry)
+
+        def gauge(name: str, help_text: str, *labels: str) -> Gauge:
+            return Gauge(f"spectrumkv_{name}", help_text, labels, registry=registry)
+
+        self.time_to_first_token = histogram(
+            "time_to_first_token_seconds", "Request's arrival at prefill to its first token."
+        )
+        self.handoff = histogram("handoff_seconds", "First token (from prefill) to second token (from decode).")
+        self.inter_token_latency = histogram(
+            "inter_token_latency_seconds", "Gaps between tokens of a request, the hand-off left out."
+        )
+        self.request_duration = histogram(
+            "request_duration_seconds", "Time that a request spent in one stage.", "stage"
+        )
+        self.kv_bytes_sent = counter(
+            "kv_bytes_sent_total", "Bytes serialized towards decode, by what they carry.", "tier"
+        )
+        self.kv_bytes_received = counter(
+            "kv_bytes_received_total", "Bytes received from prefill, by what they carry.", "tier"
+        )
+        self.kv_fp16_equivalent_bytes = counter(
+            "kv_fp16_equivalent_bytes_total", "The same KV at 16 bits an element."
+        )
+        self.kv_tokens = counter(
+            "kv_tokens_total", "Prompt tokens by tier, averaged over layers where layers differ.", "tier"
+        )
+        self.requests = counter("requests_total", "Requests that ended, by gRPC status code.", "code")
+        self.kv_codec = counter("kv_codec_total", "Requests by the codec that their KV was written with.", "codec")
+        self.requests_running = gauge("requests_running", "Requests being computed.")
+        self.requests_waiting = gauge("requests_waiting", "Requests admitted but not yet being computed.")
+        self.kv_slots_used_ratio = gauge("kv_slots_used_ratio", "Reserved share of the KV slots.")
+        self.kv_bytes_resident = gauge("kv_bytes_resident", "Bytes of KV cache held for requests.")
+        self.chunks_rejected = counter("chunks_rejected_total", "KV chunks refused, by what was wrong.", "reason")
+        self.decode_workers_passed_over = counter(
+            "decode_workers_passed_over_total",
+            "Times that a request went on to another decode worker, by what was wrong with the one before.",
+            "reason",
+        )
+        self.decode_worker_accepting = gauge(
+            "decode_worker_accepting", "1 where a decode worker answers and takes requests, else 0.", "worker"
+        )
+        self.decode_worker_slots_free = gauge(
+            "decode_worker_slots_free", "KV slots of a decode worker that prefill takes to be free.", "worker"
+        )
+        self.int4_probe_passed = gauge("int4_probe_passed", "1 where the model may be sent at INT4, else 0.")
+        self.probe_safe_budget = gauge(
+            "probe_safe_budget_ratio", "Least counted budget that the probe found safe; 0 where it knows none."
+        )
+        self.prompt_tokens_recomputed = counter(
+            "prompt_tokens_recomputed_total", "Prompt tokens computed again on decode; their KV was not used."
+        )
+        self.build_info = gauge("build_info", "Always 1; what runs here.", "version", "service", "model")
+
+    @classmethod
+    def for_process(cls, service: str, model_name: str) -> "Metrics":
+        """Return the metrics of a serving process: its own, and the usual ones of memory, files and threads."""
+        registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        metrics = cls(registry)
+        metrics.build_info.labels(version("spectrumkv"), service, model_name).set(1)
+        return metrics
+
+    def serve(self, address: Address) -> int:
+        """Answer scrapes on `address` from a thread of its own; return the port.
+
+        Raises:
+            InvalidArgumentError: the address cannot be bound.
+        """
+        try:
+            server, _ = start_http_server(address.port, address.host.strip("[]"), registry=self.registry)
+        except OSError as error:
+            raise InvalidArgumentError(
+                f"cannot serve metrics on {address}: {error.strerror}; is another server using the port?"
+            ) from error
+        return int(server.server_port)

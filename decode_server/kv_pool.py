@@ -1,0 +1,181 @@
+"""The KV cache of the decode service: one arena of slots, reserved before anything is computed."""
+
+import threading
+from types import TracebackType
+
+import torch
+
+from spectrumkv.common.service import machine
+from spectrumkv.common.errors import FailedPreconditionError, ResourceExhaustedError
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.telemetry.metrics import Metrics
+
+# How soon a refused prefill may ask again: about the time in which a short answer frees its slots.
+RETRY_AFTER_SECONDS = 1.0
+
+
+class SlotArena:
+    """All slots of a process. A slot holds one token's keys and values in every layer.
+
+    A reservation is one run of neighbouring slots, so that attention reads a request's cache as a plain slice,
+    without a page table or a gather. The price is fragmentation: first fit keeps the free runs long, and a
+    request that only fits in pieces is refused like one that does not fit.
+
+    Args:
+        geometry: shape and dtype of the model's cache.
+        memory_bytes: how much memory the slots may take.
+        device: where the model runs.
+        metrics: told about every reservation.
+
+    Attributes:
+        keys: `[layers, kv_heads, slots + 1, head_dim]`; the last slot is nobody's.
+        values: like `keys`.
+        kept: bool `[layers, slots + 1]`, False where a token of that layer was dropped.
+
+    Raises:
+        FailedPreconditionError: the memory does not hold a single slot, or there is not so much of it.
+    """
+
+    def __init__(self, geometry: KvGeometry, memory_bytes: int, device: torch.device, metrics: Metrics) -> None:
+        self.geometry = geometry
+        self.slot_bytes = geometry.layers * geometry.native_bytes_per_token_layer
+        self.slots = memory_bytes // self.slot_bytes
+        if self.slots < 1:
+            raise FailedPreconditionError(
+                f"--kv-memory of {memory_bytes} bytes holds no slot; one takes {self.slot_bytes} bytes"
+            )
+        there = machine.memory_bytes()
+        if device.type == "cpu" and there is not None and memory_bytes > there:
+            raise FailedPreconditionError(
+                f"--kv-memory is {memory_bytes} bytes, and this machine has {there}, of which the model takes some"
+            )
+        # One slot more: nobody's, for the rows that fill up a batch of fixed size.
+        shape = (geometry.layers, geometry.kv_heads, self.slots + 1, geometry.head_dim)
+        try:
+            self.keys = torch.empty(shape, dtype=geometry.native_dtype, device=device)
+            self.values = torch.empty(shape, dtype=geometry.native_dtype, device=device)
+        except RuntimeError as error:
+            # What torch raises for memory that is not there, on any device.
+            raise FailedPreconditionError(
+                f"--kv-memory of {memory_bytes} bytes cannot be had on {device}: {str(error).splitlines()[0]}"
+            ) from error
+        self.kept = torch.ones(geometry.layers, self.slots + 1, dtype=torch.bool, device=device)
+        self._metrics = metrics
+        self._lock = threading.Lock()
+        self._taken: list[Reservation] = []
+
+    @property
+    def used(self) -> int:
+        """Slots reserved now."""
+        with self._lock:
+            return sum(reservation.capacity for reservation in self._taken)
+
+    def reserve(self, capacity: int) -> "Reservation":
+        """Hold `capacity` neighbouring slots until the reservation is released.
+
+        Raises:
+            FailedPreconditionError: more than there are at all.
+            ResourceExhaustedError: more than are free now.
+        """
+        if capacity > self.slots:
+            raise FailedPreconditionError(
+                f"prompt and completion need {capacity} slots, and this decode worker has {self.slots}; "
+                "raise its --kv-memory or ask for fewer tokens"
+            )
+        with self._lock:
+            start = self._first_fit(capacity)
+            reservation = Reservation(self, start, capacity)
+            self._taken.append(reservation)
+            self._taken.sort(key=lambda taken: taken.start)
+            self._publish()
+        return reservation
+
+    def release(self, reservation: "Reservation") -> None:
+        """Free the slots; a second call does nothing."""
+        with self._lock:
+            if reservation in self._taken:
+                reservation.keep_all()
+                self._taken.remove(reservation)
+                self._publish()
+
+    def _first_fit(self, capacity: int) -> int:
+        start = 0
+        for taken in self._taken:
+            if taken.start - start >= capacity:
+                return start
+            start = taken.start + taken.capacity
+        if self.slots - start >= capacity:
+            return start
+        free = self.slots - sum(taken.capacity for taken in self._taken)
+        raise ResourceExhaustedError(
+            f"no run of {capacity} free KV slots; {free} of {self.slots} are free", RETRY_AFTER_SECONDS
+        )
+
+    def _publish(self) -> None:
+        used = sum(taken.capacity for taken in self._taken)
+        self._metrics.kv_slots_used_ratio.set(used / self.slots)
+        self._metrics.kv_bytes_resident.set(used * self.slot_bytes)
+
+
+class Reservation:
+    """Slots held for one request; a context manager that frees them.
+
+    Attributes:
+        arena: whose slots they are.
+        start: the first slot.
+        capacity: how many slots, for prompt and completion.
+    """
+
+    def __init__(self, arena: SlotArena, start: int, capacity: int) -> None:
+        self.arena = arena
+        self.start = start
+        self.capacity = capacity
+        self._with_gaps: set[int] = set()
+
+    def keys(self, layer: int, first: int, end: int) -> torch.Tensor:
+        """Keys of positions `first` to `end` − 1: a view `[kv_heads, end − first, head_dim]`."""
+        return self.arena.keys[layer, :, self.start + first : self.start + end]
+
+    def values(self, layer: int, first: int, end: int) -> torch.Tensor:
+        """Values of positions `first` to `end` − 1: a view `[kv_heads, end − first, head_dim]`."""
+        return self.arena.values[layer, :, self.start + first : self.start + end]
+
+    def kept(self, layer: int) -> torch.Tensor | None:
+        """What attention may look at: bool `[capacity]`, a view; None where no token of the layer was dropped."""
+        return self._kept(layer) if layer in self._with_gaps else None
+
+    def _kept(self, layer: int) -> torch.Tensor:
+        return self.arena.kept[layer, self.start : self.start + self.capacity]
+
+    def drop(self, layer: int, positions: torch.Tensor) -> None:
+        """Leave tokens out of this layer's attention.
+
+        Args:
+            layer: from 0.
+            positions: int64 `[m]`, positions in the prompt.
+        """
+        positions = positions.to(self.arena.keys.device)
+        self._with_gaps.add(layer)
+        self._kept(layer)[positions] = False
+        # Attention weighs a masked slot with zero, and zero times what an earlier request left there may be
+        # NaN.
+        self.keys(layer, 0, self.capacity)[:, positions] = 0
+        self.values(layer, 0, self.capacity)[:, positions] = 0
+
+    def keep_all(self) -> None:
+        """Undo every `drop`, for whoever has the slots next."""
+        for layer in self._with_gaps:
+            self._kept(layer).fill_(True)
+        self._with_gaps.clear()
+
+    def release(self) -> None:
+        """Free the slots; a second call does nothing."""
+        self.arena.release(self)
+
+    def __enter__(self) -> "Reservation":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()

@@ -1,0 +1,93 @@
+"""Absmax quantization of keys and values: the one place that picks an implementation by device."""
+
+from collections.abc import Sequence
+
+import torch
+
+from spectrumkv.kernels.absmax.layout import INT4, INT8
+
+__all__ = ["INT4", "INT8", "decode", "encode", "is_finite", "prepare"]
+
+
+def encode(
+    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
+) -> None:
+    """Code blocks of tokens, each token at its own tier.
+
+    A scale is `max |x| / largest` of a format, rounded to float16, one for a token in a KV head. A code is
+    `x / scale` rounded half to even and clamped to ±`largest`, or 0 where the scale is 0. All arithmetic
+    is in float32. Elements at 16 bits are rounded half to even.
+
+    The error of a coded element is at most half a scale, or `largest` · 2^-25 (the rounding of a subnormal
+    float16 scale, times the greatest code) where that is more: rows below 127 · 2^-14 for INT8.
+
+    A NaN or infinite element, or a scale beyond float16, leaves a scale that is not finite; the codes beside
+    it mean nothing. What is too large for float16 becomes infinite at 16 bits. It is the caller's to check, since
+    here a GPU would have to be waited for.
+
+    Args:
+        keys: float32, float16 or bfloat16 `[kv_heads, n, head_dim]`, n ≥ 1, any strides, head_dim even.
+        values: like `keys`, on the same device.
+        tiers: uint8 `[n]` on the CPU, codes of the wire's tier map.
+        cuts: the first token of each block, rising from 0, and n.
+        bodies: uint8, contiguous, on the device of the keys, written from end to end: the blocks' bodies, one after
+            another. `Parts` has their sections, and the caller has seen to it that the length is theirs.
+    """
+    if keys.is_cuda:
+        from spectrumkv.kernels.absmax import triton as absmax_triton
+
+        absmax_triton.encode(keys, values, tiers, cuts, bodies)
+    else:
+        from spectrumkv.kernels.absmax import cpu as absmax_cpu
+
+        absmax_cpu.encode(keys, values, tiers, cuts, bodies)
+
+
+def decode(
+    bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
+) -> None:
+    """Inverse of `encode`: write every token but the dropped ones.
+
+    `code × scale` is exact in float32 and rounded half to even to the states' dtype. float16 saturates: the
+    scale of a row near 65504 may have been rounded up, and a finite element must not come back infinite.
+
+    Args:
+        bodies: read; scales must be finite. On a CPU they may lie at an odd address and be read-only.
+        tiers: uint8 `[n]` on the CPU.
+        cuts: see `encode`.
+        keys: written; see `encode`.
+        values: written.
+    """
+    if keys.is_cuda:
+        from spectrumkv.kernels.absmax import triton as absmax_triton
+
+        absmax_triton.decode(bodies, tiers, cuts, keys, values)
+    else:
+        from spectrumkv.kernels.absmax import cpu as absmax_cpu
+
+        absmax_cpu.decode(bodies, tiers, cuts, keys, values)
+
+
+def prepare(dtype: torch.dtype) -> None:
+    """Compile what runs on CPUs, so that no request waits for it.
+
+    It takes seconds where this machine never did, and a fraction of one where compiled code is in the cache.
+
+    Args:
+        dtype: of the states that will be coded.
+    """
+    from spectrumkv.kernels.absmax import cpu as absmax_cpu
+
+    absmax_cpu.prepare(dtype)
+
+
+def is_finite(data: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether no element is infinite or NaN.
+
+    Args:
+        data: uint8 `[2 m]` on the CPU, contiguous, at any address: the bytes of m elements.
+        dtype: of the elements, float16 or bfloat16.
+    """
+    from spectrumkv.kernels.absmax import cpu as absmax_cpu
+
+    return absmax_cpu.is_finite(data, dtype)

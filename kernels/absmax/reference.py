@@ -1,0 +1,104 @@
+"""Absmax quantization in plain torch, tier by tier: what the kernels must agree with."""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torch
+
+from spectrumkv.kernels.absmax.layout import INT4, INT8, TIER_16BIT, TIER_INT4, TIER_INT8, CodeFormat, Parts, body_bytes
+
+_FORMATS = {TIER_INT4: INT4, TIER_INT8: INT8}
+
+
+def quantize(
+    states: torch.Tensor, index: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, form: CodeFormat
+) -> None:
+    """Write the codes and scales of the tokens `index` of one side at one format.
+
+    Args:
+        states: `[kv_heads, n, head_dim]`.
+        index: int64 `[m]`.
+        codes: `[kv_heads, m, code bytes]`, written; see `Parts`.
+        scales: float16 `[kv_heads, m]`, written.
+        form: format of the codes.
+    """
+    if not codes.numel():
+        return
+    # A copy even where the dtype is float32 already: it is worked on in place.
+    rows = states.index_select(1, index).float()
+    absmax = rows.abs().amax(dim=-1)
+    # Torch multiplies by the reciprocal when it divides a CUDA tensor by a Python number; by a tensor it
+    # divides, correctly rounded.
+    scales.copy_(absmax / torch.full_like(absmax, form.largest))
+    # Dividing by infinity makes the codes of a zero scale zero, without another pass.
+    divisor = torch.where(scales > 0, scales.float(), torch.inf)
+    rows.div_(divisor.unsqueeze(-1)).round_().clamp_(-form.largest, form.largest)
+    if form == INT8:
+        codes.copy_(rows)
+    else:
+        codes.copy_(_pack(rows.to(torch.int8)))
+
+
+def dequantize(
+    codes: torch.Tensor, scales: torch.Tensor, index: torch.Tensor, states: torch.Tensor, form: CodeFormat
+) -> None:
+    """Inverse of `quantize`: write the tokens `index` of `states`, and no others."""
+    if not codes.numel():
+        return
+    rows = (codes if form == INT8 else _unpack(codes)).float()
+    rows.mul_(scales.float().unsqueeze(-1))
+    if states.dtype == torch.float16:
+        largest = torch.finfo(torch.float16).max
+        rows.clamp_(-largest, largest)
+    states.index_copy_(1, index, rows.to(states.dtype))
+
+
+def encode(
+    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
+) -> None:
+    """See `spectrumkv.kernels.absmax.encode`."""
+    for span, parts, index in _blocks(keys, tiers, cuts, bodies):
+        for side, states in enumerate((keys[:, span], values[:, span])):
+            parts.fp16[side].copy_(states.index_select(1, index[TIER_16BIT]))
+            for tier, form in _FORMATS.items():
+                codes, scales = parts.coded(form)
+                quantize(states, index[tier], codes[side], scales[side], form)
+
+
+def decode(
+    bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
+) -> None:
+    """See `spectrumkv.kernels.absmax.decode`."""
+    for span, parts, index in _blocks(keys, tiers, cuts, bodies):
+        for side, states in enumerate((keys[:, span], values[:, span])):
+            states.index_copy_(1, index[TIER_16BIT], parts.fp16[side].to(states.dtype))
+            for tier, form in _FORMATS.items():
+                codes, scales = parts.coded(form)
+                dequantize(codes[side], scales[side], index[tier], states, form)
+
+
+def _blocks(
+    states: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
+) -> Iterator[tuple[slice, Parts, dict[int, torch.Tensor]]]:
+    """The tokens of each block, the sections of its body, and the positions in it of each tier's tokens."""
+    kv_heads, _, head_dim = states.shape
+    half = torch.float16 if states.dtype == torch.float32 else states.dtype
+    at = 0
+    for first, end in pairwise(cuts):
+        block = tiers[first:end]
+        body = bodies[at : at + body_bytes(block, kv_heads, head_dim)]
+        at += body.numel()
+        index = {tier: torch.nonzero(block == tier).flatten().to(states.device) for tier in (*_FORMATS, TIER_16BIT)}
+        yield slice(first, end), Parts.of(body, block, kv_heads, head_dim, half), index
+
+
+def _pack(codes: torch.Tensor) -> torch.Tensor:
+    """Pack int8 `[..., d]` in -7 … 7 to uint8 `[..., d / 2]`: element j low, element j + d/2 high."""
+    low, high = codes.chunk(2, dim=-1)
+    return ((low & 0xF) | (high << 4)).view(torch.uint8)
+
+
+def _unpack(packed: torch.Tensor) -> torch.Tensor:
+    """Inverse of `_pack`; right shifts of int8 extend the sign."""
+    signed = packed.view(torch.int8)
+    return torch.cat(((signed << 4) >> 4, signed >> 4), dim=-1)

@@ -1,0 +1,262 @@
+"""The loops of the spectral codec on CPUs: streams of integers to what the entropy coder takes, and back.
+
+A stream's lowest bits go apart where they are noise, what is beyond its limit goes apart, and the rest is packed,
+several symbols to a byte. All streams of a block are one call: there are dozens, and most are short.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import types
+
+from spectrumkv.kernels.jit.compiled import compiled, intrinsic
+from spectrumkv.kernels.jit.machine_types import LONG
+
+# Symbols that are looked at together for one beyond the limit.
+LOOKED_AT = 256
+# Bytes times this and shifted by 16 bits are divided by any number up to 255, exactly.
+RECIPROCAL_BITS = 16
+
+
+@intrinsic
+def _greater_magnitude(_: Any, peak: Any, symbol: Any) -> Any:
+    """The greater one of `peak` and |symbol|, at 32 bits."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        peak, symbol = arguments
+        negative = builder.icmp_signed("<", symbol, LONG(0))
+        magnitude = builder.select(negative, builder.neg(symbol), symbol)
+        return builder.select(builder.icmp_signed(">", magnitude, peak), magnitude, peak)
+
+    return types.int32(types.int32, types.int32), emit
+
+
+@compiled
+def split(symbols: Any, limit: int, raw_bits: int, raw: Any, outside: Any) -> int:
+    """Take from one stream what does not go through the entropy coder; what remains is within the limit.
+
+    Args:
+        symbols: int32 `[m]`; replaced by what remains.
+        limit: largest magnitude that may remain.
+        raw_bits: lowest bits of each symbol that are stored as they are.
+        raw: uint32 `[ceil(m · raw_bits / 32)]`, written: the raw bits of one symbol after another, from bit 0 up.
+        outside: int32 `[m, 2]`, written: index and value of what is beyond the limit without its raw bits, and
+            remains as 0.
+
+    Returns:
+        How many are outside.
+    """
+    if raw_bits:
+        held, held_bits, written = np.uint64(0), np.uint64(0), 0
+        mask, width = np.uint64((1 << raw_bits) - 1), np.uint64(raw_bits)
+        for index in range(symbols.size):
+            held |= (np.uint64(symbols[index]) & mask) << held_bits
+            held_bits += width
+            if held_bits >= np.uint64(32):
+                raw[written] = np.uint32(held & np.uint64(0xFFFFFFFF))
+                held >>= np.uint64(32)
+                held_bits -= np.uint64(32)
+                written += 1
+            symbols[index] >>= raw_bits
+        if held_bits:
+            raw[written] = np.uint32(held)
+    found = 0
+    for first in range(0, symbols.size, LOOKED_AT):
+        together = symbols[first : first + LOOKED_AT]
+        peak = np.int32(0)
+        for index in range(together.size):
+            peak = _greater_magnitude(peak, together[index])
+        if peak <= limit:
+            continue
+        for index in range(together.size):
+            if abs(together[index]) > limit:
+                outside[found, 0] = first + index
+                outside[found, 1] = together[index]
+                found += 1
+                together[index] = 0
+    return found
+
+
+@compiled
+def join(symbols: Any, raw_bits: int, raw: Any, outside: Any) -> bool:
+    """Inverse of `split`: put back what did not go through the entropy coder.
+
+    Returns:
+        Whether all indices of `outside` lie in the stream; if not, the symbols are of no use.
+    """
+    for number in range(outside.shape[0]):
+        index = outside[number, 0]
+        if index < 0 or index >= symbols.size:
+            return False
+        symbols[index] = outside[number, 1]
+    if raw_bits:
+        held, held_bits, read = np.uint64(0), np.uint64(0), 0
+        mask, width = np.uint64((1 << raw_bits) - 1), np.uint64(raw_bits)
+        for index in range(symbols.size):
+            if held_bits < width:
+                held |= np.uint64(raw[read]) << held_bits
+                held_bits += np.uint64(32)
+                read += 1
+            symbols[index] = (symbols[index] << raw_bits) | np.int32(held & mask)
+            held >>= width
+            held_bits -= width
+    return True
+
+
+@compiled
+def pack(symbols: Any, per_byte: int, limit: int, packed: Any) -> None:
+    """Pack symbols within ±limit: digits to the base 2 · limit + 1, those of a byte as far apart as there are bytes.
+
+    Args:
+        symbols: int32 `[m]`.
+        per_byte: symbols in one byte, from 1.
+        limit: largest magnitude.
+        packed: uint8 `[b]` with b = ceil(m / per_byte), written: byte i has symbols i, i + b, i + 2b, …, the first
+            one lowest.
+    """
+    base, shift, size = np.int32(2 * limit + 1), np.int32(limit), packed.size
+    packed[:] = 0
+    for digit in range(per_byte - 1, -1, -1):
+        plane = symbols[digit * size : (digit + 1) * size]
+        for index in range(plane.size):
+            packed[index] = np.uint8(np.int32(packed[index]) * base + plane[index] + shift)
+
+
+@compiled
+def unpack(packed: Any, per_byte: int, limit: int, symbols: Any) -> None:
+    """Inverse of `pack`. Every symbol is written."""
+    base, shift, size = np.int32(2 * limit + 1), np.int32(limit), packed.size
+    of_base = np.int32((1 << RECIPROCAL_BITS) // base + 1)
+    power = np.int64(1)
+    for digit in range(per_byte):
+        of_power = np.int32((1 << RECIPROCAL_BITS) // power + 1)
+        plane = symbols[digit * size : (digit + 1) * size]
+        for index in range(plane.size):
+            high = (np.int32(packed[index]) * of_power) >> np.int32(RECIPROCAL_BITS)
+            higher = (high * of_base) >> np.int32(RECIPROCAL_BITS)
+            plane[index] = high - higher * base - shift
+        power *= np.int64(base)
+
+
+@compiled
+def lay_out(
+    counts: Any,
+    exponent: Any,
+    widest: Any,
+    packing_per_byte: Any,
+    packing_limit: Any,
+    widest_without_raw_bits: float,
+    most_raw_bits: int,
+    start: Any,
+    per_byte: Any,
+    limit: Any,
+    raw_bits: Any,
+    raw_bytes: Any,
+    packed_start: Any,
+    raw_start: Any,
+) -> None:
+    """Choose how each stream of a block is packed, and where everything that becomes of it starts.
+
+    Args:
+        counts: int64 `[streams]`, symbols of each stream.
+        exponent: float64 `[streams]`, binary logarithm of the standard deviation of its symbols.
+        widest: float64 `[packings]`, rising to infinity, the largest exponent of each packing.
+        packing_per_byte: int64 `[packings]`.
+        packing_limit: int64 `[packings]`.
+        widest_without_raw_bits: exponent from which on there are raw bits, one more for each octave.
+        most_raw_bits: how many there may be.
+        start: int64 `[streams + 1]`, written like all others: see `pack_streams`.
+        per_byte: int64 `[streams]`.
+        limit: int64 `[streams]`.
+        raw_bits: int64 `[streams]`.
+        raw_bytes: int64 `[streams]`, length of the raw bits.
+        packed_start: int64 `[streams + 1]`.
+        raw_start: int64 `[streams + 1]`.
+    """
+    start[0] = packed_start[0] = raw_start[0] = 0
+    for stream in range(counts.size):
+        count, packing = counts[stream], 0
+        while exponent[stream] > widest[packing]:
+            packing += 1
+        beyond = math.ceil(exponent[stream] - widest_without_raw_bits)
+        bits = count * min(max(beyond, 0), most_raw_bits)
+        per_byte[stream], limit[stream] = packing_per_byte[packing], packing_limit[packing]
+        raw_bits[stream] = min(max(beyond, 0), most_raw_bits)
+        raw_bytes[stream] = (bits + 7) // 8
+        start[stream + 1] = start[stream] + count
+        together = max(per_byte[stream], 1)
+        packed = (count + together - 1) // together if per_byte[stream] else 0
+        packed_start[stream + 1] = packed_start[stream] + packed
+        raw_start[stream + 1] = raw_start[stream] + (bits + 31) // 32
+
+
+@compiled
+def pack_streams(
+    symbols: Any,
+    start: Any,
+    per_byte: Any,
+    limit: Any,
+    raw_bits: Any,
+    packed: Any,
+    packed_start: Any,
+    raw: Any,
+    raw_start: Any,
+    outside: Any,
+    found: Any,
+) -> None:
+    """`split` and `pack` every stream of a block.
+
+    Args:
+        symbols: int32 `[m]`, one stream after another; used up.
+        start: int64 `[streams + 1]`, where each starts.
+        per_byte: int64 `[streams]`; nothing of a stream is packed where it is 0.
+        limit: int64 `[streams]`.
+        raw_bits: int64 `[streams]`.
+        packed: uint8, written.
+        packed_start: int64 `[streams + 1]`, where the bytes of each stream start.
+        raw: uint32, written.
+        raw_start: int64 `[streams + 1]`, likewise.
+        outside: int32 `[m, 2]`, written at the first places of each stream.
+        found: int64 `[streams]`, written: how many those are.
+    """
+    for stream in range(start.size - 1):
+        own = slice(start[stream], start[stream + 1])
+        raw_words = raw[raw_start[stream] : raw_start[stream + 1]]
+        found[stream] = split(symbols[own], limit[stream], raw_bits[stream], raw_words, outside[own])
+        if per_byte[stream]:
+            own_bytes = packed[packed_start[stream] : packed_start[stream + 1]]
+            pack(symbols[own], per_byte[stream], limit[stream], own_bytes)
+
+
+@compiled
+def unpack_streams(
+    packed: Any,
+    packed_start: Any,
+    raw: Any,
+    raw_start: Any,
+    outside: Any,
+    outside_start: Any,
+    per_byte: Any,
+    limit: Any,
+    raw_bits: Any,
+    start: Any,
+    symbols: Any,
+) -> int:
+    """Inverse of `pack_streams`; `outside` is int32 `[e, 2]`, one stream after another as `outside_start` says.
+
+    Returns:
+        The first stream that `join` does not accept; then the symbols are of no use. None is -1.
+    """
+    for stream in range(start.size - 1):
+        own = symbols[start[stream] : start[stream + 1]]
+        if per_byte[stream]:
+            own_bytes = packed[packed_start[stream] : packed_start[stream + 1]]
+            unpack(own_bytes, per_byte[stream], limit[stream], own)
+        else:
+            own[:] = 0
+        raw_words = raw[raw_start[stream] : raw_start[stream + 1]]
+        exceptions = outside[outside_start[stream] : outside_start[stream + 1]]
+        if not join(own, raw_bits[stream], raw_words, exceptions):
+            return stream
+    return -1

@@ -1,0 +1,108 @@
+"""The spectral codec's transform on CPUs: keys and values to integers and back, some tokens of one head at a time.
+
+What passes between the steps (rows, coefficients) stays in the cache.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from spectrumkv.kernels.jit.compiled import compiled
+from spectrumkv.kernels.jit.gemm import multiply, transpose
+from spectrumkv.kernels.spectral.rows import gather, gather_unrotated, scatter, scatter_rotated
+from spectrumkv.kernels.spectral.streams import dequantize, quantize
+
+# Tokens at a time. No power of two: rows that far apart would crowd into a few sets of the cache.
+TOKENS = 240
+
+
+@compiled
+def analyse(
+    keys: Any,
+    values: Any,
+    order: Any,
+    rotation: Any,
+    mean: Any,
+    analysis: Any,
+    class_start: Any,
+    inverse_step: Any,
+    place: Any,
+    symbols: Any,
+) -> Any:
+    """Quantized coefficients of keys and values.
+
+    Args:
+        keys: float32 memory, elements from head to head, elements from token to token; see `strided.flat`.
+        values: like `keys`.
+        order: int64 `[m]`, tokens by rising step class.
+        rotation: cosine and sine, float32 `[n, d / 2]`, of each token's angles, and the factor of a key that is
+            turned back.
+        mean: float32 `[2 · heads, d]`, keys' heads first.
+        analysis: float32 `[2 · heads, d, padded d]`, a column for each coefficient.
+        class_start: see `spectral_streams.places`.
+        inverse_step: float32 `[classes]`.
+        place: int64 `[classes, 2 · heads · d]`, see `spectral_streams.places`.
+        symbols: int32, written.
+
+    Returns:
+        See `spectral_streams.quantize`.
+    """
+    heads, head_dim, padded_dim = analysis.shape
+    rows = np.zeros((TOKENS, padded_dim), np.float32)
+    turned = np.zeros((padded_dim, TOKENS), np.float32)
+    coefficients = np.zeros((padded_dim, TOKENS), np.float32)
+    (key_states, key_head, key_token), (value_states, value_head, value_token) = keys, values
+    cosine, sine, scaling = rotation
+    largest = np.int32(0)
+    for head in range(heads):
+        own = place[:, head * head_dim : (head + 1) * head_dim]
+        for first in range(0, order.size, TOKENS):
+            count = min(TOKENS, order.size - first)
+            if head < heads // 2:
+                start = head * key_head
+                gather_unrotated(
+                    key_states, start, key_token, order, first, count, cosine, sine, scaling, mean[head], rows
+                )
+            else:
+                start = (head - heads // 2) * value_head
+                gather(value_states, start, value_token, order, first, count, mean[head], rows)
+            transpose(rows, count, turned)
+            multiply(analysis[head], turned, head_dim, count, coefficients)
+            found = quantize(coefficients, first, count, class_start, inverse_step, own, symbols)
+            largest = max(largest, found)
+    return largest
+
+
+@compiled
+def synthesise(
+    symbols: Any,
+    order: Any,
+    rotation: Any,
+    mean: Any,
+    synthesis: Any,
+    class_start: Any,
+    step: Any,
+    place: Any,
+    keys: Any,
+    values: Any,
+) -> None:
+    """Inverse of `analyse`: `synthesis` has a row for each coefficient, `rotation` the factor of a turned key."""
+    heads, head_dim, padded_dim = synthesis.shape
+    coefficients = np.zeros((padded_dim, TOKENS), np.float32)
+    rows = np.zeros((TOKENS, padded_dim), np.float32)
+    (key_states, key_head, key_token), (value_states, value_head, value_token) = keys, values
+    cosine, sine, scaling = rotation
+    for head in range(heads):
+        own = place[:, head * head_dim : (head + 1) * head_dim]
+        for first in range(0, order.size, TOKENS):
+            count = min(TOKENS, order.size - first)
+            dequantize(symbols, first, count, class_start, step, own, coefficients)
+            multiply(coefficients[:head_dim], synthesis[head], count, head_dim, rows)
+            if head < heads // 2:
+                start = head * key_head
+                scatter_rotated(
+                    rows, order, first, count, cosine, sine, scaling, mean[head], key_states, start, key_token
+                )
+            else:
+                start = (head - heads // 2) * value_head
+                scatter(rows, order, first, count, mean[head], value_states, start, value_token)

@@ -1,0 +1,276 @@
+"""From layers that the model just computed to messages on the stream: score, tier, encode, pack."""
+
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from spectrumkv.common.rpc.decode_stream import Request, serialized_bytes
+from spectrumkv.common.kv.segment import Block
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.kv.tiers import Tier, count_tiers
+from spectrumkv.common.kv.wire import Chunk, ChunkTotals, ChunkWriter
+from spectrumkv.common.telemetry.metrics import FRAMING, Metrics
+from spectrumkv.common.concurrency.prefetch_iterator import RunAhead
+from spectrumkv.common.concurrency.cuda_stream import SideStream, moment
+from spectrumkv.prefill_server.transfer.layer_queue import LayerQueue
+from spectrumkv.prefill_server.transfer.plan import KvPlan
+from spectrumkv.v1 import decode_pb2
+
+# A message and the blocks in it.
+Outgoing = tuple[Request, Sequence[Block]]
+
+# At most what a chunk takes besides its payload, and what End takes.
+CHUNK_ENVELOPE_BYTES = 24
+END_BYTES = 80
+# Set aside for the request's id; only longer ones are weighed.
+REQUEST_ID_BYTES = 128
+# What is worth a chunk of its own where no layer waits: a message costs about as much as this many bytes of payload.
+IDLE_CHUNK_BYTES = 64 << 10
+# How many messages may wait for gRPC where they are made ahead: a layer's, about.
+MESSAGES_AHEAD = 8
+CPU = torch.device("cpu")
+
+
+@dataclass
+class SentKv:
+    """What left for decode so far.
+
+    Attributes:
+        message_bytes: all serialized messages: Begin, chunks, End.
+        tier_bytes: codes and scales by tier.
+        tier_tokens: token-layers by tier.
+        encode_seconds: time spent on scoring, tiering and encoding.
+        coder_seconds: what of it is the coder's own: on CPUs its processor time, since waiting for a core that others
+            use says nothing of the coder.
+        link_seconds: time that gRPC took over messages before it asked for the next.
+        coded_ahead: whether the next messages were made meanwhile.
+        first_chunk_at: monotonic time of the first chunk; None before it.
+        ended_at: monotonic time of End; None before it.
+    """
+
+    message_bytes: int = 0
+    tier_bytes: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
+    tier_tokens: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
+    encode_seconds: float = 0.0
+    coder_seconds: float = 0.0
+    link_seconds: float = 0.0
+    coded_ahead: bool = False
+    first_chunk_at: float | None = None
+    ended_at: float | None = None
+
+    @property
+    def transfer_seconds(self) -> float:
+        """First chunk to End; 0 where there was no chunk or no End."""
+        if self.first_chunk_at is None or self.ended_at is None:
+            return 0.0
+        return self.ended_at - self.first_chunk_at
+
+    def log_fields(self) -> dict[str, int | float]:
+        """What the request's log line says of it."""
+        return {
+            "kv_bytes": self.message_bytes,
+            "encode_seconds": self.encode_seconds,
+            "transfer_seconds": self.transfer_seconds,
+        }
+
+
+@dataclass(frozen=True)
+class FirstToken:
+    """The token that prefill sampled; after it no layer follows.
+
+    Attributes:
+        token_id: the token.
+        finished: whether it already ended the generation.
+    """
+
+    token_id: int
+    finished: bool
+
+
+class KvPipeline:
+    """The outgoing half of a Decode stream.
+
+    The model's thread calls `put_layer`; gRPC's thread iterates `messages` and so scores, tiers and encodes at
+    the pace at which the network takes the chunks. A slow link holds up this thread only: the layers wait in
+    memory where the model left them. On a GPU, where layers come faster than one thread codes and sends them, coding
+    has a thread of its own, a few messages ahead.
+
+    Args:
+        begin: opens the stream.
+        plan: how the KV is scored, tiered and coded.
+        geometry: shape and dtype of the model's cache.
+        chunk_bytes: payload at which a chunk leaves; a smaller one does where no layer waits.
+        metrics: told of every byte.
+        device: where the layers are.
+
+    Attributes:
+        plan: how the KV is scored, tiered and coded.
+        sent: what left so far.
+        first_token: what prefill sampled; None before it did.
+        failure: why `messages` ended with an error, if it did.
+    """
+
+    def __init__(
+        self,
+        begin: decode_pb2.Begin,
+        plan: KvPlan,
+        geometry: KvGeometry,
+        chunk_bytes: int,
+        metrics: Metrics,
+        device: torch.device = CPU,
+    ) -> None:
+        self.sent = SentKv(coded_ahead=device.type == "cuda")
+        self._coder_clock = time.monotonic if self.sent.coded_ahead else time.thread_time
+        self.first_token: FirstToken | None = None
+        self.failure: Exception | None = None
+        self._layers = LayerQueue(geometry, metrics.kv_bytes_resident)
+        self._coding = threading.Lock()
+        self._stream = SideStream(device)
+        self._ahead: RunAhead[Outgoing] | None = None
+        self._begin = begin
+        self.plan = plan
+        self._geometry = geometry
+        self._writer = ChunkWriter(chunk_bytes)
+        self._worth_a_chunk = min(chunk_bytes, IDLE_CHUNK_BYTES)
+        # Looking a label up costs more than counting, and every layer counts.
+        self._tokens_of = {tier: metrics.kv_tokens.labels(tier.label) for tier in Tier}
+        self._bytes_of = {tier: metrics.kv_bytes_sent.labels(tier.label) for tier in Tier}
+        self._framing_bytes = metrics.kv_bytes_sent.labels(FRAMING)
+        self._fp16_equivalent_bytes = metrics.kv_fp16_equivalent_bytes
+        tokens = len(begin.prompt_token_ids)
+        chunks = 1 + int(plan.budget * geometry.fp16_bytes(tokens)) // self._worth_a_chunk
+        framing = _most_begin_bytes(begin) + chunks * CHUNK_ENVELOPE_BYTES + END_BYTES
+        self._encoder = plan.encoder(geometry, tokens, framing)
+
+    def put_layer(self, observation: Observation) -> None:
+        """Take a layer from the model.
+
+        Raises:
+            CancelledError: the stream is over; there is no use in computing on.
+        """
+        computed = moment(observation.keys)
+        self._layers.put_layer(replace(observation, seed=self.plan.seed, computed=computed))
+
+    def put_first_token(self, first: FirstToken) -> None:
+        """Take the first token; every layer has been put before."""
+        self.first_token = first
+        self._layers.end()
+
+    def cancel(self) -> None:
+        """End `messages`, and the model's pass at its next layer."""
+        self._layers.close()
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def settle(self) -> None:
+        """Wait, once it is cancelled, for the block that is being coded: nothing is computed after this.
+
+        The thread that codes is a daemon, and a process that ends while one is in compiled code is aborted.
+        """
+        with self._coding:
+            pass
+
+    def messages(self) -> Iterator[Request]:
+        """Yield Begin, then chunks as layers arrive, then End; stop short when cancelled.
+
+        Raises:
+            SpectrumKVError: the KV cannot be coded. gRPC ends the stream without a word of why; `failure` keeps it.
+        """
+        try:
+            for message, blocks in self._made():
+                self._account(message, blocks)
+                handed_over = time.monotonic()
+                yield message
+                now = time.monotonic()
+                self.sent.link_seconds += now - handed_over
+                if isinstance(message, decode_pb2.DecodeRequest) and message.HasField("end"):
+                    self.sent.ended_at = now
+        except Exception as error:
+            self.failure = error
+            raise
+
+    def _made(self) -> Iterable[Outgoing]:
+        if not self.sent.coded_ahead:
+            return self._messages()
+        self._ahead = RunAhead(self._messages(), MESSAGES_AHEAD, "kv-coding")
+        if self._layers.closed:
+            self._ahead.close()
+        return self._ahead
+
+    def _messages(self) -> Iterator[Outgoing]:
+        yield decode_pb2.DecodeRequest(begin=self._begin), ()
+        for observation in self._layers.layers():
+            for block in self._encode(observation):
+                yield from self._writer.add(block)
+            if self._layers.empty and self._writer.pending_bytes >= self._worth_a_chunk:
+                yield from self._writer.flush()
+        if self.first_token is None or not self._layers.complete:
+            return
+        yield from self._writer.flush()
+        end = _end_message(self.first_token, self._writer.totals())
+        yield decode_pb2.DecodeRequest(end=end), ()
+
+    def _encode(self, observation: Observation) -> Iterator[Block]:
+        """Yield the blocks that are ready with this layer, counted; time is taken while they are made."""
+        blocks = self._encoder.encode(observation)
+        states = (observation.queries, observation.keys, observation.values)
+        if observation.computed is not None:
+            # What the model still has to do is no time of coding.
+            observation.computed.synchronize()
+        while True:
+            started, worked = time.monotonic(), self._coder_clock()
+            try:
+                with self._coding, self._stream.working(states=states):
+                    block = None if self._layers.closed else next(blocks, None)
+            finally:
+                self.sent.encode_seconds += time.monotonic() - started
+                self.sent.coder_seconds += self._coder_clock() - worked
+            if block is None:
+                return
+            self._count(block)
+            yield block
+
+    def _count(self, block: Block) -> None:
+        self._fp16_equivalent_bytes.inc(self._geometry.fp16_bytes_per_layer(block.tiers.numel()))
+        for tier, tokens in count_tiers(block.tiers).items():
+            self.sent.tier_tokens[tier] += tokens
+            self._tokens_of[tier].inc(tokens / self._geometry.layers)
+
+    def _account(self, message: Request, blocks: Sequence[Block]) -> None:
+        """Count a message as it leaves: its blocks' codes and scales by tier, the rest as framing."""
+        if isinstance(message, Chunk) and self.sent.first_chunk_at is None:
+            self.sent.first_chunk_at = time.monotonic()
+        framing = serialized_bytes(message)
+        self.sent.message_bytes += framing
+        for block in blocks:
+            for tier, size in block.tier_bytes.items():
+                self.sent.tier_bytes[tier] += size
+                self._bytes_of[tier].inc(size)
+                framing -= size
+        self._framing_bytes.inc(framing)
+
+
+def _most_begin_bytes(begin: decode_pb2.Begin) -> int:
+    """What Begin takes at most, whatever its request is called and whatever seed was drawn.
+
+    Both differ between requests that are otherwise the same; these must get the same KV.
+    """
+    largest = decode_pb2.Begin()
+    largest.CopyFrom(begin)
+    largest.sampling.seed = 2**64 - 1
+    largest.request_id += " " * (REQUEST_ID_BYTES - len(begin.request_id.encode()))
+    return serialized_bytes(decode_pb2.DecodeRequest(begin=largest))
+
+
+def _end_message(first: FirstToken, totals: ChunkTotals) -> decode_pb2.End:
+    return decode_pb2.End(
+        first_token_id=first.token_id,
+        chunks=totals.chunks,
+        payload_bytes=totals.payload_bytes,
+        digest=totals.digest,
+        finished=first.finished,
+    )

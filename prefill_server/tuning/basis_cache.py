@@ -1,0 +1,74 @@
+"""Keeps spectral bases between starts: a model is calibrated once."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
+from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.model.cache import build_once, cache_directory
+from spectrumkv.common.model.load import LoadedModel
+from spectrumkv.prefill_server.tuning.needle.haystack import haystack
+from spectrumkv.prefill_server.tuning.calibration import Excerpt, calibrate
+
+logger = logging.getLogger(__name__)
+
+# Raised whenever a calibration would find another basis than before.
+CALIBRATION_VERSION = 1
+EXCERPTS = 8
+CONTEXT_TOKENS, CONTINUATION_TOKENS = 512, 128
+# Shorter excerpts show too few tokens to tell the directions of a head apart.
+FEWEST_CONTEXT_TOKENS = 64
+BASIS_FILE = "basis.safetensors"
+
+
+def resolve_basis(loaded: LoadedModel, on_excerpt: Callable[[int], None]) -> SpectralBasis:
+    """Return the model's basis: the one kept, or one that is found now and kept.
+
+    Args:
+        loaded: the model; where it is calibrated, its attention is switched to prefill's.
+        on_excerpt: told the number of excerpts done, of `EXCERPTS`, where the model is calibrated.
+
+    Raises:
+        FailedPreconditionError: the model's context is too short, or the cache cannot be written to.
+    """
+    key = {"model": asdict(loaded.spec), "calibration": CALIBRATION_VERSION}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+    def build(directory: Path) -> None:
+        basis = calibrate(loaded, default_excerpts(loaded), on_excerpt)
+        (directory / BASIS_FILE).write_bytes(basis.serialized)
+
+    directory = build_once(cache_directory() / "bases" / digest, build)
+    try:
+        basis = SpectralBasis.from_bytes((directory / BASIS_FILE).read_bytes())
+        basis.check_fits(loaded.geometry)
+    except (OSError, InvalidArgumentError) as error:
+        raise FailedPreconditionError(
+            f"cannot use the basis kept in {directory}: {error}; remove that directory to calibrate again"
+        ) from error
+    return basis
+
+
+def default_excerpts(loaded: LoadedModel) -> list[Excerpt]:
+    """Stretches of the project's own prose.
+
+    Raises:
+        FailedPreconditionError: the model's context is too short.
+    """
+    length = min(CONTEXT_TOKENS + CONTINUATION_TOKENS, loaded.context_length)
+    context = length * CONTEXT_TOKENS // (CONTEXT_TOKENS + CONTINUATION_TOKENS)
+    if context < FEWEST_CONTEXT_TOKENS:
+        raise FailedPreconditionError(
+            f"calibration needs a context of {FEWEST_CONTEXT_TOKENS} tokens and more, "
+            f"and {loaded.name} has {loaded.context_length}"
+        )
+    text = "".join(haystack(0).sentences)
+    ids = torch.tensor(loaded.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    starts = range(0, len(ids) - length + 1, max(1, (len(ids) - length) // (EXCERPTS - 1)))
+    return [Excerpt(ids[start : start + length], context) for start in list(starts)[:EXCERPTS]]

@@ -1,0 +1,217 @@
+"""Finds a model's spectral basis: a minute at deployment, once per model.
+
+For some texts, the prompt's exact KV is computed, and then the gradient, with respect to that KV, of the
+log-probability of a continuation that the model draws itself. The mean of the gradients' outer products is the Fisher
+information: how much an error in the KV changes the distribution that the model predicts, to second order, which is
+what KL divergence measures. Its square root is the metric in which errors of all coefficients count alike; the
+Karhunen-Loève transform in that metric puts the spread into few coefficients.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface, PreTrainedModel
+
+from spectrumkv.common.kv.scoring import Observation, observed_attention, visible
+from spectrumkv.common.kv.codecs.spectral.basis import SIDES, SpectralBasis
+from spectrumkv.common.kv.codecs.spectral.rotary import angles, rotate
+from spectrumkv.common.model.load import LoadedModel
+from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME
+from spectrumkv.prefill_server.tuning.replay import capture_prompt
+
+CONTINUATION_ATTENTION = "spectrumkv_continuation"
+# The first tokens are attention sinks whose KV is unlike all other; they are sent as they are.
+SINKS = 4
+WINDOW = 64
+# Shrinks the Fisher information towards a multiple of the identity, since it is estimated from few tokens.
+SHRINKAGE = 0.05
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """A stretch of text for calibration.
+
+    Attributes:
+        token_ids: int64 `[context + continuation]`.
+        context: how many of them are the prompt.
+    """
+
+    token_ids: torch.Tensor
+    context: int
+
+
+@dataclass
+class LayerSample:
+    """What one excerpt shows of one layer, sinks left out.
+
+    Attributes:
+        states: float32 `[2, kv_heads, n, head_dim]`, keys before the rotary embedding, and values.
+        gradients: like `states`.
+        attention: float32 `[n]`, mean attention of the last queries, over the KV heads.
+    """
+
+    states: torch.Tensor
+    gradients: torch.Tensor
+    attention: torch.Tensor
+
+
+def calibrate(loaded: LoadedModel, excerpts: list[Excerpt], on_excerpt: Callable[[int], None]) -> SpectralBasis:
+    """Find the basis.
+
+    Args:
+        loaded: the model; its attention is switched to prefill's.
+        excerpts: texts like those that will be served; a few thousand tokens in all.
+        on_excerpt: told the number of excerpts done, after each.
+    """
+    loaded.model.set_attn_implementation(ATTENTION_NAME)
+    frequencies, scaling = rotary_parameters(loaded.model)
+    samples: list[list[LayerSample]] = []
+    for number, excerpt in enumerate(excerpts, start=1):
+        samples.append(list(_observe(loaded, excerpt, number, frequencies, scaling)))
+        on_excerpt(number)
+    layers = [_layer_basis([sample[layer] for sample in samples]) for layer in range(loaded.geometry.layers)]
+    mean, analysis, spread, exponent = (torch.stack(list(column)) for column in zip(*layers, strict=True))
+    return SpectralBasis(mean, analysis, spread, exponent, frequencies, scaling)
+
+
+def rotary_parameters(model: PreTrainedModel) -> tuple[torch.Tensor, float]:
+    """Frequencies in radians per position, float64 `[head_dim / 2]`, and the factor on keys, of a model."""
+    rotary = model.model.rotary_emb
+    return rotary.inv_freq.detach().double().cpu(), float(rotary.attention_scaling)
+
+
+def _observe(
+    loaded: LoadedModel, excerpt: Excerpt, seed: int, frequencies: torch.Tensor, scaling: float
+) -> Iterator[LayerSample]:
+    """Yield what an excerpt shows, layer by layer."""
+    context = excerpt.token_ids[: excerpt.context].tolist()
+    captured = capture_prompt(loaded.model, context, WINDOW)
+    observations: list[Observation] = list(captured.layers)
+    prefix = [(one.keys.clone().requires_grad_(), one.values.clone().requires_grad_()) for one in observations]
+    _draw_and_differentiate(loaded, excerpt, prefix, seed)
+    cosine, sine = angles(tuple(frequencies.tolist()), 0, len(context))
+    for observation, (keys, values) in zip(observations, prefix, strict=True):
+        assert keys.grad is not None
+        assert values.grad is not None
+        unrotated = rotate(keys.detach().float().cpu(), cosine, -sine) / scaling
+        # The chain rule turns the division into a product.
+        unrotated_gradient = rotate(keys.grad.float().cpu(), cosine, -sine) * scaling
+        yield LayerSample(
+            states=torch.stack([unrotated, values.detach().float().cpu()])[:, :, SINKS:],
+            gradients=torch.stack([unrotated_gradient, values.grad.float().cpu()])[:, :, SINKS:],
+            attention=observed_attention(observation).mean(dim=0).cpu()[SINKS:],
+        )
+
+
+def _draw_and_differentiate(
+    loaded: LoadedModel, excerpt: Excerpt, prefix: list[tuple[torch.Tensor, torch.Tensor]], seed: int
+) -> None:
+    """Leave in `prefix` the gradients of the log-probability of tokens drawn from the model's own distribution."""
+    continuation = excerpt.token_ids[excerpt.context :].to(loaded.device)
+    positions = torch.arange(excerpt.context, len(excerpt.token_ids), device=loaded.device)
+    with _continuing(loaded.model), torch.enable_grad():
+        logits = loaded.model(
+            input_ids=continuation[None], position_ids=positions[None], use_cache=False, prefix=prefix
+        ).logits[0]
+        logprobs = logits.float().log_softmax(dim=-1)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.multinomial(logprobs.detach().exp().cpu(), 1, generator=generator).to(loaded.device)
+        logprobs.gather(1, drawn).sum().backward()
+
+
+@contextmanager
+def _continuing(model: PreTrainedModel) -> Iterator[None]:
+    model.set_attn_implementation(CONTINUATION_ATTENTION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(ATTENTION_NAME)
+
+
+def _attend_to_prefix(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    prefix: list[tuple[torch.Tensor, torch.Tensor]],
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend over the prefix of this layer and, causally, over the continuation itself; differentiable."""
+    prefix_keys, prefix_values = prefix[int(module.layer_idx)]  # type: ignore[arg-type]
+    keys = torch.cat([prefix_keys, key[0]], dim=1)
+    values = torch.cat([prefix_values, value[0]], dim=1)
+    kv_heads, tokens, head_dim = keys.shape
+    queries = query.shape[2]
+    seen = visible(queries, tokens, sliding_window, keys.device)
+    grouped = query[0].view(kv_heads, -1, queries, head_dim)
+    if softcap is None:
+        attended = F.scaled_dot_product_attention(
+            grouped,
+            keys[:, None].expand(-1, grouped.shape[1], -1, -1),
+            values[:, None].expand(-1, grouped.shape[1], -1, -1),
+            attn_mask=seen,
+            scale=scaling,
+        )
+    else:
+        logits = softcap * torch.tanh(grouped @ keys[:, None].transpose(-1, -2) * (scaling / softcap))
+        attended = logits.masked_fill(~seen, -torch.inf).softmax(dim=-1) @ values[:, None]
+    return attended.reshape(-1, queries, head_dim).transpose(0, 1)[None], None
+
+
+AttentionInterface.register(CONTINUATION_ATTENTION, _attend_to_prefix)
+
+
+def _layer_basis(samples: list[LayerSample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean, analysis, spread and attention exponent of one layer."""
+    states = torch.cat([sample.states for sample in samples], dim=2).double()
+    gradients = torch.cat([sample.gradients for sample in samples], dim=2).double()
+    attention = torch.cat([sample.attention for sample in samples]).double().clamp_min(1e-7)
+    exponent = _attention_exponent(gradients, attention)
+    # Gradients as they would be if all tokens drew the same attention.
+    relative = (attention / attention.log().mean().exp()) ** (exponent / 2)
+    evened = gradients / relative[:, None]
+    mean = states.mean(dim=2)
+    transforms = [
+        [_transform(states[side, head] - mean[side, head], evened[side, head]) for head in range(states.shape[1])]
+        for side in range(SIDES)
+    ]
+    analysis = torch.stack([torch.stack([one[0] for one in heads]) for heads in transforms])
+    spread = torch.stack([torch.stack([one[1] for one in heads]) for heads in transforms])
+    return mean.float(), analysis.float(), spread.float(), torch.tensor(exponent, dtype=torch.float32)
+
+
+def _attention_exponent(gradients: torch.Tensor, attention: torch.Tensor) -> float:
+    """The power of its attention by which a token's squared gradient grows: the slope of medians on a log scale."""
+    energy = gradients.square().sum(dim=(0, 1, 3)).clamp_min(1e-30).log2().numpy()
+    logarithm = attention.log2().numpy()
+    order = np.argsort(logarithm)
+    bins = np.array_split(order, min(20, len(order)))
+    # Means of energy in a bin, since a few tokens carry most of it and those are the ones to protect.
+    x = np.array([logarithm[chosen].mean() for chosen in bins])
+    y = np.array([np.log2(np.exp2(energy[chosen]).mean()) for chosen in bins])
+    slope = float(np.polyfit(x, y, 1)[0])
+    return min(max(slope, 0.0), 2.0)
+
+
+def _transform(states: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Analysis `[d, d]` and spread `[d]` of one head's keys or values, from `[n, d]` centred states and gradients."""
+    identity = torch.eye(states.shape[1], dtype=torch.float64)
+    fisher = gradients.T @ gradients / len(gradients)
+    fisher = (1 - SHRINKAGE) * fisher + SHRINKAGE * fisher.diagonal().mean().clamp_min(1e-20) * identity
+    eigenvalues, eigenvectors = torch.linalg.eigh(fisher)
+    metric = eigenvectors @ torch.diag(eigenvalues.sqrt()) @ eigenvectors.T
+    covariance = states.T @ states / len(states)
+    _, directions = torch.linalg.eigh(metric @ covariance @ metric)
+    analysis = metric @ directions.flip(1)
+    spread = (states @ analysis).square().mean(dim=0).sqrt()
+    return analysis, spread.clamp_min(spread.max() * 1e-6).clamp_min(1e-20)

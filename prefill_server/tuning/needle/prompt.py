@@ -1,0 +1,124 @@
+"""Prompts of an exact length that hide a needle at an exact depth."""
+
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from transformers import PreTrainedTokenizerFast
+
+from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.prefill_server.tuning.needle.facts import Fact, fact
+from spectrumkv.prefill_server.tuning.needle.haystack import Haystack, haystack
+
+QUESTION_PLACES = ("prompt", "late")
+
+
+@dataclass(frozen=True)
+class NeedlePrompt:
+    """A long text with a needle in it, and the question.
+
+    The question ends in the first words of its answer ("The secret number of the chapel in Arlen is"), so that
+    a model need not be talkative, or silent, in any particular way to be understood.
+
+    Attributes:
+        token_ids: the prompt.
+        question_ids: what follows it: empty where the prompt has the question already.
+        fact: what was hidden.
+        depth: where, from 0 (start) to 1 (end).
+    """
+
+    token_ids: tuple[int, ...]
+    question_ids: tuple[int, ...]
+    fact: Fact
+    depth: float
+
+    def is_answered_by(self, text: str) -> bool:
+        """Whether the first number in `text` is the answer; commas between its digits do not matter."""
+        numbers = re.findall(r"\d[\d,]*", text)
+        return bool(numbers) and numbers[0].replace(",", "") == self.fact.answer
+
+
+def needle_prompt(
+    tokenizer: PreTrainedTokenizerFast,
+    context_tokens: int,
+    depth: float,
+    needle_index: int,
+    question: str = "prompt",
+) -> NeedlePrompt:
+    """Return a prompt that fills a context with prose and hides one fact in it.
+
+    It is rendered with the model's own chat template where it has one, and otherwise as plain text. Both places
+    of the question give the same tokens, once in one piece and once in two.
+
+    Args:
+        tokenizer: the model's.
+        context_tokens: most tokens that prompt and question take together. They take less by a part of a
+            sentence, since sentences stay whole.
+        depth: share of the prose that comes before the needle, from 0 to 1; the nearest end of a sentence is
+            taken.
+        needle_index: which fact, from 0; needles also differ in where the prose starts.
+        question: "prompt": whoever reads the prompt knows what is asked for. "late": the question is kept apart,
+            for asking it when the prompt's KV cache has been cut down already.
+
+    Raises:
+        InvalidArgumentError: an argument is out of its range, the context is too short for needle and question,
+            or longer than the whole haystack.
+    """
+    _check(depth, needle_index, question)
+    hidden, prose = fact(needle_index), haystack(needle_index)
+
+    def tokens(sentences: int) -> list[int]:
+        before, after = _render(tokenizer, prose.first(sentences), hidden, depth)
+        return _encode(tokenizer, before + after)
+
+    counts = range(1, len(prose.sentences) + 1)
+    sentences = bisect_right(counts, context_tokens, key=lambda count: len(tokens(count)))
+    if sentences == 0:
+        raise InvalidArgumentError(
+            f"needle and question do not fit {context_tokens} tokens; this model needs {len(tokens(1))} at least"
+        )
+    if sentences == len(counts):
+        raise InvalidArgumentError(
+            f"the haystack does not fill {context_tokens} tokens; this model makes {len(tokens(sentences))} of it"
+        )
+    whole = tokens(sentences)
+    before, _ = _render(tokenizer, prose.first(sentences), hidden, depth)
+    cut = len(whole) if question == "prompt" else _common_length(whole, _encode(tokenizer, before))
+    return NeedlePrompt(tuple(whole[:cut]), tuple(whole[cut:]), hidden, depth)
+
+
+def _check(depth: float, needle_index: int, question: str) -> None:
+    if not 0 <= depth <= 1:
+        raise InvalidArgumentError(f"the needle's depth is {depth}; it must be from 0 to 1")
+    if needle_index < 0:
+        raise InvalidArgumentError(f"the needle's index is {needle_index}; it must not be negative")
+    if question not in QUESTION_PLACES:
+        raise InvalidArgumentError(f"the question is {question!r}; valid: {', '.join(QUESTION_PLACES)}")
+
+
+def _render(tokenizer: PreTrainedTokenizerFast, prose: Haystack, hidden: Fact, depth: float) -> tuple[str, str]:
+    """The text up to the end of the prose, and the rest."""
+    asked = f"\n\n{hidden.question}"
+    content = prose.text(hidden.sentence, depth) + asked
+    if tokenizer.chat_template is None:
+        text = f"{content}\n"
+    else:
+        # Templates ignore what they do not know; Qwen3's takes this to mean that the answer comes at once.
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+    cut = text.rindex(asked)
+    return text[:cut], text[cut:] + hidden.lead
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    # A chat template writes special tokens such as <s> by itself.
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=tokenizer.chat_template is None)
+    return ids
+
+
+def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike: at the seam, a token may span what was cut."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

@@ -1,0 +1,170 @@
+"""What is put to the model: needles in prompts, and prose to predict. Each prompt runs once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+import numpy as np
+import torch
+
+from spectrumkv.prefill_server.tuning.divergence import Distance, compare
+from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
+from spectrumkv.common.model.load import LoadedModel
+from spectrumkv.prefill_server.tuning.needle.prompt import NeedlePrompt, needle_prompt
+from spectrumkv.prefill_server.transfer.plan import KvPlan
+from spectrumkv.prefill_server.tuning.replay import CapturedPrompt, LayerKv, capture_prompt, generate_over, logits_over
+
+# One needle per depth, each with a fact of its own.
+DEPTHS = (0.1, 0.5, 0.9)
+PROMPT_TOKENS = 1024
+ANSWER_TOKENS = 16
+# Text that calibration, which reads the haystack, has not seen: a story in dialogue, a manual with a table and code.
+PROSE = ("ferry.txt", "pump.txt")
+CONTEXT_TOKENS, SCORED_TOKENS = 768, 256
+# The verdict is kept for all starts, so it must not hang on the --window of this one.
+WINDOW = 64
+
+
+def needle_prompts(loaded: LoadedModel) -> list[NeedlePrompt]:
+    """Return the prompts that hide a needle.
+
+    Raises:
+        FailedPreconditionError: the model's context is too short.
+    """
+    room = min(PROMPT_TOKENS, loaded.context_length - ANSWER_TOKENS)
+    try:
+        return [needle_prompt(loaded.tokenizer, room, depth, needle) for needle, depth in enumerate(DEPTHS)]
+    except InvalidArgumentError as error:
+        raise FailedPreconditionError(
+            f"the probe needs a longer context than the {loaded.context_length} tokens of {loaded.name} "
+            f"({error.message}); start with --int4 on or --int4 off"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A piece of prose.
+
+    Attributes:
+        context: tokens whose KV is coded.
+        scored: tokens after them.
+    """
+
+    context: tuple[int, ...]
+    scored: tuple[int, ...]
+
+
+def prose_stretches(loaded: LoadedModel) -> list[Stretch]:
+    """Return the beginnings of the probe's texts, as long as the model's context allows."""
+    whole = CONTEXT_TOKENS + SCORED_TOKENS
+    stretches = []
+    for name in PROSE:
+        text = (files("spectrumkv.prefill_server.tuning.probe") / "prose" / name).read_text(encoding="utf-8")
+        ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        ids = ids[: min(whole, loaded.context_length)]
+        cut = len(ids) * CONTEXT_TOKENS // whole
+        stretches.append(Stretch(tuple(ids[:cut]), tuple(ids[cut:])))
+    return stretches
+
+
+@dataclass(frozen=True, eq=False)
+class NeedleQuestion:
+    """A prompt that the model has run, and its answer over the exact KV.
+
+    Attributes:
+        loaded: the model.
+        prompt: with the needle.
+        captured: what the prompt's pass showed.
+        exact_answer: tokens.
+    """
+
+    loaded: LoadedModel
+    prompt: NeedlePrompt
+    captured: CapturedPrompt
+    exact_answer: tuple[int, ...]
+
+    @classmethod
+    def put(cls, loaded: LoadedModel, prompt: NeedlePrompt) -> "NeedleQuestion":
+        """Run the prompt."""
+        captured = capture_prompt(loaded.model, prompt.token_ids, WINDOW)
+        answer = generate_over(
+            loaded.model, captured.exact_kv(), captured.first_token, ANSWER_TOKENS, loaded.eos_token_ids
+        )
+        return cls(loaded, prompt, captured, tuple(answer))
+
+    @property
+    def found_fp16(self) -> bool:
+        """Whether the needle is found over the exact KV."""
+        return self.prompt.is_answered_by(self._text(self.exact_answer))
+
+    def answer_under(self, plan: KvPlan) -> str:
+        """Return the answer over KV that was coded and decoded."""
+        kv = self.captured.received_kv(plan, self.loaded.geometry)
+        tokens = generate_over(
+            self.loaded.model,
+            kv,
+            self.captured.first_token,
+            ANSWER_TOKENS,
+            self.loaded.eos_token_ids,
+            draft=self.exact_answer,
+        )
+        return self._text(tokens)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        text: str = self.loaded.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text.strip()
+
+
+@dataclass(frozen=True, eq=False)
+class ProseQuestion:
+    """A stretch of prose whose context the model has run, and what it predicts over the exact KV.
+
+    Attributes:
+        loaded: the model.
+        stretch: the prose.
+        captured: what the context's pass showed.
+        exact_logits: `[m, vocab]` after each scored token but the last.
+    """
+
+    loaded: LoadedModel
+    stretch: Stretch
+    captured: CapturedPrompt
+    exact_logits: torch.Tensor
+
+    @classmethod
+    def put(cls, loaded: LoadedModel, stretch: Stretch) -> "ProseQuestion":
+        """Run the context."""
+        captured = capture_prompt(loaded.model, stretch.context, WINDOW)
+        return cls(loaded, stretch, captured, logits_over(loaded.model, captured.exact_kv(), stretch.scored[:-1]))
+
+    def received_kv(self, plan: KvPlan) -> list[LayerKv]:
+        """Return the context's KV, coded and decoded."""
+        return self.captured.received_kv(plan, self.loaded.geometry)
+
+    def distance(self, kv: Sequence[LayerKv]) -> Distance:
+        """Return how far the predictions over this KV are from those over the exact one."""
+        logits = logits_over(self.loaded.model, kv, self.stretch.scored[:-1])
+        return compare(logits, self.exact_logits, self.stretch.scored[1:])
+
+    def distance_under(self, plan: KvPlan) -> Distance:
+        """Return how far they are over KV that was coded and decoded."""
+        return self.distance(self.received_kv(plan))
+
+    @property
+    def predictions(self) -> int:
+        """How many tokens a distance is summed over."""
+        return len(self.stretch.scored) - 1
+
+
+def mean_kl(distances: Sequence[Distance], predictions: int) -> float:
+    """Return the divergence in nats a token; infinite where the model predicts nothing any more."""
+    return _number(sum(one.kl for one in distances) / predictions)
+
+
+def ppl_delta_pct(distances: Sequence[Distance], predictions: int) -> float:
+    """Return by how many per cent perplexity is higher; infinite where the model predicts nothing any more."""
+    return _number(100 * float(np.expm1(sum(one.nll - one.nll_fp16 for one in distances) / predictions)))
+
+
+def _number(value: float) -> float:
+    return float("inf") if np.isnan(value) else value

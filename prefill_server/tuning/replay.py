@@ -1,0 +1,136 @@
+"""Generates over a prompt's KV as decode would receive it, without a network or a second process."""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from spectrumkv.common.kv.segment import Block
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.prefill_server.transfer.plan import KvPlan
+
+
+class LayerKv(NamedTuple):
+    """Keys and values of one layer: `[kv_heads, n, head_dim]` each, keys after RoPE."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class CapturedPrompt:
+    """A prompt that the model has run.
+
+    Attributes:
+        layers: what each layer showed, from the first to the last.
+        first_token: the likeliest token after the prompt.
+    """
+
+    layers: tuple[Observation, ...]
+    first_token: int
+
+    def exact_kv(self) -> list[LayerKv]:
+        """The cache as the model made it."""
+        return [LayerKv(layer.keys, layer.values) for layer in self.layers]
+
+    def blocks(self, plan: KvPlan, geometry: KvGeometry) -> Iterator[Block]:
+        """The cache as a plan codes it, layer by layer."""
+        encoder = plan.encoder(geometry, self.layers[0].tokens, framing_bytes=0)
+        for layer in self.layers:
+            yield from encoder.encode(layer)
+
+    @torch.inference_mode()
+    def received_kv(self, plan: KvPlan, geometry: KvGeometry) -> list[LayerKv]:
+        """The cache as it comes out of tiers, encoding and decoding.
+
+        Args:
+            plan: with a policy that drops no token: what is dropped is not masked here.
+            geometry: shape and dtype of the model's cache.
+        """
+        received = [LayerKv(torch.empty_like(layer.keys), torch.empty_like(layer.values)) for layer in self.layers]
+        decoder = plan.decoder(geometry)
+        for block in self.blocks(plan, geometry):
+            span = slice(block.first_token, block.first_token + block.tiers.numel())
+            into = received[block.layer]
+            decoder.decode(block, into.keys[:, span], into.values[:, span])
+        return received
+
+
+@torch.inference_mode()
+def capture_prompt(model: PreTrainedModel, token_ids: Sequence[int], window: int) -> CapturedPrompt:
+    """Run a prompt and keep what its layers show.
+
+    Args:
+        model: with the tapped attention; see `PrefillEngine`.
+        token_ids: the prompt.
+        window: how many of the last queries of each layer to keep.
+    """
+    layers: list[Observation] = []
+    ids = torch.tensor([list(token_ids)], device=model.device)
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=1, kv_taps=[layers.append], window=window).logits
+    return CapturedPrompt(tuple(layers), int(logits[0, -1].argmax()))
+
+
+@torch.inference_mode()
+def logits_over(model: PreTrainedModel, kv: Sequence[LayerKv], token_ids: Sequence[int]) -> torch.Tensor:
+    """Return what the model predicts after each of some tokens that follow a prompt: `[m, vocab]`, from one pass.
+
+    Args:
+        model: with the tapped attention.
+        kv: the prompt's cache, one entry per layer.
+        token_ids: m of them.
+    """
+    ids = torch.tensor([list(token_ids)], device=model.device)
+    logits: torch.Tensor = model(input_ids=ids, past_key_values=_cache(model, kv), use_cache=True).logits[0]
+    return logits
+
+
+@torch.inference_mode()
+def generate_over(
+    model: PreTrainedModel,
+    kv: Sequence[LayerKv],
+    first_token: int,
+    max_tokens: int,
+    eos_token_ids: Collection[int],
+    draft: Sequence[int] = (),
+) -> list[int]:
+    """Generate greedily.
+
+    Args:
+        model: with the tapped attention.
+        kv: the prompt's cache, one entry per layer.
+        first_token: comes from the prompt's own pass, over exact KV, as it does when serving.
+        max_tokens: most tokens, the first one included.
+        eos_token_ids: any of these ends it.
+        draft: what is likely to come out, with the first token, such as the answer over other KV of the same prompt.
+            As far as it is right it takes one pass in the place of one for each token.
+
+    Returns:
+        The generated tokens with the first one, and with the one that ended it.
+    """
+    tokens = [first_token] if len(draft) < 2 else _confirmed(model, kv, draft)
+    cache, seen = _cache(model, kv), 0
+    while len(tokens) < max_tokens and tokens[-1] not in eos_token_ids:
+        ids = torch.tensor([tokens[seen:]], device=model.device)
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        seen = len(tokens)
+        tokens.append(int(logits[0, -1].argmax()))
+    return tokens
+
+
+def _confirmed(model: PreTrainedModel, kv: Sequence[LayerKv], draft: Sequence[int]) -> list[int]:
+    """As much of a draft as is right, and the right token where it is wrong first."""
+    predicted: list[int] = logits_over(model, kv, draft[:-1]).argmax(dim=-1).tolist()
+    pairs = enumerate(zip(predicted, draft[1:], strict=True))
+    wrong = next((place for place, (ours, drafted) in pairs if ours != drafted), None)
+    return list(draft) if wrong is None else [*draft[: wrong + 1], predicted[wrong]]
+
+
+def _cache(model: PreTrainedModel, kv: Sequence[LayerKv]) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    for layer, (keys, values) in enumerate(kv):
+        cache.update(keys[None], values[None], layer)
+    return cache

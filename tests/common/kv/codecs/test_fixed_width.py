@@ -1,0 +1,63 @@
+"""The spectral allocation at whole widths."""
+
+import pytest
+import torch
+
+from spectrumkv.common.kv.codecs.base import codecs, tier_codecs
+from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.kv.codecs.spectral.fixed_width import FixedWidthEncoder, least_budget
+from spectrumkv.common.kv.tiers import Tier, count_tiers
+from tests.common.kv.codecs.test_spectral import basis_of, geometry, observation
+
+ABSMAX = tier_codecs()["absmax"]
+
+
+@pytest.mark.parametrize("tokens", [300, 1500])
+@pytest.mark.parametrize("budget", [0.28, 0.3, 0.45, 0.8, 1.0])
+def test_a_budget_is_met_and_never_exceeded(tokens: int, budget: float) -> None:
+    shape = geometry(kv_heads=2, head_dim=64, layers=4)
+    basis = basis_of(shape)
+    encoder = FixedWidthEncoder(basis, ABSMAX, shape, tokens, int(budget * shape.fp16_bytes(tokens)), "attention")
+    decoder = codecs.get("absmax").decoder(shape, None)
+    sent = 0
+    for layer in range(shape.layers):
+        seen = observation(basis, layer, tokens)
+        for block in encoder.encode(seen):
+            sent += block.wire_bytes
+            received = torch.full((2, shape.kv_heads, block.tiers.numel(), shape.head_dim), torch.nan)
+            assert decoder.decode(block, received[0], received[1]) == block.tier_bytes
+            assert received.isfinite().all()
+    share = sent / shape.fp16_bytes(tokens)
+    assert 0.99 * budget <= share <= budget
+
+
+def test_less_than_int4_everywhere_is_exceeded_by_that_and_no_more() -> None:
+    shape = geometry(kv_heads=2, head_dim=64)
+    basis = basis_of(shape)
+    encoder = FixedWidthEncoder(basis, ABSMAX, shape, 100, 1000, "attention")
+    [block] = encoder.encode(observation(basis, 0, 100))
+    assert count_tiers(block.tiers)[Tier.INT4] == 100
+    assert block.body.numel() / shape.fp16_bytes_per_layer(100) == pytest.approx(least_budget(ABSMAX, shape))
+
+
+def test_tiers_follow_the_attention_that_tokens_get() -> None:
+    shape = geometry(kv_heads=1, head_dim=64, layers=1)
+    basis = basis_of(shape)
+    seen = observation(basis, 0, 256)
+    # The last query looks at token 100 and at nothing else.
+    loud = Observation(seen.keys[:, 100:101].repeat(2, 8, 1) * 10, seen.keys, seen.values, 0.5, None, None, 0, 0)
+    encoder = FixedWidthEncoder(basis, ABSMAX, shape, 256, int(0.35 * shape.fp16_bytes(256)), "attention")
+    [block] = encoder.encode(loud)
+    assert block.tiers[100] == block.tiers.max()
+    assert block.tiers[4:].float().mean() < float(block.tiers[100])
+
+
+def test_layers_that_need_finer_steps_get_wider_tiers() -> None:
+    shape = geometry(kv_heads=2, head_dim=64, layers=2)
+    basis = basis_of(shape)
+    basis.spread[1] *= 2.0**4
+    encoder = FixedWidthEncoder(basis, ABSMAX, shape, 200, int(0.5 * shape.fp16_bytes(200)), "attention")
+    first, second = (
+        next(block.tiers for block in encoder.encode(observation(basis, layer, 200))) for layer in range(2)
+    )
+    assert second.float().mean() > first.float().mean()

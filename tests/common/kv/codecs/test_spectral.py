@@ -1,0 +1,316 @@
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spectrumkv.common.errors import DataLossError, InvalidArgumentError
+from spectrumkv.common.kv.segment import Block
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedBlock, decode_block, encode_block
+from spectrumkv.common.kv.codecs.spectral.decoder import SpectralDecoder
+from spectrumkv.common.kv.codecs.spectral.encoder import SpectralEncoder
+from spectrumkv.common.kv.codecs.spectral.layout import expected_bits
+from spectrumkv.common.kv.codecs.spectral.rotary import angles
+from spectrumkv.common.kv.codecs.spectral.steps import TokenClasses
+from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION, PACKINGS, PackedStreams, compress, decompress
+from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
+from spectrumkv.common.kv.tiers import Tier
+from tests.common.kv.codecs.plain_spectral import plain_coefficients, plain_states
+
+
+def geometry(kv_heads: int = 2, head_dim: int = 16, layers: int = 3) -> KvGeometry:
+    return KvGeometry(layers, kv_heads, head_dim, torch.float32)
+
+
+def basis_of(shape: KvGeometry, seed: int = 0) -> SpectralBasis:
+    """A basis with random directions and spreads over four decades, as real ones have."""
+    generator = torch.Generator().manual_seed(seed)
+    lead = (shape.layers, 2, shape.kv_heads)
+    directions = torch.linalg.qr(torch.randn(*lead, shape.head_dim, shape.head_dim, generator=generator)).Q
+    scales = torch.rand(*lead, shape.head_dim, generator=generator).mul(3).exp()
+    return SpectralBasis(
+        mean=torch.randn(*lead, shape.head_dim, generator=generator),
+        analysis=directions * scales[..., None, :],
+        spread=torch.rand(*lead, shape.head_dim, generator=generator)
+        .mul(9)
+        .sub(5)
+        .exp()
+        .sort(descending=True)
+        .values,
+        attention_exponent=torch.ones(shape.layers),
+        rope_frequencies=1e4 ** (-torch.arange(shape.head_dim // 2, dtype=torch.float64) * 2 / shape.head_dim),
+        rope_scaling=1.0,
+    )
+
+
+def observation(basis: SpectralBasis, layer: int, tokens: int, mismatch: float = 1.0, first: int = 0) -> Observation:
+    """A layer whose coefficients have the spreads that the basis says, times `mismatch`."""
+    generator = torch.Generator().manual_seed(layer)
+    _, sides, kv_heads, head_dim = basis.mean.shape
+    coefficients = torch.randn(sides, kv_heads, tokens, head_dim, generator=generator)
+    coefficients *= basis.spread[layer][:, :, None] * mismatch
+    keys, values = plain_states(basis, layer, coefficients, first).float()
+    queries = torch.randn(2 * kv_heads, min(tokens, 8), head_dim, generator=generator)
+    return Observation(queries, keys, values, head_dim**-0.5, None, None, 0, layer)
+
+
+def encoder_of(basis: SpectralBasis, shape: KvGeometry, tokens: int, budget: float) -> SpectralEncoder:
+    return SpectralEncoder(basis, shape, tokens, int(budget * shape.fp16_bytes(tokens)), "attention")
+
+
+def packed_streams(lengths: list[int], exponents: list[float]) -> PackedStreams:
+    return PackedStreams.of(np.array(lengths), np.array(exponents))
+
+
+STREAM = st.tuples(st.floats(-8, 24), st.lists(st.integers(-(2**30), 2**30) | st.integers(-200, 200), max_size=120))
+
+
+@given(st.lists(STREAM, min_size=1, max_size=5))
+def test_symbols_survive_every_packing(streams: list[tuple[float, list[int]]]) -> None:
+    symbols = np.array([symbol for _, values in streams for symbol in values], dtype=np.int32)
+    packed = packed_streams([len(values) for _, values in streams], [exponent for exponent, _ in streams])
+    coded = packed.encode(symbols.copy())
+    assert [len(one.raw) for one in coded] == packed.raw_bytes.tolist()
+    assert (packed.decode(coded) == symbols).all()
+
+
+def test_an_exception_outside_its_own_stream_is_refused() -> None:
+    packed = packed_streams([3, 5, 4], [0.0, 0.0, 0.0])
+    coded = packed.encode(np.arange(12, dtype=np.int32))
+    coded[1] = coded[1]._replace(exceptions=np.array([(5, 9)], EXCEPTION).tobytes())
+    with pytest.raises(DataLossError, match="outside its stream of 5 symbols"):
+        packed.decode(coded)
+
+
+@pytest.mark.parametrize(
+    ("exponent", "per_byte", "limit", "raw_bits"),
+    [
+        *((-9.0, 0, 0, 0), (-4.0, 0, 0, 0), (-3.5, 5, 1, 0), (-1.75, 5, 1, 0), (-1.5, 3, 2, 0), (-1.0, 3, 2, 0)),
+        *(
+            (0.5, 2, 7, 0),
+            (0.51, 1, 127, 0),
+            (4.5, 1, 127, 0),
+            (4.6, 1, 127, 1),
+            (9.5, 1, 127, 5),
+            (90.0, 1, 127, 24),
+        ),
+    ],
+)
+def test_the_spread_decides_the_packing(exponent: float, per_byte: int, limit: int, raw_bits: int) -> None:
+    packed = packed_streams([7], [exponent])
+    assert (packed.per_byte[0], packed.limit[0], packed.raw_bits[0]) == (per_byte, limit, raw_bits)
+
+
+def test_packed_symbols_fit_a_byte() -> None:
+    assert all(packing.base**packing.per_byte <= 256 for packing in PACKINGS)
+
+
+@given(st.binary(max_size=2000))
+def test_compressed_bytes_come_back(data: bytes) -> None:
+    array = np.frombuffer(data, np.uint8)
+    coded = compress(array)
+    assert len(coded) <= len(data) + 1
+    assert decompress(memoryview(coded), len(data)).tobytes() == data
+    with pytest.raises(DataLossError):
+        decompress(memoryview(coded), len(data) + 1)
+
+
+def test_a_frame_that_claims_a_terabyte_is_refused_before_memory_is_asked_for() -> None:
+    # Eight bytes of content size, as in a Zstandard frame of a single segment.
+    bomb = b"\x01\xe0" + (1 << 40).to_bytes(8, "little") + b"\x01\x00\x00"
+    with pytest.raises(DataLossError, match="frame header 0xe0"):
+        decompress(memoryview(bomb), 1000)
+    # A window of 2^31 bytes.
+    with pytest.raises(DataLossError, match="damaged"):
+        decompress(memoryview(b"\x01\x00\xa8\x01\x00\x00"), 1000)
+
+
+def test_entropy_coded_symbols_take_about_their_entropy() -> None:
+    generator = np.random.default_rng(0)
+    for exponent in (-2.5, -1.5, -0.5, 0.5, 2.0, 4.0, 7.0):
+        symbols = np.rint(generator.normal(0, 2.0**exponent, 100_000)).astype(np.int32)
+        [coded] = packed_streams([len(symbols)], [exponent]).encode(symbols)
+        bits = 8 * sum(map(len, coded)) / len(symbols)
+        entropy = expected_bits(np.array([exponent]), 0.0, np.array([1]))
+        assert bits <= 1.1 * entropy + 0.15, (exponent, bits, entropy)
+
+
+@pytest.mark.parametrize(("kv_heads", "head_dim"), [(1, 64), (3, 80), (2, 128)])
+@pytest.mark.parametrize("tokens", [1, 3, 17, 65, 500])
+def test_a_block_is_exact_up_to_half_a_step(kv_heads: int, head_dim: int, tokens: int) -> None:
+    shape = geometry(kv_heads, head_dim)
+    basis = replace(basis_of(shape), rope_scaling=1.25)
+    first = 300
+    seen = observation(basis, layer=1, tokens=tokens, first=first)
+    transform = LayerTransform(basis, 1)
+    classes = np.random.default_rng(0).integers(-6, 4, tokens)
+    sinks = min(2, tokens)
+    block = UncodedBlock(transform, first, seen.keys, seen.values, TokenClasses(classes, sinks))
+    body, steps = encode_block(block, -1.5, shape)
+    assert len(body) % 2 == 0
+    keys, values = torch.full((2, kv_heads, tokens, head_dim), torch.nan)
+    read = decode_block(transform, memoryview(body), first, shape, keys, values)
+    assert (read.base, read.tokens.sinks) == (steps.base, sinks) == (-1.5, sinks)
+    assert (read.tokens.coded == classes[sinks:] + 6).all()
+    assert torch.equal(keys[:, :sinks], seen.keys[:, :sinks].half().float())
+    assert torch.equal(values[:, :sinks], seen.values[:, :sinks].half().float())
+    error = plain_coefficients(basis, 1, keys, values, first) - plain_coefficients(
+        basis, 1, seen.keys, seen.values, first
+    )
+    allowed = 2.0 ** (-1.5 + classes[sinks:] / 2) / 2
+    # Coefficients that are expected to be far below half a step are not sent at all.
+    assert (error[:, :, sinks:].abs().amax(dim=(0, 1, 3)).numpy() <= allowed * 1.05 + 1e-2).all()
+
+
+def test_steps_too_fine_for_integers_of_32_bits_are_made_coarser() -> None:
+    shape = geometry()
+    basis = basis_of(shape)
+    seen = observation(basis, layer=0, tokens=30)
+    seen.keys[1, 11] *= 1e9
+    transform = LayerTransform(basis, 0)
+    block = UncodedBlock(transform, 0, seen.keys, seen.values, TokenClasses(np.zeros(30, np.int64), 1))
+    body, steps = encode_block(block, -6.0, shape)
+    largest = float(plain_coefficients(basis, 0, seen.keys, seen.values, 0).abs().max())
+    # Classes reach three octaves below class 0, and integers 2^30.
+    assert abs(steps.base - (np.log2(largest) - 30 + 3)) < 1e-4
+    keys, values = torch.full((2, 2, 30, 16), torch.nan)
+    decode_block(transform, memoryview(body), 0, shape, keys, values)
+    torch.testing.assert_close(keys[1, 11], seen.keys[1, 11], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "mismatch"),
+    [(300, 1.0), pytest.param(300, 0.5, marks=pytest.mark.slow), pytest.param(1500, 1.6, marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize("budget", [0.1, 0.3])
+def test_a_budget_is_met_and_never_exceeded(tokens: int, budget: float, mismatch: float) -> None:
+    shape = geometry(kv_heads=2, head_dim=64, layers=4)
+    basis = basis_of(shape)
+    encoder = encoder_of(basis, shape, tokens, budget)
+    decoder = SpectralDecoder(basis, shape)
+    sent = 0
+    for layer in range(shape.layers):
+        blocks = list(encoder.encode(observation(basis, layer, tokens, mismatch)))
+        sent += sum(block.wire_bytes for block in blocks)
+        assert sum(block.tiers.numel() for block in blocks) == tokens
+        for block in blocks:
+            received = torch.full((2, shape.kv_heads, block.tiers.numel(), shape.head_dim), torch.nan)
+            assert decoder.decode(block, received[0], received[1]) == block.tier_bytes
+            assert received.isfinite().all()
+            assert sum(block.tier_bytes.values()) == block.body.numel()
+    share = sent / shape.fp16_bytes(tokens)
+    assert 0.99 * budget <= share <= budget
+
+
+def test_important_tokens_are_finer() -> None:
+    shape = geometry(kv_heads=1, head_dim=64, layers=1)
+    basis = basis_of(shape)
+    seen = observation(basis, 0, 256)
+    # The last query looks at token 100 and at nothing else.
+    loud = Observation(seen.keys[:, 100:101].repeat(2, 8, 1) * 10, seen.keys, seen.values, 0.5, None, None, 0, 0)
+    [block] = encoder_of(basis, shape, 256, 0.2).encode(loud)
+    received = torch.empty(2, 1, 256, 64)
+    SpectralDecoder(basis, shape).decode(block, received[0], received[1])
+    error = (received[1] - seen.values).square().mean(dim=(0, 2))
+    assert error[100] < error[4:].median() / 8
+
+
+@cache
+def encoded() -> tuple[Block, SpectralDecoder]:
+    shape = geometry()
+    basis = basis_of(shape)
+    [block] = encoder_of(basis, shape, 40, 0.4).encode(observation(basis, 0, 40))
+    return block, SpectralDecoder(basis, shape)
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_a_damaged_body_is_an_error_or_decodes_and_never_anything_else(data: st.DataObject) -> None:
+    block, decoder = encoded()
+    body = bytearray(block.body.numpy().tobytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    del body[data.draw(st.integers(0, len(body))) :]
+    damaged = Block(0, 0, block.tiers, torch.tensor(list(body), dtype=torch.uint8))
+    states = torch.empty(2, 2, 40, 16)
+    with suppress(DataLossError):
+        decoder.decode(damaged, states[0], states[1])
+
+
+def test_infinite_states_are_refused() -> None:
+    shape = geometry()
+    basis = basis_of(shape)
+    seen = observation(basis, 0, 40)
+    seen.keys[0, 7, 3] = torch.inf
+    with pytest.raises(InvalidArgumentError, match="layer 0"):
+        list(encoder_of(basis, shape, 40, 0.4).encode(seen))
+
+
+@pytest.mark.parametrize("magnitude", [1e9, 1e20, 1e28, 1e32])
+def test_states_are_refused_or_decoded_however_large(magnitude: float) -> None:
+    shape = geometry(layers=1)
+    transform = LayerTransform(basis_of(shape), 0)
+    keys = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(0)) * magnitude
+    received = torch.full((2, *keys.shape), torch.nan)
+    block = UncodedBlock(transform, 0, keys, keys, TokenClasses(np.zeros(40, np.int64), 0))
+    if magnitude > 1e20:
+        with pytest.raises(InvalidArgumentError, match="layer 0"):
+            encode_block(block, 0.0, shape)
+        return
+    body, _ = encode_block(block, 0.0, shape)
+    decode_block(transform, memoryview(body), 0, shape, received[0], received[1])
+    torch.testing.assert_close(received[0] / magnitude, keys / magnitude, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("base", [0.0, 8.0, 10.0])
+def test_a_finite_float16_does_not_come_back_infinite(base: float) -> None:
+    shape = replace(geometry(head_dim=64, layers=1), native_dtype=torch.float16)
+    transform = LayerTransform(basis_of(shape), 0)
+    states = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0)).mul(100).half()
+    states[0, 7, 3], states[1, 9, 5] = 65504.0, -65504.0
+    body, _ = encode_block(
+        UncodedBlock(transform, 0, states, states, TokenClasses(np.zeros(40, np.int64), 4)), base, shape
+    )
+    received = torch.full((2, *states.shape), torch.nan, dtype=torch.float16)
+    decode_block(transform, memoryview(body), 0, shape, received[0], received[1])
+    assert received.isfinite().all()
+
+
+def test_a_token_that_is_not_sent_is_refused() -> None:
+    block, decoder = encoded()
+    tiers = block.tiers.clone()
+    tiers[3] = Tier.DROP
+    states = torch.empty(2, 2, 40, 16)
+    with pytest.raises(DataLossError, match="sends every token"):
+        decoder.decode(Block(0, 0, tiers, block.body), states[0], states[1])
+
+
+@given(first=st.integers(0, 700), tokens=st.integers(1, 700))
+def test_angles_are_those_of_the_positions(first: int, tokens: int) -> None:
+    frequencies = (1.0, 0.37, 1e-4)
+    turned = torch.arange(first, first + tokens).double()[:, None] * torch.tensor(frequencies, dtype=torch.float64)
+    cosine, sine = angles(frequencies, first, tokens)
+    torch.testing.assert_close(cosine, turned.cos().float(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(sine, turned.sin().float(), rtol=0, atol=1e-6)
+
+
+def test_a_basis_travels() -> None:
+    basis = basis_of(geometry())
+    back = SpectralBasis.from_bytes(basis.serialized)
+    assert back.digest == basis.digest
+    assert torch.equal(back.analysis, basis.analysis)
+    assert back.rope_scaling == basis.rope_scaling
+    torch.testing.assert_close(
+        basis.analysis @ basis.synthesis, torch.eye(16).expand_as(basis.analysis), atol=1e-4, rtol=0
+    )
+    with pytest.raises(InvalidArgumentError, match="no spectral basis"):
+        SpectralBasis.from_bytes(b"nonsense")
+    with pytest.raises(InvalidArgumentError, match=r"\(3, 2, 16\); the model has \(3, 2, 32\)"):
+        basis.check_fits(geometry(head_dim=32))

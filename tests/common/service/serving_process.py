@@ -1,0 +1,24 @@
+"""A service in a process of its own, given options as `name=value`. It echoes Decode streams."""
+
+import sys
+
+from prometheus_client import CollectorRegistry
+
+from spectrumkv.common.service.config import DecodeConfig, build
+from spectrumkv.common.telemetry.metrics import Metrics
+from spectrumkv.common.service.process import exit_on_error, serve_until_signalled, set_up_logging
+from tests.common.rpc.scripted import echo, make_server
+
+
+def main() -> None:
+    options = dict(pair.split("=") for pair in sys.argv[1:])
+    config = build(DecodeConfig, {"listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0"} | options)
+    set_up_logging(config.log_level)
+    server = make_server(echo, stream="Decode")
+    serve_until_signalled(
+        server, Metrics(CollectorRegistry()), config, stop=lambda: sys.stderr.write("engine stopped\n")
+    )
+
+
+if __name__ == "__main__":
+    exit_on_error(main)

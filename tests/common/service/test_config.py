@@ -1,0 +1,322 @@
+import argparse
+import math
+from dataclasses import MISSING, fields
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spectrumkv.common.service.config import Address, DecodeConfig, PrefillConfig, ServerConfig, add_flags, build, flag_name, load, number, parse_addresses, parse_bytes, text_of
+from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.service.options import allowed_by, some_text
+
+CONFIGS = [PrefillConfig, DecodeConfig]
+OPTIONS = [(config, declared) for config in CONFIGS for declared in fields(config)]
+IDS = [f"{config.__name__}-{declared.name}" for config, declared in OPTIONS]
+FLAGS = [(config, declared) for config, declared in OPTIONS if isinstance(declared.default, bool)]
+TEXTS = [
+    (config, declared)
+    for config, declared in OPTIONS
+    if (declared.default is None or isinstance(declared.default, str)) and declared.name != "budget"
+]
+VALUES = [one for one in OPTIONS if one not in FLAGS and one not in TEXTS]
+
+
+def refusal(config, given):
+    with pytest.raises(InvalidArgumentError) as caught:
+        build(config, given)
+    return caught.value.message
+
+
+@pytest.mark.parametrize(("config", "declared"), OPTIONS, ids=IDS)
+def test_a_default_printed_and_read_back_is_itself(config, declared):
+    assert declared.default is not MISSING
+    if declared.default is None:
+        return
+    given = declared.default if isinstance(declared.default, bool) else text_of(declared.default)
+    read = getattr(build(config, {declared.name: given}), declared.name)
+    assert read == declared.default
+    assert type(read) is type(declared.default)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_help_lists_every_option_with_what_is_allowed_and_its_default(config, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as caught:
+        load(config, ["--help"], "spectrumkv-server")
+    assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.partition("options:")[2].split())
+    for declared in fields(config):
+        default = declared.default
+        said = "no" if default is False else declared.metadata["shown"] or text_of(default)
+        notes = [] if isinstance(default, bool) else [allowed_by(declared.metadata["parse"])]
+        notes += [] if default is None else [f"default: {said}"]
+        text = declared.metadata["help"] + (f" ({'; '.join(filter(None, notes))})" if any(notes) else "")
+        flag = flag_name(declared.name)
+        flag += f", --no-{flag[2:]}" if isinstance(default, bool) else " VALUE"
+        assert f" {flag} {text}" in shown
+
+
+def test_help_says_which_words_and_numbers_there_are(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        load(DecodeConfig, ["--help"], "spectrumkv-decode")
+    shown = capsys.readouterr().out
+    for part in (
+        "(one of auto, cpu, cuda; default: auto)",
+        "(a positive number of bytes such as 512MiB or 4GiB; default: 1GiB)",
+        "(a whole number from 1 to 1024; default: 32)",
+        "(one of text, json; default: text)",
+    ):
+        assert part in shown
+
+
+def test_a_worker_is_named_once():
+    given = {"decode": "127.0.0.1:1,localhost:2,127.0.0.1:1"}
+    assert refusal(PrefillConfig, given) == "--decode names 127.0.0.1:1 more than once; name each worker once"
+
+
+@pytest.mark.parametrize(("config", "declared"), VALUES, ids=[f"{one.__name__}-{two.name}" for one, two in VALUES])
+@pytest.mark.parametrize("value", ["", "nonsense", "-1", "nan", "inf", "-inf", "1e400", "²", "1 2"])
+def test_a_value_that_is_not_allowed_is_refused_with_flag_value_and_what_is(config, declared, value):
+    message = refusal(config, {declared.name: value})
+    start, allowed = message.split("; allowed: ")
+    assert start == f"{flag_name(declared.name)} is {value!r}"
+    assert allowed.startswith(("a ", "HOST:PORT", "one of"))
+
+
+def test_a_budget_may_be_left_to_the_probe():
+    assert build(PrefillConfig, {}).budget is None
+    assert build(PrefillConfig, {"budget": "auto"}).budget is None
+    assert build(PrefillConfig, {"budget": "0.25"}).budget == 0.25
+    assert refusal(PrefillConfig, {"budget": "2"}) == "--budget is '2'; allowed: a number from 0.05 to 1, or auto"
+
+
+@pytest.mark.parametrize(
+    ("config", "declared"),
+    [one for one in TEXTS if one[1].metadata["parse"] is not some_text],
+    ids=lambda one: getattr(one, "name", None),
+)
+def test_a_word_that_is_no_choice_is_refused_with_the_choices(config, declared):
+    message = refusal(config, {declared.name: "Auto "})
+    assert message.startswith(f"{flag_name(declared.name)} is 'Auto '; allowed: one of ")
+    for choice in message.partition("one of ")[2].split(", "):
+        assert getattr(build(config, {declared.name: choice}), declared.name) == choice
+
+
+@pytest.mark.parametrize(("config", "declared"), TEXTS, ids=[f"{one.__name__}-{two.name}" for one, two in TEXTS])
+def test_a_text_that_is_none_is_refused(config, declared):
+    assert refusal(config, {declared.name: ""}).startswith(f"{flag_name(declared.name)} is ''; allowed: ")
+
+
+@pytest.mark.parametrize(("config", "declared"), OPTIONS, ids=IDS)
+@pytest.mark.parametrize("value", ["{a = 1}", "1979-05-27", "[[1]]"])
+def test_a_toml_value_of_a_wrong_kind_is_refused_by_name(config, declared, value, tmp_path):
+    path = tmp_path / "server.toml"
+    path.write_text(f"{declared.name} = {value}\n")
+    with pytest.raises(InvalidArgumentError, match=rf"^{flag_name(declared.name)} is .*; allowed: "):
+        load(config, ["--config", str(path)], "server")
+
+
+@pytest.mark.parametrize(("config", "declared"), OPTIONS, ids=IDS)
+def test_true_is_for_flags_only(config, declared):
+    if isinstance(declared.default, bool):
+        assert getattr(build(config, {declared.name: True}), declared.name) is True
+        assert "allowed: true or false" in refusal(config, {declared.name: "yes"})
+    else:
+        assert (
+            refusal(config, {declared.name: True}) == f"{flag_name(declared.name)} is True; allowed: text or a number"
+        )
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    path = tmp_path / "prefill.toml"
+    path.write_text(
+        'allow_plaintext = true\nbudget = 0.25\nwindow = 32\nscope = "model"\nreflection = true\n'
+        'decode = ["10.0.0.1:50052", "[::1]:50053"]\nlisten = "127.0.0.1:7000"\n'
+    )
+    arguments = ["--config", str(path), "--window", "16", "--no-reflection", "--listen=[::1]:7001"]
+    config = load(PrefillConfig, arguments, "spectrumkv-prefill")
+    assert (config.budget, config.window, config.scope, config.reflection) == (0.25, 16, "model", False)
+    assert config.decode == (Address("10.0.0.1", 50052), Address("[::1]", 50053))
+    assert config.listen == Address("[::1]", 7001)
+    assert config.codec == PrefillConfig.codec
+
+
+def test_sizes_in_a_file_are_text_or_whole_numbers(tmp_path):
+    path = tmp_path / "decode.toml"
+    for written, size in [('"4GiB"', 4 << 30), ("1000000", 1_000_000), ('"1.5 GB"', 1_500_000_000)]:
+        path.write_text(f"kv_memory = {written}\n")
+        assert load(DecodeConfig, ["--config", str(path)], "decode").kv_memory == size
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("key", ["kv-memory", "Listen", "budgett", "config"])
+def test_an_unknown_key_is_refused_with_the_valid_ones(config, key, tmp_path):
+    path = tmp_path / "server.toml"
+    path.write_text(f"{key} = 1\n")
+    with pytest.raises(InvalidArgumentError) as caught:
+        load(config, ["--config", str(path)], "server")
+    assert caught.value.message.startswith(f"unknown option {key!r}; valid: ")
+    for declared in fields(config):
+        assert declared.name in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--budgett", "1"], "unrecognized arguments: --budgett 1"),
+        (["--budg", "0.5"], "unrecognized arguments: --budg 0.5"),
+        (["--kv-memory", "1GiB"], "unrecognized arguments: --kv-memory 1GiB"),
+        (["stray"], "unrecognized arguments: stray"),
+        (["--budget"], "argument --budget: expected one argument"),
+    ],
+)
+def test_an_unknown_flag_is_refused(arguments, said):
+    with pytest.raises(InvalidArgumentError) as caught:
+        load(PrefillConfig, arguments, "spectrumkv-prefill")
+    assert caught.value.message == f"{said}; spectrumkv-prefill --help lists the options"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "cannot be read: No such file"), (b"budget = ", "is no TOML file"), (b"\xff", "is no TOML file")],
+)
+def test_a_file_that_cannot_be_used_is_refused(content, said, tmp_path):
+    path = tmp_path / "server.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InvalidArgumentError, match=f"^--config {path} {said}"):
+        load(DecodeConfig, ["--config", str(path)], "server")
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_flag_that_is_not_given_leaves_no_trace(config):
+    parser = argparse.ArgumentParser()
+    add_flags(parser, config)
+    assert vars(parser.parse_args([])) == {}
+    assert vars(parser.parse_args(["--grace", "5", "--reflection"])) == {"grace": "5", "reflection": True}
+
+
+@given(st.from_regex(r"[a-z][a-z0-9.-]{0,20}", fullmatch=True), st.integers(0, 65535))
+def test_an_address_printed_and_read_back_is_itself(host, port):
+    assert Address.parse(str(Address(host, port))) == Address(host, port)
+
+
+@given(st.ip_addresses(), st.integers(0, 65535))
+def test_every_ip_address_can_be_named(ip, port):
+    host = f"[{ip}]" if ip.version == 6 else str(ip)
+    if "%" in host:
+        return
+    address = Address.parse(f"{host}:{port}")
+    assert (address.host, address.port) == (host, port)
+    assert address.is_loopback == ip.is_loopback
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", ":50051", "localhost", "localhost:", "localhost:65536", "localhost:-1", "localhost:٣", "localhost:1.5",
+        "::1:50051", "[::1]", "[]:1", "[:::]:1", "[127.0.0.1]:1", "http://host:1", "host/path:1", "a b:1", "host:1 ",
+        "host:000000001",
+    ],
+)  # fmt: skip
+def test_what_is_no_address_is_refused(text):
+    with pytest.raises(ValueError, match=r"^HOST:PORT, such as 127\.0\.0\.1:50051 or \[::1\]:50051"):
+        Address.parse(text)
+
+
+@given(st.lists(st.builds(Address, st.just("decode-1.example"), st.integers(0, 65535)), min_size=1))
+def test_addresses_printed_and_read_back_are_themselves(addresses):
+    assert parse_addresses(text_of(addresses)) == tuple(addresses)
+    assert parse_addresses(" , ".join(map(str, addresses))) == tuple(addresses)
+
+
+@given(st.integers(1, (1 << 63) - 1))
+def test_every_number_of_bytes_can_be_named_exactly(count):
+    assert parse_bytes(str(count)) == count
+    if count < 1 << 23:
+        assert parse_bytes(f"{count}TiB") == count << 40
+        assert parse_bytes(f"{count} MB") == count * 10**6
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "0.4", "0.0001K", "9" * 30, "9" * 400, "99999999999TiB", "1e9", "4gib", "4XiB", "B", "٣"]
+)
+def test_what_is_no_number_of_bytes_is_refused(text):
+    with pytest.raises(ValueError, match="a positive number of bytes such as 512MiB or 4GiB"):
+        parse_bytes(text)
+
+
+@given(st.floats() | st.integers(-10, 10).map(float))
+def test_numbers_outside_their_range_are_refused(value):
+    for low, high in [(0.05, 1.0), (0.0, math.inf), (-3.0, 3.0)]:
+        parse = number(low, high)
+        if math.isfinite(value) and low <= value <= high:
+            assert parse(repr(value)) == value
+        else:
+            with pytest.raises(ValueError, match=r"^a number "):
+                parse(repr(value))
+
+
+@pytest.mark.parametrize("text", ["1.5", "1e3", "five", "0", "4097"])
+def test_whole_numbers_are_whole(text):
+    with pytest.raises(ValueError, match="a whole number from 1 to 4096"):
+        number(1, 4096, int)(text)
+
+
+@pytest.mark.parametrize("name", ["listen", "metrics_listen"])
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "[::]", "10.1.2.3", "192.168.0.1", "decode", "127.0.0.1.example.com", "localhost.example.com"]
+)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_plaintext_to_other_machines_must_be_allowed(config, host, name):
+    message = refusal(config, {name: f"{host}:50051"})
+    assert message.startswith(f"{flag_name(name)} is {host}:50051, which other machines can reach")
+    assert "--allow-plaintext" in message
+    allowed = build(config, {name: f"{host}:50051", "allow_plaintext": True})
+    assert getattr(allowed, name) == Address(host, 50051)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.10", "localhost", "[::1]", "[0:0:0:0:0:0:0:1]"])
+def test_plaintext_within_the_machine_is_fine(host):
+    assert build(DecodeConfig, {"listen": f"{host}:0"}).listen.is_loopback
+
+
+def test_both_services_share_the_options_of_a_server():
+    shared = {declared.name for declared in fields(ServerConfig)}
+    for config in CONFIGS:
+        assert shared < {declared.name for declared in fields(config)}
+
+
+def test_configurations_cannot_change():
+    config = build(DecodeConfig, {})
+    with pytest.raises(AttributeError):
+        config.grace = 0.0  # type: ignore[misc]
+    assert config.grace == DecodeConfig.grace
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(("given", "missing"), [("tls_cert", "tls_key"), ("tls_key", "tls_cert")])
+def test_a_certificate_and_its_key_go_together(config, given, missing):
+    message = refusal(config, {given: "a.pem"})
+    assert message.startswith(f"{flag_name(given)} is given without {flag_name(missing)}")
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_tls_may_be_served_to_other_machines_and_metrics_stay_here(config):
+    tls = {"tls_cert": "a.pem", "tls_key": "b.pem"}
+    assert build(config, {"listen": "0.0.0.0:50051", **tls}).listen == Address("0.0.0.0", 50051)
+    assert refusal(config, {"metrics_listen": "0.0.0.0:9464", **tls}).startswith("--metrics-listen is 0.0.0.0:9464")
+
+
+def test_plaintext_to_decode_workers_elsewhere_must_be_allowed():
+    message = refusal(PrefillConfig, {"decode": "127.0.0.1:1,decode:50052"})
+    assert message.startswith("--decode is decode:50052, which other machines can reach")
+    assert "--tls-ca" in message
+    for more in ({"tls_ca": "ca.pem"}, {"allow_plaintext": True}):
+        assert build(PrefillConfig, {"decode": "decode:50052", **more}).decode == (Address("decode", 50052),)
+
+
+def test_clients_cannot_be_verified_without_tls():
+    assert "without --tls-cert there is no TLS" in refusal(DecodeConfig, {"tls_ca": "ca.pem"})

@@ -1,0 +1,84 @@
+"""What is wrong with a service's options is said before anything is loaded."""
+
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spectrumkv.common.service.config import DecodeConfig, PrefillConfig, build
+from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.service.process import exit_on_error
+from spectrumkv.common.security import ChannelSecurity
+from spectrumkv.common.service.start_checks import check_processor, check_start
+from spectrumkv.kernels.jit import vectors
+
+FREE = {"listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0"}
+
+
+def test_what_can_be_served_passes() -> None:
+    check_start(build(DecodeConfig, FREE))
+    check_start(build(PrefillConfig, FREE))
+
+
+@pytest.mark.parametrize("option", ["listen", "metrics_listen"])
+def test_an_address_in_use_is_named(option: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(InvalidArgumentError, match=f"--{option.replace('_', '-')} {address} .*in use"):
+            check_start(build(DecodeConfig, FREE | {option: address}))
+
+
+@pytest.mark.parametrize(("host", "reason"), [("192.0.2.1", "assign"), ("no.such.host.invalid", "resol|known|Name")])
+def test_an_address_of_another_machine_is_told_from_one_in_use(host: str, reason: str) -> None:
+    config = build(DecodeConfig, FREE | {"listen": f"{host}:50052", "allow_plaintext": True})
+    with pytest.raises(InvalidArgumentError, match=reason):
+        check_start(config)
+
+
+@pytest.mark.parametrize(
+    "files", [{"token_file": "/nowhere"}, {"tls_cert": "/nowhere", "tls_key": "/nowhere"}], ids=["tokens", "tls"]
+)
+def test_files_are_read(files: dict[str, str]) -> None:
+    with pytest.raises(InvalidArgumentError, match="/nowhere"):
+        check_start(build(DecodeConfig, FREE | files))
+
+
+@pytest.mark.parametrize("files", [{"decode_token_file": "/nowhere"}, {"tls_ca": "/nowhere"}], ids=["token", "tls"])
+def test_files_for_decode_are_read(files: dict[str, str]) -> None:
+    with pytest.raises(InvalidArgumentError, match="/nowhere"):
+        ChannelSecurity.to_decode(build(PrefillConfig, FREE | files)).check()
+
+
+def test_a_processor_that_cannot_run_compiled_code_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectors, "_features", lambda: {"sse2": True})
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    with pytest.raises(SystemExit, match="F16C"):
+        exit_on_error(check_processor)
+    for machine, features in (("x86_64", {"f16c": True}), ("x86_64", {"avx512f": True}), ("aarch64", {})):
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
+        monkeypatch.setattr(vectors, "_features", lambda features=features: features)
+        check_processor()
+
+
+# A module whose import somebody interrupts, and one that says what Ctrl-C does once it runs.
+INTERRUPTED = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+RUNNING = "import signal\ndef main():\n    print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "status", "output"), [(INTERRUPTED, -2, ""), (RUNNING, 0, "True\n")], ids=["importing", "running"]
+)
+def test_ctrl_c_during_imports_is_silent(tmp_path: Path, module: str, status: int, output: str) -> None:
+    (tmp_path / "service.py").write_text(module)
+    code = "from spectrumkv.common import commands; commands._run('service')"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (status, output, "")

@@ -1,0 +1,92 @@
+import hashlib
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from spectrumkv.common.errors import BasisMissingError, DataLossError, InvalidArgumentError
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.decode_server.bases import MOST_BASES, BasisStore
+from spectrumkv.v1 import decode_pb2
+from tests.common.kv.codecs.test_spectral import basis_of
+
+GEOMETRY = KvGeometry(layers=3, kv_heads=2, head_dim=16, native_dtype=torch.float32)
+
+
+def pieces(data: bytes, digest: bytes, size: int = 5000) -> Iterator[decode_pb2.PutBasisRequest]:
+    for start in range(0, len(data), size):
+        yield decode_pb2.PutBasisRequest(digest=digest, part=data[start : start + size])
+
+
+def put(store: BasisStore, basis: SpectralBasis) -> int:
+    return store.receive(pieces(basis.serialized, basis.digest))
+
+
+def test_a_basis_is_kept_under_its_digest() -> None:
+    store, basis = BasisStore(GEOMETRY), basis_of(GEOMETRY)
+    with pytest.raises(BasisMissingError, match=basis.digest.hex()[:16]):
+        store.get(basis.digest)
+    assert put(store, basis) > len(basis.serialized)
+    assert torch.equal(store.get(basis.digest).analysis, basis.analysis)
+
+
+def test_the_least_recently_used_one_gives_way() -> None:
+    store = BasisStore(GEOMETRY)
+    bases = [basis_of(GEOMETRY, seed) for seed in range(MOST_BASES + 1)]
+    for basis in bases[:MOST_BASES]:
+        put(store, basis)
+    store.get(bases[0].digest)
+    put(store, bases[MOST_BASES])
+    store.get(bases[0].digest)
+    with pytest.raises(BasisMissingError):
+        store.get(bases[1].digest)
+
+
+def test_what_does_not_match_its_digest_is_data_loss() -> None:
+    store, basis = BasisStore(GEOMETRY), basis_of(GEOMETRY)
+    damaged = bytearray(basis.serialized)
+    damaged[len(damaged) // 2] ^= 1
+    for data in (bytes(damaged), basis.serialized[:-1]):
+        with pytest.raises(DataLossError, match=r"digest"):
+            store.receive(
+                pieces(data, basis.digest) if data else iter([decode_pb2.PutBasisRequest(digest=basis.digest)])
+            )
+    mixed = [*pieces(basis.serialized, basis.digest)][:1] + [*pieces(basis.serialized, bytes(32))][1:]
+    with pytest.raises(DataLossError, match="different digests"):
+        store.receive(iter(mixed))
+
+
+def test_no_more_is_taken_in_than_a_basis_can_have() -> None:
+    def endless() -> Iterator[decode_pb2.PutBasisRequest]:
+        while True:
+            yield decode_pb2.PutBasisRequest(digest=bytes(32), part=bytes(1 << 16))
+
+    with pytest.raises(InvalidArgumentError, match="no larger"):
+        BasisStore(GEOMETRY).receive(endless())
+
+
+def test_the_size_that_is_allowed_is_that_of_a_basis() -> None:
+    for shape in (GEOMETRY, KvGeometry(30, 3, 64, torch.float32)):
+        size = len(basis_of(shape).serialized)
+        assert size <= SpectralBasis.largest_bytes(shape) < size + 8192
+
+
+def test_bases_of_other_models_and_ones_that_cannot_be_undone_are_refused() -> None:
+    store = BasisStore(GEOMETRY)
+    with pytest.raises(InvalidArgumentError, match=r"\(2, 2, 16\); the model has \(3, 2, 16\)"):
+        put(store, basis_of(KvGeometry(2, 2, 16, torch.float32)))
+    singular = basis_of(GEOMETRY)
+    singular.analysis[1, 0, 1, :, 3] = 0
+    with pytest.raises(InvalidArgumentError, match="cannot be undone"):
+        put(store, singular)
+    for scaling in (0.0, -1.0, 1e-300, 1e300, math.inf, math.nan):
+        file = load(basis_of(GEOMETRY).serialized) | {"rope_scaling": torch.tensor([scaling], dtype=torch.float64)}
+        data = save(file)
+        with pytest.raises(InvalidArgumentError, match="rope_scaling is"):
+            store.receive(pieces(data, hashlib.sha256(data).digest()))
+    nonsense = b"\xff" * 100
+    with pytest.raises(InvalidArgumentError, match="no spectral basis"):
+        store.receive(pieces(nonsense, hashlib.sha256(nonsense).digest()))

@@ -1,0 +1,79 @@
+"""Attention over slots, on a CPU and on a GPU, against float64."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spectrumkv.kernels.decode_attention import triton as decode_attention_triton
+from spectrumkv.kernels.decode_attention.cpu import decode_attention
+from tests.kernels.absmax.states import DEVICE, DTYPES
+
+
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=5),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 4),
+    head_dim=st.sampled_from([16, 64, 80]),
+    sharpness=st.sampled_from([0.1, 1.0, 8.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_each_row_attends_over_its_own_slots(
+    lengths: list[int], kv_heads: int, group: int, head_dim: int, sharpness: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    # Slots of nobody lie before, between and behind.
+    firsts = torch.tensor([3 + sum(lengths[:row]) + 2 * row for row in range(len(lengths))])
+    ends = firsts + torch.tensor(lengths)
+    slots = torch.full((2, kv_heads, int(ends[-1]) + 4, head_dim), torch.nan)
+    for first, end in zip(firsts.tolist(), ends.tolist(), strict=True):
+        slots[:, :, first:end] = torch.randn(2, kv_heads, end - first, head_dim, generator=generator)
+    queries = torch.randn(len(lengths), 1, kv_heads * group, head_dim, generator=generator) * sharpness
+    actual = decode_attention(queries.squeeze(1), slots[0], slots[1], firsts, ends, head_dim**-0.5)
+    for row, (first, end) in enumerate(zip(firsts.tolist(), ends.tolist(), strict=True)):
+        keys, values = slots[:, :, first:end].double()
+        grouped = queries[row, 0].double().view(kv_heads, group, head_dim)
+        weights = torch.softmax(grouped @ keys.transpose(1, 2) * head_dim**-0.5, dim=-1)
+        expected = (weights @ values).view(kv_heads * group, head_dim)
+        torch.testing.assert_close(actual[row].double(), expected, rtol=0, atol=1e-5)
+
+
+# The interpreter multiplies the bits of bfloat16 and not its numbers.
+@pytest.mark.parametrize("dtype", DTYPES if DEVICE.type == "cuda" else DTYPES[:2], ids=str)
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (40, 5.0)])
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(2, 3, 64), (2, 1, 80), (1, 20, 256)])
+def test_a_gpu_attends_over_slots_that_are_kept(
+    dtype: torch.dtype, window: int | None, softcap: float | None, kv_heads: int, group: int, head_dim: int
+) -> None:
+    generator = torch.Generator().manual_seed(head_dim)
+    # One token, a block of them, and for one shape more blocks than there are parts.
+    longest = decode_attention_triton.SPLITS * decode_attention_triton.BLOCK_TOKENS + 69
+    lengths = [1, 64, longest if head_dim == 64 and dtype == torch.float32 else 230]
+    firsts = torch.tensor([3 + sum(lengths[:row]) + 2 * row for row in range(len(lengths))])
+    newest = firsts + torch.tensor(lengths) - 1
+    slots = torch.full((2, kv_heads, int(newest[-1]) + 4, head_dim), torch.nan)
+    kept = torch.zeros(slots.shape[2], dtype=torch.bool)
+    for first, last in zip(firsts.tolist(), newest.tolist(), strict=True):
+        slots[:, :, first : last + 1] = torch.randn(2, kv_heads, last + 1 - first, head_dim, generator=generator)
+        kept[first : last + 1] = torch.rand(last + 1 - first, generator=generator) > 0.2
+        # A whole block and more that was dropped.
+        kept[first + 100 : first + 200] = False
+        kept[last] = True
+    slots[:, :, ~kept] = torch.nan
+    slots = slots.to(dtype)
+    queries = (2 * torch.randn(len(lengths), kv_heads * group, head_dim, generator=generator)).to(dtype)
+    inputs = [one.to(DEVICE) for one in (queries, *slots, kept, firsts, newest)]
+    actual = decode_attention_triton.decode_attention(*inputs, head_dim**-0.5, window, softcap).cpu()
+    assert actual.dtype == dtype
+    for row, (first, last) in enumerate(zip(firsts.tolist(), newest.tolist(), strict=True)):
+        if window:
+            first = max(first, last + 1 - window)
+        span = torch.arange(first, last + 1)[kept[first : last + 1]]
+        keys, values = slots[:, :, span].double()
+        grouped = queries[row].double().view(kv_heads, group, head_dim)
+        logits = grouped @ keys.transpose(1, 2) * head_dim**-0.5
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        expected = (torch.softmax(logits, dim=-1) @ values).view(kv_heads * group, head_dim)
+        tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+        torch.testing.assert_close(actual[row].double(), expected, rtol=0, atol=tolerance)

@@ -1,0 +1,90 @@
+"""The loops of the spectral codec against plain numpy and torch."""
+
+import numpy as np
+import pytest
+
+from spectrumkv.kernels.spectral import streams
+
+POISON = np.iinfo(np.int32).min
+
+
+def layout(rows: int, tokens: int, runs: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Rows in a random order, cut into runs; tokens of five classes, one of them empty; streams by class and run."""
+    generator = np.random.default_rng(seed)
+    cuts = np.sort(generator.choice(np.arange(1, rows), runs - 1, replace=False))
+    run_start = np.concatenate(([0], cuts, [rows])).astype(np.int64)
+    of_each = np.bincount(generator.choice([0, 1, 3, 4], tokens), minlength=5)
+    stream_of = np.arange(5)[::-1, None] + np.arange(runs)[None, :]
+    counts = np.bincount(stream_of.ravel(), (of_each[:, None] * np.diff(run_start)[None, :]).ravel())
+    return {
+        "row_order": generator.permutation(rows),
+        "run_start": run_start,
+        "class_start": np.concatenate(([0], np.cumsum(of_each))),
+        "stream_of": stream_of,
+        "start": np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
+        "step": np.exp2(np.arange(5) / 2 - 3).astype(np.float32),
+    }
+
+
+def naive_streams(coefficients: np.ndarray, plan: dict[str, np.ndarray]) -> np.ndarray:
+    """Class by class, run by run, row by row, appended to lists."""
+    lists: list[list[int]] = [[] for _ in range(len(plan["start"]) - 1)]
+    for number, step in enumerate(plan["step"]):
+        tokens = slice(plan["class_start"][number], plan["class_start"][number + 1])
+        for run in range(len(plan["run_start"]) - 1):
+            for row in plan["row_order"][plan["run_start"][run] : plan["run_start"][run + 1]]:
+                scaled = np.rint(coefficients[row, tokens] * (1 / step)).astype(np.int32)
+                lists[plan["stream_of"][number, run]] += scaled.tolist()
+    return np.array([symbol for one in lists for symbol in one], np.int32)
+
+
+def places_of(plan: dict[str, np.ndarray], rows: int) -> np.ndarray:
+    place = np.full((len(plan["step"]), rows), -1)
+    order = plan["row_order"], plan["run_start"], plan["class_start"], plan["stream_of"]
+    streams.places(*order, plan["start"], place)
+    return place
+
+
+@pytest.mark.parametrize(("rows", "tokens", "runs"), [(32, 1, 2), (192, 17, 5), (400, 333, 11)])
+@pytest.mark.parametrize("largest", [4.0, 2.0**26])
+@pytest.mark.parametrize("together", [7, 48, 1000])
+def test_coefficients_are_sorted_into_streams_and_back(
+    rows: int, tokens: int, runs: int, largest: float, together: int
+) -> None:
+    plan = layout(rows, tokens, runs)
+    coefficients = np.random.default_rng(1).normal(0, largest, (rows, tokens)).clip(-largest, largest)
+    coefficients = coefficients.astype(np.float32)
+    symbols = np.full(coefficients.size, POISON, np.int32)
+    place = places_of(plan, rows)
+    found = []
+    for first in range(0, tokens, together):
+        count = min(together, tokens - first)
+        # As in a buffer: there is more of everything, and what it is does not matter.
+        some = np.full((rows + 3, count + 5), np.nan, np.float32)
+        some[:rows, :count] = coefficients[:, first : first + count]
+        found.append(streams.quantize(some, first, count, plan["class_start"], 1 / plan["step"], place, symbols))
+    assert (symbols == naive_streams(coefficients, plan)).all()
+    assert np.array(max(found), np.int32).view(np.float32) == np.abs(coefficients).max()
+
+    back = np.full_like(coefficients, np.nan)
+    for first in range(0, tokens, together):
+        count = min(together, tokens - first)
+        some = np.full((rows + 3, count + 5), np.nan, np.float32)
+        streams.dequantize(symbols, first, count, plan["class_start"], plan["step"], place, some)
+        assert np.isnan(some[rows:]).all()
+        assert np.isnan(some[:, count:]).all()
+        back[:, first : first + count] = some[:rows, :count]
+    half_step = np.repeat(plan["step"], np.diff(plan["class_start"]))[None, :] / 2
+    assert (np.abs(back - coefficients) <= half_step * 1.0001 + np.abs(coefficients) * 2.0**-22).all()
+
+
+@pytest.mark.parametrize(("odd", "shown"), [(np.nan, "nan"), (np.inf, "inf"), (-np.inf, "inf"), (-7.5, "7.5")])
+def test_the_largest_magnitude_is_found_wherever_it_is(odd: float, shown: str) -> None:
+    plan = layout(192, 333, 5)
+    coefficients = np.random.default_rng(2).uniform(-1, 1, (192, 333)).astype(np.float32)
+    coefficients[101, 77] = odd
+    symbols = np.empty(coefficients.size, np.int32)
+    largest = streams.quantize(
+        coefficients, 0, 333, plan["class_start"], 1 / plan["step"], places_of(plan, 192), symbols
+    )
+    assert str(np.array(largest, np.int32).view(np.float32)) == shown

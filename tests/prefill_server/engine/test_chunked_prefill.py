@@ -1,0 +1,184 @@
+"""Long prompts in parts get what they get in one pass, and let others go between."""
+
+import contextlib
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import CancelledError as BaseCancelledError
+from concurrent.futures import Future
+
+import pytest
+import torch
+
+from spectrumkv.common.errors import CancelledError, InvalidArgumentError
+from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.model.load import load_model
+from spectrumkv.prefill_server.engine.engine import PrefillEngine, PromptResult
+from spectrumkv.prefill_server.engine.chunked_prefill import part_bounds
+from tests.tiny_models import ARCHITECTURES, tiny_model
+
+WINDOW = 8
+PART = 20
+SIDES = ("queries", "keys", "values")
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def engines(request: pytest.FixtureRequest) -> Iterator[tuple[PrefillEngine, PrefillEngine]]:
+    """One that runs prompts in parts, and one that does not."""
+    pair = [PrefillEngine(load_model(str(tiny_model(request.param)), "cpu"), WINDOW, part) for part in (PART, None)]
+    yield pair[0], pair[1]
+    for engine in pair:
+        engine.stop()
+
+
+@pytest.fixture
+def llama() -> Iterator[PrefillEngine]:
+    engine = PrefillEngine(load_model(str(tiny_model("llama")), "cpu"), WINDOW, PART)
+    yield engine
+    engine.stop()
+
+
+def prompt(tokens: int) -> list[int]:
+    return torch.randint(10, 40000, (tokens,), generator=torch.Generator().manual_seed(tokens)).tolist()
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "bounds"),
+    [(1, [0, 1]), (39, [0, 39]), (40, [0, 20, 40]), (99, [0, 24, 49, 74, 99]), (100, [0, 20, 40, 60, 80, 100])],
+)
+def test_parts_are_even_and_never_short(tokens: int, bounds: list[int]) -> None:
+    assert part_bounds(tokens, PART) == bounds
+
+
+@pytest.mark.parametrize("tokens", [40, 99])
+def test_parts_show_with_the_last_one_what_one_pass_shows(
+    engines: tuple[PrefillEngine, PrefillEngine], tokens: int
+) -> None:
+    shown: list[list[Observation]] = [[], []]
+    results = [
+        engine.submit(prompt(tokens), mine.append).result() for engine, mine in zip(engines, shown, strict=True)
+    ]
+    assert_close(results[0].logits, results[1].logits)
+    assert [one.layer for one in shown[0]] == [one.layer for one in shown[1]]
+    for actual, expected in zip(*shown, strict=True):
+        assert actual.first == 0
+        for side in SIDES:
+            assert_close(getattr(actual, side), getattr(expected, side))
+
+
+def test_parts_that_may_leave_are_shown_one_by_one(engines: tuple[PrefillEngine, PrefillEngine]) -> None:
+    tokens = 99
+    parts: list[Observation] = []
+    whole: list[Observation] = []
+    in_parts = engines[0].submit(prompt(tokens), parts.append, leaves_in_parts=True).result()
+    assert_close(in_parts.logits, engines[1].submit(prompt(tokens), whole.append).result().logits)
+    layers = len(whole)
+    firsts = part_bounds(tokens, PART)[:-1]
+    assert [(one.first, one.layer) for one in parts] == [
+        (first, layer) for first in firsts for layer in range(layers)
+    ]
+    for layer, expected in enumerate(whole):
+        mine = parts[layer::layers]
+        for side in ("keys", "values"):
+            assert_close(torch.cat([getattr(one, side) for one in mine], dim=1), getattr(expected, side))
+        assert_close(mine[-1].queries, expected.queries)
+
+
+def test_a_short_prompt_goes_between_the_parts_of_a_long_one(llama: PrefillEngine) -> None:
+    order: list[tuple[str, int]] = []
+    begun, submitted = threading.Event(), threading.Event()
+
+    def long_tap(observation: Observation) -> None:
+        begun.set()
+        submitted.wait(60)
+        if observation.layer == 0:
+            order.append(("long", observation.first))
+
+    def short_tap(observation: Observation) -> None:
+        if observation.layer == 0:
+            order.append(("short", observation.first))
+
+    long: Future[PromptResult] = llama.submit(prompt(60), long_tap, leaves_in_parts=True)
+    assert begun.wait(60)
+    short = llama.submit(prompt(5), short_tap)
+    submitted.set()
+    results = [one.result(60) for one in (long, short)]
+    assert order == [("long", 0), ("short", 0), ("long", 20), ("long", 40)]
+    assert results[0].compute_seconds > 0
+    assert results[0].queue_seconds >= results[1].compute_seconds
+    assert llama.waiting == 0
+
+
+def test_a_prompt_that_nobody_waits_for_ends_with_its_layer(llama: PrefillEngine) -> None:
+    layers: list[int] = []
+    futures: list[Future[PromptResult]] = []
+    submitted = threading.Event()
+
+    def give_up(observation: Observation) -> None:
+        submitted.wait(60)
+        layers.append(observation.layer)
+        futures[0].cancel()
+
+    futures.append(llama.submit(prompt(60), give_up, leaves_in_parts=True))
+    submitted.set()
+    # Whatever comes next runs after the pass.
+    llama.submit_call(lambda: None).result(60)
+    llama.submit_call(lambda: None).result(60)
+    assert futures[0].cancelled()
+    assert layers == [0]
+    assert llama.waiting == 0
+
+
+def test_what_the_tap_raises_ends_the_prompt(llama: PrefillEngine) -> None:
+    def refuse(observation: Observation) -> None:
+        raise CancelledError("the stream is over")
+
+    with pytest.raises(CancelledError, match="the stream is over"):
+        llama.submit(prompt(60), refuse).result(60)
+    assert llama.submit(prompt(60), lambda observation: None).result(60).logits.isfinite().all()
+
+
+class Tap:
+    """Sees the first layer of a part, and ends its prompt there in one way or another."""
+
+    def __init__(self, ending: str) -> None:
+        self.ending = ending
+        self.outcome: Future[PromptResult] | None = None
+        self.submitted = threading.Event()
+
+    def __call__(self, observation: Observation) -> None:
+        self.submitted.wait(30)
+        assert self.outcome is not None
+        if self.ending == "the client leaves":
+            self.outcome.cancel()
+        elif observation.layer == 1:
+            raise InvalidArgumentError("an element is infinite")
+
+
+@pytest.mark.parametrize("tokens", [PART, 5 * PART])
+@pytest.mark.parametrize("ending", ["the client leaves", "the tap fails", "it is computed"])
+def test_what_ended_is_not_left_to_the_garbage_collector(llama: PrefillEngine, ending: str, tokens: int) -> None:
+    """A cache is as large as gigabytes, and a service that has nothing to do collects nothing."""
+    tap = Tap(ending)
+    left = weakref.ref(tap)
+    gc.collect()
+    gc.disable()
+    try:
+        if ending == "it is computed":
+            llama.submit(prompt(tokens), lambda _, tap=tap: None, leaves_in_parts=True).result()
+        else:
+            tap.outcome = llama.submit(prompt(tokens), tap, leaves_in_parts=True)
+            tap.submitted.set()
+            with contextlib.suppress(BaseCancelledError, InvalidArgumentError):
+                tap.outcome.result(timeout=60)
+            tap.outcome = None
+        del tap
+        llama.submit_call(lambda: None).result()
+        assert left() is None
+    finally:
+        gc.enable()

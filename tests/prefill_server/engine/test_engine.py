@@ -1,0 +1,154 @@
+"""Prompts that share a pass get what they get alone."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from spectrumkv.common.errors import CancelledError, UnavailableError
+from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.model.load import load_model
+from spectrumkv.prefill_server.engine.engine import BATCH_TOKENS, PrefillEngine, PromptResult
+from tests.tiny_models import ARCHITECTURES, tiny_model
+
+WINDOW = 8
+# Shorter than the window, longer than the sliding windows of the tiny models, and one as long as another.
+LENGTHS = (5, 90, 31, 90)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def engine(request: pytest.FixtureRequest) -> Iterator[PrefillEngine]:
+    engine = PrefillEngine(load_model(str(tiny_model(request.param)), "cpu"), WINDOW)
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture(scope="module")
+def llama() -> Iterator[PrefillEngine]:
+    engine = PrefillEngine(load_model(str(tiny_model("llama")), "cpu"), WINDOW)
+    yield engine
+    engine.stop()
+
+
+def prompts(lengths: Sequence[int]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(10, 40000, (length,), generator=generator).tolist() for length in lengths]
+
+
+@contextmanager
+def busy(engine: PrefillEngine) -> Iterator[None]:
+    """Keep the engine from its queue for as long as the block runs."""
+    begun, free = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        free.wait()
+
+    engine.submit_call(wait)
+    # A call that an earlier pass left over would take the first of the prompts to come.
+    begun.wait()
+    try:
+        yield
+    finally:
+        free.set()
+
+
+def queued(
+    engine: PrefillEngine, token_ids: Sequence[Sequence[int]]
+) -> tuple[list[PromptResult], list[list[Observation]]]:
+    """Results and layers of prompts that were all waiting before the first one began."""
+    layers: list[list[Observation]] = [[] for _ in token_ids]
+    with busy(engine):
+        futures = [engine.submit(ids, mine.append) for ids, mine in zip(token_ids, layers, strict=True)]
+        assert engine.waiting == len(token_ids)
+    return [future.result() for future in futures], layers
+
+
+def test_prompts_that_share_a_pass_get_what_they_get_alone(engine: PrefillEngine) -> None:
+    token_ids = prompts(LENGTHS)
+    together, layers = queued(engine, token_ids)
+    assert len({result.compute_seconds for result in together}) == 1
+    for ids, result, mine in zip(token_ids, together, layers, strict=True):
+        alone: list[Observation] = []
+        expected = engine.submit(ids, alone.append).result()
+        torch.testing.assert_close(result.logits, expected.logits, rtol=1e-3, atol=1e-3)
+        assert [one.layer for one in mine] == [one.layer for one in alone]
+        for actual, wanted in zip(mine, alone, strict=True):
+            for side in ("queries", "keys", "values"):
+                torch.testing.assert_close(getattr(actual, side), getattr(wanted, side), rtol=1e-3, atol=1e-3)
+
+
+def test_passes_are_bounded_and_in_order(llama: PrefillEngine) -> None:
+    short = BATCH_TOKENS // 4
+    results, _ = queued(llama, prompts([short, short, short, short, short, BATCH_TOKENS + 1, 3]))
+    seconds = [result.compute_seconds for result in results]
+    # The shortest comes first, and three more fill its pass; two are left, and what is too long to share.
+    assert len({seconds[6], *seconds[:3]}) == 1
+    assert len(set(seconds[3:5])) == 1
+    assert len(set(seconds)) == 3
+    waited = [result.queue_seconds for result in results]
+    assert waited[2] < waited[3] < waited[5]
+
+
+def test_what_a_tap_raises_ends_its_own_prompt(llama: PrefillEngine) -> None:
+    def refuse(observation: Observation) -> None:
+        raise UnavailableError("the link is down")
+
+    layers: list[Observation] = []
+    with busy(llama):
+        lost: Future[PromptResult] = llama.submit(prompts([20])[0], refuse)
+        kept = llama.submit(prompts([30])[0], layers.append)
+    with pytest.raises(UnavailableError, match="the link is down"):
+        lost.result()
+    assert kept.result().logits.isfinite().all()
+    assert {one.keys.shape[1] for one in layers} == {30}
+
+
+def test_a_pass_ends_with_its_last_request(llama: PrefillEngine) -> None:
+    seen: list[Observation] = []
+    futures: list[Future[PromptResult]] = []
+
+    def give_up(observation: Observation) -> None:
+        seen.append(observation)
+        futures[0].cancel()
+        raise CancelledError("gone")
+
+    with busy(llama):
+        futures.append(llama.submit(prompts([20])[0], seen.append))
+        futures.append(llama.submit(prompts([20])[0], give_up))
+    with pytest.raises(CancelledError):
+        futures[1].result()
+    # Whatever comes next runs after the pass.
+    llama.submit_call(lambda: None).result()
+    assert [one.layer for one in seen] == [0, 0]
+
+
+def test_nobody_computes_what_nobody_waits_for(llama: PrefillEngine) -> None:
+    layers: list[Observation] = []
+    with busy(llama):
+        given_up = llama.submit(prompts([20])[0], layers.append)
+        given_up.cancel()
+        assert llama.waiting == 0
+    llama.submit_call(lambda: None).result()
+    assert not layers
+
+
+def test_a_short_prompt_does_not_wait_for_long_ones_that_wait(llama: PrefillEngine) -> None:
+    order: list[int] = []
+
+    def tap(observation: Observation) -> None:
+        if observation.layer == 0:
+            order.append(observation.keys.shape[1])
+
+    busy = threading.Event()
+    llama.submit_call(busy.wait)
+    futures = [llama.submit([5] * tokens, tap) for tokens in (300, 200, 3)]
+    assert llama.waiting == 3
+    busy.set()
+    for future in futures:
+        assert future.result(60).logits.ndim == 1
+    assert order == [3, 200, 300]
+    assert llama.waiting == 0

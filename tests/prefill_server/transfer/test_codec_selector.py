@@ -1,0 +1,105 @@
+"""The entropy coder is used wherever it costs no time, and fixed widths where it would hold a request up."""
+
+import pytest
+import torch
+
+from spectrumkv.common.service.config import PrefillConfig
+from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.prefill_server.transfer.codec_selector import ENOUGH, CodecChoice
+from spectrumkv.prefill_server.transfer.pipeline import SentKv
+from spectrumkv.prefill_server.transfer.plan import KvPlan
+from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
+from spectrumkv.v1 import prefill_pb2
+from tests.common.kv.codecs.test_spectral import basis_of
+
+SHAPE = KvGeometry(3, 2, 64, torch.float16)
+WORKER = "127.0.0.1:50052"
+TOKENS = 4096
+
+
+def plan(**options: str | float) -> KvPlan:
+    asked = prefill_pb2.KvOptions(policy="spectral", **options)  # type: ignore[arg-type]
+    return KvPlan.resolve(asked, PrefillConfig(), ProbeVerdict.from_flag("on", SHAPE.layers), 0, basis_of(SHAPE))
+
+
+def sent(coding: float, link: float = 0.0, waiting: float = 0.0) -> SentKv:
+    """A request at 0.3 that took the coder some seconds, besides those in which it waited for a core."""
+    return SentKv(
+        message_bytes=int(0.3 * SHAPE.fp16_bytes(TOKENS)),
+        encode_seconds=coding + waiting,
+        coder_seconds=coding,
+        link_seconds=link,
+    )
+
+
+def seen(prefill: float, coding: float, link: float, worker: str = WORKER) -> CodecChoice:
+    """A choice that has seen coded requests at 0.3: seconds of prefill, coding, and waiting for the link."""
+    choice = CodecChoice(SHAPE)
+    for _ in range(ENOUGH):
+        choice.observe(plan(budget=0.3), TOKENS, worker, prefill, sent(coding, link))
+    return choice
+
+
+@pytest.mark.parametrize(
+    ("prefill", "coding", "link", "codec"),
+    [
+        pytest.param(4.0, 0.3, 0.0, "spectral", id="the model takes longer: a CPU"),
+        pytest.param(0.3, 7.0, 0.0, "absmax", id="the coder takes longest: a GPU and a fast network"),
+        pytest.param(0.3, 7.0, 5.0, "spectral", id="the link takes longest"),
+        pytest.param(0.001, 0.04, 0.0, "spectral", id="nobody would notice"),
+    ],
+)
+def test_the_slowest_stage_decides(prefill: float, coding: float, link: float, codec: str) -> None:
+    settled = seen(prefill, coding, link).settle(plan(budget=0.3), TOKENS, WORKER)
+    assert settled.codec.name == codec
+    assert bool(settled.codec_reason) == (codec == "absmax")
+
+
+def test_the_reason_names_what_was_compared() -> None:
+    settled = seen(0.3, 7.0, 0.0).settle(plan(budget=0.3), TOKENS, WORKER)
+    assert settled.codec_reason == (
+        "coding would take 7.00 s, longer than computing the prompt (0.30 s) "
+        "and sending it to 127.0.0.1:50052 (0.00 s)"
+    )
+
+
+def test_nothing_is_chosen_that_was_named_or_does_not_fit_or_is_not_known() -> None:
+    choice = seen(0.3, 7.0, 0.0)
+    assert choice.settle(plan(budget=0.3, codec="spectral"), TOKENS, WORKER).codec.name == "spectral"
+    assert choice.settle(plan(budget=0.2), TOKENS, WORKER).codec.name == "spectral"
+    assert choice.settle(plan(budget=0.3), TOKENS, "127.0.0.1:50099").codec.name == "spectral"
+    assert CodecChoice(SHAPE).settle(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
+
+
+def test_a_stall_is_no_pace_and_short_prompts_teach_nothing() -> None:
+    choice = seen(4.0, 0.3, 0.0)
+    choice.observe(plan(budget=0.3), TOKENS, WORKER, 4.0, sent(30.0))
+    assert choice.settle(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
+    brief = CodecChoice(SHAPE)
+    for _ in range(ENOUGH):
+        brief.observe(plan(budget=0.3), 10, WORKER, 0.003, sent(0.01))
+    assert brief.settle(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
+
+
+def test_a_coder_that_waits_for_a_core_is_no_slow_coder() -> None:
+    choice = CodecChoice(SHAPE)
+    for _ in range(ENOUGH):
+        choice.observe(plan(budget=0.3), TOKENS, WORKER, 0.3, sent(0.3, waiting=7.0))
+    assert choice.settle(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
+
+
+def test_a_link_that_becomes_slow_brings_the_coder_back() -> None:
+    choice = seen(0.3, 7.0, 0.0)
+    fixed = choice.settle(plan(budget=0.3), TOKENS, WORKER)
+    for _ in range(20):
+        choice.observe(fixed, TOKENS, WORKER, 0.3, sent(0.1, link=12.0))
+    assert choice.settle(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
+
+
+def test_fixed_widths_can_be_asked_for_by_name_from_int4_everywhere_up() -> None:
+    assert plan(budget=0.4, codec="absmax").codec.name == "absmax"
+    with pytest.raises(InvalidArgumentError, match=r"takes 0\.\d+ of FP16 with every token at INT4"):
+        plan(budget=0.2, codec="absmax").encoder(SHAPE, 100, 0)
+    with pytest.raises(InvalidArgumentError, match="written by codec 'spectral', not by 'native'"):
+        plan(budget=0.4, codec="native")

@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedBlock, decode_block, encode_block
+from spectrumkv.common.kv.codecs.spectral.layout import LOWEST_CLASS
+from spectrumkv.common.kv.codecs.spectral.steps import TokenClasses
+from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
+from spectrumkv.common.model.load import LoadedModel, load_model
+from spectrumkv.prefill_server.tuning.basis_cache import default_excerpts, resolve_basis
+from spectrumkv.prefill_server.tuning.calibration import _continuing, calibrate
+from spectrumkv.prefill_server.engine.engine import PrefillEngine
+from spectrumkv.prefill_server.tuning.replay import capture_prompt
+from tests.tiny_models import ARCHITECTURES, tiny_model
+
+
+def prepared(architecture: str) -> LoadedModel:
+    loaded = load_model(str(tiny_model(architecture)), "cpu", "auto")
+    PrefillEngine(loaded, window=64).stop()
+    return loaded
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_reading_on_over_a_prefix_is_what_the_model_does(architecture: str) -> None:
+    loaded = prepared(architecture)
+    ids = torch.arange(200, 290)
+    captured = capture_prompt(loaded.model, ids[:60].tolist(), 64)
+    prefix = [(layer.keys, layer.values) for layer in captured.layers]
+    with _continuing(loaded.model), torch.inference_mode():
+        positions = torch.arange(60, 90)[None]
+        logits = loaded.model(input_ids=ids[None, 60:], position_ids=positions, use_cache=False, prefix=prefix).logits
+    softcapped = getattr(loaded.model.config, "attn_logit_softcapping", None) is not None
+    reference = AutoModelForCausalLM.from_pretrained(
+        tiny_model(architecture), dtype=torch.float32, attn_implementation="eager" if softcapped else "sdpa"
+    )
+    with torch.inference_mode():
+        expected = reference(input_ids=ids[None]).logits[:, 60:]
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_basis_is_found_for_every_architecture(architecture: str) -> None:
+    loaded = prepared(architecture)
+    excerpts = default_excerpts(loaded)[:2]
+    done: list[int] = []
+    basis = calibrate(loaded, excerpts, done.append)
+    assert done == [1, 2]
+    basis.check_fits(loaded.geometry)
+    assert (basis.spread.diff(dim=-1) <= basis.spread[..., :-1] * 0.5 + 1e-6).all()
+    seen: list[Observation] = list(capture_prompt(loaded.model, excerpts[0].token_ids[:70].tolist(), 64).layers)
+    for observation in seen:
+        transform = LayerTransform(basis, observation.layer)
+        keys, values = torch.empty_like(observation.keys), torch.empty_like(observation.values)
+        classes = TokenClasses(np.full(observation.tokens, LOWEST_CLASS), sinks=0)
+        block = UncodedBlock(transform, 0, observation.keys, observation.values, classes)
+        fine = float(basis.spread[observation.layer].min().log2()) - 6
+        body, _ = encode_block(block, fine, loaded.geometry)
+        decode_block(transform, memoryview(body), 0, loaded.geometry, keys, values)
+        scale = observation.keys.abs().max()
+        torch.testing.assert_close(keys / scale, observation.keys / scale, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(values, observation.values, rtol=1e-3, atol=1e-3 * float(values.abs().max()))
+
+
+@pytest.mark.slow
+def test_a_basis_is_kept(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECTRUMKV_CACHE", str(tmp_path))
+    loaded = prepared("qwen3")
+    done: list[int] = []
+    first = resolve_basis(loaded, done.append)
+    assert done == list(range(1, 9))
+    again = resolve_basis(loaded, lambda _: pytest.fail("the model is calibrated again"))
+    assert again.digest == first.digest

@@ -3,8 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PROTOS := $(wildcard proto/spectrumkv/v1/*.proto)
-PACKAGES := common kernels prefill_server decode_server client bench
-TYPING := build/typing/spectrumkv
+SOURCE_TREE := build/source_tree
 PEERS := build/peers
 
 .PHONY: help install demo test test-slow lint format bench-peers clean
@@ -30,19 +29,16 @@ test: install  ## The tests that every change must pass (a few minutes)
 test-slow: install  ## The tests that take longer
 	$(BIN)/python -m pytest -m 'slow and not gpu' --ignore=tests/faults
 
-lint: install $(TYPING)  ## Lint, formatting, types, and the .proto files
+lint: install $(SOURCE_TREE)  ## Lint, formatting, types, and the .proto files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	MYPYPATH=build/typing $(BIN)/mypy -p spectrumkv
+	MYPYPATH=$(SOURCE_TREE) $(BIN)/mypy -p spectrumkv
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
 
-# mypy follows folders, not setuptools' mapping of them: give it the import names as links.
-$(TYPING): Makefile
-	mkdir -p $@
-	for package in $(PACKAGES); do ln -sfn ../../../$$package $@/$$package; done
-	ln -sfn ../../../proto/spectrumkv/v1 $@/v1
-	@touch $@
+# Tools that read folders, not setuptools' mapping of them, get the import names as links.
+$(SOURCE_TREE): setup.py install
+	$(BIN)/python setup.py -q source_tree
 
 format: install  ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
@@ -51,9 +47,9 @@ format: install  ## Rewrite the code in the project's format
 
 # kvpress pins an older transformers than SpectrumKV runs on, so the package cannot be installed beside it; what the two
 # share is imported through the links that mypy uses.
-bench-peers: install $(TYPING) $(PEERS)/.installed  ## NVIDIA's kvpress on the windows of `quality`: TEXT=FILE ARGS='--windows 24 --json FILE'
+bench-peers: install $(SOURCE_TREE) $(PEERS)/.installed  ## NVIDIA's kvpress on the windows of `quality`: TEXT=FILE ARGS='--windows 24 --json FILE'
 	@test -n "$(TEXT)" || { echo "name a text: make bench-peers TEXT=FILE ARGS='--windows 24 --json FILE'" >&2; exit 1; }
-	PYTHONPATH=build/typing $(PEERS)/bin/python -m spectrumkv.bench.kvpress_peers --text "$(TEXT)" $(ARGS)
+	PYTHONPATH=$(SOURCE_TREE) $(PEERS)/bin/python -m spectrumkv.bench.peers.kvpress_peers --text "$(TEXT)" $(ARGS)
 
 $(PEERS)/.installed: bench/kvpress-requirements.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)

@@ -4,12 +4,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from spectrumkv.bench.serving import arrivals_command, serve_command, startup_command
 from spectrumkv.bench.codec import codec_command, coding_command
-from spectrumkv.bench.report import goals_command, plot_command
-from spectrumkv.bench.models import key_bias_command, shaped_model_command
 from spectrumkv.bench.link import link_command
+from spectrumkv.bench.models import key_bias_command, shaped_model_command
 from spectrumkv.bench.quality import niah_command, quality_command
+from spectrumkv.bench.report import goals_command, plot_command
+from spectrumkv.bench.serving import arrivals_command, serve_command, startup_command
 from spectrumkv.bench.transfer import transfer_command
 from spectrumkv.client.cli.runner import command_parser, run_command, status_and_message
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import grpc
 
-from spectrumkv.client.local import readiness
 from spectrumkv.client.argument_types import check_type
 from spectrumkv.client.completion import Completion, Finished, TokenEvent
+from spectrumkv.client.local import readiness
 from spectrumkv.client.request import KvChoice, Prompt, Request, Sampling
 from spectrumkv.common.errors import (
     DeadlineExceededError,
@@ -25,8 +25,8 @@ from spectrumkv.common.errors import (
     InternalError,
     NotFoundError,
 )
-from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.common.rpc.server import open_channel
+from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.telemetry.trace_context import TraceContext
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc

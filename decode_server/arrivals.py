@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 
 import grpc
 
-from spectrumkv.common.rpc.decode_stream import ArrivedRequest, Request
 from spectrumkv.common.errors import CancelledError, DataLossError
 from spectrumkv.common.kv.wire import Chunk
+from spectrumkv.common.rpc.decode_stream import ArrivedRequest, Request
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.v1 import decode_pb2
 

@@ -6,10 +6,10 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from spectrumkv.common.rpc.decode_stream import ArrivedPiece
 from spectrumkv.common.errors import BasisMissingError, DataLossError, InvalidArgumentError
-from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.rpc.decode_stream import ArrivedPiece
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from types import TracebackType
 
 import torch
 
-from spectrumkv.common.service import machine
 from spectrumkv.common.errors import FailedPreconditionError, ResourceExhaustedError
 from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.service import machine
 from spectrumkv.common.telemetry.metrics import Metrics
 
 # How soon a refused prefill may ask again: about the time in which a short answer frees its slots.

@@ -2,19 +2,19 @@
 
 import sys
 
-from spectrumkv.common.service import config as configuration
-from spectrumkv.common.service import process
 from spectrumkv.common.concurrency.threads import apart, one_core_from_now_on
-from spectrumkv.common.service.config import DecodeConfig
-from spectrumkv.common.rpc.decode_stream import SERVICE_NAME, add_decode_servicer
 from spectrumkv.common.kv.codecs.spectral import codec as spectral
-from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.model.load import load_model
-from spectrumkv.common.service.process import serve_until_signalled, set_up_logging
+from spectrumkv.common.rpc.decode_stream import SERVICE_NAME, add_decode_servicer
 from spectrumkv.common.rpc.server import Server
 from spectrumkv.common.security import ServerSecurity
-from spectrumkv.common.telemetry.spans import set_up_spans
+from spectrumkv.common.service import config as configuration
+from spectrumkv.common.service import process
+from spectrumkv.common.service.config import DecodeConfig
+from spectrumkv.common.service.process import serve_until_signalled, set_up_logging
 from spectrumkv.common.service.start_checks import check_start
+from spectrumkv.common.telemetry.metrics import Metrics
+from spectrumkv.common.telemetry.spans import set_up_spans
 from spectrumkv.decode_server.service import DecodeService
 from spectrumkv.kernels.absmax import dispatch as absmax
 from spectrumkv.kernels.decode_attention import cpu as decode_attention_cpu

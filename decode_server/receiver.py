@@ -8,12 +8,12 @@ from typing import Self
 import numpy as np
 import torch
 
-from spectrumkv.common.kv.segment import Block
+from spectrumkv.common.concurrency.cuda_stream import SideStream, moment
 from spectrumkv.common.kv.codecs.base import BlockDecoder
+from spectrumkv.common.kv.segment import Block
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 from spectrumkv.common.kv.wire import Chunk, ChunkReader, ChunkTotals
 from spectrumkv.common.telemetry.metrics import FRAMING, Metrics
-from spectrumkv.common.concurrency.cuda_stream import SideStream, moment
 from spectrumkv.decode_server.kv_pool import Reservation, SlotArena
 from spectrumkv.v1 import decode_pb2
 

@@ -7,8 +7,7 @@ from importlib.metadata import version
 
 import grpc
 
-from spectrumkv.common.service.config import DecodeConfig
-from spectrumkv.common.rpc.decode_stream import ArrivedPiece, ArrivedRequest, Request, serialized_bytes
+from spectrumkv.common.concurrency.prefetch_iterator import RunAhead
 from spectrumkv.common.errors import CancelledError, DataLossError, InvalidArgumentError
 from spectrumkv.common.generation.messages import token_message
 from spectrumkv.common.generation.params import SamplingParams
@@ -17,18 +16,19 @@ from spectrumkv.common.generation.sampling import Sampler
 from spectrumkv.common.generation.text import TextStream
 from spectrumkv.common.kv.codecs.base import BlockDecoder, codecs
 from spectrumkv.common.kv.wire import Chunk
-from spectrumkv.common.telemetry.metrics import BASIS, FRAMING, Metrics
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.model.spec import ModelSpec
-from spectrumkv.common.telemetry.request_log import check_request_id, current_request
+from spectrumkv.common.rpc.decode_stream import ArrivedPiece, ArrivedRequest, Request, serialized_bytes
 from spectrumkv.common.rpc.scope import RpcScope
-from spectrumkv.common.concurrency.prefetch_iterator import RunAhead
-from spectrumkv.decode_server.compatibility import check_same_codec, check_same_model
+from spectrumkv.common.service.config import DecodeConfig
+from spectrumkv.common.telemetry.metrics import BASIS, FRAMING, Metrics
+from spectrumkv.common.telemetry.request_log import check_request_id, current_request
 from spectrumkv.decode_server.arrivals import expect_nothing, giving_way, kind_of, received
 from spectrumkv.decode_server.bases import BasisStore
+from spectrumkv.decode_server.compatibility import check_same_codec, check_same_model
 from spectrumkv.decode_server.engine import DecodeEngine, Sequence
-from spectrumkv.decode_server.receiver import KvReceiver
 from spectrumkv.decode_server.kv_pool import Reservation, SlotArena
+from spectrumkv.decode_server.receiver import KvReceiver
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc, kv_pb2
 
 # Prefill opens a stream with Begin. Who opens one and says nothing holds a thread for no longer than this.

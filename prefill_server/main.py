@@ -3,25 +3,25 @@
 import logging
 import sys
 
-from spectrumkv.common.service import config as configuration
-from spectrumkv.common.service import process
 from spectrumkv.common.concurrency.threads import one_core_from_now_on
-from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.kv.codecs.spectral import codec as spectral
-from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.model.load import load_model
-from spectrumkv.common.service.process import serve_until_signalled, set_up_logging
 from spectrumkv.common.rpc.server import Server
 from spectrumkv.common.security import ChannelSecurity, ServerSecurity
-from spectrumkv.common.telemetry.spans import set_up_spans
+from spectrumkv.common.service import config as configuration
+from spectrumkv.common.service import process
+from spectrumkv.common.service.config import PrefillConfig
+from spectrumkv.common.service.process import serve_until_signalled, set_up_logging
 from spectrumkv.common.service.start_checks import check_start
+from spectrumkv.common.telemetry.metrics import Metrics
+from spectrumkv.common.telemetry.spans import set_up_spans
 from spectrumkv.kernels.absmax import dispatch as absmax
 from spectrumkv.kernels.attention_scores import dispatch as attention_received
-from spectrumkv.prefill_server.tuning.basis_cache import EXCERPTS, resolve_basis
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
-from spectrumkv.prefill_server.transfer.plan import check_defaults
-from spectrumkv.prefill_server.tuning.probe.probe import resolve_verdict
 from spectrumkv.prefill_server.service import PrefillService
+from spectrumkv.prefill_server.transfer.plan import check_defaults
+from spectrumkv.prefill_server.tuning.basis_cache import EXCERPTS, resolve_basis
+from spectrumkv.prefill_server.tuning.probe.probe import resolve_verdict
 from spectrumkv.v1 import prefill_pb2_grpc
 
 logger = logging.getLogger(__name__)

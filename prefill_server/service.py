@@ -8,7 +8,6 @@ from importlib.metadata import version
 
 import grpc
 
-from spectrumkv.common.service.config import Address, PrefillConfig
 from spectrumkv.common.errors import CancelledError, NotFoundError
 from spectrumkv.common.generation.messages import token_message
 from spectrumkv.common.generation.params import SamplingParams
@@ -16,23 +15,24 @@ from spectrumkv.common.generation.prompt import check_length, read_prompt
 from spectrumkv.common.generation.sampling import Sampler
 from spectrumkv.common.generation.text import FinishReason, TextStream
 from spectrumkv.common.kv.codecs.base import codecs
+from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.kv.scoring import scorers
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.model.load import LoadedModel
-from spectrumkv.common.telemetry.request_log import check_request_id, current_request
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.security import ChannelSecurity
-from spectrumkv.prefill_server.transfer.codec_selector import CodecChoice
-from spectrumkv.prefill_server.workers.lease import DecodeLease
-from spectrumkv.prefill_server.workers.pool import DecodeWorkers
+from spectrumkv.common.service.config import Address, PrefillConfig
+from spectrumkv.common.telemetry.metrics import Metrics
+from spectrumkv.common.telemetry.request_log import check_request_id, current_request
 from spectrumkv.prefill_server.engine.engine import PrefillEngine, PromptResult
 from spectrumkv.prefill_server.request import FirstResponse, Job, RequestsInService
+from spectrumkv.prefill_server.transfer.codec_selector import CodecChoice
 from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline
 from spectrumkv.prefill_server.transfer.plan import SCOPES, KvPlan, default_budget
 from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
 from spectrumkv.prefill_server.usage import Progress, usage_message
+from spectrumkv.prefill_server.workers.lease import DecodeLease
+from spectrumkv.prefill_server.workers.pool import DecodeWorkers
 from spectrumkv.v1 import decode_pb2, generation_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
 
 

@@ -1,1 +1,1 @@
-"""codec."""
+"""Speed of codecs and of coding."""

@@ -41,8 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.bench.codec import measure as codec
     from spectrumkv.bench.codec.kernels import kernels_under_test
     from spectrumkv.bench.codec.quanto import add_ratios_to_quanto, quanto_codecs
-    from spectrumkv.bench.report.progress import progress
     from spectrumkv.bench.peers.quanto_extension import expect_extension
+    from spectrumkv.bench.report.progress import progress
     from spectrumkv.bench.report.speed_result import load_average, write_speed_result
     from spectrumkv.common.model.load import choose_device
 

@@ -39,12 +39,12 @@ def run(arguments: argparse.Namespace) -> int:
     """
     # Loading torch takes seconds, which --help need not pay.
     from spectrumkv.bench.codec import coding
-    from spectrumkv.bench.report.meta import describe_model
-    from spectrumkv.bench.methods.selection import Choice
     from spectrumkv.bench.methods.preparation import prepare
+    from spectrumkv.bench.methods.selection import Choice
+    from spectrumkv.bench.methods.wire_method import WireMethod
+    from spectrumkv.bench.report.meta import describe_model
     from spectrumkv.bench.report.progress import progress
     from spectrumkv.bench.report.speed_result import load_average, write_speed_result
-    from spectrumkv.bench.methods.wire_method import WireMethod
     from spectrumkv.common.model.load import load_model
 
     check_destinations(arguments)

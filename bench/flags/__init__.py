@@ -1,1 +1,1 @@
-"""flags."""
+"""Command-line flags that benches share."""

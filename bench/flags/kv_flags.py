@@ -41,8 +41,8 @@ def kv_choices(arguments: argparse.Namespace) -> "list[KvChoice]":
         InvalidArgumentError: a policy is unknown.
     """
     from spectrumkv.client.request import KvChoice
-    from spectrumkv.common.service.config import PrefillConfig
     from spectrumkv.common.kv.policies import policies
+    from spectrumkv.common.service.config import PrefillConfig
 
     choices = []
     for name in arguments.policies:

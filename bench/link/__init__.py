@@ -1,1 +1,1 @@
-"""link."""
+"""Hand-off against bandwidth over a shaped link."""

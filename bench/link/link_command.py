@@ -64,7 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
         SpectrumKVError: this is no place for namespaces, or a service or a request failed.
     """
     # Loading torch takes seconds, which --help need not pay.
-    from spectrumkv.bench.link import measure as link, network as link_network
+    from spectrumkv.bench.link import measure as link
+    from spectrumkv.bench.link import network as link_network
     from spectrumkv.bench.report.progress import progress
     from spectrumkv.bench.report.speed_result import load_average, write_speed_result
     from spectrumkv.client.local.running_pair import stopped_by_sigterm

@@ -21,8 +21,8 @@ from spectrumkv.bench.link.network import LINK
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from spectrumkv.common.errors import InternalError
-from spectrumkv.common.service.process import exit_on_error
 from spectrumkv.common.security import ChannelSecurity
+from spectrumkv.common.service.process import exit_on_error
 
 SAMPLE_SECONDS = 0.005
 STAGE_METRIC = "spectrumkv_request_duration_seconds"

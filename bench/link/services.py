@@ -11,9 +11,9 @@ from spectrumkv.bench.link.network import DECODE_HOST, Namespace, ShapedLink
 from spectrumkv.bench.link.requests import Errand
 from spectrumkv.client.local.pair_config import DECODE_MODULE, PREFILL_MODULE, ServiceLaunch
 from spectrumkv.client.local.service_process import ServiceProcess
-from spectrumkv.common.service.config import Address, DecodeConfig, PrefillConfig
 from spectrumkv.common.errors import UnavailableError
 from spectrumkv.common.security import ChannelSecurity
+from spectrumkv.common.service.config import Address, DecodeConfig, PrefillConfig
 
 # Inside namespaces of our own every port is free.
 DECODE = Address(DECODE_HOST, DecodeConfig.listen.port)

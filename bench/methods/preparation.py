@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from spectrumkv.bench.methods.selection import Choice, MethodSelector
-from spectrumkv.bench.peers.quanto_extension import QUANTO, expect_extension
 from spectrumkv.bench.methods.served_model import Method, ServedModel
-from spectrumkv.common.service.config import PrefillConfig, build
+from spectrumkv.bench.peers.quanto_extension import QUANTO, expect_extension
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.model.load import LoadedModel, choose_device
-from spectrumkv.prefill_server.tuning.basis_cache import EXCERPTS, resolve_basis
+from spectrumkv.common.service.config import PrefillConfig, build
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
+from spectrumkv.prefill_server.tuning.basis_cache import EXCERPTS, resolve_basis
 from spectrumkv.prefill_server.tuning.probe.probe import resolve_verdict
 from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
 

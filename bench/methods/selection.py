@@ -5,19 +5,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
-from spectrumkv.bench.peers import pdtrim, quantized_cache  # noqa: F401  # they register their baselines
-from spectrumkv.bench.peers.baselines import BaselineMethod, baselines
 from spectrumkv.bench.flags.method_flags import DEFAULT_BUDGETS
 from spectrumkv.bench.methods.served_model import Method
 from spectrumkv.bench.methods.wire_method import WireMethod, is_fixed
-from spectrumkv.common.service.config import PrefillConfig
+from spectrumkv.bench.peers import pdtrim, quantized_cache  # noqa: F401  # they register their baselines
+from spectrumkv.bench.peers.baselines import BaselineMethod, baselines
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.codecs.base import codecs
+from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.policies import Policy, policies
 from spectrumkv.common.kv.scoring import scorers
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.model.spec import ModelSpec
+from spectrumkv.common.service.config import PrefillConfig
+from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.prefill_server.transfer.plan import SCOPES, KvPlan
 from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
 from spectrumkv.v1 import prefill_pb2

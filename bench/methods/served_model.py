@@ -11,8 +11,8 @@ from prometheus_client import CollectorRegistry
 from spectrumkv.bench.methods.attention import ATTENTION_NAME, ReceivedContext
 from spectrumkv.bench.methods.rows import MethodName
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.model.load import LoadedModel
+from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.kv_pool import Reservation, SlotArena
 from spectrumkv.prefill_server.tuning.replay import CapturedPrompt, capture_prompt
 

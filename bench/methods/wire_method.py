@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import torch
 
 from spectrumkv.bench.methods.served_model import Prompt, SentBytes
-from spectrumkv.common.rpc.decode_stream import Request, deserialize_request, serialize_request
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.kv.policies import Policy, TierRequest
 from spectrumkv.common.kv.wire import Chunk
-from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.model.spec import ModelSpec
-from spectrumkv.decode_server.receiver import KvReceiver
+from spectrumkv.common.rpc.decode_stream import Request, deserialize_request, serialize_request
+from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.kv_pool import Reservation, SlotArena
+from spectrumkv.decode_server.receiver import KvReceiver
 from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline, SentKv
 from spectrumkv.prefill_server.transfer.plan import KvPlan
 from spectrumkv.v1 import decode_pb2

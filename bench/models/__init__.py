@@ -1,1 +1,1 @@
-"""models."""
+"""Models and bases made for benches."""

@@ -27,8 +27,8 @@ from spectrumkv.common.model.directory import weight_files
 from spectrumkv.common.model.embedded import EMBEDDED_MODEL_NAME, embedded_model_directory
 from spectrumkv.common.model.support import head_dim
 from spectrumkv.common.model.tokenizer import tokenizer_class
-from spectrumkv.prefill_server.tuning.needle.haystack import haystack
 from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME
+from spectrumkv.prefill_server.tuning.needle.haystack import haystack
 from spectrumkv.prefill_server.tuning.replay import capture_prompt
 
 # Raised whenever another model would be built than before.

@@ -2,8 +2,8 @@
 
 import torch
 
-from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.geometry import KvGeometry
 
 # Binary logarithms of the least and the largest spread: about what a calibrated basis has.
 NARROWEST, WIDEST = -3.0, 3.0

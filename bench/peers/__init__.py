@@ -1,1 +1,1 @@
-"""peers."""
+"""Baselines from elsewhere: quanto, PDTrim, kvpress."""

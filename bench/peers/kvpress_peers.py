@@ -21,24 +21,24 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from spectrumkv.bench.report import plots
 from spectrumkv.bench.flags.destinations import check_destinations
-from spectrumkv.bench.report.meta import write_result
 from spectrumkv.bench.flags.method_flags import DEFAULT_BUDGETS, add_output_flags, parse_budgets
-from spectrumkv.bench.report.progress import progress
-from spectrumkv.bench.quality.quality_command import add_text_flags, quality_table
 from spectrumkv.bench.methods.rows import quality_row
+from spectrumkv.bench.quality.quality_command import add_text_flags, quality_table
 from spectrumkv.bench.quality.scoring import WindowScore
-from spectrumkv.bench.report.tables import results_console
 from spectrumkv.bench.quality.texts import load_text
 from spectrumkv.bench.quality.windows import Window, cut, text_digest
+from spectrumkv.bench.report import plots
+from spectrumkv.bench.report.meta import write_result
+from spectrumkv.bench.report.progress import progress
+from spectrumkv.bench.report.tables import results_console
 from spectrumkv.client.cli.json_output import STDOUT
-from spectrumkv.prefill_server.tuning.divergence import compare
 from spectrumkv.common.errors import FailedPreconditionError, SpectrumKVError
 from spectrumkv.common.model.digest import weights_digest
 from spectrumkv.common.model.directory import find_model
 from spectrumkv.common.model.support import layer_attention
 from spectrumkv.common.model.tokenizer import tokenizer_class
+from spectrumkv.prefill_server.tuning.divergence import compare
 
 LayerKv = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of one layer, `[1, kv_heads, k, head_dim]` each, keys after RoPE."""

@@ -11,8 +11,8 @@ from math import ceil, floor
 
 import torch
 
-from spectrumkv.bench.peers.baselines import baseline
 from spectrumkv.bench.methods.served_model import Prompt, SentBytes, store_fp16
+from spectrumkv.bench.peers.baselines import baseline
 from spectrumkv.common.kv.scoring import attention
 from spectrumkv.decode_server.kv_pool import Reservation, SlotArena
 

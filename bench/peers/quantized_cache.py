@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional as F
 from transformers.cache_utils import QuantoQuantizedLayer
 
+from spectrumkv.bench.methods.served_model import Prompt, SentBytes
 from spectrumkv.bench.peers.baselines import baseline, coded_bytes
 from spectrumkv.bench.peers.quanto_extension import QUANTO
-from spectrumkv.bench.methods.served_model import Prompt, SentBytes
 from spectrumkv.decode_server.kv_pool import Reservation, SlotArena
 
 GROUP_SIZE = 64

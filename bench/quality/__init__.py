@@ -1,1 +1,1 @@
-"""quality."""
+"""Quality of the received KV: perplexity, KL, needles."""

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from spectrumkv.bench.methods.rows import describe, quality_row
-from spectrumkv.bench.quality.scoring import WindowScore
 from spectrumkv.bench.methods.served_model import ExactFp16, Method, ServedModel
+from spectrumkv.bench.quality.scoring import WindowScore
 from spectrumkv.bench.quality.windows import Window
 from spectrumkv.prefill_server.tuning.divergence import compare
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from spectrumkv.bench.quality.measure import OnStep
 from spectrumkv.bench.methods.rows import describe
 from spectrumkv.bench.methods.served_model import ExactFp16, Method, Prompt, ServedModel
+from spectrumkv.bench.quality.measure import OnStep
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.prefill_server.tuning.needle.prompt import NeedlePrompt, needle_prompt
 

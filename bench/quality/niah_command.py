@@ -48,11 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
         SpectrumKVError: the haystack, the model or a method cannot be used.
     """
     # Loading torch and transformers takes seconds, which --help need not pay.
-    from spectrumkv.bench.quality import niah, measure as quality
+    from spectrumkv.bench.methods.preparation import check_peers, prepare
+    from spectrumkv.bench.methods.selection import Choice
+    from spectrumkv.bench.quality import measure as quality
+    from spectrumkv.bench.quality import niah
     from spectrumkv.bench.report import plots
     from spectrumkv.bench.report.meta import describe_model, write_result
-    from spectrumkv.bench.methods.selection import Choice
-    from spectrumkv.bench.methods.preparation import check_peers, prepare
     from spectrumkv.bench.report.progress import progress
     from spectrumkv.common.model.load import load_model
 

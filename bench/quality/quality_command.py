@@ -56,14 +56,14 @@ def run(arguments: argparse.Namespace) -> int:
         SpectrumKVError: the text, the model or a method cannot be used.
     """
     # Loading torch and transformers takes seconds, which --help need not pay.
-    from spectrumkv.bench.report import plots
-    from spectrumkv.bench.quality import measure as quality
-    from spectrumkv.bench.report.meta import describe_model, write_result
-    from spectrumkv.bench.methods.selection import Choice
     from spectrumkv.bench.methods.preparation import check_peers, prepare
-    from spectrumkv.bench.report.progress import progress
+    from spectrumkv.bench.methods.selection import Choice
+    from spectrumkv.bench.quality import measure as quality
     from spectrumkv.bench.quality.texts import load_text
     from spectrumkv.bench.quality.windows import cut, text_digest
+    from spectrumkv.bench.report import plots
+    from spectrumkv.bench.report.meta import describe_model, write_result
+    from spectrumkv.bench.report.progress import progress
     from spectrumkv.common.model.load import load_model
 
     check_destinations(arguments)

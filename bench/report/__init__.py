@@ -1,1 +1,1 @@
-"""report."""
+"""Results: tables, plots, goals, where a run took place."""

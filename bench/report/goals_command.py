@@ -7,9 +7,9 @@ from pathlib import Path
 from rich.table import Table
 
 from spectrumkv.bench.flags.destinations import check_destinations
+from spectrumkv.bench.quality.result import read_result
 from spectrumkv.bench.report.goals import Outcome, judge
 from spectrumkv.bench.report.plot_command import check_comparable
-from spectrumkv.bench.quality.result import read_result
 from spectrumkv.bench.report.tables import results_console
 from spectrumkv.client.cli.json_output import STDOUT
 from spectrumkv.common.service.config import PrefillConfig

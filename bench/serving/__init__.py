@@ -1,1 +1,1 @@
-"""serving."""
+"""Speed of serving: TTFT, TPOT, ITL, arrivals, start-up."""

@@ -16,11 +16,11 @@ from prometheus_client import CollectorRegistry
 
 from spectrumkv.bench.codec.measure import Cache
 from spectrumkv.bench.transfer.kv import observations
-from spectrumkv.common.rpc.decode_stream import ArrivedResponse, Request, open_decode_stream, serialized_bytes
 from spectrumkv.common.errors import DataLossError, InternalError, SpectrumKVError
 from spectrumkv.common.generation.params import SamplingParams
-from spectrumkv.common.telemetry.metrics import Metrics
+from spectrumkv.common.rpc.decode_stream import ArrivedResponse, Request, open_decode_stream, serialized_bytes
 from spectrumkv.common.rpc.status import error_from_rpc
+from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline
 from spectrumkv.prefill_server.transfer.plan import KvPlan
 from spectrumkv.v1 import decode_pb2, kv_pb2

@@ -13,8 +13,8 @@ from spectrumkv.bench.flags.kv_flags import add_kv_flags, kv_choices
 from spectrumkv.bench.flags.method_flags import add_model_flags
 from spectrumkv.bench.report.tables import results_console
 from spectrumkv.client.cli.json_output import STDOUT
-from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.service.config import PrefillConfig
 
 # Tokens that a stream may make while one arrival lasts, beside the pause; more would be a stall of another kind.
 TOKENS_PER_ARRIVAL = 64
@@ -52,19 +52,19 @@ def run(arguments: argparse.Namespace) -> int:
     # Loading torch takes seconds, which --help need not pay.
     import torch
 
-    from spectrumkv.bench.serving import arrivals
     from spectrumkv.bench.codec.measure import Cache
-    from spectrumkv.bench.report.progress import progress
-    from spectrumkv.bench.serving.serve_command import describe_served_model
-    from spectrumkv.bench.report.speed_result import load_average, write_speed_result
     from spectrumkv.bench.models.synthetic_basis import synthetic_basis
+    from spectrumkv.bench.report.progress import progress
+    from spectrumkv.bench.report.speed_result import load_average, write_speed_result
+    from spectrumkv.bench.serving import arrivals
+    from spectrumkv.bench.serving.serve_command import describe_served_model
     from spectrumkv.client.client import SpectrumClient
     from spectrumkv.client.local.pair_config import FREE_PORTS
     from spectrumkv.client.local.running_pair import running_pair, stopped_by_sigterm
-    from spectrumkv.common.service.config import build
-    from spectrumkv.common.rpc.decode_stream import put_basis
     from spectrumkv.common.kv.geometry import KvGeometry
+    from spectrumkv.common.rpc.decode_stream import put_basis
     from spectrumkv.common.rpc.server import open_channel
+    from spectrumkv.common.service.config import build
     from spectrumkv.prefill_server.transfer.plan import KvPlan
     from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
 

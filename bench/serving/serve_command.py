@@ -83,10 +83,10 @@ def run(arguments: argparse.Namespace) -> int:
     """
     # Loading torch takes seconds, which --help need not pay.
     from spectrumkv.bench.report.progress import progress
-    from spectrumkv.bench.serving.serve import measure
+    from spectrumkv.bench.report.speed_result import load_average, write_speed_result
     from spectrumkv.bench.serving.load import Workload
     from spectrumkv.bench.serving.metrics import Goodput
-    from spectrumkv.bench.report.speed_result import load_average, write_speed_result
+    from spectrumkv.bench.serving.serve import measure
     from spectrumkv.client.local.running_pair import stopped_by_sigterm
 
     check_destinations(arguments)

@@ -7,8 +7,8 @@ import time
 from collections.abc import Mapping
 
 from spectrumkv.client.local.pair_config import FREE_PORTS
-from spectrumkv.common.service.config import flag_name
 from spectrumkv.common.errors import UnavailableError
+from spectrumkv.common.service.config import flag_name
 
 READY = "ready;"
 

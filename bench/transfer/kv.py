@@ -11,19 +11,25 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from spectrumkv.bench.codec.measure import Cache
-from spectrumkv.common.rpc.decode_stream import ArrivedRequest, ArrivedResponse, open_decode_stream, put_basis, serialized_bytes
 from spectrumkv.common.errors import DataLossError, InternalError, InvalidArgumentError
-from spectrumkv.common.kv.segment import Block
 from spectrumkv.common.kv.codecs.base import codecs, needed_basis
 from spectrumkv.common.kv.codecs.encoder import KvEncoder, TieredEncoder
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.kv.segment import Block
 from spectrumkv.common.kv.wire import Chunk
-from spectrumkv.common.telemetry.metrics import Metrics
+from spectrumkv.common.rpc.decode_stream import (
+    ArrivedRequest,
+    ArrivedResponse,
+    open_decode_stream,
+    put_basis,
+    serialized_bytes,
+)
 from spectrumkv.common.rpc.status import error_from_rpc
+from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.bases import BasisStore
-from spectrumkv.decode_server.receiver import KvReceiver
 from spectrumkv.decode_server.kv_pool import SlotArena
+from spectrumkv.decode_server.receiver import KvReceiver
 from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline, SentKv
 from spectrumkv.prefill_server.transfer.plan import KvPlan
 from spectrumkv.v1 import decode_pb2

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from spectrumkv.bench.codec.measure import Cache
 from spectrumkv.bench.codec.interleaving import interleaved_medians
-from spectrumkv.bench.transfer.raw_grpc import RawSender
+from spectrumkv.bench.codec.measure import Cache
 from spectrumkv.bench.transfer.kv import KvSender, Sending, tiered
-from spectrumkv.bench.transfer.receiver import ReceiverAddresses, receiving_process
+from spectrumkv.bench.transfer.raw_grpc import RawSender
 from spectrumkv.bench.transfer.raw_tcp import TcpSender
+from spectrumkv.bench.transfer.receiver import ReceiverAddresses, receiving_process
 from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.rpc.server import open_channel
 from spectrumkv.common.security import ChannelSecurity, TlsFiles

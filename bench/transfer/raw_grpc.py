@@ -7,9 +7,9 @@ from typing import Any
 
 import grpc
 
-from spectrumkv.common.rpc.decode_stream import Request, deserialize_request, serialize_request, serialized_bytes
 from spectrumkv.common.errors import InternalError
 from spectrumkv.common.kv.wire import Chunk
+from spectrumkv.common.rpc.decode_stream import Request, deserialize_request, serialize_request, serialized_bytes
 from spectrumkv.common.rpc.status import error_from_rpc
 
 SERVICE_NAME = "spectrumkv.bench.RawTransferService"

@@ -5,8 +5,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from spectrumkv.common.service.config import Address
 from spectrumkv.common.errors import UnavailableError
+from spectrumkv.common.service.config import Address
 
 # The receiver's answer once all bytes lie in its buffer.
 RECEIVED = b"\x06"

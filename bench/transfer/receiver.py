@@ -14,16 +14,16 @@ import grpc
 import torch
 from prometheus_client import CollectorRegistry
 
-from spectrumkv.bench.transfer.raw_grpc import RawTransferServicer, add_raw_transfer_servicer
 from spectrumkv.bench.transfer.kv import ReceivingServicer
+from spectrumkv.bench.transfer.raw_grpc import RawTransferServicer, add_raw_transfer_servicer
 from spectrumkv.bench.transfer.raw_tcp import TcpReceiver
-from spectrumkv.common.service.config import Address
-from spectrumkv.common.rpc.decode_stream import SERVICE_NAME, add_decode_servicer
 from spectrumkv.common.errors import UnavailableError
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.telemetry.metrics import Metrics
+from spectrumkv.common.rpc.decode_stream import SERVICE_NAME, add_decode_servicer
 from spectrumkv.common.rpc.server import Server
 from spectrumkv.common.security import ServerSecurity, TlsFiles
+from spectrumkv.common.service.config import Address
+from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.kv_pool import SlotArena
 
 HOST = "127.0.0.1"

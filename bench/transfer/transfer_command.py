@@ -15,8 +15,8 @@ from spectrumkv.bench.flags.geometry_flags import add_geometry_flags, geometry_f
 from spectrumkv.bench.flags.kv_flags import add_kv_flags, kv_choices
 from spectrumkv.bench.report.tables import results_console
 from spectrumkv.client.cli.json_output import STDOUT
-from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.service.config import PrefillConfig
 
 if TYPE_CHECKING:
     from spectrumkv.common.security import TlsFiles
@@ -66,11 +66,11 @@ def run(arguments: argparse.Namespace) -> int:
     # Loading torch takes seconds, which --help need not pay.
     import torch
 
-    from spectrumkv.bench.transfer import measure as transfer
     from spectrumkv.bench.codec.measure import Cache
+    from spectrumkv.bench.models.synthetic_basis import synthetic_basis
     from spectrumkv.bench.report.progress import progress
     from spectrumkv.bench.report.speed_result import load_average, write_speed_result
-    from spectrumkv.bench.models.synthetic_basis import synthetic_basis
+    from spectrumkv.bench.transfer import measure as transfer
     from spectrumkv.bench.transfer.kv import observations
     from spectrumkv.common.service.config import build
     from spectrumkv.prefill_server.transfer.plan import KvPlan

@@ -1,1 +1,1 @@
-"""cli."""
+"""The `spectrumkv` command, a file for each of its commands."""

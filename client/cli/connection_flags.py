@@ -5,8 +5,8 @@ from pathlib import Path
 
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.security import SYSTEM_ROOTS, ChannelSecurity, TlsFiles
 from spectrumkv.common.rpc.targets import Target
+from spectrumkv.common.security import SYSTEM_ROOTS, ChannelSecurity, TlsFiles
 
 DEFAULT_SERVER = "127.0.0.1:50051"
 

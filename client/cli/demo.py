@@ -6,14 +6,14 @@ from importlib.resources import files
 
 from rich.console import Console
 
+from spectrumkv.client.cli.generate import echo_text
+from spectrumkv.client.cli.tables import comparison_table
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.completion import Completion
-from spectrumkv.client.cli.generate import echo_text
 from spectrumkv.client.local.pair_config import FREE_PORTS
-from spectrumkv.client.request import KvChoice, Message, Sampling
 from spectrumkv.client.local.running_pair import running_pair, show_log_line, stopped_by_sigterm
 from spectrumkv.client.local.service_process import KEPT_LINES
-from spectrumkv.client.cli.tables import comparison_table
+from spectrumkv.client.request import KvChoice, Message, Sampling
 from spectrumkv.common.errors import SpectrumKVError
 
 QUESTION = "Who was the first keeper of the lighthouse?"

@@ -8,12 +8,12 @@ from pathlib import Path
 from rich.console import Console
 
 from spectrumkv.client.cli import connection_flags, generation_flags
-from spectrumkv.client.client import DEFAULT_TIMEOUT_SECONDS, CompletionStream
-from spectrumkv.client.completion import Completion
 from spectrumkv.client.cli.json_output import STDOUT, write_json
 from spectrumkv.client.cli.output_file import check_writable
-from spectrumkv.client.request import Message, Prompt, Request, TokenIds
 from spectrumkv.client.cli.tables import usage_table
+from spectrumkv.client.client import DEFAULT_TIMEOUT_SECONDS, CompletionStream
+from spectrumkv.client.completion import Completion
+from spectrumkv.client.request import Message, Prompt, Request, TokenIds
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.telemetry.trace_context import TraceContext
 

@@ -7,11 +7,11 @@ from itertools import chain
 from rich.console import Console
 
 from spectrumkv.client.cli import connection_flags, generation_flags
-from spectrumkv.client.client import ServerInfo
 from spectrumkv.client.cli.json_output import STDOUT, message_as_json, write_json
 from spectrumkv.client.cli.output_file import check_writable
 from spectrumkv.client.cli.probe_table import probe_summary, probe_tables
 from spectrumkv.client.cli.tables import facts_table
+from spectrumkv.client.client import ServerInfo
 from spectrumkv.v1 import decode_pb2, prefill_pb2
 
 

@@ -4,7 +4,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from spectrumkv.client.cli import check as check_command, demo as demo_command, generate as generate_command, info as info_command, probe as probe_command, up as up_command
+from spectrumkv.client.cli import check as check_command
+from spectrumkv.client.cli import demo as demo_command
+from spectrumkv.client.cli import generate as generate_command
+from spectrumkv.client.cli import info as info_command
+from spectrumkv.client.cli import probe as probe_command
+from spectrumkv.client.cli import up as up_command
 from spectrumkv.client.cli.runner import command_parser, run_command, status_and_message
 from spectrumkv.common.errors import SpectrumKVError, UnreachableError
 

@@ -71,8 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _probe(loaded: "LoadedModel", codec: str) -> "ProbeVerdict":
-    from spectrumkv.prefill_server.tuning.basis_cache import EXCERPTS, resolve_basis
     from spectrumkv.prefill_server.engine.engine import PrefillEngine
+    from spectrumkv.prefill_server.tuning.basis_cache import EXCERPTS, resolve_basis
     from spectrumkv.prefill_server.tuning.probe.probe import probe_and_keep
     from spectrumkv.prefill_server.tuning.probe.progress import ProbeStep
     from spectrumkv.prefill_server.tuning.probe.questions import WINDOW

@@ -3,9 +3,9 @@
 import math
 from dataclasses import dataclass
 
+from spectrumkv.client.cli.demo import QUESTION, document
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.completion import Completion, TokenEvent
-from spectrumkv.client.cli.demo import QUESTION, document
 from spectrumkv.client.request import KvChoice, Message, Sampling
 from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.v1 import prefill_pb2

@@ -7,10 +7,16 @@ from dataclasses import fields
 from rich.console import Console
 
 from spectrumkv.client.cli import generation_flags
-from spectrumkv.client.cli.runner import EXIT_INTERRUPTED
 from spectrumkv.client.cli.connection_flags import DEFAULT_SERVER
+from spectrumkv.client.cli.runner import EXIT_INTERRUPTED
 from spectrumkv.client.local.pair_config import PairConfig
-from spectrumkv.client.local.running_pair import READY_TIMEOUT_SECONDS, RunningPair, running_pair, show_log_line, stopped_by_sigterm
+from spectrumkv.client.local.running_pair import (
+    READY_TIMEOUT_SECONDS,
+    RunningPair,
+    running_pair,
+    show_log_line,
+    stopped_by_sigterm,
+)
 from spectrumkv.common.service.config import add_flags
 
 

@@ -1,1 +1,1 @@
-"""local."""
+"""Starting a pair of services on this machine."""

@@ -8,10 +8,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import Any
 
-from spectrumkv.common.service.config import Address, DecodeConfig, PrefillConfig, ServerConfig, build, flag_name, option, parse_addresses
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.security import ChannelSecurity, TlsFiles
 from spectrumkv.common.security.tls import optional_path
+from spectrumkv.common.service.config import (
+    Address,
+    DecodeConfig,
+    PrefillConfig,
+    ServerConfig,
+    build,
+    flag_name,
+    option,
+    parse_addresses,
+)
 
 # Options as `common.config.build` takes them: names, and values as text (or true and false).
 Options = Mapping[str, Any]

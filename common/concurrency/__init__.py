@@ -1,1 +1,1 @@
-"""concurrency."""
+"""Threads, iterators that run ahead, CUDA streams."""

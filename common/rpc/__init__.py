@@ -1,1 +1,1 @@
-"""rpc."""
+"""gRPC for both services: channels, servers, deadlines, statuses, the Decode stream."""

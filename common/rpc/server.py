@@ -10,11 +10,17 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.rpc.interceptor import StatusInterceptor, as_known_error, requests_served, uploads_served, watchers_served
+from spectrumkv.common.rpc.interceptor import (
+    StatusInterceptor,
+    as_known_error,
+    requests_served,
+    uploads_served,
+    watchers_served,
+)
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.rpc.status import error_from_rpc, to_status
-from spectrumkv.common.security import ChannelSecurity, ServerSecurity
 from spectrumkv.common.rpc.targets import Target
+from spectrumkv.common.security import ChannelSecurity, ServerSecurity
 
 __all__ = [
     "MAX_MESSAGE_BYTES",

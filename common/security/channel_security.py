@@ -6,12 +6,12 @@ from typing import Any
 
 import grpc
 
-from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.rpc.targets import Target
 from spectrumkv.common.security.renewed_channel import RenewedChannel
 from spectrumkv.common.security.tls import TlsFiles, optional_path
 from spectrumkv.common.security.tokens import TokenSender, token_source
-from spectrumkv.common.rpc.targets import Target
+from spectrumkv.common.service.config import PrefillConfig
 
 Options = tuple[tuple[str, Any], ...]
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import grpc
 
-from spectrumkv.common.service.config import ServerConfig
 from spectrumkv.common.security.tls import TlsFiles, optional_path, server_credentials
 from spectrumkv.common.security.tokens import AcceptedTokens, TokenInterceptor
+from spectrumkv.common.service.config import ServerConfig
 
 
 @dataclass(frozen=True)

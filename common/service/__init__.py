@@ -1,1 +1,1 @@
-"""service."""
+"""What every service process does: configuration, options, start checks, signals, exit."""

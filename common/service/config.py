@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.service.options import WEEK_SECONDS, Address, allowed_by, number, one_of, option, or_auto, parse_addresses, parse_bytes
+from spectrumkv.common.service.options import (
+    WEEK_SECONDS,
+    Address,
+    allowed_by,
+    number,
+    one_of,
+    option,
+    or_auto,
+    parse_addresses,
+    parse_bytes,
+)
 
 __all__ = [
     "Address",

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-from spectrumkv.common.service.config import ServerConfig
 from spectrumkv.common.errors import SpectrumKVError
+from spectrumkv.common.rpc.server import Server
+from spectrumkv.common.service.config import ServerConfig
 from spectrumkv.common.telemetry.log_format import FORMATTERS
 from spectrumkv.common.telemetry.metrics import Metrics
-from spectrumkv.common.rpc.server import Server
 
 logger = logging.getLogger(__name__)
 

@@ -2,9 +2,9 @@
 
 import os
 
-from spectrumkv.common.service.config import Address, ServerConfig, flag_name
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
 from spectrumkv.common.security import ServerSecurity
+from spectrumkv.common.service.config import Address, ServerConfig, flag_name
 from spectrumkv.kernels.jit.vectors import converts_float16
 
 

@@ -1,1 +1,1 @@
-"""telemetry."""
+"""What operators see: metrics, request log lines, traces."""

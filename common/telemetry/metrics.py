@@ -12,8 +12,8 @@ from prometheus_client import (
     start_http_server,
 )
 
-from spectrumkv.common.service.config import Address
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.service.config import Address
 
 # The buckets of vLLM's latency histograms, so that dashboards compare.
 LATENCY_BUCKETS = (

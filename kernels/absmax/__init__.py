@@ -1,1 +1,1 @@
-"""absmax."""
+"""Absmax quantization of keys and values: its layout, a plain reference, CPU loops, Triton kernels."""

@@ -11,9 +11,9 @@ from itertools import pairwise
 import torch
 
 from spectrumkv.kernels.absmax import cpu_sides as sides
-from spectrumkv.kernels.absmax.layout import body_bytes
 from spectrumkv.kernels.absmax.cpu_rows import greatest_magnitude
 from spectrumkv.kernels.absmax.cpu_vectors import ROW_ELEMENTS, streams, whole_vectors
+from spectrumkv.kernels.absmax.layout import body_bytes
 from spectrumkv.kernels.jit.strided import adjacent, flat
 
 _INFINITY_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}

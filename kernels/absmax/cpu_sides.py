@@ -8,9 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from spectrumkv.kernels.absmax.layout import TIER_16BIT, TIER_INT4, TIER_INT8
 from spectrumkv.kernels.absmax.cpu_rows import dequantize_row, element, quantize_row, sixteen_bits
-from spectrumkv.kernels.absmax.cpu_vectors import halve, quantize_int4, quantize_int8, stream_halves, stream_int4, stream_int8, streamed
+from spectrumkv.kernels.absmax.cpu_vectors import (
+    halve,
+    quantize_int4,
+    quantize_int8,
+    stream_halves,
+    stream_int4,
+    stream_int8,
+    streamed,
+)
+from spectrumkv.kernels.absmax.layout import TIER_16BIT, TIER_INT4, TIER_INT8
 from spectrumkv.kernels.jit.compiled import compiled
 from spectrumkv.kernels.jit.float_bits import widen
 

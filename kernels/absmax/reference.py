@@ -5,7 +5,16 @@ from itertools import pairwise
 
 import torch
 
-from spectrumkv.kernels.absmax.layout import INT4, INT8, TIER_16BIT, TIER_INT4, TIER_INT8, CodeFormat, Parts, body_bytes
+from spectrumkv.kernels.absmax.layout import (
+    INT4,
+    INT8,
+    TIER_16BIT,
+    TIER_INT4,
+    TIER_INT8,
+    CodeFormat,
+    Parts,
+    body_bytes,
+)
 
 _FORMATS = {TIER_INT4: INT4, TIER_INT8: INT8}
 

@@ -8,9 +8,9 @@ from numba import types
 
 from spectrumkv.kernels.jit.compiled import compiled, intrinsic
 from spectrumkv.kernels.jit.float_bits import ROUNDER, bfloat16, widen
+from spectrumkv.kernels.jit.gemm import ROWS, weigh
 from spectrumkv.kernels.jit.machine_types import FLOAT, LONG
 from spectrumkv.kernels.jit.row_dots import dot_rows
-from spectrumkv.kernels.jit.gemm import ROWS, weigh
 
 LEAST_EXPONENT = np.float32(-126)
 LOG2_E = np.float32(math.log2(math.e))

@@ -1,1 +1,1 @@
-"""jit."""
+"""Compilation for CPUs: numba, and what LLVM is told beyond numba."""

@@ -14,7 +14,17 @@ from numba.core.errors import TypingError
 
 from spectrumkv.kernels.jit.compiled import compiled, intrinsic
 from spectrumkv.kernels.jit.machine_types import PLACE
-from spectrumkv.kernels.jit.vectors import LANES, MANY_REGISTERS, VECTOR, everywhere, exchanged_lanes, load, pointer_to, store, vector_at
+from spectrumkv.kernels.jit.vectors import (
+    LANES,
+    MANY_REGISTERS,
+    VECTOR,
+    everywhere,
+    exchanged_lanes,
+    load,
+    pointer_to,
+    store,
+    vector_at,
+)
 
 # Of a tile: rows, and columns of a narrow one. All matrices have a multiple of them, on every machine.
 ROWS, COLUMNS = 4, 16

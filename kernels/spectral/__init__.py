@@ -1,1 +1,1 @@
-"""spectral."""
+"""The loops of codec spectral: transform, quantization, packing, rate."""

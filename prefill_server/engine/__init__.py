@@ -1,1 +1,1 @@
-"""engine."""
+"""The model on prefill: the queue of prompts, passes, attention with its hook."""

@@ -1,1 +1,1 @@
-"""transfer."""
+"""From layers to messages: plan, pipeline, choice of codec."""

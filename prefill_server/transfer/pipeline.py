@@ -7,15 +7,15 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from spectrumkv.common.rpc.decode_stream import Request, serialized_bytes
-from spectrumkv.common.kv.segment import Block
+from spectrumkv.common.concurrency.cuda_stream import SideStream, moment
+from spectrumkv.common.concurrency.prefetch_iterator import RunAhead
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.kv.segment import Block
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 from spectrumkv.common.kv.wire import Chunk, ChunkTotals, ChunkWriter
+from spectrumkv.common.rpc.decode_stream import Request, serialized_bytes
 from spectrumkv.common.telemetry.metrics import FRAMING, Metrics
-from spectrumkv.common.concurrency.prefetch_iterator import RunAhead
-from spectrumkv.common.concurrency.cuda_stream import SideStream, moment
 from spectrumkv.prefill_server.transfer.layer_queue import LayerQueue
 from spectrumkv.prefill_server.transfer.plan import KvPlan
 from spectrumkv.v1 import decode_pb2

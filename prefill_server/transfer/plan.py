@@ -2,18 +2,18 @@
 
 from dataclasses import dataclass, replace
 
-from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.codecs.base import BlockDecoder, Codec, TierCodec, codecs, needed_basis
 from spectrumkv.common.kv.codecs.encoder import KvEncoder, TieredEncoder
-from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.policies.int4_layers import Int4Layers
-from spectrumkv.common.kv.policies import Policy, policies
-from spectrumkv.common.kv.scoring import scorers
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.encoder import SpectralEncoder
 from spectrumkv.common.kv.codecs.spectral.fixed_width import FixedWidthEncoder, least_budget
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.policies import Policy, policies
+from spectrumkv.common.kv.policies.int4_layers import Int4Layers
+from spectrumkv.common.kv.scoring import scorers
 from spectrumkv.common.kv.tiers import Tier
+from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
 from spectrumkv.v1 import kv_pb2, prefill_pb2
 

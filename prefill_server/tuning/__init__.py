@@ -1,1 +1,1 @@
-"""tuning."""
+"""What is measured once for a model: calibration, probe, needles."""

@@ -13,8 +13,8 @@ from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentErr
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.model.cache import build_once, cache_directory
 from spectrumkv.common.model.load import LoadedModel
-from spectrumkv.prefill_server.tuning.needle.haystack import haystack
 from spectrumkv.prefill_server.tuning.calibration import Excerpt, calibrate
+from spectrumkv.prefill_server.tuning.needle.haystack import haystack
 
 logger = logging.getLogger(__name__)
 

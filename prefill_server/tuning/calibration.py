@@ -17,9 +17,9 @@ import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-from spectrumkv.common.kv.scoring import Observation, observed_attention, visible
 from spectrumkv.common.kv.codecs.spectral.basis import SIDES, SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.rotary import angles, rotate
+from spectrumkv.common.kv.scoring import Observation, observed_attention, visible
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME
 from spectrumkv.prefill_server.tuning.replay import capture_prompt

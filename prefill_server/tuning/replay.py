@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from spectrumkv.common.kv.segment import Block
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.kv.segment import Block
 from spectrumkv.prefill_server.transfer.plan import KvPlan
 
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from spectrumkv.common.rpc.decode_stream import ArrivedResponse
 from spectrumkv.common.errors import DataLossError
+from spectrumkv.common.rpc.decode_stream import ArrivedResponse
 from spectrumkv.v1 import decode_pb2
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import grpc
 
-from spectrumkv.common.service.config import Address
 from spectrumkv.common.errors import (
     CancelledError,
     DataLossError,
@@ -17,13 +16,14 @@ from spectrumkv.common.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
-from spectrumkv.common.telemetry.metrics import Metrics
-from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.rpc.interceptor import as_known_error
+from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.rpc.status import error_from_rpc
+from spectrumkv.common.service.config import Address
+from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.trace_context import current_trace
-from spectrumkv.prefill_server.workers.answers import expect_admitted, expect_nothing, tokens_and_finished
 from spectrumkv.prefill_server.transfer.pipeline import KvPipeline
+from spectrumkv.prefill_server.workers.answers import expect_admitted, expect_nothing, tokens_and_finished
 from spectrumkv.v1 import decode_pb2
 
 # Admitting takes a worker milliseconds. One that is connected and does not answer at all is stuck.

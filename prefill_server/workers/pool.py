@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 
-from spectrumkv.common.service.config import Address
 from spectrumkv.common.errors import (
     BasisMissingError,
     FailedPreconditionError,
@@ -17,13 +16,14 @@ from spectrumkv.common.errors import (
     UnavailableError,
 )
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.telemetry.metrics import Metrics
-from spectrumkv.common.telemetry.request_log import current_request
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.security import ChannelSecurity
+from spectrumkv.common.service.config import Address
+from spectrumkv.common.telemetry.metrics import Metrics
+from spectrumkv.common.telemetry.request_log import current_request
+from spectrumkv.prefill_server.transfer.pipeline import KvPipeline
 from spectrumkv.prefill_server.workers.lease import DecodeLease
 from spectrumkv.prefill_server.workers.worker import DecodeWorker
-from spectrumkv.prefill_server.transfer.pipeline import KvPipeline
 
 logger = logging.getLogger(__name__)
 

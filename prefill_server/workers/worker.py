@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from spectrumkv.common.service.config import Address
 from spectrumkv.common.rpc.decode_stream import SERVICE_NAME, decode_info_method, open_decode_stream
-from spectrumkv.common.telemetry.metrics import BASIS, Metrics
 from spectrumkv.common.rpc.server import open_channel
 from spectrumkv.common.security import ChannelSecurity
+from spectrumkv.common.service.config import Address
+from spectrumkv.common.telemetry.metrics import BASIS, Metrics
 from spectrumkv.prefill_server.workers.basis_upload import BasisDelivery
 from spectrumkv.v1 import decode_pb2
 

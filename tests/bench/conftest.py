@@ -3,10 +3,10 @@ from collections.abc import Callable
 import pytest
 
 from spectrumkv.bench.methods.served_model import ServedModel
-from spectrumkv.bench.models.synthetic_basis import synthetic_basis
 from spectrumkv.bench.methods.wire_method import WireMethod
-from spectrumkv.common.service.config import PrefillConfig, build
+from spectrumkv.bench.models.synthetic_basis import synthetic_basis
 from spectrumkv.common.model.load import LoadedModel, load_model
+from spectrumkv.common.service.config import PrefillConfig, build
 from spectrumkv.prefill_server.transfer.plan import KvPlan
 from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
 from spectrumkv.v1 import prefill_pb2

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from spectrumkv.common.rpc.decode_stream import Request
 from spectrumkv.common.kv.wire import Chunk
+from spectrumkv.common.rpc.decode_stream import Request
 from spectrumkv.decode_server.arrivals import SHARE_OF_A_CORE, giving_way
 from spectrumkv.v1 import decode_pb2
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load, save
 
 from spectrumkv.common.errors import BasisMissingError, DataLossError, InvalidArgumentError
-from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.decode_server.bases import MOST_BASES, BasisStore
 from spectrumkv.v1 import decode_pb2
 from tests.common.kv.codecs.test_spectral import basis_of

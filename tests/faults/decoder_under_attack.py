@@ -15,16 +15,16 @@ import numpy as np
 import torch
 
 from spectrumkv.common.errors import DataLossError
-from spectrumkv.common.kv.segment import Block
-from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.decoder import SpectralDecoder
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.segment import Block
 from spectrumkv.kernels.spectral import packing as spectral_packing
+from tests.common.kv.codecs.test_spectral import basis_of
 from tests.faults.dialogue import spectral_blocks
 from tests.faults.hostile_bodies import BODY_HARMS, harm_body
 from tests.faults.spectral_body import SpectralBody, taken_apart, with_body
-from tests.common.kv.codecs.test_spectral import basis_of
 
 GEOMETRY = KvGeometry(layers=2, kv_heads=2, head_dim=16, native_dtype=torch.float32)
 LONGEST_PROMPT = 40

@@ -22,11 +22,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.local.pair_config import FREE_PORTS, ServiceLaunch, plan_launches
-from spectrumkv.common.service.config import Address
 from spectrumkv.common.security import ChannelSecurity
+from spectrumkv.common.service.config import Address
+from tests.common.security.certificates import Authority
 from tests.faults.incubator import ForkedProcess, Incubator
 from tests.faults.link import Link, link_to
-from tests.common.security.certificates import Authority
 from tests.tiny_models import tiny_model
 
 CONTEXT_LENGTH = 16384

@@ -9,19 +9,19 @@ import crc32c
 import numpy as np
 import torch
 
-from spectrumkv.common.rpc.decode_stream import serialize_request
-from spectrumkv.common.kv.segment import Block
 from spectrumkv.common.kv.codecs.base import TierCodec, codecs
-from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.codecs.spectral.accounting import class_bits, token_tiers
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedBlock, encode_block
 from spectrumkv.common.kv.codecs.spectral.layout import HIGHEST_CLASS, LOWEST_CLASS
+from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedBlock, encode_block
 from spectrumkv.common.kv.codecs.spectral.steps import TokenClasses
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.segment import Block
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.kv.wire import DIGEST_RECORD, Chunk, ChunkWriter
 from spectrumkv.common.model.load import LoadedModel
+from spectrumkv.common.rpc.decode_stream import serialize_request
 from spectrumkv.v1 import decode_pb2
 
 # Half of them speak the codec that is served by default.

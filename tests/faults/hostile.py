@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from spectrumkv.common.errors import DataLossError
-from spectrumkv.common.kv.segment import BLOCK_HEADER, MAX_CHUNK_PAYLOAD_BYTES
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.segment import BLOCK_HEADER, MAX_CHUNK_PAYLOAD_BYTES
 from spectrumkv.common.kv.tiers import Tier
-from spectrumkv.common.rpc.message_checksum import SEAL_BYTES, seal
 from spectrumkv.common.model.load import LoadedModel
+from spectrumkv.common.rpc.message_checksum import SEAL_BYTES, seal
 from tests.faults.dialogue import Dialogue, dialogue, make_totals_agree, wire_messages
 from tests.faults.hostile_bodies import harm_payload
 from tests.faults.hostile_requests import EDGES_32, EDGES_64, harm_sampling

@@ -9,12 +9,12 @@ from functools import cache
 import numpy as np
 import zstandard
 
-from spectrumkv.common.kv.segment import parse_block
-from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.layout import STEP_CLASSES
 from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION, compress
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.segment import parse_block
 from tests.faults.spectral_body import SpectralBody, StreamParts, serialized, taken_apart, with_body
 
 EDGES = (0, 1, 2, 3, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1)

@@ -23,8 +23,8 @@ from tests.faults.deployment import NOTHING, Service, until
 from tests.faults.fleet import Fleet, running_fleet
 from tests.faults.soak_findings import Findings, Plan, Resources
 from tests.faults.soak_requests import EXACT, QUANTIZED, coded_as, drawn, greedy
-from tests.services.same_tokens import ALLOWED, disagreement
 from tests.services.reference import LOGIT_TIE, generate, reference_model, worst_gap
+from tests.services.same_tokens import ALLOWED, disagreement
 from tests.services.test_lossless import random_prompt
 from tests.tiny_models import tiny_model
 

@@ -13,8 +13,8 @@ import pytest
 
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.local.pair_config import FREE_PORTS
-from spectrumkv.client.request import Sampling, TokenIds
 from spectrumkv.client.local.running_pair import RunningPair, running_pair
+from spectrumkv.client.request import Sampling, TokenIds
 from spectrumkv.common.errors import ResourceExhaustedError
 from tests.faults.report import tell
 from tests.services.pair import running_pair as pair_in_process

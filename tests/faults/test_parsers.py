@@ -9,25 +9,27 @@ import crc32c
 import pytest
 import torch
 
-from spectrumkv.common.rpc import decode_stream, message_checksum as message_seal
 from spectrumkv.common.errors import DataLossError, InvalidArgumentError
-from spectrumkv.common.kv.codecs import absmax, body, native
 from spectrumkv.common.kv import tiers, wire
-from spectrumkv.common.kv.segment import BLOCK_HEADER, Block
+from spectrumkv.common.kv.codecs import absmax, body, native
 from spectrumkv.common.kv.codecs.base import codecs
-from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.codecs.spectral import basis as spectral_basis
-from spectrumkv.common.kv.codecs.spectral import segment_codec as block_codec, decoder, layout, symbols
+from spectrumkv.common.kv.codecs.spectral import decoder, layout, symbols
+from spectrumkv.common.kv.codecs.spectral import segment_codec as block_codec
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.segment import BLOCK_HEADER, Block
 from spectrumkv.common.kv.wire import Chunk, ChunkReader, ChunkWriter
+from spectrumkv.common.rpc import decode_stream
+from spectrumkv.common.rpc import message_checksum as message_seal
 from spectrumkv.decode_server import bases
 from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.v1 import decode_pb2
+from tests.common.kv.codecs.test_spectral import basis_of
 from tests.faults.coverage import fuzz
 from tests.faults.dialogue import spectral_blocks
 from tests.faults.report import tell
 from tests.faults.spectral_body import serialized
-from tests.common.kv.codecs.test_spectral import basis_of
 
 GEOMETRY = KvGeometry(layers=2, kv_heads=2, head_dim=8, native_dtype=torch.float32)
 TOKENS = 9

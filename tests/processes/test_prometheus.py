@@ -8,8 +8,8 @@ import pytest
 
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.completion import Usage
-from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from spectrumkv.client.local.running_pair import RunningPair
+from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from tests.docker.prometheus_server import query, running_prometheus
 
 pytestmark = pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed")

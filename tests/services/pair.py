@@ -11,17 +11,17 @@ from prometheus_client import CollectorRegistry
 
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.request import Sampling, TokenIds
-from spectrumkv.common.service.config import Address, DecodeConfig, PrefillConfig, build
-from spectrumkv.common.rpc.decode_stream import add_decode_servicer
 from spectrumkv.common.kv.policies.int4_layers import Int4Layers
-from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.model.load import LoadedModel, load_model
+from spectrumkv.common.rpc.decode_stream import add_decode_servicer
 from spectrumkv.common.rpc.server import Server
+from spectrumkv.common.service.config import Address, DecodeConfig, PrefillConfig, build
+from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.service import DecodeService
-from spectrumkv.prefill_server.tuning.basis_cache import resolve_basis
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
-from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
 from spectrumkv.prefill_server.service import PrefillService
+from spectrumkv.prefill_server.tuning.basis_cache import resolve_basis
+from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
 from spectrumkv.v1 import prefill_pb2_grpc
 from tests.services.proxy import CountingProxy, counting_proxy
 

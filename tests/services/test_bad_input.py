@@ -11,7 +11,6 @@ import pytest
 
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.request import KvChoice, Message, Sampling, TokenIds
-from spectrumkv.common.rpc.decode_stream import open_decode_stream
 from spectrumkv.common.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
@@ -20,6 +19,7 @@ from spectrumkv.common.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
+from spectrumkv.common.rpc.decode_stream import open_decode_stream
 from spectrumkv.common.rpc.server import open_channel
 from spectrumkv.v1 import decode_pb2
 from tests.services.pair import Pair, decode_server, prefill_server, running_pair, total

@@ -13,14 +13,14 @@ import pytest
 
 from spectrumkv.client.client import CompletionStream, SpectrumClient
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
-from spectrumkv.common.rpc.decode_stream import ArrivedPiece, begin_basis
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.telemetry.metrics import Metrics
+from spectrumkv.common.rpc.decode_stream import ArrivedPiece, begin_basis
 from spectrumkv.common.rpc.server import UPLOADS
+from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.bases import BasisStore
-from spectrumkv.prefill_server.workers import basis_upload as basis_delivery
 from spectrumkv.prefill_server import service
 from spectrumkv.prefill_server.transfer.codec_selector import ENOUGH, CodecChoice, Pace
+from spectrumkv.prefill_server.workers import basis_upload as basis_delivery
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc
 from tests.services.pair import decode_server, prefill_server, sample, total
 from tests.services.test_lossless import random_prompt

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from spectrumkv.client.completion import Completion
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from spectrumkv.common.model.embedded import embedded_model_directory
-from tests.services.same_tokens import ALLOWED, TOP_LOGPROBS, disagreement
 from tests.services.pair import Pair, running_pair
 from tests.services.reference import assert_same_greedy, reference_model
+from tests.services.same_tokens import ALLOWED, TOP_LOGPROBS, disagreement
 
 NATIVE = KvChoice(policy="native")
 PROMPT_LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 512, 640, 800, 1024, 1280, 1600, 2000)
@@ -33,7 +33,7 @@ def random_prompt(length: int, vocabulary: int = 49152, seed: int = 0) -> list[i
 
 def text_prompt(pair: Pair, length: int) -> list[int]:
     """The first tokens of a text that the model has something to say about."""
-    text = (Path(__file__).parents[2] / "common/needle/haystack.txt").read_text()
+    text = (Path(__file__).parents[2] / "prefill_server/tuning/needle/haystack.txt").read_text()
     ids: list[int] = pair.prefill.tokenizer(text).input_ids
     start = length % 50
     return ids[start : start + length]

@@ -12,13 +12,13 @@ from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.completion import Completion
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from spectrumkv.common.errors import InvalidArgumentError, UnavailableError
-from spectrumkv.common.telemetry.metrics import Metrics
-from spectrumkv.common.service.options import Address
-from spectrumkv.common.security import ChannelSecurity, TlsFiles
 from spectrumkv.common.rpc.targets import Target
-from tests.faults.link import TOWARDS_CLIENT, Link, link_to
+from spectrumkv.common.security import ChannelSecurity, TlsFiles
+from spectrumkv.common.service.options import Address
+from spectrumkv.common.telemetry.metrics import Metrics
 from tests.common.security.guarded import guarded
 from tests.common.security.test_tls import serving_tls, trusting
+from tests.faults.link import TOWARDS_CLIENT, Link, link_to
 from tests.services.pair import decode_server, prefill_server, sample, total
 from tests.services.test_lossless import random_prompt
 

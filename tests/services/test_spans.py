@@ -13,8 +13,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from spectrumkv.client.request import Sampling, TokenIds
-from spectrumkv.common.telemetry import spans
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError, SpectrumKVError
+from spectrumkv.common.telemetry import spans
 from spectrumkv.common.telemetry.spans import RequestSpan, set_up_spans
 from spectrumkv.common.telemetry.trace_context import TraceContext
 from tests.services.pair import Pair

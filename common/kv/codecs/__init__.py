@@ -1,1 +1,1 @@
-"""codecs."""
+"""Codecs: keys and values to bytes and back."""

@@ -11,8 +11,8 @@ import torch
 
 from spectrumkv.common.errors import DataLossError, InvalidArgumentError
 from spectrumkv.common.kv.codecs import body as bodies
-from spectrumkv.common.kv.codecs.body import Section
 from spectrumkv.common.kv.codecs.base import EncodedBlock, TierCodec, codecs
+from spectrumkv.common.kv.codecs.body import Section
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 from spectrumkv.kernels.absmax import dispatch as kernels

@@ -17,9 +17,9 @@ from typing import Protocol
 import torch
 
 from spectrumkv.common.errors import FailedPreconditionError
-from spectrumkv.common.kv.segment import Block
-from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.segment import Block
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.registry import Registry
 

@@ -9,12 +9,12 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, Block
 from spectrumkv.common.kv.codecs.base import TierCodec
 from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.policies.base import Policy, TierRequest
 from spectrumkv.common.kv.policies.int4_layers import Int4Layers
 from spectrumkv.common.kv.scoring import Observation, combine, scorers
-from spectrumkv.common.kv.policies.base import Policy, TierRequest
+from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, Block
 from spectrumkv.common.kv.tiers import Tier
 
 # Of a chunk's payload, what a block's header and tier map may take, at two bits a token.

@@ -7,10 +7,10 @@ from functools import partial
 from spectrumkv.common.kv.codecs.base import Codec
 from spectrumkv.common.kv.policies.int4_layers import Int4Layers
 from spectrumkv.prefill_server.tuning.needle.prompt import NeedlePrompt
-from spectrumkv.prefill_server.tuning.probe.runner import Examination
-from spectrumkv.prefill_server.tuning.probe.results import TRIALS_TO_PASS
 from spectrumkv.prefill_server.tuning.probe.budget_sweep import int4_trial, int4_trial_without
 from spectrumkv.prefill_server.tuning.probe.questions import NeedleQuestion
+from spectrumkv.prefill_server.tuning.probe.results import TRIALS_TO_PASS
+from spectrumkv.prefill_server.tuning.probe.runner import Examination
 
 logger = logging.getLogger(__name__)
 

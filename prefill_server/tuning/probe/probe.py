@@ -11,18 +11,18 @@ from collections.abc import Sequence
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.codecs.base import Codec, codecs, tier_codecs
-from spectrumkv.common.kv.policies.int4_layers import Int4Layers
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.codec import SpectralCodec
+from spectrumkv.common.kv.policies.int4_layers import Int4Layers
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
 from spectrumkv.prefill_server.transfer.plan import KvPlan
-from spectrumkv.prefill_server.tuning.probe.runner import Examination, probed_setting
-from spectrumkv.prefill_server.tuning.probe.results import ProbedSetting, ProbeTrial, is_conclusive, passes
 from spectrumkv.prefill_server.tuning.probe.budget_sweep import int4_trial_without, ladder
 from spectrumkv.prefill_server.tuning.probe.layer_search import find_int4_layers
 from spectrumkv.prefill_server.tuning.probe.progress import OnProgress, ProbeProgress
+from spectrumkv.prefill_server.tuning.probe.results import ProbedSetting, ProbeTrial, is_conclusive, passes
+from spectrumkv.prefill_server.tuning.probe.runner import Examination, probed_setting
 from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
 from spectrumkv.prefill_server.tuning.probe.verdict_cache import VerdictKey, keep_verdict, read_verdict
 

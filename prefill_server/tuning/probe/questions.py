@@ -7,12 +7,18 @@ from importlib.resources import files
 import numpy as np
 import torch
 
-from spectrumkv.prefill_server.tuning.divergence import Distance, compare
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
 from spectrumkv.common.model.load import LoadedModel
-from spectrumkv.prefill_server.tuning.needle.prompt import NeedlePrompt, needle_prompt
 from spectrumkv.prefill_server.transfer.plan import KvPlan
-from spectrumkv.prefill_server.tuning.replay import CapturedPrompt, LayerKv, capture_prompt, generate_over, logits_over
+from spectrumkv.prefill_server.tuning.divergence import Distance, compare
+from spectrumkv.prefill_server.tuning.needle.prompt import NeedlePrompt, needle_prompt
+from spectrumkv.prefill_server.tuning.replay import (
+    CapturedPrompt,
+    LayerKv,
+    capture_prompt,
+    generate_over,
+    logits_over,
+)
 
 # One needle per depth, each with a fact of its own.
 DEPTHS = (0.1, 0.5, 0.9)

@@ -6,15 +6,23 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from spectrumkv.prefill_server.tuning.divergence import Distance
 from spectrumkv.common.model.load import LoadedModel
-from spectrumkv.prefill_server.tuning.needle.prompt import NeedlePrompt
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
 from spectrumkv.prefill_server.transfer.plan import KvPlan
-from spectrumkv.prefill_server.tuning.probe.results import ProbedSetting, ProbeTrial
+from spectrumkv.prefill_server.tuning.divergence import Distance
+from spectrumkv.prefill_server.tuning.needle.prompt import NeedlePrompt
 from spectrumkv.prefill_server.tuning.probe.budget_sweep import plan_name
 from spectrumkv.prefill_server.tuning.probe.progress import ProbeProgress
-from spectrumkv.prefill_server.tuning.probe.questions import NeedleQuestion, ProseQuestion, Stretch, mean_kl, needle_prompts, ppl_delta_pct, prose_stretches
+from spectrumkv.prefill_server.tuning.probe.questions import (
+    NeedleQuestion,
+    ProseQuestion,
+    Stretch,
+    mean_kl,
+    needle_prompts,
+    ppl_delta_pct,
+    prose_stretches,
+)
+from spectrumkv.prefill_server.tuning.probe.results import ProbedSetting, ProbeTrial
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

@@ -4,9 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.kv.policies.int4_layers import Int4Layers
 from spectrumkv.common.kv.policies import Policy
-from spectrumkv.prefill_server.tuning.probe.results import TRIALS, TRIALS_TO_PASS, ProbedSetting, ProbeTrial, is_conclusive, passes, strongest_safe_budget
+from spectrumkv.common.kv.policies.int4_layers import Int4Layers
+from spectrumkv.prefill_server.tuning.probe.results import (
+    TRIALS,
+    TRIALS_TO_PASS,
+    ProbedSetting,
+    ProbeTrial,
+    is_conclusive,
+    passes,
+    strongest_safe_budget,
+)
 from spectrumkv.v1 import prefill_pb2
 
 SOURCES = ("probe", "cache", "flag")

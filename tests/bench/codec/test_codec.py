@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from spectrumkv.bench.codec import quanto as codec_quanto
-from spectrumkv.bench.codec.measure import MIXED, Cache, RegisteredCodec, measure, registered_codecs
+from spectrumkv.bench.codec.interleaving import interleaved_medians
 from spectrumkv.bench.codec.kernels import kernels_under_test
+from spectrumkv.bench.codec.measure import MIXED, Cache, RegisteredCodec, measure, registered_codecs
 from spectrumkv.bench.codec.quanto import QuantoCodec, add_ratios_to_quanto
 from spectrumkv.bench.main import main
-from spectrumkv.bench.codec.interleaving import interleaved_medians
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.codecs.base import tier_codecs
 from spectrumkv.common.kv.geometry import KvGeometry

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from spectrumkv.bench.link import network as link_network
-from spectrumkv.bench.main import main
-from spectrumkv.bench.link.measure import SETTINGS, rate_rows, timeline
 from spectrumkv.bench.link.link_command import parse_rates
+from spectrumkv.bench.link.measure import SETTINGS, rate_rows, timeline
 from spectrumkv.bench.link.network import DECODE_HOST, ShapedLink, shaped_link
 from spectrumkv.bench.link.plots import draw_bandwidths, draw_timeline
 from spectrumkv.bench.link.requests import Errand
+from spectrumkv.bench.main import main
 from spectrumkv.common.errors import FailedPreconditionError, InternalError
 
 can_make_namespaces = pytest.mark.skipif(

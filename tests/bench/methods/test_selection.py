@@ -3,17 +3,17 @@ import argparse
 import pytest
 from prometheus_client import CollectorRegistry
 
-from spectrumkv.bench.peers.baselines import Baseline, baselines
 from spectrumkv.bench.flags.method_flags import DEFAULT_BUDGETS, add_method_flags
 from spectrumkv.bench.methods.selection import Choice, MethodSelector, Selection
-from spectrumkv.bench.peers.quanto_extension import QUANTO
-from spectrumkv.bench.models.synthetic_basis import synthetic_basis
 from spectrumkv.bench.methods.wire_method import WireMethod, is_fixed
-from spectrumkv.common.service.config import PrefillConfig, build
+from spectrumkv.bench.models.synthetic_basis import synthetic_basis
+from spectrumkv.bench.peers.baselines import Baseline, baselines
+from spectrumkv.bench.peers.quanto_extension import QUANTO
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.policies import policies
-from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.model.load import LoadedModel
+from spectrumkv.common.service.config import PrefillConfig, build
+from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.prefill_server.transfer.plan import default_budget
 from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
 

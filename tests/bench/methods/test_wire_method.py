@@ -4,9 +4,9 @@ import pytest
 
 from spectrumkv.bench.methods.served_model import ExactFp16, ServedModel
 from spectrumkv.bench.methods.wire_method import is_fixed
-from spectrumkv.common.rpc.decode_stream import serialized_bytes
 from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.kv.tiers import Tier
+from spectrumkv.common.rpc.decode_stream import serialized_bytes
 from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline
 from tests.bench.conftest import wire_method
 from tests.services.pair import total

@@ -8,13 +8,13 @@ from spectrumkv.bench.models.key_bias import BiasNorms, build_key_bias_model, ke
 from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.model.load import LoadedModel, load_model
-from spectrumkv.prefill_server.tuning.needle.haystack import haystack
-from spectrumkv.prefill_server.tuning.basis_cache import resolve_basis
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
-from spectrumkv.prefill_server.tuning.probe.runner import Examination, probed_setting
-from spectrumkv.prefill_server.tuning.probe.results import passes
+from spectrumkv.prefill_server.tuning.basis_cache import resolve_basis
+from spectrumkv.prefill_server.tuning.needle.haystack import haystack
 from spectrumkv.prefill_server.tuning.probe.budget_sweep import ladder
 from spectrumkv.prefill_server.tuning.probe.progress import ProbeProgress
+from spectrumkv.prefill_server.tuning.probe.results import passes
+from spectrumkv.prefill_server.tuning.probe.runner import Examination, probed_setting
 from tests.services.test_lossless import random_prompt
 from tests.tiny_models import tiny_model
 

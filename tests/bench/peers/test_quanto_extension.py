@@ -11,8 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from spectrumkv.bench.peers import quanto_extension
 from spectrumkv.bench.main import main
+from spectrumkv.bench.peers import quanto_extension
 from spectrumkv.bench.peers.quanto_extension import expect_extension
 from spectrumkv.common.errors import FailedPreconditionError
 from tests.bench.text import TEXT

@@ -11,7 +11,7 @@ from spectrumkv.bench.quality.result import MODEL_TEXTS, ROW_INTERVALS, ROW_NUMB
 from spectrumkv.common.errors import InvalidArgumentError
 from tests.bench.report.test_plot_command import result, write
 
-RESULTS = sorted((Path(__file__).parents[2] / "bench" / "results").glob("quality-*.json"))
+RESULTS = sorted((Path(__file__).parents[3] / "bench" / "results").glob("quality-*.json"))
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from spectrumkv.bench.main import build_parser, main
-from spectrumkv.bench.serving.serve import AGGREGATED, Contender, measure
 from spectrumkv.bench.serving.aggregated import aggregated_process
 from spectrumkv.bench.serving.load import Answer, LoadResult, Served, Workload, offer
 from spectrumkv.bench.serving.metrics import Goodput, metrics_row
+from spectrumkv.bench.serving.serve import AGGREGATED, Contender, measure
 from spectrumkv.common.errors import InvalidArgumentError, ResourceExhaustedError, SpectrumKVError, UnavailableError
 from tests.services.reference import generate, reference_model
 from tests.tiny_models import VOCABULARY, tiny_model

@@ -9,18 +9,18 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from spectrumkv.bench.codec.measure import Cache
-from spectrumkv.bench.main import build_parser, main
 from spectrumkv.bench.flags.kv_flags import kv_choices
-from spectrumkv.bench.transfer.measure import measure
+from spectrumkv.bench.main import build_parser, main
 from spectrumkv.bench.transfer.kv import KvSender, ReceivingServicer, observations
+from spectrumkv.bench.transfer.measure import measure
 from spectrumkv.bench.transfer.raw_tcp import TcpReceiver, TcpSender
 from spectrumkv.client.request import KvChoice
-from spectrumkv.common.service.config import Address, PrefillConfig, build
-from spectrumkv.common.rpc.decode_stream import SERVICE_NAME, add_decode_servicer
 from spectrumkv.common.errors import InvalidArgumentError, ResourceExhaustedError, UnavailableError
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.telemetry.metrics import Metrics
+from spectrumkv.common.rpc.decode_stream import SERVICE_NAME, add_decode_servicer
 from spectrumkv.common.rpc.server import Server, open_channel
+from spectrumkv.common.service.config import Address, PrefillConfig, build
+from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.kv_pool import SlotArena
 from spectrumkv.prefill_server.transfer.plan import KvPlan
 from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict

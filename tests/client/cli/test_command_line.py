@@ -9,8 +9,8 @@ import threading
 
 import pytest
 
-from spectrumkv.client.cli.runner import run_command
 from spectrumkv.client.cli.main import build_parser, main
+from spectrumkv.client.cli.runner import run_command
 from spectrumkv.common import errors
 from tests.client.fake_servers import FakePrefill, finished, prefill_server, serving, token
 

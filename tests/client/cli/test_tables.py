@@ -4,8 +4,8 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from spectrumkv.client.completion import Completion, Finished, TokenEvent
 from spectrumkv.client.cli.tables import COUNTED_POLICIES, usage_table
+from spectrumkv.client.completion import Completion, Finished, TokenEvent
 from spectrumkv.common.kv.policies import policies
 from tests.client.fake_servers import finished
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from spectrumkv.client.local import pair_config
-from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.cli.main import main
+from spectrumkv.client.client import SpectrumClient
+from spectrumkv.client.local import pair_config
 from spectrumkv.client.local.pair_config import FREE_PORTS, SEARCHED_PORTS, plan_launches
 from spectrumkv.client.local.running_pair import running_pair, running_services
 from spectrumkv.common.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError

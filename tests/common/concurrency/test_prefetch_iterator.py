@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from spectrumkv.common.errors import InternalError
 from spectrumkv.common.concurrency.prefetch_iterator import RunAhead
+from spectrumkv.common.errors import InternalError
 
 NAME = "test-stage"
 

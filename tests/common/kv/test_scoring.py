@@ -6,7 +6,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.scoring import (
     DECAY_RATE,
@@ -20,6 +19,7 @@ from spectrumkv.common.kv.scoring import (
     random,
     scorers,
 )
+from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.kernels.attention_scores import cpu as attention_received_cpu
 
 

@@ -3,9 +3,15 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectrumkv.common.rpc.decode_stream import deserialize_request, deserialize_response, serialize_request, serialize_response, serialized_bytes
 from spectrumkv.common.errors import DataLossError
 from spectrumkv.common.kv.wire import Chunk
+from spectrumkv.common.rpc.decode_stream import (
+    deserialize_request,
+    deserialize_response,
+    serialize_request,
+    serialize_response,
+    serialized_bytes,
+)
 from spectrumkv.common.rpc.message_checksum import seal
 from spectrumkv.v1 import decode_pb2, generation_pb2, kv_pb2
 

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 
-from spectrumkv.common.rpc import scope as rpc_scope
 from spectrumkv.common.errors import CancelledError, DeadlineExceededError, SpectrumKVError
+from spectrumkv.common.rpc import scope as rpc_scope
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.v1 import decode_pb2

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.cli.main import main
-from spectrumkv.client.request import Sampling
+from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.local.running_pair import RunningPair, running_pair
+from spectrumkv.client.request import Sampling
 from spectrumkv.common.errors import InvalidArgumentError, UnauthenticatedError, UnavailableError
 from spectrumkv.common.security import ChannelSecurity, TlsFiles
 from spectrumkv.common.telemetry.trace_context import TraceContext
-from tests.processes.conftest import options
 from tests.common.security.certificates import Authority, replace
+from tests.processes.conftest import options
 from tests.tiny_models import build_tiny_model
 
 FIRST, SECOND = "secret-token-one-4f1d8a", "secret-token-two-9b27c3"

@@ -15,8 +15,8 @@ from cryptography import x509
 
 from spectrumkv.common.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
 from spectrumkv.common.rpc.server import open_channel
-from spectrumkv.common.security import ChannelSecurity, ServerSecurity, TlsFiles
 from spectrumkv.common.rpc.targets import Target
+from spectrumkv.common.security import ChannelSecurity, ServerSecurity, TlsFiles
 from spectrumkv.v1 import prefill_pb2, prefill_pb2_grpc
 from tests.common.rpc.scripted import WAIT_SECONDS, response, wait
 from tests.common.security.certificates import Authority, replace

@@ -5,8 +5,8 @@ import sys
 from prometheus_client import CollectorRegistry
 
 from spectrumkv.common.service.config import DecodeConfig, build
-from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.service.process import exit_on_error, serve_until_signalled, set_up_logging
+from spectrumkv.common.telemetry.metrics import Metrics
 from tests.common.rpc.scripted import echo, make_server
 
 

@@ -6,8 +6,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectrumkv.common.service.config import Address, DecodeConfig, PrefillConfig, ServerConfig, add_flags, build, flag_name, load, number, parse_addresses, parse_bytes, text_of
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.service.config import (
+    Address,
+    DecodeConfig,
+    PrefillConfig,
+    ServerConfig,
+    add_flags,
+    build,
+    flag_name,
+    load,
+    number,
+    parse_addresses,
+    parse_bytes,
+    text_of,
+)
 from spectrumkv.common.service.options import allowed_by, some_text
 
 CONFIGS = [PrefillConfig, DecodeConfig]

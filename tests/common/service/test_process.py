@@ -15,19 +15,24 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from spectrumkv.common.errors import FailedPreconditionError, UnavailableError
-from spectrumkv.common.service.process import exit_on_error
-from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.common.rpc.server import open_channel
+from spectrumkv.common.rpc.status import error_from_rpc
+from spectrumkv.common.service.process import exit_on_error
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc
 from tests.common.rpc.scripted import HEALTH, WAIT_SECONDS
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
 
 def start(**options: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.common.service.serving_process", *(f"{key}={value}" for key, value in options.items())],
+        [
+            sys.executable,
+            "-m",
+            "tests.common.service.serving_process",
+            *(f"{key}={value}" for key, value in options.items()),
+        ],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,

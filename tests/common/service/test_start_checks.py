@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from spectrumkv.common.service.config import DecodeConfig, PrefillConfig, build
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.service.process import exit_on_error
 from spectrumkv.common.security import ChannelSecurity
+from spectrumkv.common.service.config import DecodeConfig, PrefillConfig, build
+from spectrumkv.common.service.process import exit_on_error
 from spectrumkv.common.service.start_checks import check_processor, check_start
 from spectrumkv.kernels.jit import vectors
 

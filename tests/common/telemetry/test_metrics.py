@@ -7,8 +7,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from spectrumkv.common.service.config import Address
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.service.config import Address
 from spectrumkv.common.telemetry.metrics import LATENCY_BUCKETS, STAGES, Metrics
 
 # Name, type and labels, as operators and dashboards know them.

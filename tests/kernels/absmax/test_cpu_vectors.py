@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch
 
-from spectrumkv.kernels.absmax import cpu as absmax_cpu, reference as absmax_reference
-from spectrumkv.kernels.absmax.layout import body_bytes
+from spectrumkv.kernels.absmax import cpu as absmax_cpu
+from spectrumkv.kernels.absmax import reference as absmax_reference
 from spectrumkv.kernels.absmax.cpu_vectors import VECTOR_BYTES, streams
+from spectrumkv.kernels.absmax.layout import body_bytes
 from spectrumkv.kernels.jit.vectors import LANES
 
 HEADS, TOKENS = 3, 37

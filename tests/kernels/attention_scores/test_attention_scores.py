@@ -9,7 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectrumkv.kernels.attention_scores import cpu_loops as attention_loops, cpu as attention_received_cpu, reference as attention_received_reference
+from spectrumkv.kernels.attention_scores import cpu as attention_received_cpu
+from spectrumkv.kernels.attention_scores import cpu_loops as attention_loops
+from spectrumkv.kernels.attention_scores import reference as attention_received_reference
 from spectrumkv.kernels.jit import strided
 
 

@@ -12,20 +12,20 @@ import pytest
 from spectrumkv import kernels
 
 CALLEE = """
-from spectrumkv.kernels.compiled import compiled
+from spectrumkv.kernels.jit.compiled import compiled
 @compiled
 def number():
     return {number}
 """
 CALLER = """
-from spectrumkv.kernels.callee import number
-from spectrumkv.kernels.compiled import compiled
+from spectrumkv.kernels.jit.callee import number
+from spectrumkv.kernels.jit.compiled import compiled
 @compiled
 def called():
     return number()
 """
 RUN = """
-from spectrumkv.kernels.caller import called
+from spectrumkv.kernels.jit.caller import called
 print(called(), sum(called.stats.cache_hits.values()))
 """
 
@@ -33,10 +33,10 @@ print(called(), sum(called.stats.cache_hits.values()))
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
     """A folder with kernels of its own, two of which are one calling the other."""
-    folder = tmp_path / "spectrumkv" / "kernels"
+    folder = tmp_path / "spectrumkv" / "kernels" / "jit"
     folder.mkdir(parents=True)
-    for name in ("__init__.py", "cache.py", "compiled.py"):
-        shutil.copy(Path(kernels.__path__[0]) / name, folder)
+    for name in ("__init__.py", "jit/__init__.py", "jit/cache.py", "jit/compiled.py"):
+        shutil.copy(Path(kernels.__path__[0]) / name, folder.parent / name)
     (folder / "caller.py").write_text(CALLER)
     (folder / "callee.py").write_text(CALLEE.format(number=1))
     return folder
@@ -47,8 +47,8 @@ def run(copied: Path, **variables: str) -> tuple[int, int]:
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"} | variables
     done = subprocess.run(
         [sys.executable, "-c", RUN],
-        env=environment | {"PYTHONPATH": str(copied.parents[1])},
-        cwd=copied.parents[1],
+        env=environment | {"PYTHONPATH": str(copied.parents[2])},
+        cwd=copied.parents[2],
         capture_output=True,
         text=True,
         timeout=120,

@@ -10,13 +10,13 @@ import pytest
 
 from spectrumkv.kernels.jit.vectors import X86
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 HASWELL = "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe,+popcnt,+sse4.2"
 SUITES = (
-    "test_small_products.py",
-    "test_absmax_vectors.py",
-    "test_decode_attention.py",
-    "test_spectral_transform.py",
+    "jit/test_gemm.py",
+    "absmax/test_cpu_vectors.py",
+    "decode_attention/test_decode_attention.py",
+    "spectral/test_transform.py",
 )
 # LLVM is asked once, before anything is emitted.
 RUN = """
@@ -24,7 +24,7 @@ import sys
 from llvmlite import binding
 from llvmlite.binding.targets import FeatureMap
 binding.get_host_cpu_features = lambda: FeatureMap({feature: True for feature in sys.argv[2:]})
-from spectrumkv.kernels.vectors import LANES
+from spectrumkv.kernels.jit.vectors import LANES
 assert str(LANES) == sys.argv[1], LANES
 import pytest
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "not gpu and not compiler", *SUITES]))

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from spectrumkv.kernels.spectral import rows
 from spectrumkv.kernels.jit.strided import flat
+from spectrumkv.kernels.spectral import rows
 
 SHAPES = [(1, 1, 2), (3, 7, 64), (2, 33, 80)]
 

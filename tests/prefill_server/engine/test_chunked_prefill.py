@@ -14,8 +14,8 @@ import torch
 from spectrumkv.common.errors import CancelledError, InvalidArgumentError
 from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.model.load import load_model
-from spectrumkv.prefill_server.engine.engine import PrefillEngine, PromptResult
 from spectrumkv.prefill_server.engine.chunked_prefill import part_bounds
+from spectrumkv.prefill_server.engine.engine import PrefillEngine, PromptResult
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
 WINDOW = 8

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.prefill_server.transfer.codec_selector import ENOUGH, CodecChoice
 from spectrumkv.prefill_server.transfer.pipeline import SentKv
 from spectrumkv.prefill_server.transfer.plan import KvPlan

@@ -2,9 +2,9 @@
 
 import pytest
 
-from spectrumkv.common.service.config import PrefillConfig, build
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.policies import policies
+from spectrumkv.common.service.config import PrefillConfig, build
 from spectrumkv.prefill_server.transfer.plan import check_defaults
 
 

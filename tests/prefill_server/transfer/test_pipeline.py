@@ -7,14 +7,14 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from spectrumkv.bench.models.synthetic_basis import synthetic_basis
-from spectrumkv.common.service.config import PrefillConfig
-from spectrumkv.common.rpc.decode_stream import Request, serialized_bytes
 from spectrumkv.common.errors import CancelledError, InvalidArgumentError
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.kv.wire import Chunk, ChunkReader, ChunkTotals
+from spectrumkv.common.rpc.decode_stream import Request, serialized_bytes
+from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline
 from spectrumkv.prefill_server.transfer.plan import KvPlan

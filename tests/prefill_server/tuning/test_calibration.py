@@ -3,15 +3,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from spectrumkv.common.kv.scoring import Observation
-from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedBlock, decode_block, encode_block
 from spectrumkv.common.kv.codecs.spectral.layout import LOWEST_CLASS
+from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedBlock, decode_block, encode_block
 from spectrumkv.common.kv.codecs.spectral.steps import TokenClasses
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
+from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.model.load import LoadedModel, load_model
+from spectrumkv.prefill_server.engine.engine import PrefillEngine
 from spectrumkv.prefill_server.tuning.basis_cache import default_excerpts, resolve_basis
 from spectrumkv.prefill_server.tuning.calibration import _continuing, calibrate
-from spectrumkv.prefill_server.engine.engine import PrefillEngine
 from spectrumkv.prefill_server.tuning.replay import capture_prompt
 from tests.tiny_models import ARCHITECTURES, tiny_model
 

@@ -12,20 +12,21 @@ from spectrumkv.client.cli.main import main
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
 from spectrumkv.common.kv.codecs.absmax import AbsmaxCodec
 from spectrumkv.common.kv.codecs.base import codecs
-from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.policies.int4_layers import Int4Layers
-from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.policies import policies
+from spectrumkv.common.kv.policies.int4_layers import Int4Layers
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.model.load import LoadedModel, load_model
-from spectrumkv.prefill_server.tuning.basis_cache import resolve_basis
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
 from spectrumkv.prefill_server.transfer.plan import KvPlan
-from spectrumkv.prefill_server.tuning.probe import budget_sweep as ladder, questions
-from spectrumkv.prefill_server.tuning.probe.results import ProbedSetting, ProbeTrial
+from spectrumkv.prefill_server.tuning.basis_cache import resolve_basis
+from spectrumkv.prefill_server.tuning.probe import budget_sweep as ladder
+from spectrumkv.prefill_server.tuning.probe import questions
 from spectrumkv.prefill_server.tuning.probe.probe import probe_and_keep, resolve_verdict, run_probe, verdict_key
 from spectrumkv.prefill_server.tuning.probe.progress import ProbeStep
 from spectrumkv.prefill_server.tuning.probe.questions import DEPTHS, NeedleQuestion
+from spectrumkv.prefill_server.tuning.probe.results import ProbedSetting, ProbeTrial
 from spectrumkv.prefill_server.tuning.probe.verdict import UNPROBED_BUDGET, ProbeVerdict
 from spectrumkv.prefill_server.tuning.probe.verdict_cache import keep_verdict, read_verdict
 from spectrumkv.prefill_server.tuning.replay import CapturedPrompt, capture_prompt

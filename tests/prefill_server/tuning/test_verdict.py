@@ -7,13 +7,19 @@ from typing import Any
 
 import pytest
 
-from spectrumkv.common.service.config import PrefillConfig, build
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.kv.policies.int4_layers import Int4Layers
 from spectrumkv.common.kv.policies import policies
+from spectrumkv.common.kv.policies.int4_layers import Int4Layers
 from spectrumkv.common.model.spec import ModelSpec
+from spectrumkv.common.service.config import PrefillConfig, build
 from spectrumkv.prefill_server.transfer.plan import default_budget
-from spectrumkv.prefill_server.tuning.probe.results import ProbedSetting, ProbeTrial, is_conclusive, passes, strongest_safe_budget
+from spectrumkv.prefill_server.tuning.probe.results import (
+    ProbedSetting,
+    ProbeTrial,
+    is_conclusive,
+    passes,
+    strongest_safe_budget,
+)
 from spectrumkv.prefill_server.tuning.probe.verdict import FULL_BUDGET, UNPROBED_BUDGET, ProbeVerdict
 from spectrumkv.prefill_server.tuning.probe.verdict_cache import VerdictKey, keep_verdict, read_verdict
 from spectrumkv.v1 import prefill_pb2

@@ -11,11 +11,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
-from spectrumkv.common.service.config import Address
 from spectrumkv.common.rpc.decode_stream import SERVICE_NAME, add_decode_servicer
-from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.rpc.server import Server
 from spectrumkv.common.security import ChannelSecurity
+from spectrumkv.common.service.config import Address
+from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.prefill_server.workers import worker as decode_worker
 from spectrumkv.prefill_server.workers.worker import DecodeWorker
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc

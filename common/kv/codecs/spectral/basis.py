@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.codecs.spectral.rotary import angles
+from spectrumkv.common.kv.geometry import KvGeometry
 
 # Keys and values, in this order, in every tensor with a `side`.
 SIDES = 2

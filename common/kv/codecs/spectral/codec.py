@@ -4,13 +4,13 @@ import numpy as np
 import torch
 
 from spectrumkv.common.kv.codecs.base import BlockDecoder, codecs, needed_basis
-from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedBlock, decode_block, encode_block
 from spectrumkv.common.kv.codecs.spectral.decoder import SpectralDecoder
 from spectrumkv.common.kv.codecs.spectral.rate import RateControl
+from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedBlock, decode_block, encode_block
 from spectrumkv.common.kv.codecs.spectral.steps import TokenClasses
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
+from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies.base import Policy, policies
 from spectrumkv.common.kv.tiers import Tier
 

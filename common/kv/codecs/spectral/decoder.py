@@ -6,12 +6,12 @@ import numpy as np
 import torch
 
 from spectrumkv.common.errors import DataLossError
-from spectrumkv.common.kv.segment import Block
-from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.codecs.spectral.accounting import class_bits, tier_bytes
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.segment_codec import decode_block
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.segment import Block
 from spectrumkv.common.kv.tiers import Tier
 
 

@@ -5,17 +5,17 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from spectrumkv.common.kv.segment import BLOCK_HEADER, MAX_CHUNK_PAYLOAD_BYTES, Block
-from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.kv.codecs.spectral.accounting import class_bits, tier_bytes, token_tiers
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedBlock, encode_block
 from spectrumkv.common.kv.codecs.spectral.importance import affordable_sinks, step_octaves
 from spectrumkv.common.kv.codecs.spectral.layout import CLASSES_PER_OCTAVE, HIGHEST_CLASS, LOWEST_CLASS
 from spectrumkv.common.kv.codecs.spectral.rate import BaseSearch, RateControl
+from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedBlock, encode_block
 from spectrumkv.common.kv.codecs.spectral.steps import TokenClasses
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.kv.segment import BLOCK_HEADER, MAX_CHUNK_PAYLOAD_BYTES, Block
 from spectrumkv.common.kv.tiers import tier_map_bytes
 
 # Length fields and headers of one block's streams, about.

@@ -11,15 +11,15 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from spectrumkv.common.kv.segment import BLOCK_HEADER, Block
 from spectrumkv.common.kv.codecs.base import TierCodec
 from spectrumkv.common.kv.codecs.encoder import tier_blocks, token_bytes
-from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.kv.codecs.spectral.accounting import INT4_BITS, INT8_BITS
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.importance import affordable_sinks, step_octaves
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.kv.segment import BLOCK_HEADER, Block
 from spectrumkv.common.kv.tiers import Tier, tier_map_bytes
 
 # Base steps, relative to a layer's widest spread, between which its tokens go from 16 bits to 4.

@@ -3,9 +3,9 @@
 import numpy as np
 
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.scoring import Observation, observed_attention, scorers
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 
 # A step goes with this power of a token's sensitivity: at equal slope of distortion against rate, errors times
 # sensitivity are alike everywhere.

@@ -12,7 +12,14 @@ from functools import cached_property
 import numpy as np
 
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.codecs.spectral.layout import CLASSES_PER_OCTAVE, HIGHEST_CLASS, LOWEST_CLASS, expected_bits, finest_step_within, spread_classes
+from spectrumkv.common.kv.codecs.spectral.layout import (
+    CLASSES_PER_OCTAVE,
+    HIGHEST_CLASS,
+    LOWEST_CLASS,
+    expected_bits,
+    finest_step_within,
+    spread_classes,
+)
 
 # Steps of a layer's mean token are sought from its widest spread / 2^24 to its widest spread · 2^10.
 FINEST, COARSEST = -24.0, 10.0

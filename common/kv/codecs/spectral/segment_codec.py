@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from spectrumkv.common.errors import DataLossError, InvalidArgumentError
-from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.codecs.spectral.layout import CLASSES_PER_OCTAVE, HIGHEST_CLASS, LOWEST_CLASS
 from spectrumkv.common.kv.codecs.spectral.steps import Steps, TokenClasses
 from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION, CodedStream, PackedStreams, compress, decompress
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
+from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.kernels.absmax.dispatch import is_finite
 
 HEADER = struct.Struct("<fHI")

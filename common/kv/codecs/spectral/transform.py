@@ -12,10 +12,10 @@ from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.layout import CLASSES_PER_OCTAVE, StreamLayout, mean_bits, spread_classes
 from spectrumkv.common.kv.codecs.spectral.steps import Steps
 from spectrumkv.common.kv.codecs.spectral.symbols import PackedStreams
-from spectrumkv.kernels.spectral import transform as kernels
 from spectrumkv.kernels.jit.gemm import padded
-from spectrumkv.kernels.spectral.streams import places
 from spectrumkv.kernels.jit.strided import adjacent, flat
+from spectrumkv.kernels.spectral import transform as kernels
+from spectrumkv.kernels.spectral.streams import places
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from spectrumkv.common.kv.codecs.base import codecs, tier_codecs
-from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.kv.codecs.spectral.fixed_width import FixedWidthEncoder, least_budget
+from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 from tests.common.kv.codecs.test_spectral import basis_of, geometry, observation
 

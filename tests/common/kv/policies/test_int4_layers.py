@@ -7,8 +7,8 @@ from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.codecs.absmax import AbsmaxCodec
 from spectrumkv.common.kv.codecs.encoder import TieredEncoder
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.policies.int4_layers import Int4Layers, most_without_int4
 from spectrumkv.common.kv.policies import policies
+from spectrumkv.common.kv.policies.int4_layers import Int4Layers, most_without_int4
 from spectrumkv.common.kv.scoring import Observation
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import grpc
 
 from spectrumkv.common.errors import CancelledError, DataLossError
-from spectrumkv.common.kv.wire import Chunk
+from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.rpc.decode_stream import ArrivedRequest, Request
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.v1 import decode_pb2
@@ -41,7 +41,7 @@ def received(requests: Iterator[ArrivedRequest], scope: RpcScope) -> Iterator[Re
         raise DataLossError("prefill closed the stream before End", "missing")
 
 
-def giving_way(messages: Iterator[Request], wait_until_idle: Callable[[float], object]) -> Iterator[Request]:
+def throttled(messages: Iterator[Request], wait_until_idle: Callable[[float], object]) -> Iterator[Request]:
     """Yield messages at the pace of `SHARE_OF_A_CORE` while streams run; prefill feels it as a slower link.
 
     KV that comes as it is computed is slower than that; what is held up is a burst. Nothing waits between the last
@@ -54,7 +54,7 @@ def giving_way(messages: Iterator[Request], wait_until_idle: Callable[[float], o
     worked_until = time.thread_time()
     owed = 0.0
     for message in messages:
-        if isinstance(message, Chunk) and owed > 0:
+        if isinstance(message, KvChunk) and owed > 0:
             wait_until_idle(owed)
             owed = 0.0
         yield message
@@ -75,6 +75,6 @@ def expect_nothing(messages: Iterator[Request]) -> None:
 
 def kind_of(request: Request) -> str:
     """What a request is, for errors."""
-    if isinstance(request, Chunk):
+    if isinstance(request, KvChunk):
         return "a chunk"
     return request.WhichOneof("message") or "an empty message"

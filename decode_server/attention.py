@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from spectrumkv.decode_server.kv_pool import Reservation, SlotArena
+from spectrumkv.decode_server.kv_pool import Allocation, KvPool
 from spectrumkv.kernels.decode_attention import cpu as decode_attention_cpu
 
 ATTENTION_NAME = "spectrumkv_decode"
@@ -19,53 +19,53 @@ MANY_THREADS, SHORT_TOKENS = 4, 1024
 
 
 @dataclass(frozen=True, eq=False)
-class StepSlots:
+class DecodeMetadata:
     """Where the requests of one decode step have their cache, as the device that runs it needs to know.
 
     Attributes:
-        arena: whose slots they are.
-        firsts: int64 `[batch]` on the arena's device, the first slot of each row.
+        pool: whose slots they are.
+        firsts: int64 `[batch]` on the pool's device, the first slot of each row.
         newest: like `firsts`, the slot of the token that this step reads.
     """
 
-    arena: SlotArena
+    pool: KvPool
     firsts: torch.Tensor
     newest: torch.Tensor
 
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Put the step's keys and values, `[batch, kv_heads, 1, head_dim]`, into their slots."""
-        self.arena.keys[layer].index_copy_(1, self.newest, key[:, :, 0].transpose(0, 1))
-        self.arena.values[layer].index_copy_(1, self.newest, value[:, :, 0].transpose(0, 1))
+        self.pool.keys[layer].index_copy_(1, self.newest, key[:, :, 0].transpose(0, 1))
+        self.pool.values[layer].index_copy_(1, self.newest, value[:, :, 0].transpose(0, 1))
 
 
 @dataclass(frozen=True, eq=False)
-class HostStepSlots(StepSlots):
+class HostDecodeMetadata(DecodeMetadata):
     """The same on a CPU, where each row may be attended to in its own way.
 
     Attributes:
-        reservations: one for each row of the batch.
+        allocations: one for each row of the batch.
         positions: for each row, the position of the token that this step reads.
     """
 
-    reservations: Sequence[Reservation]
+    allocations: Sequence[Allocation]
     positions: Sequence[int]
 
     @classmethod
-    def of(cls, reservations: Sequence[Reservation], positions: Sequence[int]) -> "HostStepSlots":
+    def of(cls, allocations: Sequence[Allocation], positions: Sequence[int]) -> "HostDecodeMetadata":
         """Look up the slots of at least one row."""
-        firsts = torch.tensor([reservation.start for reservation in reservations])
-        return cls(reservations[0].arena, firsts, firsts + torch.tensor(positions), reservations, positions)
+        firsts = torch.tensor([allocation.start for allocation in allocations])
+        return cls(allocations[0].pool, firsts, firsts + torch.tensor(positions), allocations, positions)
 
     def together(self, layer: int) -> bool:
         """Whether one compiled call does all rows of this layer, and faster than torch: none may have gaps."""
-        keys = self.arena.keys[layer]
+        keys = self.pool.keys[layer]
         kv_heads, _, head_dim = keys.shape
         short = sum(self.positions) < len(self.positions) * SHORT_TOKENS
         return (
             keys.dtype == torch.float32
             and decode_attention_cpu.attends(head_dim)
             and (short or min(torch.get_num_threads(), kv_heads) < MANY_THREADS)
-            and all(reservation.kept(layer) is None for reservation in self.reservations)
+            and all(allocation.kept(layer) is None for allocation in self.allocations)
         )
 
 
@@ -76,7 +76,7 @@ def attend_slots(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    step_slots: StepSlots,
+    metadata: DecodeMetadata,
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -92,7 +92,7 @@ def attend_slots(
         key: `[batch, kv_heads, 1, head_dim]`, after RoPE.
         value: like `key`.
         attention_mask: not used.
-        step_slots: where each row's cache is.
+        metadata: where each row's cache is.
         scaling: factor of the attention logits.
         sliding_window: the newest positions that this layer sees, itself included.
         softcap: Gemma 2's bound on the attention logits.
@@ -101,21 +101,21 @@ def attend_slots(
         `[batch, 1, query_heads, head_dim]` and no weights.
     """
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # torch types module attributes as tensors
-    step_slots.store(layer, key, value)
-    if not isinstance(step_slots, HostStepSlots):
-        return _attend_on_gpu(layer, query, step_slots, scaling, sliding_window, softcap), None
-    if softcap is None and step_slots.together(layer):
-        return _attend_together(layer, query, step_slots, scaling, sliding_window), None
+    metadata.store(layer, key, value)
+    if not isinstance(metadata, HostDecodeMetadata):
+        return _attend_on_gpu(layer, query, metadata, scaling, sliding_window, softcap), None
+    if softcap is None and metadata.together(layer):
+        return _attend_together(layer, query, metadata, scaling, sliding_window), None
     outputs = []
-    for row, (reservation, position) in enumerate(zip(step_slots.reservations, step_slots.positions, strict=True)):
+    for row, (allocation, position) in enumerate(zip(metadata.allocations, metadata.positions, strict=True)):
         end = position + 1
         first = max(0, end - sliding_window) if sliding_window else 0
-        kept = reservation.kept(layer)
+        kept = allocation.kept(layer)
         outputs.append(
             _attend(
                 query[row],
-                reservation.keys(layer, first, end),
-                reservation.values(layer, first, end),
+                allocation.keys(layer, first, end),
+                allocation.values(layer, first, end),
                 None if kept is None else kept[None, first:end],
                 scaling,
                 softcap,
@@ -127,7 +127,7 @@ def attend_slots(
 def _attend_on_gpu(
     layer: int,
     query: torch.Tensor,
-    step_slots: StepSlots,
+    metadata: DecodeMetadata,
     scaling: float,
     sliding_window: int | None,
     softcap: float | None,
@@ -136,14 +136,14 @@ def _attend_on_gpu(
     # Triton takes a while to import, and exists on Linux only.
     from spectrumkv.kernels.decode_attention import triton as decode_attention_triton
 
-    arena = step_slots.arena
+    pool = metadata.pool
     return decode_attention_triton.decode_attention(
         query[:, :, 0],
-        arena.keys[layer],
-        arena.values[layer],
-        arena.kept[layer],
-        step_slots.firsts,
-        step_slots.newest,
+        pool.keys[layer],
+        pool.values[layer],
+        pool.kept[layer],
+        metadata.firsts,
+        metadata.newest,
         scaling,
         sliding_window,
         softcap,
@@ -151,14 +151,14 @@ def _attend_on_gpu(
 
 
 def _attend_together(
-    layer: int, query: torch.Tensor, step_slots: HostStepSlots, scaling: float, sliding_window: int | None
+    layer: int, query: torch.Tensor, metadata: HostDecodeMetadata, scaling: float, sliding_window: int | None
 ) -> torch.Tensor:
     """Attention of all rows in one call: `[batch, 1, query_heads, head_dim]`."""
-    arena, ends = step_slots.arena, step_slots.newest + 1
-    firsts = step_slots.firsts
+    pool, ends = metadata.pool, metadata.newest + 1
+    firsts = metadata.firsts
     if sliding_window:
         firsts = torch.maximum(firsts, ends - sliding_window)
-    keys, values = arena.keys[layer], arena.values[layer]
+    keys, values = pool.keys[layer], pool.values[layer]
     attended = decode_attention_cpu.decode_attention(query[:, :, 0], keys, values, firsts, ends, scaling)
     return attended.unsqueeze(1)
 

@@ -14,8 +14,8 @@ from spectrumkv.common.generation.sampling import SampledToken, Sampler
 from spectrumkv.common.generation.text import FinishReason, TextStream
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.rpc.scope import RpcScope
-from spectrumkv.decode_server.kv_pool import Reservation, SlotArena
-from spectrumkv.decode_server.model_runner import StepRow, steps_of
+from spectrumkv.decode_server.kv_pool import Allocation, KvPool
+from spectrumkv.decode_server.model_runner import DecodeRow, model_runner
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Sequence:
     """A request in the running batch.
 
     Attributes:
-        reservation: its slots; the prompt's KV fills the first `length` of them.
+        allocation: its slots; the prompt's KV fills the first `length` of them.
         prompt_tokens: tokens whose KV was received.
         length: filled slots.
         index: index of `last_token` among the generated tokens.
@@ -52,7 +52,7 @@ class Sequence:
         recomputed_prompt_tokens: prompt tokens that went through the model here although their KV had arrived.
     """
 
-    reservation: Reservation
+    allocation: Allocation
     prompt_tokens: int
     length: int
     index: int
@@ -63,8 +63,8 @@ class Sequence:
     outcomes: "queue.SimpleQueue[GeneratedToken | SpectrumKVError]" = field(default_factory=queue.SimpleQueue)
 
     def __post_init__(self) -> None:
-        if not 0 < self.length < self.reservation.capacity:
-            raise ValueError(f"{self.length} filled slots leave no room in {self.reservation.capacity}")
+        if not 0 < self.length < self.allocation.capacity:
+            raise ValueError(f"{self.length} filled slots leave no room in {self.allocation.capacity}")
 
     def advance(self, logits: torch.Tensor) -> bool:
         """Choose the next token from `[vocab]` logits and hand it out; return whether it was the last."""
@@ -83,12 +83,12 @@ class DecodeEngine:
 
     Args:
         loaded: the model; its attention is switched to the slots.
-        arena: the slots.
+        pool: the slots.
         max_running: requests in one batch; more wait for a place.
     """
 
-    def __init__(self, loaded: LoadedModel, arena: SlotArena, max_running: int) -> None:
-        self._steps = steps_of(loaded, arena, max_running)
+    def __init__(self, loaded: LoadedModel, pool: KvPool, max_running: int) -> None:
+        self._steps = model_runner(loaded, pool, max_running)
         self._max_running = max_running
         self._changed = threading.Condition()
         self._joined: list[Sequence] = []
@@ -189,7 +189,7 @@ class DecodeEngine:
     @torch.inference_mode()
     def _step(self, batch: list[Sequence]) -> list[Sequence]:
         """Advance every sequence by one token; return those that ended."""
-        rows = self._steps.logits([StepRow(one.last_token, one.length, one.reservation) for one in batch])
+        rows = self._steps.logits([DecodeRow(one.last_token, one.length, one.allocation) for one in batch])
         return [sequence for sequence, row in zip(batch, rows, strict=True) if _ends(sequence, row)]
 
 

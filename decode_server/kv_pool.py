@@ -1,4 +1,4 @@
-"""The KV cache of the decode service: one arena of slots, reserved before anything is computed."""
+"""The KV cache of the decode service: one pool of slots, reserved before anything is computed."""
 
 import threading
 from types import TracebackType
@@ -14,10 +14,10 @@ from spectrumkv.common.telemetry.metrics import Metrics
 RETRY_AFTER_SECONDS = 1.0
 
 
-class SlotArena:
+class KvPool:
     """All slots of a process. A slot holds one token's keys and values in every layer.
 
-    A reservation is one run of neighbouring slots, so that attention reads a request's cache as a plain slice,
+    A allocation is one run of neighbouring slots, so that attention reads a request's cache as a plain slice,
     without a page table or a gather. The price is fragmentation: first fit keeps the free runs long, and a
     request that only fits in pieces is refused like one that does not fit.
 
@@ -25,7 +25,7 @@ class SlotArena:
         geometry: shape and dtype of the model's cache.
         memory_bytes: how much memory the slots may take.
         device: where the model runs.
-        metrics: told about every reservation.
+        metrics: told about every allocation.
 
     Attributes:
         keys: `[layers, kv_heads, slots + 1, head_dim]`; the last slot is nobody's.
@@ -62,16 +62,16 @@ class SlotArena:
         self.kept = torch.ones(geometry.layers, self.slots + 1, dtype=torch.bool, device=device)
         self._metrics = metrics
         self._lock = threading.Lock()
-        self._taken: list[Reservation] = []
+        self._taken: list[Allocation] = []
 
     @property
     def used(self) -> int:
         """Slots reserved now."""
         with self._lock:
-            return sum(reservation.capacity for reservation in self._taken)
+            return sum(allocation.capacity for allocation in self._taken)
 
-    def reserve(self, capacity: int) -> "Reservation":
-        """Hold `capacity` neighbouring slots until the reservation is released.
+    def reserve(self, capacity: int) -> "Allocation":
+        """Hold `capacity` neighbouring slots until the allocation is released.
 
         Raises:
             FailedPreconditionError: more than there are at all.
@@ -84,18 +84,18 @@ class SlotArena:
             )
         with self._lock:
             start = self._first_fit(capacity)
-            reservation = Reservation(self, start, capacity)
-            self._taken.append(reservation)
+            allocation = Allocation(self, start, capacity)
+            self._taken.append(allocation)
             self._taken.sort(key=lambda taken: taken.start)
             self._publish()
-        return reservation
+        return allocation
 
-    def release(self, reservation: "Reservation") -> None:
+    def release(self, allocation: "Allocation") -> None:
         """Free the slots; a second call does nothing."""
         with self._lock:
-            if reservation in self._taken:
-                reservation.keep_all()
-                self._taken.remove(reservation)
+            if allocation in self._taken:
+                allocation.keep_all()
+                self._taken.remove(allocation)
                 self._publish()
 
     def _first_fit(self, capacity: int) -> int:
@@ -117,35 +117,35 @@ class SlotArena:
         self._metrics.kv_bytes_resident.set(used * self.slot_bytes)
 
 
-class Reservation:
+class Allocation:
     """Slots held for one request; a context manager that frees them.
 
     Attributes:
-        arena: whose slots they are.
+        pool: whose slots they are.
         start: the first slot.
         capacity: how many slots, for prompt and completion.
     """
 
-    def __init__(self, arena: SlotArena, start: int, capacity: int) -> None:
-        self.arena = arena
+    def __init__(self, pool: KvPool, start: int, capacity: int) -> None:
+        self.pool = pool
         self.start = start
         self.capacity = capacity
         self._with_gaps: set[int] = set()
 
     def keys(self, layer: int, first: int, end: int) -> torch.Tensor:
         """Keys of positions `first` to `end` − 1: a view `[kv_heads, end − first, head_dim]`."""
-        return self.arena.keys[layer, :, self.start + first : self.start + end]
+        return self.pool.keys[layer, :, self.start + first : self.start + end]
 
     def values(self, layer: int, first: int, end: int) -> torch.Tensor:
         """Values of positions `first` to `end` − 1: a view `[kv_heads, end − first, head_dim]`."""
-        return self.arena.values[layer, :, self.start + first : self.start + end]
+        return self.pool.values[layer, :, self.start + first : self.start + end]
 
     def kept(self, layer: int) -> torch.Tensor | None:
         """What attention may look at: bool `[capacity]`, a view; None where no token of the layer was dropped."""
         return self._kept(layer) if layer in self._with_gaps else None
 
     def _kept(self, layer: int) -> torch.Tensor:
-        return self.arena.kept[layer, self.start : self.start + self.capacity]
+        return self.pool.kept[layer, self.start : self.start + self.capacity]
 
     def drop(self, layer: int, positions: torch.Tensor) -> None:
         """Leave tokens out of this layer's attention.
@@ -154,7 +154,7 @@ class Reservation:
             layer: from 0.
             positions: int64 `[m]`, positions in the prompt.
         """
-        positions = positions.to(self.arena.keys.device)
+        positions = positions.to(self.pool.keys.device)
         self._with_gaps.add(layer)
         self._kept(layer)[positions] = False
         # Attention weighs a masked slot with zero, and zero times what an earlier request left there may be
@@ -170,9 +170,9 @@ class Reservation:
 
     def release(self) -> None:
         """Free the slots; a second call does nothing."""
-        self.arena.release(self)
+        self.pool.release(self)
 
-    def __enter__(self) -> "Reservation":
+    def __enter__(self) -> "Allocation":
         return self
 
     def __exit__(

@@ -2,7 +2,7 @@
 
 import sys
 
-from spectrumkv.common.concurrency.threads import apart, one_core_from_now_on
+from spectrumkv.common.concurrency.threads import run_in_thread, use_one_thread
 from spectrumkv.common.kv.codecs.spectral import codec as spectral
 from spectrumkv.common.model.load import load_model
 from spectrumkv.common.rpc.decode_stream import SERVICE_NAME, add_decode_servicer
@@ -30,7 +30,7 @@ def _serve() -> None:
     set_up_logging(config.log_level, config.log_format)
     set_up_spans("decode")
     check_start(config)
-    service, metrics = apart(lambda: _prepared(config)) if config.spin else _prepared(config)
+    service, metrics = run_in_thread(lambda: _prepared(config)) if config.spin else _prepared(config)
     server = Server(
         add_decode_servicer,
         service,
@@ -40,7 +40,7 @@ def _serve() -> None:
         reflection_enabled=config.reflection,
         security=ServerSecurity.from_config(config),
     )
-    one_core_from_now_on()
+    use_one_thread()
     serve_until_signalled(server, metrics, config, service.stop)
 
 

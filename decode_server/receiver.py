@@ -8,13 +8,13 @@ from typing import Self
 import numpy as np
 import torch
 
-from spectrumkv.common.concurrency.cuda_stream import SideStream, moment
-from spectrumkv.common.kv.codecs.base import BlockDecoder
-from spectrumkv.common.kv.segment import Block
+from spectrumkv.common.concurrency.cuda_stream import KvStream, record_event
+from spectrumkv.common.kv.codecs.base import SegmentDecoder
+from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier, count_tiers
-from spectrumkv.common.kv.wire import Chunk, ChunkReader, ChunkTotals
+from spectrumkv.common.kv.wire import ChunkReader, ChunkTotals, KvChunk
 from spectrumkv.common.telemetry.metrics import FRAMING, Metrics
-from spectrumkv.decode_server.kv_pool import Reservation, SlotArena
+from spectrumkv.decode_server.kv_pool import Allocation, KvPool
 from spectrumkv.v1 import decode_pb2
 
 
@@ -24,8 +24,8 @@ class KvReceiver:
     Nothing is written any more when the context ends.
 
     Args:
-        arena: the slots of this process.
-        reservation: this request's own.
+        pool: the slots of this process.
+        allocation: this request's own.
         decoder: of the codec that Begin named.
         prompt_tokens: how many tokens' KV must arrive.
         metrics: told of every byte.
@@ -33,20 +33,20 @@ class KvReceiver:
 
     def __init__(
         self,
-        arena: SlotArena,
-        reservation: Reservation,
-        decoder: BlockDecoder,
+        pool: KvPool,
+        allocation: Allocation,
+        decoder: SegmentDecoder,
         prompt_tokens: int,
         metrics: Metrics,
     ) -> None:
-        self._geometry = arena.geometry
-        self._reservation = reservation
+        self._geometry = pool.geometry
+        self._allocation = allocation
         self._decoder = decoder
         self._metrics = metrics
         self._reader = ChunkReader(self._geometry.layers, prompt_tokens)
-        self._stream = SideStream(arena.keys.device)
+        self._stream = KvStream(pool.keys.device)
         # Whoever had the slots before may have left something to do on another stream.
-        self._free = moment(arena.keys)
+        self._free = record_event(pool.keys)
 
     def __enter__(self) -> Self:
         return self
@@ -57,7 +57,7 @@ class KvReceiver:
         # Whoever has the slots next must not find this request's KV coming in.
         self._stream.settle()
 
-    def accept(self, chunk: Chunk, serialized_bytes: int) -> None:
+    def accept(self, chunk: KvChunk, serialized_bytes: int) -> None:
         """Check a chunk and write its tokens into the slots.
 
         Args:
@@ -67,10 +67,10 @@ class KvReceiver:
         Raises:
             DataLossError: the chunk is damaged, out of order, repeated or malformed.
         """
-        blocks = self._reader.read(chunk)
+        segments = self._reader.read(chunk)
         with self._stream.working(self._free):
-            tier_bytes = [self._write(block) for block in blocks]
-        self._count(blocks, tier_bytes, serialized_bytes)
+            tier_bytes = [self._write(segment) for segment in segments]
+        self._count(segments, tier_bytes, serialized_bytes)
 
     def finish(self, end: decode_pb2.End) -> None:
         """Check that all KV arrived and is what was sent; it is in the slots when this returns.
@@ -81,19 +81,19 @@ class KvReceiver:
         self._reader.finish(ChunkTotals(end.chunks, end.payload_bytes, end.digest))
         self._stream.settle()
 
-    def _write(self, block: Block) -> Mapping[Tier, int]:
-        """Decode a block into the slots; return how many of its bytes each tier took."""
-        first, end = block.first_token, block.first_token + block.tiers.numel()
-        keys = self._reservation.keys(block.layer, first, end)
-        values = self._reservation.values(block.layer, first, end)
-        tier_bytes = self._decoder.decode(block, keys, values)
-        dropped = np.flatnonzero(block.tiers.numpy() == Tier.DROP)
+    def _write(self, segment: KvSegment) -> Mapping[Tier, int]:
+        """Decode a segment into the slots; return how many of its bytes each tier took."""
+        first, end = segment.first_token, segment.first_token + segment.tiers.numel()
+        keys = self._allocation.keys(segment.layer, first, end)
+        values = self._allocation.values(segment.layer, first, end)
+        tier_bytes = self._decoder.decode(segment, keys, values)
+        dropped = np.flatnonzero(segment.tiers.numpy() == Tier.DROP)
         if dropped.size:
-            self._reservation.drop(block.layer, torch.from_numpy(dropped + first))
+            self._allocation.drop(segment.layer, torch.from_numpy(dropped + first))
         return tier_bytes
 
-    def _count(self, blocks: list[Block], tier_bytes: list[Mapping[Tier, int]], serialized_bytes: int) -> None:
-        tiers = torch.cat([block.tiers for block in blocks])
+    def _count(self, segments: list[KvSegment], tier_bytes: list[Mapping[Tier, int]], serialized_bytes: int) -> None:
+        tiers = torch.cat([segment.tiers for segment in segments])
         self._metrics.kv_fp16_equivalent_bytes.inc(self._geometry.fp16_bytes_per_layer(tiers.numel()))
         for tier, tokens in count_tiers(tiers).items():
             self._metrics.kv_tokens.labels(tier.label).inc(tokens / self._geometry.layers)

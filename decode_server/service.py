@@ -7,15 +7,15 @@ from importlib.metadata import version
 
 import grpc
 
-from spectrumkv.common.concurrency.prefetch_iterator import RunAhead
+from spectrumkv.common.concurrency.prefetch_iterator import PrefetchIterator
 from spectrumkv.common.errors import CancelledError, DataLossError, InvalidArgumentError
 from spectrumkv.common.generation.messages import token_message
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.generation.prompt import check_length
 from spectrumkv.common.generation.sampling import Sampler
 from spectrumkv.common.generation.text import TextStream
-from spectrumkv.common.kv.codecs.base import BlockDecoder, codecs
-from spectrumkv.common.kv.wire import Chunk
+from spectrumkv.common.kv.codecs.base import SegmentDecoder, codecs
+from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.model.spec import ModelSpec
 from spectrumkv.common.rpc.decode_stream import ArrivedPiece, ArrivedRequest, Request, serialized_bytes
@@ -23,11 +23,11 @@ from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.service.config import DecodeConfig
 from spectrumkv.common.telemetry.metrics import BASIS, FRAMING, Metrics
 from spectrumkv.common.telemetry.request_log import check_request_id, current_request
-from spectrumkv.decode_server.arrivals import expect_nothing, giving_way, kind_of, received
+from spectrumkv.decode_server.arrivals import expect_nothing, kind_of, received, throttled
 from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.decode_server.compatibility import check_same_codec, check_same_model
 from spectrumkv.decode_server.engine import DecodeEngine, Sequence
-from spectrumkv.decode_server.kv_pool import Reservation, SlotArena
+from spectrumkv.decode_server.kv_pool import Allocation, KvPool
 from spectrumkv.decode_server.receiver import KvReceiver
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc, kv_pb2
 
@@ -52,8 +52,8 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         self._loaded = loaded
         self._config = config
         self._metrics = metrics
-        self._arena = SlotArena(loaded.geometry, config.kv_memory, loaded.device, metrics)
-        self._engine = DecodeEngine(loaded, self._arena, config.max_running)
+        self._pool = KvPool(loaded.geometry, config.kv_memory, loaded.device, metrics)
+        self._engine = DecodeEngine(loaded, self._pool, config.max_running)
         self._bases = BasisStore(loaded.geometry)
         metrics.requests_running.set_function(lambda: self._engine.running)
         metrics.requests_waiting.set_function(lambda: self._engine.waiting)
@@ -70,11 +70,11 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             with scope.within(BEGIN_SECONDS):
                 begin = self._read_begin(messages)
             decoder = self._decoder(begin)
-            with self._reserve(begin) as reservation:
-                yield _admitted(reservation)
-                end = self._receive_kv(decoder, begin, messages, reservation)
+            with self._reserve(begin) as allocation:
+                yield _admitted(allocation)
+                end = self._receive_kv(decoder, begin, messages, allocation)
                 if not end.finished:
-                    yield from self._generate(begin, end, reservation, scope)
+                    yield from self._generate(begin, end, allocation, scope)
 
     def PutBasis(  # noqa: N802  # gRPC's spelling
         self, request_iterator: Iterator[ArrivedPiece], context: grpc.ServicerContext
@@ -100,8 +100,8 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             model=self._loaded.spec.to_proto(),
             codecs=[kv_pb2.CodecId(name=name, version=codecs.get(name).version) for name in codecs],
             device=str(self._loaded.device),
-            slots_total=self._arena.slots,
-            slots_used=self._arena.used,
+            slots_total=self._pool.slots,
+            slots_used=self._pool.used,
             requests_running=self._engine.running,
         )
 
@@ -117,9 +117,9 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         dequantized.
         """
         if self._loaded.device.type == "cpu":
-            yield giving_way(messages, self._engine.wait_until_idle)
+            yield throttled(messages, self._engine.wait_until_idle)
             return
-        ahead = RunAhead(messages, MESSAGES_AHEAD, "kv-arrival")
+        ahead = PrefetchIterator(messages, MESSAGES_AHEAD, "kv-arrival")
         try:
             yield iter(ahead)
         finally:
@@ -143,7 +143,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             FailedPreconditionError: model or codec differ.
         """
         message = next(messages)
-        if isinstance(message, Chunk) or message.WhichOneof("message") != "begin":
+        if isinstance(message, KvChunk) or message.WhichOneof("message") != "begin":
             raise DataLossError(f"a Decode stream starts with Begin, not with {kind_of(message)}", "sequence")
         begin, size = message.begin, serialized_bytes(message)
         check_request_id(begin.request_id)
@@ -166,7 +166,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         if token_id >= vocab_size:
             raise InvalidArgumentError(f"{who} token id {token_id}; the vocabulary has {vocab_size}")
 
-    def _decoder(self, begin: decode_pb2.Begin) -> BlockDecoder:
+    def _decoder(self, begin: decode_pb2.Begin) -> SegmentDecoder:
         """Return what decodes the codec of Begin.
 
         Raises:
@@ -176,18 +176,18 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         basis = self._bases.get(begin.codec.basis_digest) if codec.needs_basis else None
         return codec.decoder(self._loaded.geometry, basis)
 
-    def _reserve(self, begin: decode_pb2.Begin) -> Reservation:
+    def _reserve(self, begin: decode_pb2.Begin) -> Allocation:
         params = SamplingParams.from_proto(begin.sampling)
         prompt_tokens = len(begin.prompt_token_ids)
         check_length(prompt_tokens, params.max_tokens, self._loaded.context_length)
-        return self._arena.reserve(prompt_tokens + params.max_tokens)
+        return self._pool.reserve(prompt_tokens + params.max_tokens)
 
     def _receive_kv(
         self,
-        decoder: BlockDecoder,
+        decoder: SegmentDecoder,
         begin: decode_pb2.Begin,
         messages: Iterator[Request],
-        reservation: Reservation,
+        allocation: Allocation,
     ) -> decode_pb2.End:
         """Write all KV into the slots as it arrives; return End once everything is verified.
 
@@ -197,12 +197,12 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         record, started_at = current_request(), time.monotonic()
         record.begin_stage("receive", started_at)
         tokens = len(begin.prompt_token_ids)
-        with KvReceiver(self._arena, reservation, decoder, tokens, self._metrics) as receiver:
+        with KvReceiver(self._pool, allocation, decoder, tokens, self._metrics) as receiver:
             for message in messages:
                 size = serialized_bytes(message)
                 record.add(kv_bytes=size)
                 record.note(receive_seconds=time.monotonic() - started_at)
-                if isinstance(message, Chunk):
+                if isinstance(message, KvChunk):
                     receiver.accept(message, size)
                     continue
                 if message.WhichOneof("message") != "end":
@@ -216,7 +216,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         raise AssertionError("`received` ends with End or an error")
 
     def _generate(
-        self, begin: decode_pb2.Begin, end: decode_pb2.End, reservation: Reservation, scope: RpcScope
+        self, begin: decode_pb2.Begin, end: decode_pb2.End, allocation: Allocation, scope: RpcScope
     ) -> Iterator[decode_pb2.DecodeResponse]:
         """Yield tokens from the second on, then Finished."""
         params = SamplingParams.from_proto(begin.sampling)
@@ -228,7 +228,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                 f"the first token, {end.first_token_id}, ends the generation, and End does not say `finished`"
             )
         sequence = Sequence(
-            reservation=reservation,
+            allocation=allocation,
             prompt_tokens=len(begin.prompt_token_ids),
             length=len(begin.prompt_token_ids),
             index=0,
@@ -262,5 +262,5 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                     )
 
 
-def _admitted(reservation: Reservation) -> decode_pb2.DecodeResponse:
-    return decode_pb2.DecodeResponse(admitted=decode_pb2.Admitted(slots=reservation.capacity))
+def _admitted(allocation: Allocation) -> decode_pb2.DecodeResponse:
+    return decode_pb2.DecodeResponse(admitted=decode_pb2.Admitted(slots=allocation.capacity))

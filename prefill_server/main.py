@@ -3,7 +3,7 @@
 import logging
 import sys
 
-from spectrumkv.common.concurrency.threads import one_core_from_now_on
+from spectrumkv.common.concurrency.threads import use_one_thread
 from spectrumkv.common.kv.codecs.spectral import codec as spectral
 from spectrumkv.common.model.load import load_model
 from spectrumkv.common.rpc.server import Server
@@ -16,7 +16,7 @@ from spectrumkv.common.service.start_checks import check_start
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.spans import set_up_spans
 from spectrumkv.kernels.absmax import dispatch as absmax
-from spectrumkv.kernels.attention_scores import dispatch as attention_received
+from spectrumkv.kernels.attention_scores import dispatch as accumulated_attention
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
 from spectrumkv.prefill_server.service import PrefillService
 from spectrumkv.prefill_server.transfer.plan import check_defaults
@@ -42,7 +42,7 @@ def _serve() -> None:
     loaded = load_model(config.model, config.device, config.dtype)
     absmax.prepare(loaded.geometry.native_dtype)
     spectral.prepare()
-    attention_received.prepare()
+    accumulated_attention.prepare()
     metrics = Metrics.for_process("prefill", loaded.name)
     engine = PrefillEngine(loaded, config.window)
     basis = resolve_basis(loaded, lambda done: logger.info("calibration, excerpt %d of %d", done, EXCERPTS))
@@ -57,7 +57,7 @@ def _serve() -> None:
         reflection_enabled=config.reflection,
         security=ServerSecurity.from_config(config),
     )
-    one_core_from_now_on()
+    use_one_thread()
     serve_until_signalled(server, metrics, config, service.stop)
 
 

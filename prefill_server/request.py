@@ -12,7 +12,7 @@ from spectrumkv.v1 import generation_pb2
 
 
 @dataclass(frozen=True)
-class Job:
+class PrefillRequest:
     """A request that was found good.
 
     Attributes:

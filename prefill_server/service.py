@@ -25,14 +25,14 @@ from spectrumkv.common.service.config import Address, PrefillConfig
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.request_log import check_request_id, current_request
 from spectrumkv.prefill_server.engine.engine import PrefillEngine, PromptResult
-from spectrumkv.prefill_server.request import FirstResponse, Job, RequestsInService
-from spectrumkv.prefill_server.transfer.codec_selector import CodecChoice
+from spectrumkv.prefill_server.request import FirstResponse, PrefillRequest, RequestsInService
+from spectrumkv.prefill_server.transfer.codec_selector import CodecSelector
 from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline
 from spectrumkv.prefill_server.transfer.plan import SCOPES, KvPlan, default_budget
 from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
 from spectrumkv.prefill_server.usage import Progress, usage_message
 from spectrumkv.prefill_server.workers.lease import DecodeLease
-from spectrumkv.prefill_server.workers.pool import DecodeWorkers
+from spectrumkv.prefill_server.workers.pool import WorkerPool
 from spectrumkv.v1 import decode_pb2, generation_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
 
 
@@ -63,8 +63,8 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self._engine = engine
         self._verdict = verdict
         self._basis = basis
-        self._workers = DecodeWorkers(config.decode, ChannelSecurity.to_decode(config), metrics, basis)
-        self._codec_choice = CodecChoice(loaded.geometry)
+        self._workers = WorkerPool(config.decode, ChannelSecurity.to_decode(config), metrics, basis)
+        self._codec_selector = CodecSelector(loaded.geometry)
         self._requests = RequestsInService()
         # A default that no request could use should be found out at start-up.
         KvPlan.resolve(prefill_pb2.KvOptions(), config, verdict, seed=0, basis=basis)
@@ -136,7 +136,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self._engine.stop()
         self._workers.close()
 
-    def _read(self, request: prefill_pb2.GenerateRequest) -> Job:
+    def _read(self, request: prefill_pb2.GenerateRequest) -> PrefillRequest:
         """Check a request and fill in the defaults.
 
         Raises:
@@ -156,10 +156,10 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         check_length(len(token_ids), params.max_tokens, loaded.context_length)
         plan = KvPlan.resolve(request.kv, self._config, self._verdict, params.seed, self._basis)
         current_request().note(prompt_tokens=len(token_ids), policy=plan.policy.name)
-        return Job(request_id, token_ids, params, plan)
+        return PrefillRequest(request_id, token_ids, params, plan)
 
-    def _pipeline(self, job: Job, worker: Address) -> KvPipeline:
-        plan = self._codec_choice.settle(job.plan, len(job.token_ids), str(worker))
+    def _pipeline(self, job: PrefillRequest, worker: Address) -> KvPipeline:
+        plan = self._codec_selector.select(job.plan, len(job.token_ids), str(worker))
         begin = decode_pb2.Begin(
             request_id=job.request_id,
             model=self._loaded.spec.to_proto(),
@@ -171,14 +171,14 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             begin, plan, self._loaded.geometry, self._config.chunk_bytes, self._metrics, self._loaded.device
         )
 
-    def _run_prompt(self, job: Job, lease: DecodeLease, scope: RpcScope) -> PromptResult:
+    def _run_prompt(self, job: PrefillRequest, lease: DecodeLease, scope: RpcScope) -> PromptResult:
         """Run the prompt, its KV leaving layer by layer."""
         record = current_request()
         record.note(decode_worker=str(lease.worker))
         record.at_end(lease.pipeline.sent.log_fields)
         record.begin_stage("queue")
         pipeline = lease.pipeline
-        future = self._engine.submit(job.token_ids, pipeline.put_layer, pipeline.plan.leaves_in_parts)
+        future = self._engine.submit(job.token_ids, pipeline.put_layer, pipeline.plan.streams_chunks)
         scope.on_end(future.cancel)
         lease.on_end(future.cancel)
         try:
@@ -193,7 +193,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self._metrics.request_duration.labels("prefill").observe(result.compute_seconds)
         return result
 
-    def _sample_first(self, job: Job, result: PromptResult) -> FirstResponse:
+    def _sample_first(self, job: PrefillRequest, result: PromptResult) -> FirstResponse:
         """Sample the first token, from the exact KV."""
         sampled = Sampler(job.params, job.token_ids).sample(result.logits, 0)
         text = TextStream(self._loaded.tokenizer, job.params, self._loaded.eos_token_ids)
@@ -216,7 +216,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
 
     def _finished(
         self,
-        job: Job,
+        job: PrefillRequest,
         finish: generation_pb2.FinishReason,
         lease: DecodeLease,
         progress: Progress,
@@ -224,7 +224,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
     ) -> prefill_pb2.GenerateResponse:
         sent, plan, tokens, worker = lease.pipeline.sent, lease.pipeline.plan, len(job.token_ids), str(lease.worker)
         usage = usage_message(tokens, plan, self._loaded.geometry, sent, progress, worker)
-        self._codec_choice.observe(plan, tokens, worker, result.compute_seconds, sent)
+        self._codec_selector.observe(plan, tokens, worker, result.compute_seconds, sent)
         self._metrics.request_duration.labels("encode").observe(sent.encode_seconds)
         self._metrics.request_duration.labels("transfer").observe(sent.transfer_seconds)
         self._metrics.kv_codec.labels(plan.codec.name).inc()

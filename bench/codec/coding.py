@@ -11,7 +11,7 @@ import torch
 
 from spectrumkv.bench.methods.served_model import ServedModel
 from spectrumkv.bench.methods.wire_method import WireMethod
-from spectrumkv.common.concurrency.threads import one_core_from_now_on
+from spectrumkv.common.concurrency.threads import use_one_thread
 from spectrumkv.prefill_server.tuning.needle.prompt import needle_prompt
 from spectrumkv.prefill_server.tuning.replay import CapturedPrompt
 
@@ -75,7 +75,7 @@ def measure(
     prefill, codings = Durations(), [Coding(method) for method in methods]
     # As in the services, the model has all cores and what codes has one.
     cores = torch.get_num_threads()
-    with ThreadPoolExecutor(1, initializer=one_core_from_now_on) as coder:
+    with ThreadPoolExecutor(1, initializer=use_one_thread) as coder:
         for number in range(rounds + 1):
             captured = prefill.add(lambda: served.prefill(prompt.token_ids)).captured
             for coding in codings:
@@ -88,14 +88,14 @@ def measure(
 @torch.inference_mode()
 def _code(served: ServedModel, captured: CapturedPrompt, coding: Coding) -> None:
     plan, geometry = coding.method.plan, served.loaded.geometry
-    blocks = coding.encode.add(lambda: list(captured.blocks(plan, geometry)))
+    segments = coding.encode.add(lambda: list(captured.segments(plan, geometry)))
     decoder = plan.decoder(geometry)
     states = torch.empty(2, *captured.layers[0].keys.shape, dtype=geometry.native_dtype, device=served.loaded.device)
 
     def decode() -> None:
-        for block in blocks:
-            span = slice(block.first_token, block.first_token + block.tiers.numel())
-            decoder.decode(block, states[0, :, span], states[1, :, span])
+        for segment in segments:
+            span = slice(segment.first_token, segment.first_token + segment.tiers.numel())
+            decoder.decode(segment, states[0, :, span], states[1, :, span])
 
     coding.decode.add(decode)
 

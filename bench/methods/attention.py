@@ -9,8 +9,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from spectrumkv.common.kv import scoring
-from spectrumkv.decode_server.kv_pool import Reservation
-from spectrumkv.prefill_server.engine.attention import tapped_attention
+from spectrumkv.decode_server.kv_pool import Allocation
+from spectrumkv.prefill_server.engine.attention import hooked_attention
 
 ATTENTION_NAME = "spectrumkv_bench"
 
@@ -20,11 +20,11 @@ class ReceivedContext:
     """A prompt's received KV and the tokens that the model read after it.
 
     Attributes:
-        reservation: the slots; a layer's dropped tokens are marked there.
+        allocation: the slots; a layer's dropped tokens are marked there.
         length: positions that are filled in every layer.
     """
 
-    reservation: Reservation
+    allocation: Allocation
     length: int
 
 
@@ -56,10 +56,10 @@ def attend(
         `[1, m, query_heads, head_dim]` and no weights.
     """
     if received is None:
-        return tapped_attention(module, query, key, value, attention_mask, **options)
+        return hooked_attention(module, query, key, value, attention_mask, **options)
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # torch types module attributes as tensors
     start, end = received.length, received.length + query.shape[2]
-    slots = received.reservation
+    slots = received.allocation
     slots.keys(layer, start, end).copy_(key[0])
     slots.values(layer, start, end).copy_(value[0])
     seen = visible(start, end, options.get("sliding_window"), slots.kept(layer), query.device)

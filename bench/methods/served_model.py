@@ -13,7 +13,7 @@ from spectrumkv.bench.methods.rows import MethodName
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.telemetry.metrics import Metrics
-from spectrumkv.decode_server.kv_pool import Reservation, SlotArena
+from spectrumkv.decode_server.kv_pool import Allocation, KvPool
 from spectrumkv.prefill_server.tuning.replay import CapturedPrompt, capture_prompt
 
 
@@ -46,8 +46,8 @@ class SentBytes:
 class Method(MethodName, Protocol):
     """One way to get a prompt's KV from prefill to decode, at one setting."""
 
-    def send(self, prompt: Prompt, arena: SlotArena, reservation: Reservation) -> SentBytes:
-        """Put the prompt's KV into the first slots of the reservation, as decode would receive it."""
+    def send(self, prompt: Prompt, pool: KvPool, allocation: Allocation) -> SentBytes:
+        """Put the prompt's KV into the first slots of the allocation, as decode would receive it."""
         ...
 
 
@@ -56,20 +56,20 @@ class ExactFp16:
 
     policy, codec, scorer, scope, budget = "exact", "fp16", "", "", 1.0
 
-    def send(self, prompt: Prompt, arena: SlotArena, reservation: Reservation) -> SentBytes:
+    def send(self, prompt: Prompt, pool: KvPool, allocation: Allocation) -> SentBytes:
         """See `Method.send`."""
         for layer in prompt.captured.layers:
-            store_fp16(reservation, layer.layer, layer.keys, layer.values, arena.geometry)
-        return SentBytes(arena.geometry.fp16_bytes(len(prompt.token_ids)), 1.0)
+            store_fp16(allocation, layer.layer, layer.keys, layer.values, pool.geometry)
+        return SentBytes(pool.geometry.fp16_bytes(len(prompt.token_ids)), 1.0)
 
 
 def store_fp16(
-    reservation: Reservation, layer: int, keys: torch.Tensor, values: torch.Tensor, geometry: KvGeometry
+    allocation: Allocation, layer: int, keys: torch.Tensor, values: torch.Tensor, geometry: KvGeometry
 ) -> None:
     """Write one layer's `[kv_heads, n, head_dim]` keys and values into the first n slots, rounded to 16 bits."""
     tokens = keys.shape[1]
-    reservation.keys(layer, 0, tokens).copy_(keys.to(geometry.half_dtype))
-    reservation.values(layer, 0, tokens).copy_(values.to(geometry.half_dtype))
+    allocation.keys(layer, 0, tokens).copy_(keys.to(geometry.half_dtype))
+    allocation.values(layer, 0, tokens).copy_(values.to(geometry.half_dtype))
 
 
 class ServedModel:
@@ -88,7 +88,7 @@ class ServedModel:
         self._capacity = capacity
         geometry = loaded.geometry
         slot_bytes = geometry.layers * geometry.native_bytes_per_token_layer
-        self._arena = SlotArena(geometry, capacity * slot_bytes, loaded.device, self.metrics)
+        self._pool = KvPool(geometry, capacity * slot_bytes, loaded.device, self.metrics)
         loaded.model.set_attn_implementation(ATTENTION_NAME)
 
     def prefill(self, token_ids: Sequence[int]) -> Prompt:
@@ -99,9 +99,9 @@ class ServedModel:
     @contextmanager
     def receive(self, method: Method, prompt: Prompt) -> Iterator[tuple[ReceivedContext, SentBytes]]:
         """Send a prompt's KV by a method; the slots are free again when the block ends."""
-        with torch.inference_mode(), self._arena.reserve(self._capacity) as reservation:
-            sent = method.send(prompt, self._arena, reservation)
-            yield ReceivedContext(reservation, len(prompt.token_ids)), sent
+        with torch.inference_mode(), self._pool.reserve(self._capacity) as allocation:
+            sent = method.send(prompt, self._pool, allocation)
+            yield ReceivedContext(allocation, len(prompt.token_ids)), sent
 
     @torch.inference_mode()
     def extend(self, context: ReceivedContext, token_ids: Sequence[int]) -> torch.Tensor:

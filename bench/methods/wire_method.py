@@ -7,11 +7,11 @@ import torch
 from spectrumkv.bench.methods.served_model import Prompt, SentBytes
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.kv.policies import Policy, TierRequest
-from spectrumkv.common.kv.wire import Chunk
+from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.model.spec import ModelSpec
 from spectrumkv.common.rpc.decode_stream import Request, deserialize_request, serialize_request
 from spectrumkv.common.telemetry.metrics import Metrics
-from spectrumkv.decode_server.kv_pool import Reservation, SlotArena
+from spectrumkv.decode_server.kv_pool import Allocation, KvPool
 from spectrumkv.decode_server.receiver import KvReceiver
 from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline, SentKv
 from spectrumkv.prefill_server.transfer.plan import KvPlan
@@ -67,19 +67,19 @@ class WireMethod:
         """The plan's."""
         return self.plan.budget
 
-    def send(self, prompt: Prompt, arena: SlotArena, reservation: Reservation) -> SentBytes:
+    def send(self, prompt: Prompt, pool: KvPool, allocation: Allocation) -> SentBytes:
         """See `Method.send`.
 
         Raises:
             SpectrumKVError: the KV cannot be coded, or what arrived is not what was sent.
         """
-        pipeline = KvPipeline(self._begin(prompt), self.plan, arena.geometry, self.chunk_bytes, self.metrics)
+        pipeline = KvPipeline(self._begin(prompt), self.plan, pool.geometry, self.chunk_bytes, self.metrics)
         for layer in prompt.captured.layers:
             pipeline.put_layer(layer)
         pipeline.put_first_token(FirstToken(prompt.captured.first_token, finished=False))
-        decoder = self.plan.decoder(arena.geometry)
+        decoder = self.plan.decoder(pool.geometry)
         counted = 0
-        with KvReceiver(arena, reservation, decoder, len(prompt.token_ids), self.metrics) as receiver:
+        with KvReceiver(pool, allocation, decoder, len(prompt.token_ids), self.metrics) as receiver:
             for message in pipeline.messages():
                 serialized = serialize_request(message)
                 counted += len(serialized)
@@ -109,7 +109,7 @@ def is_fixed(policy: Policy) -> bool:
 
 
 def _deliver(receiver: KvReceiver, message: Request, serialized_bytes: int) -> None:
-    if isinstance(message, Chunk):
+    if isinstance(message, KvChunk):
         receiver.accept(message, serialized_bytes)
     elif message.HasField("end"):
         receiver.finish(message.end)

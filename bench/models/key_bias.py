@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config
 
 from spectrumkv.common.errors import FailedPreconditionError
-from spectrumkv.common.kv.scoring import Observation, visible
+from spectrumkv.common.kv.scoring import LayerCapture, visible
 from spectrumkv.common.model.cache import build_once, cache_directory
 from spectrumkv.common.model.directory import weight_files
 from spectrumkv.common.model.embedded import EMBEDDED_MODEL_NAME, embedded_model_directory
@@ -124,7 +124,7 @@ def find_key_biases(model: PreTrainedModel, token_ids: Sequence[int], norms: Bia
     return [_key_bias(layer, frequencies, norms.of_layer(layer.layer, len(observed))) for layer in observed]
 
 
-def _key_bias(layer: Observation, frequencies: torch.Tensor, norm: float) -> torch.Tensor:
+def _key_bias(layer: LayerCapture, frequencies: torch.Tensor, norm: float) -> torch.Tensor:
     """One layer's key bias; heads share the norm so that the bias changes the attention of each as much."""
     kv_heads, _, head_dim = layer.keys.shape
     slowest = [torch.arange(half - SLOWEST_PAIRS, half) for half in (head_dim // 2, head_dim)]
@@ -168,7 +168,7 @@ def _steadiest_direction(
     return steadiest, float(variances[0].clamp_min(torch.finfo(torch.float64).tiny).sqrt())
 
 
-def attention_weights(layer: Observation) -> torch.Tensor:
+def attention_weights(layer: LayerCapture) -> torch.Tensor:
     """How the observed queries weight the tokens: `[kv_heads, query_heads per KV head · w, n]`."""
     kv_heads, tokens, head_dim = layer.keys.shape
     logits = layer.queries.reshape(kv_heads, -1, head_dim) @ layer.keys.transpose(1, 2) * layer.scaling

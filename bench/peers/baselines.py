@@ -13,9 +13,9 @@ import torch
 from spectrumkv.bench.methods.served_model import Prompt, SentBytes
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.registry import Registry
-from spectrumkv.decode_server.kv_pool import Reservation, SlotArena
+from spectrumkv.decode_server.kv_pool import Allocation, KvPool
 
-Send = Callable[[Prompt, SlotArena, Reservation, float], SentBytes]
+Send = Callable[[Prompt, KvPool, Allocation, float], SentBytes]
 """Puts a prompt's KV at a budget into the slots and says what that took."""
 
 
@@ -99,9 +99,9 @@ class BaselineMethod:
         """What it writes."""
         return self.baseline.codec
 
-    def send(self, prompt: Prompt, arena: SlotArena, reservation: Reservation) -> SentBytes:
+    def send(self, prompt: Prompt, pool: KvPool, allocation: Allocation) -> SentBytes:
         """See `Method.send`."""
-        return self.baseline.run(prompt, arena, reservation, self.budget)
+        return self.baseline.run(prompt, pool, allocation, self.budget)
 
 
 def coded_bytes(elements: int, bits: int, groups: int) -> float:
@@ -110,7 +110,7 @@ def coded_bytes(elements: int, bits: int, groups: int) -> float:
 
 
 @baseline("uniform-int3", codec="int3", min_budget=3 / 16)
-def uniform_int3(prompt: Prompt, arena: SlotArena, reservation: Reservation, budget: float) -> SentBytes:
+def uniform_int3(prompt: Prompt, pool: KvPool, allocation: Allocation, budget: float) -> SentBytes:
     """Every token at symmetric INT3 (−3 … 3), a float16 scale for each token in each KV head.
 
     Bytes: 3 bits an element and 16 bits a scale.
@@ -118,7 +118,7 @@ def uniform_int3(prompt: Prompt, arena: SlotArena, reservation: Reservation, bud
     counted = 0.0
     for layer in prompt.captured.layers:
         tokens = layer.tokens
-        for states, slots in ((layer.keys, reservation.keys), (layer.values, reservation.values)):
+        for states, slots in ((layer.keys, allocation.keys), (layer.values, allocation.values)):
             slots(layer.layer, 0, tokens).copy_(_rounded_symmetric(states, largest=3))
             counted += coded_bytes(states.numel(), 3, states.shape[0] * tokens)
     return SentBytes(counted, budget)

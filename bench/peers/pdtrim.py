@@ -2,7 +2,7 @@
 
 PDTrim (Zhang et al. 2025, arXiv 2509.04467v3) keeps the whole KV cache on the prefill side and lets decode reuse
 "entries for the first and last token sequences in selected layers". The rule `pdtrim` of `common.kv` is what the
-SpectrumKV paper's scripts made of it; this is the original's idea. Its block removal, which changes the model, is
+SpectrumKV paper's scripts made of it; this is the original's idea. Its segment removal, which changes the model, is
 left out, and so is its own choice of layers, which it fixes once per model.
 """
 
@@ -14,7 +14,7 @@ import torch
 from spectrumkv.bench.methods.served_model import Prompt, SentBytes, store_fp16
 from spectrumkv.bench.peers.baselines import baseline
 from spectrumkv.common.kv.scoring import attention
-from spectrumkv.decode_server.kv_pool import Reservation, SlotArena
+from spectrumkv.decode_server.kv_pool import Allocation, KvPool
 
 # Measured on the default model and the first half of WikiText-2 (1,792 + 256 tokens, budgets 0.5 and 0.3): the more
 # layers share the cut, the better, so that one layer in thirty is spared; and one first token to seven last ones is
@@ -42,7 +42,7 @@ class Trim:
 
 
 @baseline("pdtrim-layers", codec="fp16", min_budget=0.01, max_budget=1.0)
-def pdtrim_layers(prompt: Prompt, arena: SlotArena, reservation: Reservation, budget: float) -> SentBytes:
+def pdtrim_layers(prompt: Prompt, pool: KvPool, allocation: Allocation, budget: float) -> SentBytes:
     """Trim the layers that lose least observed attention by it, and spare those that look most at the middle.
 
     Judging by the prompt itself gives the method more than a choice made once per model could. Kept tokens are at
@@ -52,13 +52,13 @@ def pdtrim_layers(prompt: Prompt, arena: SlotArena, reservation: Reservation, bu
     trim = best_trim(torch.stack([attention(layer) for layer in layers]), budget)
     kept = 0
     for layer in layers:
-        store_fp16(reservation, layer.layer, layer.keys, layer.values, arena.geometry)
+        store_fp16(allocation, layer.layer, layer.keys, layer.values, pool.geometry)
         if layer.layer in trim.layers:
-            reservation.drop(layer.layer, torch.arange(trim.first, tokens - trim.last))
+            allocation.drop(layer.layer, torch.arange(trim.first, tokens - trim.last))
             kept += trim.first + trim.last
         else:
             kept += tokens
-    return SentBytes(arena.geometry.fp16_bytes_per_layer(kept), kept / (tokens * len(layers)))
+    return SentBytes(pool.geometry.fp16_bytes_per_layer(kept), kept / (tokens * len(layers)))
 
 
 def best_trim(observed: torch.Tensor, budget: float) -> Trim:

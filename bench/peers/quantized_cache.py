@@ -12,7 +12,7 @@ from transformers.cache_utils import QuantoQuantizedLayer
 from spectrumkv.bench.methods.served_model import Prompt, SentBytes
 from spectrumkv.bench.peers.baselines import baseline, coded_bytes
 from spectrumkv.bench.peers.quanto_extension import QUANTO
-from spectrumkv.decode_server.kv_pool import Reservation, SlotArena
+from spectrumkv.decode_server.kv_pool import Allocation, KvPool
 
 GROUP_SIZE = 64
 NUMBERS_PER_GROUP = 2
@@ -21,30 +21,30 @@ PER_TOKEN, PER_CHANNEL = 0, -1
 
 
 @baseline("quanto-4bit", codec="quanto", min_budget=0.25, requires=QUANTO)
-def quanto_4bit(prompt: Prompt, arena: SlotArena, reservation: Reservation, budget: float) -> SentBytes:
+def quanto_4bit(prompt: Prompt, pool: KvPool, allocation: Allocation, budget: float) -> SentBytes:
     """4 bits, grouped along the token: the settings that QuantizedCache has by itself."""
-    return _send(prompt, reservation, bits=4, axis_key=PER_TOKEN)
+    return _send(prompt, allocation, bits=4, axis_key=PER_TOKEN)
 
 
 @baseline("quanto-2bit", codec="quanto", min_budget=0.125, requires=QUANTO)
-def quanto_2bit(prompt: Prompt, arena: SlotArena, reservation: Reservation, budget: float) -> SentBytes:
+def quanto_2bit(prompt: Prompt, pool: KvPool, allocation: Allocation, budget: float) -> SentBytes:
     """2 bits, grouped along the token: the settings that QuantizedCache has by itself."""
-    return _send(prompt, reservation, bits=2, axis_key=PER_TOKEN)
+    return _send(prompt, allocation, bits=2, axis_key=PER_TOKEN)
 
 
 @baseline("quanto-4bit-kivi", codec="quanto", min_budget=0.25, requires=QUANTO)
-def quanto_4bit_kivi(prompt: Prompt, arena: SlotArena, reservation: Reservation, budget: float) -> SentBytes:
+def quanto_4bit_kivi(prompt: Prompt, pool: KvPool, allocation: Allocation, budget: float) -> SentBytes:
     """4 bits, keys grouped along the channel as KIVI has it (Liu et al. 2024, arXiv 2402.02750)."""
-    return _send(prompt, reservation, bits=4, axis_key=PER_CHANNEL)
+    return _send(prompt, allocation, bits=4, axis_key=PER_CHANNEL)
 
 
 @baseline("quanto-2bit-kivi", codec="quanto", min_budget=0.125, requires=QUANTO)
-def quanto_2bit_kivi(prompt: Prompt, arena: SlotArena, reservation: Reservation, budget: float) -> SentBytes:
+def quanto_2bit_kivi(prompt: Prompt, pool: KvPool, allocation: Allocation, budget: float) -> SentBytes:
     """2 bits, keys grouped along the channel as KIVI has it (Liu et al. 2024, arXiv 2402.02750)."""
-    return _send(prompt, reservation, bits=2, axis_key=PER_CHANNEL)
+    return _send(prompt, allocation, bits=2, axis_key=PER_CHANNEL)
 
 
-def _send(prompt: Prompt, reservation: Reservation, bits: int, axis_key: int) -> SentBytes:
+def _send(prompt: Prompt, allocation: Allocation, bits: int, axis_key: int) -> SentBytes:
     counted = 0.0
     for layer in prompt.captured.layers:
         cache = QuantoQuantizedLayer(
@@ -54,8 +54,8 @@ def _send(prompt: Prompt, reservation: Reservation, bits: int, axis_key: int) ->
         cache.update(keys[None], values[None])
         # Reading one more token returns what was kept of the others.
         read_keys, read_values = cache.update(keys[None, :, :1], values[None, :, :1])
-        reservation.keys(layer.layer, 0, layer.tokens).copy_(read_keys[0, :, : layer.tokens])
-        reservation.values(layer.layer, 0, layer.tokens).copy_(read_values[0, :, : layer.tokens])
+        allocation.keys(layer.layer, 0, layer.tokens).copy_(read_keys[0, :, : layer.tokens])
+        allocation.values(layer.layer, 0, layer.tokens).copy_(read_values[0, :, : layer.tokens])
         elements = layer.keys.numel() + layer.values.numel()
         counted += coded_bytes(elements, bits, NUMBERS_PER_GROUP * elements // GROUP_SIZE)
     return SentBytes(counted, bits / 16)

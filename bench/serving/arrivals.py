@@ -15,7 +15,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from spectrumkv.bench.codec.measure import Cache
-from spectrumkv.bench.transfer.kv import observations
+from spectrumkv.bench.transfer.kv import captures
 from spectrumkv.common.errors import DataLossError, InternalError, SpectrumKVError
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.rpc.decode_stream import ArrivedResponse, Request, open_decode_stream, serialized_bytes
@@ -67,8 +67,8 @@ def record(
         sampling=params.to_proto(),
     )
     pipeline = KvPipeline(begin, plan, cache.geometry, chunk_bytes, Metrics(CollectorRegistry()))
-    for observation in observations(cache, cache.geometry.kv_heads, min(window, cache.tokens)):
-        pipeline.put_layer(observation)
+    for capture in captures(cache, cache.geometry.kv_heads, min(window, cache.tokens)):
+        pipeline.put_layer(capture)
     pipeline.put_first_token(FirstToken(FIRST_TOKEN, finished=max_tokens is None))
     messages = tuple(pipeline.messages())
     counted = sum(map(serialized_bytes, messages)) / cache.geometry.fp16_bytes(cache.tokens)

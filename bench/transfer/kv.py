@@ -15,9 +15,9 @@ from spectrumkv.common.errors import DataLossError, InternalError, InvalidArgume
 from spectrumkv.common.kv.codecs.base import codecs, needed_basis
 from spectrumkv.common.kv.codecs.encoder import KvEncoder, TieredEncoder
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.scoring import Observation
-from spectrumkv.common.kv.segment import Block
-from spectrumkv.common.kv.wire import Chunk
+from spectrumkv.common.kv.scoring import LayerCapture
+from spectrumkv.common.kv.segment import KvSegment
+from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.rpc.decode_stream import (
     ArrivedRequest,
     ArrivedResponse,
@@ -28,7 +28,7 @@ from spectrumkv.common.rpc.decode_stream import (
 from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.bases import BasisStore
-from spectrumkv.decode_server.kv_pool import SlotArena
+from spectrumkv.decode_server.kv_pool import KvPool
 from spectrumkv.decode_server.receiver import KvReceiver
 from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline, SentKv
 from spectrumkv.prefill_server.transfer.plan import KvPlan
@@ -39,14 +39,14 @@ class ReceivingServicer:
     """The receiving half of the decode service: admits, verifies, dequantizes into slots, and generates nothing.
 
     Args:
-        arena: where KV goes.
+        pool: where KV goes.
         metrics: told of every byte, as in the service.
     """
 
-    def __init__(self, arena: SlotArena, metrics: Metrics) -> None:
-        self._arena = arena
+    def __init__(self, pool: KvPool, metrics: Metrics) -> None:
+        self._pool = pool
         self._metrics = metrics
-        self._bases = BasisStore(arena.geometry)
+        self._bases = BasisStore(pool.geometry)
 
     def Decode(  # noqa: N802  # gRPC's spelling
         self, requests: Iterator[ArrivedRequest], context: grpc.ServicerContext
@@ -56,12 +56,12 @@ class ReceivingServicer:
         tokens = len(begin.prompt_token_ids)
         codec = codecs.get(begin.codec.name)
         basis = self._bases.get(begin.codec.basis_digest) if codec.needs_basis else None
-        decoder = codec.decoder(self._arena.geometry, basis)
-        with self._arena.reserve(tokens) as reservation:
-            yield decode_pb2.DecodeResponse(admitted=decode_pb2.Admitted(slots=reservation.capacity))
-            with KvReceiver(self._arena, reservation, decoder, tokens, self._metrics) as receiver:
+        decoder = codec.decoder(self._pool.geometry, basis)
+        with self._pool.reserve(tokens) as allocation:
+            yield decode_pb2.DecodeResponse(admitted=decode_pb2.Admitted(slots=allocation.capacity))
+            with KvReceiver(self._pool, allocation, decoder, tokens, self._metrics) as receiver:
                 for message in requests:
-                    if isinstance(message, Chunk):
+                    if isinstance(message, KvChunk):
                         receiver.accept(message, serialized_bytes(message))
                         continue
                     receiver.finish(_expect(message, "end").end)
@@ -79,7 +79,7 @@ class ReceivingServicer:
     ) -> decode_pb2.DecodeServiceGetServerInfoResponse:
         """Tell the version and the slots."""
         return decode_pb2.DecodeServiceGetServerInfoResponse(
-            version=version("spectrumkv"), slots_total=self._arena.slots, slots_used=self._arena.used
+            version=version("spectrumkv"), slots_total=self._pool.slots, slots_used=self._pool.used
         )
 
 
@@ -101,16 +101,16 @@ class KvSender:
 
     Args:
         channel: to a server with a `ReceivingServicer`.
-        observations: what each layer shows.
+        captures: what each layer shows.
         plan: how the KV is scored, tiered and coded.
-        cache: whose layers the observations show.
+        cache: whose layers the captures show.
         chunk_bytes: payload at which a chunk leaves.
     """
 
     def __init__(
         self,
         channel: grpc.Channel,
-        observations: list[Observation],
+        captures: list[LayerCapture],
         plan: KvPlan,
         cache: Cache,
         chunk_bytes: int,
@@ -118,7 +118,7 @@ class KvSender:
         self._open: Any = open_decode_stream(channel)
         if plan.codec.needs_basis:
             put_basis(channel, needed_basis(plan.codec, plan.basis))
-        self._observations = observations
+        self._observations = captures
         self._plan = plan
         self._geometry = cache.geometry
         self._begin = decode_pb2.Begin(
@@ -141,8 +141,8 @@ class KvSender:
             # Decode admits before prefill computes, so this is not part of the hand-off.
             _intact(next(call))
             started = time.perf_counter()
-            for observation in self._observations:
-                pipeline.put_layer(observation)
+            for capture in self._observations:
+                pipeline.put_layer(capture)
             pipeline.put_first_token(FirstToken(0, finished=False))
             _intact(next(call))
             sending = Sending(time.perf_counter() - started, pipeline.sent)
@@ -164,8 +164,8 @@ class _SettledEncoder:
     encoder: TieredEncoder
     tiers: tuple[torch.Tensor, ...]
 
-    def encode(self, observation: Observation) -> Iterator[Block]:
-        return self.encoder.blocks(observation, self.tiers[observation.layer])
+    def encode(self, capture: LayerCapture) -> Iterator[KvSegment]:
+        return self.encoder.segments(capture, self.tiers[capture.layer])
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class TieredPlan(KvPlan):
         return _SettledEncoder(_tiered_encoder(self, geometry, tokens), self.tiers)
 
 
-def tiered(plan: KvPlan, layers: Sequence[Observation], geometry: KvGeometry) -> TieredPlan:
+def tiered(plan: KvPlan, layers: Sequence[LayerCapture], geometry: KvGeometry) -> TieredPlan:
     """Settle a plan's tiers, each layer's by its own scores.
 
     Args:
@@ -203,7 +203,7 @@ def _tiered_encoder(plan: KvPlan, geometry: KvGeometry, tokens: int) -> TieredEn
     return encoder
 
 
-def observations(cache: Cache, query_heads: int, window: int) -> list[Observation]:
+def captures(cache: Cache, query_heads: int, window: int) -> list[LayerCapture]:
     """What the layers of a cache show, with random queries.
 
     Args:
@@ -220,7 +220,7 @@ def observations(cache: Cache, query_heads: int, window: int) -> list[Observatio
     generator = torch.Generator().manual_seed(2)
     shape = (query_heads, window, geometry.head_dim)
     return [
-        Observation(
+        LayerCapture(
             queries=torch.randn(shape, generator=generator).to(cache.device, geometry.native_dtype),
             keys=keys,
             values=values,
@@ -237,7 +237,7 @@ def observations(cache: Cache, query_heads: int, window: int) -> list[Observatio
 def _expect(message: ArrivedRequest, kind: str) -> decode_pb2.DecodeRequest:
     if isinstance(message, DataLossError):
         raise message
-    if isinstance(message, Chunk) or message.WhichOneof("message") != kind:
+    if isinstance(message, KvChunk) or message.WhichOneof("message") != kind:
         raise InvalidArgumentError(f"the stream has something else where {kind} was due")
     return message
 

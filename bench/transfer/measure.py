@@ -13,7 +13,7 @@ from spectrumkv.bench.transfer.kv import KvSender, Sending, tiered
 from spectrumkv.bench.transfer.raw_grpc import RawSender
 from spectrumkv.bench.transfer.raw_tcp import TcpSender
 from spectrumkv.bench.transfer.receiver import ReceiverAddresses, receiving_process
-from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.kv.scoring import LayerCapture
 from spectrumkv.common.rpc.server import open_channel
 from spectrumkv.common.security import ChannelSecurity, TlsFiles
 from spectrumkv.prefill_server.transfer.plan import KvPlan
@@ -40,7 +40,7 @@ class _KvPath:
 
 def measure(
     cache: Cache,
-    observations: list[Observation],
+    captures: list[LayerCapture],
     plans: Sequence[KvPlan],
     chunk_bytes: int,
     rounds: int,
@@ -56,7 +56,7 @@ def measure(
 
     Args:
         cache: what is sent.
-        observations: what its layers show; see `transfer_kv.observations`.
+        captures: what its layers show; see `transfer_kv.captures`.
         plans: how path `spectrumkv` sends it.
         chunk_bytes: payload of a message, on both paths over gRPC.
         rounds: rounds that count.
@@ -68,7 +68,7 @@ def measure(
         addresses = open_paths.enter_context(receiving_process(cache.geometry, cache.tokens, tls))
         operations: dict[tuple[str, int], Callable[[], float]] = {(TCP, 0): _tcp_path(open_paths, addresses, message)}
         everything = [(SPECTRUMKV, plan) for plan in plans]
-        everything += [(TIERED, tiered(plan, observations, cache.geometry)) for plan in plans if _has_tiers(plan)]
+        everything += [(TIERED, tiered(plan, captures, cache.geometry)) for plan in plans if _has_tiers(plan)]
         securities = {"": ChannelSecurity()} | ({} if tls is None else {MUTUAL_TLS: ChannelSecurity(tls)})
         raw: dict[str, RawSender] = {}
         paths: dict[str, list[_KvPath]] = {}
@@ -76,9 +76,7 @@ def measure(
             address = addresses.grpc_tls if suffix else addresses.grpc
             channel = open_paths.enter_context(open_channel(str(address), security))
             raw[suffix] = RawSender(channel, message, chunk_bytes)
-            paths[suffix] = [
-                _KvPath(KvSender(channel, observations, plan, cache, chunk_bytes)) for _, plan in everything
-            ]
+            paths[suffix] = [_KvPath(KvSender(channel, captures, plan, cache, chunk_bytes)) for _, plan in everything]
             operations[GRPC + suffix, 0] = raw[suffix].send
             operations |= {
                 (everything[number][0] + suffix, number): path for number, path in enumerate(paths[suffix])

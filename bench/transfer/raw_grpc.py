@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 
 from spectrumkv.common.errors import InternalError
-from spectrumkv.common.kv.wire import Chunk
+from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.rpc.decode_stream import Request, deserialize_request, serialize_request, serialized_bytes
 from spectrumkv.common.rpc.status import error_from_rpc
 
@@ -27,7 +27,7 @@ class RawTransferServicer:
     def __init__(self, message_bytes: int) -> None:
         self._buffer = memoryview(bytearray(message_bytes))
 
-    def Receive(self, requests: Iterator[Chunk], context: grpc.ServicerContext) -> Iterator[bytes]:  # noqa: N802
+    def Receive(self, requests: Iterator[KvChunk], context: grpc.ServicerContext) -> Iterator[bytes]:  # noqa: N802
         """Answer once when the stream is open and once when the buffer is full."""
         yield EMPTY
         filled = 0
@@ -57,7 +57,7 @@ class RawSender:
         self._open: Any = channel.stream_stream(METHOD, request_serializer=serialize_request)
         # No checksum: this measures bytes in messages and nothing else.
         self._chunks: list[Request] = [
-            Chunk(number, 0, (message[start : start + chunk_bytes],))
+            KvChunk(number, 0, (message[start : start + chunk_bytes],))
             for number, start in enumerate(range(0, len(message), chunk_bytes))
         ]
 

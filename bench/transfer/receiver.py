@@ -24,7 +24,7 @@ from spectrumkv.common.rpc.server import Server
 from spectrumkv.common.security import ServerSecurity, TlsFiles
 from spectrumkv.common.service.config import Address
 from spectrumkv.common.telemetry.metrics import Metrics
-from spectrumkv.decode_server.kv_pool import SlotArena
+from spectrumkv.decode_server.kv_pool import KvPool
 
 HOST = "127.0.0.1"
 STREAMS = 4
@@ -47,7 +47,7 @@ class ReceiverAddresses:
 
 @contextmanager
 def receiving_process(geometry: KvGeometry, tokens: int, tls: TlsFiles | None = None) -> Iterator[ReceiverAddresses]:
-    """Start a process that receives KV caches of this shape; end it with the block.
+    """Start a process that receives KV caches of this shape; end it with the segment.
 
     Raises:
         UnavailableError: it ended instead of listening.
@@ -73,7 +73,7 @@ def main() -> None:
     message_bytes = geometry.fp16_bytes(tokens)
     metrics = Metrics(CollectorRegistry())
     slot_bytes = geometry.layers * geometry.native_bytes_per_token_layer
-    servicer = ReceivingServicer(SlotArena(geometry, tokens * slot_bytes, torch.device("cpu"), metrics), metrics)
+    servicer = ReceivingServicer(KvPool(geometry, tokens * slot_bytes, torch.device("cpu"), metrics), metrics)
     securities = {"grpc": ServerSecurity()}
     if tls is not None:
         securities["grpc_tls"] = ServerSecurity(TlsFiles(*map(Path, tls)), verify_clients=True)

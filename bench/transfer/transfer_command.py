@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.bench.report.progress import progress
     from spectrumkv.bench.report.speed_result import load_average, write_speed_result
     from spectrumkv.bench.transfer import measure as transfer
-    from spectrumkv.bench.transfer.kv import observations
+    from spectrumkv.bench.transfer.kv import captures
     from spectrumkv.common.service.config import build
     from spectrumkv.prefill_server.transfer.plan import KvPlan
     from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     basis = synthetic_basis(cache.geometry)
     verdict = ProbeVerdict.from_flag("on", cache.geometry.layers)
     plans = [KvPlan.resolve(choice.to_proto(), config, verdict, 0, basis) for choice in kv_choices(arguments)]
-    layers = observations(cache, arguments.query_heads, config.window)
+    layers = captures(cache, arguments.query_heads, config.window)
     with progress(arguments.rounds + 1, Console(stderr=True)) as on_round:
         rows = transfer.measure(cache, layers, plans, config.chunk_bytes, arguments.rounds, on_round, tls)
     if arguments.json != STDOUT:

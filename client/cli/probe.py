@@ -22,7 +22,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "probe",
         help="find out how strongly a model's KV may be coded",
         description="Ask a model for needles in long prompts, and have it predict prose, over KV at INT4 and at a "
-        "ladder of budgets; keep the verdict for the prefill service's next starts. Exits with status 0 whatever it "
+        "sweep of budgets; keep the verdict for the prefill service's next starts. Exits with status 0 whatever it "
         "says.",
         allow_abbrev=False,
     )

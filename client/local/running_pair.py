@@ -70,7 +70,7 @@ class RunningPair:
         return self.prefill.security
 
     def wait_for_death(self) -> None:
-        """Block until one of the services ends, which it should not.
+        """KvSegment until one of the services ends, which it should not.
 
         Raises:
             UnavailableError: names the service and has its last log lines.

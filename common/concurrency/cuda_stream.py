@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 
-def moment(states: torch.Tensor) -> torch.cuda.Event | None:
+def record_event(states: torch.Tensor) -> torch.cuda.Event | None:
     """Now, on the stream that computes these states; None on a CPU, where what was computed is there."""
     if not states.is_cuda:
         return None
@@ -18,7 +18,7 @@ def moment(states: torch.Tensor) -> torch.cuda.Event | None:
     return event
 
 
-class SideStream:
+class KvStream:
     """The stream of one request.
 
     Args:

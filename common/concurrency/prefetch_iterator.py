@@ -10,7 +10,7 @@ from spectrumkv.common.errors import InternalError
 T = TypeVar("T")
 
 
-class RunAhead(Generic[T]):
+class PrefetchIterator(Generic[T]):
     """Iterates another iterator on a thread of its own, a few items ahead of whoever iterates this one.
 
     What the other raises is raised here, after the items before it.

@@ -22,12 +22,12 @@ def keep_all_cores() -> None:
     torch.get_num_threads()
 
 
-def one_core_from_now_on() -> None:
+def use_one_thread() -> None:
     """The calling thread, and all that did not compute yet, take one core."""
     torch.set_num_threads(1)
 
 
-def apart(work: Callable[[], T]) -> T:
+def run_in_thread(work: Callable[[], T]) -> T:
     """Return what `work` returns, done on a thread that ends with it.
 
     Threads of libgomp wait for the next loop by spinning only while there are no more of them than cores, and whoever

@@ -1,6 +1,6 @@
 """How important each token's KV is, judged from what one layer shows while it runs the prompt.
 
-A scorer sees one layer's `Observation` and returns a number per token; policies only rank by it. Each
+A scorer sees one layer's `LayerCapture` and returns a number per token; policies only rank by it. Each
 scorer is one function, registered by name in `scorers`.
 """
 
@@ -13,14 +13,14 @@ import torch
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.registry import Registry
-from spectrumkv.kernels.attention_scores.dispatch import attention_received
+from spectrumkv.kernels.attention_scores.dispatch import accumulated_attention
 
 DECAY_RATE = 0.005
 """λ of `decay` and `position`, per token; the middle one of those that the paper sweeps (.001, .005, .01)."""
 
 
 @dataclass(frozen=True, eq=False)
-class Observation:
+class LayerCapture:
     """What one layer shows of a prompt of `n` tokens.
 
     Attributes:
@@ -84,7 +84,7 @@ class Observation:
         """Length n of the prompt."""
         return self.keys.shape[1]
 
-    def since(self, first: int) -> "Observation":
+    def since(self, first: int) -> "LayerCapture":
         """Show the tokens from position `first` on only; no more queries than those are shown."""
         keys, values = self.keys[:, first - self.first :], self.values[:, first - self.first :]
         return replace(self, queries=self.queries[:, -keys.shape[1] :], keys=keys, values=values, first=first)
@@ -118,13 +118,13 @@ def visible(queries: int, tokens: int, sliding_window: int | None, device: torch
     return seen if sliding_window is None else seen & (distance < sliding_window)
 
 
-Scorer = Callable[[Observation], torch.Tensor]
-"""Maps an observation of n tokens to float32 `[n]` on the observation's device: finite, higher is more important."""
+Scorer = Callable[[LayerCapture], torch.Tensor]
+"""Maps an capture of n tokens to float32 `[n]` on the capture's device: finite, higher is more important."""
 
 scorers: Registry[Scorer] = Registry("scorer")
 
 
-def observed_attention(observation: Observation) -> torch.Tensor:
+def observed_attention(capture: LayerCapture) -> torch.Tensor:
     """Mean attention that each token gets from the observed queries, per KV head.
 
     The mean runs over the query heads of the KV head and over those queries that can see the token, so that
@@ -135,54 +135,54 @@ def observed_attention(observation: Observation) -> torch.Tensor:
     Returns:
         float32 `[kv_heads, n]`, from 0 to 1; 0 where a sliding window hides the token from every query.
     """
-    kv_heads, _, head_dim = observation.keys.shape
-    query_heads, window, _ = observation.queries.shape
+    kv_heads, _, head_dim = capture.keys.shape
+    query_heads, window, _ = capture.queries.shape
     # All queries of one KV head in one matrix: grouped-query attention without repeating the keys.
-    queries = observation.queries.float().mul(observation.scaling).reshape(kv_heads, -1, head_dim)
-    received = attention_received(queries, observation.keys, window, observation.sliding_window, observation.softcap)
-    return received / (observation.seen_by() * (query_heads // kv_heads))
+    queries = capture.queries.float().mul(capture.scaling).reshape(kv_heads, -1, head_dim)
+    received = accumulated_attention(queries, capture.keys, window, capture.sliding_window, capture.softcap)
+    return received / (capture.seen_by() * (query_heads // kv_heads))
 
 
 @scorers.register("attention")
-def attention(observation: Observation) -> torch.Tensor:
+def attention(capture: LayerCapture) -> torch.Tensor:
     """Mean observed attention over the layer's heads: the paper's attention statistic A."""
-    return observed_attention(observation).mean(dim=0)
+    return observed_attention(capture).mean(dim=0)
 
 
 @scorers.register("decay")
-def decay(observation: Observation) -> torch.Tensor:
+def decay(capture: LayerCapture) -> torch.Tensor:
     """Attention that fades with distance: A_j · exp(−λ (n − j)) (SpectrumKV, Method), λ = `DECAY_RATE`.
 
     Tokens are counted j = 1 … n, so the last one keeps its whole score. Beyond about 100 / λ tokens the factor
     is 0 in float32; such tokens tie, and policies rank a tie by position.
     """
-    return attention(observation) * position(observation)
+    return attention(capture) * position(capture)
 
 
 @scorers.register("key_norm")
-def key_norm(observation: Observation) -> torch.Tensor:
+def key_norm(capture: LayerCapture) -> torch.Tensor:
     """Minus the mean L2 norm of the token's keys; needs no attention statistic.
 
     The paper names "KV norm" as the stand-in and says no more. Keys of low norm are those that draw attention
     (Devoto et al. 2024, "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", arXiv
     2406.11430), hence the sign. RoPE rotates and leaves norms as they are.
     """
-    norms: torch.Tensor = torch.linalg.vector_norm(observation.keys, dim=-1, dtype=torch.float32)
+    norms: torch.Tensor = torch.linalg.vector_norm(capture.keys, dim=-1, dtype=torch.float32)
     return -norms.mean(dim=0)
 
 
 @scorers.register("position")
-def position(observation: Observation) -> torch.Tensor:
+def position(capture: LayerCapture) -> torch.Tensor:
     """exp(−λ (n − j)) alone, which is what the quality scripts released with the paper compute."""
-    distance = torch.arange(observation.tokens - 1, -1, -1, dtype=torch.float32, device=observation.keys.device)
+    distance = torch.arange(capture.tokens - 1, -1, -1, dtype=torch.float32, device=capture.keys.device)
     return torch.exp(-DECAY_RATE * distance)
 
 
 @scorers.register("random")
-def random(observation: Observation) -> torch.Tensor:
+def random(capture: LayerCapture) -> torch.Tensor:
     """Uniform in [0, 1): the control that every other scorer has to beat. One draw per seed and layer."""
-    generator = np.random.default_rng((observation.seed, observation.layer))
-    return torch.from_numpy(generator.random(observation.tokens, dtype=np.float32)).to(observation.keys.device)
+    generator = np.random.default_rng((capture.seed, capture.layer))
+    return torch.from_numpy(generator.random(capture.tokens, dtype=np.float32)).to(capture.keys.device)
 
 
 def combine(scores_by_layer: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A block: a run of consecutive tokens of one layer, coded, and how it is laid out.
+"""A segment: a run of consecutive tokens of one layer, coded, and how it is laid out.
 
 The layout is documented at `KvChunk` in proto/spectrumkv/v1/kv.proto.
 """
@@ -18,7 +18,7 @@ from spectrumkv.common.kv.tiers import Tier, pack_tier_map, tier_map_bytes, unpa
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 # Layer, tier map kind, uniform tier, first token, tokens, body bytes.
-BLOCK_HEADER = struct.Struct("<HBBIII")
+SEGMENT_HEADER = struct.Struct("<HBBIII")
 PER_TOKEN, UNIFORM = 0, 1
 MAX_CHUNK_PAYLOAD_BYTES = 1 << 20
 
@@ -26,7 +26,7 @@ Buffer = bytes | memoryview
 
 
 @dataclass(frozen=True)
-class Block:
+class KvSegment:
     """A run of consecutive tokens of one layer.
 
     Attributes:
@@ -34,7 +34,7 @@ class Block:
         first_token: position of the first token in the prompt.
         tiers: uint8 `[n]` on the CPU.
         body: uint8 `[b]` on the CPU, as the codec made it.
-        tier_bytes: how many bytes of `body` each tier took; empty in a block that arrived, where the codec tells.
+        tier_bytes: how many bytes of `body` each tier took; empty in a segment that arrived, where the codec tells.
     """
 
     layer: int
@@ -50,7 +50,7 @@ class Block:
         first = int(tiers[0])
         uniform = bool((tiers == first).all())
         kind, tier = (UNIFORM, first) if uniform else (PER_TOKEN, 0)
-        fixed = BLOCK_HEADER.pack(self.layer, kind, tier, self.first_token, self.tiers.numel(), self.body.numel())
+        fixed = SEGMENT_HEADER.pack(self.layer, kind, tier, self.first_token, self.tiers.numel(), self.body.numel())
         return fixed if uniform else fixed + pack_tier_map(self.tiers)
 
     @property
@@ -59,18 +59,18 @@ class Block:
         return len(self.header) + self.body.numel()
 
 
-def parse_block(payload: Buffer, offset: int) -> tuple[Block, int]:
-    """Return the block that starts at `offset` and where the next one starts."""
+def parse_segment(payload: Buffer, offset: int) -> tuple[KvSegment, int]:
+    """Return the segment that starts at `offset` and where the next one starts."""
     try:
-        layer, kind, tier, first_token, tokens, body_bytes = BLOCK_HEADER.unpack_from(payload, offset)
+        layer, kind, tier, first_token, tokens, body_bytes = SEGMENT_HEADER.unpack_from(payload, offset)
     except struct.error:
-        raise DataLossError(f"a block header is cut off at byte {offset}", "malformed") from None
-    start = offset + BLOCK_HEADER.size
+        raise DataLossError(f"a segment header is cut off at byte {offset}", "malformed") from None
+    start = offset + SEGMENT_HEADER.size
     map_bytes = tier_map_bytes(tokens) if kind == PER_TOKEN else 0
     end = start + map_bytes + body_bytes
     if kind not in (PER_TOKEN, UNIFORM) or tokens == 0 or body_bytes % 2 or end > len(payload):
         raise DataLossError(
-            f"block at byte {offset} of {len(payload)}: tier map kind {kind}, {tokens} tokens and "
+            f"segment at byte {offset} of {len(payload)}: tier map kind {kind}, {tokens} tokens and "
             f"{body_bytes} body bytes do not fit together",
             "malformed",
         )
@@ -78,19 +78,19 @@ def parse_block(payload: Buffer, offset: int) -> tuple[Block, int]:
         tiers = _uniform_tiers(tier, tokens, len(payload))
     else:
         tiers = unpack_tier_map(_view(payload, start, map_bytes), tokens)
-    return Block(layer, first_token, tiers, _view(payload, start + map_bytes, body_bytes)), end
+    return KvSegment(layer, first_token, tiers, _view(payload, start + map_bytes, body_bytes)), end
 
 
 def _uniform_tiers(tier: int, tokens: int, payload_bytes: int) -> torch.Tensor:
-    """Tiers of a block that names one for all its tokens."""
+    """Tiers of a segment that names one for all its tokens."""
     if tier not in Tier.__members__.values():
-        raise DataLossError(f"a block names tier {tier}; known are {[int(t) for t in Tier]}", "malformed")
+        raise DataLossError(f"a segment names tier {tier}; known are {[int(t) for t in Tier]}", "malformed")
     # Every token but a dropped one takes body bytes, so the payload bounds the count; dropped ones are
-    # bounded here, or a 16-byte block could ask for gigabytes.
+    # bounded here, or a 16-byte segment could ask for gigabytes.
     if tier == Tier.DROP and tokens > MAX_CHUNK_PAYLOAD_BYTES:
-        raise DataLossError(f"a block of {tokens} dropped tokens is larger than any prompt", "range")
+        raise DataLossError(f"a segment of {tokens} dropped tokens is larger than any prompt", "range")
     if tier != Tier.DROP and tokens > payload_bytes:
-        raise DataLossError(f"a block of {tokens} tokens does not fit {payload_bytes} bytes", "malformed")
+        raise DataLossError(f"a segment of {tokens} tokens does not fit {payload_bytes} bytes", "malformed")
     return torch.full((tokens,), tier, dtype=torch.uint8)
 
 

@@ -1,6 +1,6 @@
-"""Chunks: how blocks are packed into messages, and how a receiver comes to trust them.
+"""Chunks: how segments are packed into messages, and how a receiver comes to trust them.
 
-The layout is documented in proto/spectrumkv/v1/kv.proto. `ChunkWriter` packs blocks into chunks on the
+The layout is documented in proto/spectrumkv/v1/kv.proto. `ChunkWriter` packs segments into chunks on the
 prefill side; `ChunkReader` checks everything that arrives before anybody may use it.
 """
 
@@ -13,14 +13,14 @@ import crc32c
 import numpy as np
 
 from spectrumkv.common.errors import DataLossError
-from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, Block, Buffer, parse_block
+from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, Buffer, KvSegment, parse_segment
 
 # Sequence, payload bytes, CRC-32C.
 DIGEST_RECORD = struct.Struct("<III")
 
 
 @dataclass(frozen=True)
-class Chunk:
+class KvChunk:
     """What one KvChunk message carries.
 
     Attributes:
@@ -65,7 +65,7 @@ class _Tally:
         self.payload_bytes = 0
         self._digest = hashlib.sha256()
 
-    def add(self, chunk: Chunk) -> None:
+    def add(self, chunk: KvChunk) -> None:
         self.chunks += 1
         self.payload_bytes += chunk.payload_bytes
         self._digest.update(DIGEST_RECORD.pack(chunk.sequence, chunk.payload_bytes, chunk.crc32c))
@@ -75,10 +75,10 @@ class _Tally:
 
 
 class ChunkWriter:
-    """Packs blocks into numbered, checksummed chunks.
+    """Packs segments into numbered, checksummed chunks.
 
-    Small blocks share a chunk until it holds `target_bytes`, since a message costs about as much as 64 KiB of
-    payload whatever its size. A block is never split: whoever makes blocks keeps them near the target.
+    Small segments share a chunk until it holds `target_bytes`, since a message costs about as much as 64 KiB of
+    payload whatever its size. A segment is never split: whoever makes segments keeps them near the target.
 
     Args:
         target_bytes: payload at which a chunk is closed.
@@ -86,18 +86,18 @@ class ChunkWriter:
 
     def __init__(self, target_bytes: int) -> None:
         self._target_bytes = target_bytes
-        self._pending: list[Block] = []
+        self._pending: list[KvSegment] = []
         self._parts: list[Buffer] = []
         self._pending_bytes = 0
         self._tally = _Tally()
 
-    def add(self, block: Block) -> Iterator[tuple[Chunk, list[Block]]]:
-        """Append a block; yield the chunks that it completes (none or one or two), each with its blocks."""
-        block_bytes = block.wire_bytes
+    def add(self, segment: KvSegment) -> Iterator[tuple[KvChunk, list[KvSegment]]]:
+        """Append a segment; yield the chunks that it completes (none or one or two), each with its segments."""
+        block_bytes = segment.wire_bytes
         if self._parts and self._pending_bytes + block_bytes > MAX_CHUNK_PAYLOAD_BYTES:
             yield self._close()
-        self._pending.append(block)
-        self._parts += [block.header, block.body.numpy().data]
+        self._pending.append(segment)
+        self._parts += [segment.header, segment.body.numpy().data]
         self._pending_bytes += block_bytes
         if self._pending_bytes >= self._target_bytes:
             yield self._close()
@@ -107,8 +107,8 @@ class ChunkWriter:
         """Payload of the chunk that is still open."""
         return self._pending_bytes
 
-    def flush(self) -> Iterator[tuple[Chunk, list[Block]]]:
-        """Yield what has not left yet, if anything, as a chunk with its blocks."""
+    def flush(self) -> Iterator[tuple[KvChunk, list[KvSegment]]]:
+        """Yield what has not left yet, if anything, as a chunk with its segments."""
         if self._parts:
             yield self._close()
 
@@ -116,13 +116,13 @@ class ChunkWriter:
         """Totals of all chunks yielded so far."""
         return self._tally.totals()
 
-    def _close(self) -> tuple[Chunk, list[Block]]:
+    def _close(self) -> tuple[KvChunk, list[KvSegment]]:
         parts = tuple(self._parts)
-        chunk = Chunk(self._tally.chunks, _checksum(parts), parts)
-        blocks = self._pending
+        chunk = KvChunk(self._tally.chunks, _checksum(parts), parts)
+        segments = self._pending
         self._pending, self._parts, self._pending_bytes = [], [], 0
         self._tally.add(chunk)
-        return chunk, blocks
+        return chunk, segments
 
 
 class ChunkReader:
@@ -137,21 +137,21 @@ class ChunkReader:
         self._arrived = np.zeros((layers, tokens), dtype=np.bool_)
         self._tally = _Tally()
 
-    def read(self, chunk: Chunk) -> list[Block]:
-        """Return the chunk's blocks; their tensors are read-only views of its payload.
+    def read(self, chunk: KvChunk) -> list[KvSegment]:
+        """Return the chunk's segments; their tensors are read-only views of its payload.
 
         Raises:
             DataLossError: the chunk is out of order, damaged, malformed, or repeats tokens.
         """
         self._check_envelope(chunk)
         self._tally.add(chunk)
-        blocks = []
+        segments = []
         payload, offset = chunk.payload, 0
         while offset < len(payload):
-            block, offset = parse_block(payload, offset)
-            self._mark(block)
-            blocks.append(block)
-        return blocks
+            segment, offset = parse_segment(payload, offset)
+            self._mark(segment)
+            segments.append(segment)
+        return segments
 
     def finish(self, announced: ChunkTotals) -> None:
         """Check that everything arrived.
@@ -172,7 +172,7 @@ class ChunkReader:
                 "missing",
             )
 
-    def _check_envelope(self, chunk: Chunk) -> None:
+    def _check_envelope(self, chunk: KvChunk) -> None:
         expected = self._tally.chunks
         if chunk.sequence != expected:
             raise DataLossError(f"chunk {chunk.sequence} arrived where {expected} was due", "sequence")
@@ -188,19 +188,19 @@ class ChunkReader:
                 f"chunk {chunk.sequence} has CRC-32C {actual:#010x}, announced {chunk.crc32c:#010x}", "crc"
             )
 
-    def _mark(self, block: Block) -> None:
+    def _mark(self, segment: KvSegment) -> None:
         layers, tokens = self._arrived.shape
-        end = block.first_token + block.tiers.numel()
-        if block.layer >= layers or end > tokens:
+        end = segment.first_token + segment.tiers.numel()
+        if segment.layer >= layers or end > tokens:
             raise DataLossError(
-                f"a block holds tokens {block.first_token} to {end - 1} of layer {block.layer}; "
+                f"a segment holds tokens {segment.first_token} to {end - 1} of layer {segment.layer}; "
                 f"the request has {tokens} tokens and {layers} layers",
                 "range",
             )
-        span = self._arrived[block.layer, block.first_token : end]
+        span = self._arrived[segment.layer, segment.first_token : end]
         if span.any():
             raise DataLossError(
-                f"tokens {block.first_token} to {end - 1} of layer {block.layer} overlap tokens that arrived before",
+                f"tokens {segment.first_token} to {end - 1} of layer {segment.layer} overlap tokens that came before",
                 "repeated",
             )
         span[:] = True

@@ -16,8 +16,8 @@ from google.protobuf.message import DecodeError
 
 from spectrumkv.common.errors import DataLossError
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.wire import Chunk
-from spectrumkv.common.rpc.message_checksum import SEAL_BYTES, seal, unseal
+from spectrumkv.common.kv.wire import KvChunk
+from spectrumkv.common.rpc.message_checksum import CHECKSUM_BYTES, append_checksum, split_checksum
 from spectrumkv.common.telemetry.trace_context import current_trace
 from spectrumkv.v1 import decode_pb2
 
@@ -32,7 +32,7 @@ _PAYLOAD_TAG = 3 << 3 | 2
 _LONGEST_VARINT = 5
 BASIS_PIECE_BYTES = 512 << 10
 
-Request = decode_pb2.DecodeRequest | Chunk
+Request = decode_pb2.DecodeRequest | KvChunk
 ArrivedRequest = Request | DataLossError
 ArrivedPiece = decode_pb2.PutBasisRequest | DataLossError
 ArrivedResponse = decode_pb2.DecodeResponse | DataLossError
@@ -94,7 +94,7 @@ def decode_info_method(channel: grpc.Channel) -> Callable[..., Any]:
 def add_decode_servicer(servicer: Any, server: grpc.Server) -> None:
     """Register a servicer.
 
-    Its `Decode` gets `ArrivedRequest`, a chunk as `Chunk` and other requests as messages; its `PutBasis` gets
+    Its `Decode` gets `ArrivedRequest`, a chunk as `KvChunk` and other requests as messages; its `PutBasis` gets
     `ArrivedPiece`.
     """
     handlers = {
@@ -119,23 +119,23 @@ def add_decode_servicer(servicer: Any, server: grpc.Server) -> None:
 
 def serialized_bytes(request: Request) -> int:
     """Length of the request as `serialize_request` writes it."""
-    if isinstance(request, Chunk):
+    if isinstance(request, KvChunk):
         return len(_chunk_prefix(request)) + request.payload_bytes
-    return request.ByteSize() + SEAL_BYTES
+    return request.ByteSize() + CHECKSUM_BYTES
 
 
 def serialize_request(request: Request) -> bytes:
     """Return the request's protobuf encoding, sealed if it is no chunk; a chunk's payload is copied once."""
-    if isinstance(request, Chunk):
+    if isinstance(request, KvChunk):
         return b"".join((_chunk_prefix(request), *request.parts))
-    return seal(request.SerializeToString())
+    return append_checksum(request.SerializeToString())
 
 
 def deserialize_request(data: bytes) -> Request:
     """Inverse of `serialize_request`; a chunk's payload is a view of `data`.
 
     Raises:
-        DataLossError: `data` is no DecodeRequest, or its seal is broken.
+        DataLossError: `data` is no DecodeRequest, or its append_checksum is broken.
     """
     chunk = _parse_chunk(data)
     if chunk is not None:
@@ -144,25 +144,25 @@ def deserialize_request(data: bytes) -> Request:
         request = decode_pb2.DecodeRequest.FromString(data)
         if request.WhichOneof("message") == "chunk":
             # Fields in another order, or unknown ones between them: valid protobuf all the same.
-            return Chunk(request.chunk.sequence, request.chunk.crc32c, (request.chunk.payload,))
-        return decode_pb2.DecodeRequest.FromString(unseal(data))
+            return KvChunk(request.chunk.sequence, request.chunk.crc32c, (request.chunk.payload,))
+        return decode_pb2.DecodeRequest.FromString(split_checksum(data))
     except DecodeError:
         raise DataLossError(f"a message of {len(data)} bytes is no DecodeRequest", "malformed") from None
 
 
 def serialize_response(response: decode_pb2.DecodeResponse) -> bytes:
     """Return the response's protobuf encoding, sealed."""
-    return seal(response.SerializeToString())
+    return append_checksum(response.SerializeToString())
 
 
 def deserialize_response(data: bytes) -> decode_pb2.DecodeResponse:
     """Inverse of `serialize_response`.
 
     Raises:
-        DataLossError: `data` is no DecodeResponse, or its seal is broken.
+        DataLossError: `data` is no DecodeResponse, or its append_checksum is broken.
     """
     try:
-        return decode_pb2.DecodeResponse.FromString(unseal(data))
+        return decode_pb2.DecodeResponse.FromString(split_checksum(data))
     except DecodeError:
         raise DataLossError(f"a message of {len(data)} bytes is no DecodeResponse", "malformed") from None
 
@@ -188,7 +188,7 @@ def _arrived_response(data: bytes) -> ArrivedResponse:
         return error
 
 
-def _chunk_prefix(chunk: Chunk) -> bytes:
+def _chunk_prefix(chunk: KvChunk) -> bytes:
     """All of the message but the payload, which comes last. Zeros are left out, as protobuf does."""
     inner = bytearray()
     if chunk.sequence:
@@ -200,7 +200,7 @@ def _chunk_prefix(chunk: Chunk) -> bytes:
     return bytes((_CHUNK_TAG,)) + _varint(len(inner) + chunk.payload_bytes) + bytes(inner)
 
 
-def _parse_chunk(data: bytes) -> Chunk | None:
+def _parse_chunk(data: bytes) -> KvChunk | None:
     """Read a chunk whose fields are in the order in which protobuf writes them; None if it is anything else."""
     fields = _Cursor(data)
     if not fields.at(_CHUNK_TAG) or fields.varint() != fields.remaining:
@@ -211,7 +211,7 @@ def _parse_chunk(data: bytes) -> Chunk | None:
         return None
     if sequence is None or crc32c is None or sequence >= 1 << 32:
         return None
-    return Chunk(sequence, crc32c, (fields.rest(),))
+    return KvChunk(sequence, crc32c, (fields.rest(),))
 
 
 class _Cursor:

@@ -11,10 +11,10 @@ from spectrumkv.common.errors import DataLossError
 
 # Field 15, four bytes: the highest number of the two messages, so that every implementation writes it last.
 _SEAL_TAG = 15 << 3 | 5
-SEAL_BYTES = 5
+CHECKSUM_BYTES = 5
 
 
-def seal(encoded: bytes) -> bytes:
+def append_checksum(encoded: bytes) -> bytes:
     """Return a message's encoding with its checksum appended.
 
     Args:
@@ -24,13 +24,13 @@ def seal(encoded: bytes) -> bytes:
     return encoded + bytes((_SEAL_TAG,)) + checksum.to_bytes(4, "little")
 
 
-def unseal(sealed: bytes) -> bytes:
-    """Inverse of `seal`.
+def split_checksum(sealed: bytes) -> bytes:
+    """Inverse of `append_checksum`.
 
     Raises:
         DataLossError: the checksum is missing or is not that of the bytes before it.
     """
-    encoded, tag, announced = sealed[:-SEAL_BYTES], sealed[-SEAL_BYTES:-4], sealed[-4:]
+    encoded, tag, announced = sealed[:-CHECKSUM_BYTES], sealed[-CHECKSUM_BYTES:-4], sealed[-4:]
     if tag != bytes((_SEAL_TAG,)):
         raise DataLossError(f"a message of {len(sealed)} bytes does not end with its checksum", "malformed")
     actual = crc32c.crc32c(encoded)

@@ -24,7 +24,7 @@ def encode(
 ) -> None:
     """See `spectrumkv.kernels.absmax.encode`."""
     heads, _, head_dim = keys.shape
-    for span, body in _blocks(bodies, tiers, cuts, heads, head_dim):
+    for span, body in _segments(bodies, tiers, cuts, heads, head_dim):
         for side, states in enumerate((keys[:, span], values[:, span])):
             source = adjacent(states)
             encode_side = sides.encode_vectors if whole_vectors(source) else sides.encode_side
@@ -36,17 +36,17 @@ def decode(
 ) -> None:
     """See `spectrumkv.kernels.absmax.decode`."""
     heads, _, head_dim = keys.shape
-    for span, body in _blocks(bodies, tiers, cuts, heads, head_dim):
+    for span, body in _segments(bodies, tiers, cuts, heads, head_dim):
         for side, states in enumerate((keys[:, span], values[:, span])):
             with _written(states) as target:
                 decode_side = sides.decode_vectors if streams(target) else sides.decode_side
                 decode_side(body.numpy(), tiers[span].numpy(), heads, head_dim, *flat(target), side)
 
 
-def _blocks(
+def _segments(
     bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], heads: int, head_dim: int
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The tokens of each block and its body."""
+    """The tokens of each segment and its body."""
     spans = [slice(first, end) for first, end in pairwise(cuts)]
     if len(spans) == 1:
         yield spans[0], bodies

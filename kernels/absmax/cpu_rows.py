@@ -11,8 +11,8 @@ import numpy as np
 from numba import types
 
 from spectrumkv.kernels.jit.compiled import compiled, intrinsic
-from spectrumkv.kernels.jit.float_bits import ROUNDER, float_of, greater_magnitude, rounded_to_bfloat16, widen
-from spectrumkv.kernels.jit.machine_types import BYTE, FLOAT, HALF, LONG, WORD
+from spectrumkv.kernels.jit.float_bits import ROUNDER, float_of, greater_magnitude, rounded_to_bfloat16, to_float32
+from spectrumkv.kernels.jit.machine_types import F32, HALF, I8, I16, I32
 
 ZERO, INFINITY = np.float32(0), np.float32(np.inf)
 FLOAT16_MAX = 65504.0
@@ -24,7 +24,7 @@ def sixteen_bits(_: Any, element: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         narrow = builder.fptrunc(arguments[0], HALF) if element == types.float32 else arguments[0]
-        return builder.bitcast(narrow, WORD)
+        return builder.bitcast(narrow, I16)
 
     return types.uint16(element), emit
 
@@ -36,7 +36,7 @@ def element(_: Any, bits: Any, row: Any) -> Any:
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if row.dtype != types.float32:
             return arguments[0]
-        return builder.fpext(builder.bitcast(arguments[0], HALF), FLOAT)
+        return builder.fpext(builder.bitcast(arguments[0], HALF), F32)
 
     return row.dtype(types.uint16, row), emit
 
@@ -50,9 +50,9 @@ def _rounded(_: Any, value: Any, row: Any) -> Any:
         if row.dtype == types.float32:
             return value
         if row.dtype == types.uint16:
-            value = builder.select(builder.fcmp_ordered(">", value, FLOAT(FLOAT16_MAX)), FLOAT(FLOAT16_MAX), value)
-            value = builder.select(builder.fcmp_ordered("<", value, FLOAT(-FLOAT16_MAX)), FLOAT(-FLOAT16_MAX), value)
-            return builder.bitcast(builder.fptrunc(value, HALF), WORD)
+            value = builder.select(builder.fcmp_ordered(">", value, F32(FLOAT16_MAX)), F32(FLOAT16_MAX), value)
+            value = builder.select(builder.fcmp_ordered("<", value, F32(-FLOAT16_MAX)), F32(-FLOAT16_MAX), value)
+            return builder.bitcast(builder.fptrunc(value, HALF), I16)
         return rounded_to_bfloat16(builder, value)
 
     return row.dtype(types.float32, row), emit
@@ -63,7 +63,7 @@ def _greater_magnitude16(_: Any, peak: Any, bits: Any) -> Any:
     """`greater_magnitude` of 16-bit floats, either kind."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        magnitude = builder.and_(arguments[1], WORD(0x7FFF))
+        magnitude = builder.and_(arguments[1], I16(0x7FFF))
         return builder.select(builder.icmp_signed(">", magnitude, arguments[0]), magnitude, arguments[0])
 
     return types.int16(types.int16, types.int16), emit
@@ -73,7 +73,7 @@ def _greater_magnitude16(_: Any, peak: Any, bits: Any) -> Any:
 def _low_byte(_: Any, value: Any) -> Any:
     """The lowest eight bits of a float32."""
     return types.uint8(types.float32), lambda context, builder, signature, arguments: builder.trunc(
-        builder.bitcast(arguments[0], LONG), BYTE
+        builder.bitcast(arguments[0], I32), I8
     )
 
 
@@ -81,7 +81,7 @@ def _low_byte(_: Any, value: Any) -> Any:
 def _pair(_: Any, low: Any, high: Any) -> Any:
     """Two INT4 codes in one byte."""
     return types.uint8(types.uint8, types.uint8), lambda context, builder, signature, arguments: builder.or_(
-        builder.and_(arguments[0], BYTE(0xF)), builder.shl(arguments[1], BYTE(4))
+        builder.and_(arguments[0], I8(0xF)), builder.shl(arguments[1], I8(4))
     )
 
 
@@ -89,21 +89,21 @@ def _pair(_: Any, low: Any, high: Any) -> Any:
 def _low_nibble(_: Any, byte: Any) -> Any:
     """The low INT4 code of a byte, its sign extended to eight bits."""
     return types.int8(types.uint8), lambda context, builder, signature, arguments: builder.ashr(
-        builder.shl(arguments[0], BYTE(4)), BYTE(4)
+        builder.shl(arguments[0], I8(4)), I8(4)
     )
 
 
 @intrinsic
 def _high_nibble(_: Any, byte: Any) -> Any:
     """The high INT4 code of a byte, its sign extended to eight bits."""
-    return types.int8(types.uint8), lambda context, builder, signature, arguments: builder.ashr(arguments[0], BYTE(4))
+    return types.int8(types.uint8), lambda context, builder, signature, arguments: builder.ashr(arguments[0], I8(4))
 
 
 @compiled
 def _code(element: Any, divisor: Any, largest: Any) -> Any:
     """The nearest multiple of the scale, as a byte."""
     # Clamped first: the rounding holds below 2^22 only.
-    steps = widen(element) / divisor
+    steps = to_float32(element) / divisor
     steps = steps if steps < largest else largest
     steps = steps if steps > -largest else -largest
     return _low_byte(steps + ROUNDER)
@@ -114,9 +114,9 @@ def quantize_row(row: Any, codes: Any, largest: Any, packed: bool) -> Any:
     """Write the codes of a row; return its scale as float16's bits."""
     peak = np.int32(0)
     for i in range(row.size):
-        peak = greater_magnitude(peak, widen(row[i]))
+        peak = greater_magnitude(peak, to_float32(row[i]))
     scale = sixteen_bits(float_of(peak) / largest)
-    divisor = widen(scale)
+    divisor = to_float32(scale)
     # Dividing by infinity makes the codes of a zero scale zero.
     divisor = divisor if divisor > ZERO else INFINITY
     if packed:
@@ -132,7 +132,7 @@ def quantize_row(row: Any, codes: Any, largest: Any, packed: bool) -> Any:
 @compiled
 def dequantize_row(codes: Any, scale: Any, row: Any, packed: bool) -> None:
     """Write codes times scale into a row."""
-    factor = widen(scale)
+    factor = to_float32(scale)
     if packed:
         high = row[codes.size :]
         for i in range(codes.size):

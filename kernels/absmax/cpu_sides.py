@@ -1,4 +1,4 @@
-"""One side of a block, keys or values, compiled for CPUs: every token at its own tier, into a body and back.
+"""One side of a segment, keys or values, compiled for CPUs: every token at its own tier, into a body and back.
 
 There is a loop for rows of any kind and one for rows of whole vectors, in either direction: as one with a branch it
 takes 1.4 times as long to code and ten times as long to decode (docs/decisions.md, 50).
@@ -10,17 +10,17 @@ import numpy as np
 
 from spectrumkv.kernels.absmax.cpu_rows import dequantize_row, element, quantize_row, sixteen_bits
 from spectrumkv.kernels.absmax.cpu_vectors import (
-    halve,
     quantize_int4,
     quantize_int8,
     stream_halves,
     stream_int4,
     stream_int8,
     streamed,
+    to_float16,
 )
 from spectrumkv.kernels.absmax.layout import TIER_16BIT, TIER_INT4, TIER_INT8
 from spectrumkv.kernels.jit.compiled import compiled
-from spectrumkv.kernels.jit.float_bits import widen
+from spectrumkv.kernels.jit.float_bits import to_float32
 
 LARGEST_INT8, LARGEST_INT4 = np.float32(127), np.float32(7)
 
@@ -57,7 +57,7 @@ def body_parts(body: Any, tiers: Any, heads: int, head_dim: int) -> Any:
 def encode_side(
     states: Any, head_stride: int, token_stride: int, tiers: Any, heads: int, head_dim: int, body: Any, side: int
 ) -> None:
-    """Write the keys (side 0) or the values (1) of a block into its body, every token at its own tier."""
+    """Write the keys (side 0) or the values (1) of a segment into its body, every token at its own tier."""
     halves, scales8, scales4, codes8, codes4 = body_parts(body, tiers, heads, head_dim)
     n16, n8, n4 = 0, 0, 0
     for token in range(tiers.size):
@@ -95,7 +95,7 @@ def encode_vectors(
             elif tier == TIER_INT8:
                 scales8[side, head, n8] = quantize_int8(states, start, head_dim, codes8[side, head, n8])
             elif tier == TIER_16BIT:
-                halve(states, start, head_dim, halves[side, head, n16])
+                to_float16(states, start, head_dim, halves[side, head, n16])
         n4 += tier == TIER_INT4
         n8 += tier == TIER_INT8
         n16 += tier == TIER_16BIT
@@ -138,9 +138,9 @@ def decode_vectors(
         for head in range(heads):
             start = head * head_stride + token * token_stride
             if tier == TIER_INT4:
-                stream_int4(codes4[side, head, n4], states, start, head_dim, widen(scales4[side, head, n4]))
+                stream_int4(codes4[side, head, n4], states, start, head_dim, to_float32(scales4[side, head, n4]))
             elif tier == TIER_INT8:
-                stream_int8(codes8[side, head, n8], states, start, head_dim, widen(scales8[side, head, n8]))
+                stream_int8(codes8[side, head, n8], states, start, head_dim, to_float32(scales8[side, head, n8]))
             elif tier == TIER_16BIT:
                 stream_halves(halves[side, head, n16], states, start, head_dim)
         n4 += tier == TIER_INT4

@@ -15,8 +15,8 @@ from numba.core import cgutils
 
 from spectrumkv.kernels.jit.compiled import intrinsic
 from spectrumkv.kernels.jit.float_bits import MAGNITUDE, ROUNDER
-from spectrumkv.kernels.jit.machine_types import BYTE, FLOAT, HALF, LONG, PLACE, WORD
-from spectrumkv.kernels.jit.vectors import FLOAT_BYTES, LANES, VECTOR, everywhere, load, pointer_to, vector_at
+from spectrumkv.kernels.jit.machine_types import F32, HALF, I8, I16, I32, I64
+from spectrumkv.kernels.jit.vectors import FLOAT_BYTES, LANES, VECTOR, load, pointer_to, splat, vector_at
 
 VECTOR_BYTES = LANES * FLOAT_BYTES
 # What INT4 packs into one byte lies half a row apart: half a row has whole vectors.
@@ -45,19 +45,19 @@ def streams(states: torch.Tensor) -> bool:
 
 def _each_vector(builder: Any, elements: Any, emit: Callable[[Any], None]) -> None:
     """Emit a loop over the offsets of the vectors of so many elements."""
-    with cgutils.for_range(builder, builder.udiv(elements, PLACE(LANES))) as loop:
-        emit(builder.mul(loop.index, PLACE(LANES)))
+    with cgutils.for_range(builder, builder.udiv(elements, I64(LANES))) as loop:
+        emit(builder.mul(loop.index, I64(LANES)))
 
 
 def _magnitudes(builder: Any, value: Any) -> Any:
     """The bits of |x| for each float of a vector: ordered like floats, with NaN above infinity."""
-    kind = ir.VectorType(LONG, LANES)
+    kind = ir.VectorType(I32, LANES)
     return builder.and_(builder.bitcast(value, kind), ir.Constant(kind, [MAGNITUDE] * LANES))
 
 
 def _peak(builder: Any, source: Any, elements: Any) -> Any:
     """The greatest magnitude of a row, a float."""
-    kind = ir.VectorType(LONG, LANES)
+    kind = ir.VectorType(I32, LANES)
     greatest = cgutils.alloca_once_value(builder, ir.Constant(kind, None))
 
     def look(offset: Any) -> None:
@@ -68,9 +68,9 @@ def _peak(builder: Any, source: Any, elements: Any) -> Any:
     _each_vector(builder, elements, look)
     # llvmlite has no name for intrinsics of vectors.
     reduce = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(LONG, [kind]), f"llvm.vector.reduce.smax.v{LANES}i32"
+        builder.module, ir.FunctionType(I32, [kind]), f"llvm.vector.reduce.smax.v{LANES}i32"
     )
-    return builder.bitcast(builder.call(reduce, [builder.load(greatest)]), FLOAT)
+    return builder.bitcast(builder.call(reduce, [builder.load(greatest)]), F32)
 
 
 def _codes(builder: Any, value: Any, divisor: Any, largest: float) -> Any:
@@ -81,8 +81,8 @@ def _codes(builder: Any, value: Any, divisor: Any, largest: float) -> Any:
         limits = ir.Constant(VECTOR, [limit] * LANES)
         steps = builder.select(builder.fcmp_ordered(comparison, steps, limits), steps, limits)
     rounded = builder.fadd(steps, ir.Constant(VECTOR, [float(ROUNDER)] * LANES))
-    bits = builder.bitcast(rounded, ir.VectorType(LONG, LANES))
-    return builder.trunc(bits, ir.VectorType(BYTE, LANES))
+    bits = builder.bitcast(rounded, ir.VectorType(I32, LANES))
+    return builder.trunc(bits, ir.VectorType(I8, LANES))
 
 
 def _encoder(summary: str, largest: float, packed: bool) -> Callable[..., Any]:
@@ -96,14 +96,14 @@ def _encoder(summary: str, largest: float, packed: bool) -> Callable[..., Any]:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source = pointer_to(context, builder, signature.args[0], *arguments[:2])
-        target = pointer_to(context, builder, signature.args[3], arguments[3], PLACE(0))
+        target = pointer_to(context, builder, signature.args[3], arguments[3], I64(0))
         elements = arguments[2]
-        scale = builder.fptrunc(builder.fdiv(_peak(builder, source, elements), FLOAT(largest)), HALF)
-        divisor = builder.fpext(scale, FLOAT)
+        scale = builder.fptrunc(builder.fdiv(_peak(builder, source, elements), F32(largest)), HALF)
+        divisor = builder.fpext(scale, F32)
         # Dividing by infinity makes the codes of a zero scale zero.
-        usable = builder.fcmp_ordered(">", divisor, FLOAT(0.0))
-        divisor = everywhere(builder, builder.select(usable, divisor, FLOAT(float("inf"))))
-        half = builder.udiv(elements, PLACE(2))
+        usable = builder.fcmp_ordered(">", divisor, F32(0.0))
+        divisor = splat(builder, builder.select(usable, divisor, F32(float("inf"))))
+        half = builder.udiv(elements, I64(2))
 
         def codes_at(offset: Any) -> Any:
             return _codes(builder, load(builder, vector_at(builder, source, offset)), divisor, largest)
@@ -111,14 +111,14 @@ def _encoder(summary: str, largest: float, packed: bool) -> Callable[..., Any]:
         def code(offset: Any) -> None:
             codes = codes_at(offset)
             if packed:
-                nibble = ir.VectorType(BYTE, LANES)
+                nibble = ir.VectorType(I8, LANES)
                 low = builder.and_(codes, ir.Constant(nibble, [0xF] * LANES))
                 high = builder.shl(codes_at(builder.add(offset, half)), ir.Constant(nibble, [4] * LANES))
                 codes = builder.or_(low, high)
-            builder.store(codes, vector_at(builder, target, offset, BYTE)).align = 1
+            builder.store(codes, vector_at(builder, target, offset, I8)).align = 1
 
         _each_vector(builder, half if packed else elements, code)
-        return builder.bitcast(scale, WORD)
+        return builder.bitcast(scale, I16)
 
     def quantize(_: Any, states: Any, start: Any, elements: Any, codes: Any) -> Any:
         return types.uint16(states, types.int64, types.int64, codes), emit
@@ -134,12 +134,12 @@ quantize_int4 = _encoder("To INT4; high nibbles are the row's second half.", 7.0
 
 
 @intrinsic
-def halve(_: Any, states: Any, start: Any, elements: Any, halves: Any) -> Any:
+def to_float16(_: Any, states: Any, start: Any, elements: Any, halves: Any) -> Any:
     """Round a row half to even to float16, or to infinity; it may lie at an odd address."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source = pointer_to(context, builder, signature.args[0], *arguments[:2])
-        target = pointer_to(context, builder, signature.args[3], arguments[3], PLACE(0))
+        target = pointer_to(context, builder, signature.args[3], arguments[3], I64(0))
         target = builder.bitcast(target, HALF.as_pointer())
 
         def narrow(offset: Any) -> None:
@@ -157,7 +157,7 @@ def _stream(builder: Any, value: Any, pointer: Any) -> None:
     """Store a vector past the cache."""
     stored = builder.store(value, pointer)
     stored.align = VECTOR_BYTES
-    stored.set_metadata("nontemporal", builder.module.add_metadata([LONG(1)]))
+    stored.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
 
 
 def _decoder(summary: str, has_factor: bool, emit_row: Callable[..., None]) -> Callable[..., Any]:
@@ -171,9 +171,9 @@ def _decoder(summary: str, has_factor: bool, emit_row: Callable[..., None]) -> C
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source = pointer_to(context, builder, signature.args[0], arguments[0], PLACE(0))
+        source = pointer_to(context, builder, signature.args[0], arguments[0], I64(0))
         target = pointer_to(context, builder, signature.args[1], *arguments[1:3])
-        factor = everywhere(builder, arguments[4]) if has_factor else None
+        factor = splat(builder, arguments[4]) if has_factor else None
         emit_row(builder, source, target, arguments[3], factor)
         return context.get_dummy_value()
 
@@ -192,16 +192,16 @@ def _decoder(summary: str, has_factor: bool, emit_row: Callable[..., None]) -> C
 def _emit_halves(builder: Any, source: Any, target: Any, elements: Any, _: Any) -> None:
     halves = builder.bitcast(source, HALF.as_pointer())
 
-    def widen(offset: Any) -> None:
+    def to_float32(offset: Any) -> None:
         loaded = load(builder, vector_at(builder, halves, offset, HALF), alignment=1)
         _stream(builder, builder.fpext(loaded, VECTOR), vector_at(builder, target, offset))
 
-    _each_vector(builder, elements, widen)
+    _each_vector(builder, elements, to_float32)
 
 
 def _emit_int8(builder: Any, source: Any, target: Any, elements: Any, factor: Any) -> None:
     def multiply(offset: Any) -> None:
-        codes = load(builder, vector_at(builder, source, offset, BYTE), alignment=1)
+        codes = load(builder, vector_at(builder, source, offset, I8), alignment=1)
         value = builder.fmul(builder.sitofp(codes, VECTOR), factor)
         _stream(builder, value, vector_at(builder, target, offset))
 
@@ -209,11 +209,11 @@ def _emit_int8(builder: Any, source: Any, target: Any, elements: Any, factor: An
 
 
 def _emit_int4(builder: Any, source: Any, target: Any, elements: Any, factor: Any) -> None:
-    half = builder.udiv(elements, PLACE(2))
-    nibble = ir.Constant(ir.VectorType(BYTE, LANES), [4] * LANES)
+    half = builder.udiv(elements, I64(2))
+    nibble = ir.Constant(ir.VectorType(I8, LANES), [4] * LANES)
 
     def multiply(offset: Any) -> None:
-        codes = load(builder, vector_at(builder, source, offset, BYTE), alignment=1)
+        codes = load(builder, vector_at(builder, source, offset, I8), alignment=1)
         low, high = builder.ashr(builder.shl(codes, nibble), nibble), builder.ashr(codes, nibble)
         for nibbles, place in ((low, offset), (high, builder.add(offset, half))):
             value = builder.fmul(builder.sitofp(nibbles, VECTOR), factor)

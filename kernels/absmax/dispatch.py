@@ -12,7 +12,7 @@ __all__ = ["INT4", "INT8", "decode", "encode", "is_finite", "prepare"]
 def encode(
     keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
 ) -> None:
-    """Code blocks of tokens, each token at its own tier.
+    """Code segments of tokens, each token at its own tier.
 
     A scale is `max |x| / largest` of a format, rounded to float16, one for a token in a KV head. A code is
     `x / scale` rounded half to even and clamped to ±`largest`, or 0 where the scale is 0. All arithmetic
@@ -29,8 +29,8 @@ def encode(
         keys: float32, float16 or bfloat16 `[kv_heads, n, head_dim]`, n ≥ 1, any strides, head_dim even.
         values: like `keys`, on the same device.
         tiers: uint8 `[n]` on the CPU, codes of the wire's tier map.
-        cuts: the first token of each block, rising from 0, and n.
-        bodies: uint8, contiguous, on the device of the keys, written from end to end: the blocks' bodies, one after
+        cuts: the first token of each segment, rising from 0, and n.
+        bodies: uint8, contiguous, on the device of the keys, written from end to end: the segments' bodies, one after
             another. `Parts` has their sections, and the caller has seen to it that the length is theirs.
     """
     if keys.is_cuda:

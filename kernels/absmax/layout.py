@@ -46,7 +46,7 @@ def section_bytes(n16: int, n8: int, n4: int, kv_heads: int, head_dim: int) -> l
     """Lengths of the sections of a body, in its order.
 
     Args:
-        n16: the block's tokens at 16 bits.
+        n16: the segment's tokens at 16 bits.
         n8: at INT8.
         n4: at INT4.
         kv_heads: of the model.
@@ -57,16 +57,16 @@ def section_bytes(n16: int, n8: int, n4: int, kv_heads: int, head_dim: int) -> l
 
 
 def body_bytes(tiers: torch.Tensor, kv_heads: int, head_dim: int) -> int:
-    """Length of the body of a block whose tokens have these tiers, uint8 `[n]` on the CPU."""
+    """Length of the body of a segment whose tokens have these tiers, uint8 `[n]` on the CPU."""
     n16, n8, n4 = (int((tiers == tier).sum()) for tier in (TIER_16BIT, TIER_INT8, TIER_INT4))
     return sum(section_bytes(n16, n8, n4, kv_heads, head_dim))
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The sections of a coded block of `n16 + n8 + n4` tokens; index 0 of each tensor is keys, 1 values.
+    """The sections of a coded segment of `n16 + n8 + n4` tokens; index 0 of each tensor is keys, 1 values.
 
-    Tokens of a tier are in the order of the block.
+    Tokens of a tier are in the order of the segment.
 
     Attributes:
         fp16: the model's 16-bit dtype `[2, kv_heads, n16, head_dim]`.

@@ -66,7 +66,7 @@ def encode(
     keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
 ) -> None:
     """See `spectrumkv.kernels.absmax.encode`."""
-    for span, parts, index in _blocks(keys, tiers, cuts, bodies):
+    for span, parts, index in _segments(keys, tiers, cuts, bodies):
         for side, states in enumerate((keys[:, span], values[:, span])):
             parts.fp16[side].copy_(states.index_select(1, index[TIER_16BIT]))
             for tier, form in _FORMATS.items():
@@ -78,7 +78,7 @@ def decode(
     bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> None:
     """See `spectrumkv.kernels.absmax.decode`."""
-    for span, parts, index in _blocks(keys, tiers, cuts, bodies):
+    for span, parts, index in _segments(keys, tiers, cuts, bodies):
         for side, states in enumerate((keys[:, span], values[:, span])):
             states.index_copy_(1, index[TIER_16BIT], parts.fp16[side].to(states.dtype))
             for tier, form in _FORMATS.items():
@@ -86,19 +86,19 @@ def decode(
                 dequantize(codes[side], scales[side], index[tier], states, form)
 
 
-def _blocks(
+def _segments(
     states: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
 ) -> Iterator[tuple[slice, Parts, dict[int, torch.Tensor]]]:
-    """The tokens of each block, the sections of its body, and the positions in it of each tier's tokens."""
+    """The tokens of each segment, the sections of its body, and the positions in it of each tier's tokens."""
     kv_heads, _, head_dim = states.shape
     half = torch.float16 if states.dtype == torch.float32 else states.dtype
     at = 0
     for first, end in pairwise(cuts):
-        block = tiers[first:end]
-        body = bodies[at : at + body_bytes(block, kv_heads, head_dim)]
+        segment = tiers[first:end]
+        body = bodies[at : at + body_bytes(segment, kv_heads, head_dim)]
         at += body.numel()
-        index = {tier: torch.nonzero(block == tier).flatten().to(states.device) for tier in (*_FORMATS, TIER_16BIT)}
-        yield slice(first, end), Parts.of(body, block, kv_heads, head_dim, half), index
+        index = {tier: torch.nonzero(segment == tier).flatten().to(states.device) for tier in (*_FORMATS, TIER_16BIT)}
+        yield slice(first, end), Parts.of(body, segment, kv_heads, head_dim, half), index
 
 
 def _pack(codes: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""How the tokens of blocks are dealt out to a GPU's programs, so that one launch codes any mix of tiers.
+"""How the tokens of segments are dealt out to a GPU's programs, so that one launch codes any mix of tiers.
 
-A tile is a few tokens of one tier of one block; a program codes a tile in one KV head, on one side (keys or values).
+A tile is a few tokens of one tier of one segment; a program codes a tile in one KV head, on one side (keys or
+values).
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from spectrumkv.kernels.absmax.layout import TIER_16BIT, TIER_DROP, TIER_INT4, T
 
 # What a tile's row of the table says, in this order; one column is left, so that a row has 32 bytes.
 TILE_COLUMNS = 8
-TIER, PLACE, ROWS, ROW, SECTION_ROWS, ELEMENTS_AT, SCALES_AT = range(7)
+TIER, I64, ROWS, ROW, SECTION_ROWS, ELEMENTS_AT, SCALES_AT = range(7)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,23 +40,23 @@ class TileTable:
         return both[self.tiles.size :], both[: self.tiles.size]
 
 
-def tiles_of_blocks(
+def tiles_of_segments(
     tiers: np.ndarray, cuts: Sequence[int], kv_heads: int, head_dim: int, tile_rows: int
 ) -> TileTable:
-    """Deal out blocks whose bodies lie back to back.
+    """Deal out segments whose bodies lie back to back.
 
     Args:
         tiers: uint8 `[n]`, codes of the wire's tier map.
-        cuts: the first token of each block, rising from 0, and n.
+        cuts: the first token of each segment, rising from 0, and n.
         kv_heads: of the model.
         head_dim: of the model.
         tile_rows: most tokens of a tile.
     """
     order, tiles, body_at = [], [], 0
     for first, end in pairwise(cuts):
-        block = tiers[first:end]
-        order.append(np.argsort(block, kind="stable") + first)
-        counts = np.bincount(block, minlength=TIER_16BIT + 1).tolist()
+        segment = tiers[first:end]
+        order.append(np.argsort(segment, kind="stable") + first)
+        counts = np.bincount(segment, minlength=TIER_16BIT + 1).tolist()
         places = [first + before for before in accumulate(counts, initial=0)]
         sizes = section_bytes(counts[TIER_16BIT], counts[TIER_INT8], counts[TIER_INT4], kv_heads, head_dim)
         *starts, body_at = accumulate(sizes, initial=body_at)
@@ -72,7 +73,7 @@ def _section(tier: int, place: int, rows: int, elements_at: int, scales_at: int,
     row = np.arange(0, rows, tile_rows, dtype=np.int32)
     tiles = np.zeros((row.size, TILE_COLUMNS), np.int32)
     tiles[:, TIER] = tier
-    tiles[:, PLACE] = place + row
+    tiles[:, I64] = place + row
     tiles[:, ROWS] = np.minimum(tile_rows, rows - row)
     tiles[:, ROW] = row
     tiles[:, SECTION_ROWS] = rows

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from spectrumkv.kernels.absmax import layout as absmax_format
-from spectrumkv.kernels.absmax.tiles import TILE_COLUMNS, tiles_of_blocks
+from spectrumkv.kernels.absmax.tiles import TILE_COLUMNS, tiles_of_segments
 
 # Elements of one program: enough to keep 128 threads busy, few enough to stay in registers.
 TILE_ELEMENTS = 2048
@@ -268,7 +268,7 @@ def _prepared(
     kv_heads, _, head_dim = keys.shape
     padded_half: int = triton.next_power_of_2(head_dim // 2)
     rows = max(1, TILE_ELEMENTS // (2 * padded_half))
-    table = tiles_of_blocks(tiers.numpy(), cuts, kv_heads, head_dim, rows)
+    table = tiles_of_segments(tiers.numpy(), cuts, kv_heads, head_dim, rows)
     half = torch.float16 if keys.dtype == torch.float32 else keys.dtype
     floats, scales = bodies.view(half), bodies.view(torch.float16)
     order, tiles = table.on(keys.device)

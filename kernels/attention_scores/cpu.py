@@ -22,10 +22,10 @@ CENTRE_STRIDE = 16
 LOGITS_BYTES = 1 << 20
 
 
-def attention_received(
+def accumulated_attention(
     queries: torch.Tensor, keys: torch.Tensor, window: int, sliding_window: int | None, softcap: float | None
 ) -> torch.Tensor:
-    """See `spectrumkv.kernels.attention_received`."""
+    """See `spectrumkv.kernels.accumulated_attention`."""
     kv_heads, tokens, _ = keys.shape
     received = torch.zeros(kv_heads, tokens)
     seen = min(sliding_window or tokens, tokens)
@@ -62,4 +62,4 @@ def prepare() -> None:
     """Compile, or load what an earlier process compiled."""
     # A bound keeps logits at float32 where they would be bfloat16.
     for softcap in (None, 1.0):
-        attention_received(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), 1, None, softcap)
+        accumulated_attention(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), 1, None, softcap)

@@ -7,9 +7,9 @@ import numpy as np
 from numba import types
 
 from spectrumkv.kernels.jit.compiled import compiled, intrinsic
-from spectrumkv.kernels.jit.float_bits import ROUNDER, bfloat16, widen
+from spectrumkv.kernels.jit.float_bits import ROUNDER, bfloat16, to_float32
 from spectrumkv.kernels.jit.gemm import ROWS, weigh
-from spectrumkv.kernels.jit.machine_types import FLOAT, LONG
+from spectrumkv.kernels.jit.machine_types import F32, I32
 from spectrumkv.kernels.jit.row_dots import dot_rows
 
 LEAST_EXPONENT = np.float32(-126)
@@ -25,8 +25,8 @@ def _greater(_: Any, known: Any, value: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         # Flipping the magnitude of negative floats makes their bits ordered like the floats themselves.
-        bits = builder.bitcast(arguments[1], LONG)
-        bits = builder.xor(bits, builder.and_(builder.ashr(bits, LONG(31)), LONG(0x7FFFFFFF)))
+        bits = builder.bitcast(arguments[1], I32)
+        bits = builder.xor(bits, builder.and_(builder.ashr(bits, I32(31)), I32(0x7FFFFFFF)))
         return builder.select(builder.icmp_signed(">", bits, arguments[0]), bits, arguments[0])
 
     return types.int32(types.int32, types.float32), emit
@@ -37,8 +37,8 @@ def _float_of(_: Any, ordered: Any) -> Any:
     """The float that `_greater` found."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        flipped = builder.and_(builder.ashr(arguments[0], LONG(31)), LONG(0x7FFFFFFF))
-        return builder.bitcast(builder.xor(arguments[0], flipped), FLOAT)
+        flipped = builder.and_(builder.ashr(arguments[0], I32(31)), I32(0x7FFFFFFF))
+        return builder.bitcast(builder.xor(arguments[0], flipped), F32)
 
     return types.float32(types.int32), emit
 
@@ -48,8 +48,8 @@ def _two_to_the(_: Any, rounded: Any) -> Any:
     """2^k, of k + `ROUNDER`, for -126 ≤ k ≤ 127."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        exponent = builder.shl(builder.bitcast(arguments[0], LONG), LONG(23))
-        return builder.bitcast(builder.add(exponent, LONG(127 << 23)), FLOAT)
+        exponent = builder.shl(builder.bitcast(arguments[0], I32), I32(23))
+        return builder.bitcast(builder.add(exponent, I32(127 << 23)), F32)
 
     return types.float32(types.float32), emit
 
@@ -102,11 +102,11 @@ def exponentials(logits: Any, weights: Any) -> Any:
     """
     peak = np.int32(-0x80000000)
     for i in range(logits.size):
-        peak = _greater(peak, widen(logits[i]))
+        peak = _greater(peak, to_float32(logits[i]))
     greatest = _float_of(peak)
     total = ZERO
     for i in range(logits.size):
-        power = (widen(logits[i]) - greatest) * LOG2_E
+        power = (to_float32(logits[i]) - greatest) * LOG2_E
         # Written so that NaN stays.
         power = power if not power < LEAST_EXPONENT else LEAST_EXPONENT
         rounded = power + ROUNDER

@@ -17,16 +17,16 @@ import torch
 from spectrumkv.kernels.attention_scores import reference as attention_received_reference
 
 
-def attention_received(
+def accumulated_attention(
     queries: torch.Tensor, keys: torch.Tensor, window: int, sliding_window: int | None, softcap: float | None
 ) -> torch.Tensor:
     """Sum the softmax weights over queries; see the module. Query i of a head stands at position n − w + i."""
     if keys.is_cuda:
-        return attention_received_reference.attention_received(queries, keys, window, sliding_window, softcap)
+        return attention_received_reference.accumulated_attention(queries, keys, window, sliding_window, softcap)
     # numba takes a third of a second to import.
     from spectrumkv.kernels.attention_scores import cpu as attention_received_cpu
 
-    return attention_received_cpu.attention_received(queries, keys, window, sliding_window, softcap)
+    return attention_received_cpu.accumulated_attention(queries, keys, window, sliding_window, softcap)
 
 
 def prepare() -> None:

@@ -5,10 +5,10 @@ import math
 import torch
 
 
-def attention_received(
+def accumulated_attention(
     queries: torch.Tensor, keys: torch.Tensor, window: int, sliding_window: int | None, softcap: float | None
 ) -> torch.Tensor:
-    """See `spectrumkv.kernels.attention_received`; takes memory for g · w · n logits of every KV head."""
+    """See `spectrumkv.kernels.accumulated_attention`; takes memory for g · w · n logits of every KV head."""
     tokens = keys.shape[1]
     logits = torch.matmul(queries, keys.to(queries.dtype).transpose(1, 2))
     if softcap is not None:

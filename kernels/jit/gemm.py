@@ -13,15 +13,15 @@ from numba.core import cgutils
 from numba.core.errors import TypingError
 
 from spectrumkv.kernels.jit.compiled import compiled, intrinsic
-from spectrumkv.kernels.jit.machine_types import PLACE
+from spectrumkv.kernels.jit.machine_types import I64
 from spectrumkv.kernels.jit.vectors import (
     LANES,
     MANY_REGISTERS,
     VECTOR,
-    everywhere,
     exchanged_lanes,
     load,
     pointer_to,
+    splat,
     store,
     vector_at,
 )
@@ -53,7 +53,7 @@ def _tile(columns: int) -> Callable[..., Any]:
         depth_stride, row_stride = arguments[2:4]
         right, right_stride = pointer_to(context, builder, kinds[4], *arguments[4:6]), arguments[6]
         product, product_stride = pointer_to(context, builder, kinds[7], *arguments[7:9]), arguments[9]
-        rows = [builder.mul(PLACE(row), row_stride) for row in range(ROWS)]
+        rows = [builder.mul(I64(row), row_stride) for row in range(ROWS)]
         sums = [[cgutils.alloca_once(builder, VECTOR) for _ in range(vectors)] for _ in range(ROWS)]
         for row in sums:
             for one in row:
@@ -61,16 +61,16 @@ def _tile(columns: int) -> Callable[..., Any]:
         with cgutils.for_range(builder, arguments[10]) as loop:
             factors = builder.gep(left, [builder.mul(loop.index, depth_stride)])
             line = builder.gep(right, [builder.mul(loop.index, right_stride)])
-            lanes = [load(builder, vector_at(builder, line, PLACE(LANES * one))) for one in range(vectors)]
+            lanes = [load(builder, vector_at(builder, line, I64(LANES * one))) for one in range(vectors)]
             for offset, row in zip(rows, sums, strict=True):
-                factor = everywhere(builder, builder.load(builder.gep(factors, [offset])))
+                factor = splat(builder, builder.load(builder.gep(factors, [offset])))
                 for lane, one in zip(lanes, row, strict=True):
                     added = builder.fmul(factor, lane, flags=("contract",))
                     builder.store(builder.fadd(builder.load(one), added, flags=("contract",)), one)
         for place, row in enumerate(sums):
-            line = builder.gep(product, [builder.mul(PLACE(place), product_stride)])
+            line = builder.gep(product, [builder.mul(I64(place), product_stride)])
             for number, one in enumerate(row):
-                store(builder, builder.load(one), vector_at(builder, line, PLACE(LANES * number)))
+                store(builder, builder.load(one), vector_at(builder, line, I64(LANES * number)))
         return context.get_dummy_value()
 
     def tile(
@@ -168,7 +168,7 @@ def _transpose_square(
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source = pointer_to(context, builder, signature.args[0], *arguments[:2])
         target = pointer_to(context, builder, signature.args[3], *arguments[3:5])
-        offsets = [builder.mul(PLACE(row), arguments[2]) for row in range(LANES)]
+        offsets = [builder.mul(I64(row), arguments[2]) for row in range(LANES)]
         rows = [load(builder, vector_at(builder, source, offset)) for offset in offsets]
         apart = 1
         while apart < LANES:
@@ -178,7 +178,7 @@ def _transpose_square(
                     rows[place] = builder.shuffle_vector(*pair, lanes)
             apart *= 2
         for row, value in enumerate(rows):
-            offset = builder.mul(PLACE(row), arguments[5])
+            offset = builder.mul(I64(row), arguments[5])
             store(builder, value, vector_at(builder, target, offset))
         return context.get_dummy_value()
 

@@ -2,5 +2,5 @@
 
 from llvmlite import ir
 
-BYTE, WORD, LONG, PLACE = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-HALF, FLOAT = ir.HalfType(), ir.FloatType()
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+HALF, F32 = ir.HalfType(), ir.FloatType()

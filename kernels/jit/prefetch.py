@@ -6,7 +6,7 @@ from llvmlite import ir
 from numba import types
 
 from spectrumkv.kernels.jit.compiled import compiled, intrinsic
-from spectrumkv.kernels.jit.machine_types import BYTE, LONG
+from spectrumkv.kernels.jit.machine_types import I8, I32
 
 # Elements of 32 bits in a line of the cache, and LLVM's words for "to be read", "often" and "data".
 LINE = 16
@@ -19,10 +19,10 @@ def _fetch_line(_: Any, array: Any, index: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        place = builder.bitcast(builder.gep(data, [arguments[1]]), BYTE.as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [place.type, LONG, LONG, LONG])
+        place = builder.bitcast(builder.gep(data, [arguments[1]]), I8.as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [place.type, I32, I32, I32])
         prefetch = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
-        builder.call(prefetch, [place, LONG(READ), LONG(OFTEN), LONG(DATA)])
+        builder.call(prefetch, [place, I32(READ), I32(OFTEN), I32(DATA)])
         return context.get_dummy_value()
 
     return types.void(array, types.int64), emit

@@ -7,7 +7,7 @@ from llvmlite import ir
 from numba import types
 
 from spectrumkv.kernels.jit.compiled import compiled, intrinsic
-from spectrumkv.kernels.jit.machine_types import PLACE
+from spectrumkv.kernels.jit.machine_types import I64
 from spectrumkv.kernels.jit.vectors import LANES, VECTOR, exchanged_lanes, load, pointer_to, store, vector_at
 
 ZERO = np.float32(0)
@@ -35,27 +35,27 @@ def _dots(_: Any, row: Any, row_start: Any, memory: Any, start: Any, elements: A
         right = pointer_to(context, builder, signature.args[2], *arguments[2:4])
         written = pointer_to(context, builder, signature.args[5], *arguments[5:7])
         elements = arguments[4]
-        entered, vectors = builder.block, builder.udiv(elements, PLACE(LANES))
+        entered, vectors = builder.block, builder.udiv(elements, I64(LANES))
         body, done = builder.append_basic_block("body"), builder.append_basic_block("done")
         builder.branch(body)
         builder.position_at_end(body)
-        number, sums = builder.phi(PLACE), [builder.phi(VECTOR) for _ in range(LANES)]
-        offset = builder.mul(number, PLACE(LANES))
+        number, sums = builder.phi(I64), [builder.phi(VECTOR) for _ in range(LANES)]
+        offset = builder.mul(number, I64(LANES))
         factor = load(builder, vector_at(builder, left, offset))
-        number.add_incoming(PLACE(0), entered)
+        number.add_incoming(I64(0), entered)
         following = []
         for place, one in enumerate(sums):
-            at = builder.add(builder.mul(PLACE(place), elements), offset)
+            at = builder.add(builder.mul(I64(place), elements), offset)
             product = builder.fmul(factor, load(builder, vector_at(builder, right, at)), flags=("contract",))
             following.append(builder.fadd(one, product, flags=("contract",)))
-        after = builder.add(number, PLACE(1))
+        after = builder.add(number, I64(1))
         number.add_incoming(after, body)
         for one, value in zip(sums, following, strict=True):
             one.add_incoming(ir.Constant(VECTOR, None), entered)
             one.add_incoming(value, body)
         builder.cbranch(builder.icmp_unsigned("<", after, vectors), body, done)
         builder.position_at_end(done)
-        store(builder, _lane_sums(builder, following), vector_at(builder, written, PLACE(0)))
+        store(builder, _lane_sums(builder, following), vector_at(builder, written, I64(0)))
         return context.get_dummy_value()
 
     position = types.int64

@@ -5,7 +5,7 @@ from typing import Any
 
 from llvmlite import binding, ir
 
-from spectrumkv.kernels.jit.machine_types import FLOAT, LONG
+from spectrumkv.kernels.jit.machine_types import F32, I32
 
 FLOAT_BYTES = 4
 X86 = ("x86_64", "AMD64")
@@ -24,7 +24,7 @@ def _features() -> dict[str, bool]:
 # of x86 has no AVX does not convert float16 either.
 LANES = 16 if _features().get("avx512f") else 8 if _features().get("avx") else 4
 MANY_REGISTERS = LANES != 8
-VECTOR = ir.VectorType(FLOAT, LANES)
+VECTOR = ir.VectorType(F32, LANES)
 
 
 def converts_float16() -> bool:
@@ -37,7 +37,7 @@ def pointer_to(context: Any, builder: Any, kind: Any, array: Any, start: Any) ->
     return builder.gep(context.make_array(kind)(context, builder, array).data, [start])
 
 
-def vector_at(builder: Any, pointer: Any, offset: Any, element: Any = FLOAT) -> Any:
+def vector_at(builder: Any, pointer: Any, offset: Any, element: Any = F32) -> Any:
     """Pointer to the vector of `LANES` elements that starts so many elements on."""
     return builder.bitcast(builder.gep(pointer, [offset]), ir.VectorType(element, LANES).as_pointer())
 
@@ -54,11 +54,11 @@ def store(builder: Any, value: Any, pointer: Any) -> None:
     builder.store(value, pointer).align = FLOAT_BYTES
 
 
-def everywhere(builder: Any, value: Any) -> Any:
+def splat(builder: Any, value: Any) -> Any:
     """A vector with one float in all lanes."""
     undefined = ir.Constant(VECTOR, ir.Undefined)
-    first = builder.insert_element(undefined, value, LONG(0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(LONG, LANES), None))
+    first = builder.insert_element(undefined, value, I32(0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, LANES), None))
 
 
 def exchanged_lanes(apart: int) -> tuple[Any, Any]:
@@ -69,5 +69,5 @@ def exchanged_lanes(apart: int) -> tuple[Any, Any]:
     """
     stay = [lane if not lane & apart else LANES + lane - apart for lane in range(LANES)]
     move = [lane + apart if not lane & apart else LANES + lane for lane in range(LANES)]
-    kind = ir.VectorType(LONG, LANES)
+    kind = ir.VectorType(I32, LANES)
     return ir.Constant(kind, stay), ir.Constant(kind, move)

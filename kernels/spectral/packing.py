@@ -11,7 +11,7 @@ import numpy as np
 from numba import types
 
 from spectrumkv.kernels.jit.compiled import compiled, intrinsic
-from spectrumkv.kernels.jit.machine_types import LONG
+from spectrumkv.kernels.jit.machine_types import I32
 
 # Symbols that are looked at together for one beyond the limit.
 LOOKED_AT = 256
@@ -25,7 +25,7 @@ def _greater_magnitude(_: Any, peak: Any, symbol: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         peak, symbol = arguments
-        negative = builder.icmp_signed("<", symbol, LONG(0))
+        negative = builder.icmp_signed("<", symbol, I32(0))
         magnitude = builder.select(negative, builder.neg(symbol), symbol)
         return builder.select(builder.icmp_signed(">", magnitude, peak), magnitude, peak)
 

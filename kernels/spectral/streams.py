@@ -14,7 +14,7 @@ from numba import types
 
 from spectrumkv.kernels.jit.compiled import compiled, intrinsic
 from spectrumkv.kernels.jit.float_bits import greater_magnitude
-from spectrumkv.kernels.jit.machine_types import FLOAT, LONG
+from spectrumkv.kernels.jit.machine_types import F32, I32
 
 
 @intrinsic
@@ -22,8 +22,8 @@ def _nearest(_: Any, value: Any) -> Any:
     """The nearest integer of a float32, halves to even; any number where its magnitude is 2^31 or more."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        rounded = builder.call(builder.module.declare_intrinsic("llvm.rint", [FLOAT]), arguments)
-        return builder.fptosi(rounded, LONG)
+        rounded = builder.call(builder.module.declare_intrinsic("llvm.rint", [F32]), arguments)
+        return builder.fptosi(rounded, I32)
 
     return types.int32(types.float32), emit
 

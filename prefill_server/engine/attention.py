@@ -1,4 +1,4 @@
-"""Attention of the prompt, with a tap: each layer shows its queries, keys and values while it runs."""
+"""Attention of the prompt, with a hook: each layer shows its queries, keys and values while it runs."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,16 +9,16 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.kv.scoring import LayerCapture
 
 ATTENTION_NAME = "spectrumkv_prefill"
 # Queries whose attention logits are in memory at once where soft-capping rules out the fused kernels.
 SOFTCAP_QUERY_BLOCK = 256
 
-KvTap = Callable[[Observation], None]
+KvHook = Callable[[LayerCapture], None]
 
 
-def tapped_attention(
+def hooked_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -28,12 +28,12 @@ def tapped_attention(
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    kv_taps: Sequence[KvTap] = (),
+    kv_hooks: Sequence[KvHook] = (),
     lengths: Sequence[int] | None = None,
     window: int = 1,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Show this layer to the taps, then attend as transformers' `sdpa` does (`eager` where logits are capped).
+    """Show this layer to the hooks, then attend as transformers' `sdpa` does (`eager` where logits are capped).
 
     Registered with transformers' `AttentionInterface`. Taps are called before the layer attends, so that its KV is on
     the way while the layer still computes. Shorter prompts of a batch are padded on the right, where causal attention
@@ -48,19 +48,19 @@ def tapped_attention(
         scaling: factor of the attention logits.
         sliding_window: the newest positions that this layer sees; the mask has it already.
         softcap: Gemma 2's bound on the attention logits.
-        kv_taps: for each prompt what takes the layer's observation; none for calls that nobody watches.
+        kv_hooks: for each prompt what takes the layer's capture; none for calls that nobody watches.
         lengths: tokens of each prompt; None is n for all.
-        window: how many of the last queries the tap gets.
+        window: how many of the last queries the hook gets.
         options: what else transformers hands over.
 
     Returns:
         `[batch, n, query_heads, head_dim]` and no weights.
     """
-    for row, kv_tap in enumerate(kv_taps):
+    for row, kv_hook in enumerate(kv_hooks):
         # With a cache there are more keys than queries, and no padding.
         end, tokens = query.shape[2:3] + key.shape[2:3] if lengths is None else (lengths[row],) * 2
-        kv_tap(
-            Observation(
+        kv_hook(
+            LayerCapture(
                 queries=query[row, :, max(0, end - window) : end],
                 keys=key[row, :, :tokens],
                 values=value[row, :, :tokens],
@@ -142,6 +142,6 @@ def _causal_rows(rows: slice, queries: int, tokens: int, device: torch.device) -
     return torch.arange(tokens, device=device) <= positions[:, None]
 
 
-AttentionInterface.register(ATTENTION_NAME, tapped_attention)
+AttentionInterface.register(ATTENTION_NAME, hooked_attention)
 # The masks of `sdpa` are None where plain causality is enough, and have sliding windows built in.
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

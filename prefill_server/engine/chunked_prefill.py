@@ -12,15 +12,15 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from spectrumkv.common.errors import CancelledError
-from spectrumkv.common.kv.scoring import Observation
-from spectrumkv.prefill_server.engine.attention import KvTap
+from spectrumkv.common.kv.scoring import LayerCapture
+from spectrumkv.prefill_server.engine.attention import KvHook
 
 # Least tokens of a part, by device: few enough that a short prompt's wait for one is short, enough that parts cost
 # little. Where none are stated prompts run in one pass: on a GPU parts would leave the fused causal kernels.
-PART_TOKENS = {"cpu": 2048}
+CHUNK_TOKENS = {"cpu": 2048}
 
 
-def part_bounds(tokens: int, least: int | None) -> list[int]:
+def chunk_bounds(tokens: int, least: int | None) -> list[int]:
     """Where parts begin, and the end of the last one.
 
     Args:
@@ -32,18 +32,18 @@ def part_bounds(tokens: int, least: int | None) -> list[int]:
 
 
 @dataclass(eq=False)
-class PromptParts:
+class ChunkedPrefill:
     """How far a prompt is.
 
     Attributes:
         token_ids: the prompt.
         bounds: of its parts.
-        leaves_in_parts: whether the tap is shown each part, or the whole prompt with its last part.
+        streams_chunks: whether the hook is shown each part, or the whole prompt with its last part.
     """
 
     token_ids: Sequence[int]
     bounds: Sequence[int]
-    leaves_in_parts: bool
+    streams_chunks: bool
     _done: int = 0
     _cache: DynamicCache | None = field(default_factory=DynamicCache)
 
@@ -57,14 +57,14 @@ class PromptParts:
         """Tokens that are not computed yet."""
         return len(self.token_ids) - self.bounds[self._done]
 
-    def run(self, model: PreTrainedModel, kv_tap: KvTap, wanted: Callable[[], bool], window: int) -> torch.Tensor:
+    def run(self, model: PreTrainedModel, kv_hook: KvHook, wanted: Callable[[], bool], window: int) -> torch.Tensor:
         """Compute the next part.
 
         Args:
-            model: with the tapped attention.
-            kv_tap: takes the layers' observations.
+            model: with the hooked attention.
+            kv_hook: takes the layers' captures.
             wanted: asked at each layer whether anybody still waits for the prompt.
-            window: how many of the last queries the tap gets.
+            window: how many of the last queries the hook gets.
 
         Returns:
             logits of the part's last position, `[vocab]`.
@@ -75,17 +75,22 @@ class PromptParts:
         first, end = self.bounds[self._done : self._done + 2]
         is_last = end == len(self.token_ids)
 
-        def tap(observation: Observation) -> None:
-            if self.leaves_in_parts:
-                kv_tap(_on_its_own(observation.since(first)))
+        def hook(capture: LayerCapture) -> None:
+            if self.streams_chunks:
+                kv_hook(_on_its_own(capture.since(first)))
             elif is_last:
-                kv_tap(observation)
+                kv_hook(capture)
             if not wanted():
                 raise CancelledError("the request ended")
 
         ids = torch.tensor([list(self.token_ids[first:end])], device=model.device)
         logits: torch.Tensor = model(
-            input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1, kv_taps=[tap], window=window
+            input_ids=ids,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+            kv_hooks=[hook],
+            window=window,
         ).logits[0, -1]
         self._done += 1
         if is_last:
@@ -93,6 +98,6 @@ class PromptParts:
         return logits
 
 
-def _on_its_own(observation: Observation) -> Observation:
+def _on_its_own(capture: LayerCapture) -> LayerCapture:
     """The same in memory of its own: a view keeps the cache of all parts so far from being freed."""
-    return replace(observation, keys=observation.keys.clone(), values=observation.values.clone())
+    return replace(capture, keys=capture.keys.clone(), values=capture.values.clone())

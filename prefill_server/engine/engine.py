@@ -11,10 +11,10 @@ import torch
 
 from spectrumkv.common.concurrency.threads import keep_all_cores
 from spectrumkv.common.errors import CancelledError, SpectrumKVError
-from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.kv.scoring import LayerCapture
 from spectrumkv.common.model.load import LoadedModel
-from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME, KvTap
-from spectrumkv.prefill_server.engine.chunked_prefill import PART_TOKENS, PromptParts, part_bounds
+from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME, KvHook
+from spectrumkv.prefill_server.engine.chunked_prefill import CHUNK_TOKENS, ChunkedPrefill, chunk_bounds
 from spectrumkv.prefill_server.engine.prompt_queue import PromptQueue
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ BATCH_TOKENS = 1024
 
 @dataclass(frozen=True)
 class PromptResult:
-    """What a prompt's forward pass leaves, besides the KV that went through the tap.
+    """What a prompt's forward pass leaves, besides the KV that went through the hook.
 
     Attributes:
         logits: float32 `[vocab]` on the CPU, of the last position.
@@ -40,12 +40,12 @@ class PromptResult:
 
 
 @dataclass(eq=False)
-class Prompt:
+class QueuedPrefill:
     """A prompt in the queue or in a pass.
 
     Attributes:
         token_ids: at least one.
-        kv_tap: takes each layer's observation.
+        kv_hook: takes each layer's capture.
         parts: the passes that it takes where it is long.
         submitted: monotonic time.
         arrival: its number in the queue.
@@ -54,19 +54,19 @@ class Prompt:
     """
 
     token_ids: Sequence[int]
-    kv_tap: KvTap
-    parts: PromptParts
+    kv_hook: KvHook
+    parts: ChunkedPrefill
     submitted: float = field(default_factory=time.monotonic)
     arrival: int = 0
     computed_seconds: float = 0.0
     outcome: "Future[PromptResult]" = field(default_factory=Future)
 
-    def observe(self, observation: Observation) -> None:
-        """Show a layer to the tap; what the tap raises ends this prompt and leaves others of the pass alone."""
+    def observe(self, capture: LayerCapture) -> None:
+        """Show a layer to the hook; what the hook raises ends this prompt and leaves others of the pass alone."""
         if self.outcome.done():
             return
         try:
-            self.kv_tap(observation)
+            self.kv_hook(capture)
         except Exception as error:  # noqa: BLE001  # it belongs to whoever waits
             self.fail(error)
 
@@ -88,41 +88,41 @@ class PrefillEngine:
     """The model, behind a queue: short prompts first, and nobody for ever (`PromptQueue`).
 
     Args:
-        loaded: the model; its attention is switched to the tapped one.
-        window: how many of the last queries of each layer the tap gets.
-        part_tokens: least tokens of a part of a long prompt; None is what suits the device. The last queries are in
+        loaded: the model; its attention is switched to the hooked one.
+        window: how many of the last queries of each layer the hook gets.
+        chunk_tokens: least tokens of a part of a long prompt; None is what suits the device. The last queries are in
             one part, whatever is said here.
     """
 
-    def __init__(self, loaded: LoadedModel, window: int, part_tokens: int | None = None) -> None:
+    def __init__(self, loaded: LoadedModel, window: int, chunk_tokens: int | None = None) -> None:
         self._model = loaded.model
         self._model.set_attn_implementation(ATTENTION_NAME)
         self._device = loaded.device
         self._window = window
-        least = part_tokens or PART_TOKENS.get(self._device.type)
-        self._part_tokens = None if least is None else max(least, window)
+        least = chunk_tokens or CHUNK_TOKENS.get(self._device.type)
+        self._chunk_tokens = None if least is None else max(least, window)
         # One thread: the model uses all cores, and a pool of compute threads belongs to the thread calling it.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="prefill-engine")
         self._executor.submit(keep_all_cores).result()
-        self._queue: PromptQueue[Prompt] = PromptQueue()
+        self._queue: PromptQueue[QueuedPrefill] = PromptQueue()
 
     def submit(
-        self, token_ids: Sequence[int], kv_tap: KvTap, leaves_in_parts: bool = False
+        self, token_ids: Sequence[int], kv_hook: KvHook, streams_chunks: bool = False
     ) -> "Future[PromptResult]":
         """Queue a prompt.
 
         Args:
             token_ids: the prompt.
-            kv_tap: called on the engine's thread with each layer's observation; an exception that it raises
+            kv_hook: called on the engine's thread with each layer's capture; an exception that it raises
                 ends the prompt and becomes the future's.
-            leaves_in_parts: whether the layers of a long prompt are shown part by part.
+            streams_chunks: whether the layers of a long prompt are shown part by part.
 
         Returns:
             A future that can be cancelled at any time: whoever waits for it is free at once. A pass that runs
             already goes on to its next layer, and ends there if it has no other prompt.
         """
-        bounds = part_bounds(len(token_ids), self._part_tokens)
-        prompt = Prompt(token_ids, kv_tap, PromptParts(token_ids, bounds, leaves_in_parts))
+        bounds = chunk_bounds(len(token_ids), self._chunk_tokens)
+        prompt = QueuedPrefill(token_ids, kv_hook, ChunkedPrefill(token_ids, bounds, streams_chunks))
         arrival = prompt.arrival = self._queue.put(prompt, len(token_ids))
         # By its number: the prompt, which holds a cache, must not be held by its own future.
         prompt.outcome.add_done_callback(lambda _: self._queue.remove(arrival))
@@ -150,18 +150,18 @@ class PrefillEngine:
             return
         try:
             if batch[0].parts.several:
-                self._run_part(batch[0])
+                self._run_chunk(batch[0])
             else:
                 self._run(batch)
         except Exception as error:  # noqa: BLE001  # it belongs to whoever waits
             for prompt in batch:
                 prompt.fail(error)
 
-    def _next_batch(self) -> list[Prompt]:
+    def _next_batch(self) -> list[QueuedPrefill]:
         """Take the prompt whose turn it is, and those after it that fit into the same pass; one in parts is alone."""
-        batch: list[Prompt] = []
+        batch: list[QueuedPrefill] = []
 
-        def fits(prompt: Prompt) -> bool:
+        def fits(prompt: QueuedPrefill) -> bool:
             together = (*batch, prompt)
             longest = max(len(one.token_ids) for one in together)
             alone = any(one.parts.several for one in together)
@@ -180,7 +180,7 @@ class PrefillEngine:
             self._run_next()
 
     @torch.inference_mode()
-    def _run_part(self, prompt: Prompt) -> None:
+    def _run_chunk(self, prompt: QueuedPrefill) -> None:
         """One pass over the next part of a prompt; then others may have their turn."""
         started = time.monotonic()
         logits = prompt.parts.run(self._model, prompt.observe, lambda: not prompt.outcome.done(), self._window)
@@ -196,7 +196,7 @@ class PrefillEngine:
         prompt.succeed(PromptResult(row, waited, prompt.computed_seconds))
 
     @torch.inference_mode()
-    def _run(self, batch: list[Prompt]) -> None:
+    def _run(self, batch: list[QueuedPrefill]) -> None:
         """One pass over all prompts of a batch, the shorter ones padded on the right."""
         started = time.monotonic()
         lengths = [len(prompt.token_ids) for prompt in batch]
@@ -208,7 +208,7 @@ class PrefillEngine:
             input_ids=ids.to(self._device),
             use_cache=False,
             logits_to_keep=torch.tensor(last, device=self._device),
-            kv_taps=_taps(batch),
+            kv_hooks=_hooks(batch),
             lengths=lengths,
             window=self._window,
         ).logits
@@ -220,12 +220,12 @@ class PrefillEngine:
             prompt.succeed(PromptResult(row, started - prompt.submitted, seconds))
 
 
-def _taps(batch: list[Prompt]) -> list[KvTap]:
-    """A tap for each prompt; the pass ends where no prompt is left that anybody waits for."""
+def _hooks(batch: list[QueuedPrefill]) -> list[KvHook]:
+    """A hook for each prompt; the pass ends where no prompt is left that anybody waits for."""
 
-    def last_tap(observation: Observation) -> None:
-        batch[-1].observe(observation)
+    def last_hook(capture: LayerCapture) -> None:
+        batch[-1].observe(capture)
         if all(prompt.outcome.done() for prompt in batch):
             raise CancelledError("every request of the pass has ended")
 
-    return [*(prompt.observe for prompt in batch[:-1]), last_tap]
+    return [*(prompt.observe for prompt in batch[:-1]), last_hook]

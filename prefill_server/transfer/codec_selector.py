@@ -27,7 +27,7 @@ FRAMING_ROOM = 1.02
 
 
 @dataclass
-class Pace:
+class RunningMedian:
     """Seconds for each unit of something, by the latest measurements."""
 
     measured: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
@@ -43,7 +43,7 @@ class Pace:
 
 
 @dataclass
-class CodecChoice:
+class CodecSelector:
     """Chooses for each request, and learns from each.
 
     Attributes:
@@ -54,12 +54,12 @@ class CodecChoice:
     """
 
     geometry: KvGeometry
-    prefill: Pace = field(default_factory=Pace)
-    coder: Pace = field(default_factory=Pace)
-    links: dict[str, Pace] = field(default_factory=dict)
+    prefill: RunningMedian = field(default_factory=RunningMedian)
+    coder: RunningMedian = field(default_factory=RunningMedian)
+    links: dict[str, RunningMedian] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def settle(self, plan: KvPlan, tokens: int, worker: str) -> KvPlan:
+    def select(self, plan: KvPlan, tokens: int, worker: str) -> KvPlan:
         """Return the plan with its codec settled.
 
         Args:
@@ -80,7 +80,7 @@ class CodecChoice:
         """Why the coder should not be used; empty where it should."""
         with self._lock:
             coder, prefill = self.coder.seconds, self.prefill.seconds
-            link = self.links.get(worker, Pace()).seconds
+            link = self.links.get(worker, RunningMedian()).seconds
         if coder is None or prefill is None or link is None:
             return ""
         coding, computing = coder * tokens, prefill * tokens
@@ -112,7 +112,7 @@ class CodecChoice:
             self.prefill.add(prefill_seconds, tokens)
             if coded:
                 self.coder.add(sent.coder_seconds, tokens)
-            self.links.setdefault(worker, Pace()).add(_link_seconds(sent), sent.message_bytes)
+            self.links.setdefault(worker, RunningMedian()).add(_link_seconds(sent), sent.message_bytes)
 
 
 def _link_seconds(sent: SentKv) -> float:

@@ -8,7 +8,7 @@ from prometheus_client import Gauge
 
 from spectrumkv.common.errors import CancelledError
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.kv.scoring import LayerCapture
 
 
 class LayerQueue:
@@ -23,7 +23,7 @@ class LayerQueue:
         self._geometry = geometry
         self._resident_bytes = resident_bytes
         self._changed = threading.Condition()
-        self._layers: deque[Observation] = deque()
+        self._layers: deque[LayerCapture] = deque()
         self._all_put = False
         self._closed = False
 
@@ -42,7 +42,7 @@ class LayerQueue:
         """Whether nobody wants the layers any more."""
         return self._closed
 
-    def put_layer(self, observation: Observation) -> None:
+    def put_layer(self, capture: LayerCapture) -> None:
         """Append a layer.
 
         Raises:
@@ -51,8 +51,8 @@ class LayerQueue:
         with self._changed:
             if self._closed:
                 raise CancelledError("the request ended while its prompt was being computed")
-            self._layers.append(observation)
-            self._resident_bytes.inc(self._bytes(observation))
+            self._layers.append(capture)
+            self._resident_bytes.inc(self._bytes(capture))
             self._changed.notify()
 
     def end(self) -> None:
@@ -69,20 +69,20 @@ class LayerQueue:
                 self._pop()
             self._changed.notify()
 
-    def layers(self) -> Iterator[Observation]:
+    def layers(self) -> Iterator[LayerCapture]:
         """Yield layers as they come, until all were put and none is left, or the queue is closed."""
-        while (observation := self._next()) is not None:
-            yield observation
+        while (capture := self._next()) is not None:
+            yield capture
 
-    def _next(self) -> Observation | None:
+    def _next(self) -> LayerCapture | None:
         with self._changed:
             self._changed.wait_for(lambda: self._layers or self._all_put or self._closed)
             return self._pop() if self._layers else None
 
-    def _pop(self) -> Observation:
-        observation = self._layers.popleft()
-        self._resident_bytes.dec(self._bytes(observation))
-        return observation
+    def _pop(self) -> LayerCapture:
+        capture = self._layers.popleft()
+        self._resident_bytes.dec(self._bytes(capture))
+        return capture
 
-    def _bytes(self, observation: Observation) -> int:
-        return observation.keys.shape[1] * self._geometry.native_bytes_per_token_layer
+    def _bytes(self, capture: LayerCapture) -> int:
+        return capture.keys.shape[1] * self._geometry.native_bytes_per_token_layer

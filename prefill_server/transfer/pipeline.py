@@ -7,21 +7,21 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from spectrumkv.common.concurrency.cuda_stream import SideStream, moment
-from spectrumkv.common.concurrency.prefetch_iterator import RunAhead
+from spectrumkv.common.concurrency.cuda_stream import KvStream, record_event
+from spectrumkv.common.concurrency.prefetch_iterator import PrefetchIterator
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.scoring import Observation
-from spectrumkv.common.kv.segment import Block
+from spectrumkv.common.kv.scoring import LayerCapture
+from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier, count_tiers
-from spectrumkv.common.kv.wire import Chunk, ChunkTotals, ChunkWriter
+from spectrumkv.common.kv.wire import ChunkTotals, ChunkWriter, KvChunk
 from spectrumkv.common.rpc.decode_stream import Request, serialized_bytes
 from spectrumkv.common.telemetry.metrics import FRAMING, Metrics
 from spectrumkv.prefill_server.transfer.layer_queue import LayerQueue
 from spectrumkv.prefill_server.transfer.plan import KvPlan
 from spectrumkv.v1 import decode_pb2
 
-# A message and the blocks in it.
-Outgoing = tuple[Request, Sequence[Block]]
+# A message and the segments in it.
+Outgoing = tuple[Request, Sequence[KvSegment]]
 
 # At most what a chunk takes besides its payload, and what End takes.
 CHUNK_ENVELOPE_BYTES = 24
@@ -129,8 +129,8 @@ class KvPipeline:
         self.failure: Exception | None = None
         self._layers = LayerQueue(geometry, metrics.kv_bytes_resident)
         self._coding = threading.Lock()
-        self._stream = SideStream(device)
-        self._ahead: RunAhead[Outgoing] | None = None
+        self._stream = KvStream(device)
+        self._ahead: PrefetchIterator[Outgoing] | None = None
         self._begin = begin
         self.plan = plan
         self._geometry = geometry
@@ -146,14 +146,14 @@ class KvPipeline:
         framing = _most_begin_bytes(begin) + chunks * CHUNK_ENVELOPE_BYTES + END_BYTES
         self._encoder = plan.encoder(geometry, tokens, framing)
 
-    def put_layer(self, observation: Observation) -> None:
+    def put_layer(self, capture: LayerCapture) -> None:
         """Take a layer from the model.
 
         Raises:
             CancelledError: the stream is over; there is no use in computing on.
         """
-        computed = moment(observation.keys)
-        self._layers.put_layer(replace(observation, seed=self.plan.seed, computed=computed))
+        computed = record_event(capture.keys)
+        self._layers.put_layer(replace(capture, seed=self.plan.seed, computed=computed))
 
     def put_first_token(self, first: FirstToken) -> None:
         """Take the first token; every layer has been put before."""
@@ -167,7 +167,7 @@ class KvPipeline:
             self._ahead.close()
 
     def settle(self) -> None:
-        """Wait, once it is cancelled, for the block that is being coded: nothing is computed after this.
+        """Wait, once it is cancelled, for the segment that is being coded: nothing is computed after this.
 
         The thread that codes is a daemon, and a process that ends while one is in compiled code is aborted.
         """
@@ -181,8 +181,8 @@ class KvPipeline:
             SpectrumKVError: the KV cannot be coded. gRPC ends the stream without a word of why; `failure` keeps it.
         """
         try:
-            for message, blocks in self._made():
-                self._account(message, blocks)
+            for message, segments in self._made():
+                self._account(message, segments)
                 handed_over = time.monotonic()
                 yield message
                 now = time.monotonic()
@@ -196,16 +196,16 @@ class KvPipeline:
     def _made(self) -> Iterable[Outgoing]:
         if not self.sent.coded_ahead:
             return self._messages()
-        self._ahead = RunAhead(self._messages(), MESSAGES_AHEAD, "kv-coding")
+        self._ahead = PrefetchIterator(self._messages(), MESSAGES_AHEAD, "kv-coding")
         if self._layers.closed:
             self._ahead.close()
         return self._ahead
 
     def _messages(self) -> Iterator[Outgoing]:
         yield decode_pb2.DecodeRequest(begin=self._begin), ()
-        for observation in self._layers.layers():
-            for block in self._encode(observation):
-                yield from self._writer.add(block)
+        for capture in self._layers.layers():
+            for segment in self._encode(capture):
+                yield from self._writer.add(segment)
             if self._layers.empty and self._writer.pending_bytes >= self._worth_a_chunk:
                 yield from self._writer.flush()
         if self.first_token is None or not self._layers.complete:
@@ -214,40 +214,40 @@ class KvPipeline:
         end = _end_message(self.first_token, self._writer.totals())
         yield decode_pb2.DecodeRequest(end=end), ()
 
-    def _encode(self, observation: Observation) -> Iterator[Block]:
-        """Yield the blocks that are ready with this layer, counted; time is taken while they are made."""
-        blocks = self._encoder.encode(observation)
-        states = (observation.queries, observation.keys, observation.values)
-        if observation.computed is not None:
+    def _encode(self, capture: LayerCapture) -> Iterator[KvSegment]:
+        """Yield the segments that are ready with this layer, counted; time is taken while they are made."""
+        segments = self._encoder.encode(capture)
+        states = (capture.queries, capture.keys, capture.values)
+        if capture.computed is not None:
             # What the model still has to do is no time of coding.
-            observation.computed.synchronize()
+            capture.computed.synchronize()
         while True:
             started, worked = time.monotonic(), self._coder_clock()
             try:
                 with self._coding, self._stream.working(states=states):
-                    block = None if self._layers.closed else next(blocks, None)
+                    segment = None if self._layers.closed else next(segments, None)
             finally:
                 self.sent.encode_seconds += time.monotonic() - started
                 self.sent.coder_seconds += self._coder_clock() - worked
-            if block is None:
+            if segment is None:
                 return
-            self._count(block)
-            yield block
+            self._count(segment)
+            yield segment
 
-    def _count(self, block: Block) -> None:
-        self._fp16_equivalent_bytes.inc(self._geometry.fp16_bytes_per_layer(block.tiers.numel()))
-        for tier, tokens in count_tiers(block.tiers).items():
+    def _count(self, segment: KvSegment) -> None:
+        self._fp16_equivalent_bytes.inc(self._geometry.fp16_bytes_per_layer(segment.tiers.numel()))
+        for tier, tokens in count_tiers(segment.tiers).items():
             self.sent.tier_tokens[tier] += tokens
             self._tokens_of[tier].inc(tokens / self._geometry.layers)
 
-    def _account(self, message: Request, blocks: Sequence[Block]) -> None:
-        """Count a message as it leaves: its blocks' codes and scales by tier, the rest as framing."""
-        if isinstance(message, Chunk) and self.sent.first_chunk_at is None:
+    def _account(self, message: Request, segments: Sequence[KvSegment]) -> None:
+        """Count a message as it leaves: its segments' codes and scales by tier, the rest as framing."""
+        if isinstance(message, KvChunk) and self.sent.first_chunk_at is None:
             self.sent.first_chunk_at = time.monotonic()
         framing = serialized_bytes(message)
         self.sent.message_bytes += framing
-        for block in blocks:
-            for tier, size in block.tier_bytes.items():
+        for segment in segments:
+            for tier, size in segment.tier_bytes.items():
                 self.sent.tier_bytes[tier] += size
                 self._bytes_of[tier].inc(size)
                 framing -= size

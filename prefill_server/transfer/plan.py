@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.kv.codecs.base import BlockDecoder, Codec, TierCodec, codecs, needed_basis
+from spectrumkv.common.kv.codecs.base import Codec, SegmentDecoder, TierCodec, codecs, needed_basis
 from spectrumkv.common.kv.codecs.encoder import KvEncoder, TieredEncoder
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.encoder import SpectralEncoder
@@ -97,7 +97,7 @@ class KvPlan:
         return replace(self, codec=codecs.get(FIXED_WIDTH_CODEC), codec_reason=reason)
 
     @property
-    def leaves_in_parts(self) -> bool:
+    def streams_chunks(self) -> bool:
         """Whether tokens can leave before the rest of their prompt is computed."""
         return self.policy.token_by_token and self.scope == "layer"
 
@@ -113,7 +113,7 @@ class KvPlan:
         Args:
             geometry: shape and dtype of the model's cache.
             tokens: of the prompt.
-            framing_bytes: what the messages take besides the blocks; a counted budget pays for it.
+            framing_bytes: what the messages take besides the segments; a counted budget pays for it.
 
         Raises:
             InvalidArgumentError: fixed widths cannot keep to the budget.
@@ -143,8 +143,8 @@ class KvPlan:
                 f"{self.budget:g}; ask for more, or leave the codec to the server"
             )
 
-    def decoder(self, geometry: KvGeometry) -> BlockDecoder:
-        """Return what decodes this plan's blocks, as a decode worker would."""
+    def decoder(self, geometry: KvGeometry) -> SegmentDecoder:
+        """Return what decodes this plan's segments, as a decode worker would."""
         return self.codec.decoder(geometry, self.basis)
 
 

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from spectrumkv.common.kv.codecs.spectral.basis import SIDES, SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.rotary import angles, rotate
-from spectrumkv.common.kv.scoring import Observation, observed_attention, visible
+from spectrumkv.common.kv.scoring import LayerCapture, observed_attention, visible
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME
 from spectrumkv.prefill_server.tuning.replay import capture_prompt
@@ -91,11 +91,11 @@ def _observe(
     """Yield what an excerpt shows, layer by layer."""
     context = excerpt.token_ids[: excerpt.context].tolist()
     captured = capture_prompt(loaded.model, context, WINDOW)
-    observations: list[Observation] = list(captured.layers)
-    prefix = [(one.keys.clone().requires_grad_(), one.values.clone().requires_grad_()) for one in observations]
+    captures: list[LayerCapture] = list(captured.layers)
+    prefix = [(one.keys.clone().requires_grad_(), one.values.clone().requires_grad_()) for one in captures]
     _draw_and_differentiate(loaded, excerpt, prefix, seed)
     cosine, sine = angles(tuple(frequencies.tolist()), 0, len(context))
-    for observation, (keys, values) in zip(observations, prefix, strict=True):
+    for capture, (keys, values) in zip(captures, prefix, strict=True):
         assert keys.grad is not None
         assert values.grad is not None
         unrotated = rotate(keys.detach().float().cpu(), cosine, -sine) / scaling
@@ -104,7 +104,7 @@ def _observe(
         yield LayerSample(
             states=torch.stack([unrotated, values.detach().float().cpu()])[:, :, SINKS:],
             gradients=torch.stack([unrotated_gradient, values.grad.float().cpu()])[:, :, SINKS:],
-            attention=observed_attention(observation).mean(dim=0).cpu()[SINKS:],
+            attention=observed_attention(capture).mean(dim=0).cpu()[SINKS:],
         )
 
 

@@ -8,8 +8,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.scoring import Observation
-from spectrumkv.common.kv.segment import Block
+from spectrumkv.common.kv.scoring import LayerCapture
+from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.prefill_server.transfer.plan import KvPlan
 
 
@@ -29,14 +29,14 @@ class CapturedPrompt:
         first_token: the likeliest token after the prompt.
     """
 
-    layers: tuple[Observation, ...]
+    layers: tuple[LayerCapture, ...]
     first_token: int
 
     def exact_kv(self) -> list[LayerKv]:
         """The cache as the model made it."""
         return [LayerKv(layer.keys, layer.values) for layer in self.layers]
 
-    def blocks(self, plan: KvPlan, geometry: KvGeometry) -> Iterator[Block]:
+    def segments(self, plan: KvPlan, geometry: KvGeometry) -> Iterator[KvSegment]:
         """The cache as a plan codes it, layer by layer."""
         encoder = plan.encoder(geometry, self.layers[0].tokens, framing_bytes=0)
         for layer in self.layers:
@@ -52,10 +52,10 @@ class CapturedPrompt:
         """
         received = [LayerKv(torch.empty_like(layer.keys), torch.empty_like(layer.values)) for layer in self.layers]
         decoder = plan.decoder(geometry)
-        for block in self.blocks(plan, geometry):
-            span = slice(block.first_token, block.first_token + block.tiers.numel())
-            into = received[block.layer]
-            decoder.decode(block, into.keys[:, span], into.values[:, span])
+        for segment in self.segments(plan, geometry):
+            span = slice(segment.first_token, segment.first_token + segment.tiers.numel())
+            into = received[segment.layer]
+            decoder.decode(segment, into.keys[:, span], into.values[:, span])
         return received
 
 
@@ -64,13 +64,13 @@ def capture_prompt(model: PreTrainedModel, token_ids: Sequence[int], window: int
     """Run a prompt and keep what its layers show.
 
     Args:
-        model: with the tapped attention; see `PrefillEngine`.
+        model: with the hooked attention; see `PrefillEngine`.
         token_ids: the prompt.
         window: how many of the last queries of each layer to keep.
     """
-    layers: list[Observation] = []
+    layers: list[LayerCapture] = []
     ids = torch.tensor([list(token_ids)], device=model.device)
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=1, kv_taps=[layers.append], window=window).logits
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=1, kv_hooks=[layers.append], window=window).logits
     return CapturedPrompt(tuple(layers), int(logits[0, -1].argmax()))
 
 
@@ -79,7 +79,7 @@ def logits_over(model: PreTrainedModel, kv: Sequence[LayerKv], token_ids: Sequen
     """Return what the model predicts after each of some tokens that follow a prompt: `[m, vocab]`, from one pass.
 
     Args:
-        model: with the tapped attention.
+        model: with the hooked attention.
         kv: the prompt's cache, one entry per layer.
         token_ids: m of them.
     """
@@ -100,7 +100,7 @@ def generate_over(
     """Generate greedily.
 
     Args:
-        model: with the tapped attention.
+        model: with the hooked attention.
         kv: the prompt's cache, one entry per layer.
         first_token: comes from the prompt's own pass, over exact KV, as it does when serving.
         max_tokens: most tokens, the first one included.

@@ -18,7 +18,7 @@ from spectrumkv.common.service.config import Address
 logger = logging.getLogger(__name__)
 
 
-class BasisDelivery:
+class BasisUpload:
     """Sends bases to one decode worker, one after another.
 
     Args:

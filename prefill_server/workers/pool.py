@@ -39,7 +39,7 @@ _REASONS: dict[type[SpectrumKVError], str] = {
 }
 
 
-class DecodeWorkers:
+class WorkerPool:
     """The decode workers that requests can go to.
 
     Args:
@@ -64,7 +64,7 @@ class DecodeWorkers:
 
     def attempts(
         self, slots: int, make_pipeline: Callable[[Address], KvPipeline], scope: RpcScope
-    ) -> Iterator["Attempt"]:
+    ) -> Iterator["Dispatch"]:
         """Yield attempts to serve a request, each on another worker, until one ends without losing its worker.
 
         ```
@@ -85,10 +85,10 @@ class DecodeWorkers:
             FailedPreconditionError: no worker could ever serve it.
             SpectrumKVError: the request itself is at fault, or ended.
         """
-        search = WorkerSearch(self, slots, make_pipeline, scope)
+        search = WorkerSelector(self, slots, make_pipeline, scope)
         scope.on_end(self.wake)
         while True:
-            attempt = Attempt(search)
+            attempt = Dispatch(search)
             yield attempt
             if not attempt.lost:
                 return
@@ -126,8 +126,8 @@ class DecodeWorkers:
             worker.close()
 
 
-class WorkerSearch:
-    """One request's way through the workers: each is asked once in its life.
+class WorkerSelector:
+    """One request's way through the workers: each is asked once in its epoch.
 
     Args:
         workers: where to look.
@@ -137,7 +137,7 @@ class WorkerSearch:
     """
 
     def __init__(
-        self, workers: DecodeWorkers, slots: int, make_pipeline: Callable[[Address], KvPipeline], scope: RpcScope
+        self, workers: WorkerPool, slots: int, make_pipeline: Callable[[Address], KvPipeline], scope: RpcScope
     ) -> None:
         self._workers = workers
         self._slots = slots
@@ -151,10 +151,10 @@ class WorkerSearch:
         """Return a worker that admitted the request, and the lease on it, which `held` ends.
 
         Raises:
-            SpectrumKVError: as `DecodeWorkers.attempts`.
+            SpectrumKVError: as `WorkerPool.attempts`.
         """
         while (worker := self._next()) is not None:
-            self._asked[worker] = worker.life
+            self._asked[worker] = worker.epoch
             with ExitStack() as trial:
                 trial.enter_context(worker.holding(self._slots))
                 try:
@@ -168,13 +168,13 @@ class WorkerSearch:
 
     def _lease_from(self, worker: DecodeWorker) -> DecodeLease:
         """Return a lease from one worker, which is sent the codec's basis if it lacks that."""
-        basis, delivered = self._workers.basis, worker.basis_delivery.count
+        basis, delivered = self._workers.basis, worker.basis_upload.count
         try:
             return self._ask(worker)
         except BasisMissingError:
             if basis is None:
                 raise
-        worker.basis_delivery.deliver(basis, delivered, self._scope)
+        worker.basis_upload.deliver(basis, delivered, self._scope)
         return self._ask(worker)
 
     def _ask(self, worker: DecodeWorker) -> DecodeLease:
@@ -192,7 +192,7 @@ class WorkerSearch:
             worker.lost(leaving=error.retry_after_seconds is not None)
 
     def _next(self) -> DecodeWorker | None:
-        """The best worker that was not asked in this life of it; None where all were.
+        """The best worker that was not asked in this epoch of it; None where all were.
 
         Where none takes requests and one is expected, it waits a little: a worker that is asked while it starts
         refuses, or cannot be reached.
@@ -213,10 +213,10 @@ class WorkerSearch:
     def _ready(self) -> DecodeWorker | None:
         """The best worker that takes requests and was not asked since it began to."""
         candidates = (worker for worker in self._workers.ranked() if worker.accepting)
-        return next((worker for worker in candidates if worker.life != self._asked.get(worker)), None)
+        return next((worker for worker in candidates if worker.epoch != self._asked.get(worker)), None)
 
 
-class Attempt:
+class Dispatch:
     """One worker's chance at a request: a context manager that gives the lease on it.
 
     A worker that is lost before `commit` ends the block and no more: the request goes on to the next worker.
@@ -225,7 +225,7 @@ class Attempt:
         lost: the worker was lost, and another attempt follows.
     """
 
-    def __init__(self, search: WorkerSearch) -> None:
+    def __init__(self, search: WorkerSelector) -> None:
         self.lost = False
         self._search = search
         self._held = ExitStack()

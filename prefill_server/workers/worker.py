@@ -14,7 +14,7 @@ from spectrumkv.common.rpc.server import open_channel
 from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.service.config import Address
 from spectrumkv.common.telemetry.metrics import BASIS, Metrics
-from spectrumkv.prefill_server.workers.basis_upload import BasisDelivery
+from spectrumkv.prefill_server.workers.basis_upload import BasisUpload
 from spectrumkv.v1 import decode_pb2
 
 logger = logging.getLogger(__name__)
@@ -46,20 +46,20 @@ class DecodeWorker:
         address: where it is.
         channel: to it.
         open_stream: starts a Decode RPC with it.
-        life: how often it began to take requests; a refusal says nothing of its next life.
-        basis_delivery: sends it the codec's basis.
+        epoch: how often it began to take requests; a refusal says nothing of its next epoch.
+        basis_upload: sends it the codec's basis.
     """
 
     def __init__(
         self, address: Address, security: ChannelSecurity, metrics: Metrics, on_change: Callable[[], None]
     ) -> None:
         self.address = address
-        self.life = 0
+        self.epoch = 0
         self.channel = open_channel(str(address), security)
         self.open_stream = open_decode_stream(self.channel)
         self._ask_for_room = decode_info_method(self.channel)
         self._on_change = on_change
-        self.basis_delivery = BasisDelivery(address, self.channel, metrics.kv_bytes_sent.labels(BASIS))
+        self.basis_upload = BasisUpload(address, self.channel, metrics.kv_bytes_sent.labels(BASIS))
         self._lock = threading.Lock()
         self._answers = False
         # What it says of itself: None where nothing is known.
@@ -85,7 +85,7 @@ class DecodeWorker:
     @property
     def expected(self) -> bool:
         """Whether it is likely to come soon: it said lately that it shuts down, or may still be starting."""
-        since = self._followed_since if self.life == 0 else self._left_at
+        since = self._followed_since if self.epoch == 0 else self._left_at
         return not self.accepting and since is not None and time.monotonic() - since < EXPECTED_SECONDS
 
     @property
@@ -142,7 +142,7 @@ class DecodeWorker:
             elif self.accepting:
                 self._left_at = None
             changed = self.accepting is not before
-            self.life += changed and not before
+            self.epoch += changed and not before
         if changed:
             if not self._closed.is_set():
                 logger.info("decode worker %s %s requests", self.address, "takes" if self.accepting else "takes no")
@@ -195,7 +195,7 @@ class DecodeWorker:
                     self._slots = info.slots_total
                     self._others = max(0, info.slots_used - self._own)
             self._learn(answers=info is not None)
-            late = self.life == 0 and time.monotonic() - self._followed_since > LATE_SECONDS
+            late = self.epoch == 0 and time.monotonic() - self._followed_since > LATE_SECONDS
             if info is None and late and not missed:
                 missed = True
                 logger.warning("decode worker %s does not answer yet", self.address)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from spectrumkv.common.kv.wire import Chunk
+from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.rpc.decode_stream import Request
-from spectrumkv.decode_server.arrivals import SHARE_OF_A_CORE, giving_way
+from spectrumkv.decode_server.arrivals import SHARE_OF_A_CORE, throttled
 from spectrumkv.v1 import decode_pb2
 
 WORK_SECONDS = 0.01
@@ -23,7 +23,7 @@ def work() -> None:
 def read() -> Iterator[Request]:
     """Begin, three chunks and End, each of which takes some work to read."""
     begin = decode_pb2.DecodeRequest(begin=decode_pb2.Begin())
-    chunk = Chunk(0, 0, (b"",))
+    chunk = KvChunk(0, 0, (b"",))
     end = decode_pb2.DecodeRequest(end=decode_pb2.End())
     for message in (begin, chunk, chunk, chunk, end):
         work()
@@ -33,7 +33,7 @@ def read() -> Iterator[Request]:
 def test_chunks_wait_for_what_was_worked_and_nothing_else_does() -> None:
     waits: list[float] = []
     waited_before: list[int] = []
-    for _ in giving_way(read(), waits.append):
+    for _ in throttled(read(), waits.append):
         waited_before.append(len(waits))
         work()
     # Begin and its reading are worked off before the first chunk; End comes as soon as it can.
@@ -49,6 +49,6 @@ def test_time_spent_waiting_is_no_work() -> None:
         waits.append(seconds)
         threading.Event().wait(seconds)
 
-    for _ in giving_way(read(), wait):
+    for _ in throttled(read(), wait):
         pass
     assert waits == pytest.approx([WORK_SECONDS * (1 / SHARE_OF_A_CORE - 1)] * 3, rel=0.5)

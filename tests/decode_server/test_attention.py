@@ -8,8 +8,8 @@ from prometheus_client import CollectorRegistry
 
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.telemetry.metrics import Metrics
-from spectrumkv.decode_server.attention import HostStepSlots, attend_slots
-from spectrumkv.decode_server.kv_pool import SlotArena
+from spectrumkv.decode_server.attention import HostDecodeMetadata, attend_slots
+from spectrumkv.decode_server.kv_pool import KvPool
 
 
 def naive(
@@ -46,17 +46,17 @@ def test_each_row_attends_over_its_own_slots(
     torch.manual_seed(0)
     geometry = KvGeometry(layers=3, kv_heads=kv_heads, head_dim=head_dim, native_dtype=torch.float32)
     memory = 40 * geometry.layers * geometry.native_bytes_per_token_layer
-    arena = SlotArena(geometry, memory, torch.device("cpu"), Metrics(CollectorRegistry()))
+    pool = KvPool(geometry, memory, torch.device("cpu"), Metrics(CollectorRegistry()))
     # Whatever nobody wrote must not be read.
-    arena.keys.fill_(torch.nan)
-    arena.values.fill_(torch.nan)
+    pool.keys.fill_(torch.nan)
+    pool.values.fill_(torch.nan)
     positions, layer = [0, 5, 11], 1
-    reservations = [arena.reserve(position + 2) for position in positions]
-    for reservation, position in zip(reservations, positions, strict=True):
-        reservation.keys(layer, 0, position).normal_()
-        reservation.values(layer, 0, position).normal_()
+    allocations = [pool.reserve(position + 2) for position in positions]
+    for allocation, position in zip(allocations, positions, strict=True):
+        allocation.keys(layer, 0, position).normal_()
+        allocation.values(layer, 0, position).normal_()
     if dropped:
-        reservations[2].drop(layer, torch.tensor(dropped))
+        allocations[2].drop(layer, torch.tensor(dropped))
 
     query = torch.randn(3, query_heads, 1, head_dim)
     key, value = torch.randn(2, 3, kv_heads, 1, head_dim)
@@ -67,20 +67,20 @@ def test_each_row_attends_over_its_own_slots(
         key,
         value,
         None,
-        step_slots=HostStepSlots.of(reservations, positions),
+        metadata=HostDecodeMetadata.of(allocations, positions),
         scaling=0.2,
         sliding_window=window,
         softcap=softcap,
     )
     assert attended.shape == (3, 1, query_heads, head_dim)
-    for row, (reservation, position) in enumerate(zip(reservations, positions, strict=True)):
-        keys = reservation.keys(layer, 0, position + 1)
-        values = reservation.values(layer, 0, position + 1)
+    for row, (allocation, position) in enumerate(zip(allocations, positions, strict=True)):
+        keys = allocation.keys(layer, 0, position + 1)
+        values = allocation.values(layer, 0, position + 1)
         assert torch.equal(keys[:, -1], key[row, :, 0])
         assert torch.equal(values[:, -1], value[row, :, 0])
-        mask = reservation.kept(layer)
+        mask = allocation.kept(layer)
         kept = torch.ones(position + 1, dtype=torch.bool) if mask is None else mask[: position + 1]
         expected = naive(query[row], keys, values, kept, 0.2, window, softcap)
         torch.testing.assert_close(attended[row, 0], expected, rtol=1e-5, atol=1e-5)
-    assert arena.keys[0].isnan().all()
-    assert arena.keys[2].isnan().all()
+    assert pool.keys[0].isnan().all()
+    assert pool.keys[2].isnan().all()

@@ -10,45 +10,45 @@ from spectrumkv.common.errors import FailedPreconditionError, ResourceExhaustedE
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.service import machine
 from spectrumkv.common.telemetry.metrics import Metrics
-from spectrumkv.decode_server.kv_pool import Reservation, SlotArena
+from spectrumkv.decode_server.kv_pool import Allocation, KvPool
 
 GEOMETRY = KvGeometry(layers=2, kv_heads=3, head_dim=4, native_dtype=torch.float32)
 SLOT_BYTES = 2 * 2 * 3 * 4 * 4
 
 
-def arena(slots: int) -> tuple[SlotArena, Metrics]:
+def pool(slots: int) -> tuple[KvPool, Metrics]:
     metrics = Metrics(CollectorRegistry())
-    return SlotArena(GEOMETRY, slots * SLOT_BYTES + SLOT_BYTES - 1, torch.device("cpu"), metrics), metrics
+    return KvPool(GEOMETRY, slots * SLOT_BYTES + SLOT_BYTES - 1, torch.device("cpu"), metrics), metrics
 
 
 def test_memory_is_counted_in_whole_slots() -> None:
-    made, _ = arena(10)
+    made, _ = pool(10)
     assert (made.slot_bytes, made.slots, made.used) == (SLOT_BYTES, 10, 0)
     with pytest.raises(FailedPreconditionError, match="--kv-memory of 95 bytes holds no slot; one takes 192"):
-        SlotArena(GEOMETRY, 95, torch.device("cpu"), Metrics(CollectorRegistry()))
+        KvPool(GEOMETRY, 95, torch.device("cpu"), Metrics(CollectorRegistry()))
 
 
 def test_memory_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch would be given it, and the process ended once it is written to."""
     device, metrics = torch.device("cpu"), Metrics(CollectorRegistry())
     with pytest.raises(FailedPreconditionError, match=r"--kv-memory is 2\d+ bytes, and this machine has \d+, of"):
-        SlotArena(GEOMETRY, 2 * 10**15, device, metrics)
+        KvPool(GEOMETRY, 2 * 10**15, device, metrics)
     # A machine that does not say, and an allocator that says no.
     monkeypatch.setattr(machine, "memory_bytes", lambda: None)
     with pytest.raises(
         FailedPreconditionError, match="--kv-memory of 4611686018427387904 bytes cannot be had on cpu"
     ):
-        SlotArena(GEOMETRY, 1 << 62, device, metrics)
+        KvPool(GEOMETRY, 1 << 62, device, metrics)
 
 
 def test_a_request_larger_than_the_arena_can_never_be_served() -> None:
-    made, _ = arena(10)
+    made, _ = pool(10)
     with pytest.raises(FailedPreconditionError, match="need 11 slots, and this decode worker has 10"):
         made.reserve(11)
 
 
 def test_a_full_arena_refuses_and_names_what_is_free() -> None:
-    made, metrics = arena(10)
+    made, metrics = pool(10)
     with made.reserve(7):
         assert metrics.registry.get_sample_value("spectrumkv_kv_slots_used_ratio") == 0.7
         assert metrics.registry.get_sample_value("spectrumkv_kv_bytes_resident") == 7 * SLOT_BYTES
@@ -57,13 +57,13 @@ def test_a_full_arena_refuses_and_names_what_is_free() -> None:
         assert caught.value.retry_after_seconds > 0
 
 
-def fail_while_holding_slots(made: SlotArena) -> None:
+def fail_while_holding_slots(made: KvPool) -> None:
     with made.reserve(7):
         raise RuntimeError("whatever")
 
 
 def test_slots_are_freed_by_leaving_whatever_happens() -> None:
-    made, metrics = arena(10)
+    made, metrics = pool(10)
     with pytest.raises(RuntimeError):
         fail_while_holding_slots(made)
     assert made.used == 0
@@ -71,7 +71,7 @@ def test_slots_are_freed_by_leaving_whatever_happens() -> None:
 
 
 def test_releasing_twice_frees_nobody_else() -> None:
-    made, _ = arena(10)
+    made, _ = pool(10)
     first = made.reserve(5)
     first.release()
     second = made.reserve(5)
@@ -83,8 +83,8 @@ def test_releasing_twice_frees_nobody_else() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 5)), max_size=40))
 def test_reservations_never_overlap(steps: list[tuple[int, int]]) -> None:
-    made, _ = arena(20)
-    held: list[Reservation] = []
+    made, _ = pool(20)
+    held: list[Allocation] = []
     for capacity, release in steps:
         if release < len(held):
             held.pop(release).release()
@@ -101,23 +101,23 @@ def test_reservations_never_overlap(steps: list[tuple[int, int]]) -> None:
 
 
 def test_dropped_tokens_are_masked_and_leave_no_nan() -> None:
-    made, _ = arena(8)
+    made, _ = pool(8)
     made.keys.fill_(torch.nan)
     made.values.fill_(torch.nan)
-    reservation = made.reserve(6)
-    reservation.drop(1, torch.tensor([0, 3]))
-    reservation.drop(1, torch.tensor([4]))
-    assert reservation.kept(0) is None
-    kept = reservation.kept(1)
+    allocation = made.reserve(6)
+    allocation.drop(1, torch.tensor([0, 3]))
+    allocation.drop(1, torch.tensor([4]))
+    assert allocation.kept(0) is None
+    kept = allocation.kept(1)
     assert kept is not None
     assert kept.tolist() == [False, True, True, False, False, True]
-    assert reservation.keys(1, 0, 6)[:, [0, 3, 4]].eq(0).all()
-    assert reservation.values(1, 0, 6)[:, [1, 2, 5]].isnan().all()
+    assert allocation.keys(1, 0, 6)[:, [0, 3, 4]].eq(0).all()
+    assert allocation.values(1, 0, 6)[:, [1, 2, 5]].isnan().all()
 
 
 def test_who_has_the_slots_next_sees_all_of_them() -> None:
-    made, _ = arena(8)
-    with made.reserve(6) as reservation:
-        reservation.drop(1, torch.tensor([0, 3]))
+    made, _ = pool(8)
+    with made.reserve(6) as allocation:
+        allocation.drop(1, torch.tensor([0, 3]))
         assert not made.kept.all()
     assert made.kept.all()

@@ -19,7 +19,7 @@ from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.decoder import SpectralDecoder
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.segment import Block
+from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.kernels.spectral import packing as spectral_packing
 from tests.common.kv.codecs.test_spectral import basis_of
 from tests.faults.dialogue import spectral_blocks
@@ -51,14 +51,14 @@ def attack(attempts: int, seed: int) -> Counter[str]:
     sound = sound_blocks(chance)
     tried: Counter[str] = Counter(dict.fromkeys(BODY_HARMS, 0))
     for _ in range(attempts):
-        block, parts = chance.choice(sound)
+        segment, parts = chance.choice(sound)
         body = deepcopy(parts)
         for _ in range(chance.randint(1, HARMS_AT_MOST)):
             tried[harm_body(chance, body)] += 1
-        slots = torch.full((2, GEOMETRY.kv_heads, block.tiers.numel() + 2 * MARGIN, GEOMETRY.head_dim), UNTOUCHED)
+        slots = torch.full((2, GEOMETRY.kv_heads, segment.tiers.numel() + 2 * MARGIN, GEOMETRY.head_dim), UNTOUCHED)
         keys, values = slots[:, :, MARGIN:-MARGIN]
         try:
-            decoder.decode(with_body(block, body.assembled()), keys, values)
+            decoder.decode(with_body(segment, body.assembled()), keys, values)
             tried["decoded"] += 1
         except DataLossError as error:
             tried[f"refused: {error.reason}"] += 1
@@ -67,15 +67,15 @@ def attack(attempts: int, seed: int) -> Counter[str]:
     return tried
 
 
-def sound_blocks(chance: random.Random) -> list[tuple[Block, SpectralBody]]:
+def sound_blocks(chance: random.Random) -> list[tuple[KvSegment, SpectralBody]]:
     """Blocks of prompts of all lengths at random steps, and their bodies in parts."""
     found = []
     for tokens in range(1, LONGEST_PROMPT + 1):
-        for block in spectral_blocks(chance, GEOMETRY, basis(), tokens):
-            transform, data = layer_transforms(basis())[block.layer], block.body.numpy().tobytes()
-            body = taken_apart(data, block.tiers.numel(), transform, GEOMETRY)
+        for segment in spectral_blocks(chance, GEOMETRY, basis(), tokens):
+            transform, data = layer_transforms(basis())[segment.layer], segment.body.numpy().tobytes()
+            body = taken_apart(data, segment.tiers.numel(), transform, GEOMETRY)
             assert body.assembled() == data
-            found.append((block, body))
+            found.append((segment, body))
     return found
 
 

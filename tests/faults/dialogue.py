@@ -13,13 +13,13 @@ from spectrumkv.common.kv.codecs.base import TierCodec, codecs
 from spectrumkv.common.kv.codecs.spectral.accounting import class_bits, token_tiers
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.layout import HIGHEST_CLASS, LOWEST_CLASS
-from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedBlock, encode_block
+from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment, encode_segment
 from spectrumkv.common.kv.codecs.spectral.steps import TokenClasses
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.segment import Block
+from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier
-from spectrumkv.common.kv.wire import DIGEST_RECORD, Chunk, ChunkWriter
+from spectrumkv.common.kv.wire import DIGEST_RECORD, ChunkWriter, KvChunk
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.rpc.decode_stream import serialize_request
 from spectrumkv.v1 import decode_pb2
@@ -33,11 +33,11 @@ class Dialogue:
     """What a prefill would send for one request, part by part.
 
     Attributes:
-        codec: name of the codec that the blocks are coded by, whatever Begin says in the end.
+        codec: name of the codec that the segments are coded by, whatever Begin says in the end.
         geometry: shape and dtype of the model's cache.
-        basis: what blocks of codec "spectral" are coded in.
+        basis: what segments of codec "spectral" are coded in.
         begin: the first message.
-        blocks: payload bytes of each chunk.
+        segments: payload bytes of each chunk.
         end: the last message, totals not yet filled in.
     """
 
@@ -45,7 +45,7 @@ class Dialogue:
     geometry: KvGeometry
     basis: SpectralBasis
     begin: decode_pb2.Begin
-    blocks: list[bytes]
+    segments: list[bytes]
     end: decode_pb2.End
 
 
@@ -65,14 +65,14 @@ def dialogue(chance: random.Random, loaded: LoadedModel, basis: SpectralBasis) -
     begin.sampling.ignore_eos = True
     begin.sampling.seed = 1
     writer = ChunkWriter(chance.choice((1, 2000, 1 << 20)))
-    chunks: list[Chunk] = []
-    blocks = (
+    chunks: list[KvChunk] = []
+    segments = (
         _tier_blocks(chance, loaded.geometry, codec, tokens)
         if isinstance(codec, TierCodec)
         else spectral_blocks(chance, loaded.geometry, basis, tokens)
     )
-    for block in blocks:
-        chunks += [chunk for chunk, _ in writer.add(block)]
+    for segment in segments:
+        chunks += [chunk for chunk, _ in writer.add(segment)]
     chunks += [chunk for chunk, _ in writer.flush()]
     totals = writer.totals()
     end = decode_pb2.End(
@@ -94,27 +94,27 @@ def _layers(
         yield layer, keys, values
 
 
-def _tier_blocks(chance: random.Random, geometry: KvGeometry, codec: TierCodec, tokens: int) -> Iterator[Block]:
+def _tier_blocks(chance: random.Random, geometry: KvGeometry, codec: TierCodec, tokens: int) -> Iterator[KvSegment]:
     for layer, keys, values in _layers(chance, geometry, tokens):
         some = [Tier.NATIVE] if codec.name == "native" else [Tier.DROP, Tier.INT4, Tier.INT8, Tier.FP16]
         tiers = torch.tensor([chance.choice(some) for _ in range(tokens)], dtype=torch.uint8)
-        yield Block(layer, 0, tiers, codec.encode(keys, values, tiers, geometry).body)
+        yield KvSegment(layer, 0, tiers, codec.encode(keys, values, tiers, geometry).body)
 
 
 def spectral_blocks(
     chance: random.Random, geometry: KvGeometry, basis: SpectralBasis, tokens: int
-) -> Iterator[Block]:
-    """Each layer in one or two blocks, at random steps."""
+) -> Iterator[KvSegment]:
+    """Each layer in one or two segments, at random steps."""
     for layer, keys, values in _layers(chance, geometry, tokens):
         wanted = chance.uniform(-8, 4)
         middle = chance.randint(0, tokens - 1) if chance.random() < 0.5 else 0
         for first, end in ((0, middle), (middle, tokens)):
             if first < end:
                 classes = _token_classes(chance, end - first)
-                block = UncodedBlock(
+                segment = UncodedSegment(
                     layer_transforms(basis)[layer], first, keys[:, first:end], values[:, first:end], classes
                 )
-                yield _spectral_block(block, geometry, wanted)
+                yield _spectral_block(segment, geometry, wanted)
 
 
 def _token_classes(chance: random.Random, tokens: int) -> TokenClasses:
@@ -124,29 +124,29 @@ def _token_classes(chance: random.Random, tokens: int) -> TokenClasses:
     return TokenClasses(classes, sinks)
 
 
-def _spectral_block(block: UncodedBlock, geometry: KvGeometry, wanted: float) -> Block:
-    body, steps = encode_block(block, float(np.float32(wanted)), geometry)
-    tiers = token_tiers(class_bits(block.transform, steps.base), block.tokens)
-    return Block(block.transform.layer, block.first, tiers, torch.frombuffer(body, dtype=torch.uint8))
+def _spectral_block(segment: UncodedSegment, geometry: KvGeometry, wanted: float) -> KvSegment:
+    body, steps = encode_segment(segment, float(np.float32(wanted)), geometry)
+    tiers = token_tiers(class_bits(segment.transform, steps.base), segment.tokens)
+    return KvSegment(segment.transform.layer, segment.first, tiers, torch.frombuffer(body, dtype=torch.uint8))
 
 
 def wire_messages(one: Dialogue) -> list[bytes]:
     """The dialogue as it crosses the wire, every checksum in order."""
     messages = [serialize_request(decode_pb2.DecodeRequest(begin=one.begin))]
-    messages += [serialize_request(_chunk(place, payload)) for place, payload in enumerate(one.blocks)]
+    messages += [serialize_request(_chunk(place, payload)) for place, payload in enumerate(one.segments)]
     return [*messages, serialize_request(decode_pb2.DecodeRequest(end=one.end))]
 
 
-def _chunk(place: int, payload: bytes) -> Chunk:
-    return Chunk(place, crc32c.crc32c(payload), (payload,))
+def _chunk(place: int, payload: bytes) -> KvChunk:
+    return KvChunk(place, crc32c.crc32c(payload), (payload,))
 
 
 def make_totals_agree(one: Dialogue) -> None:
     """Make End say what the chunks come to."""
 
     digest = hashlib.sha256()
-    for place, payload in enumerate(one.blocks):
+    for place, payload in enumerate(one.segments):
         digest.update(DIGEST_RECORD.pack(place, len(payload), crc32c.crc32c(payload)))
-    one.end.chunks = len(one.blocks)
-    one.end.payload_bytes = sum(map(len, one.blocks))
+    one.end.chunks = len(one.segments)
+    one.end.payload_bytes = sum(map(len, one.segments))
     one.end.digest = digest.digest()

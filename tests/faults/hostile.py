@@ -8,10 +8,10 @@ from typing import Any
 
 from spectrumkv.common.errors import DataLossError
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.segment import BLOCK_HEADER, MAX_CHUNK_PAYLOAD_BYTES
+from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, SEGMENT_HEADER
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.model.load import LoadedModel
-from spectrumkv.common.rpc.message_checksum import SEAL_BYTES, seal
+from spectrumkv.common.rpc.message_checksum import CHECKSUM_BYTES, append_checksum
 from tests.faults.dialogue import Dialogue, dialogue, make_totals_agree, wire_messages
 from tests.faults.hostile_bodies import harm_payload
 from tests.faults.hostile_requests import EDGES_32, EDGES_64, harm_sampling
@@ -82,7 +82,7 @@ def _harm_spec(chance: random.Random, one: Dialogue) -> None:
 
 
 def _harm_codec(chance: random.Random, one: Dialogue) -> None:
-    """Another codec, version or basis than the blocks are of."""
+    """Another codec, version or basis than the segments are of."""
     kind = chance.randrange(3)
     if kind == 0:
         one.begin.codec.name = chance.choice(("absmax", "native", "spectral", "", "zip", "a" * 5000))
@@ -107,29 +107,29 @@ def _harm_end(chance: random.Random, one: Dialogue) -> None:
 
 
 def _harm_header(chance: random.Random, one: Dialogue) -> None:
-    """Make a block header lie about one of its fields."""
-    if not one.blocks:
+    """Make a segment header lie about one of its fields."""
+    if not one.segments:
         return
-    place = chance.randrange(len(one.blocks))
-    payload = bytearray(one.blocks[place])
-    if len(payload) < BLOCK_HEADER.size:
+    place = chance.randrange(len(one.segments))
+    payload = bytearray(one.segments[place])
+    if len(payload) < SEGMENT_HEADER.size:
         return
-    values = list(BLOCK_HEADER.unpack_from(payload))
+    values = list(SEGMENT_HEADER.unpack_from(payload))
     field = chance.randrange(len(values))
     limit = (2**16, 2**8, 2**8, 2**32, 2**32, 2**32)[field]
     near = values[field] + chance.choice((-2, -1, 1, 2))
     values[field] = max(0, min(chance.choice((near, *EDGES_32)), limit - 1))
-    BLOCK_HEADER.pack_into(payload, 0, *values)
-    one.blocks[place] = bytes(payload)
+    SEGMENT_HEADER.pack_into(payload, 0, *values)
+    one.segments[place] = bytes(payload)
 
 
 def _harm_body(chance: random.Random, one: Dialogue) -> None:
     """Put NaN, infinities or noise into tier maps, scales and codes."""
-    if not one.blocks:
+    if not one.segments:
         return
-    place = chance.randrange(len(one.blocks))
-    payload = bytearray(one.blocks[place])
-    room = len(payload) - BLOCK_HEADER.size
+    place = chance.randrange(len(one.segments))
+    payload = bytearray(one.segments[place])
+    room = len(payload) - SEGMENT_HEADER.size
     if room < 2:
         return
     # float16 NaN, infinities, the smallest subnormal; float32 NaN; noise.
@@ -137,42 +137,42 @@ def _harm_body(chance: random.Random, one: Dialogue) -> None:
         (b"\xff\x7f", b"\x00\x7c", b"\x00\xfc", b"\x01\x00", b"\x00\x00\xc0\x7f", chance.randbytes(2))
     )
     for _ in range(chance.choice((1, 1, 50))):
-        at = BLOCK_HEADER.size + chance.randrange(room - 1)
+        at = SEGMENT_HEADER.size + chance.randrange(room - 1)
         payload[at : at + len(noise)] = noise
-    one.blocks[place] = bytes(payload[: room + BLOCK_HEADER.size])
+    one.segments[place] = bytes(payload[: room + SEGMENT_HEADER.size])
 
 
 def _harm_spectral_body(chance: random.Random, one: Dialogue) -> None:
-    """Make a field of a spectral body lie; the block's header says how long the body is then."""
-    if one.codec != "spectral" or not any(one.blocks):
+    """Make a field of a spectral body lie; the segment's header says how long the body is then."""
+    if one.codec != "spectral" or not any(one.segments):
         return
-    place = chance.randrange(len(one.blocks))
+    place = chance.randrange(len(one.segments))
     with contextlib.suppress(DataLossError, IndexError):
         # Unless it was harmed before, so that its fields cannot be told apart.
-        one.blocks[place] = harm_payload(chance, one.blocks[place], one.basis, one.geometry)
+        one.segments[place] = harm_payload(chance, one.segments[place], one.basis, one.geometry)
 
 
 def _harm_blocks(chance: random.Random, one: Dialogue) -> None:
     """Lose, repeat, join, cut or bloat the payloads."""
     kind = chance.randrange(6)
-    place = chance.randrange(max(1, len(one.blocks)))
-    part = one.blocks[place : place + 1]
+    place = chance.randrange(max(1, len(one.segments)))
+    part = one.segments[place : place + 1]
     if kind == 0:
-        one.blocks[place : place + 1] = []
+        one.segments[place : place + 1] = []
     elif kind == 1:
-        one.blocks[place:place] = part
+        one.segments[place:place] = part
     elif kind == 2:
-        one.blocks[place : place + 2] = [b"".join(one.blocks[place : place + 2])]
+        one.segments[place : place + 2] = [b"".join(one.segments[place : place + 2])]
     elif kind == 3:
-        one.blocks[place : place + 1] = [payload[: chance.randrange(len(payload) + 1)] for payload in part]
+        one.segments[place : place + 1] = [payload[: chance.randrange(len(payload) + 1)] for payload in part]
     elif kind == 4:
-        one.blocks[place : place + 1] = [
+        one.segments[place : place + 1] = [
             bytes(chance.choice((0, MAX_CHUNK_PAYLOAD_BYTES, MAX_CHUNK_PAYLOAD_BYTES + 1)))
         ]
     else:
         # Sixteen bytes that ask for as many dropped tokens as there may be, again and again.
-        bomb = BLOCK_HEADER.pack(0, 1, Tier.DROP, 0, chance.choice((1, 12, 2048, 1 << 20, 2**32 - 1)), 0)
-        one.blocks.insert(place, bomb * chance.choice((1, 2, 4000)))
+        bomb = SEGMENT_HEADER.pack(0, 1, Tier.DROP, 0, chance.choice((1, 12, 2048, 1 << 20, 2**32 - 1)), 0)
+        one.segments.insert(place, bomb * chance.choice((1, 2, 4000)))
 
 
 HARMS: tuple[Callable[[random.Random, Dialogue], None], ...] = (
@@ -215,11 +215,11 @@ def _close_early(chance: random.Random, messages: list[bytes]) -> None:
 
 def _insert(chance: random.Random, messages: list[bytes]) -> None:
     nonsense = chance.randbytes(chance.choice((0, 1, 5, 100, 70_000)))
-    messages.insert(chance.randrange(len(messages) + 1), chance.choice((nonsense, seal(nonsense))))
+    messages.insert(chance.randrange(len(messages) + 1), chance.choice((nonsense, append_checksum(nonsense))))
 
 
 def _flip(chance: random.Random, messages: list[bytes]) -> None:
-    """Flip a bit; half of the time with the seal made good again."""
+    """Flip a bit; half of the time with the append_checksum made good again."""
     if not messages:
         return
     place = chance.randrange(len(messages))
@@ -228,7 +228,7 @@ def _flip(chance: random.Random, messages: list[bytes]) -> None:
         return
     message[chance.randrange(len(message))] ^= 1 << chance.randrange(8)
     changed = bytes(message)
-    messages[place] = seal(changed[:-SEAL_BYTES]) if chance.random() < 0.5 else changed
+    messages[place] = append_checksum(changed[:-CHECKSUM_BYTES]) if chance.random() < 0.5 else changed
 
 
 SHUFFLES: tuple[Callable[[random.Random, list[bytes]], None], ...] = (

@@ -14,7 +14,7 @@ from spectrumkv.common.kv.codecs.spectral.layout import STEP_CLASSES
 from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION, compress
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.segment import parse_block
+from spectrumkv.common.kv.segment import parse_segment
 from tests.faults.spectral_body import SpectralBody, StreamParts, serialized, taken_apart, with_body
 
 EDGES = (0, 1, 2, 3, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1)
@@ -37,23 +37,23 @@ def harm_body(chance: random.Random, body: SpectralBody) -> str:
 
 
 def harm_payload(chance: random.Random, payload: bytes, basis: SpectralBasis, geometry: KvGeometry) -> bytes:
-    """Harm the body of one block of a chunk; the block's header says how long it is then.
+    """Harm the body of one segment of a chunk; the segment's header says how long it is then.
 
     Raises:
         DataLossError: the payload is not sound as it is.
     """
-    block, offset = parse_block(payload, 0)
-    blocks = [block]
+    segment, offset = parse_segment(payload, 0)
+    segments = [segment]
     while offset < len(payload):
-        block, offset = parse_block(payload, offset)
-        blocks.append(block)
-    place = chance.randrange(len(blocks))
-    block = blocks[place]
-    transform = layer_transforms(basis)[block.layer]
-    body = taken_apart(block.body.numpy().tobytes(), block.tiers.numel(), transform, geometry)
+        segment, offset = parse_segment(payload, offset)
+        segments.append(segment)
+    place = chance.randrange(len(segments))
+    segment = segments[place]
+    transform = layer_transforms(basis)[segment.layer]
+    body = taken_apart(segment.body.numpy().tobytes(), segment.tiers.numel(), transform, geometry)
     harm_body(chance, body)
-    blocks[place] = with_body(block, body.assembled())
-    return serialized(blocks)
+    segments[place] = with_body(segment, body.assembled())
+    return serialized(segments)
 
 
 def _base(chance: random.Random, body: SpectralBody) -> None:
@@ -198,13 +198,13 @@ def _harmed_code(chance: random.Random, coded: bytes) -> bytes:
 
 @cache
 def bombs() -> tuple[bytes, ...]:
-    """A few kilobytes each that unpack to 64 MiB, or to nothing in very many blocks."""
+    """A few kilobytes each that unpack to 64 MiB, or to nothing in very many segments."""
     parameters = zstandard.ZstdCompressionParameters.from_level(
         1, format=zstandard.FORMAT_ZSTD1_MAGICLESS, write_content_size=False, write_checksum=False
     )
     zeros = zstandard.ZstdCompressor(compression_params=parameters).compress(bytes(BOMB_BYTES))
     frame = b"\x00\x48"
-    # A block's header: last or not, kind (0 raw, 1 one byte again and again), size.
+    # A segment's header: last or not, kind (0 raw, 1 one byte again and again), size.
     runs = b"".join((size << 3 | 1 << 1).to_bytes(3, "little") + b"\7" for size in [1 << 17] * 500)
     nothing = bytes(3) * 20_000
     return tuple(b"\x01" + one for one in (zeros, frame + runs + b"\1\0\0", frame + nothing + b"\1\0\0"))

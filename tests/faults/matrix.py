@@ -113,11 +113,11 @@ def start_bystander(deployment: Deployment, fault: Fault, cleanup: contextlib.Ex
         cleanup.callback(request.close)
         request.wait_for_tokens(2)
         return request
-    with contextlib.ExitStack() as reservations:
+    with contextlib.ExitStack() as allocations:
         # Prefill sends to the worker with the most free slots: for a moment that is the small one.
         for _ in range(3):
             large = send(deployment, deployment.other_prefill.address, BYSTANDER_PROMPT, DECODE_SLOTS * 2 // 7)
-            reservations.callback(large.close)
+            allocations.callback(large.close)
             large.wait_for_tokens(1)
         prefill = deployment.prefill
         until(lambda: prefill.metrics()["decode_worker_slots_free"] < 2 * SMALL_SLOTS, 10, "prefill hears of it")

@@ -1,4 +1,4 @@
-"""The body of a spectral block in its parts, so that each can be made to lie, and put together again."""
+"""The body of a spectral segment in its parts, so that each can be made to lie, and put together again."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from spectrumkv.common.kv.codecs.spectral.segment_codec import HEADER, LENGTHS, decode_block
+from spectrumkv.common.kv.codecs.spectral.segment_codec import HEADER, LENGTHS, decode_segment
 from spectrumkv.common.kv.codecs.spectral.steps import Steps
 from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.segment import Block
+from spectrumkv.common.kv.segment import KvSegment
 
 
 @dataclass
@@ -57,7 +57,7 @@ class SpectralBody:
         self.lengths = [one.lengths for one in self.streams]
 
     def assembled(self) -> bytes:
-        """The bytes; of even length, as a block has them."""
+        """The bytes; of even length, as a segment has them."""
         parts = [HEADER.pack(self.base, self.sinks & 0xFFFF, self.class_bytes & 0xFFFFFFFF), self.exact, self.classes]
         parts.append((np.array(self.lengths, np.int64) & 0xFFFFFFFF).astype("<u4").tobytes())
         for one in self.streams:
@@ -73,7 +73,7 @@ def taken_apart(body: bytes, tokens: int, transform: LayerTransform, geometry: K
         DataLossError: it is not one.
     """
     states = torch.empty(2, geometry.kv_heads, tokens, geometry.head_dim)
-    steps = decode_block(transform, memoryview(body), 0, geometry, states[0], states[1])
+    steps = decode_segment(transform, memoryview(body), 0, geometry, states[0], states[1])
     base, sinks, class_bytes = HEADER.unpack_from(body)
     exact_bytes = 2 * 2 * geometry.kv_heads * sinks * geometry.head_dim
     taker = _Taker(body, HEADER.size)
@@ -100,14 +100,14 @@ def _streams(
     return lengths, streams
 
 
-def with_body(block: Block, body: bytes) -> Block:
-    """The block with another body."""
-    return replace(block, body=torch.frombuffer(bytearray(body), dtype=torch.uint8))
+def with_body(segment: KvSegment, body: bytes) -> KvSegment:
+    """The segment with another body."""
+    return replace(segment, body=torch.frombuffer(bytearray(body), dtype=torch.uint8))
 
 
-def serialized(blocks: Sequence[Block]) -> bytes:
+def serialized(segments: Sequence[KvSegment]) -> bytes:
     """Blocks back to back, as a chunk has them."""
-    return b"".join(part for block in blocks for part in (block.header, block.body.numpy().tobytes()))
+    return b"".join(part for segment in segments for part in (segment.header, segment.body.numpy().tobytes()))
 
 
 class _Taker:

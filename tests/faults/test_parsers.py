@@ -18,8 +18,8 @@ from spectrumkv.common.kv.codecs.spectral import decoder, layout, symbols
 from spectrumkv.common.kv.codecs.spectral import segment_codec as block_codec
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.segment import BLOCK_HEADER, Block
-from spectrumkv.common.kv.wire import Chunk, ChunkReader, ChunkWriter
+from spectrumkv.common.kv.segment import SEGMENT_HEADER, KvSegment
+from spectrumkv.common.kv.wire import ChunkReader, ChunkWriter, KvChunk
 from spectrumkv.common.rpc import decode_stream
 from spectrumkv.common.rpc import message_checksum as message_seal
 from spectrumkv.decode_server import bases
@@ -58,7 +58,9 @@ def payloads() -> list[bytes]:
                 keys, values = torch.randn(2, GEOMETRY.kv_heads, tokens, GEOMETRY.head_dim)
                 kinds = torch.tensor([some[place % len(some)] for place in range(tokens)], dtype=torch.uint8)
                 encoded = codec.encode(keys, values, kinds, GEOMETRY)
-                found += [bytes(chunk.payload) for chunk, _ in writer.add(Block(layer, first, kinds, encoded.body))]
+                found += [
+                    bytes(chunk.payload) for chunk, _ in writer.add(KvSegment(layer, first, kinds, encoded.body))
+                ]
         found += [bytes(chunk.payload) for chunk, _ in writer.flush()]
     return found
 
@@ -66,7 +68,7 @@ def payloads() -> list[bytes]:
 def read_message(data: bytes) -> None:
     with contextlib.suppress(DataLossError):
         request = decode_stream.deserialize_request(data)
-        assert isinstance(request, Chunk | decode_pb2.DecodeRequest)
+        assert isinstance(request, KvChunk | decode_pb2.DecodeRequest)
     with contextlib.suppress(DataLossError):
         decode_stream.deserialize_response(data)
 
@@ -79,12 +81,12 @@ def read_payload(data: bytes) -> None:
     values = keys.clone()
     reader = ChunkReader(GEOMETRY.layers, TOKENS)
     with contextlib.suppress(DataLossError):
-        blocks = reader.read(Chunk(0, crc32c.crc32c(payload), (payload,)))
-        for block in blocks:
-            assert 0 <= block.first_token < block.first_token + block.tiers.numel() <= TOKENS
-            span = slice(block.first_token, block.first_token + block.tiers.numel())
-            sizes = codec.decode(block, keys[block.layer, :, span], values[block.layer, :, span])
-            assert sum(sizes.values()) == block.body.numel()
+        segments = reader.read(KvChunk(0, crc32c.crc32c(payload), (payload,)))
+        for segment in segments:
+            assert 0 <= segment.first_token < segment.first_token + segment.tiers.numel() <= TOKENS
+            span = slice(segment.first_token, segment.first_token + segment.tiers.numel())
+            sizes = codec.decode(segment, keys[segment.layer, :, span], values[segment.layer, :, span])
+            assert sum(sizes.values()) == segment.body.numel()
 
 
 def read_basis(data: bytes) -> None:
@@ -97,7 +99,7 @@ def read_basis(data: bytes) -> None:
 TARGETS = {
     "messages": (
         read_message,
-        [decode_stream.serialize_request(Chunk(place, 5, (one,))) for place, one in enumerate(payloads())]
+        [decode_stream.serialize_request(KvChunk(place, 5, (one,))) for place, one in enumerate(payloads())]
         + [
             decode_stream.serialize_request(decode_pb2.DecodeRequest(begin={"prompt_token_ids": [1, 300]})),
             decode_stream.serialize_request(decode_pb2.DecodeRequest(end={"first_token_id": 3, "digest": b"x" * 32})),
@@ -106,14 +108,14 @@ TARGETS = {
     ),
     "payloads": (
         read_payload,
-        [bytes((codec,)) + one for one in payloads() for codec in (0, 1)] + [BLOCK_HEADER.pack(0, 1, 0, 0, 1, 0)],
+        [bytes((codec,)) + one for one in payloads() for codec in (0, 1)] + [SEGMENT_HEADER.pack(0, 1, 0, 0, 1, 0)],
     ),
     "spectral payloads": (
         read_payload,
         [
-            b"\2" + serialized([block])
+            b"\2" + serialized([segment])
             for tokens in (1, 4, TOKENS)
-            for block in spectral_blocks(random.Random(tokens), GEOMETRY, basis(), tokens)
+            for segment in spectral_blocks(random.Random(tokens), GEOMETRY, basis(), tokens)
         ],
     ),
     "bases": (read_basis, [basis().serialized]),

@@ -60,17 +60,17 @@ def test_compiled_loops_stay_within_their_arrays(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize("field", ["classes", "symbols"])
 @pytest.mark.parametrize("code", [*bombs(), *(b"\x01" + frame for frame in lying_frames())])
 def test_a_bomb_is_refused_before_it_takes_memory(field: str, code: bytes) -> None:
-    *_, block = spectral_blocks(random.Random(3), GEOMETRY, basis(), TOKENS)
-    transform = layer_transforms(basis())[block.layer]
-    body = taken_apart(block.body.numpy().tobytes(), block.tiers.numel(), transform, GEOMETRY)
+    *_, segment = spectral_blocks(random.Random(3), GEOMETRY, basis(), TOKENS)
+    transform = layer_transforms(basis())[segment.layer]
+    body = taken_apart(segment.body.numpy().tobytes(), segment.tiers.numel(), transform, GEOMETRY)
     if field == "classes":
         body.classes = code
     else:
         for stream in body.streams:
             stream.coded = code
     body.make_lengths_agree()
-    harmed = with_body(block, body.assembled())
-    states = torch.empty(2, GEOMETRY.kv_heads, block.tiers.numel(), GEOMETRY.head_dim)
+    harmed = with_body(segment, body.assembled())
+    states = torch.empty(2, GEOMETRY.kv_heads, segment.tiers.numel(), GEOMETRY.head_dim)
     tracemalloc.start()
     try:
         with pytest.raises(DataLossError):

@@ -19,8 +19,8 @@ from spectrumkv.common.rpc.server import UPLOADS
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.prefill_server import service
-from spectrumkv.prefill_server.transfer.codec_selector import ENOUGH, CodecChoice, Pace
-from spectrumkv.prefill_server.workers import basis_upload as basis_delivery
+from spectrumkv.prefill_server.transfer.codec_selector import ENOUGH, CodecSelector, RunningMedian
+from spectrumkv.prefill_server.workers import basis_upload as basis_upload
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc
 from tests.services.pair import decode_server, prefill_server, sample, total
 from tests.services.test_lossless import random_prompt
@@ -92,7 +92,7 @@ def test_uploads_of_others_are_waited_for(tiny_directories: dict[str, Path], mon
         attempts.release()
         return begin_basis(*of_upload)
 
-    monkeypatch.setattr(basis_delivery, "begin_basis", counted)
+    monkeypatch.setattr(basis_upload, "begin_basis", counted)
     with (
         spectral_pair(tiny_directories["llama"]) as pair,
         unfinished_uploads(pair.decode_port) as uploads,
@@ -138,13 +138,13 @@ def test_a_counted_budget_is_met_from_short_to_long_prompts(tiny_directories: di
 def test_a_coder_that_would_hold_requests_up_gives_way_and_says_so(
     tiny_directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choices: list[CodecChoice] = []
+    choices: list[CodecSelector] = []
 
-    def made(geometry: KvGeometry) -> CodecChoice:
-        choices.append(CodecChoice(geometry))
+    def made(geometry: KvGeometry) -> CodecSelector:
+        choices.append(CodecSelector(geometry))
         return choices[-1]
 
-    monkeypatch.setattr(service, "CodecChoice", made)
+    monkeypatch.setattr(service, "CodecSelector", made)
     model = tiny_directories["llama"]
     prompt, sampling = TokenIds(tuple(random_prompt(400))), Sampling(max_tokens=4, ignore_eos=True)
     with (
@@ -158,7 +158,7 @@ def test_a_coder_that_would_hold_requests_up_gives_way_and_says_so(
         for _ in range(ENOUGH):
             choices[0].coder.add(1.0, 1)
             choices[0].prefill.add(0.001, 1)
-            choices[0].links.setdefault(f"127.0.0.1:{decode_port}", Pace()).add(0.0, 1)
+            choices[0].links.setdefault(f"127.0.0.1:{decode_port}", RunningMedian()).add(0.0, 1)
         chosen = client.generate(prompt, sampling=sampling, kv=SPECTRAL).result()
         assert chosen.usage.codec == "absmax"
         assert chosen.usage.codec_reason.startswith(

@@ -13,7 +13,7 @@ import pytest
 
 from spectrumkv.client.completion import Completion
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
-from spectrumkv.prefill_server.engine.engine import PrefillEngine, Prompt
+from spectrumkv.prefill_server.engine.engine import PrefillEngine, QueuedPrefill
 from tests.services.pair import Pair, running_pair
 from tests.services.same_tokens import ALLOWED, TOP_LOGPROBS, disagreement, parting
 from tests.services.test_lossless import NATIVE, random_prompt, text_prompt
@@ -42,7 +42,7 @@ class Gate:
         self._wanted = 0
         sound = PrefillEngine._next_batch
 
-        def next_batch(engine: PrefillEngine) -> list[Prompt]:
+        def next_batch(engine: PrefillEngine) -> list[QueuedPrefill]:
             deadline = time.monotonic() + WAIT_SECONDS
             while engine.waiting < self._wanted and time.monotonic() < deadline:
                 time.sleep(0.001)

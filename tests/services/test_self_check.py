@@ -9,7 +9,7 @@ import torch
 from spectrumkv.client.cli.main import main
 from spectrumkv.client.cli.self_check import self_check
 from spectrumkv.common.errors import FailedPreconditionError
-from spectrumkv.common.kv.segment import Block
+from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.decode_server import engine as decode_engine
 from spectrumkv.decode_server import receiver
@@ -43,11 +43,11 @@ def test_kv_that_arrives_wrong_without_a_checksum_noticing_is_found(
     """
     sound = receiver.KvReceiver._write
 
-    def defective(self: receiver.KvReceiver, block: Block) -> Any:
+    def defective(self: receiver.KvReceiver, block: KvSegment) -> Any:
         found = sound(self, block)
         if not (block.tiers == Tier.NATIVE).any():
             end = block.first_token + block.tiers.numel()
-            self._reservation.values(block.layer, block.first_token, end).neg_()
+            self._allocation.values(block.layer, block.first_token, end).neg_()
         return found
 
     monkeypatch.setattr(receiver.KvReceiver, "_write", defective)

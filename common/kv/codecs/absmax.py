@@ -11,7 +11,7 @@ import torch
 
 from spectrumkv.common.errors import DataLossError, InvalidArgumentError
 from spectrumkv.common.kv.codecs import body as bodies
-from spectrumkv.common.kv.codecs.base import EncodedBlock, TierCodec, codecs
+from spectrumkv.common.kv.codecs.base import EncodedSegment, TierCodec, codecs
 from spectrumkv.common.kv.codecs.body import Section
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier, count_tiers
@@ -21,8 +21,8 @@ from spectrumkv.kernels.absmax.dispatch import INT4, INT8
 TIERS = frozenset({Tier.DROP, Tier.INT4, Tier.INT8, Tier.FP16})
 # The first sections of a body hold elements and scales, the others codes.
 FLOAT_SECTIONS = 3
-# By device. Offsets of one launch on a GPU have 32 bits, and a block fits a chunk of 1 MiB.
-BLOCKS_AT_ONCE = {"cpu": 1, "cuda": 1024}
+# By device. Offsets of one launch on a GPU have 32 bits, and a segment fits a chunk of 1 MiB.
+SEGMENTS_AT_ONCE = {"cpu": 1, "cuda": 1024}
 FORMATS = {Tier.INT8: INT8, Tier.INT4: INT4}
 
 
@@ -35,21 +35,21 @@ class AbsmaxCodec(TierCodec):
 
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, geometry: KvGeometry
-    ) -> EncodedBlock:
+    ) -> EncodedSegment:
         """Code `n` tokens; see `TierCodec.encode`."""
-        (block,) = self._encode(keys, values, tiers, (0, tiers.numel()), geometry)
-        return block
+        (segment,) = self._encode(keys, values, tiers, (0, tiers.numel()), geometry)
+        return segment
 
-    def encode_blocks(
+    def encode_segments(
         self,
         keys: torch.Tensor,
         values: torch.Tensor,
         tiers: torch.Tensor,
         cuts: Sequence[int],
         geometry: KvGeometry,
-    ) -> Iterator[EncodedBlock]:
-        """Code blocks one by one on a CPU, where the first is on its way before the last; together on a GPU."""
-        at_once = BLOCKS_AT_ONCE[keys.device.type]
+    ) -> Iterator[EncodedSegment]:
+        """Code segments one by one on a CPU, where the first is on its way before the last; together on a GPU."""
+        at_once = SEGMENTS_AT_ONCE[keys.device.type]
         for first in range(0, len(cuts) - 1, at_once):
             part = cuts[first : first + at_once + 1]
             span = slice(part[0], part[-1])
@@ -63,8 +63,8 @@ class AbsmaxCodec(TierCodec):
         tiers: torch.Tensor,
         cuts: Sequence[int],
         geometry: KvGeometry,
-    ) -> Iterator[EncodedBlock]:
-        """Code all blocks in one call of the kernel, and bring them to the host in one copy."""
+    ) -> Iterator[EncodedSegment]:
+        """Code all segments in one call of the kernel, and bring them to the host in one copy."""
         bodies.check_states(keys, values, tiers, geometry)
         spans = [slice(first, end) for first, end in pairwise(cuts)]
         layouts = [_layout_to_send(tiers[span], geometry) for span in spans]
@@ -74,7 +74,7 @@ class AbsmaxCodec(TierCodec):
         for span, layout, body in zip(spans, layouts, torch.split(bodies.to_host(on_device), sizes), strict=True):
             # Here and not on the device, which would have to be waited for once more.
             _check_sent(body, layout, {"keys": keys[:, span], "values": values[:, span]}, tiers[span])
-            yield EncodedBlock(body, bodies.bytes_by_tier(layout, TIERS))
+            yield EncodedSegment(body, bodies.bytes_by_tier(layout, TIERS))
 
     def decode(
         self,
@@ -89,7 +89,7 @@ class AbsmaxCodec(TierCodec):
         counts = count_tiers(tiers)
         if counts[Tier.NATIVE]:
             raise DataLossError(
-                f"a block of codec absmax has {counts[Tier.NATIVE]} tokens at tier NATIVE", reason="tier"
+                f"a segment of codec absmax has {counts[Tier.NATIVE]} tokens at tier NATIVE", reason="tier"
             )
         layout = sections(counts, geometry)
         bodies.check_length(body, layout)
@@ -106,7 +106,7 @@ def sections(counts: dict[Tier, int], geometry: KvGeometry) -> list[Section]:
     """The layout of a body: what kept its 16 bits, then scales, then codes.
 
     Args:
-        counts: the block's tokens at each tier.
+        counts: the segment's tokens at each tier.
         geometry: shape and dtype of the model's cache.
     """
     heads, head_dim = geometry.kv_heads, geometry.head_dim
@@ -121,7 +121,7 @@ def sections(counts: dict[Tier, int], geometry: KvGeometry) -> list[Section]:
 
 
 def _layout_to_send(tiers: torch.Tensor, geometry: KvGeometry) -> list[Section]:
-    """The layout of a block with these tiers.
+    """The layout of a segment with these tiers.
 
     Raises:
         InvalidArgumentError: the codec does not have one of them.
@@ -169,7 +169,7 @@ def _check_received_scales(body: torch.Tensor, layout: Sequence[Section]) -> Non
             scales = floats.clone().view(section.dtype)
             broken = int((~scales.isfinite()).sum())
             raise DataLossError(
-                f"{broken} of {scales.numel()} {section.tier.name} scales of a block are infinite or NaN",
+                f"{broken} of {scales.numel()} {section.tier.name} scales of a segment are infinite or NaN",
                 reason="scale",
             )
 

@@ -19,24 +19,24 @@ import torch
 from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.segment import Block
+from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.registry import Registry
 
 
-class BlockDecoder(Protocol):
+class SegmentDecoder(Protocol):
     """The receiving half of a codec, for one request."""
 
-    def decode(self, block: Block, keys: torch.Tensor, values: torch.Tensor) -> Mapping[Tier, int]:
-        """Write a block's tokens; leave dropped tokens' elements alone.
+    def decode(self, segment: KvSegment, keys: torch.Tensor, values: torch.Tensor) -> Mapping[Tier, int]:
+        """Write a segment's tokens; leave dropped tokens' elements alone.
 
         Args:
-            block: as it arrived; its body may be read-only.
+            segment: as it arrived; its body may be read-only.
             keys: `[kv_heads, n, head_dim]` in the model's own dtype, any strides, on any device: a view of the slots.
             values: like `keys`.
 
         Returns:
-            How many bytes of the block's body each tier took.
+            How many bytes of the segment's body each tier took.
 
         Raises:
             DataLossError: the codec cannot write one of the tiers, or the body does not fit them.
@@ -54,8 +54,8 @@ class Codec(Protocol):
     needs_basis: bool
     """Whether both sides need the same `SpectralBasis`."""
 
-    def decoder(self, geometry: KvGeometry, basis: SpectralBasis | None) -> BlockDecoder:
-        """Return what decodes one request's blocks.
+    def decoder(self, geometry: KvGeometry, basis: SpectralBasis | None) -> SegmentDecoder:
+        """Return what decodes one request's segments.
 
         Raises:
             FailedPreconditionError: the codec needs a basis and there is none.
@@ -64,7 +64,7 @@ class Codec(Protocol):
 
 
 @dataclass(frozen=True)
-class EncodedBlock:
+class EncodedSegment:
     """A run of tokens of one layer, coded.
 
     Attributes:
@@ -84,14 +84,14 @@ class TierCodec(ABC):
     tiers: frozenset[Tier]
     needs_basis = False
 
-    def decoder(self, geometry: KvGeometry, basis: SpectralBasis | None) -> BlockDecoder:
+    def decoder(self, geometry: KvGeometry, basis: SpectralBasis | None) -> SegmentDecoder:
         """See `Codec.decoder`; the basis is not looked at."""
         return _TierDecoder(self, geometry)
 
     @abstractmethod
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, geometry: KvGeometry
-    ) -> EncodedBlock:
+    ) -> EncodedSegment:
         """Code `n` tokens.
 
         Args:
@@ -104,21 +104,21 @@ class TierCodec(ABC):
             InvalidArgumentError: an element is infinite, NaN or too large for its tier.
         """
 
-    def encode_blocks(
+    def encode_segments(
         self,
         keys: torch.Tensor,
         values: torch.Tensor,
         tiers: torch.Tensor,
         cuts: Sequence[int],
         geometry: KvGeometry,
-    ) -> Iterator[EncodedBlock]:
-        """Code `n` tokens in several blocks, one after another; see `encode`.
+    ) -> Iterator[EncodedSegment]:
+        """Code `n` tokens in several segments, one after another; see `encode`.
 
         Args:
             keys: see `encode`.
             values: see `encode`.
             tiers: see `encode`.
-            cuts: the first token of each block, rising from 0, and n.
+            cuts: the first token of each segment, rising from 0, and n.
             geometry: see `encode`.
         """
         for first, end in pairwise(cuts):
@@ -144,7 +144,7 @@ class TierCodec(ABC):
             geometry: shape and dtype of the model's cache.
 
         Returns:
-            How many bytes of `body` each tier took, as in `EncodedBlock.tier_bytes`.
+            How many bytes of `body` each tier took, as in `EncodedSegment.tier_bytes`.
 
         Raises:
             DataLossError: the codec cannot write one of the tiers, the body's length does not fit them, or a
@@ -157,8 +157,8 @@ class _TierDecoder:
     codec: TierCodec
     geometry: KvGeometry
 
-    def decode(self, block: Block, keys: torch.Tensor, values: torch.Tensor) -> Mapping[Tier, int]:
-        return self.codec.decode(block.body, block.tiers, keys, values, self.geometry)
+    def decode(self, segment: KvSegment, keys: torch.Tensor, values: torch.Tensor) -> Mapping[Tier, int]:
+        return self.codec.decode(segment.body, segment.tiers, keys, values, self.geometry)
 
 
 codecs: Registry[Codec] = Registry("codec")

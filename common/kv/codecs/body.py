@@ -97,7 +97,7 @@ def check_states(keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, 
     for name, states in (("keys", keys), ("values", values)):
         if states.shape != shape or states.dtype != geometry.native_dtype or states.device != keys.device:
             raise InternalError(
-                f"{name} are {states.dtype} {list(states.shape)} on {states.device}; a block of "
+                f"{name} are {states.dtype} {list(states.shape)} on {states.device}; a segment of "
                 f"{tiers.numel()} tokens has {geometry.native_dtype} {list(shape)} on {keys.device}"
             )
 
@@ -111,7 +111,7 @@ def check_length(body: torch.Tensor, sections: Sequence[Section]) -> None:
     expected = body_bytes(sections)
     if body.numel() != expected:
         raise DataLossError(
-            f"a block's body has {body.numel()} bytes; its tier map makes that {expected}", reason="length"
+            f"a segment's body has {body.numel()} bytes; its tier map makes that {expected}", reason="length"
         )
 
 

@@ -7,7 +7,7 @@ import torch
 
 from spectrumkv.common.errors import DataLossError, InvalidArgumentError
 from spectrumkv.common.kv.codecs import body as bodies
-from spectrumkv.common.kv.codecs.base import EncodedBlock, TierCodec, codecs
+from spectrumkv.common.kv.codecs.base import EncodedSegment, TierCodec, codecs
 from spectrumkv.common.kv.codecs.body import Section
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier
@@ -24,12 +24,12 @@ class NativeCodec(TierCodec):
 
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, geometry: KvGeometry
-    ) -> EncodedBlock:
+    ) -> EncodedSegment:
         """Code `n` tokens; see `Codec.encode`."""
         bodies.check_states(keys, values, tiers, geometry)
         if not _all_native(tiers):
             raise InvalidArgumentError(
-                f"codec native has the tier NATIVE only; the block has tiers {sorted(set(tiers.tolist()))}"
+                f"codec native has the tier NATIVE only; the segment has tiers {sorted(set(tiers.tolist()))}"
             )
         layout = sections(tiers.numel(), geometry)
         device_body = torch.empty(bodies.body_bytes(layout), dtype=torch.uint8, device=keys.device)
@@ -41,7 +41,7 @@ class NativeCodec(TierCodec):
         for side, states in zip(("keys", "values"), sent, strict=True):
             if not bodies.is_finite(states):
                 bodies.refuse_infinite(side, Tier.NATIVE, states, geometry.native_dtype)
-        return EncodedBlock(body, bodies.bytes_by_tier(layout, TIERS))
+        return EncodedSegment(body, bodies.bytes_by_tier(layout, TIERS))
 
     def decode(
         self,
@@ -55,7 +55,8 @@ class NativeCodec(TierCodec):
         bodies.check_states(keys, values, tiers, geometry)
         if not _all_native(tiers):
             raise DataLossError(
-                f"a block of codec native has tiers {sorted(set(tiers.tolist()))}; all must be NATIVE", reason="tier"
+                f"a segment of codec native has tiers {sorted(set(tiers.tolist()))}; all must be NATIVE",
+                reason="tier",
             )
         layout = sections(tiers.numel(), geometry)
         bodies.check_length(body, layout)

@@ -12,7 +12,7 @@ from spectrumkv.prefill_server.tuning.probe.verdict import UNPROBED_BUDGET
 COUNTED_BUDGETS = (0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
 
 
-def ladder(codec: Codec, basis: SpectralBasis) -> list[KvPlan]:
+def budget_sweep(codec: Codec, basis: SpectralBasis) -> list[KvPlan]:
     """Return the trial of INT4, written by `codec`, and after it the counted budgets of the spectral codec."""
     spectral = codecs.get(SpectralCodec.name)
     counted = [_plan(SpectralCodec.name, budget, spectral, Int4Layers(), basis) for budget in COUNTED_BUDGETS]

@@ -10,12 +10,12 @@ from spectrumkv.prefill_server.tuning.needle.prompt import NeedlePrompt
 from spectrumkv.prefill_server.tuning.probe.budget_sweep import int4_trial, int4_trial_without
 from spectrumkv.prefill_server.tuning.probe.questions import NeedleQuestion
 from spectrumkv.prefill_server.tuning.probe.results import TRIALS_TO_PASS
-from spectrumkv.prefill_server.tuning.probe.runner import Examination
+from spectrumkv.prefill_server.tuning.probe.runner import ProbeRunner
 
 logger = logging.getLogger(__name__)
 
 
-def find_int4_layers(examination: Examination, codec: Codec) -> Int4Layers:
+def find_int4_layers(examination: ProbeRunner, codec: Codec) -> Int4Layers:
     """Return where INT4 may be used by a model that fails the trial with INT4 in all layers.
 
     The layers that it harms most are sent at INT8, as few as let the trial pass with the others as they were. Each
@@ -56,7 +56,7 @@ def bisection_steps(most: int) -> int:
     return 1 + most.bit_length()
 
 
-def _most_harmed_first(examination: Examination, codec: Codec) -> Sequence[int]:
+def _most_harmed_first(examination: ProbeRunner, codec: Codec) -> Sequence[int]:
     """The layers by what each does alone: mean KL with it as in the trial and all others exact."""
     question = examination.prose_question(examination.stretches[0])
     exact = question.captured.exact_kv()
@@ -73,7 +73,7 @@ def _most_harmed_first(examination: Examination, codec: Codec) -> Sequence[int]:
 
 
 def _fewest_that_answer(
-    examination: Examination, codec: Codec, prompt: NeedlePrompt, ranking: Sequence[int]
+    examination: ProbeRunner, codec: Codec, prompt: NeedlePrompt, ranking: Sequence[int]
 ) -> int | None:
     """How many layers, the first of `ranking`, must do without INT4 for this needle to be found."""
     depth = f"{prompt.depth:.0%}"

@@ -1,6 +1,6 @@
 """The probe: at deployment, the strongest safe setting of codec and tiers for a model.
 
-Three needle-in-a-haystack prompts and two stretches of prose run once each. Every setting of the ladder codes their
+Three needle-in-a-haystack prompts and two stretches of prose run once each. Every setting of the sweep codes their
 KV, and what the model then answers and predicts is held against the exact KV. The first setting is the paper's trial
 of INT4 (SpectrumKV, arXiv 2606.08635, INT4 probe: Greedy at 0.3, two of three needles); where it fails, the layers
 are looked for that INT4 harms most. The others are counted budgets of the spectral codec.
@@ -18,11 +18,11 @@ from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
 from spectrumkv.prefill_server.transfer.plan import KvPlan
-from spectrumkv.prefill_server.tuning.probe.budget_sweep import int4_trial_without, ladder
+from spectrumkv.prefill_server.tuning.probe.budget_sweep import budget_sweep, int4_trial_without
 from spectrumkv.prefill_server.tuning.probe.layer_search import find_int4_layers
 from spectrumkv.prefill_server.tuning.probe.progress import OnProgress, ProbeProgress
 from spectrumkv.prefill_server.tuning.probe.results import ProbedSetting, ProbeTrial, is_conclusive, passes
-from spectrumkv.prefill_server.tuning.probe.runner import Examination, probed_setting
+from spectrumkv.prefill_server.tuning.probe.runner import ProbeRunner, probed_setting
 from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
 from spectrumkv.prefill_server.tuning.probe.verdict_cache import VerdictKey, keep_verdict, read_verdict
 
@@ -102,13 +102,13 @@ def run_probe(
     with_int4 = [name for name, one in tier_codecs().items() if Tier.INT4 in one.tiers]
     if codec.name not in with_int4:
         raise InvalidArgumentError(f"codec {codec.name!r} has no INT4 to probe; valid: {', '.join(with_int4)}")
-    examination = Examination.of(loaded, engine, ProbeProgress(on_progress))
-    trials, settings = _held(examination, ladder(codec, basis))
+    examination = ProbeRunner.of(loaded, engine, ProbeProgress(on_progress))
+    trials, settings = _held(examination, budget_sweep(codec, basis))
     int4, mending = _settle_int4(examination, codec, trials)
     return ProbeVerdict.from_findings(trials, [*settings, *mending], int4, loaded.geometry.layers)
 
 
-def _held(examination: Examination, plans: Sequence[KvPlan]) -> tuple[list[ProbeTrial], list[ProbedSetting]]:
+def _held(examination: ProbeRunner, plans: Sequence[KvPlan]) -> tuple[list[ProbeTrial], list[ProbedSetting]]:
     """What holding settings against exact KV finds: the first one's trials, and all settings."""
     answers, readings = examination.hold(plans)
     settings = [probed_setting(plan, rung, answers, readings) for rung, plan in enumerate(plans)]
@@ -116,7 +116,7 @@ def _held(examination: Examination, plans: Sequence[KvPlan]) -> tuple[list[Probe
 
 
 def _settle_int4(
-    examination: Examination, codec: Codec, trials: Sequence[ProbeTrial]
+    examination: ProbeRunner, codec: Codec, trials: Sequence[ProbeTrial]
 ) -> tuple[Int4Layers, list[ProbedSetting]]:
     """Where INT4 may be used; where that is in some layers only, also the setting that shows that it may."""
     layers = examination.loaded.geometry.layers

@@ -66,7 +66,7 @@ class Readings:
 
 
 @dataclass(frozen=True)
-class Examination:
+class ProbeRunner:
     """One model's; each prompt runs once, and its KV is let go before the next runs.
 
     Attributes:
@@ -84,7 +84,7 @@ class Examination:
     stretches: Sequence[Stretch]
 
     @classmethod
-    def of(cls, loaded: LoadedModel, engine: PrefillEngine, progress: ProbeProgress) -> "Examination":
+    def of(cls, loaded: LoadedModel, engine: PrefillEngine, progress: ProbeProgress) -> "ProbeRunner":
         """Prepare the usual questions.
 
         Raises:

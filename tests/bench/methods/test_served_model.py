@@ -6,7 +6,7 @@ import torch
 from spectrumkv.bench.methods.attention import visible
 from spectrumkv.bench.methods.served_model import ExactFp16, Prompt, SentBytes, ServedModel, store_fp16
 from spectrumkv.common.model.load import load_model
-from spectrumkv.decode_server.kv_pool import Reservation, SlotArena
+from spectrumkv.decode_server.kv_pool import Allocation, KvPool
 from tests.bench.conftest import CAPACITY, WINDOW, wire_method
 from tests.services.reference import assert_same_greedy, reference_model
 from tests.services.test_lossless import random_prompt
@@ -26,13 +26,13 @@ class Drops:
     def __init__(self, dropped: dict[int, list[int]]) -> None:
         self.dropped = dropped
 
-    def send(self, prompt: Prompt, arena: SlotArena, reservation: Reservation) -> SentBytes:
+    def send(self, prompt: Prompt, pool: KvPool, allocation: Allocation) -> SentBytes:
         for layer in prompt.captured.layers:
-            store_fp16(reservation, layer.layer, layer.keys, layer.values, arena.geometry)
+            store_fp16(allocation, layer.layer, layer.keys, layer.values, pool.geometry)
         for layer, positions in self.dropped.items():
-            reservation.keys(layer, 0, CONTEXT)[:, positions] = torch.nan
-            reservation.values(layer, 0, CONTEXT)[:, positions] = torch.nan
-            reservation.drop(layer, torch.tensor(positions))
+            allocation.keys(layer, 0, CONTEXT)[:, positions] = torch.nan
+            allocation.values(layer, 0, CONTEXT)[:, positions] = torch.nan
+            allocation.drop(layer, torch.tensor(positions))
         return SentBytes(0, 0)
 
 

@@ -11,10 +11,10 @@ from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
 from spectrumkv.prefill_server.tuning.basis_cache import resolve_basis
 from spectrumkv.prefill_server.tuning.needle.haystack import haystack
-from spectrumkv.prefill_server.tuning.probe.budget_sweep import ladder
+from spectrumkv.prefill_server.tuning.probe.budget_sweep import budget_sweep
 from spectrumkv.prefill_server.tuning.probe.progress import ProbeProgress
 from spectrumkv.prefill_server.tuning.probe.results import passes
-from spectrumkv.prefill_server.tuning.probe.runner import Examination, probed_setting
+from spectrumkv.prefill_server.tuning.probe.runner import ProbeRunner, probed_setting
 from tests.services.test_lossless import random_prompt
 from tests.tiny_models import tiny_model
 
@@ -112,9 +112,9 @@ def test_the_default_model_keeps_its_perplexity_and_loses_int4(capsys: pytest.Ca
     engine = PrefillEngine(biased, window=8)
     try:
         # The two rungs that say it; the search for layers is tested on a small model, which takes seconds.
-        int4, *counted = ladder(codecs.get("absmax"), resolve_basis(biased, lambda done: None))
+        int4, *counted = budget_sweep(codecs.get("absmax"), resolve_basis(biased, lambda done: None))
         rungs = [int4, next(plan for plan in counted if plan.budget == 0.25)]
-        answers, readings = Examination.of(biased, engine, ProbeProgress(str)).hold(rungs)
+        answers, readings = ProbeRunner.of(biased, engine, ProbeProgress(str)).hold(rungs)
     finally:
         engine.stop()
     assert sum(one.found_fp16 for one in answers) >= 2

@@ -30,11 +30,11 @@ def test_every_slot_is_filled_and_bytes_fit_the_budget(served: ServedModel, prom
     geometry = served.loaded.geometry
     fp16 = geometry.fp16_bytes(CONTEXT)
     with served.receive(BaselineMethod(baseline, budget), prompt) as (context, sent):
-        reservation = context.reservation
+        allocation = context.allocation
         for layer in prompt.captured.layers:
-            kept = reservation.kept(layer.layer)
+            kept = allocation.kept(layer.layer)
             shown = slice(None) if kept is None else kept[:CONTEXT]
-            for states, slots in ((layer.keys, reservation.keys), (layer.values, reservation.values)):
+            for states, slots in ((layer.keys, allocation.keys), (layer.values, allocation.values)):
                 received = slots(layer.layer, 0, CONTEXT)
                 assert received.isfinite().all()
                 error = (received - states)[:, shown].square().mean().sqrt() / states.square().mean().sqrt()
@@ -47,7 +47,7 @@ def test_every_slot_is_filled_and_bytes_fit_the_budget(served: ServedModel, prom
 
 def test_int3_is_the_absmax_quantizer(served: ServedModel, prompt: Prompt) -> None:
     with served.receive(BaselineMethod(baselines.get("uniform-int3"), 0.1875), prompt) as (context, sent):
-        received = context.reservation.keys(1, 0, CONTEXT).clone()
+        received = context.allocation.keys(1, 0, CONTEXT).clone()
     keys = prompt.captured.layers[1].keys
     for head, token in ((0, 0), (1, 7), (1, CONTEXT - 1)):
         row = keys[head, token]

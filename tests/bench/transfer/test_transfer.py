@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from spectrumkv.bench.codec.measure import Cache
 from spectrumkv.bench.flags.kv_flags import kv_choices
 from spectrumkv.bench.main import build_parser, main
-from spectrumkv.bench.transfer.kv import KvSender, ReceivingServicer, observations
+from spectrumkv.bench.transfer.kv import KvSender, ReceivingServicer, captures
 from spectrumkv.bench.transfer.measure import measure
 from spectrumkv.bench.transfer.raw_tcp import TcpReceiver, TcpSender
 from spectrumkv.client.request import KvChoice
@@ -21,7 +21,7 @@ from spectrumkv.common.rpc.decode_stream import SERVICE_NAME, add_decode_service
 from spectrumkv.common.rpc.server import Server, open_channel
 from spectrumkv.common.service.config import Address, PrefillConfig, build
 from spectrumkv.common.telemetry.metrics import Metrics
-from spectrumkv.decode_server.kv_pool import SlotArena
+from spectrumkv.decode_server.kv_pool import KvPool
 from spectrumkv.prefill_server.transfer.plan import KvPlan
 from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
 from tests.common.security.certificates import Authority
@@ -45,7 +45,7 @@ def cache() -> Cache:
 
 def test_every_path_between_two_processes(cache: Cache) -> None:
     plans = [plan("fp16"), plan("adaptive", 0.5), plan("adaptive", 0.3)]
-    rows = measure(cache, observations(cache, 4, 16), plans, CHUNK_BYTES, 2, lambda done: None)
+    rows = measure(cache, captures(cache, 4, 16), plans, CHUNK_BYTES, 2, lambda done: None)
     assert [row["path"] for row in rows] == [
         "raw-tcp-fp16",
         "grpc-fp16",
@@ -70,7 +70,7 @@ def test_every_path_between_two_processes(cache: Cache) -> None:
 def test_mutual_tls_beside_plaintext(cache: Cache, tmp_path: Path) -> None:
     authority = Authority("bench")
     files = authority.issue().write(tmp_path / "tls", authority)
-    rows = measure(cache, observations(cache, 4, 16), [plan("fp16")], CHUNK_BYTES, 2, lambda done: None, files)
+    rows = measure(cache, captures(cache, 4, 16), [plan("fp16")], CHUNK_BYTES, 2, lambda done: None, files)
     assert [row["path"] for row in rows] == [
         "raw-tcp-fp16",
         "grpc-fp16",
@@ -92,26 +92,26 @@ def test_half_of_mutual_tls_is_refused(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_the_kv_lies_in_the_receivers_slots(cache: Cache) -> None:
     metrics = Metrics(CollectorRegistry())
-    arena = SlotArena(
+    pool = KvPool(
         GEOMETRY, TOKENS * GEOMETRY.layers * GEOMETRY.native_bytes_per_token_layer, torch.device("cpu"), metrics
     )
-    arena.keys.fill_(torch.nan)
-    arena.values.fill_(torch.nan)
+    pool.keys.fill_(torch.nan)
+    pool.values.fill_(torch.nan)
     server = Server(
-        add_decode_servicer, ReceivingServicer(arena, metrics), SERVICE_NAME, 4, count_ended=lambda code: None
+        add_decode_servicer, ReceivingServicer(pool, metrics), SERVICE_NAME, 4, count_ended=lambda code: None
     )
     port = server.bind("127.0.0.1:0")
     server.start()
     try:
         with open_channel(f"127.0.0.1:{port}") as channel:
-            sender = KvSender(channel, observations(cache, 2, 8), plan("native"), cache, CHUNK_BYTES)
+            sender = KvSender(channel, captures(cache, 2, 8), plan("native"), cache, CHUNK_BYTES)
             for _ in range(2):
                 sending = sender.send()
                 assert sending.seconds > 0
-            assert torch.equal(arena.keys[:, :, :TOKENS], torch.stack(cache.keys))
-            assert torch.equal(arena.values[:, :, :TOKENS], torch.stack(cache.values))
-            assert arena.used == 0
-            with arena.reserve(1), pytest.raises(ResourceExhaustedError):
+            assert torch.equal(pool.keys[:, :, :TOKENS], torch.stack(cache.keys))
+            assert torch.equal(pool.values[:, :, :TOKENS], torch.stack(cache.values))
+            assert pool.used == 0
+            with pool.reserve(1), pytest.raises(ResourceExhaustedError):
                 sender.send()
     finally:
         server.drain(0, threading.Event())
@@ -147,7 +147,7 @@ def test_choices_are_policies_at_the_budgets_that_they_keep_to() -> None:
 
 def test_an_observed_window_fits_the_prompt(cache: Cache) -> None:
     with pytest.raises(InvalidArgumentError, match="--window is 101"):
-        observations(cache, 4, TOKENS + 1)
+        captures(cache, 4, TOKENS + 1)
 
 
 def test_an_unknown_policy_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from spectrumkv.common.concurrency.prefetch_iterator import RunAhead
+from spectrumkv.common.concurrency.prefetch_iterator import PrefetchIterator
 from spectrumkv.common.errors import InternalError
 
 NAME = "test-stage"
@@ -23,7 +23,7 @@ def test_items_come_in_order_and_no_more_than_the_depth_are_made_ahead() -> None
             made.release()
             yield item
 
-    taken = iter(RunAhead(items(), depth=3, name=NAME))
+    taken = iter(PrefetchIterator(items(), depth=3, name=NAME))
     assert next(taken) == 0
     # The one that was taken, three that wait, and one whose maker waits for room.
     for _ in range(5):
@@ -37,7 +37,7 @@ def test_what_the_maker_raises_comes_after_what_it_made() -> None:
         yield "made"
         raise LookupError("no more")
 
-    taken = iter(RunAhead(items(), depth=8, name=NAME))
+    taken = iter(PrefetchIterator(items(), depth=8, name=NAME))
     assert next(taken) == "made"
     with pytest.raises(LookupError, match="no more"):
         next(taken)
@@ -51,7 +51,7 @@ def test_a_maker_that_is_ended_leaves_nobody_waiting(monkeypatch: pytest.MonkeyP
         yield "made"
         raise SystemExit
 
-    taken = iter(RunAhead(items(), depth=8, name=NAME))
+    taken = iter(PrefetchIterator(items(), depth=8, name=NAME))
     assert next(taken) == "made"
     with pytest.raises(InternalError, match="ended"):
         next(taken)
@@ -60,7 +60,7 @@ def test_a_maker_that_is_ended_leaves_nobody_waiting(monkeypatch: pytest.MonkeyP
 
 def test_closing_ends_the_taker_and_the_maker() -> None:
     forever = iter(int, 1)
-    ahead = RunAhead(forever, depth=2, name=NAME)
+    ahead = PrefetchIterator(forever, depth=2, name=NAME)
     taken = iter(ahead)
     assert next(taken) == 0
     (maker,) = stages()

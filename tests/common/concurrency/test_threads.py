@@ -9,11 +9,11 @@ import pytest
 CORES = """
 import torch
 from concurrent.futures import ThreadPoolExecutor
-from spectrumkv.common.compute_threads import keep_all_cores, one_core_from_now_on
+from spectrumkv.common.compute_threads import keep_all_cores, use_one_thread
 print(torch.get_num_threads())
 model, coder = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 model.submit(keep_all_cores).result()
-one_core_from_now_on()
+use_one_thread()
 for thread in (model, coder):
     print(thread.submit(torch.get_num_threads).result())
 print(torch.get_num_threads())
@@ -31,7 +31,7 @@ THREADS = """
 import os
 import time
 import torch
-from spectrumkv.common.compute_threads import apart
+from spectrumkv.common.compute_threads import run_in_thread
 
 def threads():
     return len(os.listdir("/proc/self/task"))
@@ -41,7 +41,7 @@ def compute():
     return threads()
 
 before = threads()
-during = apart(compute)
+during = run_in_thread(compute)
 until = time.monotonic() + 30
 # Threads end after whoever had them.
 while threads() > before and time.monotonic() < until:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.scoring import (
     DECAY_RATE,
-    Observation,
+    LayerCapture,
     attention,
     combine,
     decay,
@@ -42,12 +42,12 @@ def observe(
     seed: int = 7,
     layer: int = 3,
     dtype: torch.dtype = torch.float32,
-) -> tuple[Observation, torch.Tensor]:
-    """An observation of random tensors, and the queries of all positions that it was cut from."""
+) -> tuple[LayerCapture, torch.Tensor]:
+    """An capture of random tensors, and the queries of all positions that it was cut from."""
     generator = torch.Generator().manual_seed(tokens * 1000 + window)
     all_queries = torch.randn(query_heads, tokens, head_dim, generator=generator).to(dtype) * 2
     keys, values = (torch.randn(kv_heads, tokens, head_dim, generator=generator).to(dtype) for _ in range(2))
-    observation = Observation(
+    capture = LayerCapture(
         queries=all_queries[:, tokens - window :],
         keys=keys,
         values=values,
@@ -57,23 +57,23 @@ def observe(
         seed=seed,
         layer=layer,
     )
-    return observation, all_queries
+    return capture, all_queries
 
 
-def naive_attention(observation: Observation, all_queries: torch.Tensor) -> torch.Tensor:
+def naive_attention(capture: LayerCapture, all_queries: torch.Tensor) -> torch.Tensor:
     """`[kv_heads, n]`, element by element from the full n × n attention matrix, in float64."""
-    kv_heads, tokens, _ = observation.keys.shape
+    kv_heads, tokens, _ = capture.keys.shape
     group = all_queries.shape[0] // kv_heads
-    window = observation.queries.shape[1]
+    window = capture.queries.shape[1]
     result = torch.zeros(kv_heads, tokens, dtype=torch.float64)
     for kv_head in range(kv_heads):
         received: list[list[float]] = [[] for _ in range(tokens)]
         for query_head in range(kv_head * group, (kv_head + 1) * group):
-            logits = all_queries[query_head].double() @ observation.keys[kv_head].double().T * observation.scaling
-            if observation.softcap is not None:
-                logits = observation.softcap * torch.tanh(logits / observation.softcap)
+            logits = all_queries[query_head].double() @ capture.keys[kv_head].double().T * capture.scaling
+            if capture.softcap is not None:
+                logits = capture.softcap * torch.tanh(logits / capture.softcap)
             for query in range(tokens):
-                reach = observation.sliding_window or tokens
+                reach = capture.sliding_window or tokens
                 seen = [token for token in range(query + 1) if query - token < reach]
                 probabilities = torch.softmax(logits[query, seen], dim=0)
                 if query >= tokens - window:
@@ -101,12 +101,12 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_observed_attention_is_that_of_the_full_matrix(shape):
-    observation, all_queries = observe(**shape)
-    expected = naive_attention(observation, all_queries)
-    actual = observed_attention(observation)
+    capture, all_queries = observe(**shape)
+    expected = naive_attention(capture, all_queries)
+    actual = observed_attention(capture)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(attention(observation).double(), expected.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(attention(capture).double(), expected.mean(0), rtol=1e-5, atol=1e-6)
 
 
 @settings(deadline=None, max_examples=25)
@@ -114,7 +114,7 @@ def test_observed_attention_is_that_of_the_full_matrix(shape):
 def test_observed_attention_is_that_of_the_full_matrix_at_any_shape(data):
     tokens = data.draw(st.integers(1, 14))
     kv_heads = data.draw(st.integers(1, 3))
-    observation, all_queries = observe(
+    capture, all_queries = observe(
         tokens=tokens,
         window=data.draw(st.integers(1, tokens)),
         kv_heads=kv_heads,
@@ -122,15 +122,15 @@ def test_observed_attention_is_that_of_the_full_matrix_at_any_shape(data):
         softcap=data.draw(st.none() | st.floats(0.5, 50)),
         sliding_window=data.draw(st.none() | st.integers(1, 20)),
     )
-    expected = naive_attention(observation, all_queries)
-    torch.testing.assert_close(observed_attention(observation).double(), expected, rtol=1e-5, atol=1e-6)
+    expected = naive_attention(capture, all_queries)
+    torch.testing.assert_close(observed_attention(capture).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_observed_attention_on_a_worked_example():
     # Zero queries attend evenly: the query at 2 gives thirds, the one at 3 quarters.
-    observation = replace(observe(tokens=4, window=2, query_heads=1, kv_heads=1)[0], queries=torch.zeros(1, 2, 8))
+    capture = replace(observe(tokens=4, window=2, query_heads=1, kv_heads=1)[0], queries=torch.zeros(1, 2, 8))
     both = (1 / 3 + 1 / 4) / 2
-    torch.testing.assert_close(observed_attention(observation), torch.tensor([[both, both, both, 1 / 4]]))
+    torch.testing.assert_close(observed_attention(capture), torch.tensor([[both, both, both, 1 / 4]]))
 
 
 def test_tokens_that_the_sliding_window_hides_score_zero():
@@ -142,52 +142,52 @@ def test_tokens_that_the_sliding_window_hides_score_zero():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_inputs_are_computed_in_float32(dtype):
-    observation, _ = observe(dtype=dtype)
+    capture, _ = observe(dtype=dtype)
     in_float32 = replace(
-        observation,
-        queries=observation.queries.float(),
-        keys=observation.keys.float(),
-        values=observation.values.float(),
+        capture,
+        queries=capture.queries.float(),
+        keys=capture.keys.float(),
+        values=capture.values.float(),
     )
     for name in scorers:
-        assert torch.equal(scorers.get(name)(observation), scorers.get(name)(in_float32)), name
+        assert torch.equal(scorers.get(name)(capture), scorers.get(name)(in_float32)), name
 
 
 @pytest.mark.parametrize(("bfloat16", "tolerance"), [(False, 1e-3), (True, 0.03)])
 def test_attention_survives_the_large_key_biases_of_qwen(bfloat16, tolerance, monkeypatch):
     monkeypatch.setattr(attention_received_cpu, "multiplies_bfloat16", lambda: bfloat16)
-    observation, all_queries = observe(dtype=torch.float16)
-    observation.keys[..., 3] += 900
-    scores = observed_attention(observation)
+    capture, all_queries = observe(dtype=torch.float16)
+    capture.keys[..., 3] += 900
+    scores = observed_attention(capture)
     assert scores.isfinite().all()
-    torch.testing.assert_close(scores.double(), naive_attention(observation, all_queries), rtol=tolerance, atol=1e-4)
+    torch.testing.assert_close(scores.double(), naive_attention(capture, all_queries), rtol=tolerance, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", scorers.names())
 def test_every_scorer_gives_one_finite_float32_per_token(name, shape):
-    observation, _ = observe(**shape)
-    before = [one.clone() for one in (observation.queries, observation.keys, observation.values)]
-    scores = scorers.get(name)(observation)
-    assert scores.shape == (observation.tokens,)
+    capture, _ = observe(**shape)
+    before = [one.clone() for one in (capture.queries, capture.keys, capture.values)]
+    scores = scorers.get(name)(capture)
+    assert scores.shape == (capture.tokens,)
     assert scores.dtype == torch.float32
     assert scores.isfinite().all()
     assert torch.equal(scores, scorers.get(name)(observe(**shape)[0]))
-    for original, now in zip(before, (observation.queries, observation.keys, observation.values), strict=True):
+    for original, now in zip(before, (capture.queries, capture.keys, capture.values), strict=True):
         assert torch.equal(original, now), "a scorer must leave the model's tensors alone"
 
 
 @pytest.mark.parametrize("name", scorers.names())
 def test_every_scorer_takes_views_of_any_strides(name):
-    observation, _ = observe()
+    capture, _ = observe()
     as_views = replace(
-        observation,
+        capture,
         **{
-            part: getattr(observation, part).transpose(0, 1).contiguous().transpose(0, 1)
+            part: getattr(capture, part).transpose(0, 1).contiguous().transpose(0, 1)
             for part in ("queries", "keys", "values")
         },
     )
-    torch.testing.assert_close(scorers.get(name)(as_views), scorers.get(name)(observation))
+    torch.testing.assert_close(scorers.get(name)(as_views), scorers.get(name)(capture))
 
 
 def test_the_scorers_are_those_of_the_interface():
@@ -201,9 +201,9 @@ def test_an_unknown_scorer_is_refused_with_the_valid_names():
 
 
 def test_decay_is_attention_times_the_papers_factor():
-    observation, _ = observe()
-    expected = [a * math.exp(-0.005 * (19 - j)) for j, a in enumerate(attention(observation).tolist(), start=1)]
-    torch.testing.assert_close(decay(observation), torch.tensor(expected))
+    capture, _ = observe()
+    expected = [a * math.exp(-0.005 * (19 - j)) for j, a in enumerate(attention(capture).tolist(), start=1)]
+    torch.testing.assert_close(decay(capture), torch.tensor(expected))
 
 
 def test_position_depends_on_distance_from_the_end_only():
@@ -213,9 +213,9 @@ def test_position_depends_on_distance_from_the_end_only():
 
 
 def test_key_norm_prefers_short_keys():
-    observation, _ = observe(tokens=3, window=1, kv_heads=2, query_heads=2, head_dim=2)
+    capture, _ = observe(tokens=3, window=1, kv_heads=2, query_heads=2, head_dim=2)
     keys = torch.tensor([[[3.0, 4.0], [0.0, 1.0], [0.0, 0.0]], [[0.0, 0.0], [2.0, 0.0], [6.0, 8.0]]])
-    assert key_norm(replace(observation, keys=keys)).tolist() == [-2.5, -1.5, -5.0]
+    assert key_norm(replace(capture, keys=keys)).tolist() == [-2.5, -1.5, -5.0]
 
 
 def test_random_differs_between_seeds_and_layers_and_lies_in_the_unit_interval():

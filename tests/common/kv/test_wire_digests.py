@@ -2,7 +2,7 @@
 
 The cases come from the registries of codecs and policies: a new one fails here until its digests are added, by
 
-    python -m tests.kv.test_wire_digests
+    python -m tests.common.kv.test_wire_digests
 
 which rewrites the file. What changes a digest that is there breaks the contract with peers of the other version:
 raise the codec's version.
@@ -14,7 +14,7 @@ Digests must not depend on the processor, so all arithmetic is exact or far from
   of the logits keeps them at float32 on processors that would otherwise multiply bfloat16.
 - Bases have sums and differences of two elements times powers of two, and no rotation. Calibrated bases and rotary
   angles are left out: sums of many products and cosines differ in the last digit between machines.
-- Zstandard's output belongs to its version, and what it takes decides the next layer's steps. Spectral blocks are
+- Zstandard's output belongs to its version, and what it takes decides the next layer's steps. Spectral segments are
   therefore made with a stand-in that stores streams as they are, which every decoder reads; what Zstandard itself
   makes is compared where its version is the one in the file.
 
@@ -35,20 +35,20 @@ import torch
 import zstandard
 from prometheus_client import CollectorRegistry
 
-from spectrumkv.common.service.config import PrefillConfig
-from spectrumkv.common.rpc.decode_stream import deserialize_request, serialize_request, serialize_response
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.codecs import absmax, native  # noqa: F401  (registers them)
-from spectrumkv.common.kv.segment import Block, parse_block
 from spectrumkv.common.kv.codecs.base import codecs
-from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.policies.int4_layers import Int4Layers
-from spectrumkv.common.kv.policies import policies
-from spectrumkv.common.kv.scoring import Observation
-from spectrumkv.common.kv.codecs.spectral import segment_codec as block_codec, symbols
+from spectrumkv.common.kv.codecs.spectral import segment_codec, symbols
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.fixed_width import least_budget
-from spectrumkv.common.kv.wire import Chunk, ChunkReader, ChunkTotals
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.policies import policies
+from spectrumkv.common.kv.policies.int4_layers import Int4Layers
+from spectrumkv.common.kv.scoring import LayerCapture
+from spectrumkv.common.kv.segment import KvSegment, parse_segment
+from spectrumkv.common.kv.wire import ChunkReader, ChunkTotals, KvChunk
+from spectrumkv.common.rpc.decode_stream import deserialize_request, serialize_request, serialize_response
+from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline
 from spectrumkv.prefill_server.transfer.plan import SCOPES, KvPlan
@@ -56,7 +56,7 @@ from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
 from spectrumkv.v1 import decode_pb2, generation_pb2, kv_pb2, prefill_pb2
 
 FILE = Path(__file__).with_name("wire_digests.json")
-ADVICE = "if that is meant, run `python -m tests.kv.test_wire_digests` and commit wire_digests.json"
+ADVICE = "if that is meant, run `python -m tests.common.kv.test_wire_digests` and commit wire_digests.json"
 LAYERS = 2
 SHAPES = (
     *((1, 64, torch.float32), (3, 64, torch.float16), (2, 80, torch.bfloat16)),
@@ -85,7 +85,7 @@ def numbers(*shape: int, salt: int) -> torch.Tensor:
 
 
 @cache
-def observation(geometry: KvGeometry, layer: int, tokens: int) -> Observation:
+def capture(geometry: KvGeometry, layer: int, tokens: int) -> LayerCapture:
     """A layer whose last position looks at each token as much as the token's level says, no two of them alike."""
     keys, values = numbers(2, geometry.kv_heads, tokens, geometry.head_dim, salt=layer + 1)
     levels = (torch.arange(tokens) * 37 + 11 * layer) % tokens
@@ -93,7 +93,7 @@ def observation(geometry: KvGeometry, layer: int, tokens: int) -> Observation:
     queries = torch.zeros(2 * geometry.kv_heads, 1, geometry.head_dim)
     queries[:, :, 0], queries[:, :, 1] = DIGIT, 1
     dtype = geometry.native_dtype
-    return Observation(queries.to(dtype), keys.to(dtype), values.to(dtype), PROMPTS[tokens], 64.0, None, 3, layer)
+    return LayerCapture(queries.to(dtype), keys.to(dtype), values.to(dtype), PROMPTS[tokens], 64.0, None, 3, layer)
 
 
 @cache
@@ -134,9 +134,9 @@ def plans(policy: str, codec: str, geometry: KvGeometry) -> Iterator[tuple[str, 
                 yield f"{budget} {scope} {off}", replace(plan, int4=Int4Layers(frozenset(off)))
 
 
-def shown(geometry: KvGeometry, tokens: int, parts: int) -> Iterator[Observation]:
+def shown(geometry: KvGeometry, tokens: int, parts: int) -> Iterator[LayerCapture]:
     """The layers of a prompt, of one part of it after the other."""
-    whole = [observation(geometry, layer, tokens) for layer in range(geometry.layers)]
+    whole = [capture(geometry, layer, tokens) for layer in range(geometry.layers)]
     cuts = [tokens * part // parts for part in range(parts + 1)]
     for first, end in pairwise(cuts):
         for seen in whole:
@@ -144,17 +144,17 @@ def shown(geometry: KvGeometry, tokens: int, parts: int) -> Iterator[Observation
 
 
 class Received:
-    """Decode's slots, written block by block."""
+    """Decode's slots, written segment by segment."""
 
     def __init__(self, plan: KvPlan, geometry: KvGeometry, tokens: int) -> None:
         self._decoder = plan.decoder(geometry)
         shape = (geometry.layers, 2, geometry.kv_heads, tokens, geometry.head_dim)
         self._states = torch.zeros(shape, dtype=geometry.native_dtype)
 
-    def write(self, block: Block) -> None:
-        span = slice(block.first_token, block.first_token + block.tiers.numel())
-        keys, values = self._states[block.layer, :, :, span]
-        self._decoder.decode(block, keys, values)
+    def write(self, segment: KvSegment) -> None:
+        span = slice(segment.first_token, segment.first_token + segment.tiers.numel())
+        keys, values = self._states[segment.layer, :, :, span]
+        self._decoder.decode(segment, keys, values)
 
     @property
     def data(self) -> bytes:
@@ -162,16 +162,16 @@ class Received:
 
 
 def block_digests(policy: str, codec: str, geometry: KvGeometry) -> dict[str, str]:
-    """Of all blocks that the plans make of several prompts, and of what decode writes of them."""
+    """Of all segments that the plans make of several prompts, and of what decode writes of them."""
     sent, received = hashlib.sha256(), hashlib.sha256()
     for (name, plan), tokens in ((one, tokens) for one in plans(policy, codec, geometry) for tokens in PROMPTS):
-        for parts in (1, 3) if plan.leaves_in_parts and tokens > 2 else (1,):
+        for parts in (1, 3) if plan.streams_chunks and tokens > 2 else (1,):
             encoder, slots = plan.encoder(geometry, tokens, FRAMING_BYTES), Received(plan, geometry, tokens)
             sent.update(f"{name} {tokens} {parts}\n".encode())
-            for block in chain.from_iterable(map(encoder.encode, shown(geometry, tokens, parts))):
-                data = block.header + block.body.numpy().tobytes()
+            for segment in chain.from_iterable(map(encoder.encode, shown(geometry, tokens, parts))):
+                data = segment.header + segment.body.numpy().tobytes()
                 sent.update(data)
-                slots.write(parse_block(data, 0)[0])
+                slots.write(parse_segment(data, 0)[0])
             received.update(slots.data)
     return {"sent": sent.hexdigest(), "received": received.hexdigest()}
 
@@ -193,7 +193,7 @@ def stream_digests(policy: str) -> dict[str, str | int]:
         sampling=generation_pb2.SamplingParams(max_tokens=9, temperature=0.5, seed=2**63, stop=["é"]),
     )
     pipeline = KvPipeline(begin, plan, STREAMED, CHUNK_BYTES, Metrics(CollectorRegistry()))
-    for seen in shown(STREAMED, STREAMED_TOKENS, 2 if plan.leaves_in_parts else 1):
+    for seen in shown(STREAMED, STREAMED_TOKENS, 2 if plan.streams_chunks else 1):
         pipeline.put_layer(seen)
     pipeline.put_first_token(FirstToken(42, finished=False))
     messages = [serialize_request(message) for message in pipeline.messages()]
@@ -201,9 +201,9 @@ def stream_digests(policy: str) -> dict[str, str | int]:
     opening, *chunks, closing = map(deserialize_request, messages)
     assert opening.begin == begin
     for chunk in chunks:
-        assert isinstance(chunk, Chunk)
-        for block in reader.read(chunk):
-            slots.write(block)
+        assert isinstance(chunk, KvChunk)
+        for segment in reader.read(chunk):
+            slots.write(segment)
     reader.finish(ChunkTotals(closing.end.chunks, closing.end.payload_bytes, closing.end.digest))
     return {"messages": len(messages), "sent": digest(*messages), "received": digest(slots.data)}
 
@@ -233,7 +233,7 @@ def stored(data: np.ndarray) -> bytes:
 
 def with_stored_streams(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(symbols, "compress", stored)
-    patch.setattr(block_codec, "compress", stored)
+    patch.setattr(segment_codec, "compress", stored)
 
 
 def pairs() -> list[str]:
@@ -256,17 +256,17 @@ def expected(kind: str, name: str) -> object:
 
 
 def test_each_digest_has_its_case_and_each_codec_a_policy() -> None:
-    known = json.loads(FILE.read_text())["blocks"]
-    assert sorted(known) == sorted(pairs()), f"digests of blocks are of other policies and codecs; {ADVICE}"
+    known = json.loads(FILE.read_text())["segments"]
+    assert sorted(known) == sorted(pairs()), f"digests of segments are of other policies and codecs; {ADVICE}"
     written = {pair.split("/")[1] for pair in known}
     assert written == set(codecs), "a codec is written by no policy, so that nothing here pins its bytes"
 
 
 @pytest.mark.parametrize("pair", pairs())
 def test_blocks_are_what_they_were(pair: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = expected("blocks", pair)
+    known = expected("segments", pair)
     with_stored_streams(monkeypatch)
-    assert all_block_digests(pair) == known, f"blocks of {pair} changed; {ADVICE}"
+    assert all_block_digests(pair) == known, f"segments of {pair} changed; {ADVICE}"
 
 
 @pytest.mark.parametrize("policy", STREAMS)
@@ -284,7 +284,7 @@ def test_compressed_blocks_are_what_they_were() -> None:
     if expected("others", "zstandard") != ZSTANDARD:
         pytest.skip(f"the digests are of another Zstandard than {ZSTANDARD}")
     found = all_block_digests("spectral/spectral")
-    assert found == expected("others", "compressed"), f"blocks that Zstandard compressed changed; {ADVICE}"
+    assert found == expected("others", "compressed"), f"segments that Zstandard compressed changed; {ADVICE}"
 
 
 def rewrite() -> None:
@@ -293,9 +293,9 @@ def rewrite() -> None:
     compressed = {"compressed": all_block_digests("spectral/spectral")}
     with pytest.MonkeyPatch.context() as patch:
         with_stored_streams(patch)
-        blocks = {pair: all_block_digests(pair) for pair in pairs()}
+        segments = {pair: all_block_digests(pair) for pair in pairs()}
         streams = {policy: stream_digests(policy) for policy in STREAMS}
-    written = {"blocks": blocks, "streams": streams, "others": others | compressed}
+    written = {"segments": segments, "streams": streams, "others": others | compressed}
     FILE.write_text(json.dumps(written, indent=1) + "\n")
 
 

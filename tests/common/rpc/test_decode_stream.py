@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spectrumkv.common.errors import DataLossError
-from spectrumkv.common.kv.wire import Chunk
+from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.rpc.decode_stream import (
     deserialize_request,
     deserialize_response,
@@ -12,21 +12,21 @@ from spectrumkv.common.rpc.decode_stream import (
     serialize_response,
     serialized_bytes,
 )
-from spectrumkv.common.rpc.message_checksum import seal
+from spectrumkv.common.rpc.message_checksum import append_checksum
 from spectrumkv.v1 import decode_pb2, generation_pb2, kv_pb2
 
 BEGIN = decode_pb2.DecodeRequest(begin=decode_pb2.Begin(request_id="one", prompt_token_ids=[1, 2, 300]))
 TOKEN = decode_pb2.DecodeResponse(token=generation_pb2.Token(index=1, token_id=7, text="x"))
 
 chunks = st.builds(
-    Chunk,
+    KvChunk,
     st.integers(0, 2**32 - 1),
     st.integers(0, 2**32 - 1),
     st.lists(st.binary(max_size=300), max_size=4).map(tuple),
 )
 
 
-def as_message(chunk: Chunk) -> decode_pb2.DecodeRequest:
+def as_message(chunk: KvChunk) -> decode_pb2.DecodeRequest:
     payload = bytes(chunk.payload)
     return decode_pb2.DecodeRequest(
         chunk=kv_pb2.KvChunk(sequence=chunk.sequence, crc32c=chunk.crc32c, payload=payload)
@@ -34,54 +34,54 @@ def as_message(chunk: Chunk) -> decode_pb2.DecodeRequest:
 
 
 @given(chunks)
-def test_a_chunk_is_encoded_as_protobuf_encodes_it(chunk: Chunk) -> None:
+def test_a_chunk_is_encoded_as_protobuf_encodes_it(chunk: KvChunk) -> None:
     encoded = serialize_request(chunk)
     assert encoded == as_message(chunk).SerializeToString(deterministic=True)
     assert serialized_bytes(chunk) == len(encoded)
 
 
 @given(chunks)
-def test_a_chunk_is_read_as_protobuf_reads_it(chunk: Chunk) -> None:
+def test_a_chunk_is_read_as_protobuf_reads_it(chunk: KvChunk) -> None:
     arrived = deserialize_request(as_message(chunk).SerializeToString())
-    assert isinstance(arrived, Chunk)
+    assert isinstance(arrived, KvChunk)
     assert (arrived.sequence, arrived.crc32c) == (chunk.sequence, chunk.crc32c)
     assert bytes(arrived.payload) == bytes(chunk.payload)
 
 
 @given(st.binary(max_size=60))
 def test_any_bytes_are_read_as_protobuf_reads_them(data: bytes) -> None:
-    for candidate in (data, seal(data), b"\x12" + data, b"\x12" + bytes((len(data),)) + data):
+    for candidate in (data, append_checksum(data), b"\x12" + data, b"\x12" + bytes((len(data),)) + data):
         try:
             arrived = deserialize_request(candidate)
         except DataLossError:
             assert not readable(candidate)
             continue
         expected = decode_pb2.DecodeRequest.FromString(candidate)
-        if isinstance(arrived, Chunk):
+        if isinstance(arrived, KvChunk):
             read = (arrived.sequence, arrived.crc32c, bytes(arrived.payload))
             assert read == (expected.chunk.sequence, expected.chunk.crc32c, expected.chunk.payload)
         else:
-            # The seal, and what may stand before it in the field that the seal takes.
+            # The append_checksum, and what may stand before it in the field that the append_checksum takes.
             expected.ClearField("crc32c")
             arrived.ClearField("crc32c")
             assert arrived == expected
 
 
 def readable(data: bytes) -> bool:
-    """Whether `data` is a chunk, or another request with its seal unbroken."""
+    """Whether `data` is a chunk, or another request with its append_checksum unbroken."""
     try:
         if decode_pb2.DecodeRequest.FromString(data).WhichOneof("message") == "chunk":
             return True
         decode_pb2.DecodeRequest.FromString(data[:-5])
     except DecodeError:
         return False
-    return data == seal(data[:-5])
+    return data == append_checksum(data[:-5])
 
 
 def test_fields_in_another_order_are_read_too() -> None:
     inner = b"\x1a\x02ab" + b"\x15\x01\x00\x00\x00" + b"\x08\x07"
     arrived = deserialize_request(b"\x12" + bytes((len(inner),)) + inner)
-    assert arrived == Chunk(7, 1, (b"ab",))
+    assert arrived == KvChunk(7, 1, (b"ab",))
 
 
 def test_other_messages_stay_messages() -> None:
@@ -108,13 +108,13 @@ def test_every_flipped_bit_of_a_small_message_is_found(sealed, read) -> None:
         except DataLossError:
             continue
         # A flip can make a chunk of a Begin, whose own checksum then does not fit.
-        assert isinstance(arrived, Chunk)
+        assert isinstance(arrived, KvChunk)
         assert arrived.checksum() != arrived.crc32c
 
 
 def test_a_large_payload_is_not_copied() -> None:
-    data = serialize_request(Chunk(3, 9, (bytes(1 << 20),)))
+    data = serialize_request(KvChunk(3, 9, (bytes(1 << 20),)))
     arrived = deserialize_request(data)
-    assert isinstance(arrived, Chunk)
+    assert isinstance(arrived, KvChunk)
     assert isinstance(arrived.payload, memoryview)
     assert arrived.payload.obj is data

@@ -1,4 +1,4 @@
-"""Bodies of blocks: tokens of every tier, one after another."""
+"""Bodies of segments: tokens of every tier, one after another."""
 
 from types import ModuleType
 
@@ -70,7 +70,7 @@ def assert_blocks_agree(
     cuts: list[int],
     address: int,
 ) -> None:
-    """Code and decode from and to garbage, in blocks that begin at these tokens too, as the reference does."""
+    """Code and decode from and to garbage, in segments that begin at these tokens too, as the reference does."""
     shape = (kv_heads, len(tiers), head_dim)
     given_tiers = torch.tensor(tiers, dtype=torch.uint8)
     bounds = [0, *(cut for cut in cuts if 0 < cut < len(tiers)), len(tiers)]

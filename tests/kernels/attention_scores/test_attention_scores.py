@@ -28,7 +28,7 @@ def random_attention(
 
 @pytest.fixture(params=[False, True], ids=["float32", "bfloat16"])
 def in_bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether products are of bfloat16; torch computes them everywhere, only not everywhere faster."""
+    """Whether products are of bfloat16; torch computes them splat, only not splat faster."""
     monkeypatch.setattr(attention_received_cpu, "multiplies_bfloat16", lambda: request.param)
 
 
@@ -61,8 +61,8 @@ def test_loops_agree_with_torch(
         patch.object(attention_received_cpu, "multiplies_bfloat16", return_value=False),
         patch.object(attention_received_cpu, "LOGITS_BYTES", logits_bytes),
     ):
-        actual = attention_received_cpu.attention_received(queries, keys, *options)
-    expected = attention_received_reference.attention_received(queries, keys, *options)
+        actual = attention_received_cpu.accumulated_attention(queries, keys, *options)
+    expected = attention_received_reference.accumulated_attention(queries, keys, *options)
     # A weight inherits the absolute error of its logit, which is relative to the largest one.
     torch.testing.assert_close(actual, expected, rtol=2e-4, atol=1e-6 * group * window)
     # Every query hands out one.
@@ -76,9 +76,9 @@ def test_bfloat16_agrees_within_its_digits_whatever_all_keys_share(window: int, 
     queries = queries / queries.norm(dim=-1, keepdim=True)
     keys = keys + bias * torch.eye(64)[5]
     with patch.object(attention_received_cpu, "multiplies_bfloat16", return_value=True):
-        actual = attention_received_cpu.attention_received(queries, keys, window, None, None)
+        actual = attention_received_cpu.accumulated_attention(queries, keys, window, None, None)
     # With a bias a float32 sum has too few digits to compare with.
-    expected = attention_received_reference.attention_received(queries.double(), keys.double(), window, None, None)
+    expected = attention_received_reference.accumulated_attention(queries.double(), keys.double(), window, None, None)
     torch.testing.assert_close(actual.double(), expected, rtol=0.03, atol=0)
     torch.testing.assert_close(actual.sum(dim=1), torch.full((2,), 3.0 * window), rtol=1e-5, atol=0)
 
@@ -112,15 +112,15 @@ def test_a_bound_of_the_logits_keeps_them_at_float32(monkeypatch: pytest.MonkeyP
     queries, keys = random_attention(1, 2, 3, 40, 8, 0, torch.float32)
     keys = keys + 5.0
     monkeypatch.setattr(attention_received_cpu, "multiplies_bfloat16", lambda: True)
-    actual = attention_received_cpu.attention_received(queries, keys, 3, None, 20.0)
-    expected = attention_received_reference.attention_received(queries, keys, 3, None, 20.0)
+    actual = attention_received_cpu.accumulated_attention(queries, keys, 3, None, 20.0)
+    expected = attention_received_reference.accumulated_attention(queries, keys, 3, None, 20.0)
     torch.testing.assert_close(actual, expected, rtol=2e-4, atol=6e-6)
 
 
 @pytest.mark.usefixtures("in_bfloat16")
 def test_what_no_query_sees_receives_nothing() -> None:
     queries, keys = random_attention(1, 1, 2, 10, 8, 0, torch.float32)
-    received = attention_received_cpu.attention_received(queries, keys, 2, 3, None)
+    received = attention_received_cpu.accumulated_attention(queries, keys, 2, 3, None)
     assert (received[0, :6] == 0).all()
     assert (received[0, 6:] > 0).all()
 
@@ -131,7 +131,7 @@ def test_what_is_not_finite_shows(poison: float) -> None:
     queries, keys = random_attention(1, 2, 3, 40, 8, 0, torch.float32)
     keys = keys.clone()
     keys[0, 17, 3] = poison
-    received = attention_received_cpu.attention_received(queries, keys, 3, None, None)
+    received = attention_received_cpu.accumulated_attention(queries, keys, 3, None, None)
     assert not received.isfinite().all()
 
 
@@ -150,7 +150,7 @@ prepared = signatures()
 for tokens in (1, 70):
     keys = torch.ones(tokens, 2, 8).transpose(0, 1)
     for softcap in (None, 30.0):
-        attention_received_cpu.attention_received(torch.ones(2, 3, 8), keys, 1, 5, softcap)
+        attention_received_cpu.accumulated_attention(torch.ones(2, 3, 8), keys, 1, 5, softcap)
 print(sorted(map(str, signatures() - prepared)))
 """
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from spectrumkv.common.errors import CancelledError, InvalidArgumentError
-from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.kv.scoring import LayerCapture
 from spectrumkv.common.model.load import load_model
-from spectrumkv.prefill_server.engine.chunked_prefill import part_bounds
+from spectrumkv.prefill_server.engine.chunked_prefill import chunk_bounds
 from spectrumkv.prefill_server.engine.engine import PrefillEngine, PromptResult
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
@@ -52,14 +52,14 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     [(1, [0, 1]), (39, [0, 39]), (40, [0, 20, 40]), (99, [0, 24, 49, 74, 99]), (100, [0, 20, 40, 60, 80, 100])],
 )
 def test_parts_are_even_and_never_short(tokens: int, bounds: list[int]) -> None:
-    assert part_bounds(tokens, PART) == bounds
+    assert chunk_bounds(tokens, PART) == bounds
 
 
 @pytest.mark.parametrize("tokens", [40, 99])
 def test_parts_show_with_the_last_one_what_one_pass_shows(
     engines: tuple[PrefillEngine, PrefillEngine], tokens: int
 ) -> None:
-    shown: list[list[Observation]] = [[], []]
+    shown: list[list[LayerCapture]] = [[], []]
     results = [
         engine.submit(prompt(tokens), mine.append).result() for engine, mine in zip(engines, shown, strict=True)
     ]
@@ -73,12 +73,12 @@ def test_parts_show_with_the_last_one_what_one_pass_shows(
 
 def test_parts_that_may_leave_are_shown_one_by_one(engines: tuple[PrefillEngine, PrefillEngine]) -> None:
     tokens = 99
-    parts: list[Observation] = []
-    whole: list[Observation] = []
-    in_parts = engines[0].submit(prompt(tokens), parts.append, leaves_in_parts=True).result()
+    parts: list[LayerCapture] = []
+    whole: list[LayerCapture] = []
+    in_parts = engines[0].submit(prompt(tokens), parts.append, streams_chunks=True).result()
     assert_close(in_parts.logits, engines[1].submit(prompt(tokens), whole.append).result().logits)
     layers = len(whole)
-    firsts = part_bounds(tokens, PART)[:-1]
+    firsts = chunk_bounds(tokens, PART)[:-1]
     assert [(one.first, one.layer) for one in parts] == [
         (first, layer) for first in firsts for layer in range(layers)
     ]
@@ -93,17 +93,17 @@ def test_a_short_prompt_goes_between_the_parts_of_a_long_one(llama: PrefillEngin
     order: list[tuple[str, int]] = []
     begun, submitted = threading.Event(), threading.Event()
 
-    def long_tap(observation: Observation) -> None:
+    def long_tap(capture: LayerCapture) -> None:
         begun.set()
         submitted.wait(60)
-        if observation.layer == 0:
-            order.append(("long", observation.first))
+        if capture.layer == 0:
+            order.append(("long", capture.first))
 
-    def short_tap(observation: Observation) -> None:
-        if observation.layer == 0:
-            order.append(("short", observation.first))
+    def short_tap(capture: LayerCapture) -> None:
+        if capture.layer == 0:
+            order.append(("short", capture.first))
 
-    long: Future[PromptResult] = llama.submit(prompt(60), long_tap, leaves_in_parts=True)
+    long: Future[PromptResult] = llama.submit(prompt(60), long_tap, streams_chunks=True)
     assert begun.wait(60)
     short = llama.submit(prompt(5), short_tap)
     submitted.set()
@@ -119,12 +119,12 @@ def test_a_prompt_that_nobody_waits_for_ends_with_its_layer(llama: PrefillEngine
     futures: list[Future[PromptResult]] = []
     submitted = threading.Event()
 
-    def give_up(observation: Observation) -> None:
+    def give_up(capture: LayerCapture) -> None:
         submitted.wait(60)
-        layers.append(observation.layer)
+        layers.append(capture.layer)
         futures[0].cancel()
 
-    futures.append(llama.submit(prompt(60), give_up, leaves_in_parts=True))
+    futures.append(llama.submit(prompt(60), give_up, streams_chunks=True))
     submitted.set()
     # Whatever comes next runs after the pass.
     llama.submit_call(lambda: None).result(60)
@@ -135,12 +135,12 @@ def test_a_prompt_that_nobody_waits_for_ends_with_its_layer(llama: PrefillEngine
 
 
 def test_what_the_tap_raises_ends_the_prompt(llama: PrefillEngine) -> None:
-    def refuse(observation: Observation) -> None:
+    def refuse(capture: LayerCapture) -> None:
         raise CancelledError("the stream is over")
 
     with pytest.raises(CancelledError, match="the stream is over"):
         llama.submit(prompt(60), refuse).result(60)
-    assert llama.submit(prompt(60), lambda observation: None).result(60).logits.isfinite().all()
+    assert llama.submit(prompt(60), lambda capture: None).result(60).logits.isfinite().all()
 
 
 class Tap:
@@ -151,33 +151,33 @@ class Tap:
         self.outcome: Future[PromptResult] | None = None
         self.submitted = threading.Event()
 
-    def __call__(self, observation: Observation) -> None:
+    def __call__(self, capture: LayerCapture) -> None:
         self.submitted.wait(30)
         assert self.outcome is not None
         if self.ending == "the client leaves":
             self.outcome.cancel()
-        elif observation.layer == 1:
+        elif capture.layer == 1:
             raise InvalidArgumentError("an element is infinite")
 
 
 @pytest.mark.parametrize("tokens", [PART, 5 * PART])
-@pytest.mark.parametrize("ending", ["the client leaves", "the tap fails", "it is computed"])
+@pytest.mark.parametrize("ending", ["the client leaves", "the hook fails", "it is computed"])
 def test_what_ended_is_not_left_to_the_garbage_collector(llama: PrefillEngine, ending: str, tokens: int) -> None:
     """A cache is as large as gigabytes, and a service that has nothing to do collects nothing."""
-    tap = Tap(ending)
-    left = weakref.ref(tap)
+    hook = Tap(ending)
+    left = weakref.ref(hook)
     gc.collect()
     gc.disable()
     try:
         if ending == "it is computed":
-            llama.submit(prompt(tokens), lambda _, tap=tap: None, leaves_in_parts=True).result()
+            llama.submit(prompt(tokens), lambda _, hook=hook: None, streams_chunks=True).result()
         else:
-            tap.outcome = llama.submit(prompt(tokens), tap, leaves_in_parts=True)
-            tap.submitted.set()
+            hook.outcome = llama.submit(prompt(tokens), hook, streams_chunks=True)
+            hook.submitted.set()
             with contextlib.suppress(BaseCancelledError, InvalidArgumentError):
-                tap.outcome.result(timeout=60)
-            tap.outcome = None
-        del tap
+                hook.outcome.result(timeout=60)
+            hook.outcome = None
+        del hook
         llama.submit_call(lambda: None).result()
         assert left() is None
     finally:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spectrumkv.common.errors import CancelledError, UnavailableError
-from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.kv.scoring import LayerCapture
 from spectrumkv.common.model.load import load_model
 from spectrumkv.prefill_server.engine.engine import BATCH_TOKENS, PrefillEngine, PromptResult
 from tests.tiny_models import ARCHITECTURES, tiny_model
@@ -58,9 +58,9 @@ def busy(engine: PrefillEngine) -> Iterator[None]:
 
 def queued(
     engine: PrefillEngine, token_ids: Sequence[Sequence[int]]
-) -> tuple[list[PromptResult], list[list[Observation]]]:
+) -> tuple[list[PromptResult], list[list[LayerCapture]]]:
     """Results and layers of prompts that were all waiting before the first one began."""
-    layers: list[list[Observation]] = [[] for _ in token_ids]
+    layers: list[list[LayerCapture]] = [[] for _ in token_ids]
     with busy(engine):
         futures = [engine.submit(ids, mine.append) for ids, mine in zip(token_ids, layers, strict=True)]
         assert engine.waiting == len(token_ids)
@@ -72,7 +72,7 @@ def test_prompts_that_share_a_pass_get_what_they_get_alone(engine: PrefillEngine
     together, layers = queued(engine, token_ids)
     assert len({result.compute_seconds for result in together}) == 1
     for ids, result, mine in zip(token_ids, together, layers, strict=True):
-        alone: list[Observation] = []
+        alone: list[LayerCapture] = []
         expected = engine.submit(ids, alone.append).result()
         torch.testing.assert_close(result.logits, expected.logits, rtol=1e-3, atol=1e-3)
         assert [one.layer for one in mine] == [one.layer for one in alone]
@@ -94,10 +94,10 @@ def test_passes_are_bounded_and_in_order(llama: PrefillEngine) -> None:
 
 
 def test_what_a_tap_raises_ends_its_own_prompt(llama: PrefillEngine) -> None:
-    def refuse(observation: Observation) -> None:
+    def refuse(capture: LayerCapture) -> None:
         raise UnavailableError("the link is down")
 
-    layers: list[Observation] = []
+    layers: list[LayerCapture] = []
     with busy(llama):
         lost: Future[PromptResult] = llama.submit(prompts([20])[0], refuse)
         kept = llama.submit(prompts([30])[0], layers.append)
@@ -108,11 +108,11 @@ def test_what_a_tap_raises_ends_its_own_prompt(llama: PrefillEngine) -> None:
 
 
 def test_a_pass_ends_with_its_last_request(llama: PrefillEngine) -> None:
-    seen: list[Observation] = []
+    seen: list[LayerCapture] = []
     futures: list[Future[PromptResult]] = []
 
-    def give_up(observation: Observation) -> None:
-        seen.append(observation)
+    def give_up(capture: LayerCapture) -> None:
+        seen.append(capture)
         futures[0].cancel()
         raise CancelledError("gone")
 
@@ -127,7 +127,7 @@ def test_a_pass_ends_with_its_last_request(llama: PrefillEngine) -> None:
 
 
 def test_nobody_computes_what_nobody_waits_for(llama: PrefillEngine) -> None:
-    layers: list[Observation] = []
+    layers: list[LayerCapture] = []
     with busy(llama):
         given_up = llama.submit(prompts([20])[0], layers.append)
         given_up.cancel()
@@ -139,13 +139,13 @@ def test_nobody_computes_what_nobody_waits_for(llama: PrefillEngine) -> None:
 def test_a_short_prompt_does_not_wait_for_long_ones_that_wait(llama: PrefillEngine) -> None:
     order: list[int] = []
 
-    def tap(observation: Observation) -> None:
-        if observation.layer == 0:
-            order.append(observation.keys.shape[1])
+    def hook(capture: LayerCapture) -> None:
+        if capture.layer == 0:
+            order.append(capture.keys.shape[1])
 
     busy = threading.Event()
     llama.submit_call(busy.wait)
-    futures = [llama.submit([5] * tokens, tap) for tokens in (300, 200, 3)]
+    futures = [llama.submit([5] * tokens, hook) for tokens in (300, 200, 3)]
     assert llama.waiting == 3
     busy.set()
     for future in futures:

@@ -6,7 +6,7 @@ import torch
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.service.config import PrefillConfig
-from spectrumkv.prefill_server.transfer.codec_selector import ENOUGH, CodecChoice
+from spectrumkv.prefill_server.transfer.codec_selector import ENOUGH, CodecSelector
 from spectrumkv.prefill_server.transfer.pipeline import SentKv
 from spectrumkv.prefill_server.transfer.plan import KvPlan
 from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
@@ -33,9 +33,9 @@ def sent(coding: float, link: float = 0.0, waiting: float = 0.0) -> SentKv:
     )
 
 
-def seen(prefill: float, coding: float, link: float, worker: str = WORKER) -> CodecChoice:
+def seen(prefill: float, coding: float, link: float, worker: str = WORKER) -> CodecSelector:
     """A choice that has seen coded requests at 0.3: seconds of prefill, coding, and waiting for the link."""
-    choice = CodecChoice(SHAPE)
+    choice = CodecSelector(SHAPE)
     for _ in range(ENOUGH):
         choice.observe(plan(budget=0.3), TOKENS, worker, prefill, sent(coding, link))
     return choice
@@ -51,13 +51,13 @@ def seen(prefill: float, coding: float, link: float, worker: str = WORKER) -> Co
     ],
 )
 def test_the_slowest_stage_decides(prefill: float, coding: float, link: float, codec: str) -> None:
-    settled = seen(prefill, coding, link).settle(plan(budget=0.3), TOKENS, WORKER)
+    settled = seen(prefill, coding, link).select(plan(budget=0.3), TOKENS, WORKER)
     assert settled.codec.name == codec
     assert bool(settled.codec_reason) == (codec == "absmax")
 
 
 def test_the_reason_names_what_was_compared() -> None:
-    settled = seen(0.3, 7.0, 0.0).settle(plan(budget=0.3), TOKENS, WORKER)
+    settled = seen(0.3, 7.0, 0.0).select(plan(budget=0.3), TOKENS, WORKER)
     assert settled.codec_reason == (
         "coding would take 7.00 s, longer than computing the prompt (0.30 s) "
         "and sending it to 127.0.0.1:50052 (0.00 s)"
@@ -66,35 +66,35 @@ def test_the_reason_names_what_was_compared() -> None:
 
 def test_nothing_is_chosen_that_was_named_or_does_not_fit_or_is_not_known() -> None:
     choice = seen(0.3, 7.0, 0.0)
-    assert choice.settle(plan(budget=0.3, codec="spectral"), TOKENS, WORKER).codec.name == "spectral"
-    assert choice.settle(plan(budget=0.2), TOKENS, WORKER).codec.name == "spectral"
-    assert choice.settle(plan(budget=0.3), TOKENS, "127.0.0.1:50099").codec.name == "spectral"
-    assert CodecChoice(SHAPE).settle(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
+    assert choice.select(plan(budget=0.3, codec="spectral"), TOKENS, WORKER).codec.name == "spectral"
+    assert choice.select(plan(budget=0.2), TOKENS, WORKER).codec.name == "spectral"
+    assert choice.select(plan(budget=0.3), TOKENS, "127.0.0.1:50099").codec.name == "spectral"
+    assert CodecSelector(SHAPE).select(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
 
 
 def test_a_stall_is_no_pace_and_short_prompts_teach_nothing() -> None:
     choice = seen(4.0, 0.3, 0.0)
     choice.observe(plan(budget=0.3), TOKENS, WORKER, 4.0, sent(30.0))
-    assert choice.settle(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
-    brief = CodecChoice(SHAPE)
+    assert choice.select(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
+    brief = CodecSelector(SHAPE)
     for _ in range(ENOUGH):
         brief.observe(plan(budget=0.3), 10, WORKER, 0.003, sent(0.01))
-    assert brief.settle(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
+    assert brief.select(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
 
 
 def test_a_coder_that_waits_for_a_core_is_no_slow_coder() -> None:
-    choice = CodecChoice(SHAPE)
+    choice = CodecSelector(SHAPE)
     for _ in range(ENOUGH):
         choice.observe(plan(budget=0.3), TOKENS, WORKER, 0.3, sent(0.3, waiting=7.0))
-    assert choice.settle(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
+    assert choice.select(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
 
 
 def test_a_link_that_becomes_slow_brings_the_coder_back() -> None:
     choice = seen(0.3, 7.0, 0.0)
-    fixed = choice.settle(plan(budget=0.3), TOKENS, WORKER)
+    fixed = choice.select(plan(budget=0.3), TOKENS, WORKER)
     for _ in range(20):
         choice.observe(fixed, TOKENS, WORKER, 0.3, sent(0.1, link=12.0))
-    assert choice.settle(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
+    assert choice.select(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
 
 
 def test_fixed_widths_can_be_asked_for_by_name_from_int4_everywhere_up() -> None:

@@ -10,9 +10,9 @@ from spectrumkv.bench.models.synthetic_basis import synthetic_basis
 from spectrumkv.common.errors import CancelledError, InvalidArgumentError
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.kv.scoring import LayerCapture
 from spectrumkv.common.kv.tiers import Tier
-from spectrumkv.common.kv.wire import Chunk, ChunkReader, ChunkTotals
+from spectrumkv.common.kv.wire import ChunkReader, ChunkTotals, KvChunk
 from spectrumkv.common.rpc.decode_stream import Request, serialized_bytes
 from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.telemetry.metrics import Metrics
@@ -30,15 +30,15 @@ def plan(**options: object) -> KvPlan:
     return KvPlan.resolve(prefill_pb2.KvOptions(**options), PrefillConfig(), VERDICT, seed=3)
 
 
-def observation(layer: int, tokens: int = TOKENS) -> Observation:
+def capture(layer: int, tokens: int = TOKENS) -> LayerCapture:
     generator = torch.Generator().manual_seed(layer)
     keys, values = torch.randn(2, GEOMETRY.kv_heads, tokens, GEOMETRY.head_dim, generator=generator)
     queries = torch.randn(4, 5, GEOMETRY.head_dim, generator=generator)
-    return Observation(queries, keys, values, 0.3, None, None, 0, layer)
+    return LayerCapture(queries, keys, values, 0.3, None, None, 0, layer)
 
 
 def kind(message: Request) -> str:
-    return "chunk" if isinstance(message, Chunk) else str(message.WhichOneof("message"))
+    return "chunk" if isinstance(message, KvChunk) else str(message.WhichOneof("message"))
 
 
 def pipeline(chosen: KvPlan, chunk_bytes: int = 1024) -> KvPipeline:
@@ -53,13 +53,13 @@ def received(messages: list[Request]) -> tuple[torch.Tensor, torch.Tensor, torch
     tiers = torch.zeros(GEOMETRY.layers, TOKENS, dtype=torch.uint8)
     reader = ChunkReader(GEOMETRY.layers, TOKENS)
     for message in messages[1:-1]:
-        assert isinstance(message, Chunk)
-        for block in reader.read(message):
-            span = slice(block.first_token, block.first_token + block.tiers.numel())
+        assert isinstance(message, KvChunk)
+        for segment in reader.read(message):
+            span = slice(segment.first_token, segment.first_token + segment.tiers.numel())
             codecs.get("absmax").decode(
-                block.body, block.tiers, keys[block.layer, :, span], values[block.layer, :, span], GEOMETRY
+                segment.body, segment.tiers, keys[segment.layer, :, span], values[segment.layer, :, span], GEOMETRY
             )
-            tiers[block.layer, span] = block.tiers
+            tiers[segment.layer, span] = segment.tiers
     end = messages[-1].end
     reader.finish(ChunkTotals(end.chunks, end.payload_bytes, end.digest))
     return keys, values, tiers
@@ -67,7 +67,7 @@ def received(messages: list[Request]) -> tuple[torch.Tensor, torch.Tensor, torch
 
 def run(one: KvPipeline) -> list[Request]:
     for layer in range(GEOMETRY.layers):
-        one.put_layer(observation(layer))
+        one.put_layer(capture(layer))
     one.put_first_token(FirstToken(42, finished=False))
     return list(one.messages())
 
@@ -81,7 +81,7 @@ def test_what_is_sent_is_the_kv_at_its_tiers(scope: str, chunk_bytes: int) -> No
     assert messages[-1].end.first_token_id == 42
     keys, values, tiers = received(messages)
     for layer in range(GEOMETRY.layers):
-        sent = observation(layer)
+        sent = capture(layer)
         for states, arrived in ((sent.keys, keys[layer]), (sent.values, values[layer])):
             error = (states - arrived).abs().amax(dim=(0, 2)) / states.abs().amax()
             assert error[tiers[layer] == Tier.FP16].max() < 1e-3
@@ -97,9 +97,9 @@ def test_large_layers_are_cut_into_blocks_and_counted_by_tier() -> None:
         decode_pb2.Begin(), plan(policy="greedy", budget=0.9), GEOMETRY, 1 << 18, Metrics(CollectorRegistry())
     )
     for layer in range(GEOMETRY.layers):
-        one.put_layer(observation(layer, tokens))
+        one.put_layer(capture(layer, tokens))
     one.put_first_token(FirstToken(1, finished=False))
-    chunks = [message for message in one.messages() if isinstance(message, Chunk)]
+    chunks = [message for message in one.messages() if isinstance(message, KvChunk)]
     assert len(chunks) > GEOMETRY.layers
     # FP16: 2 bytes for each of 8 elements of 2 heads, keys and values. INT8: 1 byte, and 2 for each scale.
     fp16, int8 = one.sent.tier_tokens[Tier.FP16], one.sent.tier_tokens[Tier.INT8]
@@ -115,9 +115,9 @@ def test_layers_leave_before_the_next_one_is_computed() -> None:
     messages: Iterator[Request] = one.messages()
     next(messages)
     for layer in range(GEOMETRY.layers):
-        one.put_layer(observation(layer))
+        one.put_layer(capture(layer))
         chunk = next(messages)
-        assert isinstance(chunk, Chunk)
+        assert isinstance(chunk, KvChunk)
         assert chunk.sequence == layer
     one.put_first_token(FirstToken(1, finished=False))
     assert kind(next(messages)) == "end"
@@ -125,19 +125,19 @@ def test_layers_leave_before_the_next_one_is_computed() -> None:
 
 def test_parts_of_a_prompt_leave_before_the_next_one_is_computed() -> None:
     chosen = plan(policy="fp16")
-    assert chosen.leaves_in_parts
-    assert not plan(policy="greedy", budget=0.5).leaves_in_parts
-    assert not plan(policy="fp16", scope="model").leaves_in_parts
+    assert chosen.streams_chunks
+    assert not plan(policy="greedy", budget=0.5).streams_chunks
+    assert not plan(policy="fp16", scope="model").streams_chunks
     one = pipeline(chosen, chunk_bytes=1)
     iterator: Iterator[Request] = one.messages()
     messages = [next(iterator)]
-    whole = [observation(layer) for layer in range(GEOMETRY.layers)]
+    whole = [capture(layer) for layer in range(GEOMETRY.layers)]
     for first in (0, 17):
         for layer in whole:
             shown = layer if first else replace(layer, keys=layer.keys[:, :17], values=layer.values[:, :17])
             one.put_layer(shown.since(first))
             messages.append(next(iterator))
-            assert isinstance(messages[-1], Chunk)
+            assert isinstance(messages[-1], KvChunk)
     one.put_first_token(FirstToken(1, finished=False))
     messages += iterator
     keys, values, _ = received(messages)
@@ -159,18 +159,18 @@ def test_cancelling_ends_the_messages_and_the_forward_pass() -> None:
     thread = threading.Thread(target=read)
     thread.start()
     reading.wait()
-    one.put_layer(observation(0))
+    one.put_layer(capture(0))
     one.cancel()
     thread.join(timeout=10)
     assert not thread.is_alive()
     assert not any(kind(message) == "end" for message in collected)
     with pytest.raises(CancelledError):
-        one.put_layer(observation(1))
+        one.put_layer(capture(1))
 
 
 def test_kv_that_cannot_be_coded_ends_the_stream_with_the_reason() -> None:
     one = pipeline(plan(policy="uniform-int8"))
-    bad = observation(0)
+    bad = capture(0)
     bad.keys[0, 3, 1] = torch.inf
     one.put_layer(bad)
     with pytest.raises(InvalidArgumentError, match="keys of 1 of"):
@@ -194,6 +194,6 @@ def test_what_is_sent_hangs_neither_on_the_id_nor_on_the_seed() -> None:
         begin = decode_pb2.Begin(request_id=request_id, prompt_token_ids=range(TOKENS))
         begin.sampling.seed = seed
         one = KvPipeline(begin, chosen, GEOMETRY, 1 << 20, Metrics(CollectorRegistry()))
-        sent.append([message.payload for message in run(one) if isinstance(message, Chunk)])
+        sent.append([message.payload for message in run(one) if isinstance(message, KvChunk)])
         assert one.sent.message_bytes <= 0.4 * GEOMETRY.fp16_bytes(TOKENS)
     assert sent[0] == sent[1] == sent[2]

@@ -4,10 +4,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spectrumkv.common.kv.codecs.spectral.layout import LOWEST_CLASS
-from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedBlock, decode_block, encode_block
+from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment, decode_segment, encode_segment
 from spectrumkv.common.kv.codecs.spectral.steps import TokenClasses
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
-from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.kv.scoring import LayerCapture
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
 from spectrumkv.prefill_server.tuning.basis_cache import default_excerpts, resolve_basis
@@ -50,18 +50,18 @@ def test_a_basis_is_found_for_every_architecture(architecture: str) -> None:
     assert done == [1, 2]
     basis.check_fits(loaded.geometry)
     assert (basis.spread.diff(dim=-1) <= basis.spread[..., :-1] * 0.5 + 1e-6).all()
-    seen: list[Observation] = list(capture_prompt(loaded.model, excerpts[0].token_ids[:70].tolist(), 64).layers)
-    for observation in seen:
-        transform = LayerTransform(basis, observation.layer)
-        keys, values = torch.empty_like(observation.keys), torch.empty_like(observation.values)
-        classes = TokenClasses(np.full(observation.tokens, LOWEST_CLASS), sinks=0)
-        block = UncodedBlock(transform, 0, observation.keys, observation.values, classes)
-        fine = float(basis.spread[observation.layer].min().log2()) - 6
-        body, _ = encode_block(block, fine, loaded.geometry)
-        decode_block(transform, memoryview(body), 0, loaded.geometry, keys, values)
-        scale = observation.keys.abs().max()
-        torch.testing.assert_close(keys / scale, observation.keys / scale, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(values, observation.values, rtol=1e-3, atol=1e-3 * float(values.abs().max()))
+    seen: list[LayerCapture] = list(capture_prompt(loaded.model, excerpts[0].token_ids[:70].tolist(), 64).layers)
+    for capture in seen:
+        transform = LayerTransform(basis, capture.layer)
+        keys, values = torch.empty_like(capture.keys), torch.empty_like(capture.values)
+        classes = TokenClasses(np.full(capture.tokens, LOWEST_CLASS), sinks=0)
+        block = UncodedSegment(transform, 0, capture.keys, capture.values, classes)
+        fine = float(basis.spread[capture.layer].min().log2()) - 6
+        body, _ = encode_segment(block, fine, loaded.geometry)
+        decode_segment(transform, memoryview(body), 0, loaded.geometry, keys, values)
+        scale = capture.keys.abs().max()
+        torch.testing.assert_close(keys / scale, capture.keys / scale, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(values, capture.values, rtol=1e-3, atol=1e-3 * float(values.abs().max()))
 
 
 @pytest.mark.slow

@@ -21,8 +21,7 @@ from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
 from spectrumkv.prefill_server.transfer.plan import KvPlan
 from spectrumkv.prefill_server.tuning.basis_cache import resolve_basis
-from spectrumkv.prefill_server.tuning.probe import budget_sweep as ladder
-from spectrumkv.prefill_server.tuning.probe import questions
+from spectrumkv.prefill_server.tuning.probe import budget_sweep, questions
 from spectrumkv.prefill_server.tuning.probe.probe import probe_and_keep, resolve_verdict, run_probe, verdict_key
 from spectrumkv.prefill_server.tuning.probe.progress import ProbeStep
 from spectrumkv.prefill_server.tuning.probe.questions import DEPTHS, NeedleQuestion
@@ -79,7 +78,7 @@ SHORT_LADDER = (0.5, 0.2)
 @pytest.fixture
 def short_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two counted budgets, for tests about what surrounds them."""
-    monkeypatch.setattr(ladder, "COUNTED_BUDGETS", SHORT_LADDER)
+    monkeypatch.setattr(budget_sweep, "COUNTED_BUDGETS", SHORT_LADDER)
 
 
 @pytest.mark.usefixtures("short_ladder")

@@ -30,7 +30,7 @@ def plain(request: pytest.FixtureRequest) -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def tapped(plain: LoadedModel) -> LoadedModel:
+def hooked(plain: LoadedModel) -> LoadedModel:
     loaded = load_model(str(tiny_model(plain.spec.architecture)), "cpu")
     loaded.model.set_attn_implementation(ATTENTION_NAME)
     return loaded
@@ -42,7 +42,7 @@ def plan_of(policy: str, codec: str, budget: float) -> KvPlan:
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_over_exact_kv_it_generates_what_transformers_does(
-    plain: LoadedModel, tapped: LoadedModel, length: int
+    plain: LoadedModel, hooked: LoadedModel, length: int
 ) -> None:
     prompt = prompt_of(length)
     ids = torch.tensor([prompt])
@@ -50,21 +50,21 @@ def test_over_exact_kv_it_generates_what_transformers_does(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=GENERATED, do_sample=False, pad_token_id=2
     )
     expected = whole[0, length:].tolist()
-    captured = capture_prompt(tapped.model, prompt, window=8)
+    captured = capture_prompt(hooked.model, prompt, window=8)
     exact = captured.exact_kv()
-    assert generate_over(tapped.model, exact, captured.first_token, GENERATED, tapped.eos_token_ids) == expected
+    assert generate_over(hooked.model, exact, captured.first_token, GENERATED, hooked.eos_token_ids) == expected
     # The model's own dtype, coded and decoded, is the same cache.
-    received = captured.received_kv(plan_of("native", "native", 1.0), tapped.geometry)
-    assert generate_over(tapped.model, received, captured.first_token, GENERATED, tapped.eos_token_ids) == expected
+    received = captured.received_kv(plan_of("native", "native", 1.0), hooked.geometry)
+    assert generate_over(hooked.model, received, captured.first_token, GENERATED, hooked.eos_token_ids) == expected
 
 
-def test_received_kv_is_the_exact_one_at_the_precision_of_its_tiers(tapped: LoadedModel) -> None:
-    captured = capture_prompt(tapped.model, prompt_of(100), window=8)
+def test_received_kv_is_the_exact_one_at_the_precision_of_its_tiers(hooked: LoadedModel) -> None:
+    captured = capture_prompt(hooked.model, prompt_of(100), window=8)
     plan = plan_of("greedy", "absmax", 0.3)
-    received = captured.received_kv(plan, tapped.geometry)
-    assert len(received) == tapped.geometry.layers
+    received = captured.received_kv(plan, hooked.geometry)
+    assert len(received) == hooked.geometry.layers
     for layer, kv in zip(captured.layers, received, strict=True):
-        [block] = plan.encoder(tapped.geometry, layer.tokens, framing_bytes=0).encode(layer)
+        [block] = plan.encoder(hooked.geometry, layer.tokens, framing_bytes=0).encode(layer)
         tiers = block.tiers
         assert count_tiers(tiers)[Tier.INT4] == 80
         steps = torch.where(tiers == Tier.INT4, 1 / 7, 1 / 127)
@@ -76,32 +76,32 @@ def test_received_kv_is_the_exact_one_at_the_precision_of_its_tiers(tapped: Load
             assert (error[:, tiers == Tier.INT4] > 0).any()
 
 
-def test_a_draft_changes_nothing_however_right_it_is(tapped: LoadedModel) -> None:
-    captured = capture_prompt(tapped.model, prompt_of(60), window=8)
+def test_a_draft_changes_nothing_however_right_it_is(hooked: LoadedModel) -> None:
+    captured = capture_prompt(hooked.model, prompt_of(60), window=8)
     kv = captured.exact_kv()
-    first, eos = captured.first_token, tapped.eos_token_ids
-    expected = generate_over(tapped.model, kv, first, GENERATED, eos)
+    first, eos = captured.first_token, hooked.eos_token_ids
+    expected = generate_over(hooked.model, kv, first, GENERATED, eos)
     for right in range(1, len(expected) + 1):
-        wrong = [(token + 1) % tapped.spec.vocab_size for token in expected[right:]]
-        assert generate_over(tapped.model, kv, first, GENERATED, eos, draft=expected[:right] + wrong) == expected
+        wrong = [(token + 1) % hooked.spec.vocab_size for token in expected[right:]]
+        assert generate_over(hooked.model, kv, first, GENERATED, eos, draft=expected[:right] + wrong) == expected
         # One that stops early is gone on from.
-        assert generate_over(tapped.model, kv, first, GENERATED, eos, draft=expected[:right]) == expected
+        assert generate_over(hooked.model, kv, first, GENERATED, eos, draft=expected[:right]) == expected
 
 
-def test_one_pass_predicts_what_steps_do(tapped: LoadedModel) -> None:
-    captured = capture_prompt(tapped.model, prompt_of(60), window=8)
+def test_one_pass_predicts_what_steps_do(hooked: LoadedModel) -> None:
+    captured = capture_prompt(hooked.model, prompt_of(60), window=8)
     kv = captured.exact_kv()
-    tokens = generate_over(tapped.model, kv, captured.first_token, GENERATED, ())
-    logits = logits_over(tapped.model, kv, tokens)
-    assert logits.shape == (GENERATED, tapped.spec.vocab_size)
+    tokens = generate_over(hooked.model, kv, captured.first_token, GENERATED, ())
+    logits = logits_over(hooked.model, kv, tokens)
+    assert logits.shape == (GENERATED, hooked.spec.vocab_size)
     assert logits[:-1].argmax(dim=-1).tolist() == tokens[1:]
 
 
-def test_generation_ends_at_eos_and_at_the_limit(tapped: LoadedModel) -> None:
-    captured = capture_prompt(tapped.model, prompt_of(40), window=8)
+def test_generation_ends_at_eos_and_at_the_limit(hooked: LoadedModel) -> None:
+    captured = capture_prompt(hooked.model, prompt_of(40), window=8)
     kv = captured.exact_kv()
-    free = generate_over(tapped.model, kv, captured.first_token, 6, ())
+    free = generate_over(hooked.model, kv, captured.first_token, 6, ())
     assert len(free) == 6
     third = free.index(free[2])
-    assert generate_over(tapped.model, kv, captured.first_token, 6, {free[2]}) == free[: third + 1]
-    assert generate_over(tapped.model, kv, captured.first_token, 1, ()) == free[:1]
+    assert generate_over(hooked.model, kv, captured.first_token, 6, {free[2]}) == free[: third + 1]
+    assert generate_over(hooked.model, kv, captured.first_token, 1, ()) == free[:1]

@@ -52,7 +52,7 @@ def rung(budget: float, kl: float, found: int = 3, exact: int = 3, policy: str =
 
 
 def settings(exact: int = 3) -> tuple[ProbedSetting, ...]:
-    """The INT4 trial's, and a ladder that is safe down to 0.25."""
+    """The INT4 trial's, and a sweep that is safe down to 0.25."""
     counted = [rung(0.5, 1e-7, exact=exact), rung(0.25, 5e-5, exact=exact), rung(0.2, 2e-4, exact=exact)]
     return (rung(0.3, 4e-3, exact=exact, policy="greedy"), *counted)
 

@@ -83,7 +83,7 @@ def test_one_that_shuts_down_is_expected_back_and_begins_another_life(scripted: 
     server, port = serve(scripted, "127.0.0.1:0")
     with followed(port) as worker:
         until(lambda: worker.accepting)
-        assert worker.life == 1
+        assert worker.epoch == 1
         assert not worker.expected
         stream = worker.open_stream(iter([decode_pb2.DecodeRequest(begin={})]), timeout=WAIT_SECONDS)
         next(stream)
@@ -97,7 +97,7 @@ def test_one_that_shuts_down_is_expected_back_and_begins_another_life(scripted: 
         assert worker.expected
         successor, _ = serve(scripted, f"127.0.0.1:{port}")
         until(lambda: worker.accepting)
-        assert worker.life == 2
+        assert worker.epoch == 2
         assert not worker.expected
         successor.drain(0, threading.Event())
 
@@ -108,7 +108,7 @@ def test_one_that_failed_a_request_is_asked_last_until_it_answers(scripted: Scri
         until(lambda: worker.accepting)
         worker.lost(leaving=False)
         assert not worker.expected
-        until(lambda: worker.accepting and worker.life == 2)
+        until(lambda: worker.accepting and worker.epoch == 2)
     server.drain(0, threading.Event())
 
 
@@ -196,11 +196,11 @@ def test_a_watch_that_ends_in_order_is_not_begun_anew_at_once(monkeypatch: pytes
 
 def test_one_that_nobody_may_watch_any_more_begins_a_life_that_is_heard_of() -> None:
     health = ScriptedHealth(health_pb2.HealthCheckResponse.NOT_SERVING, grpc.StatusCode.UNIMPLEMENTED)
-    # Each turns what was before around, from the first life on.
+    # Each turns what was before around, from the first epoch on.
     changes: list[None] = []
     with foreign(health, threading.Semaphore(0)) as port, followed(port, lambda: changes.append(None)) as worker:
         until(lambda: health.watches > 0 and not worker.accepting)
         health.let_go.set()
         until(lambda: worker.accepting and len(changes) % 2 == 1)
-        assert worker.life == (len(changes) + 1) // 2
+        assert worker.epoch == (len(changes) + 1) // 2
         assert not worker.expected

@@ -3,11 +3,11 @@
 import numpy as np
 import torch
 
-from spectrumkv.common.kv.codecs.base import BlockDecoder, codecs, needed_basis
+from spectrumkv.common.kv.codecs.base import SegmentDecoder, codecs, needed_basis
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.decoder import SpectralDecoder
 from spectrumkv.common.kv.codecs.spectral.rate import RateControl
-from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedBlock, decode_block, encode_block
+from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment, decode_segment, encode_segment
 from spectrumkv.common.kv.codecs.spectral.steps import TokenClasses
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
 from spectrumkv.common.kv.geometry import KvGeometry
@@ -23,7 +23,7 @@ class SpectralCodec:
     tiers = frozenset({Tier.INT4, Tier.INT8, Tier.FP16})
     needs_basis = True
 
-    def decoder(self, geometry: KvGeometry, basis: SpectralBasis | None) -> BlockDecoder:
+    def decoder(self, geometry: KvGeometry, basis: SpectralBasis | None) -> SegmentDecoder:
         """See `Codec.decoder`."""
         return SpectralDecoder(needed_basis(self, basis), geometry)
 
@@ -56,9 +56,9 @@ def prepare() -> None:
         # As models leave keys, token by token, and as slots lie, head by head in something larger.
         sent, received = torch.ones(tokens, heads, head_dim).transpose(0, 1), torch.zeros(heads, 2 * tokens, head_dim)
         classes = TokenClasses(np.zeros(tokens, np.int64), sinks=tokens // 2)
-        body, _ = encode_block(UncodedBlock(transform, 0, sent, sent, classes), 0.0, geometry)
+        body, _ = encode_segment(UncodedSegment(transform, 0, sent, sent, classes), 0.0, geometry)
         slots = received[:, tokens:]
-        decode_block(transform, memoryview(body), 0, geometry, slots, slots)
+        decode_segment(transform, memoryview(body), 0, geometry, slots, slots)
         transform.mean_bits(classes.classes.astype(np.float64))
         rate = RateControl(budget_bytes=1, basis=basis)
         rate.expected_bytes(classes.classes, rate.base(classes.classes, 0), 0)

@@ -1,4 +1,4 @@
-"""A prompt's layers to blocks, one after another, within a budget of counted bytes."""
+"""A prompt's layers to segments, one after another, within a budget of counted bytes."""
 
 from collections.abc import Iterator
 
@@ -10,17 +10,17 @@ from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.importance import affordable_sinks, step_octaves
 from spectrumkv.common.kv.codecs.spectral.layout import CLASSES_PER_OCTAVE, HIGHEST_CLASS, LOWEST_CLASS
 from spectrumkv.common.kv.codecs.spectral.rate import BaseSearch, RateControl
-from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedBlock, encode_block
+from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment, encode_segment
 from spectrumkv.common.kv.codecs.spectral.steps import TokenClasses
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.scoring import Observation
-from spectrumkv.common.kv.segment import BLOCK_HEADER, MAX_CHUNK_PAYLOAD_BYTES, Block
+from spectrumkv.common.kv.scoring import LayerCapture
+from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, SEGMENT_HEADER, KvSegment
 from spectrumkv.common.kv.tiers import tier_map_bytes
 
-# Length fields and headers of one block's streams, about.
+# Length fields and headers of one segment's streams, about.
 STREAM_OVERHEAD_BYTES = 300
-# Share of a chunk that a block is planned to fill; what comes out differs.
+# Share of a chunk that a segment is planned to fill; what comes out differs.
 PLANNED_FILL = 0.6
 
 
@@ -31,8 +31,8 @@ class SpectralEncoder:
         basis: of the model.
         geometry: shape and dtype of the model's cache.
         tokens: of the prompt.
-        budget_bytes: for all layers' blocks, headers and tier maps included. What is too little even for the coarsest
-            steps is exceeded.
+        budget_bytes: for all layers' segments, headers and tier maps included. What is too little even for the
+            coarsest steps is exceeded.
         scorer: name of the scorer that ranks tokens.
     """
 
@@ -49,30 +49,30 @@ class SpectralEncoder:
         planned = max(1.0, budget_bytes / (geometry.layers * tokens))
         self._block_tokens = max(1, int(PLANNED_FILL * MAX_CHUNK_PAYLOAD_BYTES / planned))
 
-    def encode(self, observation: Observation) -> Iterator[Block]:
+    def encode(self, capture: LayerCapture) -> Iterator[KvSegment]:
         """See `KvEncoder.encode`.
 
         Raises:
             InvalidArgumentError: an element is infinite or NaN.
         """
-        classes = self._step_classes(observation)
-        layer = self._split(observation, classes)
+        classes = self._step_classes(capture)
+        layer = self._split(capture, classes)
         base = self._rate.base(classes[self._sinks :], self._fixed_bytes)
-        blocks = self._blocks(layer, base)
+        segments = self._segments(layer, base)
         if self._rate.done == self._geometry.layers - 1:
-            blocks = self._fit(layer, base, blocks)
+            segments = self._fit(layer, base, segments)
         expected = self._rate.expected_bytes(classes[self._sinks :], base, self._fixed_bytes)
-        self._rate.account(_wire_bytes(blocks), expected)
-        yield from blocks
+        self._rate.account(_wire_bytes(segments), expected)
+        yield from segments
 
-    def _split(self, observation: Observation, classes: np.ndarray) -> list[UncodedBlock]:
-        transform = self._transforms[observation.layer]
-        keys, values = observation.keys.cpu(), observation.values.cpu()
+    def _split(self, capture: LayerCapture, classes: np.ndarray) -> list[UncodedSegment]:
+        transform = self._transforms[capture.layer]
+        keys, values = capture.keys.cpu(), capture.values.cpu()
         layer = []
         for first in range(0, len(classes), self._block_tokens):
             span = slice(first, first + self._block_tokens)
             tokens = TokenClasses(classes[span], self._sinks if first == 0 else 0)
-            layer.append(UncodedBlock(transform, first, keys[:, span], values[:, span], tokens))
+            layer.append(UncodedSegment(transform, first, keys[:, span], values[:, span], tokens))
         return layer
 
     @property
@@ -80,41 +80,41 @@ class SpectralEncoder:
         """What a layer takes whatever its steps."""
         return self._sinks * self._geometry.fp16_bytes_per_layer(1) + STREAM_OVERHEAD_BYTES
 
-    def _step_classes(self, observation: Observation) -> np.ndarray:
+    def _step_classes(self, capture: LayerCapture) -> np.ndarray:
         """Step class of each token: int64 `[n]`."""
-        octaves = step_octaves(observation, self._basis, self._scorer, self._sinks)
+        octaves = step_octaves(capture, self._basis, self._scorer, self._sinks)
         classes: np.ndarray = np.clip(np.rint(CLASSES_PER_OCTAVE * octaves), LOWEST_CLASS, HIGHEST_CLASS)
         return classes.astype(np.int64)
 
-    def _blocks(self, layer: list[UncodedBlock], base: float) -> list[Block]:
-        return [coded for block in layer for coded in self._code(block, base)]
+    def _segments(self, layer: list[UncodedSegment], base: float) -> list[KvSegment]:
+        return [coded for segment in layer for coded in self._code(segment, base)]
 
-    def _code(self, block: UncodedBlock, base: float) -> Iterator[Block]:
-        """One block, or two halves of one that does not fit a chunk."""
-        body, steps = encode_block(block, base, self._geometry)
-        if len(body) + BLOCK_HEADER.size + tier_map_bytes(block.length) > MAX_CHUNK_PAYLOAD_BYTES:
-            for half in block.halves():
+    def _code(self, segment: UncodedSegment, base: float) -> Iterator[KvSegment]:
+        """One segment, or two halves of one that does not fit a chunk."""
+        body, steps = encode_segment(segment, base, self._geometry)
+        if len(body) + SEGMENT_HEADER.size + tier_map_bytes(segment.length) > MAX_CHUNK_PAYLOAD_BYTES:
+            for half in segment.halves():
                 yield from self._code(half, base)
             return
         coded = torch.frombuffer(body, dtype=torch.uint8)
-        bits = class_bits(block.transform, steps.base)
-        tiers = token_tiers(bits, block.tokens)
-        shares = tier_bytes(bits, block.tokens, tiers, len(body))
-        yield Block(block.transform.layer, block.first, tiers, coded, shares)
+        bits = class_bits(segment.transform, steps.base)
+        tiers = token_tiers(bits, segment.tokens)
+        shares = tier_bytes(bits, segment.tokens, tiers, len(body))
+        yield KvSegment(segment.transform.layer, segment.first, tiers, coded, shares)
 
-    def _fit(self, layer: list[UncodedBlock], base: float, blocks: list[Block]) -> list[Block]:
+    def _fit(self, layer: list[UncodedSegment], base: float, segments: list[KvSegment]) -> list[KvSegment]:
         """Code the last layer with other steps until it takes what is left of the budget and no more."""
-        symbols = sum(block.length for block in layer) * self._geometry.elements_per_token_layer
+        symbols = sum(segment.length for segment in layer) * self._geometry.elements_per_token_layer
         rate = self._rate
         search = BaseSearch(rate.left_bytes, rate.may_be_left, symbols, rate.finest, rate.coarsest)
-        best: list[Block] | None = None
-        while not search.tried(base, _wire_bytes(blocks)):
+        best: list[KvSegment] | None = None
+        while not search.tried(base, _wire_bytes(segments)):
             if search.is_best(base):
-                best = blocks
+                best = segments
             base = search.next_base()
-            blocks = self._blocks(layer, base)
-        return blocks if search.is_best(base) or best is None else best
+            segments = self._segments(layer, base)
+        return segments if search.is_best(base) or best is None else best
 
 
-def _wire_bytes(blocks: list[Block]) -> int:
-    return sum(block.wire_bytes for block in blocks)
+def _wire_bytes(segments: list[KvSegment]) -> int:
+    return sum(segment.wire_bytes for segment in segments)

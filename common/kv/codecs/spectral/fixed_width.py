@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 from spectrumkv.common.kv.codecs.base import TierCodec
-from spectrumkv.common.kv.codecs.encoder import tier_blocks, token_bytes
+from spectrumkv.common.kv.codecs.encoder import tier_segments, token_bytes
 from spectrumkv.common.kv.codecs.spectral.accounting import INT4_BITS, INT8_BITS
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.importance import affordable_sinks, step_octaves
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.scoring import Observation
-from spectrumkv.common.kv.segment import BLOCK_HEADER, Block
+from spectrumkv.common.kv.scoring import LayerCapture
+from spectrumkv.common.kv.segment import SEGMENT_HEADER, KvSegment
 from spectrumkv.common.kv.tiers import Tier, tier_map_bytes
 
 # Base steps, relative to a layer's widest spread, between which its tokens go from 16 bits to 4.
@@ -41,7 +41,7 @@ class FixedWidthEncoder:
         codec: writes INT4, INT8 and FP16.
         geometry: shape and dtype of the model's cache.
         tokens: of the prompt.
-        budget_bytes: for all layers' blocks, headers and tier maps included. What is too little even for INT4
+        budget_bytes: for all layers' segments, headers and tier maps included. What is too little even for INT4
             everywhere is exceeded.
         scorer: name of the scorer that ranks tokens.
     """
@@ -65,16 +65,16 @@ class FixedWidthEncoder:
         self._sinks = affordable_sinks(budget_bytes, geometry) if tokens > 1 else 0
         self._int8_from, self._int4_from = _thresholds(basis)
 
-    def encode(self, observation: Observation) -> Iterator[Block]:
+    def encode(self, capture: LayerCapture) -> Iterator[KvSegment]:
         """See `KvEncoder.encode`."""
-        octaves = step_octaves(observation, self._basis, self._scorer, self._sinks)
+        octaves = step_octaves(capture, self._basis, self._scorer, self._sinks)
         # Of tokens that nothing looks at the later ones come first, so that not all of them change tiers together.
         octaves = octaves - TIE_OCTAVES * np.linspace(0, 1, len(octaves))
-        tiers = torch.from_numpy(self._tiers(octaves, observation.layer))
+        tiers = torch.from_numpy(self._tiers(octaves, capture.layer))
         self._layers_left -= 1
-        for block in tier_blocks(self._codec, observation, tiers, self._geometry):
-            self._left_bytes -= block.wire_bytes
-            yield block
+        for segment in tier_segments(self._codec, capture, tiers, self._geometry):
+            self._left_bytes -= segment.wire_bytes
+            yield segment
 
     def _tiers(self, octaves: np.ndarray, layer: int) -> np.ndarray:
         """Tiers of a layer's tokens, uint8 `[n]`: at the finest base step that later layers can have, too."""
@@ -96,7 +96,7 @@ class FixedWidthEncoder:
             token_bytes(self._codec, tier, self._geometry) for tier in (Tier.INT4, Tier.INT8, Tier.FP16)
         )
         tokens = self._sinks + len(octaves)
-        fixed = self._sinks * fp16 + BLOCK_HEADER.size + tier_map_bytes(tokens)
+        fixed = self._sinks * fp16 + SEGMENT_HEADER.size + tier_map_bytes(tokens)
         available = self._left_bytes - self._layers_left * fixed
         int8_from, int4_from = self._int8_from[layer:], self._int4_from[layer:]
         low = float(int8_from.min()) - (octaves[-1] if len(octaves) else 0.0) - 1

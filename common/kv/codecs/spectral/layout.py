@@ -34,7 +34,7 @@ def spread_classes(spread: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class StreamLayout:
-    """Which symbols share a stream in the blocks of a layer, from the narrowest stream to the widest.
+    """Which symbols share a stream in the segments of a layer, from the narrowest stream to the widest.
 
     Attributes:
         exponent: float64 `[streams]`, binary logarithm of the standard deviation of a stream's symbols where the step
@@ -62,7 +62,7 @@ class StreamLayout:
         return cls(np.arange(lowest, highest + 1) / CLASSES_PER_OCTAVE, stream_of, rows)
 
     def packed(self, tokens: np.ndarray, base: float) -> PackedStreams:
-        """How the streams of a block are packed.
+        """How the streams of a segment are packed.
 
         Args:
             tokens: int64 `[classes]`, how many have each step class.

@@ -38,7 +38,7 @@ class RateControl:
     """The budget of one request.
 
     Attributes:
-        budget_bytes: for all layers' blocks.
+        budget_bytes: for all layers' segments.
         basis: of the model.
         correction: actual over expected bytes so far; expectations are scaled by it.
         spent_bytes: by the layers that are done.

@@ -23,7 +23,7 @@ def angles(frequencies: tuple[float, ...], first: int, tokens: int) -> tuple[tor
 
 @lru_cache(maxsize=16)
 def _table(frequencies: tuple[float, ...], positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of positions from 0 on: all layers and blocks of all prompts look up the same ones."""
+    """Of positions from 0 on: all layers and segments of all prompts look up the same ones."""
     turned = torch.arange(positions, dtype=torch.float64)[:, None] * torch.tensor(frequencies, dtype=torch.float64)
     return turned.cos().float(), turned.sin().float()
 

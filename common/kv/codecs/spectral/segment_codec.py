@@ -25,7 +25,7 @@ LARGEST_SYMBOL = 2.0**30
 
 
 @dataclass(frozen=True, eq=False)
-class UncodedBlock:
+class UncodedSegment:
     """A run of tokens of one layer.
 
     Attributes:
@@ -47,12 +47,12 @@ class UncodedBlock:
         """How many tokens."""
         return self.keys.shape[1]
 
-    def halves(self) -> "Iterator[UncodedBlock]":
+    def halves(self) -> "Iterator[UncodedSegment]":
         """Yield the first half of the tokens and the others."""
         half = self.length // 2
         for start, end in ((0, half), (half, self.length)):
             classes, sinks = self.tokens.classes[start:end], min(max(0, self.tokens.sinks - start), end - start)
-            yield UncodedBlock(
+            yield UncodedSegment(
                 self.transform,
                 self.first + start,
                 self.keys[:, start:end],
@@ -61,11 +61,11 @@ class UncodedBlock:
             )
 
 
-def encode_block(block: UncodedBlock, base: float, geometry: KvGeometry) -> tuple[bytearray, Steps]:
+def encode_segment(segment: UncodedSegment, base: float, geometry: KvGeometry) -> tuple[bytearray, Steps]:
     """Code a run of tokens.
 
     Args:
-        block: the tokens.
+        segment: the tokens.
         base: binary logarithm of the step of class 0, a float32.
         geometry: shape and dtype of the model's cache.
 
@@ -75,23 +75,23 @@ def encode_block(block: UncodedBlock, base: float, geometry: KvGeometry) -> tupl
     Raises:
         InvalidArgumentError: an element is infinite or NaN, or a sink does not fit the 16-bit dtype.
     """
-    sinks = slice(0, block.tokens.sinks)
-    exact = torch.stack([block.keys[:, sinks], block.values[:, sinks]]).to(geometry.half_dtype)
+    sinks = slice(0, segment.tokens.sinks)
+    exact = torch.stack([segment.keys[:, sinks], segment.values[:, sinks]]).to(geometry.half_dtype)
     exact_bytes = exact.view(-1).view(torch.uint8)
     if not is_finite(exact_bytes, geometry.half_dtype):
         raise InvalidArgumentError(
-            f"keys or values of the first tokens in layer {block.transform.layer} do not fit {geometry.half_dtype}"
+            f"keys or values of the first tokens in layer {segment.transform.layer} do not fit {geometry.half_dtype}"
         )
-    coded_classes = compress(block.tokens.coded)
-    steps, coded = _coded_streams(block, Steps(base, block.tokens))
+    coded_classes = compress(segment.tokens.coded)
+    steps, coded = _coded_streams(segment, Steps(base, segment.tokens))
     if not abs(steps.base) <= LARGEST_BASE:
         raise InvalidArgumentError(
-            f"keys or values of layer {block.transform.layer} want steps of 2^{steps.base:g}; codec spectral has "
+            f"keys or values of layer {segment.transform.layer} want steps of 2^{steps.base:g}; codec spectral has "
             f"those from 2^-{LARGEST_BASE:g} to 2^{LARGEST_BASE:g}"
         )
     lengths = np.array([(len(one.coded), one.exception_count) for one in coded], LENGTHS)
     parts: list[bytes | memoryview] = [
-        HEADER.pack(steps.base, block.tokens.sinks, len(coded_classes)),
+        HEADER.pack(steps.base, segment.tokens.sinks, len(coded_classes)),
         exact_bytes.numpy().data,
         coded_classes,
         lengths.tobytes(),
@@ -102,20 +102,20 @@ def encode_block(block: UncodedBlock, base: float, geometry: KvGeometry) -> tupl
     return bytearray().join(parts), steps
 
 
-def _coded_streams(block: UncodedBlock, steps: Steps) -> tuple[Steps, list[CodedStream]]:
+def _coded_streams(segment: UncodedSegment, steps: Steps) -> tuple[Steps, list[CodedStream]]:
     """Code the tokens that have a step; return the steps that were used, too."""
-    if not len(block.tokens.coded):
+    if not len(segment.tokens.coded):
         return steps, []
-    transform, sinks = block.transform, block.tokens.sinks
+    transform, sinks = segment.transform, segment.tokens.sinks
     packed = transform.packed(steps)
     symbols, largest = transform.quantize(
-        block.keys[:, sinks:], block.values[:, sinks:], block.first + sinks, steps, packed
+        segment.keys[:, sinks:], segment.values[:, sinks:], segment.first + sinks, steps, packed
     )
     if not largest < math.inf:
         raise InvalidArgumentError(f"keys or values of layer {transform.layer} are infinite or NaN")
     finest = _finest_base(largest)
     if steps.base < finest:
-        return _coded_streams(block, Steps(finest, block.tokens))
+        return _coded_streams(segment, Steps(finest, segment.tokens))
     return steps, packed.encode(symbols)
 
 
@@ -124,7 +124,7 @@ def _finest_base(largest: float) -> float:
     return float(np.float32(math.log2(max(largest, 1e-30) / LARGEST_SYMBOL) - LOWEST_CLASS / CLASSES_PER_OCTAVE))
 
 
-def decode_block(
+def decode_segment(
     transform: LayerTransform,
     body: memoryview,
     first: int,
@@ -132,7 +132,7 @@ def decode_block(
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> Steps:
-    """Inverse of `encode_block`.
+    """Inverse of `encode_segment`.
 
     Args:
         transform: of the layer.
@@ -151,12 +151,12 @@ def decode_block(
     reader, tokens = _Reader(body), keys.shape[1]
     base, sinks, class_bytes = reader.header()
     if sinks > tokens:
-        raise DataLossError(f"a block of {tokens} tokens has {sinks} sinks", "malformed")
+        raise DataLossError(f"a segment of {tokens} tokens has {sinks} sinks", "malformed")
     shape = (2, geometry.kv_heads, sinks, geometry.head_dim)
     exact = reader.array(2 * math.prod(shape), np.uint8)
     classes = decompress(reader.take(class_bytes), tokens - sinks).astype(np.int64)
     if len(classes) and classes.max() > HIGHEST_CLASS - LOWEST_CLASS:
-        raise DataLossError(f"a block has the step class {classes.max() + LOWEST_CLASS}", "malformed")
+        raise DataLossError(f"a segment has the step class {classes.max() + LOWEST_CLASS}", "malformed")
     of_tokens = np.concatenate([np.zeros(sinks, np.int64), classes + LOWEST_CLASS])
     steps = Steps(base, TokenClasses(of_tokens, sinks))
     if sinks:
@@ -189,7 +189,7 @@ class _Reader:
     def take(self, size: int) -> memoryview:
         end = self._position + size
         if end > len(self._body):
-            raise DataLossError(f"a block's body of {len(self._body)} bytes is cut off; {end} are needed", "length")
+            raise DataLossError(f"a segment's body of {len(self._body)} bytes is cut off; {end} are needed", "length")
         taken = self._body[self._position : end]
         self._position = end
         return taken
@@ -197,7 +197,7 @@ class _Reader:
     def header(self) -> tuple[float, int, int]:
         base, sinks, class_bytes = HEADER.unpack(self.take(HEADER.size))
         if not abs(base) <= LARGEST_BASE:
-            raise DataLossError(f"a block's steps have the exponent {base}", "scale")
+            raise DataLossError(f"a segment's steps have the exponent {base}", "scale")
         return base, sinks, class_bytes
 
     def array(self, count: int, dtype: np.dtype | type) -> np.ndarray:
@@ -205,4 +205,4 @@ class _Reader:
 
     def finish(self) -> None:
         if len(self._body) - self._position > 1:
-            raise DataLossError(f"a block's body has {len(self._body) - self._position} bytes too many", "length")
+            raise DataLossError(f"a segment's body has {len(self._body) - self._position} bytes too many", "length")

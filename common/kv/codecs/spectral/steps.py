@@ -1,4 +1,4 @@
-"""How fine the tokens of a block are coded."""
+"""How fine the tokens of a segment are coded."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +11,7 @@ from spectrumkv.common.kv.codecs.spectral.symbols import edges
 
 @dataclass(frozen=True, eq=False)
 class TokenClasses:
-    """How fine the tokens of a block are relative to each other.
+    """How fine the tokens of a segment are relative to each other.
 
     Attributes:
         classes: int64 `[n]`, from LOWEST_CLASS to HIGHEST_CLASS; sinks have one too, which nobody looks at.
@@ -44,7 +44,7 @@ class TokenClasses:
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """The steps of a block's tokens.
+    """The steps of a segment's tokens.
 
     Attributes:
         base: binary logarithm of the step of class 0; a float32, as the body has it.

@@ -105,10 +105,10 @@ class CodedStream(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PackedStreams:
-    """How each stream of a block is packed.
+    """How each stream of a segment is packed.
 
     Attributes:
-        start: int64 `[streams + 1]`, where each starts among the block's symbols.
+        start: int64 `[streams + 1]`, where each starts among the segment's symbols.
         per_byte: int64 `[streams]`, see `Packing`.
         limit: int64 `[streams]`, of what remains without the raw bits.
         raw_bits: int64 `[streams]`, lowest bits of each symbol that are sent as they are.

@@ -5,9 +5,9 @@ import torch
 
 from spectrumkv.common.kv.codecs.base import codecs, tier_codecs
 from spectrumkv.common.kv.codecs.spectral.fixed_width import FixedWidthEncoder, least_budget
-from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.kv.scoring import LayerCapture
 from spectrumkv.common.kv.tiers import Tier, count_tiers
-from tests.common.kv.codecs.test_spectral import basis_of, geometry, observation
+from tests.common.kv.codecs.test_spectral import basis_of, capture, geometry
 
 ABSMAX = tier_codecs()["absmax"]
 
@@ -21,11 +21,11 @@ def test_a_budget_is_met_and_never_exceeded(tokens: int, budget: float) -> None:
     decoder = codecs.get("absmax").decoder(shape, None)
     sent = 0
     for layer in range(shape.layers):
-        seen = observation(basis, layer, tokens)
-        for block in encoder.encode(seen):
-            sent += block.wire_bytes
-            received = torch.full((2, shape.kv_heads, block.tiers.numel(), shape.head_dim), torch.nan)
-            assert decoder.decode(block, received[0], received[1]) == block.tier_bytes
+        seen = capture(basis, layer, tokens)
+        for segment in encoder.encode(seen):
+            sent += segment.wire_bytes
+            received = torch.full((2, shape.kv_heads, segment.tiers.numel(), shape.head_dim), torch.nan)
+            assert decoder.decode(segment, received[0], received[1]) == segment.tier_bytes
             assert received.isfinite().all()
     share = sent / shape.fp16_bytes(tokens)
     assert 0.99 * budget <= share <= budget
@@ -35,21 +35,21 @@ def test_less_than_int4_everywhere_is_exceeded_by_that_and_no_more() -> None:
     shape = geometry(kv_heads=2, head_dim=64)
     basis = basis_of(shape)
     encoder = FixedWidthEncoder(basis, ABSMAX, shape, 100, 1000, "attention")
-    [block] = encoder.encode(observation(basis, 0, 100))
-    assert count_tiers(block.tiers)[Tier.INT4] == 100
-    assert block.body.numel() / shape.fp16_bytes_per_layer(100) == pytest.approx(least_budget(ABSMAX, shape))
+    [segment] = encoder.encode(capture(basis, 0, 100))
+    assert count_tiers(segment.tiers)[Tier.INT4] == 100
+    assert segment.body.numel() / shape.fp16_bytes_per_layer(100) == pytest.approx(least_budget(ABSMAX, shape))
 
 
 def test_tiers_follow_the_attention_that_tokens_get() -> None:
     shape = geometry(kv_heads=1, head_dim=64, layers=1)
     basis = basis_of(shape)
-    seen = observation(basis, 0, 256)
+    seen = capture(basis, 0, 256)
     # The last query looks at token 100 and at nothing else.
-    loud = Observation(seen.keys[:, 100:101].repeat(2, 8, 1) * 10, seen.keys, seen.values, 0.5, None, None, 0, 0)
+    loud = LayerCapture(seen.keys[:, 100:101].repeat(2, 8, 1) * 10, seen.keys, seen.values, 0.5, None, None, 0, 0)
     encoder = FixedWidthEncoder(basis, ABSMAX, shape, 256, int(0.35 * shape.fp16_bytes(256)), "attention")
-    [block] = encoder.encode(loud)
-    assert block.tiers[100] == block.tiers.max()
-    assert block.tiers[4:].float().mean() < float(block.tiers[100])
+    [segment] = encoder.encode(loud)
+    assert segment.tiers[100] == segment.tiers.max()
+    assert segment.tiers[4:].float().mean() < float(segment.tiers[100])
 
 
 def test_layers_that_need_finer_steps_get_wider_tiers() -> None:
@@ -58,6 +58,6 @@ def test_layers_that_need_finer_steps_get_wider_tiers() -> None:
     basis.spread[1] *= 2.0**4
     encoder = FixedWidthEncoder(basis, ABSMAX, shape, 200, int(0.5 * shape.fp16_bytes(200)), "attention")
     first, second = (
-        next(block.tiers for block in encoder.encode(observation(basis, layer, 200))) for layer in range(2)
+        next(segment.tiers for segment in encoder.encode(capture(basis, layer, 200))) for layer in range(2)
     )
     assert second.float().mean() > first.float().mean()

@@ -14,13 +14,13 @@ from spectrumkv.common.kv.codecs.spectral.decoder import SpectralDecoder
 from spectrumkv.common.kv.codecs.spectral.encoder import SpectralEncoder
 from spectrumkv.common.kv.codecs.spectral.layout import expected_bits
 from spectrumkv.common.kv.codecs.spectral.rotary import angles
-from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedBlock, decode_block, encode_block
+from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment, decode_segment, encode_segment
 from spectrumkv.common.kv.codecs.spectral.steps import TokenClasses
 from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION, PACKINGS, PackedStreams, compress, decompress
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.scoring import Observation
-from spectrumkv.common.kv.segment import Block
+from spectrumkv.common.kv.scoring import LayerCapture
+from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier
 from tests.common.kv.codecs.plain_spectral import plain_coefficients, plain_states
 
@@ -50,7 +50,7 @@ def basis_of(shape: KvGeometry, seed: int = 0) -> SpectralBasis:
     )
 
 
-def observation(basis: SpectralBasis, layer: int, tokens: int, mismatch: float = 1.0, first: int = 0) -> Observation:
+def capture(basis: SpectralBasis, layer: int, tokens: int, mismatch: float = 1.0, first: int = 0) -> LayerCapture:
     """A layer whose coefficients have the spreads that the basis says, times `mismatch`."""
     generator = torch.Generator().manual_seed(layer)
     _, sides, kv_heads, head_dim = basis.mean.shape
@@ -58,7 +58,7 @@ def observation(basis: SpectralBasis, layer: int, tokens: int, mismatch: float =
     coefficients *= basis.spread[layer][:, :, None] * mismatch
     keys, values = plain_states(basis, layer, coefficients, first).float()
     queries = torch.randn(2 * kv_heads, min(tokens, 8), head_dim, generator=generator)
-    return Observation(queries, keys, values, head_dim**-0.5, None, None, 0, layer)
+    return LayerCapture(queries, keys, values, head_dim**-0.5, None, None, 0, layer)
 
 
 def encoder_of(basis: SpectralBasis, shape: KvGeometry, tokens: int, budget: float) -> SpectralEncoder:
@@ -148,15 +148,15 @@ def test_a_block_is_exact_up_to_half_a_step(kv_heads: int, head_dim: int, tokens
     shape = geometry(kv_heads, head_dim)
     basis = replace(basis_of(shape), rope_scaling=1.25)
     first = 300
-    seen = observation(basis, layer=1, tokens=tokens, first=first)
+    seen = capture(basis, layer=1, tokens=tokens, first=first)
     transform = LayerTransform(basis, 1)
     classes = np.random.default_rng(0).integers(-6, 4, tokens)
     sinks = min(2, tokens)
-    block = UncodedBlock(transform, first, seen.keys, seen.values, TokenClasses(classes, sinks))
-    body, steps = encode_block(block, -1.5, shape)
+    segment = UncodedSegment(transform, first, seen.keys, seen.values, TokenClasses(classes, sinks))
+    body, steps = encode_segment(segment, -1.5, shape)
     assert len(body) % 2 == 0
     keys, values = torch.full((2, kv_heads, tokens, head_dim), torch.nan)
-    read = decode_block(transform, memoryview(body), first, shape, keys, values)
+    read = decode_segment(transform, memoryview(body), first, shape, keys, values)
     assert (read.base, read.tokens.sinks) == (steps.base, sinks) == (-1.5, sinks)
     assert (read.tokens.coded == classes[sinks:] + 6).all()
     assert torch.equal(keys[:, :sinks], seen.keys[:, :sinks].half().float())
@@ -172,16 +172,16 @@ def test_a_block_is_exact_up_to_half_a_step(kv_heads: int, head_dim: int, tokens
 def test_steps_too_fine_for_integers_of_32_bits_are_made_coarser() -> None:
     shape = geometry()
     basis = basis_of(shape)
-    seen = observation(basis, layer=0, tokens=30)
+    seen = capture(basis, layer=0, tokens=30)
     seen.keys[1, 11] *= 1e9
     transform = LayerTransform(basis, 0)
-    block = UncodedBlock(transform, 0, seen.keys, seen.values, TokenClasses(np.zeros(30, np.int64), 1))
-    body, steps = encode_block(block, -6.0, shape)
+    segment = UncodedSegment(transform, 0, seen.keys, seen.values, TokenClasses(np.zeros(30, np.int64), 1))
+    body, steps = encode_segment(segment, -6.0, shape)
     largest = float(plain_coefficients(basis, 0, seen.keys, seen.values, 0).abs().max())
     # Classes reach three octaves below class 0, and integers 2^30.
     assert abs(steps.base - (np.log2(largest) - 30 + 3)) < 1e-4
     keys, values = torch.full((2, 2, 30, 16), torch.nan)
-    decode_block(transform, memoryview(body), 0, shape, keys, values)
+    decode_segment(transform, memoryview(body), 0, shape, keys, values)
     torch.testing.assert_close(keys[1, 11], seen.keys[1, 11], rtol=1e-5, atol=0)
 
 
@@ -197,14 +197,14 @@ def test_a_budget_is_met_and_never_exceeded(tokens: int, budget: float, mismatch
     decoder = SpectralDecoder(basis, shape)
     sent = 0
     for layer in range(shape.layers):
-        blocks = list(encoder.encode(observation(basis, layer, tokens, mismatch)))
-        sent += sum(block.wire_bytes for block in blocks)
-        assert sum(block.tiers.numel() for block in blocks) == tokens
-        for block in blocks:
-            received = torch.full((2, shape.kv_heads, block.tiers.numel(), shape.head_dim), torch.nan)
-            assert decoder.decode(block, received[0], received[1]) == block.tier_bytes
+        segments = list(encoder.encode(capture(basis, layer, tokens, mismatch)))
+        sent += sum(segment.wire_bytes for segment in segments)
+        assert sum(segment.tiers.numel() for segment in segments) == tokens
+        for segment in segments:
+            received = torch.full((2, shape.kv_heads, segment.tiers.numel(), shape.head_dim), torch.nan)
+            assert decoder.decode(segment, received[0], received[1]) == segment.tier_bytes
             assert received.isfinite().all()
-            assert sum(block.tier_bytes.values()) == block.body.numel()
+            assert sum(segment.tier_bytes.values()) == segment.body.numel()
     share = sent / shape.fp16_bytes(tokens)
     assert 0.99 * budget <= share <= budget
 
@@ -212,33 +212,33 @@ def test_a_budget_is_met_and_never_exceeded(tokens: int, budget: float, mismatch
 def test_important_tokens_are_finer() -> None:
     shape = geometry(kv_heads=1, head_dim=64, layers=1)
     basis = basis_of(shape)
-    seen = observation(basis, 0, 256)
+    seen = capture(basis, 0, 256)
     # The last query looks at token 100 and at nothing else.
-    loud = Observation(seen.keys[:, 100:101].repeat(2, 8, 1) * 10, seen.keys, seen.values, 0.5, None, None, 0, 0)
-    [block] = encoder_of(basis, shape, 256, 0.2).encode(loud)
+    loud = LayerCapture(seen.keys[:, 100:101].repeat(2, 8, 1) * 10, seen.keys, seen.values, 0.5, None, None, 0, 0)
+    [segment] = encoder_of(basis, shape, 256, 0.2).encode(loud)
     received = torch.empty(2, 1, 256, 64)
-    SpectralDecoder(basis, shape).decode(block, received[0], received[1])
+    SpectralDecoder(basis, shape).decode(segment, received[0], received[1])
     error = (received[1] - seen.values).square().mean(dim=(0, 2))
     assert error[100] < error[4:].median() / 8
 
 
 @cache
-def encoded() -> tuple[Block, SpectralDecoder]:
+def encoded() -> tuple[KvSegment, SpectralDecoder]:
     shape = geometry()
     basis = basis_of(shape)
-    [block] = encoder_of(basis, shape, 40, 0.4).encode(observation(basis, 0, 40))
-    return block, SpectralDecoder(basis, shape)
+    [segment] = encoder_of(basis, shape, 40, 0.4).encode(capture(basis, 0, 40))
+    return segment, SpectralDecoder(basis, shape)
 
 
 @settings(max_examples=300)
 @given(st.data())
 def test_a_damaged_body_is_an_error_or_decodes_and_never_anything_else(data: st.DataObject) -> None:
-    block, decoder = encoded()
-    body = bytearray(block.body.numpy().tobytes())
+    segment, decoder = encoded()
+    body = bytearray(segment.body.numpy().tobytes())
     for _ in range(data.draw(st.integers(1, 3))):
         body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
     del body[data.draw(st.integers(0, len(body))) :]
-    damaged = Block(0, 0, block.tiers, torch.tensor(list(body), dtype=torch.uint8))
+    damaged = KvSegment(0, 0, segment.tiers, torch.tensor(list(body), dtype=torch.uint8))
     states = torch.empty(2, 2, 40, 16)
     with suppress(DataLossError):
         decoder.decode(damaged, states[0], states[1])
@@ -247,7 +247,7 @@ def test_a_damaged_body_is_an_error_or_decodes_and_never_anything_else(data: st.
 def test_infinite_states_are_refused() -> None:
     shape = geometry()
     basis = basis_of(shape)
-    seen = observation(basis, 0, 40)
+    seen = capture(basis, 0, 40)
     seen.keys[0, 7, 3] = torch.inf
     with pytest.raises(InvalidArgumentError, match="layer 0"):
         list(encoder_of(basis, shape, 40, 0.4).encode(seen))
@@ -259,13 +259,13 @@ def test_states_are_refused_or_decoded_however_large(magnitude: float) -> None:
     transform = LayerTransform(basis_of(shape), 0)
     keys = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(0)) * magnitude
     received = torch.full((2, *keys.shape), torch.nan)
-    block = UncodedBlock(transform, 0, keys, keys, TokenClasses(np.zeros(40, np.int64), 0))
+    segment = UncodedSegment(transform, 0, keys, keys, TokenClasses(np.zeros(40, np.int64), 0))
     if magnitude > 1e20:
         with pytest.raises(InvalidArgumentError, match="layer 0"):
-            encode_block(block, 0.0, shape)
+            encode_segment(segment, 0.0, shape)
         return
-    body, _ = encode_block(block, 0.0, shape)
-    decode_block(transform, memoryview(body), 0, shape, received[0], received[1])
+    body, _ = encode_segment(segment, 0.0, shape)
+    decode_segment(transform, memoryview(body), 0, shape, received[0], received[1])
     torch.testing.assert_close(received[0] / magnitude, keys / magnitude, rtol=0, atol=1e-3)
 
 
@@ -275,21 +275,21 @@ def test_a_finite_float16_does_not_come_back_infinite(base: float) -> None:
     transform = LayerTransform(basis_of(shape), 0)
     states = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0)).mul(100).half()
     states[0, 7, 3], states[1, 9, 5] = 65504.0, -65504.0
-    body, _ = encode_block(
-        UncodedBlock(transform, 0, states, states, TokenClasses(np.zeros(40, np.int64), 4)), base, shape
+    body, _ = encode_segment(
+        UncodedSegment(transform, 0, states, states, TokenClasses(np.zeros(40, np.int64), 4)), base, shape
     )
     received = torch.full((2, *states.shape), torch.nan, dtype=torch.float16)
-    decode_block(transform, memoryview(body), 0, shape, received[0], received[1])
+    decode_segment(transform, memoryview(body), 0, shape, received[0], received[1])
     assert received.isfinite().all()
 
 
 def test_a_token_that_is_not_sent_is_refused() -> None:
-    block, decoder = encoded()
-    tiers = block.tiers.clone()
+    segment, decoder = encoded()
+    tiers = segment.tiers.clone()
     tiers[3] = Tier.DROP
     states = torch.empty(2, 2, 40, 16)
     with pytest.raises(DataLossError, match="sends every token"):
-        decoder.decode(Block(0, 0, tiers, block.body), states[0], states[1])
+        decoder.decode(KvSegment(0, 0, tiers, segment.body), states[0], states[1])
 
 
 @given(first=st.integers(0, 700), tokens=st.integers(1, 700))

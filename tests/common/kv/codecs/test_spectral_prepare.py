@@ -10,9 +10,9 @@ REQUEST = """
 import torch
 from spectrumkv.common.kv.spectral.codec import prepare
 from spectrumkv.kernels import spectral_packing, spectral_rate, spectral_streams, spectral_transform
-from spectrumkv.common.kv.block import parse_block
+from spectrumkv.common.kv.segment import parse_segment
 from spectrumkv.common.kv.spectral.decoder import SpectralDecoder
-from tests.kv.test_spectral import basis_of, encoder_of, geometry, observation
+from tests.kv.test_spectral import basis_of, encoder_of, geometry, capture
 
 def signatures():
     loops = vars(spectral_transform) | vars(spectral_streams) | vars(spectral_packing) | vars(spectral_rate)
@@ -24,14 +24,14 @@ shape = geometry()
 basis = basis_of(shape)
 for tokens, mismatch in ((1, 1.0), (40, 1.0), (300, 30.0)):
     for layer in range(shape.layers):
-        seen = observation(basis, layer, tokens, mismatch)
+        seen = capture(basis, layer, tokens, mismatch)
         # As models leave them: token by token.
         for states in (seen.keys, seen.values):
             states.set_(states.transpose(0, 1).contiguous().transpose(0, 1))
-        for block in encoder_of(basis, shape, tokens, 0.4).encode(seen):
-            payload = block.header + block.body.numpy().tobytes()
+        for segment in encoder_of(basis, shape, tokens, 0.4).encode(seen):
+            payload = segment.header + segment.body.numpy().tobytes()
             slots = torch.empty(2, shape.kv_heads, 2 * tokens, shape.head_dim)[:, :, tokens:]
-            SpectralDecoder(basis, shape).decode(parse_block(payload, 0)[0], slots[0], slots[1])
+            SpectralDecoder(basis, shape).decode(parse_segment(payload, 0)[0], slots[0], slots[1])
 print(sorted(map(str, signatures() - prepared)))
 """
 

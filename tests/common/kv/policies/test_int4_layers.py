@@ -9,7 +9,7 @@ from spectrumkv.common.kv.codecs.encoder import TieredEncoder
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.kv.policies.int4_layers import Int4Layers, most_without_int4
-from spectrumkv.common.kv.scoring import Observation
+from spectrumkv.common.kv.scoring import LayerCapture
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 
 TOKENS = 200
@@ -23,8 +23,8 @@ def tier_counts(policy: str, budget: float, int4: Int4Layers, layers: int, scope
     counts: list[dict] = [{} for _ in range(layers)]
     for layer in range(layers):
         keys, values, queries = torch.randn(3, 1, TOKENS, 4, generator=generator)
-        for block in encoder.encode(Observation(queries[:, -8:], keys, values, 0.5, None, None, 0, layer)):
-            counts[block.layer] = {tier: count for tier, count in count_tiers(block.tiers).items() if count}
+        for segment in encoder.encode(LayerCapture(queries[:, -8:], keys, values, 0.5, None, None, 0, layer)):
+            counts[segment.layer] = {tier: count for tier, count in count_tiers(segment.tiers).items() if count}
     return counts
 
 

@@ -29,10 +29,11 @@ test: install  ## The tests that every change must pass (a few minutes)
 test-slow: install  ## The tests that take longer
 	$(BIN)/python -m pytest -m 'slow and not gpu' --ignore=tests/faults
 
-lint: install $(SOURCE_TREE)  ## Lint, formatting, types, and the .proto files
+lint: install $(SOURCE_TREE)  ## Lint, formatting, types, which folder imports which, and the .proto files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=$(SOURCE_TREE) $(BIN)/mypy -p spectrumkv
+	PYTHONPATH=$(SOURCE_TREE) $(BIN)/lint-imports --no-cache
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
 

@@ -1,7 +1,7 @@
 """How many cores torch's operations take: all of them on the thread that runs the model, one elsewhere.
 
 What codes, sends and receives KV runs beside the model. Where it takes several cores it gains nothing, since they are
-busy, and its threads wait for each other: processor time that the model could have had (docs/decisions.md, 46).
+busy, and its threads wait for each other: processor time that the model could have had (ADR 47, docs/adr).
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def run_in_thread(work: Callable[[], T]) -> T:
 
     Threads of libgomp wait for the next loop by spinning only while there are no more of them than cores, and whoever
     computes on several cores has threads of its own until it ends. Where a process does apart what it does before
-    it serves, the model's thread is the only one that has (docs/decisions.md, 51).
+    it serves, the model's thread is the only one that has (docs/adr/0051-spin-option.md).
     """
     with ThreadPoolExecutor(1) as alone:
         return alone.submit(work).result()

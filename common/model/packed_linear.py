@@ -1,7 +1,7 @@
 """Linear layers whose weights lie in memory in the order in which oneDNN's kernels read them.
 
 torch multiplies by MKL on a CPU, which reads the weights as they are stored: with few rows, as in a decode step, it
-takes two to four times what oneDNN takes over weights packed once (docs/decisions.md, 45).
+takes two to four times what oneDNN takes over weights packed once (docs/adr/0045-packed-linear-layers.md).
 """
 
 import platform

@@ -1,14 +1,14 @@
 """When two answers over quantized KV count as the same.
 
 A quantizer makes a step of what differs in the last bit, so tokens may part. Up to there both have the same text
-before each token, and what the model predicts there can be compared (decision 32 does the same).
+before each token, and what the model predicts there can be compared (ADR 32 does the same).
 """
 
 from spectrumkv.client.completion import Completion, TokenEvent
 
 # As many as can be asked for.
 TOP_LOGPROBS = 20
-# In nats: what shared passes and batches may change. decisions.md says what was measured.
+# In nats: what shared passes and batches may change. ADR 38 says what was measured.
 ALLOWED = 0.01
 
 

@@ -10,7 +10,7 @@ from spectrumkv.common.kv.policies import policies
 TRIALS = 3
 TRIALS_TO_PASS = 2
 MAX_SAFE_KL = 1e-4
-"""Nats a token by which predictions over a safe setting's KV may diverge (docs/decisions.md says why so much)."""
+"""Nats a token by which predictions over a safe setting's KV may diverge (docs/adr, ADR 39, says why so much)."""
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,18 @@ import numpy as np
 from numba import types
 
 from spectrumkv.kernels.jit.compiled import compiled, intrinsic
-from spectrumkv.kernels.jit.float_bits import ROUNDER, float_of, greater_magnitude, rounded_to_bfloat16, to_float32
-from spectrumkv.kernels.jit.machine_types import F32, HALF, I8, I16, I32
+from spectrumkv.kernels.jit.llvm import (
+    F32,
+    HALF,
+    I8,
+    I16,
+    I32,
+    ROUNDER,
+    float_of,
+    greater_magnitude,
+    rounded_to_bfloat16,
+    to_float32,
+)
 
 ZERO, INFINITY = np.float32(0), np.float32(np.inf)
 FLOAT16_MAX = 65504.0

@@ -14,9 +14,23 @@ from numba import types
 from numba.core import cgutils
 
 from spectrumkv.kernels.jit.compiled import intrinsic
-from spectrumkv.kernels.jit.float_bits import MAGNITUDE, ROUNDER
-from spectrumkv.kernels.jit.machine_types import F32, HALF, I8, I16, I32, I64
-from spectrumkv.kernels.jit.vectors import FLOAT_BYTES, LANES, VECTOR, load, pointer_to, splat, vector_at
+from spectrumkv.kernels.jit.llvm import (
+    F32,
+    FLOAT_BYTES,
+    HALF,
+    I8,
+    I16,
+    I32,
+    I64,
+    LANES,
+    MAGNITUDE,
+    ROUNDER,
+    VECTOR,
+    load,
+    pointer_to,
+    splat,
+    vector_at,
+)
 
 VECTOR_BYTES = LANES * FLOAT_BYTES
 # What INT4 packs into one byte lies half a row apart: half a row has whole vectors.

@@ -13,8 +13,8 @@ from numba.core import cgutils
 from numba.core.errors import TypingError
 
 from spectrumkv.kernels.jit.compiled import compiled, intrinsic
-from spectrumkv.kernels.jit.machine_types import I64
-from spectrumkv.kernels.jit.vectors import (
+from spectrumkv.kernels.jit.llvm import (
+    I64,
     LANES,
     MANY_REGISTERS,
     VECTOR,

@@ -11,7 +11,7 @@ import numpy as np
 from numba import types
 
 from spectrumkv.kernels.jit.compiled import compiled, intrinsic
-from spectrumkv.kernels.jit.machine_types import I32
+from spectrumkv.kernels.jit.llvm import I32
 
 # Symbols that are looked at together for one beyond the limit.
 LOOKED_AT = 256

@@ -8,7 +8,7 @@ first token lies in it.
 from typing import Any
 
 from spectrumkv.kernels.jit.compiled import compiled
-from spectrumkv.kernels.jit.prefetch import fetch
+from spectrumkv.kernels.jit.llvm import fetch
 
 # How many rows before its turn one is fetched: tokens come in an order that no processor foresees.
 AHEAD = 8

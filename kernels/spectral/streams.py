@@ -13,8 +13,7 @@ import numpy as np
 from numba import types
 
 from spectrumkv.kernels.jit.compiled import compiled, intrinsic
-from spectrumkv.kernels.jit.float_bits import greater_magnitude
-from spectrumkv.kernels.jit.machine_types import F32, I32
+from spectrumkv.kernels.jit.llvm import F32, I32, greater_magnitude
 
 
 @intrinsic

@@ -19,8 +19,9 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from spectrumkv.common.kv.codecs.spectral.basis import SIDES, SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.rotary import angles, rotate
-from spectrumkv.common.kv.scoring import LayerCapture, observed_attention, visible
+from spectrumkv.common.kv.scoring import LayerCapture, observed_attention
 from spectrumkv.common.model.load import LoadedModel
+from spectrumkv.kernels.logits import causal_mask, soft_cap
 from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME
 from spectrumkv.prefill_server.tuning.replay import capture_prompt
 
@@ -152,7 +153,7 @@ def _attend_to_prefix(
     values = torch.cat([prefix_values, value[0]], dim=1)
     kv_heads, tokens, head_dim = keys.shape
     queries = query.shape[2]
-    seen = visible(queries, tokens, sliding_window, keys.device)
+    seen = causal_mask(range(tokens - queries, tokens), tokens, sliding_window, keys.device)
     grouped = query[0].view(kv_heads, -1, queries, head_dim)
     if softcap is None:
         attended = F.scaled_dot_product_attention(
@@ -163,7 +164,7 @@ def _attend_to_prefix(
             scale=scaling,
         )
     else:
-        logits = softcap * torch.tanh(grouped @ keys[:, None].transpose(-1, -2) * (scaling / softcap))
+        logits = soft_cap(grouped @ keys[:, None].transpose(-1, -2), softcap, scaling=scaling)
         attended = logits.masked_fill(~seen, -torch.inf).softmax(dim=-1) @ values[:, None]
     return attended.reshape(-1, queries, head_dim).transpose(0, 1)[None], None
 

@@ -1,6 +1,6 @@
 """Absmax quantization in Triton: one launch for any mix of tiers, one pass over the elements, gather and scatter too.
 
-A program takes a few tokens of one tier (a tile, see `absmax_tiles`) of one KV head as the first and the second half
+A program takes a few tokens of one tier (a tile, see `tiles`) of one KV head as the first and the second half
 of the head, since two elements that far apart share a byte of INT4. All arithmetic is in float32 and rounds as the
 reference does.
 """
@@ -13,17 +13,16 @@ import torch
 import triton
 import triton.language as tl
 
-from spectrumkv.kernels.absmax import layout as absmax_format
-from spectrumkv.kernels.absmax.tiles import TILE_COLUMNS, tiles_of_segments
+from spectrumkv.kernels.absmax import layout, tiles
 
 # Elements of one program: enough to keep 128 threads busy, few enough to stay in registers.
 TILE_ELEMENTS = 2048
 
-COLUMNS = tl.constexpr(TILE_COLUMNS)
-TIER_16BIT = tl.constexpr(absmax_format.TIER_16BIT)
-TIER_INT8 = tl.constexpr(absmax_format.TIER_INT8)
-LARGEST_INT8 = tl.constexpr(absmax_format.INT8.largest)
-LARGEST_INT4 = tl.constexpr(absmax_format.INT4.largest)
+COLUMNS = tl.constexpr(tiles.TILE_COLUMNS)
+TIER_16BIT = tl.constexpr(layout.TIER_16BIT)
+TIER_INT8 = tl.constexpr(layout.TIER_INT8)
+LARGEST_INT8 = tl.constexpr(layout.INT8.largest)
+LARGEST_INT4 = tl.constexpr(layout.INT4.largest)
 ABSOLUTE_BITS = tl.constexpr(0x7FFFFFFF)
 # 1.5 · 2^23: a float32 next to it has no fractional bits, so adding it rounds half to even.
 ROUNDER = tl.constexpr(12582912.0)
@@ -231,14 +230,14 @@ def _kernel(
 def encode(
     keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
 ) -> None:
-    """See `spectrumkv.kernels.absmax.encode`. CPU tensors work under `TRITON_INTERPRET=1` only."""
+    """Code segments of tokens; see `dispatch.encode`. CPU tensors work under `TRITON_INTERPRET=1` only."""
     encoding(keys, values, tiers, cuts, bodies)()
 
 
 def decode(
     bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> None:
-    """See `spectrumkv.kernels.absmax.decode`. CPU tensors work under `TRITON_INTERPRET=1` only."""
+    """Write the tokens of segments; see `dispatch.decode`. CPU tensors work under `TRITON_INTERPRET=1` only."""
     decoding(bodies, tiers, cuts, keys, values)()
 
 
@@ -268,10 +267,10 @@ def _prepared(
     kv_heads, _, head_dim = keys.shape
     padded_half: int = triton.next_power_of_2(head_dim // 2)
     rows = max(1, TILE_ELEMENTS // (2 * padded_half))
-    table = tiles_of_segments(tiers.numpy(), cuts, kv_heads, head_dim, rows)
+    table = tiles.tiles_of_segments(tiers.numpy(), cuts, kv_heads, head_dim, rows)
     half = torch.float16 if keys.dtype == torch.float32 else keys.dtype
     floats, scales = bodies.view(half), bodies.view(torch.float16)
-    order, tiles = table.on(keys.device)
+    order, rows_of_tiles = table.on(keys.device)
 
     def launch() -> None:
         if not len(table.tiles):
@@ -283,7 +282,7 @@ def _prepared(
                 *keys.stride(),
                 *values.stride(),
                 order,
-                tiles,
+                rows_of_tiles,
                 floats,
                 scales,
                 bodies,

@@ -53,8 +53,8 @@ def streams(states: torch.Tensor) -> bool:
         states: see `whole_vectors`.
     """
     head_stride, token_stride, _ = states.stride()
-    places = (states.data_ptr(), FLOAT_BYTES * head_stride, FLOAT_BYTES * token_stride)
-    return whole_vectors(states) and not any(place % VECTOR_BYTES for place in places)
+    distances = (states.data_ptr(), FLOAT_BYTES * head_stride, FLOAT_BYTES * token_stride)
+    return whole_vectors(states) and not any(distance % VECTOR_BYTES for distance in distances)
 
 
 def _each_vector(builder: Any, elements: Any, emit: Callable[[Any], None]) -> None:
@@ -229,9 +229,9 @@ def _emit_int4(builder: Any, source: Any, target: Any, elements: Any, factor: An
     def multiply(offset: Any) -> None:
         codes = load(builder, vector_at(builder, source, offset, I8), alignment=1)
         low, high = builder.ashr(builder.shl(codes, nibble), nibble), builder.ashr(codes, nibble)
-        for nibbles, place in ((low, offset), (high, builder.add(offset, half))):
+        for nibbles, start in ((low, offset), (high, builder.add(offset, half))):
             value = builder.fmul(builder.sitofp(nibbles, VECTOR), factor)
-            _stream(builder, value, vector_at(builder, target, place))
+            _stream(builder, value, vector_at(builder, target, start))
 
     _each_vector(builder, half, multiply)
 

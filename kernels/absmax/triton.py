@@ -19,6 +19,9 @@ from spectrumkv.kernels.absmax import layout, tiles
 TILE_ELEMENTS = 2048
 
 COLUMNS = tl.constexpr(tiles.TILE_COLUMNS)
+TIER, ORDER_START = tl.constexpr(tiles.TIER), tl.constexpr(tiles.ORDER_START)
+ROWS, ROW, SECTION_ROWS = tl.constexpr(tiles.ROWS), tl.constexpr(tiles.ROW), tl.constexpr(tiles.SECTION_ROWS)
+ELEMENTS_AT, SCALES_AT = tl.constexpr(tiles.ELEMENTS_AT), tl.constexpr(tiles.SCALES_AT)
 TIER_16BIT = tl.constexpr(layout.TIER_16BIT)
 TIER_INT8 = tl.constexpr(layout.TIER_INT8)
 LARGEST_INT8 = tl.constexpr(layout.INT8.largest)
@@ -78,15 +81,15 @@ def _tile(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """This program's tier, tokens, their mask, their rows in the sections, and where the sections begin."""
     table = tiles_ptr + tl.program_id(0) * COLUMNS
-    tier = tl.load(table)
-    place = tl.load(table + 1)
+    tier = tl.load(table + TIER)
+    order_start = tl.load(table + ORDER_START)
     row = tl.arange(0, rows)
-    in_tile = row < tl.load(table + 2)
-    token = tl.load(order_ptr + place + row, mask=in_tile, other=0).to(tl.int64)
+    in_tile = row < tl.load(table + ROWS)
+    token = tl.load(order_ptr + order_start + row, mask=in_tile, other=0).to(tl.int64)
     head = tl.program_id(2) * kv_heads + tl.program_id(1)
-    section_row = head.to(tl.int64) * tl.load(table + 4) + tl.load(table + 3) + row
-    elements_at = tl.multiple_of(tl.load(table + 5), alignment)
-    scales_at = tl.multiple_of(tl.load(table + 6), alignment)
+    section_row = head.to(tl.int64) * tl.load(table + SECTION_ROWS) + tl.load(table + ROW) + row
+    elements_at = tl.multiple_of(tl.load(table + ELEMENTS_AT), alignment)
+    scales_at = tl.multiple_of(tl.load(table + SCALES_AT), alignment)
     return tier, token, in_tile, section_row, elements_at, scales_at
 
 

@@ -71,9 +71,9 @@ def _part_kernel(
         seen &= tl.load(kept_ptr + slot, mask=seen, other=0) != 0
         there = seen[:, None] & (element < head_dim)[None, :]
         # What nobody wrote may be NaN: it is not even loaded.
-        place = head.to(tl.int64) * stride_head + slot.to(tl.int64)[:, None] * head_dim + element[None, :]
-        keys = tl.load(keys_ptr + place, mask=there, other=0.0)
-        values = tl.load(values_ptr + place, mask=there, other=0.0)
+        offset = head.to(tl.int64) * stride_head + slot.to(tl.int64)[:, None] * head_dim + element[None, :]
+        keys = tl.load(keys_ptr + offset, mask=there, other=0.0)
+        values = tl.load(values_ptr + offset, mask=there, other=0.0)
         logits = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scaling
         if capped:
             # tanh(x) = 1 − 2 / (e^2x + 1)
@@ -88,10 +88,10 @@ def _part_kernel(
         attended = attended * faded[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         greatest = reached
 
-    place = ((row * tl.num_programs(1) + head) * group + query) * parts + part
-    tl.store(weights_ptr + 2 * place, greatest, mask=query < group)
-    tl.store(weights_ptr + 2 * place + 1, total, mask=query < group)
-    tl.store(parts_ptr + place[:, None] * head_dim + element[None, :], attended, mask=asked)
+    offset = ((row * tl.num_programs(1) + head) * group + query) * parts + part
+    tl.store(weights_ptr + 2 * offset, greatest, mask=query < group)
+    tl.store(weights_ptr + 2 * offset + 1, total, mask=query < group)
+    tl.store(parts_ptr + offset[:, None] * head_dim + element[None, :], attended, mask=asked)
 
 
 @_jit
@@ -105,15 +105,15 @@ def _join_kernel(
 ) -> None:
     """Join the parts of one row and query head. The grid is (rows · query heads)."""
     head = tl.program_id(0)
-    place = head * parts + tl.arange(0, parts)
+    offset = head * parts + tl.arange(0, parts)
     element = tl.arange(0, padded_dim)
     there = (element < head_dim)[None, :]
-    greatest = tl.load(weights_ptr + 2 * place)
+    greatest = tl.load(weights_ptr + 2 * offset)
     level = tl.max(greatest, axis=0)
     # Every row sees at least its newest token, so that the level is finite.
     faded = tl.exp(greatest - level)
-    total = tl.sum(tl.load(weights_ptr + 2 * place + 1) * faded, axis=0)
-    attended = tl.load(parts_ptr + place[:, None] * head_dim + element[None, :], mask=there, other=0.0)
+    total = tl.sum(tl.load(weights_ptr + 2 * offset + 1) * faded, axis=0)
+    attended = tl.load(parts_ptr + offset[:, None] * head_dim + element[None, :], mask=there, other=0.0)
     attended = (tl.sum(attended * faded[:, None], axis=0) / total).to(attended_ptr.dtype.element_ty)
     tl.store(attended_ptr + head * head_dim + element, attended, mask=element < head_dim)
 

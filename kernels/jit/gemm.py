@@ -67,8 +67,8 @@ def _tile(columns: int) -> Callable[..., Any]:
                 for lane, one in zip(lanes, row, strict=True):
                     added = builder.fmul(factor, lane, flags=("contract",))
                     builder.store(builder.fadd(builder.load(one), added, flags=("contract",)), one)
-        for place, row in enumerate(sums):
-            line = builder.gep(product, [builder.mul(I64(place), product_stride)])
+        for index, row in enumerate(sums):
+            line = builder.gep(product, [builder.mul(I64(index), product_stride)])
             for number, one in enumerate(row):
                 store(builder, builder.load(one), vector_at(builder, line, I64(LANES * number)))
         return context.get_dummy_value()
@@ -87,9 +87,9 @@ def _tile(columns: int) -> Callable[..., Any]:
         product_stride: Any,
         depth: Any,
     ) -> Any:
-        place = types.int64
+        index = types.int64
         _check_contiguous(left, right, product)
-        return types.void(left, place, place, place, right, place, place, product, place, place, place), emit
+        return types.void(left, index, index, index, right, index, index, product, index, index, index), emit
 
     declared: Callable[..., Any] = intrinsic(tile)
     return declared
@@ -174,17 +174,17 @@ def _transpose_square(
         while apart < LANES:
             for one in (row for row in range(LANES) if not row & apart):
                 pair = rows[one], rows[one + apart]
-                for place, lanes in zip((one, one + apart), exchanged_lanes(apart), strict=True):
-                    rows[place] = builder.shuffle_vector(*pair, lanes)
+                for index, lanes in zip((one, one + apart), exchanged_lanes(apart), strict=True):
+                    rows[index] = builder.shuffle_vector(*pair, lanes)
             apart *= 2
         for row, value in enumerate(rows):
             offset = builder.mul(I64(row), arguments[5])
             store(builder, value, vector_at(builder, target, offset))
         return context.get_dummy_value()
 
-    place = types.int64
+    index = types.int64
     _check_contiguous(matrix, transposed)
-    return types.void(matrix, place, place, transposed, place, place), emit
+    return types.void(matrix, index, index, transposed, index, index), emit
 
 
 @compiled

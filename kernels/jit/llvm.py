@@ -80,7 +80,7 @@ def splat(builder: Any, value: Any) -> Any:
 
 
 def exchanged_lanes(apart: int) -> tuple[Any, Any]:
-    """Return two masks that shuffle a pair of vectors into two others: lanes `apart` places apart are exchanged.
+    """Return two masks that shuffle a pair of vectors into two others: lanes that lie `apart` apart are exchanged.
 
     The first mask makes the vector that keeps the first one's lanes where bit `apart` of the lane is 0, the second
     mask the other one. With `apart` 1, 2, 4 … in turn, that transposes as many vectors as they have lanes (Eklundh

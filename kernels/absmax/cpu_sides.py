@@ -1,7 +1,7 @@
 """One side of a segment, keys or values, compiled for CPUs: every token at its own tier, into a body and back.
 
-There is a loop for rows of any kind and one for rows of whole vectors, in either direction: as one with a branch it
-takes 1.4 times as long to code and ten times as long to decode (docs/decisions.md, 50).
+In either direction there is one loop for rows of any kind and one for rows of whole vectors. A single loop with a
+branch in it takes 1.4 times as long to code and ten times as long to decode (docs/decisions.md, 50).
 """
 
 from typing import Any

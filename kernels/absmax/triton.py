@@ -37,13 +37,13 @@ _jit: Callable[[Callable[..., Any]], Any] = triton.jit
 
 @_jit
 def _magnitude_bits(values: tl.tensor) -> tl.tensor:
-    """|values| as int32: ordered like the floats, with NaN above infinity, so that a maximum keeps NaN."""
+    """Return |values| as int32: ordered like the floats, with NaN above infinity, so that a maximum keeps NaN."""
     return values.to(tl.int32, bitcast=True) & ABSOLUTE_BITS
 
 
 @_jit
 def _scales(low: tl.tensor, high: tl.tensor, largest: tl.constexpr, rows: tl.constexpr) -> tl.tensor:
-    """float16 `[rows]`: the greatest magnitude of each row over the greatest code."""
+    """Return float16 `[rows]`: the greatest magnitude of each row over the greatest code."""
     magnitude = tl.maximum(_magnitude_bits(low), _magnitude_bits(high))
     absmax = tl.max(magnitude, axis=1).to(tl.float32, bitcast=True)
     return tl.div_rn(absmax, tl.full([rows], largest, tl.float32)).to(tl.float16)
@@ -51,7 +51,7 @@ def _scales(low: tl.tensor, high: tl.tensor, largest: tl.constexpr, rows: tl.con
 
 @_jit
 def _to_codes(values: tl.tensor, scale: tl.tensor, largest: tl.constexpr) -> tl.tensor:
-    """Nearest multiples of the float16 scale as int32, 0 where the scale is 0, infinite or NaN."""
+    """Return the nearest multiples of the float16 scale as int32, 0 where the scale is 0, infinite or NaN."""
     scale = scale.to(tl.float32)
     usable = (scale > 0.0) & (scale < float("inf"))
     steps = tl.div_rn(values, tl.where(usable, scale, 1.0)[:, None])
@@ -63,7 +63,7 @@ def _to_codes(values: tl.tensor, scale: tl.tensor, largest: tl.constexpr) -> tl.
 
 @_jit
 def _to_states(codes: tl.tensor, scale: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Codes times scale, rounded to nearest even in the states' dtype."""
+    """Return codes times scale, rounded to nearest even in the states' dtype."""
     values = codes.to(tl.float32) * scale[:, None]
     if dtype == tl.float16:
         values = tl.minimum(tl.maximum(values, -FLOAT16_MAX), FLOAT16_MAX)
@@ -79,7 +79,7 @@ def _to_states(codes: tl.tensor, scale: tl.tensor, dtype: tl.constexpr) -> tl.te
 def _tile(
     order_ptr: tl.tensor, tiles_ptr: tl.tensor, kv_heads: tl.tensor, alignment: tl.constexpr, rows: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """This program's tier, tokens, their mask, their rows in the sections, and where the sections begin."""
+    """Return this program's tier, tokens, their mask, their rows in the sections, and where the sections begin."""
     table = tiles_ptr + tl.program_id(0) * COLUMNS
     tier = tl.load(table + TIER)
     order_start = tl.load(table + ORDER_START)
@@ -104,7 +104,7 @@ def _elements(
     half: tl.constexpr,
     padded_half: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Where the tile's states lie, first and second halves of the head, the elements of a half, and their mask."""
+    """Return where the tile's states lie, first and second halves of the head, elements of a half, and their mask."""
     element = tl.arange(0, padded_half)[None, :]
     mask = in_tile[:, None] & (element < half)
     low_ptr = states_ptr + tl.program_id(1).to(tl.int64) * stride_head + token[:, None] * stride_token
@@ -247,14 +247,22 @@ def decode(
 def encoding(
     keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
 ) -> Callable[[], None]:
-    """Prepare an `encode`: what this returns launches one kernel and does nothing else, as CUDA graphs want it."""
+    """Prepare an `encode`, whose arguments these are.
+
+    Returns:
+        What launches one kernel and does nothing else, so that a CUDA graph can capture it.
+    """
     return _prepared(_encode_tile, keys, values, tiers, cuts, bodies)
 
 
 def decoding(
     bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> Callable[[], None]:
-    """Prepare a `decode`; see `encoding`."""
+    """Prepare a `decode`, whose arguments these are.
+
+    Returns:
+        What launches one kernel and does nothing else, so that a CUDA graph can capture it.
+    """
     return _prepared(_decode_tile, keys, values, tiers, cuts, bodies)
 
 

@@ -128,7 +128,7 @@ def _lane_sums(builder: Any, vectors: list[Any]) -> Any:
 
 @intrinsic
 def _dots(_: Any, row: Any, row_start: Any, memory: Any, start: Any, elements: Any, dots: Any, offset: Any) -> Any:
-    """Write the dot products of one row with the `LANES` rows that lie in memory from `start` on."""
+    """Return code that writes the dot products of one row with the `LANES` rows from `start` in memory on."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         left = pointer_to(context, builder, signature.args[0], *arguments[:2])

@@ -1,7 +1,7 @@
 """Products of matrices that fit the cache, and their transposition, in the vectors of the processor at hand.
 
-A product of one head's basis and some tokens is too small for libraries of linear algebra, which reach half of what
-the processor can do: here a tile of the result stays in registers from the first factor to the last.
+A product of one head's basis and some tokens is small, and libraries of linear algebra reach half of the processor's
+rate there. Here a tile of the result stays in registers from the first factor to the last.
 """
 
 from collections.abc import Callable
@@ -26,25 +26,32 @@ from spectrumkv.kernels.jit.llvm import (
     vector_at,
 )
 
-# Of a tile: rows, and columns of a narrow one. All matrices have a multiple of them, on every machine.
+# Rows of a tile, and columns of a narrow one. All matrices have multiples of them, on every machine.
 ROWS, COLUMNS = 4, 16
-# Columns of a wide tile: so many vectors of sums, and a few more, as there are registers.
+# Columns of a wide tile, whose sums take 16 of 32 registers, or 8 of 16.
 WIDE_COLUMNS = LANES * (4 if MANY_REGISTERS else 2)
 
 
 def padded(columns: int) -> int:
-    """The least number of columns from `columns` up that matrices may have."""
+    """Return the least number of columns from `columns` up that matrices may have."""
     return -(-columns // COLUMNS) * COLUMNS
 
 
 def _check_contiguous(*kinds: Any) -> None:
-    """Refuse to compile for arrays whose rows do not lie one after another: emitted code sees memory only."""
+    """Refuse to compile for arrays whose rows do not lie one after another: emitted code sees memory only.
+
+    Args:
+        kinds: numba's types of the arrays.
+
+    Raises:
+        TypingError: one of them is not contiguous.
+    """
     if any(kind.layout != "C" for kind in kinds):
-        raise TypingError(f"small products are of contiguous arrays, not of {', '.join(map(str, kinds))}")
+        raise TypingError(f"products are of contiguous arrays, not of {', '.join(map(str, kinds))}")
 
 
 def _tile(columns: int) -> Callable[..., Any]:
-    """A product's tile of `ROWS` and so many columns."""
+    """Return an intrinsic that computes a product's tile of `ROWS` rows and so many columns."""
     vectors = columns // LANES
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -163,7 +170,7 @@ def weigh(weights: Any, memory: Any, start: int, count: int, product: Any) -> No
 def _transpose_square(
     _: Any, matrix: Any, start: Any, stride: Any, transposed: Any, transposed_start: Any, transposed_stride: Any
 ) -> Any:
-    """`LANES` rows of as many floats, by exchanging lanes of pairs of rows; see `exchanged_lanes`."""
+    """Return code that transposes `LANES` rows of as many floats; see `exchanged_lanes`."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source = pointer_to(context, builder, signature.args[0], *arguments[:2])

@@ -163,7 +163,7 @@ READ, OFTEN, DATA = 0, 3, 1
 
 @intrinsic
 def _fetch_line(_: Any, array: Any, index: Any) -> Any:
-    """Ask for the line of the cache that holds an element, and do not wait for it."""
+    """Return code that asks for the line of the cache that holds an element, and does not wait for it."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
+from spectrumkv.kernels.absmax.layout import FLOAT16_MAX
 from spectrumkv.kernels.jit.compiled import compiled, intrinsic
 from spectrumkv.kernels.jit.llvm import (
     F32,
@@ -25,7 +26,6 @@ from spectrumkv.kernels.jit.llvm import (
 )
 
 ZERO, INFINITY = np.float32(0), np.float32(np.inf)
-FLOAT16_MAX = 65504.0
 
 
 @intrinsic

@@ -42,6 +42,7 @@ class CodeFormat:
         return head_dim * self.bits // 8
 
 
+FLOAT16_MAX = torch.finfo(torch.float16).max
 INT8 = CodeFormat(bits=8, largest=127)
 INT4 = CodeFormat(bits=4, largest=7)
 FORMATS = {TIER_INT8: INT8, TIER_INT4: INT4}

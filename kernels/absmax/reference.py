@@ -5,7 +5,15 @@ from itertools import pairwise
 
 import torch
 
-from spectrumkv.kernels.absmax.layout import FORMATS, INT8, TIER_16BIT, BodySections, CodeFormat, body_bytes
+from spectrumkv.kernels.absmax.layout import (
+    FLOAT16_MAX,
+    FORMATS,
+    INT8,
+    TIER_16BIT,
+    BodySections,
+    CodeFormat,
+    body_bytes,
+)
 
 
 def quantize(
@@ -46,8 +54,7 @@ def dequantize(
     rows = (codes if form == INT8 else _unpack(codes)).float()
     rows.mul_(scales.float().unsqueeze(-1))
     if states.dtype == torch.float16:
-        largest = torch.finfo(torch.float16).max
-        rows.clamp_(-largest, largest)
+        rows.clamp_(-FLOAT16_MAX, FLOAT16_MAX)
     states.index_copy_(1, index, rows.to(states.dtype))
 
 

@@ -1,8 +1,8 @@
 """Absmax quantization in Triton: one launch for any mix of tiers, one pass over the elements, gather and scatter too.
 
-A program takes a few tokens of one tier (a tile, see `tiles`) of one KV head as the first and the second half
-of the head, since two elements that far apart share a byte of INT4. All arithmetic is in float32 and rounds as the
-reference does.
+A program codes a tile (see `tiles`), a few tokens of one tier, in one KV head. It takes the first and the second half
+of the head apart, since two elements half a head apart share a byte of INT4. All arithmetic is in float32 and rounds
+as the reference does.
 """
 
 import math
@@ -22,14 +22,12 @@ COLUMNS = tl.constexpr(tiles.TILE_COLUMNS)
 TIER, ORDER_START = tl.constexpr(tiles.TIER), tl.constexpr(tiles.ORDER_START)
 ROWS, ROW, SECTION_ROWS = tl.constexpr(tiles.ROWS), tl.constexpr(tiles.ROW), tl.constexpr(tiles.SECTION_ROWS)
 ELEMENTS_AT, SCALES_AT = tl.constexpr(tiles.ELEMENTS_AT), tl.constexpr(tiles.SCALES_AT)
-TIER_16BIT = tl.constexpr(layout.TIER_16BIT)
-TIER_INT8 = tl.constexpr(layout.TIER_INT8)
-LARGEST_INT8 = tl.constexpr(layout.INT8.largest)
-LARGEST_INT4 = tl.constexpr(layout.INT4.largest)
+TIER_16BIT, TIER_INT8 = tl.constexpr(layout.TIER_16BIT), tl.constexpr(layout.TIER_INT8)
+LARGEST_INT8, LARGEST_INT4 = tl.constexpr(layout.INT8.largest), tl.constexpr(layout.INT4.largest)
 ABSOLUTE_BITS = tl.constexpr(0x7FFFFFFF)
 # 1.5 · 2^23: a float32 next to it has no fractional bits, so adding it rounds half to even.
 ROUNDER = tl.constexpr(12582912.0)
-FLOAT16_MAX = tl.constexpr(65504.0)
+FLOAT16_MAX = tl.constexpr(layout.FLOAT16_MAX)
 
 # Triton ships no types.
 _jit: Callable[[Callable[..., Any]], Any] = triton.jit
@@ -247,22 +245,14 @@ def decode(
 def encoding(
     keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
 ) -> Callable[[], None]:
-    """Prepare an `encode`, whose arguments these are.
-
-    Returns:
-        What launches one kernel and does nothing else, so that a CUDA graph can capture it.
-    """
+    """Return what runs `encode` with these arguments: one launch and nothing else, as CUDA graphs want it."""
     return _prepared(_encode_tile, keys, values, tiers, cuts, bodies)
 
 
 def decoding(
     bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> Callable[[], None]:
-    """Prepare a `decode`, whose arguments these are.
-
-    Returns:
-        What launches one kernel and does nothing else, so that a CUDA graph can capture it.
-    """
+    """Return what runs `decode` with these arguments; see `encoding`."""
     return _prepared(_decode_tile, keys, values, tiers, cuts, bodies)
 
 

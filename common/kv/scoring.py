@@ -13,7 +13,11 @@ import torch
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.registry import Registry
-from spectrumkv.kernels.attention_scores.dispatch import accumulated_attention
+from spectrumkv.kernels.attention_scores import accumulated_attention
+
+SINK_TOKENS = 4
+"""How many of the first tokens are attention sinks (StreamingLLM, arXiv 2309.17453, section 3.1): they draw attention
+whatever they say, and their keys and values are unlike all others. SinkProtect and PDTrim keep as many, too."""
 
 DECAY_RATE = 0.005
 """λ of `decay` and `position`, per token; the middle one of those that the paper sweeps (.001, .005, .01)."""
@@ -101,21 +105,6 @@ class LayerCapture:
             return left.clamp_(max=window)
         unseeing = (left - self.sliding_window).clamp_(min=0)
         return left.clamp_(max=window).sub_(unseeing).clamp_(min=1)
-
-
-def visible(queries: int, tokens: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
-    """Which of `tokens` tokens the last `queries` of them see: bool `[queries, tokens]`.
-
-    Args:
-        queries: how many of the last tokens ask.
-        tokens: how many there are.
-        sliding_window: the newest tokens that a query sees, itself included; None is all.
-        device: where the mask is wanted.
-    """
-    positions = torch.arange(tokens, device=device)
-    distance = positions[tokens - queries :, None] - positions
-    seen = distance >= 0
-    return seen if sliding_window is None else seen & (distance < sliding_window)
 
 
 Scorer = Callable[[LayerCapture], torch.Tensor]

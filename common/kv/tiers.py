@@ -5,6 +5,8 @@ from enum import IntEnum
 import numpy as np
 import torch
 
+from spectrumkv.kernels.absmax import TIER_16BIT, TIER_DROP, TIER_INT4, TIER_INT8
+
 # Values 0 to 3 are the two-bit codes of the wire's tier map (proto/spectrumkv/v1/kv.proto).
 TIER_MAP_BITS = 2
 TOKENS_PER_TIER_MAP_BYTE = 8 // TIER_MAP_BITS
@@ -14,18 +16,27 @@ _TIERS_OF_BYTE = (np.arange(256, dtype=np.uint8)[:, None] >> _TIER_SHIFTS) & 3
 
 
 class Tier(IntEnum):
-    """The precision that one token's keys and values are sent at."""
+    """The precision that one token's keys and values are sent at.
 
-    DROP = 0
-    INT4 = 1
-    INT8 = 2
-    FP16 = 3
+    The values are the codes that segments have on the wire; of these a tier map has the first four, in two bits each.
+    The protocol's enum counts from 1, because 0 stands for "unspecified" there; `wire_name` is the way to it.
+    """
+
+    DROP = TIER_DROP
+    INT4 = TIER_INT4
+    INT8 = TIER_INT8
+    FP16 = TIER_16BIT
     NATIVE = 4
 
     @property
     def label(self) -> str:
         """The tier's name in metrics, tables and JSON."""
         return self.name.lower()
+
+    @property
+    def wire_name(self) -> str:
+        """The tier's name in the protocol's enum `Tier` (proto/spectrumkv/v1/kv.proto)."""
+        return f"TIER_{self.name}"
 
     @property
     def nominal_cost(self) -> float:
@@ -37,10 +48,13 @@ _NOMINAL_COST = {Tier.DROP: 0.0, Tier.INT4: 0.25, Tier.INT8: 0.5, Tier.FP16: 1.0
 
 
 def count_tiers(tiers: torch.Tensor) -> dict[Tier, int]:
-    """How many tokens each tier has.
+    """Count the tokens of each tier.
 
     Args:
         tiers: uint8 `[...]` on the CPU, `Tier` values.
+
+    Returns:
+        A number for every tier, 0 where no token has it.
     """
     # numpy, as elsewhere in this file: an operation takes a fraction of torch's time over so few bytes.
     counts = np.bincount(tiers.numpy().ravel(), minlength=len(Tier)).tolist()
@@ -48,10 +62,13 @@ def count_tiers(tiers: torch.Tensor) -> dict[Tier, int]:
 
 
 def nominal_budget(tiers: torch.Tensor) -> float:
-    """Mean nominal cost of the tokens (the paper's normalized budget b).
+    """Return the mean nominal cost of the tokens: the paper's normalized budget b.
 
     Args:
         tiers: uint8 `[...]`, `Tier` values, at least one.
+
+    Returns:
+        From 0, where all are dropped, to 1.
     """
     return sum(tier.nominal_cost * count for tier, count in count_tiers(tiers).items()) / tiers.numel()
 
@@ -61,6 +78,9 @@ def pack_tier_map(tiers: torch.Tensor) -> bytes:
 
     Args:
         tiers: uint8 `[n]` with values 0 to 3.
+
+    Returns:
+        `tier_map_bytes(n)` bytes.
     """
     padded = np.zeros((tier_map_bytes(tiers.numel()), TOKENS_PER_TIER_MAP_BYTE), np.uint8)
     padded.ravel()[: tiers.numel()] = tiers.numpy()
@@ -69,12 +89,12 @@ def pack_tier_map(tiers: torch.Tensor) -> bytes:
 
 
 def tier_map_bytes(tokens: int) -> int:
-    """Length of the packed map of `tokens` tokens."""
+    """Return the length in bytes of the packed map of `tokens` tokens."""
     return -(-tokens // 8) * 2
 
 
 def unpack_tier_map(packed: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Inverse of `pack_tier_map`.
+    """Unpack what `pack_tier_map` packed.
 
     Args:
         packed: uint8 `[tier_map_bytes(tokens)]`.

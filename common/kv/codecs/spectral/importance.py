@@ -5,19 +5,18 @@ import numpy as np
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.scoring import LayerCapture, observed_attention, scorers
+from spectrumkv.common.kv.scoring import SINK_TOKENS, LayerCapture, observed_attention, scorers
 
 # A step goes with this power of a token's sensitivity: at equal slope of distortion against rate, errors times
 # sensitivity are alike everywhere.
 SENSITIVITY_POWER = 0.5
-SINKS = 4
 # Shares of the attention below this one are all alike.
 LEAST_SHARE = 1e-7
 
 
 def affordable_sinks(budget_bytes: int, geometry: KvGeometry) -> int:
     """How many first tokens are sent in the 16-bit dtype: they may take a quarter of the budget."""
-    return min(SINKS, max(0, budget_bytes // (4 * geometry.fp16_bytes(1))))
+    return min(SINK_TOKENS, max(0, budget_bytes // (4 * geometry.fp16_bytes(1))))
 
 
 def step_octaves(capture: LayerCapture, basis: SpectralBasis, scorer: str, sinks: int) -> np.ndarray:

@@ -73,7 +73,7 @@ class StreamLayout:
 
 @lru_cache(maxsize=1)
 def entropy_table() -> np.ndarray:
-    """Entropy in bits of a Gaussian rounded to integers, as `kernels.spectral_rate` reads it: up to 2^6 steps."""
+    """Entropy in bits of a Gaussian rounded to integers, as `kernels.spectral.rate` reads it: up to 2^6 steps."""
     entropies = []
     for exponent in np.arange(LOWEST * PER_OCTAVE, HIGHEST * PER_OCTAVE + 1) / PER_OCTAVE:
         spread = 2.0**exponent

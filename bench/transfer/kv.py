@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from spectrumkv.bench.codec.measure import Cache
 from spectrumkv.common.errors import DataLossError, InternalError, InvalidArgumentError
 from spectrumkv.common.kv.codecs.base import codecs, needed_basis
-from spectrumkv.common.kv.codecs.encoder import KvEncoder, TieredEncoder
+from spectrumkv.common.kv.codecs.tiered import KvEncoder, TieredEncoder
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.scoring import LayerCapture
 from spectrumkv.common.kv.segment import KvSegment

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from spectrumkv.common.kv.codecs.base import TierCodec, codecs
-from spectrumkv.common.kv.codecs.spectral.fixed_width import least_budget
+from spectrumkv.common.kv.codecs.spectral.tier_allocation import least_budget
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.prefill_server.transfer.pipeline import SentKv
 from spectrumkv.prefill_server.transfer.plan import FIXED_WIDTH_CODEC, KvPlan

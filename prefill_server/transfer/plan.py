@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.codecs.base import Codec, SegmentDecoder, TierCodec, codecs, needed_basis
-from spectrumkv.common.kv.codecs.encoder import KvEncoder, TieredEncoder
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.encoder import SpectralEncoder
-from spectrumkv.common.kv.codecs.spectral.fixed_width import FixedWidthEncoder, least_budget
+from spectrumkv.common.kv.codecs.spectral.tier_allocation import FixedWidthEncoder, least_budget
+from spectrumkv.common.kv.codecs.tiered import KvEncoder, TieredEncoder
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies import Policy, policies
 from spectrumkv.common.kv.policies.int4_layers import Int4Layers

@@ -40,7 +40,7 @@ from spectrumkv.common.kv.codecs import absmax, native  # noqa: F401  (registers
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.codecs.spectral import segment_codec, symbols
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.codecs.spectral.fixed_width import least_budget
+from spectrumkv.common.kv.codecs.spectral.tier_allocation import least_budget
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.kv.policies.int4_layers import Int4Layers

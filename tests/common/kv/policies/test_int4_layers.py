@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.codecs.absmax import AbsmaxCodec
-from spectrumkv.common.kv.codecs.encoder import TieredEncoder
+from spectrumkv.common.kv.codecs.tiered import TieredEncoder
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.kv.policies.int4_layers import Int4Layers, most_without_int4

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from spectrumkv.common.kv.codecs.base import codecs, tier_codecs
-from spectrumkv.common.kv.codecs.spectral.fixed_width import FixedWidthEncoder, least_budget
+from spectrumkv.common.kv.codecs.spectral.tier_allocation import FixedWidthEncoder, least_budget
 from spectrumkv.common.kv.scoring import LayerCapture
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 from tests.common.kv.codecs.test_spectral import basis_of, capture, geometry

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from spectrumkv.common.kv.codecs.base import TierCodec
-from spectrumkv.common.kv.codecs.encoder import tier_segments, token_bytes
 from spectrumkv.common.kv.codecs.spectral.accounting import INT4_BITS, INT8_BITS
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.importance import affordable_sinks, step_octaves
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
+from spectrumkv.common.kv.codecs.tiered import tier_segments, token_bytes
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.scoring import LayerCapture
 from spectrumkv.common.kv.segment import SEGMENT_HEADER, KvSegment

@@ -9,7 +9,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from spectrumkv.common.kv.scoring import LayerCapture
+from spectrumkv.common.kv.capture import LayerCapture
 
 ATTENTION_NAME = "spectrumkv_prefill"
 # Queries whose attention logits are in memory at once where soft-capping rules out the fused kernels.
@@ -67,7 +67,6 @@ def hooked_attention(
                 scaling=scaling,
                 softcap=softcap,
                 sliding_window=sliding_window,
-                seed=0,
                 layer=int(module.layer_idx),  # type: ignore[arg-type]  # torch types attributes as tensors
             )
         )

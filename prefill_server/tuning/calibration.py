@@ -17,9 +17,9 @@ import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-from spectrumkv.common.kv.codecs.spectral.basis import SIDES, SpectralBasis
-from spectrumkv.common.kv.codecs.spectral.rotary import angles, rotate
-from spectrumkv.common.kv.scoring import LayerCapture, observed_attention, visible
+from spectrumkv.common.kv.capture import LayerCapture
+from spectrumkv.common.kv.codecs.spectral.basis import SIDES, SpectralBasis, angles, rotate
+from spectrumkv.common.kv.scoring import mean_attention, visible
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME
 from spectrumkv.prefill_server.tuning.replay import capture_prompt
@@ -104,7 +104,7 @@ def _observe(
         yield LayerSample(
             states=torch.stack([unrotated, values.detach().float().cpu()])[:, :, SINKS:],
             gradients=torch.stack([unrotated_gradient, values.grad.float().cpu()])[:, :, SINKS:],
-            attention=observed_attention(capture).mean(dim=0).cpu()[SINKS:],
+            attention=mean_attention(capture).mean(dim=0).cpu()[SINKS:],
         )
 
 

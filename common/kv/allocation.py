@@ -91,7 +91,7 @@ class PolicyTiers:
         """
 
     def _scores(self, capture: LayerCapture) -> torch.Tensor:
-        """Score one layer's tokens, float32 `[n]`; zeros where the policy does not look at them."""
+        """Return the scores of one layer's tokens, float32 `[n]`; zeros where the policy does not look at them."""
         if not self.policy.needs_scores:
             return torch.zeros(capture.keys.shape[1])
         return scorers.get(self.scorer)(capture, self.seed)

@@ -67,13 +67,13 @@ def mean_attention(capture: LayerCapture) -> torch.Tensor:
 
 @scorers.register("attention")
 def attention(capture: LayerCapture, seed: int) -> torch.Tensor:
-    """Score by mean attention over the layer's heads: the paper's attention statistic A."""
+    """Return mean attention over the layer's heads: the paper's attention statistic A."""
     return mean_attention(capture).mean(dim=0)
 
 
 @scorers.register("decay")
 def decay(capture: LayerCapture, seed: int) -> torch.Tensor:
-    """Score by attention that fades with distance: A_j · exp(−λ (n − j)) (SpectrumKV, Method), λ = `DECAY_RATE`.
+    """Return attention that fades with distance: A_j · exp(−λ (n − j)) (SpectrumKV, Method), λ = `DECAY_RATE`.
 
     Tokens are counted j = 1 … n, so the last one keeps its whole score. Beyond about 100 / λ tokens the factor
     is 0 in float32; such tokens tie, and policies rank a tie by position.
@@ -83,7 +83,7 @@ def decay(capture: LayerCapture, seed: int) -> torch.Tensor:
 
 @scorers.register("key_norm")
 def key_norm(capture: LayerCapture, seed: int) -> torch.Tensor:
-    """Score by minus the mean L2 norm of the token's keys, which needs no attention.
+    """Return minus the mean L2 norm of the token's keys, which needs no attention.
 
     The paper names "KV norm" as the stand-in and says no more. Keys of low norm are those that draw attention
     (Devoto et al. 2024, "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", arXiv
@@ -95,14 +95,14 @@ def key_norm(capture: LayerCapture, seed: int) -> torch.Tensor:
 
 @scorers.register("position")
 def position(capture: LayerCapture, seed: int) -> torch.Tensor:
-    """Score by exp(−λ (n − j)) alone, which is what the quality scripts released with the paper compute."""
+    """Return exp(−λ (n − j)) alone, which is what the quality scripts released with the paper compute."""
     distance = torch.arange(capture.tokens - 1, -1, -1, dtype=torch.float32, device=capture.keys.device)
     return torch.exp(-DECAY_RATE * distance)
 
 
 @scorers.register("random")
 def random(capture: LayerCapture, seed: int) -> torch.Tensor:
-    """Score uniformly in [0, 1): the control that every other scorer has to beat. One draw per seed and layer."""
+    """Return uniform numbers in [0, 1), one draw per seed and layer: what every other scorer has to beat."""
     generator = np.random.default_rng((seed, capture.layer))
     return torch.from_numpy(generator.random(capture.tokens, dtype=np.float32)).to(capture.keys.device)
 
@@ -132,7 +132,7 @@ def combine(scores_by_layer: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _ranks(scores: torch.Tensor) -> torch.Tensor:
-    """Compute mean ranks, 1 / n … 1, as float32 `[n]`; ties share theirs."""
+    """Return mean ranks, 1 / n … 1, as float32 `[n]`; ties share theirs."""
     _, group, sizes = torch.unique(scores, return_inverse=True, return_counts=True)
     mean_rank: torch.Tensor = sizes.cumsum(dim=0) - (sizes - 1) / 2
     return mean_rank[group] / scores.numel()

@@ -14,7 +14,7 @@ _TIERS_OF_BYTE = (np.arange(256, dtype=np.uint8)[:, None] >> _TIER_SHIFTS) & 3
 
 
 class Tier(IntEnum):
-    """The precision that one token's keys and values are sent at."""
+    """Name the precision that one token's keys and values are sent at."""
 
     DROP = 0
     INT4 = 1
@@ -29,7 +29,7 @@ class Tier(IntEnum):
 
     @property
     def nominal_cost(self) -> float:
-        """The paper's cost relative to FP16, scales and framing left out. NATIVE counts as FP16."""
+        """Look up the paper's cost relative to FP16, scales and framing left out. NATIVE counts as FP16."""
         return _NOMINAL_COST[self]
 
 
@@ -37,10 +37,13 @@ _NOMINAL_COST = {Tier.DROP: 0.0, Tier.INT4: 0.25, Tier.INT8: 0.5, Tier.FP16: 1.0
 
 
 def count_tiers(tiers: torch.Tensor) -> dict[Tier, int]:
-    """How many tokens each tier has.
+    """Count the tokens of each tier.
 
     Args:
         tiers: uint8 `[...]` on the CPU, `Tier` values.
+
+    Returns:
+        A count for every tier, 0 included.
     """
     # numpy, as elsewhere in this file: an operation takes a fraction of torch's time over so few bytes.
     counts = np.bincount(tiers.numpy().ravel(), minlength=len(Tier)).tolist()
@@ -48,10 +51,13 @@ def count_tiers(tiers: torch.Tensor) -> dict[Tier, int]:
 
 
 def nominal_budget(tiers: torch.Tensor) -> float:
-    """Mean nominal cost of the tokens (the paper's normalized budget b).
+    """Average the tokens' tier cost (the paper's normalized budget b).
 
     Args:
-        tiers: uint8 `[...]`, `Tier` values, at least one.
+        tiers: uint8 `[...]` on the CPU, `Tier` values, at least one.
+
+    Returns:
+        From 0 to 1.
     """
     return sum(tier.nominal_cost * count for tier, count in count_tiers(tiers).items()) / tiers.numel()
 
@@ -60,7 +66,10 @@ def pack_tier_map(tiers: torch.Tensor) -> bytes:
     """Pack tiers two bits each, token i in bits 2·(i mod 4) of byte i div 4, to an even number of bytes.
 
     Args:
-        tiers: uint8 `[n]` with values 0 to 3.
+        tiers: uint8 `[n]` on the CPU with values 0 to 3.
+
+    Returns:
+        `tier_map_bytes(n)` bytes.
     """
     padded = np.zeros((tier_map_bytes(tiers.numel()), TOKENS_PER_TIER_MAP_BYTE), np.uint8)
     padded.ravel()[: tiers.numel()] = tiers.numpy()
@@ -69,15 +78,15 @@ def pack_tier_map(tiers: torch.Tensor) -> bytes:
 
 
 def tier_map_bytes(tokens: int) -> int:
-    """Length of the packed map of `tokens` tokens."""
+    """Return the bytes of the packed map of `tokens` tokens."""
     return -(-tokens // 8) * 2
 
 
 def unpack_tier_map(packed: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Inverse of `pack_tier_map`.
+    """Unpack a tier map: the inverse of `pack_tier_map`.
 
     Args:
-        packed: uint8 `[tier_map_bytes(tokens)]`.
+        packed: uint8 `[tier_map_bytes(tokens)]` on the CPU.
         tokens: how many tokens the map holds.
 
     Returns:

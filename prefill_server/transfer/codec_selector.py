@@ -80,7 +80,7 @@ class CodecSelector:
         return plan.written_by(stand_in, reason) if reason else plan
 
     def _reason(self, byte_budget: float, tokens: int, worker: str) -> str:
-        """Say why the stand-in should be used; nothing where it should not."""
+        """Return why the stand-in should be used; nothing where it should not."""
         with self._lock:
             coder, prefill = self.coder.seconds, self.prefill.seconds
             link = self.links.get(worker, RunningMedian()).seconds
@@ -119,7 +119,7 @@ class CodecSelector:
 
 
 def _link_seconds(sent: SentKv) -> float:
-    """Estimate how long the bytes would have travelled alone; 0 where the link waited for the coder."""
+    """Return how long the bytes would have travelled alone; 0 where the link waited for the coder."""
     if sent.coded_ahead:
         return sent.link_seconds
     held_up = sent.link_seconds > LINK_SHARE * sent.encode_seconds

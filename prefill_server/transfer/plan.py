@@ -158,7 +158,7 @@ class KvPlan:
         )
 
     def decoder(self, geometry: KvGeometry) -> SegmentDecoder:
-        """Make what decodes this plan's segments, as a decode worker would.
+        """Return what decodes this plan's segments, as a decode worker would.
 
         Args:
             geometry: shape and dtype of the model's cache.
@@ -202,7 +202,7 @@ def default_budget(policy: Policy, config: PrefillConfig, verdict: ProbeVerdict)
 
 
 def _named(options: prefill_pb2.KvOptions, config: PrefillConfig) -> tuple[Policy, str, Codec]:
-    """Look up policy, scorer and codec of a request; the configuration fills in what it leaves open."""
+    """Return policy, scorer and codec of a request; the configuration fills in what it leaves open."""
     policy = policies.get(options.policy or config.policy)
     scorer = options.scorer or config.scorer
     scorers.get(scorer)

@@ -3,7 +3,8 @@
 A codec turns the keys and values of one prompt's layers into segments, within a budget, and segments back into keys
 and values. It knows nothing of requests, chunks or networks. A codec states both halves side by side: `Codec.encoder`
 and `Codec.decoder` make what codes and decodes one request. Its byte layout is documented in
-proto/spectrumkv/v1/kv.proto; any change of the layout raises `version`, so that old and new refuse each other by name.
+proto/spectrumkv/v1/kv.proto; any change of the layout raises `version`, so that old and new refuse each other by
+name.
 
 Most codecs are told each token's tier by a policy: they are a `TierCodec` (see `codecs.tiered`), which has all but
 the bytes. Others spend a budget of bytes themselves, and tell afterwards which tier each token came nearest to.
@@ -189,7 +190,7 @@ class Codec(ABC):
         return self.tiers >= SPECTRUM
 
     def writes(self, policy: Policy) -> bool:
-        """Tell whether the codec can write what a policy allocates.
+        """Return whether the codec can write what a policy allocates.
 
         Args:
             policy: any.

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from spectrumkv.common.errors import InternalError, InvalidArgumentError
+from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.allocation import PolicyTiers, TierAllocation
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.base import Basis, Codec, EncoderRequest, KvEncoder, SegmentDecoder, codecs
@@ -123,8 +123,15 @@ class TierCodec(Codec):
             InvalidArgumentError: the byte budget is less than the codec takes with every token at its cheapest tier.
         """
         geometry = request.geometry
-        if request.policy.budget_kind is BudgetKind.TIER_COST:
-            allocation = _policy_tiers(request)
+        if request.tier_budget is not None:
+            allocation = PolicyTiers(
+                policy=request.policy,
+                tier_budget=request.tier_budget,
+                scorer=request.scorer,
+                int4=request.int4,
+                seed=request.seed,
+                layers=geometry.layers,
+            )
             of_model = request.scope == "model"
             return (
                 OneTierEncoder(self, geometry, allocation) if of_model else TieredEncoder(self, geometry, allocation)
@@ -147,7 +154,7 @@ class TierCodec(Codec):
         return _TierDecoder(self, geometry)
 
     def writes(self, policy: Policy) -> bool:
-        """Tell whether the codec has the policy's tiers; a policy of another codec must leave tiers to that.
+        """Return whether the codec has the policy's tiers; a policy of another codec must leave tiers to that.
 
         Args:
             policy: any.
@@ -275,19 +282,6 @@ def _segment_cuts(codec: TierCodec, tiers: torch.Tensor, geometry: KvGeometry) -
         cuts.append(min(max(fitting, cuts[-1] + 1), cuts[-1] + MAX_SEGMENT_TOKENS))
         before = float(ends[cuts[-1] - 1])
     return cuts
-
-
-def _policy_tiers(request: EncoderRequest) -> PolicyTiers:
-    if request.tier_budget is None:
-        raise InternalError(f"policy {request.policy.name!r} has no tier budget")
-    return PolicyTiers(
-        policy=request.policy,
-        tier_budget=request.tier_budget,
-        scorer=request.scorer,
-        int4=request.int4,
-        seed=request.seed,
-        layers=request.geometry.layers,
-    )
 
 
 @lru_cache(maxsize=64)

@@ -275,7 +275,7 @@ class Int4Layers:
         return ", ".join(map(str, sorted(self.off)))
 
     def allows(self, layer: int) -> bool:
-        """Tell whether a layer, from 0, may use it."""
+        """Return whether a layer, from 0, may use it."""
         return layer not in self.off
 
     def layer_budget(self, layer: int, tier_budget: float, layers: int) -> float:

@@ -29,7 +29,7 @@ def greedy_counts(tier_budget: float, tokens: int) -> dict[Tier, int]:
 
 @policy("greedy", min_budget=0.25)
 def greedy(request: TierRequest) -> Tensor:
-    """Give the best tokens one tier more than the rest.
+    """Return one tier more for the best tokens than for the rest.
 
     .25 ≤ b ≤ .5: INT8 for 4b − 1 of them, INT4 for 2 − 4b. .5 ≤ b ≤ 1: FP16 for 2b − 1, INT8 for 2 − 2b. So b = .5
     is uniform INT8. Cost: more than b · n − ½.
@@ -39,7 +39,7 @@ def greedy(request: TierRequest) -> Tensor:
 
 @policy("sink-protect", min_budget=0.25)
 def sink_protect(request: TierRequest) -> Tensor:
-    """Give the first 4 tokens FP16, and the rest what Greedy gives with what is left: (b · n − 4) / (n − 4) each.
+    """Return FP16 for the first 4 tokens, and Greedy's tiers for the rest with (b · n − 4) / (n − 4) each.
 
     Where that is less than .25, the rest is all INT4. Then, and where n ≤ 4, the cost exceeds b · n, and
     reports say so. Otherwise the cost is more than b · n − ½, as Greedy's.
@@ -54,7 +54,7 @@ def sink_protect(request: TierRequest) -> Tensor:
 
 @policy("balanced", min_budget=0.375)
 def balanced(request: TierRequest) -> Tensor:
-    """Give (b − .375) / .625 of the tokens FP16, and half of the others INT8 and INT4 each.
+    """Return FP16 for (b − .375) / .625 of the tokens, INT8 for half of the others, and INT4 for the rest.
 
     At b = .5 these are the paper's 20, 40 and 40 %. The paper gives no other budget: keeping INT8 and INT4 alike
     is our generalization, and .375 is the cost where nothing is left for FP16. An odd token out gets INT4. Cost:
@@ -67,7 +67,7 @@ def balanced(request: TierRequest) -> Tensor:
 
 @policy("adaptive", min_budget=0.05, heeds_int4=True)
 def adaptive(request: TierRequest) -> Tensor:
-    """Do as Greedy where the probe allows INT4, otherwise use FP16 and INT8 only.
+    """Return Greedy's tiers where the probe allows INT4, otherwise FP16 and INT8 only.
 
     Where some layers do without INT4, they are sent at INT8 and the others pay for it (`Int4Layers.layer_budget`).
     Without INT4 the two agree for b ≥ .5, and below it 2b of the tokens get INT8 and the rest is dropped. The paper

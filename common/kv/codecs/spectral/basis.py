@@ -197,7 +197,7 @@ def angles(frequencies: tuple[float, ...], first: int, tokens: int) -> tuple[tor
 
 @lru_cache(maxsize=16)
 def _angle_table(frequencies: tuple[float, ...], positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute cosine and sine from position 0 on: all layers and segments of all prompts look up the same ones."""
+    """Return cosine and sine from position 0 on: all layers and segments of all prompts look up the same ones."""
     turned = torch.arange(positions, dtype=torch.float64)[:, None] * torch.tensor(frequencies, dtype=torch.float64)
     return turned.cos().float(), turned.sin().float()
 

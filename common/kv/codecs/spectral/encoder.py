@@ -93,7 +93,7 @@ class SpectralEncoder:
         return self._sinks * self._geometry.fp16_bytes_per_layer(1) + STREAM_OVERHEAD_BYTES
 
     def _step_classes(self, capture: LayerCapture) -> np.ndarray:
-        """Sort each token into a step class: int64 `[n]`."""
+        """Return the step class of each token: int64 `[n]`."""
         octaves = step_octaves(capture, self._basis, self._scorer, self._seed, self._sinks)
         classes: np.ndarray = np.clip(np.rint(CLASSES_PER_OCTAVE * octaves), LOWEST_CLASS, HIGHEST_CLASS)
         return classes.astype(np.int64)
@@ -102,7 +102,11 @@ class SpectralEncoder:
         return [coded for segment in layer for coded in self._code(segment, base)]
 
     def _code(self, segment: UncodedSegment, base: float) -> Iterator[KvSegment]:
-        """Code a segment, or each half of one that does not fit a chunk."""
+        """Code a segment, or each half of one that does not fit a chunk.
+
+        Yields:
+            Segments that fit chunks.
+        """
         body, steps = encode_segment(segment, base, self._geometry)
         if len(body) + SEGMENT_HEADER.size + tier_map_bytes(segment.length) > MAX_CHUNK_PAYLOAD_BYTES:
             for half in segment.halves():
@@ -115,7 +119,7 @@ class SpectralEncoder:
         yield KvSegment(segment.transform.layer, segment.first, tiers, coded, shares)
 
     def _fit(self, layer: list[UncodedSegment], base: float, segments: list[KvSegment]) -> list[KvSegment]:
-        """Code the last layer with other steps until it takes what is left of the budget and no more."""
+        """Return the last layer, coded with other steps until it takes what is left of the budget and no more."""
         symbols = sum(segment.length for segment in layer) * self._geometry.elements_per_token_layer
         rate = self._rate
         search = BaseSearch(rate.left_bytes, rate.may_be_left, symbols, rate.finest, rate.coarsest)

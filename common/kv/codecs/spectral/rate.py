@@ -25,9 +25,9 @@ from spectrumkv.common.kv.codecs.spectral.layout import (
 
 # Steps of a layer's mean token are sought from its largest standard deviation / 2^24 to 2^10 times that.
 FINEST, COARSEST = -24.0, 10.0
-# Fraction of its budget, or of the whole prompt's if that is more, that the last layer may leave unused; and how often
-# it may be coded to get there.
+# Fraction of its budget, or of the whole prompt's if that is more, that the last layer may leave unused.
 LEFT_OF_LAYER, LEFT_OF_BUDGET = 0.015, 0.001
+# How often the last layer may be coded to get there.
 LAST_LAYER_ATTEMPTS = 10
 # Added to the expected move of the base, in octaves, while all bases tried lie on one side of the budget.
 MOVE_BEYOND = 0.25
@@ -127,7 +127,7 @@ class RateControl:
 
     @staticmethod
     def _streams(rows: np.ndarray, classes: np.ndarray) -> np.ndarray:
-        """Count the symbols of each stream: a stream is a difference between the classes of rows and of tokens."""
+        """Return the symbols of each stream: a stream is a difference between the classes of rows and of tokens."""
         tokens = np.bincount(classes - LOWEST_CLASS, minlength=HIGHEST_CLASS - LOWEST_CLASS + 1)
         return np.convolve(rows, tokens[::-1])
 
@@ -188,11 +188,11 @@ class BaseSearch:
         return size >= self.left_bytes - self.may_be_left or base <= self.finest or self.attempts <= 0
 
     def is_best(self, base: float) -> bool:
-        """Tell whether a base is the best one tried so far."""
+        """Return whether a base is the best one tried so far."""
         return self.fits is not None and self.fits[0] == base
 
     def next_base(self) -> float:
-        """Choose the base to try next: between what fits and what exceeds, or beyond what was tried."""
+        """Return the base to try next: between what fits and what exceeds, or beyond what was tried."""
         aim = self.left_bytes - self.may_be_left / 2
         if self.fits is not None and self.exceeds is not None:
             share = (aim - self.fits[1]) / (self.exceeds[1] - self.fits[1])

@@ -112,7 +112,11 @@ def encode_segment(segment: UncodedSegment, base: float, geometry: KvGeometry) -
 
 
 def _coded_streams(segment: UncodedSegment, steps: Steps) -> tuple[Steps, list[CodedStream]]:
-    """Code the tokens that have a step; return the steps that were used, and the streams."""
+    """Return the steps that were used and the streams of the tokens that have a step.
+
+    Raises:
+        InvalidArgumentError: an element is infinite or NaN.
+    """
     if not len(segment.tokens.coded):
         return steps, []
     transform, sinks = segment.transform, segment.tokens.sinks
@@ -180,7 +184,7 @@ def decode_segment(
 
 
 def _streams(reader: "_Reader", packed: PackedStreams) -> list[CodedStream]:
-    """Take the streams from a body, each in its three pieces."""
+    """Return the streams of a body, each in its three pieces."""
     lengths = reader.array(len(packed.limit), LENGTHS).tolist()
     return [
         CodedStream(reader.take(coded), reader.take(raw_bytes), reader.take(exceptions * EXCEPTION.itemsize))

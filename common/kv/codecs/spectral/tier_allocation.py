@@ -21,9 +21,10 @@ from spectrumkv.common.kv.tiers import Tier, tier_map_bytes
 
 # Base steps, relative to a layer's largest standard deviation, between which its tokens go from 16 bits to 4.
 STEP_GRID = np.arange(-20, 12, 1 / 32)
-# By how much the steps of the first and the last token differ that get the same attention, and the least difference of
-# base steps that is told apart.
-TIE_OCTAVES, RESOLUTION = 1e-3, 1e-7
+# By how much the steps of the first and the last token differ where both get the same attention.
+TIE_OCTAVES = 1e-3
+# Octaves up to which a base step is sought.
+RESOLUTION = 1e-7
 
 
 class SpectralTiers:
@@ -85,7 +86,7 @@ class SpectralTiers:
         self._left_bytes -= wire_bytes
 
     def _tiers(self, octaves: np.ndarray, layer: int) -> np.ndarray:
-        """Give a layer's tokens tiers, uint8 `[n]`, at the finest base step that later layers can have, too."""
+        """Return a layer's tiers, uint8 `[n]`, at the finest base step that later layers can have, too."""
         base = self._base(np.sort(octaves[self._sinks :]), layer)
         steps = base + octaves
         tiers = np.where(steps >= self._int4_from[layer], Tier.INT4, Tier.INT8)
@@ -99,6 +100,9 @@ class SpectralTiers:
         Args:
             octaves: of the tokens that are no sinks, rising.
             layer: the present one.
+
+        Returns:
+            Binary logarithm of the step of a token of mean importance.
         """
         int4, int8, fp16 = (self._token_bytes[tier] for tier in (Tier.INT4, Tier.INT8, Tier.FP16))
         tokens = self._sinks + len(octaves)
@@ -119,7 +123,7 @@ class SpectralTiers:
 
 @lru_cache(maxsize=4)
 def _thresholds(basis: SpectralBasis) -> tuple[np.ndarray, np.ndarray]:
-    """Find for each layer the steps, as binary logarithms, from which on a token is nearest to INT8, and to INT4."""
+    """Return each layer's steps, as binary logarithms, from which on a token is nearest to INT8, and to INT4."""
     int8_from, int4_from = [], []
     for transform in layer_transforms(basis):
         grid = STEP_GRID + float(basis.std[transform.layer].max().log2())

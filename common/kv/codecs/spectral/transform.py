@@ -89,7 +89,14 @@ class LayerTransform:
         return mean_bits(self._run_exponents, steps, self.run_rows)
 
     def packed(self, steps: Steps) -> PackedStreams:
-        """Choose how the streams of tokens with these steps are packed."""
+        """Choose how the streams of tokens with these steps are packed.
+
+        Args:
+            steps: of the tokens.
+
+        Returns:
+            A packing for each stream.
+        """
         return self.streams.packed(steps.tokens.of_each, steps.base)
 
     def quantize(
@@ -161,7 +168,7 @@ class LayerTransform:
         return cosine.numpy(), sine.numpy(), np.float32(scaling)
 
     def _places(self, steps: Steps, packed: PackedStreams) -> np.ndarray:
-        """Find where the symbols of each step class and row start: int64 `[classes, rows]`."""
+        """Return where the symbols of each step class and row start: int64 `[classes, rows]`."""
         place = np.empty((len(steps.tokens.of_each), len(self.row_order)), np.int64)
         places(self.row_order, self.run_start, steps.tokens.start, self.streams.stream_of, packed.start, place)
         return place
@@ -190,7 +197,7 @@ def layer_transforms(basis: SpectralBasis) -> tuple[LayerTransform, ...]:
 
 
 def _padded(matrices: torch.Tensor) -> np.ndarray:
-    """Pad `[2, kv_heads, d, d]` to as many columns as compiled loops want: `[2 · kv_heads, d, padded]`."""
+    """Return `[2, kv_heads, d, d]` with as many columns as compiled loops want: `[2 · kv_heads, d, padded]`."""
     columns = matrices.shape[-1]
     wide = torch.nn.functional.pad(matrices.flatten(0, 1), (0, padded(columns) - columns))
     memory: np.ndarray = wide.contiguous().numpy()
@@ -199,7 +206,11 @@ def _padded(matrices: torch.Tensor) -> np.ndarray:
 
 @contextmanager
 def _written_rows(states: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Lend memory that compiled loops can write to: the states' own if it is of that kind, else a copy's."""
+    """Lend memory that compiled loops can write to.
+
+    Yields:
+        The states themselves if loops can write to them, else a float32 copy, which is copied back at the end.
+    """
     if states.dtype == torch.float32 and states.device.type == "cpu" and states.stride(-1) == 1:
         yield states
         return

@@ -1,4 +1,8 @@
-"""Who decides the tiers of a prompt's tokens: the interface, and the decision by a policy and its scores."""
+"""Who decides the tiers of a prompt's tokens, layer by layer: a policy by their scores, or a codec.
+
+A policy sees one layer at a time, or all of them combined. What it may spend on a layer depends on which layers can
+be trusted at INT4, which the probe finds out.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,9 +10,11 @@ from typing import Protocol
 
 import torch
 
+from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.policies.base import Int4Layers, Policy, TierRequest
+from spectrumkv.common.kv.policies.base import Policy, TierRequest, whole_tokens
 from spectrumkv.common.kv.scoring import combine, scorers
+from spectrumkv.common.kv.tiers import Tier
 
 
 class TierAllocation(Protocol):
@@ -32,6 +38,70 @@ class TierAllocation(Protocol):
             wire_bytes: header, tier map and body.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Int4Layers:
+    """Name the layers of a model that may be sent at INT4: all but some.
+
+    Attributes:
+        off: the layers, from 0, that do without.
+
+    Raises:
+        InvalidArgumentError: a layer's number is negative.
+    """
+
+    off: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.off and min(self.off) < 0:
+            raise InvalidArgumentError(f"layer {min(self.off)} is to do without INT4; layers count from 0")
+
+    @classmethod
+    def nowhere(cls, layers: int) -> "Int4Layers":
+        """Return that all of a model's `layers` layers do without."""
+        return cls(frozenset(range(layers)))
+
+    @property
+    def everywhere(self) -> bool:
+        """Tell whether all layers may use it."""
+        return not self.off
+
+    @property
+    def off_list(self) -> str:
+        """List the layers that do without, for people: "0, 3, 29"."""
+        return ", ".join(map(str, sorted(self.off)))
+
+    def allows(self, layer: int) -> bool:
+        """Return whether a layer, from 0, may use it."""
+        return layer not in self.off
+
+    def layer_budget(self, layer: int, tier_budget: float, layers: int) -> float:
+        """Share a tier budget out to one layer.
+
+        A layer without INT4 would have to drop tokens below a budget of ½. It is sent at INT8 instead, and the others
+        pay for that, as long as INT4 remains affordable to them; beyond that all have the same budget.
+
+        Args:
+            layer: from 0.
+            tier_budget: mean over all layers.
+            layers: of the model.
+
+        Returns:
+            The layer's tier budget.
+        """
+        if tier_budget >= Tier.INT8.nominal_cost or not 0 < len(self.off) <= most_without_int4(tier_budget, layers):
+            return tier_budget
+        if not self.allows(layer):
+            return Tier.INT8.nominal_cost
+        left = (tier_budget * layers - Tier.INT8.nominal_cost * len(self.off)) / (layers - len(self.off))
+        return max(left, Tier.INT4.nominal_cost)
+
+
+def most_without_int4(tier_budget: float, layers: int) -> int:
+    """Return how many of `layers` layers can be sent at INT8 while the others keep to INT4 on a mean budget."""
+    int4, int8 = Tier.INT4.nominal_cost, Tier.INT8.nominal_cost
+    return min(layers, max(0, whole_tokens((tier_budget - int4) * layers / (int8 - int4))))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.kv.allocation import Int4Layers
 from spectrumkv.common.kv.codecs.base import (
     Basis,
     Codec,
@@ -13,7 +14,7 @@ from spectrumkv.common.kv.codecs.base import (
     needed_basis,
 )
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.policies import BudgetKind, Int4Layers, Policy, policies
+from spectrumkv.common.kv.policies import BudgetKind, Policy, policies
 from spectrumkv.common.kv.scoring import scorers
 from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict

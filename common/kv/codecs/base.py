@@ -18,10 +18,10 @@ from typing import Protocol
 import torch
 
 from spectrumkv.common.errors import FailedPreconditionError, InternalError, InvalidArgumentError
-from spectrumkv.common.kv.allocation import TierAllocation
+from spectrumkv.common.kv.allocation import Int4Layers, TierAllocation
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.policies.base import BudgetKind, Int4Layers, Policy
+from spectrumkv.common.kv.policies.base import BudgetKind, Policy
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.registry import Registry

@@ -142,15 +142,7 @@ class TierCodec(Codec):
         return TieredEncoder(self, geometry, owner.tier_allocation(request, taken))
 
     def decoder(self, geometry: KvGeometry, basis: Basis | None) -> SegmentDecoder:
-        """Make a decoder; see `Codec.decoder`.
-
-        Args:
-            geometry: shape and dtype of the model's cache.
-            basis: not looked at.
-
-        Returns:
-            The decoder.
-        """
+        """Return a decoder, which needs no basis; see `Codec.decoder`."""
         return _TierDecoder(self, geometry)
 
     def writes(self, policy: Policy) -> bool:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.kv.policies import BudgetKind, Int4Layers, Policy
+from spectrumkv.common.kv.allocation import Int4Layers
+from spectrumkv.common.kv.policies import BudgetKind, Policy
 from spectrumkv.prefill_server.tuning.probe.results import (
     TRIALS,
     TRIALS_TO_PASS,

@@ -8,14 +8,13 @@ import pytest
 # In a process of its own: what other tests had compiled would hide what is missing.
 REQUEST = """
 import torch
-from spectrumkv.common.kv.spectral.codec import prepare
-from spectrumkv.kernels import spectral_packing, spectral_rate, spectral_streams, spectral_transform
+from spectrumkv.common.kv.codecs.spectral.codec import SpectralDecoder, prepare
 from spectrumkv.common.kv.segment import parse_segment
-from spectrumkv.common.kv.spectral.decoder import SpectralDecoder
-from tests.kv.test_spectral import basis_of, encoder_of, geometry, capture
+from spectrumkv.kernels.spectral import packing, rate, streams, transform
+from tests.common.kv.codecs.test_spectral import basis_of, encoder_of, geometry, capture
 
 def signatures():
-    loops = vars(spectral_transform) | vars(spectral_streams) | vars(spectral_packing) | vars(spectral_rate)
+    loops = vars(transform) | vars(streams) | vars(packing) | vars(rate)
     return {(name, one) for name, loop in loops.items() for one in getattr(loop, "signatures", ())}
 
 prepare()

@@ -1,8 +1,11 @@
 """Policies: which precision each token deserves, given a budget. Each module here registers what it defines."""
 
 from spectrumkv.common.kv.policies.base import BudgetKind, Policy, TierRequest, policies
+
+# Before the others, so that the servers' default leads every list of names.
+from spectrumkv.common.kv.policies.spectral import spectral
 from spectrumkv.common.registry import import_modules
 
 import_modules(__name__, __path__)
 
-__all__ = ["BudgetKind", "Policy", "TierRequest", "policies"]
+__all__ = ["BudgetKind", "Policy", "TierRequest", "policies", "spectral"]

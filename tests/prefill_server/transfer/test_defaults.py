@@ -17,7 +17,7 @@ def test_every_policy_may_be_the_default(policy: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"policy": "magic"}, f"unknown policy 'magic'; valid: {', '.join(policies)}$"),
+        ({"policy": "magic"}, "unknown policy 'magic'; valid: spectral"),
         ({"scorer": "magic"}, "unknown scorer 'magic'; valid: attention"),
         ({"codec": "magic"}, "unknown codec 'magic'; valid: absmax"),
         ({"codec": "native"}, "--codec is 'native', which does not write all tiers; .*: absmax"),

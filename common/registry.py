@@ -1,6 +1,8 @@
 """Named choices: policies, scorers and codecs register themselves; requests pick them by name."""
 
-from collections.abc import Callable, Iterator
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 from spectrumkv.common.errors import InvalidArgumentError
@@ -9,7 +11,7 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Maps names to choices of one kind.
+    """Map names to choices of one kind.
 
     Args:
         kind: what the choices are, as users say it ("policy"); it appears in errors.
@@ -20,7 +22,13 @@ class Registry(Generic[T]):
         self._choices: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Return a decorator that registers its argument as `name`.
+        """Return a decorator that registers its argument under a name.
+
+        Args:
+            name: as requests give it.
+
+        Returns:
+            The decorator; what it decorates stays as it is.
 
         Raises:
             ValueError: the name is taken.
@@ -35,7 +43,13 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str) -> T:
-        """Return the choice called `name`.
+        """Look a choice up.
+
+        Args:
+            name: as a request gives it.
+
+        Returns:
+            The choice.
 
         Raises:
             InvalidArgumentError: there is none; the message lists the valid names.
@@ -47,8 +61,21 @@ class Registry(Generic[T]):
             raise InvalidArgumentError(f"unknown {self.kind} {name!r}; valid: {valid}") from None
 
     def names(self) -> tuple[str, ...]:
-        """All names, in the order of registration."""
+        """Return all names, in the order of registration."""
         return tuple(self._choices)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._choices)
+
+
+def import_modules(package: str, folders: Iterable[str]) -> None:
+    """Import every module of a package, so that what they register is there.
+
+    A package whose `__init__` calls this needs no list of its modules: to add a choice is to add a file.
+
+    Args:
+        package: the package's name.
+        folders: its `__path__`.
+    """
+    for module in pkgutil.iter_modules(folders):
+        importlib.import_module(f"{package}.{module.name}")

@@ -9,7 +9,7 @@ import torch
 
 from spectrumkv.bench.codec.interleaving import interleaved_medians, timed, timed_on_gpu
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.kv.codecs.base import TierCodec, tier_codecs
+from spectrumkv.common.kv.codecs.tiered import TierCodec, tier_codecs
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier
 

@@ -6,7 +6,7 @@ import torch
 
 from spectrumkv.bench.methods.served_model import Prompt, SentBytes
 from spectrumkv.common.generation.params import SamplingParams
-from spectrumkv.common.kv.policies import Policy, TierRequest
+from spectrumkv.common.kv.policies import BudgetKind, Policy, TierRequest
 from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.model.spec import ModelSpec
 from spectrumkv.common.rpc.decode_stream import Request, deserialize_request, serialize_request
@@ -98,7 +98,7 @@ class WireMethod:
 
 def is_fixed(policy: Policy) -> bool:
     """Whether a policy does the same at its least and at its largest budget, so that one run says it all."""
-    if policy.budget_is_counted:
+    if policy.budget_kind is BudgetKind.BYTES:
         return False
     scores = torch.linspace(0.0, 1.0, TRIAL_TOKENS)
     least, most = (

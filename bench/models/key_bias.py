@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config
 
 from spectrumkv.common.errors import FailedPreconditionError
-from spectrumkv.common.kv.scoring import LayerCapture
+from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.model.cache import build_once, cache_directory
 from spectrumkv.common.model.directory import weight_files
 from spectrumkv.common.model.embedded import EMBEDDED_MODEL_NAME, embedded_model_directory

@@ -48,7 +48,7 @@ def pdtrim_layers(prompt: Prompt, pool: KvPool, allocation: Allocation, budget: 
     FP16. Bytes: 16 bits an element of what is kept.
     """
     layers, tokens = prompt.captured.layers, len(prompt.token_ids)
-    trim = best_trim(torch.stack([attention(layer) for layer in layers]), budget)
+    trim = best_trim(torch.stack([attention(layer, 0) for layer in layers]), budget)
     kept = 0
     for layer in layers:
         store_fp16(allocation, layer.layer, layer.keys, layer.values, pool.geometry)

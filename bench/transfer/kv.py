@@ -12,10 +12,10 @@ from prometheus_client import CollectorRegistry
 
 from spectrumkv.bench.codec.measure import Cache
 from spectrumkv.common.errors import DataLossError, InternalError, InvalidArgumentError
-from spectrumkv.common.kv.codecs.base import codecs, needed_basis
-from spectrumkv.common.kv.codecs.encoder import KvEncoder, TieredEncoder
+from spectrumkv.common.kv.capture import LayerCapture
+from spectrumkv.common.kv.codecs.base import KvEncoder, codecs, needed_basis
+from spectrumkv.common.kv.codecs.tiered import TieredEncoder, tier_segments
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.scoring import LayerCapture
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.rpc.decode_stream import (
@@ -165,7 +165,8 @@ class _SettledEncoder:
     tiers: tuple[torch.Tensor, ...]
 
     def encode(self, capture: LayerCapture) -> Iterator[KvSegment]:
-        return self.encoder.segments(capture, self.tiers[capture.layer])
+        tiers = self.tiers[capture.layer]
+        return tier_segments(self.encoder.codec, capture, tiers, self.encoder.geometry)
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def tiered(plan: KvPlan, layers: Sequence[LayerCapture], geometry: KvGeometry) -
     """
     settled = {field.name: getattr(plan, field.name) for field in fields(plan)} | {"scope": "layer"}
     encoder = _tiered_encoder(KvPlan(**settled), geometry, layers[0].tokens)
-    return TieredPlan(**settled, tiers=tuple(encoder.tiers_of(layer) for layer in layers))
+    return TieredPlan(**settled, tiers=tuple(encoder.allocation.tiers(layer) for layer in layers))
 
 
 def _tiered_encoder(plan: KvPlan, geometry: KvGeometry, tokens: int) -> TieredEncoder:
@@ -227,7 +228,6 @@ def captures(cache: Cache, query_heads: int, window: int) -> list[LayerCapture]:
             scaling=geometry.head_dim**-0.5,
             softcap=None,
             sliding_window=None,
-            seed=0,
             layer=layer,
         )
         for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True))

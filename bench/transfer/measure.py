@@ -13,7 +13,8 @@ from spectrumkv.bench.transfer.kv import KvSender, Sending, tiered
 from spectrumkv.bench.transfer.raw_grpc import RawSender
 from spectrumkv.bench.transfer.raw_tcp import TcpSender
 from spectrumkv.bench.transfer.receiver import ReceiverAddresses, receiving_process
-from spectrumkv.common.kv.scoring import LayerCapture
+from spectrumkv.common.kv.capture import LayerCapture
+from spectrumkv.common.kv.policies import BudgetKind
 from spectrumkv.common.rpc.server import open_channel
 from spectrumkv.common.security import ChannelSecurity, TlsFiles
 from spectrumkv.prefill_server.transfer.plan import KvPlan
@@ -100,7 +101,7 @@ def measure(
 
 def _has_tiers(plan: KvPlan) -> bool:
     """Whether its policy gives tokens tiers by their scores, so that scoring can be left out."""
-    return plan.policy.needs_scores and not plan.policy.budget_is_counted
+    return plan.policy.needs_scores and plan.policy.budget_kind is BudgetKind.TIER_COST
 
 
 def _compare_with_plaintext(rows: list[dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ from rich.text import Text
 from spectrumkv.client.completion import Completion, Usage
 
 NOT_MEASURED = "–"
-# Policies whose budget is kept in bytes on the wire (`Policy.budget_is_counted`, which could not be asked without
+# Policies whose budget is kept in bytes on the wire (`Policy.budget_kind`, which could not be asked without
 # loading torch).
 COUNTED_POLICIES = frozenset({"spectral"})
 # By how much counted bytes may exceed the budget asked for before that is worth a note.

@@ -11,7 +11,7 @@ NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class KvGeometry:
-    """What one token leaves in the cache of one model.
+    """Describe what one token leaves in the cache of one model.
 
     Attributes:
         layers: attention layers, each with a KV cache.
@@ -36,23 +36,23 @@ class KvGeometry:
 
     @property
     def half_dtype(self) -> torch.dtype:
-        """The 16-bit dtype of the FP16 tier: the model's own, or float16 for a float32 model."""
+        """Return the 16-bit dtype of the FP16 tier: the model's own, or float16 for a float32 model."""
         return torch.float16 if self.native_dtype == torch.float32 else self.native_dtype
 
     @property
     def elements_per_token_layer(self) -> int:
-        """Elements of one token in one layer, keys and values."""
+        """Count the elements of one token in one layer, keys and values."""
         return 2 * self.kv_heads * self.head_dim
 
     @property
     def native_bytes_per_token_layer(self) -> int:
-        """Bytes of one token in one layer at the model's own dtype."""
+        """Count the bytes of one token in one layer at the model's own dtype."""
         return self.elements_per_token_layer * self.native_dtype.itemsize
 
     def fp16_bytes_per_layer(self, tokens: int) -> int:
-        """Bytes of `tokens` tokens in one layer at 16 bits an element."""
+        """Return the bytes of `tokens` tokens in one layer at 16 bits an element."""
         return tokens * self.elements_per_token_layer * 2
 
     def fp16_bytes(self, tokens: int) -> int:
-        """Bytes of `tokens` tokens in all layers at 16 bits an element: the denominator of every budget."""
+        """Return the bytes of `tokens` tokens in all layers at 16 bits an element: the whole of a byte budget."""
         return self.layers * self.fp16_bytes_per_layer(tokens)

@@ -27,7 +27,7 @@ Buffer = bytes | memoryview
 
 @dataclass(frozen=True)
 class KvSegment:
-    """A run of consecutive tokens of one layer.
+    """Hold a run of consecutive tokens of one layer, coded.
 
     Attributes:
         layer: from 0.
@@ -45,7 +45,7 @@ class KvSegment:
 
     @cached_property
     def header(self) -> bytes:
-        """Header and tier map."""
+        """Lay out header and tier map."""
         tiers = self.tiers.numpy()
         first = int(tiers[0])
         uniform = bool((tiers == first).all())
@@ -55,12 +55,23 @@ class KvSegment:
 
     @property
     def wire_bytes(self) -> int:
-        """What it takes of a budget: header, tier map and body."""
+        """Count the bytes it takes of a budget: header, tier map and body."""
         return len(self.header) + self.body.numel()
 
 
 def parse_segment(payload: Buffer, offset: int) -> tuple[KvSegment, int]:
-    """Return the segment that starts at `offset` and where the next one starts."""
+    """Read a segment from a chunk's payload.
+
+    Args:
+        payload: of the chunk.
+        offset: byte at which the segment starts.
+
+    Returns:
+        The segment, whose tensors are views of the payload, and the offset of the next one.
+
+    Raises:
+        DataLossError: the payload does not hold what the segment's header says.
+    """
     try:
         layer, kind, tier, first_token, tokens, body_bytes = SEGMENT_HEADER.unpack_from(payload, offset)
     except struct.error:
@@ -82,7 +93,11 @@ def parse_segment(payload: Buffer, offset: int) -> tuple[KvSegment, int]:
 
 
 def _uniform_tiers(tier: int, tokens: int, payload_bytes: int) -> torch.Tensor:
-    """Tiers of a segment that names one for all its tokens."""
+    """Return the tiers of a segment that names one for all its tokens, uint8 `[tokens]`.
+
+    Raises:
+        DataLossError: there is no such tier, or the payload cannot hold so many tokens.
+    """
     if tier not in Tier.__members__.values():
         raise DataLossError(f"a segment names tier {tier}; known are {[int(t) for t in Tier]}", "malformed")
     # Every token but a dropped one takes body bytes, so the payload bounds the count; dropped ones are
@@ -95,7 +110,7 @@ def _uniform_tiers(tier: int, tokens: int, payload_bytes: int) -> torch.Tensor:
 
 
 def _view(payload: Buffer, start: int, length: int) -> torch.Tensor:
-    """Bytes of the payload as a tensor, without a copy."""
+    """Return bytes of the payload as a tensor, uint8 `[length]`, without a copy."""
     if not length:
         return torch.empty(0, dtype=torch.uint8)
     return torch.frombuffer(payload, dtype=torch.uint8, count=length, offset=start)

@@ -16,7 +16,7 @@ _TIERS_OF_BYTE = (np.arange(256, dtype=np.uint8)[:, None] >> _TIER_SHIFTS) & 3
 
 
 class Tier(IntEnum):
-    """The precision that one token's keys and values are sent at.
+    """Name the precision that one token's keys and values are sent at.
 
     The values are the codes that segments have on the wire; of these a tier map has the first four, in two bits each.
     The protocol's enum counts from 1, because 0 stands for "unspecified" there; `wire_name` is the way to it.
@@ -40,7 +40,7 @@ class Tier(IntEnum):
 
     @property
     def nominal_cost(self) -> float:
-        """The paper's cost relative to FP16, scales and framing left out. NATIVE counts as FP16."""
+        """Look up the paper's cost relative to FP16, scales and framing left out. NATIVE counts as FP16."""
         return _NOMINAL_COST[self]
 
 
@@ -54,7 +54,7 @@ def count_tiers(tiers: torch.Tensor) -> dict[Tier, int]:
         tiers: uint8 `[...]` on the CPU, `Tier` values.
 
     Returns:
-        A number for every tier, 0 where no token has it.
+        A count for every tier, 0 included.
     """
     # numpy, as elsewhere in this file: an operation takes a fraction of torch's time over so few bytes.
     counts = np.bincount(tiers.numpy().ravel(), minlength=len(Tier)).tolist()
@@ -62,13 +62,13 @@ def count_tiers(tiers: torch.Tensor) -> dict[Tier, int]:
 
 
 def nominal_budget(tiers: torch.Tensor) -> float:
-    """Return the mean nominal cost of the tokens: the paper's normalized budget b.
+    """Average the tokens' tier cost (the paper's normalized budget b).
 
     Args:
-        tiers: uint8 `[...]`, `Tier` values, at least one.
+        tiers: uint8 `[...]` on the CPU, `Tier` values, at least one.
 
     Returns:
-        From 0, where all are dropped, to 1.
+        From 0 to 1.
     """
     return sum(tier.nominal_cost * count for tier, count in count_tiers(tiers).items()) / tiers.numel()
 
@@ -77,7 +77,7 @@ def pack_tier_map(tiers: torch.Tensor) -> bytes:
     """Pack tiers two bits each, token i in bits 2·(i mod 4) of byte i div 4, to an even number of bytes.
 
     Args:
-        tiers: uint8 `[n]` with values 0 to 3.
+        tiers: uint8 `[n]` on the CPU with values 0 to 3.
 
     Returns:
         `tier_map_bytes(n)` bytes.
@@ -89,15 +89,15 @@ def pack_tier_map(tiers: torch.Tensor) -> bytes:
 
 
 def tier_map_bytes(tokens: int) -> int:
-    """Return the length in bytes of the packed map of `tokens` tokens."""
+    """Return the bytes of the packed map of `tokens` tokens."""
     return -(-tokens // 8) * 2
 
 
 def unpack_tier_map(packed: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Unpack what `pack_tier_map` packed.
+    """Unpack a tier map: the inverse of `pack_tier_map`.
 
     Args:
-        packed: uint8 `[tier_map_bytes(tokens)]`.
+        packed: uint8 `[tier_map_bytes(tokens)]` on the CPU.
         tokens: how many tokens the map holds.
 
     Returns:

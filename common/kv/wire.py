@@ -1,7 +1,7 @@
-"""Chunks: how segments are packed into messages, and how a receiver comes to trust them.
+"""Chunks: how segments are packed into messages, and how a receiver verifies them.
 
 The layout is documented in proto/spectrumkv/v1/kv.proto. `ChunkWriter` packs segments into chunks on the
-prefill side; `ChunkReader` checks everything that arrives before anybody may use it.
+prefill side; `ChunkReader` checks everything that arrives before it is used.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ DIGEST_RECORD = struct.Struct("<III")
 
 @dataclass(frozen=True)
 class KvChunk:
-    """What one KvChunk message carries.
+    """Hold what one KvChunk message carries.
 
     Attributes:
         sequence: 0, 1, 2, … within a request.
@@ -35,22 +35,22 @@ class KvChunk:
 
     @property
     def payload_bytes(self) -> int:
-        """Length of the payload."""
+        """Count the payload's bytes."""
         return sum(len(part) for part in self.parts)
 
     @property
     def payload(self) -> Buffer:
-        """The payload in one piece, without a copy where it is one."""
+        """Join the payload; it is not copied where it is in one piece."""
         return self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
 
     def checksum(self) -> int:
-        """The payload's actual CRC-32C."""
+        """Return the payload's actual CRC-32C."""
         return _checksum(self.parts)
 
 
 @dataclass(frozen=True)
 class ChunkTotals:
-    """What End says of all chunks: how many, their payload bytes, and a SHA-256 over their checksums."""
+    """Hold what End says of all chunks: how many, their payload bytes, and a SHA-256 over their checksums."""
 
     chunks: int
     payload_bytes: int
@@ -58,7 +58,7 @@ class ChunkTotals:
 
 
 class _Tally:
-    """Counts and digests chunks, the same way on both sides."""
+    """Count and digest chunks, the same way on both sides."""
 
     def __init__(self) -> None:
         self.chunks = 0
@@ -75,7 +75,7 @@ class _Tally:
 
 
 class ChunkWriter:
-    """Packs segments into numbered, checksummed chunks.
+    """Pack segments into numbered, checksummed chunks.
 
     Small segments share a chunk until it holds `target_bytes`, since a message costs about as much as 64 KiB of
     payload whatever its size. A segment is never split: whoever makes segments keeps them near the target.
@@ -92,28 +92,39 @@ class ChunkWriter:
         self._tally = _Tally()
 
     def add(self, segment: KvSegment) -> Iterator[tuple[KvChunk, list[KvSegment]]]:
-        """Append a segment; yield the chunks that it completes (none or one or two), each with its segments."""
-        block_bytes = segment.wire_bytes
-        if self._parts and self._pending_bytes + block_bytes > MAX_CHUNK_PAYLOAD_BYTES:
+        """Append a segment.
+
+        Args:
+            segment: with a body of the codec.
+
+        Yields:
+            The chunks that it completes (none, one or two), each with its segments.
+        """
+        segment_bytes = segment.wire_bytes
+        if self._parts and self._pending_bytes + segment_bytes > MAX_CHUNK_PAYLOAD_BYTES:
             yield self._close()
         self._pending.append(segment)
         self._parts += [segment.header, segment.body.numpy().data]
-        self._pending_bytes += block_bytes
+        self._pending_bytes += segment_bytes
         if self._pending_bytes >= self._target_bytes:
             yield self._close()
 
     @property
     def pending_bytes(self) -> int:
-        """Payload of the chunk that is still open."""
+        """Count the payload bytes of the chunk that is still open."""
         return self._pending_bytes
 
     def flush(self) -> Iterator[tuple[KvChunk, list[KvSegment]]]:
-        """Yield what has not left yet, if anything, as a chunk with its segments."""
+        """Close the chunk that is still open.
+
+        Yields:
+            The chunk with its segments, if there is one.
+        """
         if self._parts:
             yield self._close()
 
     def totals(self) -> ChunkTotals:
-        """Totals of all chunks yielded so far."""
+        """Return the totals of all chunks yielded so far."""
         return self._tally.totals()
 
     def _close(self) -> tuple[KvChunk, list[KvSegment]]:
@@ -126,7 +137,7 @@ class ChunkWriter:
 
 
 class ChunkReader:
-    """Checks chunks as they arrive and takes them apart.
+    """Check chunks as they arrive and take them apart.
 
     Args:
         layers: layers of the model.
@@ -138,7 +149,13 @@ class ChunkReader:
         self._tally = _Tally()
 
     def read(self, chunk: KvChunk) -> list[KvSegment]:
-        """Return the chunk's segments; their tensors are read-only views of its payload.
+        """Check a chunk and take it apart.
+
+        Args:
+            chunk: the next one.
+
+        Returns:
+            Its segments; their tensors are read-only views of its payload.
 
         Raises:
             DataLossError: the chunk is out of order, damaged, malformed, or repeats tokens.
@@ -155,6 +172,9 @@ class ChunkReader:
 
     def finish(self, announced: ChunkTotals) -> None:
         """Check that everything arrived.
+
+        Args:
+            announced: what End says.
 
         Raises:
             DataLossError: totals or digest differ from what the sender announced, or tokens are missing.
@@ -207,7 +227,7 @@ class ChunkReader:
 
 
 def _checksum(parts: Iterable[Buffer]) -> int:
-    """CRC-32C of the parts as one."""
+    """Return the CRC-32C of the parts as one."""
     crc = 0
     for part in parts:
         crc = crc32c.crc32c(part, crc)

@@ -15,7 +15,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from spectrumkv.common.errors import DataLossError
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.base import Basis
 from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.rpc.message_checksum import CHECKSUM_BYTES, append_checksum, split_checksum
 from spectrumkv.common.telemetry.trace_context import current_trace
@@ -51,7 +51,7 @@ def open_decode_stream(channel: grpc.Channel) -> Callable[..., Any]:
     return stream
 
 
-def begin_basis(channel: grpc.Channel, basis: SpectralBasis, timeout: float | None) -> tuple[Any, int]:
+def begin_basis(channel: grpc.Channel, basis: Basis, timeout: float | None) -> tuple[Any, int]:
     """Begin to send a codec basis to a decode worker.
 
     Returns:
@@ -71,7 +71,7 @@ def begin_basis(channel: grpc.Channel, basis: SpectralBasis, timeout: float | No
     return call, sum(piece.ByteSize() for piece in pieces)
 
 
-def put_basis(channel: grpc.Channel, basis: SpectralBasis) -> None:
+def put_basis(channel: grpc.Channel, basis: Basis) -> None:
     """Send a codec basis to a decode worker, however long that takes.
 
     Raises:

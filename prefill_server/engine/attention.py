@@ -9,7 +9,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from spectrumkv.common.kv.scoring import LayerCapture
+from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.kernels.logits import causal_mask, soft_cap
 
 ATTENTION_NAME = "spectrumkv_prefill"
@@ -68,7 +68,6 @@ def hooked_attention(
                 scaling=scaling,
                 softcap=softcap,
                 sliding_window=sliding_window,
-                seed=0,
                 layer=int(module.layer_idx),  # type: ignore[arg-type]  # torch types attributes as tensors
             )
         )

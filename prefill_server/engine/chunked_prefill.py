@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from spectrumkv.common.errors import CancelledError
-from spectrumkv.common.kv.scoring import LayerCapture
+from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.prefill_server.engine.attention import KvHook
 
 # Least tokens of a part, by device: few enough that a short prompt's wait for one is short, enough that parts cost

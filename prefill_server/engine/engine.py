@@ -11,7 +11,7 @@ import torch
 
 from spectrumkv.common.concurrency.threads import keep_all_cores
 from spectrumkv.common.errors import CancelledError, SpectrumKVError
-from spectrumkv.common.kv.scoring import LayerCapture
+from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME, KvHook
 from spectrumkv.prefill_server.engine.chunked_prefill import CHUNK_TOKENS, ChunkedPrefill, chunk_bounds

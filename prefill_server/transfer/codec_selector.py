@@ -1,8 +1,8 @@
-"""Whether policy "spectral" is written by its entropy coder or at fixed widths: by what requests have shown.
+"""Chooses between a policy's own codec and its cheaper stand-in, by what earlier requests took.
 
-Coding runs while the prompt is computed and while earlier bytes travel. Where it takes no longer than either, its
-quality is free. Where the model and the link are both faster than the coder (a GPU's prefill, a fast
-network), the request would wait for the coder; then the fixed-width form of the same allocation goes out instead.
+Coding runs while the prompt is computed and while earlier bytes travel. Where coding takes no longer than either, its
+quality is free. Where the model and the link are both faster than the coder (a GPU's prefill, a fast network), the
+request would wait for the coder; then the stand-in writes the same allocation.
 """
 
 import statistics
@@ -10,47 +10,50 @@ import threading
 from collections import deque
 from dataclasses import dataclass, field
 
-from spectrumkv.common.kv.codecs.base import TierCodec, codecs
-from spectrumkv.common.kv.codecs.spectral.fixed_width import least_budget
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.prefill_server.transfer.pipeline import SentKv
-from spectrumkv.prefill_server.transfer.plan import FIXED_WIDTH_CODEC, KvPlan
+from spectrumkv.prefill_server.transfer.plan import KvPlan
 
-# Nobody notices a hand-off that is shorter by less, and short measurements are noise.
+# A hand-off that is shorter by less is not worth a worse codec, and shorter measurements are noise.
 WORTH_SECONDS = 0.05
-# Of so many of the latest requests the middle one counts, once there are three: a stall is no pace.
+# Median of the last nine; at least three, so that one stall cannot decide.
 REMEMBERED, ENOUGH = 9, 3
-# The link holds requests up where it takes at least this share of the time spent on coding.
+# The link is the bottleneck if requests wait for it at least this fraction of the time spent on coding.
 LINK_SHARE = 0.1
-# What the budget must leave above INT4 everywhere, for framing.
+# Room for framing: the least budget of the stand-in times this must fit the request's.
 FRAMING_ROOM = 1.02
 
 
 @dataclass
 class RunningMedian:
-    """Seconds for each unit of something, by the latest measurements."""
+    """Keep the median of the latest measurements, in seconds per unit."""
 
     measured: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
 
     def add(self, seconds: float, units: float) -> None:
-        """Take in that `units` took `seconds`."""
+        """Take in a measurement.
+
+        Args:
+            seconds: that the units took together.
+            units: more than 0.
+        """
         self.measured.append(seconds / units)
 
     @property
     def seconds(self) -> float | None:
-        """The median; None before there are enough."""
+        """Return the median; None before there are enough measurements."""
         return statistics.median(self.measured) if len(self.measured) >= ENOUGH else None
 
 
 @dataclass
 class CodecSelector:
-    """Chooses for each request, and learns from each.
+    """Choose the codec of each request, and learn from each.
 
     Attributes:
         geometry: shape and dtype of the model's cache.
-        prefill: seconds a prompt token.
-        coder: seconds that the entropy coder takes for a prompt token, scores included.
-        links: seconds a byte on the way to each worker; see `_link_seconds`.
+        prefill: seconds that the model takes per prompt token.
+        coder: seconds that the codec takes per prompt token, scores included.
+        links: seconds per byte on the way to each worker; see `_link_seconds`.
     """
 
     geometry: KvGeometry
@@ -60,31 +63,31 @@ class CodecSelector:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def select(self, plan: KvPlan, tokens: int, worker: str) -> KvPlan:
-        """Return the plan with its codec settled.
+        """Settle the codec of a request.
 
         Args:
             plan: with a codec that may be open.
             tokens: of the prompt.
             worker: the decode worker that the KV goes to.
+
+        Returns:
+            The plan, or the same plan written by the stand-in.
         """
-        if not plan.codec_is_open:
-            return plan
-        codec = codecs.get(FIXED_WIDTH_CODEC)
-        assert isinstance(codec, TierCodec)
-        if plan.budget < FRAMING_ROOM * least_budget(codec, self.geometry):
+        stand_in = plan.stand_in
+        if stand_in is None or plan.budget < FRAMING_ROOM * stand_in.least_byte_budget(self.geometry):
             return plan
         reason = self._reason(plan.budget, tokens, worker)
-        return plan.at_fixed_width(reason) if reason else plan
+        return plan.written_by(stand_in, reason) if reason else plan
 
-    def _reason(self, budget: float, tokens: int, worker: str) -> str:
-        """Why the coder should not be used; empty where it should."""
+    def _reason(self, byte_budget: float, tokens: int, worker: str) -> str:
+        """Return why the stand-in should be used; nothing where it should not."""
         with self._lock:
             coder, prefill = self.coder.seconds, self.prefill.seconds
             link = self.links.get(worker, RunningMedian()).seconds
         if coder is None or prefill is None or link is None:
             return ""
         coding, computing = coder * tokens, prefill * tokens
-        sending = link * budget * self.geometry.fp16_bytes(tokens)
+        sending = link * byte_budget * self.geometry.fp16_bytes(tokens)
         if coding - max(computing, sending) < WORTH_SECONDS:
             return ""
         return (
@@ -95,17 +98,17 @@ class CodecSelector:
     def observe(self, plan: KvPlan, tokens: int, worker: str, prefill_seconds: float, sent: SentKv) -> None:
         """Learn from a request that was sent to the end.
 
-        Where coding took no time worth mentioning nothing is learned: what it takes for each token of a short prompt
-        says nothing of a long one.
+        Nothing is learned where coding took less than `WORTH_SECONDS`: the time per token of a short prompt says
+        nothing of a long one.
 
         Args:
             plan: as it was carried out.
             tokens: of the prompt.
             worker: the decode worker that the KV went to.
-            prefill_seconds: what the model's pass took.
+            prefill_seconds: that the model's forward pass took.
             sent: what left, and the time that took.
         """
-        coded = plan.codec.needs_basis
+        coded = plan.codec.stand_in is not None
         if not plan.codec_reason and not (coded and sent.coder_seconds >= WORTH_SECONDS):
             return
         with self._lock:
@@ -116,9 +119,9 @@ class CodecSelector:
 
 
 def _link_seconds(sent: SentKv) -> float:
-    """How long the bytes would have travelled alone; 0 where both took turns and the link waited for the coder."""
+    """Return how long the bytes would have travelled alone; 0 where the link waited for the coder."""
     if sent.coded_ahead:
         return sent.link_seconds
     held_up = sent.link_seconds > LINK_SHARE * sent.encode_seconds
-    # Bytes travel while the next ones are coded, so where the link holds up, both together are its time.
+    # Bytes travel while the next ones are coded, so where the link is the bottleneck, both together are its time.
     return sent.encode_seconds + sent.link_seconds if held_up else 0.0

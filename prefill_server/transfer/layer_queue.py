@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from prometheus_client import Gauge
 
 from spectrumkv.common.errors import CancelledError
+from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.scoring import LayerCapture
 
 
 class LayerQueue:

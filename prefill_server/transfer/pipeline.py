@@ -9,8 +9,8 @@ import torch
 
 from spectrumkv.common.concurrency.cuda_stream import KvStream, record_event
 from spectrumkv.common.concurrency.prefetch_iterator import PrefetchIterator
+from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.scoring import LayerCapture
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 from spectrumkv.common.kv.wire import ChunkTotals, ChunkWriter, KvChunk
@@ -153,7 +153,7 @@ class KvPipeline:
             CancelledError: the stream is over; there is no use in computing on.
         """
         computed = record_event(capture.keys)
-        self._layers.put_layer(replace(capture, seed=self.plan.seed, computed=computed))
+        self._layers.put_layer(replace(capture, computed=computed))
 
     def put_first_token(self, first: FirstToken) -> None:
         """Take the first token; every layer has been put before."""

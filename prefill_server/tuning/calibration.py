@@ -17,9 +17,9 @@ import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-from spectrumkv.common.kv.codecs.spectral.basis import SIDES, SpectralBasis
-from spectrumkv.common.kv.codecs.spectral.rotary import angles, rotate
-from spectrumkv.common.kv.scoring import SINK_TOKENS, LayerCapture, observed_attention
+from spectrumkv.common.kv.capture import LayerCapture
+from spectrumkv.common.kv.codecs.spectral.basis import SIDES, SpectralBasis, angles, rotate
+from spectrumkv.common.kv.scoring import SINK_TOKENS, mean_attention
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.service.config import SCORE_WINDOW
 from spectrumkv.kernels.logits import causal_mask, soft_cap
@@ -103,7 +103,7 @@ def _observe(
         yield LayerSample(
             states=torch.stack([unrotated, values.detach().float().cpu()])[:, :, SINK_TOKENS:],
             gradients=torch.stack([unrotated_gradient, values.grad.float().cpu()])[:, :, SINK_TOKENS:],
-            attention=observed_attention(capture).mean(dim=0).cpu()[SINK_TOKENS:],
+            attention=mean_attention(capture).mean(dim=0).cpu()[SINK_TOKENS:],
         )
 
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.scoring import LayerCapture
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.prefill_server.transfer.plan import KvPlan
 

@@ -16,7 +16,7 @@ import torch
 
 from spectrumkv.common.errors import DataLossError
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.codecs.spectral.decoder import SpectralDecoder
+from spectrumkv.common.kv.codecs.spectral.codec import SpectralDecoder
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import KvSegment

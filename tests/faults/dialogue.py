@@ -9,13 +9,13 @@ import crc32c
 import numpy as np
 import torch
 
-from spectrumkv.common.kv.codecs.base import TierCodec, codecs
-from spectrumkv.common.kv.codecs.spectral.accounting import class_bits, token_tiers
+from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.codecs.spectral.layout import HIGHEST_CLASS, LOWEST_CLASS
+from spectrumkv.common.kv.codecs.spectral.importance import class_bits, token_tiers
+from spectrumkv.common.kv.codecs.spectral.layout import HIGHEST_CLASS, LOWEST_CLASS, TokenClasses
 from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment, encode_segment
-from spectrumkv.common.kv.codecs.spectral.steps import TokenClasses
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
+from spectrumkv.common.kv.codecs.tiered import TierCodec
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier

@@ -4,7 +4,7 @@ import random
 from dataclasses import replace
 
 from spectrumkv.client.request import KvChoice, Sampling
-from spectrumkv.prefill_server.transfer.plan import FIXED_WIDTH_CODEC
+from spectrumkv.common.kv.codecs import codecs
 from tests.services.same_tokens import TOP_LOGPROBS
 
 EXACT = KvChoice(policy="native")
@@ -28,7 +28,8 @@ LEAST_FIXED_BUDGET = 0.3
 def coded_as(kv: KvChoice) -> tuple[KvChoice, ...]:
     """Where prefill may choose the codec for `kv` by itself, `kv` with each one named; else `kv`."""
     chosen = kv.policy in (None, "spectral") and (kv.budget or LEAST_FIXED_BUDGET) >= LEAST_FIXED_BUDGET
-    return tuple(replace(kv, codec=codec) for codec in ("spectral", FIXED_WIDTH_CODEC)) if chosen else (kv,)
+    written_by = ("spectral", codecs.get("spectral").stand_in)
+    return tuple(replace(kv, codec=codec) for codec in written_by) if chosen else (kv,)
 
 
 def greedy(tokens: int) -> Sampling:

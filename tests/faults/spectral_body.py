@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from spectrumkv.common.kv.codecs.spectral.layout import Steps
 from spectrumkv.common.kv.codecs.spectral.segment_codec import HEADER, LENGTHS, decode_segment
-from spectrumkv.common.kv.codecs.spectral.steps import Steps
 from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry

@@ -14,7 +14,8 @@ from spectrumkv.common.kv import tiers, wire
 from spectrumkv.common.kv.codecs import absmax, body, native
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.codecs.spectral import basis as spectral_basis
-from spectrumkv.common.kv.codecs.spectral import decoder, layout, symbols
+from spectrumkv.common.kv.codecs.spectral import codec as spectral_codec
+from spectrumkv.common.kv.codecs.spectral import layout, symbols
 from spectrumkv.common.kv.codecs.spectral import segment_codec as block_codec
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.geometry import KvGeometry
@@ -34,7 +35,7 @@ from tests.faults.spectral_body import serialized
 GEOMETRY = KvGeometry(layers=2, kv_heads=2, head_dim=8, native_dtype=torch.float32)
 TOKENS = 9
 CODECS = ("absmax", "native", "spectral")
-SPECTRAL = (spectral_basis, block_codec, decoder, layout, symbols, bases)
+SPECTRAL = (spectral_basis, block_codec, spectral_codec, layout, symbols, bases)
 FILES = [one.__file__ for one in (decode_stream, message_seal, absmax, body, native, tiers, wire, *SPECTRAL)]
 SHORT_RUN, LONG_RUN = 3000, 60_000
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from spectrumkv.common.errors import DataLossError
-from spectrumkv.common.kv.codecs.spectral.decoder import SpectralDecoder
+from spectrumkv.common.kv.codecs.spectral.codec import SpectralDecoder
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
 from tests.faults.decoder_under_attack import GEOMETRY, attack, basis
 from tests.faults.dialogue import spectral_blocks

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.request import Sampling, TokenIds
-from spectrumkv.common.kv.policies.int4_layers import Int4Layers
+from spectrumkv.common.kv.allocation import Int4Layers
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.common.rpc.decode_stream import add_decode_servicer
 from spectrumkv.common.rpc.server import Server

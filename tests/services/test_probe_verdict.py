@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
+from spectrumkv.common.kv.allocation import Int4Layers
 from spectrumkv.common.kv.policies import policies
-from spectrumkv.common.kv.policies.int4_layers import Int4Layers
 from spectrumkv.prefill_server.tuning.probe.results import ProbedSetting, ProbeTrial
 from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
 from tests.services.pair import Pair, running_pair, sample

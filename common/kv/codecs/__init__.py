@@ -1,1 +1,8 @@
-"""Codecs: keys and values to bytes and back."""
+"""Codecs: keys and values to bytes and back. Each module or folder here registers the codec that it defines."""
+
+from spectrumkv.common.kv.codecs.base import Codec, EncoderRequest, KvEncoder, SegmentDecoder, codecs
+from spectrumkv.common.registry import import_modules
+
+import_modules(__name__, __path__)
+
+__all__ = ["Codec", "EncoderRequest", "KvEncoder", "SegmentDecoder", "codecs"]

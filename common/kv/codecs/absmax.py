@@ -11,8 +11,9 @@ import torch
 
 from spectrumkv.common.errors import DataLossError, InvalidArgumentError
 from spectrumkv.common.kv.codecs import body as bodies
-from spectrumkv.common.kv.codecs.base import EncodedSegment, TierCodec, codecs
+from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.codecs.body import Section
+from spectrumkv.common.kv.codecs.tiered import EncodedSegment, TierCodec
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 from spectrumkv.kernels import absmax as kernels

@@ -1,31 +1,123 @@
 """What a codec is, and the registry of them.
 
-A codec turns the keys and values of a run of tokens in one layer into bytes and back. It knows nothing of
-requests, chunks or networks. Its byte layout is documented in proto/spectrumkv/v1/kv.proto; any change of
-the layout raises `version`, so that old and new refuse each other by name.
+A codec turns the keys and values of one prompt's layers into segments, within a budget, and segments back into keys
+and values. It knows nothing of requests, chunks or networks. A codec states both halves side by side: `Codec.encoder`
+and `Codec.decoder` make what codes and decodes one request. Its byte layout is documented in
+proto/spectrumkv/v1/kv.proto; any change of the layout raises `version`, so that old and new refuse each other by
+name.
 
-There are two kinds. A `TierCodec` is told each token's tier by a policy. Other codecs spend a budget of bytes
-themselves, and tell afterwards which tier each token came nearest to.
+Most codecs are told each token's tier by a policy: they are a `TierCodec` (see `codecs.tiered`), which has all but
+the bytes. Others spend a budget of bytes themselves, and tell afterwards which tier each token came nearest to.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Protocol
 
 import torch
 
-from spectrumkv.common.errors import FailedPreconditionError
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.errors import FailedPreconditionError, InternalError, InvalidArgumentError
+from spectrumkv.common.kv.allocation import Int4Layers, TierAllocation
+from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.policies.base import BudgetKind, Policy
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.registry import Registry
 
+# What a codec must be able to write for policies that do not name one.
+SPECTRUM = frozenset({Tier.DROP, Tier.INT4, Tier.INT8, Tier.FP16})
+
+
+class Basis(Protocol):
+    """Carry what both sides of a codec must have in common for one model, such as a transform that was calibrated."""
+
+    @property
+    def digest(self) -> bytes:
+        """Return the SHA-256 of `serialized`, by which Begin names the basis."""
+        ...
+
+    @property
+    def serialized(self) -> bytes:
+        """Return the basis as it travels."""
+        ...
+
+
+@dataclass(frozen=True)
+class EncoderRequest:
+    """Tell a codec what to encode: one prompt, and how.
+
+    Attributes:
+        policy: gives tokens their tiers, or leaves them to the codec.
+        byte_budget: all bytes that may be sent ÷ the prompt's KV at FP16; None where the policy has a tier budget.
+        tier_budget: mean tier cost per token; None where the policy has a byte budget.
+        scorer: name of the scorer that ranks tokens.
+        scope: "layer" for tiers by each layer's scores, "model" for one tier per token in all layers.
+        int4: layers that may be sent at INT4, for policies that heed it.
+        seed: of the request, for scorers and policies that draw.
+        geometry: shape and dtype of the model's cache.
+        tokens: of the prompt.
+        framing_bytes: what the messages take besides the segments; a byte budget pays for it.
+        basis: the model's, for codecs that need one; None where there is none.
+
+    Raises:
+        InvalidArgumentError: the seed is negative.
+        InternalError: the budget is not of the policy's kind.
+    """
+
+    policy: Policy
+    byte_budget: float | None
+    tier_budget: float | None
+    scorer: str
+    scope: str
+    int4: Int4Layers
+    seed: int
+    geometry: KvGeometry
+    tokens: int
+    framing_bytes: int = 0
+    basis: Basis | None = None
+
+    def __post_init__(self) -> None:
+        kind = self.policy.budget_kind
+        given = {BudgetKind.BYTES: self.byte_budget, BudgetKind.TIER_COST: self.tier_budget}
+        if [one for one, budget in given.items() if budget is not None] != [kind]:
+            raise InternalError(f"policy {self.policy.name!r} has a budget of kind {kind.value!r} and no other")
+        if self.seed < 0:
+            raise InvalidArgumentError(f"seed is {self.seed}; it must not be negative")
+
+    @property
+    def segment_bytes(self) -> int:
+        """Compute the bytes that all segments may take, headers and tier maps included.
+
+        Raises:
+            InternalError: the policy has no byte budget.
+        """
+        if self.byte_budget is None:
+            raise InternalError(f"policy {self.policy.name!r} has no byte budget")
+        return int(self.byte_budget * self.geometry.fp16_bytes(self.tokens)) - self.framing_bytes
+
+
+class KvEncoder(Protocol):
+    """Code the layers of one prompt."""
+
+    def encode(self, capture: LayerCapture) -> Iterator[KvSegment]:
+        """Take the next layer, in the model's order, and yield the segments that are ready.
+
+        Args:
+            capture: the layer, or a later part of it where tokens leave as they are computed.
+
+        Yields:
+            Segments; each holds some tokens of a layer.
+
+        Raises:
+            InvalidArgumentError: an element is infinite, NaN or too large for its tier.
+        """
+        ...
+
 
 class SegmentDecoder(Protocol):
-    """The receiving half of a codec, for one request."""
+    """Decode the segments of one request."""
 
     def decode(self, segment: KvSegment, keys: torch.Tensor, values: torch.Tensor) -> Mapping[Tier, int]:
         """Write a segment's tokens; leave dropped tokens' elements alone.
@@ -44,133 +136,138 @@ class SegmentDecoder(Protocol):
         ...
 
 
-class Codec(Protocol):
-    """What is known of every codec."""
+class Codec(ABC):
+    """Make encoders and decoders of one byte layout.
+
+    Attributes:
+        name: as requests and Begin give it.
+        version: of the layout.
+        tiers: that its tokens can have.
+        needs_basis: whether both sides need the same `Basis`.
+        stand_in: name of a cheaper codec that may write the same allocation where this one is slower than the link;
+            None where there is none.
+    """
 
     name: str
     version: int
     tiers: frozenset[Tier]
-    """The tiers that tokens can have."""
-    needs_basis: bool
-    """Whether both sides need the same `SpectralBasis`."""
+    needs_basis: bool = False
+    stand_in: str | None = None
 
-    def decoder(self, geometry: KvGeometry, basis: SpectralBasis | None) -> SegmentDecoder:
-        """Return what decodes one request's segments.
+    @abstractmethod
+    def encoder(self, request: EncoderRequest) -> KvEncoder:
+        """Make what encodes one prompt.
+
+        Args:
+            request: the prompt, and how it is to be coded; `writes` holds for its policy.
+
+        Returns:
+            The encoder.
+
+        Raises:
+            FailedPreconditionError: the allocation needs a basis and there is none.
+            InvalidArgumentError: the codec cannot keep to the budget.
+        """
+
+    @abstractmethod
+    def decoder(self, geometry: KvGeometry, basis: Basis | None) -> SegmentDecoder:
+        """Make what decodes one request's segments.
+
+        Args:
+            geometry: shape and dtype of the model's cache.
+            basis: that Begin names; None where it names none.
+
+        Returns:
+            The decoder.
 
         Raises:
             FailedPreconditionError: the codec needs a basis and there is none.
         """
-        ...
 
+    @property
+    def writes_spectrum(self) -> bool:
+        """Tell whether the codec writes every tier that policies give."""
+        return self.tiers >= SPECTRUM
 
-@dataclass(frozen=True)
-class EncodedSegment:
-    """A run of tokens of one layer, coded.
-
-    Attributes:
-        body: uint8 `[b]` on the CPU, `b` even.
-        tier_bytes: how many bytes of `body` each tier took.
-    """
-
-    body: torch.Tensor
-    tier_bytes: dict[Tier, int]
-
-
-class TierCodec(ABC):
-    """Turns tensors into bytes and back, at the tier that each token was given. A `Codec`."""
-
-    name: str
-    version: int
-    tiers: frozenset[Tier]
-    needs_basis = False
-
-    def decoder(self, geometry: KvGeometry, basis: SpectralBasis | None) -> SegmentDecoder:
-        """See `Codec.decoder`; the basis is not looked at."""
-        return _TierDecoder(self, geometry)
-
-    @abstractmethod
-    def encode(
-        self, keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, geometry: KvGeometry
-    ) -> EncodedSegment:
-        """Code `n` tokens.
+    def writes(self, policy: Policy) -> bool:
+        """Return whether the codec can write what a policy allocates.
 
         Args:
-            keys: `[kv_heads, n, head_dim]` in `geometry.native_dtype`, any strides.
-            values: like `keys`.
-            tiers: uint8 `[n]` on the CPU.
-            geometry: shape and dtype of the model's cache.
+            policy: any.
+        """
+        return policy.codec == self.name
+
+    def check_policy(self, policy: Policy) -> None:
+        """Refuse a policy that the codec cannot write.
+
+        Args:
+            policy: any.
 
         Raises:
-            InvalidArgumentError: an element is infinite, NaN or too large for its tier.
+            InvalidArgumentError: the codec cannot write it.
         """
+        if self.writes(policy):
+            return
+        if policy.codec is not None:
+            raise InvalidArgumentError(
+                f"policy {policy.name!r} is written by codec {policy.codec!r}, not by {self.name!r}"
+            )
+        raise InvalidArgumentError(
+            f"codec {self.name!r} cannot write policy {policy.name!r}: "
+            f"it only has {', '.join(tier.label for tier in sorted(self.tiers))}"
+        )
 
-    def encode_segments(
-        self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        tiers: torch.Tensor,
-        cuts: Sequence[int],
-        geometry: KvGeometry,
-    ) -> Iterator[EncodedSegment]:
-        """Code `n` tokens in several segments, one after another; see `encode`.
+    def least_byte_budget(self, geometry: KvGeometry) -> float:
+        """Return the least byte budget that the codec can keep to, framing left out; 0 where it meets any.
 
         Args:
-            keys: see `encode`.
-            values: see `encode`.
-            tiers: see `encode`.
-            cuts: the first token of each segment, rising from 0, and n.
-            geometry: see `encode`.
-        """
-        for first, end in pairwise(cuts):
-            yield self.encode(keys[:, first:end], values[:, first:end], tiers[first:end], geometry)
-
-    @abstractmethod
-    def decode(
-        self,
-        body: torch.Tensor,
-        tiers: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        geometry: KvGeometry,
-    ) -> dict[Tier, int]:
-        """Write the tokens of `body` into `keys` and `values`; leave dropped tokens' elements alone.
-
-        Args:
-            body: uint8 `[b]` on the CPU, as `encode` made it; it may be read-only.
-            tiers: uint8 `[n]` on the CPU.
-            keys: `[kv_heads, n, head_dim]` in `geometry.native_dtype`, any strides, on any device: a view
-                of the KV slots.
-            values: like `keys`.
             geometry: shape and dtype of the model's cache.
+        """
+        return 0.0
+
+    def tier_allocation(self, request: EncoderRequest, token_bytes: Mapping[Tier, float]) -> TierAllocation:
+        """Express the codec's own allocation in whole tiers, so that another codec can write it.
+
+        Args:
+            request: the prompt, and a policy with a byte budget whose codec this is.
+            token_bytes: what a token of one layer takes of a body at each tier of the codec that will write it.
 
         Returns:
-            How many bytes of `body` each tier took, as in `EncodedSegment.tier_bytes`.
+            The allocation.
 
         Raises:
-            DataLossError: the codec cannot write one of the tiers, the body's length does not fit them, or a
-                scale is not finite.
+            FailedPreconditionError: the allocation needs a basis and there is none.
+            InternalError: the codec has no allocation of its own.
         """
+        raise InternalError(f"codec {self.name!r} has no allocation of its own")
 
+    def basis_digest(self, basis: Basis | None) -> bytes:
+        """Return the digest by which Begin names the basis; empty for codecs that need none.
 
-@dataclass(frozen=True)
-class _TierDecoder:
-    codec: TierCodec
-    geometry: KvGeometry
+        Args:
+            basis: the model's; None where there is none.
 
-    def decode(self, segment: KvSegment, keys: torch.Tensor, values: torch.Tensor) -> Mapping[Tier, int]:
-        return self.codec.decode(segment.body, segment.tiers, keys, values, self.geometry)
+        Returns:
+            SHA-256 or nothing.
+
+        Raises:
+            FailedPreconditionError: the codec needs a basis and there is none.
+        """
+        return needed_basis(self, basis).digest if self.needs_basis else b""
 
 
 codecs: Registry[Codec] = Registry("codec")
 
 
-def tier_codecs() -> dict[str, TierCodec]:
-    """The codecs that write the tiers of policies, by name."""
-    return {name: codec for name in codecs if isinstance(codec := codecs.get(name), TierCodec)}
+def needed_basis(codec: Codec, basis: Basis | None) -> Basis:
+    """Return a basis that a codec cannot do without.
 
+    Args:
+        codec: that needs it.
+        basis: the model's; None where there is none.
 
-def needed_basis(codec: Codec, basis: SpectralBasis | None) -> SpectralBasis:
-    """Return `basis`, which `codec` cannot do without.
+    Returns:
+        `basis`.
 
     Raises:
         FailedPreconditionError: there is none.

@@ -1,4 +1,4 @@
-"""What the bodies of all codecs have in common: sections back to back, in memory of the host.
+"""What the bodies of codecs have in common: sections back to back, in memory of the host.
 
 A codec lists its sections once; encoding and decoding both cut the same body into the same views, so the two
 cannot disagree about an offset.
@@ -17,7 +17,7 @@ from spectrumkv.common.kv.tiers import Tier
 
 @dataclass(frozen=True)
 class Section:
-    """One C-ordered array in a body.
+    """Describe one C-ordered array in a body.
 
     Attributes:
         tier: the tier whose bytes these are.
@@ -31,17 +31,17 @@ class Section:
 
     @property
     def bytes(self) -> int:
-        """Length of the array."""
+        """Count the array's bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def body_bytes(sections: Iterable[Section]) -> int:
-    """Length of a body of these sections."""
+    """Return the bytes of a body of these sections."""
     return sum(section.bytes for section in sections)
 
 
 def bytes_by_tier(sections: Iterable[Section], tiers: Iterable[Tier]) -> dict[Tier, int]:
-    """What each of `tiers` takes of a body of these sections."""
+    """Return the bytes that each of `tiers` takes of a body of these sections."""
     taken = dict.fromkeys(sorted(tiers), 0)
     for section in sections:
         taken[section.tier] += section.bytes
@@ -49,7 +49,7 @@ def bytes_by_tier(sections: Iterable[Section], tiers: Iterable[Tier]) -> dict[Ti
 
 
 def cut(body: torch.Tensor, sections: Sequence[Section]) -> list[torch.Tensor]:
-    """The sections of a body, as views of it wherever its alignment allows.
+    """Cut a body into its sections, as views of it wherever its alignment allows.
 
     Args:
         body: uint8 `[body_bytes(sections)]`, contiguous.
@@ -69,7 +69,14 @@ def cut(body: torch.Tensor, sections: Sequence[Section]) -> list[torch.Tensor]:
 
 
 def to_host(body: torch.Tensor) -> torch.Tensor:
-    """`body` in memory of the CPU, complete when this returns; itself where it is there already."""
+    """Bring a body into memory of the CPU.
+
+    Args:
+        body: uint8 `[b]` on any device.
+
+    Returns:
+        uint8 `[b]` on the CPU, complete when this returns; `body` itself where it is there already.
+    """
     if not body.is_cuda:
         return body
     # A GPU copies into page-locked memory several times faster.
@@ -78,7 +85,7 @@ def to_host(body: torch.Tensor) -> torch.Tensor:
 
 
 def is_finite(states: torch.Tensor) -> bool:
-    """Whether no element is infinite or NaN.
+    """Return whether no element is infinite or NaN.
 
     Args:
         states: any floating-point tensor, on the CPU.
@@ -88,7 +95,13 @@ def is_finite(states: torch.Tensor) -> bool:
 
 
 def check_states(keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, geometry: KvGeometry) -> None:
-    """Refuse tensors that are not what `Codec` describes.
+    """Refuse tensors that are not what `TierCodec` describes.
+
+    Args:
+        keys: `[kv_heads, n, head_dim]` in `geometry.native_dtype`.
+        values: like `keys`.
+        tiers: uint8 `[n]` on the CPU.
+        geometry: shape and dtype of the model's cache.
 
     Raises:
         InternalError: shape or dtype do not fit the geometry, or keys and values are on different devices.
@@ -105,6 +118,10 @@ def check_states(keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, 
 def check_length(body: torch.Tensor, sections: Sequence[Section]) -> None:
     """Refuse a body that is cut off, or longer than its tiers explain.
 
+    Args:
+        body: uint8 `[b]`.
+        sections: that its tiers make.
+
     Raises:
         DataLossError: with the reason `length`.
     """
@@ -116,7 +133,7 @@ def check_length(body: torch.Tensor, sections: Sequence[Section]) -> None:
 
 
 def refuse_infinite(side: str, tier: Tier, states: torch.Tensor, coded_dtype: torch.dtype) -> None:
-    """Say what is wrong with states that are not all finite in the dtype they are sent in.
+    """Refuse states that are not all finite in the dtype they are sent in, and say what is wrong with them.
 
     Args:
         side: "keys" or "values".

@@ -7,8 +7,9 @@ import torch
 
 from spectrumkv.common.errors import DataLossError, InvalidArgumentError
 from spectrumkv.common.kv.codecs import body as bodies
-from spectrumkv.common.kv.codecs.base import EncodedSegment, TierCodec, codecs
+from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.codecs.body import Section
+from spectrumkv.common.kv.codecs.tiered import EncodedSegment, TierCodec
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier
 
@@ -16,7 +17,7 @@ TIERS = frozenset({Tier.NATIVE})
 
 
 class NativeCodec(TierCodec):
-    """Copies tokens; see `Codec`. Greedy output from such KV is that of one process."""
+    """Copy tokens; see `TierCodec`. Greedy output from such KV is that of one process."""
 
     name = "native"
     version = 1
@@ -25,7 +26,20 @@ class NativeCodec(TierCodec):
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, geometry: KvGeometry
     ) -> EncodedSegment:
-        """Code `n` tokens; see `Codec.encode`."""
+        """Code `n` tokens; see `TierCodec.encode`.
+
+        Args:
+            keys: `[kv_heads, n, head_dim]` in `geometry.native_dtype`, any strides, on any device.
+            values: like `keys`.
+            tiers: uint8 `[n]` on the CPU, all NATIVE.
+            geometry: shape and dtype of the model's cache.
+
+        Returns:
+            The tokens, as they are.
+
+        Raises:
+            InvalidArgumentError: a tier is not NATIVE, or an element is infinite or NaN.
+        """
         bodies.check_states(keys, values, tiers, geometry)
         if not _all_native(tiers):
             raise InvalidArgumentError(
@@ -51,7 +65,21 @@ class NativeCodec(TierCodec):
         values: torch.Tensor,
         geometry: KvGeometry,
     ) -> dict[Tier, int]:
-        """Write the tokens of `body` into `keys` and `values`; see `Codec.decode`."""
+        """Write the tokens of `body` into `keys` and `values`; see `TierCodec.decode`.
+
+        Args:
+            body: uint8 `[b]` on the CPU.
+            tiers: uint8 `[n]` on the CPU, all NATIVE.
+            keys: `[kv_heads, n, head_dim]` in `geometry.native_dtype`, any strides, on any device; written.
+            values: like `keys`.
+            geometry: shape and dtype of the model's cache.
+
+        Returns:
+            The bytes of the tier NATIVE.
+
+        Raises:
+            DataLossError: a tier is not NATIVE, or the body has another length.
+        """
         bodies.check_states(keys, values, tiers, geometry)
         if not _all_native(tiers):
             raise DataLossError(
@@ -70,7 +98,7 @@ codecs.register(NativeCodec.name)(NativeCodec())
 
 
 def sections(tokens: int, geometry: KvGeometry) -> list[Section]:
-    """The layout of a body of `tokens` tokens: keys, then values."""
+    """Return the layout of a body of `tokens` tokens: keys, then values."""
     shape = (2, geometry.kv_heads, tokens, geometry.head_dim)
     return [Section(Tier.NATIVE, shape, geometry.native_dtype)]
 

@@ -1,8 +1,11 @@
-"""All policies by name: importing this module registers them."""
+"""Policies: which precision each token deserves, given a budget. Each module here registers what it defines."""
 
-from spectrumkv.common.kv.codecs.spectral import codec as spectral_codec
-from spectrumkv.common.kv.policies import baselines as baseline_policies
-from spectrumkv.common.kv.policies import paper as paper_policies
-from spectrumkv.common.kv.policies.base import Policy, TierRequest, policies
+from spectrumkv.common.kv.policies.base import BudgetKind, Policy, TierRequest, policies
 
-__all__ = ["Policy", "TierRequest", "baseline_policies", "paper_policies", "policies", "spectral_codec"]
+# Before the others, so that the servers' default leads every list of names.
+from spectrumkv.common.kv.policies.spectral import spectral
+from spectrumkv.common.registry import import_modules
+
+import_modules(__name__, __path__)
+
+__all__ = ["BudgetKind", "Policy", "TierRequest", "policies", "spectral"]

@@ -1,12 +1,13 @@
 """What a policy is: a budget and the tokens' scores in, one tier per token out.
 
-This module has the concept; `paper_policies` and `baseline_policies` have the policies, one function each.
-Import `policies` from `spectrumkv.common.kv.policy`, where it is complete.
+The other modules of this folder have the policies, one small piece each. Importing the folder imports them all, so
+that `policies` is complete wherever it comes from.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 
@@ -15,14 +16,25 @@ from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.registry import Registry
 
 
+class BudgetKind(Enum):
+    """What a budget counts.
+
+    BYTES: all bytes that are sent ÷ the KV's bytes at FP16, a `byte_budget`.
+    TIER_COST: mean cost of the tokens' tiers, scales and framing left out, a `tier_budget`; the SpectrumKV paper's b.
+    """
+
+    BYTES = "bytes"
+    TIER_COST = "tier_cost"
+
+
 @dataclass(frozen=True, eq=False)
 class TierRequest:
-    """What a policy is told of a prompt, or of one layer of it.
+    """Describe a prompt, or one layer of it, to a policy.
 
     Attributes:
         scores: float32 `[n]`, n ≥ 1, on any device: higher is more important. Policies that need no scores only
             look at n.
-        budget: mean nominal cost per token that may be spent, relative to FP16.
+        tier_budget: mean tier cost per token that may be spent, relative to FP16.
         int4_allowed: whether this layer, or with one tier for all layers every layer, can be trusted at INT4 (the
             probe's verdict).
         seed: for policies that draw; 0 or more.
@@ -32,7 +44,7 @@ class TierRequest:
     """
 
     scores: torch.Tensor
-    budget: float
+    tier_budget: float
     int4_allowed: bool
     seed: int
 
@@ -52,14 +64,17 @@ class TierRequest:
 
     @property
     def tokens(self) -> int:
-        """How many tokens there are, n."""
+        """Count the tokens, n."""
         return self.scores.numel()
 
     def by_score(self) -> torch.Tensor:
-        """Tokens from the most to the least important: int64 `[n]` on the CPU.
+        """Order the tokens from the most to the least important.
 
         Of tokens with equal scores the later one comes first, as recency is what the paper's importance falls
         back on.
+
+        Returns:
+            int64 `[n]` on the CPU, a permutation.
         """
         backwards = self.scores.cpu().flip(0)
         return self.tokens - 1 - torch.argsort(backwards, descending=True, stable=True)
@@ -71,13 +86,13 @@ Rule = Callable[[TierRequest], torch.Tensor]
 
 @dataclass(frozen=True)
 class Policy:
-    """A way to spend a budget on tokens.
+    """Spend a budget on tokens.
 
     Attributes:
         name: as requests give it.
         min_budget: least budget that the policy can keep to.
         max_budget: largest budget that makes sense.
-        codec: the only codec that can write its tiers; None leaves the choice to the request.
+        codec: whose own the policy is; None leaves the choice to the request.
         needs_scores: whether `assign` looks at the scores' values. If not, nobody need compute them.
         rule: what `assign` does once the budget is checked; None where the codec spends the budget itself.
         heeds_int4: whether it looks at `int4_allowed`; whoever asks for one that does not by name means it.
@@ -101,24 +116,33 @@ class Policy:
             )
 
     @property
-    def budget_is_counted(self) -> bool:
-        """Whether a budget is kept in bytes on the wire; otherwise it is the paper's mean cost per token."""
-        return self.rule is None
+    def budget_kind(self) -> BudgetKind:
+        """Tell what the policy's budget counts: bytes where its codec spends them, else the cost of its tiers."""
+        return BudgetKind.BYTES if self.rule is None else BudgetKind.TIER_COST
 
     def assign(self, request: TierRequest) -> torch.Tensor:
-        """Return the tokens' tiers: uint8 `[n]` on the CPU, `Tier` values, at least one token not dropped.
+        """Give the tokens their tiers.
+
+        Args:
+            request: scores and budget.
+
+        Returns:
+            uint8 `[n]` on the CPU, `Tier` values, at least one token not dropped.
 
         Raises:
             InvalidArgumentError: the budget is out of this policy's range.
             InternalError: the policy leaves tiers to its codec.
         """
-        self.check_budget(request.budget)
+        self.check_budget(request.tier_budget)
         if self.rule is None:
             raise InternalError(f"policy {self.name!r} leaves tiers to codec {self.codec!r}")
         return self.rule(request)
 
     def check_budget(self, budget: float) -> None:
         """Check a budget that somebody asked for.
+
+        Args:
+            budget: of this policy's kind.
 
         Raises:
             InvalidArgumentError: it is out of this policy's range or not a number.
@@ -129,10 +153,17 @@ class Policy:
             raise InvalidArgumentError(f"policy {self.name!r} cannot keep to budget {budget}; allowed is {allowed}")
 
     def resolve_budget(self, requested: float | None, server_default: float) -> float:
-        """Return the budget of a request: its own, or else the server's, moved into this policy's range.
+        """Settle the budget of a request.
 
         A budget that was asked for is kept or refused, never changed. The server's default was not chosen with
-        this policy in mind, so it gives way.
+        this policy in mind, so it is moved into the policy's range.
+
+        Args:
+            requested: of this policy's kind; None where the request names none.
+            server_default: of this policy's kind.
+
+        Returns:
+            The budget, in this policy's range.
 
         Raises:
             InvalidArgumentError: the requested budget is out of range.
@@ -155,7 +186,20 @@ def policy(
     heeds_int4: bool = False,
     token_by_token: bool = False,
 ) -> Callable[[Rule], Rule]:
-    """Return a decorator that registers a rule as the policy `name`; the arguments are those of `Policy`."""
+    """Return a decorator that registers a rule as a policy.
+
+    Args:
+        name: see `Policy`, like the others.
+        min_budget: a tier budget.
+        max_budget: a tier budget.
+        codec: see `Policy`.
+        needs_scores: see `Policy`.
+        heeds_int4: see `Policy`.
+        token_by_token: see `Policy`.
+
+    Returns:
+        The decorator; the rule stays as it is.
+    """
 
     def add(rule: Rule) -> Rule:
         made = Policy(name, min_budget, max_budget, codec, needs_scores, rule, heeds_int4, token_by_token)
@@ -166,9 +210,16 @@ def policy(
 
 
 def whole_tokens(share: float) -> int:
-    """Round a number of tokens down, so that no rounding exceeds the budget.
+    """Round a number of tokens down, so that rounding never exceeds the budget.
 
-    The slack of 1e-9 tokens keeps what is whole but for binary fractions: (4 · 0.3 − 1) · 20 is 4, not 3.
+    The slack of 1e-9 tokens keeps numbers that only binary fractions keep from being whole: (4 · 0.3 − 1) · 20 is 4,
+    not 3.
+
+    Args:
+        share: tokens, 0 or more.
+
+    Returns:
+        Whole tokens.
     """
     return math.floor(share + 1e-9)
 

@@ -1,7 +1,7 @@
 """What the paper's policies are measured against: one precision for all tokens, chance, and plain selection.
 
-n is the number of tokens and b the budget. A budget is a ceiling, so a policy of one precision accepts every budget
-that covers its cost, and costs no more for it.
+n is the number of tokens and b the tier budget. A budget is a ceiling, so a policy of one precision accepts every
+budget that covers its cost, and costs no more for it.
 """
 
 import numpy as np
@@ -15,43 +15,43 @@ from spectrumkv.common.kv.tiers import Tier
 
 @policy("native", min_budget=1.0, codec="native", needs_scores=False, token_by_token=True)
 def native(request: TierRequest) -> Tensor:
-    """Every token in the model's own dtype, bit for bit."""
+    """Return the model's own dtype for every token, bit for bit."""
     return _uniform(request, Tier.NATIVE)
 
 
 @policy("fp16", min_budget=1.0, needs_scores=False, token_by_token=True)
 def fp16(request: TierRequest) -> Tensor:
-    """Every token in the 16-bit dtype."""
+    """Return the 16-bit dtype for every token."""
     return _uniform(request, Tier.FP16)
 
 
 @policy("uniform-int8", min_budget=0.5, needs_scores=False, token_by_token=True)
 def uniform_int8(request: TierRequest) -> Tensor:
-    """Every token at INT8."""
+    """Return INT8 for every token."""
     return _uniform(request, Tier.INT8)
 
 
 @policy("uniform-int4", min_budget=0.25, needs_scores=False, token_by_token=True)
 def uniform_int4(request: TierRequest) -> Tensor:
-    """Every token at INT4, whatever the probe says: whoever asks for this by name means it."""
+    """Return INT4 for every token, whatever the probe says: a request that names this policy means it."""
     return _uniform(request, Tier.INT4)
 
 
 @policy("random", min_budget=0.25, needs_scores=False)
 def random(request: TierRequest) -> Tensor:
-    """As many tokens at each tier as Greedy has, placed by chance: the same seed and n give the same tiers."""
+    """Return Greedy's tiers, placed by chance: the same seed and n give the same tiers."""
     order = from_numpy(np.random.default_rng(request.seed).permutation(request.tokens))
-    return fill(order, greedy_counts(request.budget, request.tokens))
+    return fill(order, greedy_counts(request.tier_budget, request.tokens))
 
 
 @policy("pdtrim", min_budget=0.05, needs_scores=False)
 def pdtrim(request: TierRequest) -> Tensor:
-    """The first 4 tokens and the last b · n − 4 at FP16, the rest dropped.
+    """Return FP16 for the first 4 tokens and the last b · n − 4, and drop the rest.
 
     PDTrim (arXiv 2509.04467) as the SpectrumKV paper's scripts have it. Where b · n is less than 5, the last token
     comes before the sinks; it is kept whatever it costs. Cost: more than b · n − 1.
     """
-    kept = max(1, whole_tokens(request.budget * request.tokens))
+    kept = max(1, whole_tokens(request.tier_budget * request.tokens))
     sinks = min(SINK_TOKENS, kept - 1)
     tiers = full((request.tokens,), Tier.DROP, dtype=uint8)
     tiers[:sinks] = Tier.FP16
@@ -61,11 +61,11 @@ def pdtrim(request: TierRequest) -> Tensor:
 
 @policy("sws", min_budget=0.05)
 def sws(request: TierRequest) -> Tensor:
-    """The b · n tokens of the highest scores at FP16, the rest dropped (SWS, the paper's baseline).
+    """Return FP16 for the b · n tokens of the highest scores, and drop the rest (SWS, the paper's baseline).
 
     One token is kept at least, whatever it costs. Cost: more than b · n − 1.
     """
-    kept = max(1, whole_tokens(request.budget * request.tokens))
+    kept = max(1, whole_tokens(request.tier_budget * request.tokens))
     return fill(request.by_score(), {Tier.FP16: kept})
 
 

@@ -1,10 +1,10 @@
 """The settings that the probe tries."""
 
+from spectrumkv.common.kv.allocation import Int4Layers
 from spectrumkv.common.kv.codecs.base import Codec, codecs
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.codec import SpectralCodec
 from spectrumkv.common.kv.policies import policies
-from spectrumkv.common.kv.policies.int4_layers import Int4Layers
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.prefill_server.transfer.plan import KvPlan
 from spectrumkv.prefill_server.tuning.probe.verdict import UNPROBED_BUDGET

@@ -4,8 +4,8 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from spectrumkv.common.kv.allocation import Int4Layers
 from spectrumkv.common.kv.codecs.base import Codec
-from spectrumkv.common.kv.policies.int4_layers import Int4Layers
 from spectrumkv.prefill_server.tuning.needle.prompt import NeedlePrompt
 from spectrumkv.prefill_server.tuning.probe.budget_sweep import int4_trial, int4_trial_without
 from spectrumkv.prefill_server.tuning.probe.questions import NeedleQuestion

@@ -10,10 +10,11 @@ import logging
 from collections.abc import Sequence
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.kv.codecs.base import Codec, codecs, tier_codecs
+from spectrumkv.common.kv.allocation import Int4Layers
+from spectrumkv.common.kv.codecs.base import Codec, codecs
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.codec import SpectralCodec
-from spectrumkv.common.kv.policies.int4_layers import Int4Layers
+from spectrumkv.common.kv.codecs.tiered import tier_codecs
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.prefill_server.engine.engine import PrefillEngine

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.kv.policies import policies
+from spectrumkv.common.kv.policies import BudgetKind, policies
 
 TRIALS = 3
 TRIALS_TO_PASS = 2
@@ -80,7 +80,7 @@ class ProbedSetting:
     @property
     def budget_is_counted(self) -> bool:
         """Whether the budget is kept in bytes on the wire."""
-        return policies.get(self.policy).budget_is_counted
+        return policies.get(self.policy).budget_kind is BudgetKind.BYTES
 
 
 def strongest_safe_budget(settings: Iterable[ProbedSetting]) -> float | None:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.kv.policies import Policy
-from spectrumkv.common.kv.policies.int4_layers import Int4Layers
+from spectrumkv.common.kv.allocation import Int4Layers
+from spectrumkv.common.kv.policies import BudgetKind, Policy
 from spectrumkv.prefill_server.tuning.probe.results import (
     TRIALS,
     TRIALS_TO_PASS,
@@ -108,7 +108,7 @@ class ProbeVerdict:
 
         Counted budgets are the strongest that is safe. A policy of tiers keeps to what it was tried at, if it was.
         """
-        if not policy.budget_is_counted:
+        if policy.budget_kind is BudgetKind.TIER_COST:
             return next((one.budget for one in self.settings if one.policy == policy.name), UNPROBED_BUDGET)
         if not _finds_needles(self.settings):
             return UNPROBED_BUDGET

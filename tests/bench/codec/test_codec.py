@@ -13,7 +13,7 @@ from spectrumkv.bench.codec.measure import MIXED, Cache, RegisteredCodec, measur
 from spectrumkv.bench.codec.quanto import QuantoCodec, add_ratios_to_quanto
 from spectrumkv.bench.main import main
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.kv.codecs.base import tier_codecs
+from spectrumkv.common.kv.codecs.tiered import tier_codecs
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier
 

@@ -10,7 +10,7 @@ from spectrumkv.bench.models.synthetic_basis import synthetic_basis
 from spectrumkv.bench.peers.baselines import Baseline, baselines
 from spectrumkv.bench.peers.quanto_extension import QUANTO
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.kv.policies import policies
+from spectrumkv.common.kv.policies import BudgetKind, policies
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.service.config import PrefillConfig, build
 from spectrumkv.common.telemetry.metrics import Metrics
@@ -59,7 +59,7 @@ def test_the_help_says_of_which_policies_budgets_are_bytes() -> None:
     parser = argparse.ArgumentParser()
     add_method_flags(parser)
     said = " ".join(parser.format_help().split())
-    counted = ", ".join(name for name in policies if policies.get(name).budget_is_counted)
+    counted = ", ".join(name for name in policies if policies.get(name).budget_kind is BudgetKind.BYTES)
     assert f"for policy {counted} all bytes that are sent" in said
     assert "for policies of tiers and baselines the mean cost per token" in said
 

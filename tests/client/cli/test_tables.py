@@ -6,7 +6,7 @@ from rich.console import Console
 
 from spectrumkv.client.cli.tables import COUNTED_POLICIES, usage_table
 from spectrumkv.client.completion import Completion, Finished, TokenEvent
-from spectrumkv.common.kv.policies import policies
+from spectrumkv.common.kv.policies import BudgetKind, policies
 from tests.client.fake_servers import finished
 
 
@@ -24,7 +24,7 @@ def shown(completion, budget_asked=None):
 
 
 def test_the_policies_whose_budget_is_counted_are_those_of_the_registry():
-    assert {name for name in policies if policies.get(name).budget_is_counted} == COUNTED_POLICIES
+    assert {name for name in policies if policies.get(name).budget_kind is BudgetKind.BYTES} == COUNTED_POLICIES
 
 
 def test_the_nominal_cost_is_left_out_where_the_budget_is_counted():

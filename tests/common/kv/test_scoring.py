@@ -7,20 +7,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.scoring import (
     DECAY_RATE,
-    LayerCapture,
     attention,
     combine,
     decay,
     key_norm,
-    observed_attention,
+    mean_attention,
     position,
     random,
     scorers,
 )
 from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.kernels.attention_scores import cpu as attention_scores_cpu
+
+SEED = 7
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,11 +41,10 @@ def observe(
     head_dim: int = 8,
     softcap: float | None = None,
     sliding_window: int | None = None,
-    seed: int = 7,
     layer: int = 3,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[LayerCapture, torch.Tensor]:
-    """An capture of random tensors, and the queries of all positions that it was cut from."""
+    """A capture of random tensors, and the queries of all positions that it was cut from."""
     generator = torch.Generator().manual_seed(tokens * 1000 + window)
     all_queries = torch.randn(query_heads, tokens, head_dim, generator=generator).to(dtype) * 2
     keys, values = (torch.randn(kv_heads, tokens, head_dim, generator=generator).to(dtype) for _ in range(2))
@@ -54,7 +55,6 @@ def observe(
         scaling=head_dim**-0.5,
         softcap=softcap,
         sliding_window=sliding_window,
-        seed=seed,
         layer=layer,
     )
     return capture, all_queries
@@ -100,18 +100,18 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_observed_attention_is_that_of_the_full_matrix(shape):
+def test_mean_attention_is_that_of_the_full_matrix(shape):
     capture, all_queries = observe(**shape)
     expected = naive_attention(capture, all_queries)
-    actual = observed_attention(capture)
+    actual = mean_attention(capture)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(attention(capture).double(), expected.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(attention(capture, SEED).double(), expected.mean(0), rtol=1e-5, atol=1e-6)
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.data())
-def test_observed_attention_is_that_of_the_full_matrix_at_any_shape(data):
+def test_mean_attention_is_that_of_the_full_matrix_at_any_shape(data):
     tokens = data.draw(st.integers(1, 14))
     kv_heads = data.draw(st.integers(1, 3))
     capture, all_queries = observe(
@@ -123,19 +123,19 @@ def test_observed_attention_is_that_of_the_full_matrix_at_any_shape(data):
         sliding_window=data.draw(st.none() | st.integers(1, 20)),
     )
     expected = naive_attention(capture, all_queries)
-    torch.testing.assert_close(observed_attention(capture).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mean_attention(capture).double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_observed_attention_on_a_worked_example():
+def test_mean_attention_on_a_worked_example():
     # Zero queries attend evenly: the query at 2 gives thirds, the one at 3 quarters.
     capture = replace(observe(tokens=4, window=2, query_heads=1, kv_heads=1)[0], queries=torch.zeros(1, 2, 8))
     both = (1 / 3 + 1 / 4) / 2
-    torch.testing.assert_close(observed_attention(capture), torch.tensor([[both, both, both, 1 / 4]]))
+    torch.testing.assert_close(mean_attention(capture), torch.tensor([[both, both, both, 1 / 4]]))
 
 
 def test_tokens_that_the_sliding_window_hides_score_zero():
     # Queries stand at 14 … 18 and see three tokens each, so 12 is the first that any of them sees.
-    scores = attention(observe(sliding_window=3)[0])
+    scores = attention(observe(sliding_window=3)[0], SEED)
     assert scores[:12].tolist() == [0.0] * 12
     assert (scores[12:] > 0).all()
 
@@ -150,7 +150,7 @@ def test_half_precision_inputs_are_computed_in_float32(dtype):
         values=capture.values.float(),
     )
     for name in scorers:
-        assert torch.equal(scorers.get(name)(capture), scorers.get(name)(in_float32)), name
+        assert torch.equal(scorers.get(name)(capture, SEED), scorers.get(name)(in_float32, SEED)), name
 
 
 @pytest.mark.parametrize(("bfloat16", "tolerance"), [(False, 1e-3), (True, 0.03)])
@@ -158,7 +158,7 @@ def test_attention_survives_the_large_key_biases_of_qwen(bfloat16, tolerance, mo
     monkeypatch.setattr(attention_scores_cpu, "multiplies_bfloat16", lambda: bfloat16)
     capture, all_queries = observe(dtype=torch.float16)
     capture.keys[..., 3] += 900
-    scores = observed_attention(capture)
+    scores = mean_attention(capture)
     assert scores.isfinite().all()
     torch.testing.assert_close(scores.double(), naive_attention(capture, all_queries), rtol=tolerance, atol=1e-4)
 
@@ -168,11 +168,11 @@ def test_attention_survives_the_large_key_biases_of_qwen(bfloat16, tolerance, mo
 def test_every_scorer_gives_one_finite_float32_per_token(name, shape):
     capture, _ = observe(**shape)
     before = [one.clone() for one in (capture.queries, capture.keys, capture.values)]
-    scores = scorers.get(name)(capture)
+    scores = scorers.get(name)(capture, SEED)
     assert scores.shape == (capture.tokens,)
     assert scores.dtype == torch.float32
     assert scores.isfinite().all()
-    assert torch.equal(scores, scorers.get(name)(observe(**shape)[0]))
+    assert torch.equal(scores, scorers.get(name)(observe(**shape)[0], SEED))
     for original, now in zip(before, (capture.queries, capture.keys, capture.values), strict=True):
         assert torch.equal(original, now), "a scorer must leave the model's tensors alone"
 
@@ -187,7 +187,7 @@ def test_every_scorer_takes_views_of_any_strides(name):
             for part in ("queries", "keys", "values")
         },
     )
-    torch.testing.assert_close(scorers.get(name)(as_views), scorers.get(name)(capture))
+    torch.testing.assert_close(scorers.get(name)(as_views, SEED), scorers.get(name)(capture, SEED))
 
 
 def test_the_scorers_are_those_of_the_interface():
@@ -202,12 +202,12 @@ def test_an_unknown_scorer_is_refused_with_the_valid_names():
 
 def test_decay_is_attention_times_the_papers_factor():
     capture, _ = observe()
-    expected = [a * math.exp(-0.005 * (19 - j)) for j, a in enumerate(attention(capture).tolist(), start=1)]
-    torch.testing.assert_close(decay(capture), torch.tensor(expected))
+    expected = [a * math.exp(-0.005 * (19 - j)) for j, a in enumerate(attention(capture, SEED).tolist(), start=1)]
+    torch.testing.assert_close(decay(capture, SEED), torch.tensor(expected))
 
 
 def test_position_depends_on_distance_from_the_end_only():
-    scores = position(observe()[0])
+    scores = position(observe()[0], SEED)
     assert scores[-1] == 1
     torch.testing.assert_close(scores[1:] / scores[:-1], torch.full((18,), math.exp(DECAY_RATE)))
 
@@ -215,12 +215,12 @@ def test_position_depends_on_distance_from_the_end_only():
 def test_key_norm_prefers_short_keys():
     capture, _ = observe(tokens=3, window=1, kv_heads=2, query_heads=2, head_dim=2)
     keys = torch.tensor([[[3.0, 4.0], [0.0, 1.0], [0.0, 0.0]], [[0.0, 0.0], [2.0, 0.0], [6.0, 8.0]]])
-    assert key_norm(replace(capture, keys=keys)).tolist() == [-2.5, -1.5, -5.0]
+    assert key_norm(replace(capture, keys=keys), SEED).tolist() == [-2.5, -1.5, -5.0]
 
 
 def test_random_differs_between_seeds_and_layers_and_lies_in_the_unit_interval():
     draws = {
-        (seed, layer): random(observe(seed=seed, layer=layer)[0])
+        (seed, layer): random(observe(layer=layer)[0], seed)
         for seed, layer in [(0, 0), (0, 1), (1, 0), (2**64 - 1, 0)]
     }
     assert len({tuple(draw.tolist()) for draw in draws.values()}) == len(draws)
@@ -240,7 +240,6 @@ def test_random_differs_between_seeds_and_layers_and_lies_in_the_unit_interval()
         ({"scaling": 0.0}, "scaling is 0.0"),
         ({"softcap": 0.0}, "softcap is 0.0"),
         ({"sliding_window": 0}, "sliding window is 0"),
-        ({"seed": -1}, "seed is -1"),
         ({"layer": -1}, "layer is -1"),
     ],
 )

@@ -36,15 +36,13 @@ import zstandard
 from prometheus_client import CollectorRegistry
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.kv.codecs import absmax, native  # noqa: F401  (registers them)
+from spectrumkv.common.kv.allocation import Int4Layers
+from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.codecs.spectral import segment_codec, symbols
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.codecs.spectral.fixed_width import least_budget
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.policies import policies
-from spectrumkv.common.kv.policies.int4_layers import Int4Layers
-from spectrumkv.common.kv.scoring import LayerCapture
+from spectrumkv.common.kv.policies import BudgetKind, policies
 from spectrumkv.common.kv.segment import KvSegment, parse_segment
 from spectrumkv.common.kv.wire import ChunkReader, ChunkTotals, KvChunk
 from spectrumkv.common.rpc.decode_stream import deserialize_request, serialize_request, serialize_response
@@ -93,7 +91,7 @@ def capture(geometry: KvGeometry, layer: int, tokens: int) -> LayerCapture:
     queries = torch.zeros(2 * geometry.kv_heads, 1, geometry.head_dim)
     queries[:, :, 0], queries[:, :, 1] = DIGIT, 1
     dtype = geometry.native_dtype
-    return LayerCapture(queries.to(dtype), keys.to(dtype), values.to(dtype), PROMPTS[tokens], 64.0, None, 3, layer)
+    return LayerCapture(queries.to(dtype), keys.to(dtype), values.to(dtype), PROMPTS[tokens], 64.0, None, layer)
 
 
 @cache
@@ -106,7 +104,7 @@ def basis_of(geometry: KvGeometry) -> SpectralBasis:
     return SpectralBasis(
         mean=numbers(*lead, width, salt=0),
         analysis=torch.stack(shuffled).view(*lead, width, width),
-        spread=(2 * scale).expand(*lead, -1).contiguous(),
+        std=(2 * scale).expand(*lead, -1).contiguous(),
         attention_exponent=torch.ones(geometry.layers),
         rope_frequencies=torch.zeros(width // 2, dtype=torch.float64),
         rope_scaling=0.5,
@@ -122,12 +120,13 @@ def plan_of(policy: str, codec: str, geometry: KvGeometry, budget: float, scope:
 def plans(policy: str, codec: str, geometry: KvGeometry) -> Iterator[tuple[str, KvPlan]]:
     """Every plan that this policy and codec allow, and what distinguishes it."""
     chosen, coder = policies.get(policy), codecs.get(codec)
-    least = least_budget(coder, geometry) if chosen.budget_is_counted and policy != codec else 0.0
+    in_bytes = chosen.budget_kind is BudgetKind.BYTES
+    least = coder.least_byte_budget(geometry) if in_bytes else 0.0
     for budget in BUDGETS:
         # Where widths are fixed, some more is needed than what all tokens take at the least of them.
         if not max(chosen.min_budget, least) <= budget <= chosen.max_budget:
             continue
-        for scope in ("layer",) if chosen.budget_is_counted else SCOPES:
+        for scope in ("layer",) if in_bytes else SCOPES:
             plan = plan_of(policy, codec, geometry, budget, scope)
             yield f"{budget} {scope}", plan
             for off in ((1,), (0, 1)) if chosen.heeds_int4 else ():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from spectrumkv.common.kv.codecs.spectral.steps import Steps, TokenClasses
+from spectrumkv.common.kv.codecs.spectral.layout import Steps, TokenClasses
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.kernels.spectral.transform import TOKENS
 from tests.common.kv.codecs.plain_spectral import plain_coefficients, plain_states
@@ -18,7 +18,7 @@ def test_symbols_are_rounded_coefficients_and_come_back(kv_heads: int, head_dim:
     basis, first = basis_of(shape), 700
     transform = LayerTransform(basis, 0)
     generator = torch.Generator().manual_seed(tokens)
-    coefficients = torch.randn(2, kv_heads, tokens, head_dim, generator=generator) * basis.spread[0][:, :, None]
+    coefficients = torch.randn(2, kv_heads, tokens, head_dim, generator=generator) * basis.std[0][:, :, None]
     # As models leave them: token by token.
     keys, values = plain_states(basis, 0, coefficients, first).float().transpose(1, 2).contiguous().transpose(1, 2)
     classes = TokenClasses(np.random.default_rng(tokens).integers(-6, 4, tokens), sinks=0)

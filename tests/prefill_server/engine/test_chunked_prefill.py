@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from spectrumkv.common.errors import CancelledError, InvalidArgumentError
-from spectrumkv.common.kv.scoring import LayerCapture
+from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.model.load import load_model
 from spectrumkv.prefill_server.engine.chunked_prefill import chunk_bounds
 from spectrumkv.prefill_server.engine.engine import PrefillEngine, PromptResult

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spectrumkv.common.errors import CancelledError, UnavailableError
-from spectrumkv.common.kv.scoring import LayerCapture
+from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.model.load import load_model
 from spectrumkv.prefill_server.engine.engine import BATCH_TOKENS, PrefillEngine, PromptResult
 from tests.tiny_models import ARCHITECTURES, tiny_model

@@ -8,9 +8,9 @@ from prometheus_client import CollectorRegistry
 
 from spectrumkv.bench.models.synthetic_basis import synthetic_basis
 from spectrumkv.common.errors import CancelledError, InvalidArgumentError
+from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.scoring import LayerCapture
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.kv.wire import ChunkReader, ChunkTotals, KvChunk
 from spectrumkv.common.rpc.decode_stream import Request, serialized_bytes
@@ -34,7 +34,7 @@ def capture(layer: int, tokens: int = TOKENS) -> LayerCapture:
     generator = torch.Generator().manual_seed(layer)
     keys, values = torch.randn(2, GEOMETRY.kv_heads, tokens, GEOMETRY.head_dim, generator=generator)
     queries = torch.randn(4, 5, GEOMETRY.head_dim, generator=generator)
-    return LayerCapture(queries, keys, values, 0.3, None, None, 0, layer)
+    return LayerCapture(queries, keys, values, 0.3, None, None, layer)
 
 
 def kind(message: Request) -> str:

@@ -3,11 +3,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from spectrumkv.common.kv.codecs.spectral.layout import LOWEST_CLASS
+from spectrumkv.common.kv.capture import LayerCapture
+from spectrumkv.common.kv.codecs.spectral.layout import LOWEST_CLASS, TokenClasses
 from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment, decode_segment, encode_segment
-from spectrumkv.common.kv.codecs.spectral.steps import TokenClasses
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
-from spectrumkv.common.kv.scoring import LayerCapture
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
 from spectrumkv.prefill_server.tuning.basis_cache import default_excerpts, resolve_basis
@@ -49,14 +48,14 @@ def test_a_basis_is_found_for_every_architecture(architecture: str) -> None:
     basis = calibrate(loaded, excerpts, done.append)
     assert done == [1, 2]
     basis.check_fits(loaded.geometry)
-    assert (basis.spread.diff(dim=-1) <= basis.spread[..., :-1] * 0.5 + 1e-6).all()
+    assert (basis.std.diff(dim=-1) <= basis.std[..., :-1] * 0.5 + 1e-6).all()
     seen: list[LayerCapture] = list(capture_prompt(loaded.model, excerpts[0].token_ids[:70].tolist(), 64).layers)
     for capture in seen:
         transform = LayerTransform(basis, capture.layer)
         keys, values = torch.empty_like(capture.keys), torch.empty_like(capture.values)
         classes = TokenClasses(np.full(capture.tokens, LOWEST_CLASS), sinks=0)
         block = UncodedSegment(transform, 0, capture.keys, capture.values, classes)
-        fine = float(basis.spread[capture.layer].min().log2()) - 6
+        fine = float(basis.std[capture.layer].min().log2()) - 6
         body, _ = encode_segment(block, fine, loaded.geometry)
         decode_segment(transform, memoryview(body), 0, loaded.geometry, keys, values)
         scale = capture.keys.abs().max()

@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 from spectrumkv.client.cli.main import main
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
+from spectrumkv.common.kv.allocation import Int4Layers
 from spectrumkv.common.kv.codecs.absmax import AbsmaxCodec
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies import policies
-from spectrumkv.common.kv.policies.int4_layers import Int4Layers
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.prefill_server.engine.engine import PrefillEngine

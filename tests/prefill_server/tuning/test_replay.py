@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from spectrumkv.common.kv.allocation import Int4Layers
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.policies import policies
-from spectrumkv.common.kv.policies.int4_layers import Int4Layers
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.kv.allocation import Int4Layers
 from spectrumkv.common.kv.policies import policies
-from spectrumkv.common.kv.policies.int4_layers import Int4Layers
 from spectrumkv.common.model.spec import ModelSpec
 from spectrumkv.common.service.config import PrefillConfig, build
 from spectrumkv.prefill_server.transfer.plan import default_budget

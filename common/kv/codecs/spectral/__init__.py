@@ -2,5 +2,17 @@
 
 Keys and values are turned into coefficients by a basis that a short calibration finds for each model: the
 Karhunen-Loève transform in the metric of the model's own sensitivity. A coefficient is a multiple of its token's
-step, important tokens have small steps, and the integers go to an entropy coder in streams of equal spread.
+step, important tokens have small steps, and the integers go to an entropy coder in streams of equal standard
+deviation. With one step for all coefficients of a token, every coefficient gets the same distortion as long as its
+variance is above it: reverse water-filling (Cover & Thomas, "Elements of Information Theory", section 13.3.3 of the
+first edition, 10.3.3 of the second).
+
+`importance` decides each token's step relative to the others, `rate` how fine they are together, `layout` which
+symbols share a stream, `transform` makes symbols of tokens, `symbols` makes bytes of symbols, `segment_codec` makes a
+segment's body of all that, `encoder` goes through a prompt's layers, and `codec` states encoder and decoder.
 """
+
+from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.spectral.codec import SpectralCodec
+
+__all__ = ["SpectralBasis", "SpectralCodec"]

@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -10,7 +10,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.kv.codecs.spectral.rotary import angles
 from spectrumkv.common.kv.geometry import KvGeometry
 
 # Keys and values, in this order, in every tensor with a `side`.
@@ -19,6 +18,10 @@ SIDES = 2
 SAFETENSORS_HEADER_BYTES = 4096
 # Models have factors near 1; keys are float32 before and after.
 LARGEST_SCALING = 1e6
+# A table of angles has a power of two of positions, and no fewer.
+LEAST_POSITIONS = 256
+# The key of `std` in the serialized form. It is bytes on the wire and part of the digest.
+STD_KEY = "spread"
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +33,10 @@ class SpectralBasis:
 
     Attributes:
         mean: float32 `[layers, 2, kv_heads, head_dim]`.
-        analysis: float32 `[layers, 2, kv_heads, head_dim, head_dim]`, invertible; columns ordered by falling spread.
-        spread: float32 `[layers, 2, kv_heads, head_dim]`, standard deviation of each coefficient.
-        attention_exponent: float32 `[layers]`, by which power of its observed attention a token's
-            sensitivity grows.
+        analysis: float32 `[layers, 2, kv_heads, head_dim, head_dim]`, invertible; columns ordered by falling `std`.
+        std: float32 `[layers, 2, kv_heads, head_dim]`, standard deviation of each coefficient.
+        attention_exponent: float32 `[layers]`, the power of its mean attention with which a token's sensitivity
+            grows.
         rope_frequencies: float64 `[head_dim / 2]`, radians per position.
         rope_scaling: factor that the rotary embedding applies to keys besides the rotation.
 
@@ -43,7 +46,7 @@ class SpectralBasis:
 
     mean: torch.Tensor
     analysis: torch.Tensor
-    spread: torch.Tensor
+    std: torch.Tensor
     attention_exponent: torch.Tensor
     rope_frequencies: torch.Tensor
     rope_scaling: float
@@ -53,7 +56,7 @@ class SpectralBasis:
         shapes = {
             "mean": (layers, SIDES, kv_heads, head_dim),
             "analysis": (layers, SIDES, kv_heads, head_dim, head_dim),
-            "spread": (layers, SIDES, kv_heads, head_dim),
+            "std": (layers, SIDES, kv_heads, head_dim),
             "attention_exponent": (layers,),
             "rope_frequencies": (head_dim // 2,),
         }
@@ -65,8 +68,8 @@ class SpectralBasis:
                     f"the basis's {name} is {tensor.dtype} {list(tensor.shape)}; it must be {dtype} {list(shape)} "
                     "and finite"
                 )
-        if not (self.spread > 0).all():
-            raise InvalidArgumentError("the basis has a coefficient without spread")
+        if not (self.std > 0).all():
+            raise InvalidArgumentError("the basis has a coefficient whose standard deviation is not positive")
         if not 1 / LARGEST_SCALING <= self.rope_scaling <= LARGEST_SCALING:
             raise InvalidArgumentError(
                 f"the basis's rope_scaling is {self.rope_scaling}; "
@@ -75,15 +78,18 @@ class SpectralBasis:
 
     @property
     def head_dim(self) -> int:
-        """Elements of one key or value."""
+        """Count the elements of one key or value."""
         return self.mean.shape[-1]
 
     @cached_property
     def synthesis(self) -> torch.Tensor:
-        """Inverse of `analysis`, float32.
+        """Invert `analysis`.
+
+        Returns:
+            float32, of `analysis`'s shape.
 
         Raises:
-            InvalidArgumentError: there is none.
+            InvalidArgumentError: `analysis` has no inverse.
         """
         message = "the basis has a transform that cannot be undone"
         try:
@@ -98,11 +104,11 @@ class SpectralBasis:
 
     @cached_property
     def serialized(self) -> bytes:
-        """The basis in the format of safetensors, which `from_bytes` reads."""
+        """Serialize the basis in the format of safetensors, which `from_bytes` reads."""
         tensors = {
             "mean": self.mean,
             "analysis": self.analysis,
-            "spread": self.spread,
+            STD_KEY: self.std,
             "attention_exponent": self.attention_exponent,
             "rope_frequencies": self.rope_frequencies,
             "rope_scaling": torch.tensor([self.rope_scaling], dtype=torch.float64),
@@ -112,18 +118,21 @@ class SpectralBasis:
 
     @cached_property
     def digest(self) -> bytes:
-        """SHA-256 of the serialized basis."""
+        """Compute the SHA-256 of the serialized basis."""
         return hashlib.sha256(self.serialized).digest()
 
     @staticmethod
     def largest_bytes(geometry: KvGeometry) -> int:
-        """Most bytes that a serialized basis for a model's cache can take."""
+        """Return the most bytes that a serialized basis for a model's cache can take."""
         vectors = geometry.layers * SIDES * geometry.kv_heads * geometry.head_dim
         floats = vectors * (geometry.head_dim + 2) + geometry.layers
         return 4 * floats + 8 * geometry.head_dim + SAFETENSORS_HEADER_BYTES
 
     def check_fits(self, geometry: KvGeometry) -> None:
         """Check that the basis is one for this model's cache.
+
+        Args:
+            geometry: shape and dtype of the model's cache.
 
         Raises:
             InvalidArgumentError: it is not.
@@ -134,7 +143,15 @@ class SpectralBasis:
             raise InvalidArgumentError(f"the basis has (layers, KV heads, head_dim) = {mine}; the model has {theirs}")
 
     def rotation(self, first: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine of the rotary angles at positions `first` and up, float32 `[tokens, head_dim / 2]`."""
+        """Look up the rotary angles of a run of positions.
+
+        Args:
+            first: the first position.
+            tokens: how many positions.
+
+        Returns:
+            Cosine and sine, float32 `[tokens, head_dim / 2]` each.
+        """
         return angles(self._frequencies, first, tokens)
 
     @cached_property
@@ -143,13 +160,58 @@ class SpectralBasis:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "SpectralBasis":
-        """Inverse of `serialized`.
+        """Read a basis; the inverse of `serialized`.
+
+        Args:
+            data: in the format of safetensors.
+
+        Returns:
+            The basis.
 
         Raises:
             InvalidArgumentError: `data` is no basis.
         """
         try:
             tensors = load(data)
-            return cls(**{**tensors, "rope_scaling": float(tensors["rope_scaling"])})
+            std = tensors.pop(STD_KEY)
+            return cls(**{**tensors, "rope_scaling": float(tensors["rope_scaling"])}, std=std)
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InvalidArgumentError(f"these {len(data)} bytes are no spectral basis: {error}") from error
+
+
+def angles(frequencies: tuple[float, ...], first: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rotary angles of a run of positions.
+
+    Args:
+        frequencies: radians per position, `head_dim / 2` of them.
+        first: the first position.
+        tokens: how many positions.
+
+    Returns:
+        Cosine and sine, float32 `[tokens, head_dim / 2]` each: views of a table that is kept.
+    """
+    end = first + tokens
+    cosine, sine = _angle_table(frequencies, max(LEAST_POSITIONS, 1 << (end - 1).bit_length()))
+    return cosine[first:end], sine[first:end]
+
+
+@lru_cache(maxsize=16)
+def _angle_table(frequencies: tuple[float, ...], positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosine and sine from position 0 on: all layers and segments of all prompts look up the same ones."""
+    turned = torch.arange(positions, dtype=torch.float64)[:, None] * torch.tensor(frequencies, dtype=torch.float64)
+    return turned.cos().float(), turned.sin().float()
+
+
+def rotate(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Apply the rotary embedding (RoPE, arXiv 2104.09864, section 3.2.2) in the halves layout of `transformers`.
+
+    Args:
+        states: float `[heads, n, d]`.
+        cosine: float32 `[n, d / 2]` of each position's angles.
+        sine: like `cosine`; minus the sine undoes the rotation.
+
+    Returns:
+        `[heads, n, d]`: elements j and j + d/2 turned by the angle of their position.
+    """
+    low, high = states.chunk(2, dim=-1)
+    return torch.cat([low * cosine - high * sine, high * cosine + low * sine], dim=-1)

@@ -1,37 +1,137 @@
-"""The codec "spectral" and the policy of its name."""
+"""The codec "spectral": its encoder and decoder factories, side by side, and its decoder."""
+
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
-from spectrumkv.common.kv.codecs.base import SegmentDecoder, codecs, needed_basis
+from spectrumkv.common.errors import DataLossError, InternalError
+from spectrumkv.common.kv.allocation import TierAllocation
+from spectrumkv.common.kv.codecs.base import (
+    Basis,
+    Codec,
+    EncoderRequest,
+    KvEncoder,
+    SegmentDecoder,
+    codecs,
+    needed_basis,
+)
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.codecs.spectral.decoder import SpectralDecoder
+from spectrumkv.common.kv.codecs.spectral.encoder import SpectralEncoder
+from spectrumkv.common.kv.codecs.spectral.importance import class_bits, tier_bytes
+from spectrumkv.common.kv.codecs.spectral.layout import TokenClasses
 from spectrumkv.common.kv.codecs.spectral.rate import RateControl
 from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment, decode_segment, encode_segment
-from spectrumkv.common.kv.codecs.spectral.steps import TokenClasses
+from spectrumkv.common.kv.codecs.spectral.tier_allocation import SpectralTiers
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.policies.base import Policy, policies
+from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier
 
 
-class SpectralCodec:
-    """Transform coding within a budget of counted bytes; see `Codec`. `SpectralEncoder` is its sending half."""
+class SpectralCodec(Codec):
+    """Code transform coefficients within a budget of counted bytes; see `Codec`."""
 
     name = "spectral"
     version = 2
     tiers = frozenset({Tier.INT4, Tier.INT8, Tier.FP16})
     needs_basis = True
+    stand_in = "absmax"
 
-    def decoder(self, geometry: KvGeometry, basis: SpectralBasis | None) -> SegmentDecoder:
-        """See `Codec.decoder`."""
-        return SpectralDecoder(needed_basis(self, basis), geometry)
+    def encoder(self, request: EncoderRequest) -> KvEncoder:
+        """Make an encoder; see `Codec.encoder`.
+
+        Args:
+            request: with a byte budget.
+
+        Returns:
+            The encoder.
+        """
+        return SpectralEncoder(
+            basis=self._basis(request.basis),
+            geometry=request.geometry,
+            tokens=request.tokens,
+            segment_bytes=request.segment_bytes,
+            scorer=request.scorer,
+            seed=request.seed,
+        )
+
+    def decoder(self, geometry: KvGeometry, basis: Basis | None) -> SegmentDecoder:
+        """Make a decoder; see `Codec.decoder`.
+
+        Args:
+            geometry: shape and dtype of the model's cache.
+            basis: that Begin names.
+
+        Returns:
+            The decoder.
+        """
+        return SpectralDecoder(self._basis(basis), geometry)
+
+    def tier_allocation(self, request: EncoderRequest, token_bytes: Mapping[Tier, float]) -> TierAllocation:
+        """Give each token the tier that is nearest to the bits it would get here; see `Codec.tier_allocation`.
+
+        Args:
+            request: with a byte budget.
+            token_bytes: what a token of one layer takes of a body at INT4, INT8 and FP16.
+
+        Returns:
+            The allocation.
+        """
+        return SpectralTiers(
+            basis=self._basis(request.basis),
+            token_bytes=token_bytes,
+            geometry=request.geometry,
+            tokens=request.tokens,
+            segment_bytes=request.segment_bytes,
+            scorer=request.scorer,
+            seed=request.seed,
+        )
+
+    def _basis(self, basis: Basis | None) -> SpectralBasis:
+        found = needed_basis(self, basis)
+        if not isinstance(found, SpectralBasis):
+            raise InternalError(f"codec {self.name!r} was given a {type(found).__name__} as its basis")
+        return found
 
 
 codecs.register(SpectralCodec.name)(SpectralCodec())
-policies.register(SpectralCodec.name)(
-    Policy("spectral", min_budget=0.05, max_budget=1.0, codec="spectral", needs_scores=True, rule=None)
-)
+
+
+class SpectralDecoder:
+    """Decode segments made with one basis. A `SegmentDecoder`.
+
+    Args:
+        basis: the one that Begin names.
+        geometry: shape and dtype of the model's cache.
+    """
+
+    def __init__(self, basis: SpectralBasis, geometry: KvGeometry) -> None:
+        basis.check_fits(geometry)
+        self._geometry = geometry
+        self._transforms = layer_transforms(basis)
+
+    def decode(self, segment: KvSegment, keys: torch.Tensor, values: torch.Tensor) -> Mapping[Tier, int]:
+        """Write a segment's tokens; see `SegmentDecoder.decode`.
+
+        Args:
+            segment: as it arrived.
+            keys: `[kv_heads, n, head_dim]`, a view of the slots.
+            values: like `keys`.
+
+        Returns:
+            The body's bytes by tier.
+
+        Raises:
+            DataLossError: the body does not hold what its header says.
+        """
+        transform = self._transforms[segment.layer]
+        of_each = np.bincount(segment.tiers.numpy(), minlength=len(Tier))
+        if of_each[Tier.DROP] or of_each[Tier.NATIVE]:
+            raise DataLossError("codec spectral sends every token, at INT4, INT8 or FP16", "tier")
+        body = segment.body.numpy().data
+        steps = decode_segment(transform, body, segment.first_token, self._geometry, keys, values)
+        return tier_bytes(class_bits(transform, steps.base), steps.tokens, segment.tiers, segment.body.numel())
 
 
 def prepare() -> None:
@@ -45,7 +145,7 @@ def prepare() -> None:
     basis = SpectralBasis(
         mean=torch.zeros(*lead, head_dim),
         analysis=torch.eye(head_dim).expand(*lead, -1, -1).contiguous(),
-        spread=torch.ones(*lead, head_dim),
+        std=torch.ones(*lead, head_dim),
         attention_exponent=torch.ones(1),
         rope_frequencies=torch.ones(head_dim // 2, dtype=torch.float64),
         rope_scaling=1.0,
@@ -60,5 +160,5 @@ def prepare() -> None:
         slots = received[:, tokens:]
         decode_segment(transform, memoryview(body), 0, geometry, slots, slots)
         transform.mean_bits(classes.classes.astype(np.float64))
-        rate = RateControl(budget_bytes=1, basis=basis)
+        rate = RateControl(segment_bytes=1, basis=basis)
         rate.expected_bytes(classes.classes, rate.base(classes.classes, 0), 0)

@@ -5,16 +5,20 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from spectrumkv.common.kv.codecs.spectral.accounting import class_bits, tier_bytes, token_tiers
+from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.codecs.spectral.importance import affordable_sinks, step_octaves
-from spectrumkv.common.kv.codecs.spectral.layout import CLASSES_PER_OCTAVE, HIGHEST_CLASS, LOWEST_CLASS
+from spectrumkv.common.kv.codecs.spectral.importance import (
+    affordable_sinks,
+    class_bits,
+    step_octaves,
+    tier_bytes,
+    token_tiers,
+)
+from spectrumkv.common.kv.codecs.spectral.layout import CLASSES_PER_OCTAVE, HIGHEST_CLASS, LOWEST_CLASS, TokenClasses
 from spectrumkv.common.kv.codecs.spectral.rate import BaseSearch, RateControl
 from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment, encode_segment
-from spectrumkv.common.kv.codecs.spectral.steps import TokenClasses
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.scoring import LayerCapture
 from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, SEGMENT_HEADER, KvSegment
 from spectrumkv.common.kv.tiers import tier_map_bytes
 
@@ -25,32 +29,40 @@ PLANNED_FILL = 0.6
 
 
 class SpectralEncoder:
-    """Codes the layers of one prompt in their order.
+    """Code the layers of one prompt in their order. A `KvEncoder`.
 
     Args:
         basis: of the model.
         geometry: shape and dtype of the model's cache.
         tokens: of the prompt.
-        budget_bytes: for all layers' segments, headers and tier maps included. What is too little even for the
+        segment_bytes: for all layers' segments, headers and tier maps included. What is too little even for the
             coarsest steps is exceeded.
         scorer: name of the scorer that ranks tokens.
+        seed: for scorers that draw.
     """
 
     def __init__(
-        self, basis: SpectralBasis, geometry: KvGeometry, tokens: int, budget_bytes: int, scorer: str
+        self, basis: SpectralBasis, geometry: KvGeometry, tokens: int, segment_bytes: int, scorer: str, seed: int
     ) -> None:
         basis.check_fits(geometry)
         self._basis = basis
         self._transforms = layer_transforms(basis)
         self._geometry = geometry
         self._scorer = scorer
-        self._rate = RateControl(budget_bytes, basis)
-        self._sinks = affordable_sinks(budget_bytes, geometry)
-        planned = max(1.0, budget_bytes / (geometry.layers * tokens))
-        self._block_tokens = max(1, int(PLANNED_FILL * MAX_CHUNK_PAYLOAD_BYTES / planned))
+        self._seed = seed
+        self._rate = RateControl(segment_bytes, basis)
+        self._sinks = affordable_sinks(segment_bytes, geometry)
+        planned = max(1.0, segment_bytes / (geometry.layers * tokens))
+        self._segment_tokens = max(1, int(PLANNED_FILL * MAX_CHUNK_PAYLOAD_BYTES / planned))
 
     def encode(self, capture: LayerCapture) -> Iterator[KvSegment]:
-        """See `KvEncoder.encode`.
+        """Code a layer; see `KvEncoder.encode`.
+
+        Args:
+            capture: the layer.
+
+        Yields:
+            Its segments.
 
         Raises:
             InvalidArgumentError: an element is infinite or NaN.
@@ -69,20 +81,20 @@ class SpectralEncoder:
         transform = self._transforms[capture.layer]
         keys, values = capture.keys.cpu(), capture.values.cpu()
         layer = []
-        for first in range(0, len(classes), self._block_tokens):
-            span = slice(first, first + self._block_tokens)
+        for first in range(0, len(classes), self._segment_tokens):
+            span = slice(first, first + self._segment_tokens)
             tokens = TokenClasses(classes[span], self._sinks if first == 0 else 0)
             layer.append(UncodedSegment(transform, first, keys[:, span], values[:, span], tokens))
         return layer
 
     @property
     def _fixed_bytes(self) -> int:
-        """What a layer takes whatever its steps."""
+        """Bytes that a layer takes whatever its steps."""
         return self._sinks * self._geometry.fp16_bytes_per_layer(1) + STREAM_OVERHEAD_BYTES
 
     def _step_classes(self, capture: LayerCapture) -> np.ndarray:
-        """Step class of each token: int64 `[n]`."""
-        octaves = step_octaves(capture, self._basis, self._scorer, self._sinks)
+        """Return the step class of each token: int64 `[n]`."""
+        octaves = step_octaves(capture, self._basis, self._scorer, self._seed, self._sinks)
         classes: np.ndarray = np.clip(np.rint(CLASSES_PER_OCTAVE * octaves), LOWEST_CLASS, HIGHEST_CLASS)
         return classes.astype(np.int64)
 
@@ -90,7 +102,11 @@ class SpectralEncoder:
         return [coded for segment in layer for coded in self._code(segment, base)]
 
     def _code(self, segment: UncodedSegment, base: float) -> Iterator[KvSegment]:
-        """One segment, or two halves of one that does not fit a chunk."""
+        """Code a segment, or each half of one that does not fit a chunk.
+
+        Yields:
+            Segments that fit chunks.
+        """
         body, steps = encode_segment(segment, base, self._geometry)
         if len(body) + SEGMENT_HEADER.size + tier_map_bytes(segment.length) > MAX_CHUNK_PAYLOAD_BYTES:
             for half in segment.halves():
@@ -103,7 +119,7 @@ class SpectralEncoder:
         yield KvSegment(segment.transform.layer, segment.first, tiers, coded, shares)
 
     def _fit(self, layer: list[UncodedSegment], base: float, segments: list[KvSegment]) -> list[KvSegment]:
-        """Code the last layer with other steps until it takes what is left of the budget and no more."""
+        """Return the last layer, coded with other steps until it takes what is left of the budget and no more."""
         symbols = sum(segment.length for segment in layer) * self._geometry.elements_per_token_layer
         rate = self._rate
         search = BaseSearch(rate.left_bytes, rate.may_be_left, symbols, rate.finest, rate.coarsest)

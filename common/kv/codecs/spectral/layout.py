@@ -1,20 +1,21 @@
-"""Which symbols share a stream: those of one difference between spread class and step class.
+"""How fine the tokens of a segment are coded, and which symbols therefore share a stream.
 
-A coefficient of spread σ (in the basis's units) in a token of step s has symbols of standard deviation σ / s. With
-both classes in half octaves, symbols of one difference are alike.
+A coefficient of standard deviation σ (in the basis's units) in a token of step s has symbols of standard deviation
+σ / s. Both are sorted into classes of half octaves, and symbols of one difference between the two classes share a
+stream, since they are alike.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import erf, sqrt
 
 import numpy as np
 
-from spectrumkv.common.kv.codecs.spectral.symbols import PACKINGS, PackedStreams
+from spectrumkv.common.kv.codecs.spectral.symbols import PACKINGS, PackedStreams, edges
 from spectrumkv.kernels.spectral import rate as kernels
 from spectrumkv.kernels.spectral.rate import LOWEST, PER_OCTAVE
 
-# Classes per octave of step and of spread.
+# Classes per octave of step and of standard deviation.
 CLASSES_PER_OCTAVE = 2
 # Step classes around the mean token: three octaves finer, one and a half coarser.
 LOWEST_CLASS, HIGHEST_CLASS = -6, 3
@@ -26,9 +27,67 @@ HIGHEST = 6
 CLOSE_ENOUGH = 1e-4
 
 
-def spread_classes(spread: np.ndarray) -> np.ndarray:
-    """Class of each coefficient: int64, its spread's logarithm in half octaves."""
-    classes: np.ndarray = np.rint(CLASSES_PER_OCTAVE * np.log2(spread)).astype(np.int64)
+@dataclass(frozen=True, eq=False)
+class TokenClasses:
+    """How fine the tokens of a segment are relative to each other.
+
+    Attributes:
+        classes: int64 `[n]`, from LOWEST_CLASS to HIGHEST_CLASS. Sinks have a class as well, which is not used.
+        sinks: how many of the first tokens are sent in the 16-bit dtype.
+    """
+
+    classes: np.ndarray
+    sinks: int
+
+    @cached_property
+    def coded(self) -> np.ndarray:
+        """Classes of the tokens that have a step, counted from 0: uint8 `[n − sinks]`."""
+        return (self.classes[self.sinks :] - LOWEST_CLASS).astype(np.uint8)
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        """Tokens that have a step, counted from the first of them, by rising class: int64 `[n − sinks]`."""
+        return np.argsort(self.coded, kind="stable")
+
+    @cached_property
+    def of_each(self) -> np.ndarray:
+        """Tokens of each class: int64 `[classes]`."""
+        return np.bincount(self.coded, minlength=len(STEP_CLASSES))
+
+    @cached_property
+    def start(self) -> np.ndarray:
+        """Where each class starts in `order`: int64 `[classes + 1]`."""
+        return edges(self.of_each)
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """The steps of a segment's tokens.
+
+    Attributes:
+        base: binary logarithm of the step of class 0; a float32, as the body has it.
+        tokens: the tokens' classes.
+    """
+
+    base: float
+    tokens: TokenClasses
+
+    @property
+    def of_classes(self) -> np.ndarray:
+        """The step of each class: float32 `[classes]`."""
+        return np.exp2(self.base + STEP_CLASSES / CLASSES_PER_OCTAVE).astype(np.float32)
+
+
+def std_classes(std: np.ndarray) -> np.ndarray:
+    """Sort coefficients into classes of half octaves.
+
+    Args:
+        std: float32 of any shape, standard deviations.
+
+    Returns:
+        int64, of the same shape: the rounded binary logarithms in half octaves.
+    """
+    classes: np.ndarray = np.rint(CLASSES_PER_OCTAVE * np.log2(std)).astype(np.int64)
     return classes
 
 
@@ -52,8 +111,11 @@ class StreamLayout:
         """Lay out the streams of a layer.
 
         Args:
-            run_classes: int64 `[runs]`, spread classes, rising.
+            run_classes: int64 `[runs]`, classes of standard deviations, rising.
             run_rows: int64 `[runs]`, how many coefficients each has.
+
+        Returns:
+            The layout.
         """
         lowest, highest = int(run_classes[0]) - HIGHEST_CLASS, int(run_classes[-1]) - LOWEST_CLASS
         stream_of = run_classes - lowest - STEP_CLASSES[:, None]
@@ -62,23 +124,34 @@ class StreamLayout:
         return cls(np.arange(lowest, highest + 1) / CLASSES_PER_OCTAVE, stream_of, rows)
 
     def packed(self, tokens: np.ndarray, base: float) -> PackedStreams:
-        """How the streams of a segment are packed.
+        """Choose how the streams of a segment are packed.
 
         Args:
             tokens: int64 `[classes]`, how many have each step class.
             base: binary logarithm of the step of class 0, a float32.
+
+        Returns:
+            A packing for each stream.
         """
         return PackedStreams.of(self.rows @ tokens, self.exponent - base)
 
 
 @lru_cache(maxsize=1)
 def entropy_table() -> np.ndarray:
-    """Entropy in bits of a Gaussian rounded to integers, as `kernels.spectral.rate` reads it: up to 2^6 steps."""
+    """Compute the entropy of a Gaussian rounded to integers, by its standard deviation.
+
+    At steps Δ much finer than σ it is the high-resolution h(X) − log₂ Δ (Gray & Neuhoff 1998, "Quantization", IEEE
+    Transactions on Information Theory 44(6)). That fails at coarse steps, so the sum itself is tabulated.
+
+    Returns:
+        float64 bits, as `kernels.spectral.rate` reads them: `PER_OCTAVE` an octave, from 2^`LOWEST` to 2^`HIGHEST`
+        steps.
+    """
     entropies = []
     for exponent in np.arange(LOWEST * PER_OCTAVE, HIGHEST * PER_OCTAVE + 1) / PER_OCTAVE:
-        spread = 2.0**exponent
-        edges = np.arange(0, int(9 * spread) + 2) + 0.5
-        tail = np.array([erf(edge / (spread * sqrt(2))) for edge in edges])
+        std = 2.0**exponent
+        borders = np.arange(0, int(9 * std) + 2) + 0.5
+        tail = np.array([erf(border / (std * sqrt(2))) for border in borders])
         positive = np.diff(tail) / 2
         probabilities = np.concatenate(([tail[0]], positive, positive))
         probabilities = probabilities[probabilities > 1e-15]
@@ -87,24 +160,47 @@ def entropy_table() -> np.ndarray:
 
 
 def expected_bits(exponents: np.ndarray, shift: float, counts: np.ndarray) -> float:
-    """Expected bits of `counts` symbols of spreads 2^`exponents` at steps of 2^`shift`.
+    """Add up what symbols of several standard deviations are expected to take.
 
     Args:
-        exponents: float64 `[m]`.
+        exponents: float64 `[m]`, binary logarithms of the standard deviations.
         shift: binary logarithm of the step.
-        counts: int64 `[m]`.
+        counts: int64 `[m]`, symbols of each.
+
+    Returns:
+        Bits.
     """
     return float(kernels.expected_bits(exponents, shift, counts, entropy_table(), PACKINGS[0].widest))
 
 
 def mean_bits(exponents: np.ndarray, shifts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Expected bits of one of the symbols for each of several steps: float64 `[n]`, as `shifts`."""
+    """Average what one of the symbols is expected to take, for each of several steps.
+
+    Args:
+        exponents: float64 `[m]`, binary logarithms of the standard deviations.
+        shifts: float64 `[n]`, binary logarithms of the steps.
+        counts: int64 `[m]`, symbols of each standard deviation.
+
+    Returns:
+        float64 `[n]`, bits.
+    """
     bits = np.empty(len(shifts))
     kernels.mean_bits(exponents, shifts, counts, entropy_table(), PACKINGS[0].widest, bits)
     return bits
 
 
 def finest_step_within(bits: float, low: float, high: float, exponents: np.ndarray, counts: np.ndarray) -> float:
-    """The least shift from `low` to `high` with which `expected_bits` are `bits` or less; `high` if none is."""
+    """Find the finest step with which symbols keep to a number of bits.
+
+    Args:
+        bits: that they may take together.
+        low: binary logarithm of the finest step.
+        high: binary logarithm of the coarsest step.
+        exponents: float64 `[m]`, binary logarithms of the standard deviations.
+        counts: int64 `[m]`, symbols of each.
+
+    Returns:
+        The step's binary logarithm; `high` where no step keeps to `bits`.
+    """
     table, unsent = entropy_table(), PACKINGS[0].widest
     return float(kernels.finest_within(bits, low, high, CLOSE_ENOUGH, exponents, counts, table, unsent))

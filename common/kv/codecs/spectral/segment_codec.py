@@ -9,8 +9,13 @@ import numpy as np
 import torch
 
 from spectrumkv.common.errors import DataLossError, InvalidArgumentError
-from spectrumkv.common.kv.codecs.spectral.layout import CLASSES_PER_OCTAVE, HIGHEST_CLASS, LOWEST_CLASS
-from spectrumkv.common.kv.codecs.spectral.steps import Steps, TokenClasses
+from spectrumkv.common.kv.codecs.spectral.layout import (
+    CLASSES_PER_OCTAVE,
+    HIGHEST_CLASS,
+    LOWEST_CLASS,
+    Steps,
+    TokenClasses,
+)
 from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION, CodedStream, PackedStreams, compress, decompress
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
@@ -26,7 +31,7 @@ LARGEST_SYMBOL = 2.0**30
 
 @dataclass(frozen=True, eq=False)
 class UncodedSegment:
-    """A run of tokens of one layer.
+    """Hold a run of tokens of one layer that is to be coded.
 
     Attributes:
         transform: of the layer.
@@ -44,11 +49,15 @@ class UncodedSegment:
 
     @property
     def length(self) -> int:
-        """How many tokens."""
+        """Count the tokens."""
         return self.keys.shape[1]
 
     def halves(self) -> "Iterator[UncodedSegment]":
-        """Yield the first half of the tokens and the others."""
+        """Cut the run in two.
+
+        Yields:
+            The first half of the tokens, and the others.
+        """
         half = self.length // 2
         for start, end in ((0, half), (half, self.length)):
             classes, sinks = self.tokens.classes[start:end], min(max(0, self.tokens.sinks - start), end - start)
@@ -103,7 +112,11 @@ def encode_segment(segment: UncodedSegment, base: float, geometry: KvGeometry) -
 
 
 def _coded_streams(segment: UncodedSegment, steps: Steps) -> tuple[Steps, list[CodedStream]]:
-    """Code the tokens that have a step; return the steps that were used, too."""
+    """Return the steps that were used and the streams of the tokens that have a step.
+
+    Raises:
+        InvalidArgumentError: an element is infinite or NaN.
+    """
     if not len(segment.tokens.coded):
         return steps, []
     transform, sinks = segment.transform, segment.tokens.sinks
@@ -120,7 +133,7 @@ def _coded_streams(segment: UncodedSegment, steps: Steps) -> tuple[Steps, list[C
 
 
 def _finest_base(largest: float) -> float:
-    """The least base step, a float32, at which integers have 32 bits, whatever their tokens' classes."""
+    """Return the least base step, a float32, at which integers have 32 bits, whatever their tokens' classes."""
     return float(np.float32(math.log2(max(largest, 1e-30) / LARGEST_SYMBOL) - LOWEST_CLASS / CLASSES_PER_OCTAVE))
 
 
@@ -132,11 +145,11 @@ def decode_segment(
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> Steps:
-    """Inverse of `encode_segment`.
+    """Decode a run of tokens: the inverse of `encode_segment`.
 
     Args:
         transform: of the layer.
-        body: as it arrived.
+        body: uint8 `[b]` as it arrived.
         first: position of the first token.
         geometry: shape and dtype of the model's cache.
         keys: `[kv_heads, n, head_dim]` in the model's own dtype, any strides, on any device; written.
@@ -171,7 +184,7 @@ def decode_segment(
 
 
 def _streams(reader: "_Reader", packed: PackedStreams) -> list[CodedStream]:
-    """Take the streams from a body."""
+    """Return the streams of a body, each in its three pieces."""
     lengths = reader.array(len(packed.limit), LENGTHS).tolist()
     return [
         CodedStream(reader.take(coded), reader.take(raw_bytes), reader.take(exceptions * EXCEPTION.itemsize))
@@ -180,7 +193,7 @@ def _streams(reader: "_Reader", packed: PackedStreams) -> list[CodedStream]:
 
 
 class _Reader:
-    """Takes a body apart, front to back."""
+    """Take a body apart, front to back."""
 
     def __init__(self, body: memoryview) -> None:
         self._body = body

@@ -21,11 +21,11 @@ from spectrumkv.kernels.spectral import packing as kernels
 
 @dataclass(frozen=True)
 class Packing:
-    """How symbols of a stream share bytes.
+    """Describe how symbols of a stream share bytes.
 
     Attributes:
         per_byte: symbols in one byte; 0 where the stream is not sent at all.
-        limit: largest magnitude; larger ones are exceptions, sent apart.
+        limit: largest magnitude; larger symbols are exceptions, sent separately.
         widest: exponent of two, in steps, of the standard deviation up to which this packing is used.
     """
 
@@ -35,7 +35,7 @@ class Packing:
 
     @property
     def base(self) -> int:
-        """Values of one symbol."""
+        """Count the values of one symbol."""
         return 2 * self.limit + 1
 
 
@@ -50,9 +50,9 @@ PACKINGS = (
 _WIDEST = np.array([one.widest for one in PACKINGS])
 _PER_BYTE = np.array([one.per_byte for one in PACKINGS], np.int64)
 _LIMITS = np.array([one.limit for one in PACKINGS], np.int64)
-# Exponent of the spread above which the lowest bits are split off.
+# Exponent of the standard deviation above which the lowest bits are split off.
 WIDEST_WITHOUT_RAW_BITS = 4.5
-# What compiled loops move at once is 32 bits; spreads beyond 2^28 steps are none that anybody has.
+# Compiled loops move 32 bits at once; no model has standard deviations beyond 2^28 steps.
 MOST_RAW_BITS = 24
 # First byte of a frame that says nothing of its size: one that does would be given as much memory as it says.
 PLAIN_FRAME = 0
@@ -72,7 +72,7 @@ _COMPRESSION = zstandard.ZstdCompressionParameters.from_level(
 
 
 class _Coders(local):
-    """Zstandard's state of one thread."""
+    """Keep Zstandard's state of one thread."""
 
     def __init__(self) -> None:
         self.compressor = zstandard.ZstdCompressor(compression_params=_COMPRESSION)
@@ -85,7 +85,7 @@ _coders = _Coders()
 
 
 class CodedStream(NamedTuple):
-    """One stream in bytes.
+    """Hold one stream in bytes.
 
     Attributes:
         coded: packed symbols, as `compress` leaves them.
@@ -99,13 +99,13 @@ class CodedStream(NamedTuple):
 
     @property
     def exception_count(self) -> int:
-        """How many exceptions there are."""
+        """Count the exceptions."""
         return len(self.exceptions) // EXCEPTION.itemsize
 
 
 @dataclass(frozen=True, eq=False)
 class PackedStreams:
-    """How each stream of a segment is packed.
+    """Pack the streams of a segment, each in its own way.
 
     Attributes:
         start: int64 `[streams + 1]`, where each starts among the segment's symbols.
@@ -132,6 +132,9 @@ class PackedStreams:
         Args:
             counts: int64 `[streams]`, symbols of each.
             exponent: float64 `[streams]`; the standard deviation of a stream's symbols is 2^exponent.
+
+        Returns:
+            The packings.
         """
         streams = len(counts)
         per_byte, limit, raw_bits, raw_bytes = np.empty((4, streams), np.int64)
@@ -150,7 +153,10 @@ class PackedStreams:
         """Code the streams.
 
         Args:
-            symbols: int32 `[m]`, one stream after another; used up.
+            symbols: int32 `[m]`, one stream after another; they are overwritten.
+
+        Returns:
+            The streams in bytes.
         """
         packed, raw = np.empty(self.packed_start[-1], np.uint8), np.empty(self.raw_start[-1], "<u4")
         outside, found = np.empty((len(symbols), 2), "<i4"), np.empty(len(self.limit), np.int64)
@@ -175,7 +181,13 @@ class PackedStreams:
         ]
 
     def decode(self, streams: Sequence[CodedStream]) -> np.ndarray:
-        """Inverse of `encode`: int32 `[m]`.
+        """Decode the streams: the inverse of `encode`.
+
+        Args:
+            streams: in bytes.
+
+        Returns:
+            int32 `[m]`, one stream after another.
 
         Raises:
             DataLossError: a stream is damaged.
@@ -201,18 +213,32 @@ class PackedStreams:
 
 
 def edges(lengths: np.ndarray) -> np.ndarray:
-    """int64 `[n + 1]`: where runs of these lengths start, and where the last one ends."""
+    """Add lengths up.
+
+    Args:
+        lengths: int64 `[n]`.
+
+    Returns:
+        int64 `[n + 1]`: where runs of these lengths start, and where the last one ends.
+    """
     return np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)))
 
 
 def compress(data: np.ndarray) -> bytes:
-    """Code bytes; never longer than one byte more than they are."""
+    """Compress bytes by Zstandard, or store them where that is no shorter.
+
+    Args:
+        data: uint8 `[n]`.
+
+    Returns:
+        At most n + 1 bytes.
+    """
     coded = _coders.compressor.compress(data.data) if len(data) else b""
     return b"\x01" + coded if len(coded) < len(data) else b"\x00" + data.tobytes()
 
 
 def decompress(coded: bytes | memoryview, size: int) -> np.ndarray:
-    """Inverse of `compress`.
+    """Decompress bytes: the inverse of `compress`.
 
     Args:
         coded: what `compress` returned.

@@ -1,4 +1,8 @@
-"""One layer's keys and values to quantized coefficients and back."""
+"""One layer's keys and values to quantized coefficients and back.
+
+The transform is a Karhunen-Loève transform (principal component analysis) per layer, side and head, in a metric that
+the calibration found; the quantizer is uniform with a step per token.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +13,13 @@ import numpy as np
 import torch
 
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.codecs.spectral.layout import CLASSES_PER_OCTAVE, StreamLayout, mean_bits, spread_classes
-from spectrumkv.common.kv.codecs.spectral.steps import Steps
+from spectrumkv.common.kv.codecs.spectral.layout import (
+    CLASSES_PER_OCTAVE,
+    Steps,
+    StreamLayout,
+    mean_bits,
+    std_classes,
+)
 from spectrumkv.common.kv.codecs.spectral.symbols import PackedStreams
 from spectrumkv.kernels.jit.gemm import padded
 from spectrumkv.kernels.jit.strided import adjacent, flat
@@ -20,7 +29,7 @@ from spectrumkv.kernels.spectral.streams import offsets
 
 @dataclass(frozen=True, eq=False)
 class LayerTransform:
-    """The basis of one layer, with its coefficients sorted by spread class.
+    """Transform the tokens of one layer, with coefficients sorted by class of standard deviation.
 
     A row is one coefficient of one head in all tokens; keys' heads come first.
 
@@ -34,28 +43,28 @@ class LayerTransform:
 
     @cached_property
     def _classes(self) -> np.ndarray:
-        """Spread class of each row, in the order side, head, element."""
-        return spread_classes(self.basis.spread[self.layer].flatten().numpy())
+        """Class of each row, in the order side, head, element."""
+        return std_classes(self.basis.std[self.layer].flatten().numpy())
 
     @cached_property
     def row_order(self) -> np.ndarray:
-        """int64 `[rows]`: the rows by rising class, those of one class in the order side, head, element."""
+        """The rows by rising class, those of one class in the order side, head, element: int64 `[rows]`."""
         return np.argsort(self._classes, kind="stable")
 
     @cached_property
     def run_classes(self) -> np.ndarray:
-        """int64 `[runs]`: the spread classes that there are, rising."""
+        """The classes that rows have, rising: int64 `[runs]`."""
         return np.unique(self._classes)
 
     @cached_property
     def run_start(self) -> np.ndarray:
-        """int64 `[runs + 1]`: the first place in `row_order` of each class."""
+        """Where each class starts in `row_order`: int64 `[runs + 1]`."""
         edges = np.searchsorted(self._classes[self.row_order], self.run_classes)
         return np.append(edges, len(self.row_order)).astype(np.int64)
 
     @cached_property
     def run_rows(self) -> np.ndarray:
-        """int64 `[runs]`: how many rows each class has."""
+        """Rows of each class: int64 `[runs]`."""
         return np.diff(self.run_start)
 
     @cached_property
@@ -65,21 +74,35 @@ class LayerTransform:
 
     @cached_property
     def _run_exponents(self) -> np.ndarray:
-        """float64 `[runs]`: binary logarithm of each class's spread."""
+        """Binary logarithm of each class's standard deviation: float64 `[runs]`."""
         return self.run_classes / CLASSES_PER_OCTAVE
 
     def mean_bits(self, steps: np.ndarray) -> np.ndarray:
-        """Expected bits an element of tokens whose steps have these binary logarithms: float64 `[n]`, as `steps`."""
+        """Estimate the bits an element that tokens of several steps take.
+
+        Args:
+            steps: float64 `[n]`, binary logarithms of the steps.
+
+        Returns:
+            float64 `[n]`, bits.
+        """
         return mean_bits(self._run_exponents, steps, self.run_rows)
 
     def packed(self, steps: Steps) -> PackedStreams:
-        """How the streams of tokens with these steps are packed."""
+        """Choose how the streams of tokens with these steps are packed.
+
+        Args:
+            steps: of the tokens.
+
+        Returns:
+            A packing for each stream.
+        """
         return self.streams.packed(steps.tokens.of_each, steps.base)
 
     def quantize(
         self, keys: torch.Tensor, values: torch.Tensor, first: int, steps: Steps, packed: PackedStreams
     ) -> tuple[np.ndarray, float]:
-        """Coefficients in their tokens' steps, rounded.
+        """Compute coefficients in units of their tokens' steps, rounded.
 
         Args:
             keys: `[kv_heads, n, head_dim]` on the CPU, after the rotary embedding; of the tokens that have a step.
@@ -90,7 +113,7 @@ class LayerTransform:
 
         Returns:
             int32 `[symbols]`, one stream after another, and the largest magnitude of a coefficient: infinite or NaN
-            where one is. Coefficients of 2^31 steps or more have no symbol that means anything.
+            where one is. The symbols of coefficients of 2^31 steps or more are meaningless.
         """
         symbols = np.empty(packed.start[-1], np.int32)
         largest = kernels.analyse(
@@ -116,7 +139,7 @@ class LayerTransform:
         keys: torch.Tensor,
         values: torch.Tensor,
     ) -> None:
-        """Inverse of `quantize`: write keys, after the rotary embedding, and values.
+        """Write keys, after the rotary embedding, and values: the inverse of `quantize`.
 
         Args:
             symbols: int32 `[symbols]`.
@@ -145,7 +168,7 @@ class LayerTransform:
         return cosine.numpy(), sine.numpy(), np.float32(scaling)
 
     def _places(self, steps: Steps, packed: PackedStreams) -> np.ndarray:
-        """int64 `[classes, rows]`: where the symbols of each step class and row start."""
+        """Return where the symbols of each step class and row start: int64 `[classes, rows]`."""
         place = np.empty((len(steps.tokens.of_each), len(self.row_order)), np.int64)
         offsets(self.row_order, self.run_start, steps.tokens.start, self.streams.stream_of, packed.start, place)
         return place
@@ -169,12 +192,12 @@ class LayerTransform:
 
 @lru_cache(maxsize=4)
 def layer_transforms(basis: SpectralBasis) -> tuple[LayerTransform, ...]:
-    """The transforms of all layers; requests that use one basis share them."""
+    """Return the transforms of all layers; requests that use one basis share them."""
     return tuple(LayerTransform(basis, layer) for layer in range(basis.mean.shape[0]))
 
 
 def _padded(matrices: torch.Tensor) -> np.ndarray:
-    """`[2, kv_heads, d, d]` with as many columns as compiled loops want: `[2 · kv_heads, d, padded]`."""
+    """Return `[2, kv_heads, d, d]` with as many columns as compiled loops want: `[2 · kv_heads, d, padded]`."""
     columns = matrices.shape[-1]
     wide = torch.nn.functional.pad(matrices.flatten(0, 1), (0, padded(columns) - columns))
     memory: np.ndarray = wide.contiguous().numpy()
@@ -183,7 +206,11 @@ def _padded(matrices: torch.Tensor) -> np.ndarray:
 
 @contextmanager
 def _written_rows(states: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Memory that compiled loops can write to: the states' own where it is of that kind, else copied at the end."""
+    """Lend memory that compiled loops can write to.
+
+    Yields:
+        The states themselves if loops can write to them, else a float32 copy, which is copied back at the end.
+    """
     if states.dtype == torch.float32 and states.device.type == "cpu" and states.stride(-1) == 1:
         yield states
         return

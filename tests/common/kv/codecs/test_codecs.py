@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spectrumkv.common.errors import DataLossError, InternalError, InvalidArgumentError
-from spectrumkv.common.kv.codecs import absmax, native  # noqa: F401  (registers it)
-from spectrumkv.common.kv.codecs.base import tier_codecs
+from spectrumkv.common.kv.codecs import absmax
+from spectrumkv.common.kv.codecs.tiered import tier_codecs
 from spectrumkv.common.kv.geometry import NATIVE_DTYPES, KvGeometry
 from spectrumkv.common.kv.tiers import Tier
 

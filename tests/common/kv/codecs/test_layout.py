@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from spectrumkv.common.kv.codecs import absmax, native  # noqa: F401  (registers both)
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier

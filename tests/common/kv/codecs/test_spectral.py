@@ -9,17 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectrumkv.common.errors import DataLossError, InvalidArgumentError
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.codecs.spectral.decoder import SpectralDecoder
+from spectrumkv.common.kv.capture import LayerCapture
+from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis, angles
+from spectrumkv.common.kv.codecs.spectral.codec import SpectralDecoder
 from spectrumkv.common.kv.codecs.spectral.encoder import SpectralEncoder
-from spectrumkv.common.kv.codecs.spectral.layout import expected_bits
-from spectrumkv.common.kv.codecs.spectral.rotary import angles
+from spectrumkv.common.kv.codecs.spectral.layout import TokenClasses, expected_bits
 from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment, decode_segment, encode_segment
-from spectrumkv.common.kv.codecs.spectral.steps import TokenClasses
 from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION, PACKINGS, PackedStreams, compress, decompress
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.scoring import LayerCapture
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier
 from tests.common.kv.codecs.plain_spectral import plain_coefficients, plain_states
@@ -38,12 +36,7 @@ def basis_of(shape: KvGeometry, seed: int = 0) -> SpectralBasis:
     return SpectralBasis(
         mean=torch.randn(*lead, shape.head_dim, generator=generator),
         analysis=directions * scales[..., None, :],
-        spread=torch.rand(*lead, shape.head_dim, generator=generator)
-        .mul(9)
-        .sub(5)
-        .exp()
-        .sort(descending=True)
-        .values,
+        std=torch.rand(*lead, shape.head_dim, generator=generator).mul(9).sub(5).exp().sort(descending=True).values,
         attention_exponent=torch.ones(shape.layers),
         rope_frequencies=1e4 ** (-torch.arange(shape.head_dim // 2, dtype=torch.float64) * 2 / shape.head_dim),
         rope_scaling=1.0,
@@ -55,14 +48,14 @@ def capture(basis: SpectralBasis, layer: int, tokens: int, mismatch: float = 1.0
     generator = torch.Generator().manual_seed(layer)
     _, sides, kv_heads, head_dim = basis.mean.shape
     coefficients = torch.randn(sides, kv_heads, tokens, head_dim, generator=generator)
-    coefficients *= basis.spread[layer][:, :, None] * mismatch
+    coefficients *= basis.std[layer][:, :, None] * mismatch
     keys, values = plain_states(basis, layer, coefficients, first).float()
     queries = torch.randn(2 * kv_heads, min(tokens, 8), head_dim, generator=generator)
-    return LayerCapture(queries, keys, values, head_dim**-0.5, None, None, 0, layer)
+    return LayerCapture(queries, keys, values, head_dim**-0.5, None, None, layer)
 
 
 def encoder_of(basis: SpectralBasis, shape: KvGeometry, tokens: int, budget: float) -> SpectralEncoder:
-    return SpectralEncoder(basis, shape, tokens, int(budget * shape.fp16_bytes(tokens)), "attention")
+    return SpectralEncoder(basis, shape, tokens, int(budget * shape.fp16_bytes(tokens)), "attention", 0)
 
 
 def packed_streams(lengths: list[int], exponents: list[float]) -> PackedStreams:
@@ -214,7 +207,7 @@ def test_important_tokens_are_finer() -> None:
     basis = basis_of(shape)
     seen = capture(basis, 0, 256)
     # The last query looks at token 100 and at nothing else.
-    loud = LayerCapture(seen.keys[:, 100:101].repeat(2, 8, 1) * 10, seen.keys, seen.values, 0.5, None, None, 0, 0)
+    loud = LayerCapture(seen.keys[:, 100:101].repeat(2, 8, 1) * 10, seen.keys, seen.values, 0.5, None, None, 0)
     [segment] = encoder_of(basis, shape, 256, 0.2).encode(loud)
     received = torch.empty(2, 1, 256, 64)
     SpectralDecoder(basis, shape).decode(segment, received[0], received[1])

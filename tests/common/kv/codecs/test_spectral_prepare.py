@@ -8,10 +8,9 @@ import pytest
 # In a process of its own: what other tests had compiled would hide what is missing.
 REQUEST = """
 import torch
-from spectrumkv.common.kv.codecs.spectral.codec import prepare
-from spectrumkv.kernels.spectral import packing, rate, streams, transform
+from spectrumkv.common.kv.codecs.spectral.codec import SpectralDecoder, prepare
 from spectrumkv.common.kv.segment import parse_segment
-from spectrumkv.common.kv.codecs.spectral.decoder import SpectralDecoder
+from spectrumkv.kernels.spectral import packing, rate, streams, transform
 from tests.common.kv.codecs.test_spectral import basis_of, encoder_of, geometry, capture
 
 def signatures():

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.kv.policies import Policy, TierRequest, policies
+from spectrumkv.common.kv.policies import BudgetKind, Policy, TierRequest, policies
 from spectrumkv.common.kv.policies.base import fill, policy
 from spectrumkv.common.kv.tiers import Tier, count_tiers, nominal_budget
 
 LETTERS = {Tier.DROP: ".", Tier.INT4: "4", Tier.INT8: "8", Tier.FP16: "F", Tier.NATIVE: "N"}
 # A policy without a rule leaves tiers to its codec.
-NAMES = tuple(name for name in policies if not policies.get(name).budget_is_counted)
+NAMES = tuple(name for name in policies if policies.get(name).budget_kind is BudgetKind.TIER_COST)
 # How much of a token's FP16 cost rounding may leave unspent. Policies that are missing here have one precision.
 UNSPENT = {
     "greedy": 0.5,

@@ -1,15 +1,23 @@
-"""The spectral allocation at whole widths."""
+"""The spectral allocation in whole tiers."""
 
 import pytest
 import torch
 
-from spectrumkv.common.kv.codecs.base import codecs, tier_codecs
-from spectrumkv.common.kv.codecs.spectral.fixed_width import FixedWidthEncoder, least_budget
-from spectrumkv.common.kv.scoring import LayerCapture
+from spectrumkv.common.kv.capture import LayerCapture
+from spectrumkv.common.kv.codecs.base import codecs
+from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.spectral.tier_allocation import SpectralTiers
+from spectrumkv.common.kv.codecs.tiered import TieredEncoder, tier_codecs, token_bytes
+from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 from tests.common.kv.codecs.test_spectral import basis_of, capture, geometry
 
 ABSMAX = tier_codecs()["absmax"]
+
+
+def encoder_of(basis: SpectralBasis, shape: KvGeometry, tokens: int, segment_bytes: int) -> TieredEncoder:
+    taken = {tier: token_bytes(ABSMAX, tier, shape) for tier in ABSMAX.tiers}
+    return TieredEncoder(ABSMAX, shape, SpectralTiers(basis, taken, shape, tokens, segment_bytes, "attention", 0))
 
 
 @pytest.mark.parametrize("tokens", [300, 1500])
@@ -17,7 +25,7 @@ ABSMAX = tier_codecs()["absmax"]
 def test_a_budget_is_met_and_never_exceeded(tokens: int, budget: float) -> None:
     shape = geometry(kv_heads=2, head_dim=64, layers=4)
     basis = basis_of(shape)
-    encoder = FixedWidthEncoder(basis, ABSMAX, shape, tokens, int(budget * shape.fp16_bytes(tokens)), "attention")
+    encoder = encoder_of(basis, shape, tokens, int(budget * shape.fp16_bytes(tokens)))
     decoder = codecs.get("absmax").decoder(shape, None)
     sent = 0
     for layer in range(shape.layers):
@@ -34,10 +42,10 @@ def test_a_budget_is_met_and_never_exceeded(tokens: int, budget: float) -> None:
 def test_less_than_int4_everywhere_is_exceeded_by_that_and_no_more() -> None:
     shape = geometry(kv_heads=2, head_dim=64)
     basis = basis_of(shape)
-    encoder = FixedWidthEncoder(basis, ABSMAX, shape, 100, 1000, "attention")
+    encoder = encoder_of(basis, shape, 100, 1000)
     [segment] = encoder.encode(capture(basis, 0, 100))
     assert count_tiers(segment.tiers)[Tier.INT4] == 100
-    assert segment.body.numel() / shape.fp16_bytes_per_layer(100) == pytest.approx(least_budget(ABSMAX, shape))
+    assert segment.body.numel() / shape.fp16_bytes_per_layer(100) == pytest.approx(ABSMAX.least_byte_budget(shape))
 
 
 def test_tiers_follow_the_attention_that_tokens_get() -> None:
@@ -45,8 +53,8 @@ def test_tiers_follow_the_attention_that_tokens_get() -> None:
     basis = basis_of(shape)
     seen = capture(basis, 0, 256)
     # The last query looks at token 100 and at nothing else.
-    loud = LayerCapture(seen.keys[:, 100:101].repeat(2, 8, 1) * 10, seen.keys, seen.values, 0.5, None, None, 0, 0)
-    encoder = FixedWidthEncoder(basis, ABSMAX, shape, 256, int(0.35 * shape.fp16_bytes(256)), "attention")
+    loud = LayerCapture(seen.keys[:, 100:101].repeat(2, 8, 1) * 10, seen.keys, seen.values, 0.5, None, None, 0)
+    encoder = encoder_of(basis, shape, 256, int(0.35 * shape.fp16_bytes(256)))
     [segment] = encoder.encode(loud)
     assert segment.tiers[100] == segment.tiers.max()
     assert segment.tiers[4:].float().mean() < float(segment.tiers[100])
@@ -55,8 +63,8 @@ def test_tiers_follow_the_attention_that_tokens_get() -> None:
 def test_layers_that_need_finer_steps_get_wider_tiers() -> None:
     shape = geometry(kv_heads=2, head_dim=64, layers=2)
     basis = basis_of(shape)
-    basis.spread[1] *= 2.0**4
-    encoder = FixedWidthEncoder(basis, ABSMAX, shape, 200, int(0.5 * shape.fp16_bytes(200)), "attention")
+    basis.std[1] *= 2.0**4
+    encoder = encoder_of(basis, shape, 200, int(0.5 * shape.fp16_bytes(200)))
     first, second = (
         next(segment.tiers for segment in encoder.encode(capture(basis, layer, 200))) for layer in range(2)
     )

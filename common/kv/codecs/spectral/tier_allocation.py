@@ -1,83 +1,92 @@
-"""The spectral allocation at whole widths: for links that are faster than the entropy coder.
+"""The spectral allocation in whole tiers: for links that are faster than the entropy coder.
 
 A token is given the tier that is nearest to the bits that the spectral codec would spend on it, and a `TierCodec`
-writes that. The budget is the same, and so is who gets how much of it; the transform and the coder, which make
-the same bits say more, are what is given up.
+writes that. The budget is the same, and so is each token's share of it. The transform and the coder are given up,
+which say more with the same bits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
 import torch
 
-from spectrumkv.common.kv.codecs.base import TierCodec
-from spectrumkv.common.kv.codecs.encoder import tier_segments, token_bytes
-from spectrumkv.common.kv.codecs.spectral.accounting import INT4_BITS, INT8_BITS
+from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.codecs.spectral.importance import affordable_sinks, step_octaves
+from spectrumkv.common.kv.codecs.spectral.importance import INT4_BITS, INT8_BITS, affordable_sinks, step_octaves
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.scoring import LayerCapture
-from spectrumkv.common.kv.segment import SEGMENT_HEADER, KvSegment
+from spectrumkv.common.kv.segment import SEGMENT_HEADER
 from spectrumkv.common.kv.tiers import Tier, tier_map_bytes
 
-# Base steps, relative to a layer's widest spread, between which its tokens go from 16 bits to 4.
+# Base steps, relative to a layer's largest standard deviation, between which its tokens go from 16 bits to 4.
 STEP_GRID = np.arange(-20, 12, 1 / 32)
-# How far apart the first and the last token are that get the same attention, and the finest difference of steps.
-TIE_OCTAVES, RESOLUTION = 1e-3, 1e-7
+# By how much the steps of the first and the last token differ where both get the same attention.
+TIE_OCTAVES = 1e-3
+# Octaves up to which a base step is sought.
+RESOLUTION = 1e-7
 
 
-def least_budget(codec: TierCodec, geometry: KvGeometry) -> float:
-    """The least counted budget that fixed widths can keep to, framing left out: every token at INT4."""
-    return token_bytes(codec, Tier.INT4, geometry) / geometry.fp16_bytes_per_layer(1)
-
-
-class FixedWidthEncoder:
-    """Codes the layers of one prompt in their order. A `KvEncoder`.
+class SpectralTiers:
+    """Give the tokens of one prompt whole tiers, within a byte budget. A `TierAllocation`.
 
     Args:
         basis: of the model.
-        codec: writes INT4, INT8 and FP16.
+        token_bytes: what a token of one layer takes of a body at INT4, INT8 and FP16.
         geometry: shape and dtype of the model's cache.
         tokens: of the prompt.
-        budget_bytes: for all layers' segments, headers and tier maps included. What is too little even for INT4
+        segment_bytes: for all layers' segments, headers and tier maps included. What is too little even for INT4
             everywhere is exceeded.
         scorer: name of the scorer that ranks tokens.
+        seed: for scorers that draw.
     """
 
     def __init__(
         self,
         basis: SpectralBasis,
-        codec: TierCodec,
+        token_bytes: Mapping[Tier, float],
         geometry: KvGeometry,
         tokens: int,
-        budget_bytes: int,
+        segment_bytes: int,
         scorer: str,
+        seed: int,
     ) -> None:
         basis.check_fits(geometry)
         self._basis = basis
-        self._codec = codec
-        self._geometry = geometry
+        self._token_bytes = token_bytes
         self._scorer = scorer
-        self._left_bytes = budget_bytes
+        self._seed = seed
+        self._left_bytes = segment_bytes
         self._layers_left = geometry.layers
-        self._sinks = affordable_sinks(budget_bytes, geometry) if tokens > 1 else 0
+        self._sinks = affordable_sinks(segment_bytes, geometry) if tokens > 1 else 0
         self._int8_from, self._int4_from = _thresholds(basis)
 
-    def encode(self, capture: LayerCapture) -> Iterator[KvSegment]:
-        """See `KvEncoder.encode`."""
-        octaves = step_octaves(capture, self._basis, self._scorer, self._sinks)
+    def tiers(self, capture: LayerCapture) -> torch.Tensor:
+        """Give the tokens of the next layer tiers; see `TierAllocation.tiers`.
+
+        Args:
+            capture: the layer.
+
+        Returns:
+            uint8 `[n]` on the CPU.
+        """
+        octaves = step_octaves(capture, self._basis, self._scorer, self._seed, self._sinks)
         # Of tokens that nothing looks at the later ones come first, so that not all of them change tiers together.
         octaves = octaves - TIE_OCTAVES * np.linspace(0, 1, len(octaves))
         tiers = torch.from_numpy(self._tiers(octaves, capture.layer))
         self._layers_left -= 1
-        for segment in tier_segments(self._codec, capture, tiers, self._geometry):
-            self._left_bytes -= segment.wire_bytes
-            yield segment
+        return tiers
+
+    def account(self, wire_bytes: int) -> None:
+        """Take a segment's bytes off the budget.
+
+        Args:
+            wire_bytes: header, tier map and body.
+        """
+        self._left_bytes -= wire_bytes
 
     def _tiers(self, octaves: np.ndarray, layer: int) -> np.ndarray:
-        """Tiers of a layer's tokens, uint8 `[n]`: at the finest base step that later layers can have, too."""
+        """Return a layer's tiers, uint8 `[n]`, at the finest base step that later layers can have, too."""
         base = self._base(np.sort(octaves[self._sinks :]), layer)
         steps = base + octaves
         tiers = np.where(steps >= self._int4_from[layer], Tier.INT4, Tier.INT8)
@@ -86,15 +95,16 @@ class FixedWidthEncoder:
         return tiers.astype(np.uint8)
 
     def _base(self, octaves: np.ndarray, layer: int) -> float:
-        """The base step with which this and all later layers, whose tokens are taken to be alike, fit what is left.
+        """Find the base step with which this layer and all later ones, taken to be like it, fit what is left.
 
         Args:
             octaves: of the tokens that are no sinks, rising.
             layer: the present one.
+
+        Returns:
+            Binary logarithm of the step of a token of mean importance.
         """
-        int4, int8, fp16 = (
-            token_bytes(self._codec, tier, self._geometry) for tier in (Tier.INT4, Tier.INT8, Tier.FP16)
-        )
+        int4, int8, fp16 = (self._token_bytes[tier] for tier in (Tier.INT4, Tier.INT8, Tier.FP16))
         tokens = self._sinks + len(octaves)
         fixed = self._sinks * fp16 + SEGMENT_HEADER.size + tier_map_bytes(tokens)
         available = self._left_bytes - self._layers_left * fixed
@@ -113,10 +123,10 @@ class FixedWidthEncoder:
 
 @lru_cache(maxsize=4)
 def _thresholds(basis: SpectralBasis) -> tuple[np.ndarray, np.ndarray]:
-    """For each layer the steps, as binary logarithms, from which on a token is nearest to INT8, and to INT4."""
+    """Return each layer's steps, as binary logarithms, from which on a token is nearest to INT8, and to INT4."""
     int8_from, int4_from = [], []
     for transform in layer_transforms(basis):
-        grid = STEP_GRID + float(basis.spread[transform.layer].max().log2())
+        grid = STEP_GRID + float(basis.std[transform.layer].max().log2())
         bits = transform.mean_bits(grid)
         int8_from.append(grid[int(np.argmax(bits <= INT8_BITS))])
         int4_from.append(grid[int(np.argmax(bits <= INT4_BITS))])

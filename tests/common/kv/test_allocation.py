@@ -4,12 +4,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.kv.allocation import Int4Layers, most_without_int4
+from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.absmax import AbsmaxCodec
-from spectrumkv.common.kv.codecs.encoder import TieredEncoder
+from spectrumkv.common.kv.codecs.base import EncoderRequest
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies import policies
-from spectrumkv.common.kv.policies.int4_layers import Int4Layers, most_without_int4
-from spectrumkv.common.kv.scoring import LayerCapture
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 
 TOKENS = 200
@@ -18,12 +18,15 @@ TOKENS = 200
 def tier_counts(policy: str, budget: float, int4: Int4Layers, layers: int, scope: str = "layer") -> list[dict]:
     """Tokens at each tier, layer by layer."""
     geometry = KvGeometry(layers, 1, 4, torch.float32)
-    encoder = TieredEncoder(policies.get(policy), budget, "attention", AbsmaxCodec(), scope, int4, 0, geometry)
+    chosen = policies.get(policy)
+    encoder = AbsmaxCodec().encoder(
+        EncoderRequest(chosen, None, budget, "attention", scope, int4, 0, geometry, TOKENS)
+    )
     generator = torch.Generator().manual_seed(0)
     counts: list[dict] = [{} for _ in range(layers)]
     for layer in range(layers):
         keys, values, queries = torch.randn(3, 1, TOKENS, 4, generator=generator)
-        for segment in encoder.encode(LayerCapture(queries[:, -8:], keys, values, 0.5, None, None, 0, layer)):
+        for segment in encoder.encode(LayerCapture(queries[:, -8:], keys, values, 0.5, None, None, layer)):
             counts[segment.layer] = {tier: count for tier, count in count_tiers(segment.tiers).items() if count}
     return counts
 

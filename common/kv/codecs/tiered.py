@@ -1,0 +1,298 @@
+"""Codecs that are told each token's tier: what they share, so that a codec file has the bytes and nothing else."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.kv.allocation import PolicyTiers, TierAllocation
+from spectrumkv.common.kv.capture import LayerCapture
+from spectrumkv.common.kv.codecs.base import Basis, Codec, EncoderRequest, KvEncoder, SegmentDecoder, codecs
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.policies.base import BudgetKind, Policy
+from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, KvSegment
+from spectrumkv.common.kv.tiers import Tier
+
+# Of a chunk's payload, what a segment's header and tier map may take, at two bits a token.
+SEGMENT_OVERHEAD_BYTES = 64 << 10
+MAX_SEGMENT_TOKENS = 128 << 10
+# What a token's bytes are measured on.
+TRIAL_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class EncodedSegment:
+    """Hold a run of tokens of one layer, coded.
+
+    Attributes:
+        body: uint8 `[b]` on the CPU, `b` even.
+        tier_bytes: how many bytes of `body` each tier took.
+    """
+
+    body: torch.Tensor
+    tier_bytes: dict[Tier, int]
+
+
+class TierCodec(Codec):
+    """Turn tensors into bytes and back, at the tier that each token was given."""
+
+    @abstractmethod
+    def encode(
+        self, keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, geometry: KvGeometry
+    ) -> EncodedSegment:
+        """Code `n` tokens.
+
+        Args:
+            keys: `[kv_heads, n, head_dim]` in `geometry.native_dtype`, any strides.
+            values: like `keys`.
+            tiers: uint8 `[n]` on the CPU.
+            geometry: shape and dtype of the model's cache.
+
+        Returns:
+            The tokens, coded.
+
+        Raises:
+            InvalidArgumentError: an element is infinite, NaN or too large for its tier.
+        """
+
+    @abstractmethod
+    def decode(
+        self,
+        body: torch.Tensor,
+        tiers: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        geometry: KvGeometry,
+    ) -> dict[Tier, int]:
+        """Write the tokens of `body` into `keys` and `values`; leave dropped tokens' elements alone.
+
+        Args:
+            body: uint8 `[b]` on the CPU, as `encode` made it; it may be read-only.
+            tiers: uint8 `[n]` on the CPU.
+            keys: `[kv_heads, n, head_dim]` in `geometry.native_dtype`, any strides, on any device: a view
+                of the KV slots.
+            values: like `keys`.
+            geometry: shape and dtype of the model's cache.
+
+        Returns:
+            How many bytes of `body` each tier took, as in `EncodedSegment.tier_bytes`.
+
+        Raises:
+            DataLossError: the codec cannot write one of the tiers, the body's length does not fit them, or a
+                scale is not finite.
+        """
+
+    def encode_segments(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tiers: torch.Tensor,
+        cuts: Sequence[int],
+        geometry: KvGeometry,
+    ) -> Iterator[EncodedSegment]:
+        """Code `n` tokens in several segments, one after another; see `encode`.
+
+        Args:
+            keys: see `encode`.
+            values: see `encode`.
+            tiers: see `encode`.
+            cuts: the first token of each segment, rising from 0, and n.
+            geometry: see `encode`.
+
+        Yields:
+            Each segment, coded.
+        """
+        for first, end in pairwise(cuts):
+            yield self.encode(keys[:, first:end], values[:, first:end], tiers[first:end], geometry)
+
+    def encoder(self, request: EncoderRequest) -> KvEncoder:
+        """Make an encoder that writes the policy's tiers, or the whole tiers of another codec's allocation.
+
+        Args:
+            request: the prompt, and how it is to be coded.
+
+        Returns:
+            The encoder.
+
+        Raises:
+            InvalidArgumentError: the byte budget is less than the codec takes with every token at its cheapest tier.
+        """
+        geometry = request.geometry
+        if request.tier_budget is not None:
+            allocation = PolicyTiers(
+                policy=request.policy,
+                tier_budget=request.tier_budget,
+                scorer=request.scorer,
+                int4=request.int4,
+                seed=request.seed,
+                layers=geometry.layers,
+            )
+            of_model = request.scope == "model"
+            return (
+                OneTierEncoder(self, geometry, allocation) if of_model else TieredEncoder(self, geometry, allocation)
+            )
+        self._check_byte_budget(request)
+        taken = {tier: token_bytes(self, tier, geometry) for tier in self.tiers}
+        owner = codecs.get(request.policy.codec or self.name)
+        return TieredEncoder(self, geometry, owner.tier_allocation(request, taken))
+
+    def decoder(self, geometry: KvGeometry, basis: Basis | None) -> SegmentDecoder:
+        """Return a decoder, which needs no basis; see `Codec.decoder`."""
+        return _TierDecoder(self, geometry)
+
+    def writes(self, policy: Policy) -> bool:
+        """Return whether the codec has the policy's tiers; a policy of another codec must leave tiers to that.
+
+        Args:
+            policy: any.
+        """
+        free = policy.codec is None or policy.budget_kind is BudgetKind.BYTES
+        return policy.codec == self.name or (free and self.writes_spectrum)
+
+    @property
+    def cheapest_tier(self) -> Tier:
+        """Return the cheapest tier at which a token is sent."""
+        return min(self.tiers - {Tier.DROP})
+
+    def least_byte_budget(self, geometry: KvGeometry) -> float:
+        """Return what the codec takes of FP16 with every token at its cheapest tier, headers left out.
+
+        Args:
+            geometry: shape and dtype of the model's cache.
+        """
+        return token_bytes(self, self.cheapest_tier, geometry) / geometry.fp16_bytes_per_layer(1)
+
+    def _check_byte_budget(self, request: EncoderRequest) -> None:
+        least = self.least_byte_budget(request.geometry)
+        if request.byte_budget is not None and request.byte_budget < least:
+            raise InvalidArgumentError(
+                f"codec {self.name!r} takes {least:.3f} of FP16 with every token at {self.cheapest_tier.name}, and "
+                f"the budget is {request.byte_budget:g}; ask for more, or leave the codec to the server"
+            )
+
+
+@dataclass(frozen=True)
+class _TierDecoder:
+    codec: TierCodec
+    geometry: KvGeometry
+
+    def decode(self, segment: KvSegment, keys: torch.Tensor, values: torch.Tensor) -> Mapping[Tier, int]:
+        return self.codec.decode(segment.body, segment.tiers, keys, values, self.geometry)
+
+
+@dataclass(frozen=True)
+class TieredEncoder:
+    """Code each layer at tiers of its own, as it comes. A `KvEncoder`.
+
+    Attributes:
+        codec: writes the tiers.
+        geometry: shape and dtype of the model's cache.
+        allocation: decides the tiers.
+    """
+
+    codec: TierCodec
+    geometry: KvGeometry
+    allocation: TierAllocation
+
+    def encode(self, capture: LayerCapture) -> Iterator[KvSegment]:
+        """Code a layer; see `KvEncoder.encode`.
+
+        Args:
+            capture: the layer.
+
+        Yields:
+            Its segments.
+        """
+        for segment in tier_segments(self.codec, capture, self.allocation.tiers(capture), self.geometry):
+            self.allocation.account(segment.wire_bytes)
+            yield segment
+
+
+@dataclass(frozen=True)
+class OneTierEncoder:
+    """Code each token at one tier in all layers, once all layers have come. A `KvEncoder`.
+
+    Attributes:
+        codec: writes the tiers.
+        geometry: shape and dtype of the model's cache.
+        allocation: decides the tiers.
+    """
+
+    codec: TierCodec
+    geometry: KvGeometry
+    allocation: PolicyTiers
+    _held: list[LayerCapture] = field(default_factory=list, init=False)
+
+    def encode(self, capture: LayerCapture) -> Iterator[KvSegment]:
+        """Hold a layer; code them all with the last one. See `KvEncoder.encode`.
+
+        Args:
+            capture: the layer.
+
+        Yields:
+            The segments of all layers, after the last one.
+        """
+        self._held.append(capture)
+        if len(self._held) == self.geometry.layers:
+            tiers = self.allocation.tiers_in_all_layers(self._held)
+            while self._held:
+                yield from tier_segments(self.codec, self._held.pop(0), tiers, self.geometry)
+
+
+def tier_segments(
+    codec: TierCodec, capture: LayerCapture, tiers: torch.Tensor, geometry: KvGeometry
+) -> Iterator[KvSegment]:
+    """Code a layer's tokens at given tiers, in as few runs as fit chunks.
+
+    Args:
+        codec: writes the tiers.
+        capture: the layer.
+        tiers: uint8 `[n]` on the CPU.
+        geometry: shape and dtype of the model's cache.
+
+    Yields:
+        The layer's segments.
+    """
+    cuts = _segment_cuts(codec, tiers, geometry)
+    coded = codec.encode_segments(capture.keys, capture.values, tiers, cuts, geometry)
+    for (first, end), segment in zip(pairwise(cuts), coded, strict=True):
+        yield KvSegment(capture.layer, capture.first + first, tiers[first:end], segment.body, segment.tier_bytes)
+
+
+def _segment_cuts(codec: TierCodec, tiers: torch.Tensor, geometry: KvGeometry) -> list[int]:
+    """Return the first token of each segment, and how many tokens there are."""
+    taken = np.array([token_bytes(codec, tier, geometry) if tier in codec.tiers else 0.0 for tier in Tier])
+    ends = np.cumsum(taken[tiers.numpy()])
+    cuts, before = [0], 0.0
+    while cuts[-1] < tiers.numel():
+        fitting = int(np.searchsorted(ends, before + MAX_CHUNK_PAYLOAD_BYTES - SEGMENT_OVERHEAD_BYTES, side="right"))
+        cuts.append(min(max(fitting, cuts[-1] + 1), cuts[-1] + MAX_SEGMENT_TOKENS))
+        before = float(ends[cuts[-1] - 1])
+    return cuts
+
+
+@lru_cache(maxsize=64)
+def token_bytes(codec: TierCodec, tier: Tier, geometry: KvGeometry) -> float:
+    """Measure what a token of one layer takes of a body at a tier.
+
+    Args:
+        codec: writes the tier.
+        tier: one of the codec's.
+        geometry: shape and dtype of the model's cache.
+
+    Returns:
+        Bytes.
+    """
+    states = torch.zeros(geometry.kv_heads, TRIAL_TOKENS, geometry.head_dim, dtype=geometry.native_dtype)
+    tiers = torch.full((TRIAL_TOKENS,), tier, dtype=torch.uint8)
+    return codec.encode(states, states, tiers, geometry).body.numel() / TRIAL_TOKENS
+
+
+def tier_codecs() -> dict[str, TierCodec]:
+    """Return the codecs that write the tiers of policies, by name."""
+    return {name: codec for name in codecs if isinstance(codec := codecs.get(name), TierCodec)}

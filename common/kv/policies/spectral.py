@@ -1,0 +1,10 @@
+"""The policy "spectral": a budget in bytes, spent by the codec of that name.
+
+Policy and codec share a name, since neither is of use without the other; `codecs.spectral` says how it decides.
+"""
+
+from spectrumkv.common.kv.policies.base import Policy, policies
+
+spectral = policies.register("spectral")(
+    Policy("spectral", min_budget=0.05, max_budget=1.0, codec="spectral", needs_scores=True, rule=None)
+)

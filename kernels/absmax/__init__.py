@@ -16,7 +16,7 @@ from spectrumkv.kernels.absmax.layout import (
     TIER_INT8,
     CodeFormat,
     Section,
-    sections,
+    body_layout,
 )
 
 __all__ = [
@@ -30,9 +30,9 @@ __all__ = [
     "TIER_INT8",
     "CodeFormat",
     "Section",
+    "body_layout",
     "decode",
     "encode",
     "is_finite",
     "prepare",
-    "sections",
 ]

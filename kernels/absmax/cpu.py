@@ -14,7 +14,7 @@ import torch
 from spectrumkv.kernels.absmax import cpu_sides as sides
 from spectrumkv.kernels.absmax.cpu_rows import greatest_magnitude
 from spectrumkv.kernels.absmax.cpu_vectors import ROW_ELEMENTS, streams, whole_vectors
-from spectrumkv.kernels.absmax.layout import body_bytes, count_tiers, section_offsets, sections
+from spectrumkv.kernels.absmax.layout import BodyLayout, body_bytes, body_layout, count_tiers
 from spectrumkv.kernels.jit.strided import adjacent, flat
 
 _INFINITY_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
@@ -24,38 +24,36 @@ def encode(
     keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
 ) -> None:
     """Code segments of tokens; see `dispatch.encode`."""
-    for span, body, offsets, shapes in _segments(keys, tiers, cuts, bodies):
+    for span, of_tokens, body, layout in _segments(keys, tiers, cuts, bodies):
         for side, states in enumerate((keys[:, span], values[:, span])):
             source = adjacent(states)
             encode_side = sides.encode_vectors if whole_vectors(source) else sides.encode_side
-            encode_side(*flat(source), tiers[span].numpy(), body, offsets, shapes, side)
+            encode_side(*flat(source), of_tokens, body, layout.offsets, layout.shapes, side)
 
 
 def decode(
     bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> None:
     """Write the tokens of segments; see `dispatch.decode`."""
-    for span, body, offsets, shapes in _segments(keys, tiers, cuts, bodies):
+    for span, of_tokens, body, layout in _segments(keys, tiers, cuts, bodies):
         for side, states in enumerate((keys[:, span], values[:, span])):
             with _written(states) as target:
                 decode_side = sides.decode_vectors if streams(target) else sides.decode_side
-                decode_side(body, offsets, shapes, tiers[span].numpy(), *flat(target), side)
+                decode_side(body, layout.offsets, layout.shapes, of_tokens, *flat(target), side)
 
 
 def _segments(
     keys: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
-) -> Iterator[tuple[slice, np.ndarray, tuple[int, ...], tuple[tuple[int, ...], ...]]]:
-    """Yield for each segment its tokens, its body, where the body's sections begin, and their shapes."""
+) -> Iterator[tuple[slice, np.ndarray, np.ndarray, BodyLayout]]:
+    """Yield for each segment its tokens, their tiers, its body, and the body's layout."""
     heads, _, head_dim = keys.shape
-    begin = 0
+    all_tiers, memory, begin = tiers.numpy(), bodies.numpy(), 0
     for first, end in pairwise(cuts):
-        counts = count_tiers(tiers[first:end].numpy())
+        of_tokens = all_tiers[first:end]
         # The loops take any 16 bits, so it does not matter here which 16-bit dtype this is.
-        layout = sections(counts, heads, head_dim, torch.float16)
-        offsets = section_offsets(layout)
-        body = bodies[begin : begin + offsets[-1]].numpy()
-        begin += offsets[-1]
-        yield slice(first, end), body, offsets, tuple(section.shape for section in layout)
+        layout = body_layout(count_tiers(of_tokens), heads, head_dim, torch.float16)
+        yield slice(first, end), of_tokens, memory[begin : begin + layout.bytes], layout
+        begin += layout.bytes
 
 
 def is_finite(data: torch.Tensor, dtype: torch.dtype) -> bool:

@@ -42,8 +42,8 @@ def section_views(body: Any, offsets: Any, shapes: Any) -> Any:
 
     Args:
         body: uint8 `[b]`.
-        offsets: six numbers; see `layout.section_offsets`.
-        shapes: five tuples, those of `layout.sections`.
+        offsets: six numbers; see `layout.BodyLayout`.
+        shapes: five tuples, likewise.
 
     Returns:
         Elements, INT8 scales and INT4 scales as uint16, INT8 codes and INT4 codes as uint8.

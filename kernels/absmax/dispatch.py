@@ -33,7 +33,7 @@ def encode(
         tiers: uint8 `[n]` on the CPU, codes of the wire's tier map.
         cuts: the first token of each segment, rising from 0, and n.
         bodies: uint8, contiguous, on the device of the keys, written from end to end: the segments' bodies, one after
-            another. `layout.sections` says what they have; the length must be theirs.
+            another. `layout.body_layout` says what they have; the length must be theirs.
     """
     if keys.is_cuda:
         from spectrumkv.kernels.absmax import triton as absmax_triton

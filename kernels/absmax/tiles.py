@@ -20,9 +20,8 @@ from spectrumkv.kernels.absmax.layout import (
     TIER_16BIT,
     TIER_INT4,
     TIER_INT8,
+    body_layout,
     count_tiers,
-    section_offsets,
-    sections,
 )
 
 # What a tile's row of the table says, in this order; one column is left, so that a row has 32 bytes.
@@ -79,8 +78,8 @@ def tiles_of_segments(
         order.append(np.argsort(segment, kind="stable") + first)
         counts = count_tiers(segment)
         starts = [first + before for before in accumulate(counts, initial=0)]
-        # Lengths do not depend on which 16-bit dtype the model has.
-        offsets = section_offsets(sections(counts, kv_heads, head_dim, torch.float16))
+        # Offsets do not depend on which 16-bit dtype the model has.
+        offsets = body_layout(counts, kv_heads, head_dim, torch.float16).offsets
         for tier, (elements, scales) in SECTIONS_OF_TIER.items():
             if counts[tier]:
                 addresses = body_at + offsets[elements], body_at + offsets[scales]

@@ -50,8 +50,8 @@ def decode_attention(
     from spectrumkv.kernels.decode_attention import cpu
 
     if kept is None and softcap is None and keys.dtype == torch.float32 and cpu.attends(keys.shape[2]):
-        short = int((newest - firsts).sum()) < len(firsts) * SHORT_TOKENS
-        if short or min(torch.get_num_threads(), keys.shape[0]) < MANY_THREADS:
+        few_threads = min(torch.get_num_threads(), keys.shape[0]) < MANY_THREADS
+        if few_threads or int((newest - firsts).sum()) < len(firsts) * SHORT_TOKENS:
             return cpu.decode_attention(queries, keys, values, firsts, newest, scaling, sliding_window)
     return reference.decode_attention(queries, keys, values, kept, firsts, newest, scaling, sliding_window, softcap)
 

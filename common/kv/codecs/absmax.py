@@ -5,6 +5,7 @@ proto/spectrumkv/v1/kv.proto and computed in `spectrumkv.kernels.absmax.layout`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -136,8 +137,8 @@ class AbsmaxCodec(TierCodec):
 codecs.register(AbsmaxCodec.name)(AbsmaxCodec())
 
 
-def sections(counts: dict[Tier, int], geometry: KvGeometry) -> list[Section]:
-    """Return the layout of a body; see `spectrumkv.kernels.absmax.sections`.
+def sections(counts: dict[Tier, int], geometry: KvGeometry) -> Sequence[Section]:
+    """Return the layout of a body; see `spectrumkv.kernels.absmax.body_layout`.
 
     Args:
         counts: the segment's tokens at each tier.
@@ -146,12 +147,17 @@ def sections(counts: dict[Tier, int], geometry: KvGeometry) -> list[Section]:
     Returns:
         What kept its 16 bits, then scales, then codes.
     """
-    of_tiers = [counts[tier] for tier in Tier]
-    layout = kernels.sections(of_tiers, geometry.kv_heads, geometry.head_dim, geometry.half_dtype)
-    return [Section(Tier(section.tier), section.shape, section.dtype) for section in layout]
+    return _sections(tuple(counts[tier] for tier in Tier), geometry)
 
 
-def _layout_to_send(tiers: torch.Tensor, geometry: KvGeometry) -> list[Section]:
+@lru_cache(maxsize=1024)
+def _sections(counts: tuple[int, ...], geometry: KvGeometry) -> Sequence[Section]:
+    """Return `sections` for the numbers of tokens of all tiers, in the order of `Tier`."""
+    layout = kernels.body_layout(counts, geometry.kv_heads, geometry.head_dim, geometry.half_dtype)
+    return tuple(Section(Tier(section.tier), section.shape, section.dtype) for section in layout.sections)
+
+
+def _layout_to_send(tiers: torch.Tensor, geometry: KvGeometry) -> Sequence[Section]:
     """Return the layout of a segment with these tiers.
 
     Args:

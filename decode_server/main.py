@@ -16,8 +16,7 @@ from spectrumkv.common.service.start_checks import check_start
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.spans import set_up_spans
 from spectrumkv.decode_server.service import DecodeService
-from spectrumkv.kernels.absmax import dispatch as absmax
-from spectrumkv.kernels.decode_attention import cpu as decode_attention_cpu
+from spectrumkv.kernels import absmax, decode_attention
 
 
 def main() -> None:
@@ -49,7 +48,7 @@ def _prepared(config: DecodeConfig) -> tuple[DecodeService, Metrics]:
     loaded = load_model(config.model, config.device, config.dtype)
     absmax.prepare(loaded.geometry.native_dtype)
     spectral.prepare()
-    decode_attention_cpu.prepare()
+    decode_attention.prepare()
     metrics = Metrics.for_process("decode", loaded.name)
     return DecodeService(loaded, config, metrics), metrics
 

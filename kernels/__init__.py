@@ -1,1 +1,6 @@
-"""Codec kernels: a Triton implementation of each beside its torch reference."""
+"""What takes the time, a folder for each operation: loops for CPUs, Triton for GPUs, and a reference in plain torch.
+
+`absmax` and `spectral` code keys and values, `attention_scores` says which tokens matter, and `decode_attention`
+attends over the slots of many requests. Each folder's `dispatch` picks an implementation. `logits` has what all
+attention does before a softmax, `jit` compiles the loops for CPUs. Nothing here knows of requests or of the wire.
+"""

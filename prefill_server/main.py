@@ -15,8 +15,7 @@ from spectrumkv.common.service.process import serve_until_signalled, set_up_logg
 from spectrumkv.common.service.start_checks import check_start
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.spans import set_up_spans
-from spectrumkv.kernels.absmax import dispatch as absmax
-from spectrumkv.kernels.attention_scores import dispatch as accumulated_attention
+from spectrumkv.kernels import absmax, attention_scores
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
 from spectrumkv.prefill_server.service import PrefillService
 from spectrumkv.prefill_server.transfer.plan import check_defaults
@@ -42,7 +41,7 @@ def _serve() -> None:
     loaded = load_model(config.model, config.device, config.dtype)
     absmax.prepare(loaded.geometry.native_dtype)
     spectral.prepare()
-    accumulated_attention.prepare()
+    attention_scores.prepare()
     metrics = Metrics.for_process("prefill", loaded.name)
     engine = PrefillEngine(loaded, config.window)
     basis = resolve_basis(loaded, lambda done: logger.info("calibration, excerpt %d of %d", done, EXCERPTS))

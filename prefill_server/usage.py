@@ -60,7 +60,7 @@ def usage_message(
         completion_tokens=progress.completion_tokens,
         tiers=[
             generation_pb2.TierUsage(
-                tier=f"TIER_{tier.name}",
+                tier=tier.wire_name,
                 tokens=sent.tier_tokens[tier] / geometry.layers,
                 bytes=sent.tier_bytes[tier],
             )

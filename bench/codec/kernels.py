@@ -11,7 +11,7 @@ from spectrumkv.bench.codec.measure import MIXED, Cache, CodecUnderTest, replaye
 from spectrumkv.common.kv.codecs.absmax import TIERS, sections
 from spectrumkv.common.kv.codecs.body import body_bytes
 from spectrumkv.common.kv.tiers import Tier, count_tiers
-from spectrumkv.kernels.absmax import dispatch as absmax
+from spectrumkv.kernels import absmax
 
 
 def kernels_under_test(cache: Cache) -> list[CodecUnderTest]:

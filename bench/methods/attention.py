@@ -8,8 +8,8 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from spectrumkv.common.kv import scoring
 from spectrumkv.decode_server.kv_pool import Allocation
+from spectrumkv.kernels.logits import causal_mask, soft_cap
 from spectrumkv.prefill_server.engine.attention import hooked_attention
 
 ATTENTION_NAME = "spectrumkv_bench"
@@ -89,7 +89,7 @@ def visible(
     Returns:
         bool `[end − start, end]`.
     """
-    seen = scoring.visible(end - start, end, sliding_window, device)
+    seen = causal_mask(range(start, end), end, sliding_window, device)
     return seen if kept is None else seen & kept[:end]
 
 
@@ -108,7 +108,7 @@ def _attend(
     grouped = (query.float() * scaling).reshape(kv_heads, -1, head_dim)
     logits = grouped @ keys.float().transpose(1, 2)
     if softcap is not None:
-        logits.div_(softcap).tanh_().mul_(softcap)
+        soft_cap(logits, softcap, out=logits)
     logits.view(-1, queries, tokens).masked_fill_(~seen, -math.inf)
     attended = torch.softmax(logits, dim=-1) @ values.float()
     return attended.view(query_heads, queries, head_dim).transpose(0, 1).to(query.dtype)

@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.scoring import visible
 from spectrumkv.common.model.cache import build_once, cache_directory
 from spectrumkv.common.model.directory import weight_files
 from spectrumkv.common.model.embedded import EMBEDDED_MODEL_NAME, embedded_model_directory
 from spectrumkv.common.model.support import head_dim
 from spectrumkv.common.model.tokenizer import tokenizer_class
+from spectrumkv.kernels.logits import causal_mask
 from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME
 from spectrumkv.prefill_server.tuning.needle.haystack import haystack
 from spectrumkv.prefill_server.tuning.replay import capture_prompt
@@ -174,7 +174,7 @@ def attention_weights(layer: LayerCapture) -> torch.Tensor:
     kv_heads, tokens, head_dim = layer.keys.shape
     logits = layer.queries.reshape(kv_heads, -1, head_dim) @ layer.keys.transpose(1, 2) * layer.scaling
     window = layer.queries.shape[1]
-    seen = visible(window, tokens, layer.sliding_window, layer.keys.device)
+    seen = causal_mask(range(tokens - window, tokens), tokens, layer.sliding_window, layer.keys.device)
     logits.view(-1, window, tokens).masked_fill_(~seen, -torch.inf)
     return logits.softmax(dim=-1)
 

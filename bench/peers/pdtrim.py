@@ -13,7 +13,7 @@ import torch
 
 from spectrumkv.bench.methods.served_model import Prompt, SentBytes, store_fp16
 from spectrumkv.bench.peers.baselines import baseline
-from spectrumkv.common.kv.scoring import attention
+from spectrumkv.common.kv.scoring import SINK_TOKENS, attention
 from spectrumkv.decode_server.kv_pool import Allocation, KvPool
 
 # Measured on the default model and the first half of WikiText-2 (1,792 + 256 tokens, budgets 0.5 and 0.3): the more
@@ -21,7 +21,6 @@ from spectrumkv.decode_server.kv_pool import Allocation, KvPool
 # better than one to three, and as good as four first ones.
 SPARED_LAYERS = 1 / 30
 FIRST_SHARE = 1 / 8
-LEAST_FIRST_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def best_trim(observed: torch.Tensor, budget: float) -> Trim:
     fewest = min(layers, ceil(dropped / (tokens - 1)))
     count = max(fewest, layers - max(1, round(layers * SPARED_LAYERS)))
     kept = max(1, floor(tokens - dropped / count + 1e-9))
-    first = min(kept - 1, max(LEAST_FIRST_TOKENS, round(kept * FIRST_SHARE)))
+    first = min(kept - 1, max(SINK_TOKENS, round(kept * FIRST_SHARE)))
     share = (observed / observed.sum(dim=1, keepdim=True)).double().cpu()
     lost = share[:, first : tokens - (kept - first)].sum(dim=1)
     chosen = lost.argsort()[:count]

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from spectrumkv.client.cli.json_output import STDOUT, message_as_json, write_json
 from spectrumkv.client.cli.output_file import check_writable
 from spectrumkv.client.cli.probe_table import probe_summary, probe_tables
-from spectrumkv.common.service.config import ServerConfig
+from spectrumkv.common.service.config import SCORE_WINDOW, ServerConfig
 
 if TYPE_CHECKING:
     from spectrumkv.common.model.load import LoadedModel
@@ -75,10 +75,9 @@ def _probe(loaded: "LoadedModel", codec: str) -> "ProbeVerdict":
     from spectrumkv.prefill_server.tuning.basis_cache import EXCERPTS, resolve_basis
     from spectrumkv.prefill_server.tuning.probe.probe import probe_and_keep
     from spectrumkv.prefill_server.tuning.probe.progress import ProbeStep
-    from spectrumkv.prefill_server.tuning.probe.questions import WINDOW
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    engine = PrefillEngine(loaded, WINDOW)
+    engine = PrefillEngine(loaded, SCORE_WINDOW)
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"probing {loaded.name}", total=None)
 

@@ -13,7 +13,11 @@ import torch
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.registry import Registry
-from spectrumkv.kernels.attention_scores.dispatch import accumulated_attention
+from spectrumkv.kernels.attention_scores import accumulated_attention
+
+SINK_TOKENS = 4
+"""How many of the first tokens are attention sinks (StreamingLLM, arXiv 2309.17453, section 3.1): they draw attention
+whatever they say, and their keys and values are unlike all others. SinkProtect and PDTrim keep as many, too."""
 
 DECAY_RATE = 0.005
 """λ of `decay` and `position`, per token; the middle one of those that the paper sweeps (.001, .005, .01)."""

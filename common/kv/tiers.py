@@ -5,6 +5,8 @@ from enum import IntEnum
 import numpy as np
 import torch
 
+from spectrumkv.kernels.absmax import TIER_16BIT, TIER_DROP, TIER_INT4, TIER_INT8
+
 # Values 0 to 3 are the two-bit codes of the wire's tier map (proto/spectrumkv/v1/kv.proto).
 TIER_MAP_BITS = 2
 TOKENS_PER_TIER_MAP_BYTE = 8 // TIER_MAP_BITS
@@ -14,18 +16,27 @@ _TIERS_OF_BYTE = (np.arange(256, dtype=np.uint8)[:, None] >> _TIER_SHIFTS) & 3
 
 
 class Tier(IntEnum):
-    """Name the precision that one token's keys and values are sent at."""
+    """Name the precision that one token's keys and values are sent at.
 
-    DROP = 0
-    INT4 = 1
-    INT8 = 2
-    FP16 = 3
+    The values are the codes that segments have on the wire; of these a tier map has the first four, in two bits each.
+    The protocol's enum counts from 1, because 0 stands for "unspecified" there; `wire_name` is the tier's name in it.
+    """
+
+    DROP = TIER_DROP
+    INT4 = TIER_INT4
+    INT8 = TIER_INT8
+    FP16 = TIER_16BIT
     NATIVE = 4
 
     @property
     def label(self) -> str:
-        """The tier's name in metrics, tables and JSON."""
+        """Return the tier's name in metrics, tables and JSON."""
         return self.name.lower()
+
+    @property
+    def wire_name(self) -> str:
+        """Return the tier's name in the protocol's enum `Tier` (proto/spectrumkv/v1/kv.proto)."""
+        return f"TIER_{self.name}"
 
     @property
     def nominal_cost(self) -> float:

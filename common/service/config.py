@@ -25,6 +25,7 @@ from spectrumkv.common.service.options import (
 )
 
 __all__ = [
+    "SCORE_WINDOW",
     "Address",
     "DecodeConfig",
     "PrefillConfig",
@@ -39,6 +40,10 @@ __all__ = [
     "parse_bytes",
     "text_of",
 ]
+
+# Queries at a prompt's end whose attention is observed. Calibration and the probe observe so many, whatever --window
+# says: what they find is kept for later starts.
+SCORE_WINDOW = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +119,9 @@ class PrefillConfig(ServerConfig):
     scope: str = option(
         "layer", "whether tiers follow each layer's scores or all layers' together", one_of("layer", "model")
     )
-    window: int = option(64, "queries at the prompt's end whose attention is observed", number(1, 4096, int))
+    window: int = option(
+        SCORE_WINDOW, "queries at the prompt's end whose attention is observed", number(1, 4096, int)
+    )
     int4: str = option("auto", "whether INT4 is allowed; auto asks the probe", one_of("auto", "on", "off"))
     max_waiting: int = option(64, "requests that may be in the service at once", number(1, 4096, int))
     chunk_bytes: int = option(512 << 10, "payload at which a chunk leaves", number(1 << 10, 1 << 20, int))

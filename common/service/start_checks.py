@@ -5,7 +5,7 @@ import os
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
 from spectrumkv.common.security import ServerSecurity
 from spectrumkv.common.service.config import Address, ServerConfig, flag_name
-from spectrumkv.kernels.jit.vectors import converts_float16
+from spectrumkv.kernels.jit.llvm import converts_float16
 
 
 def check_start(config: ServerConfig) -> None:

@@ -1,4 +1,4 @@
-"""Absmax quantization on CPUs: tensors in, the compiled loops of `absmax_sides` over their memory.
+"""Absmax quantization on CPUs: tensors in, the compiled loops of `cpu_sides` over their memory.
 
 Importing this module imports numba, a third of a second. Each function compiles at its first call with a dtype, or
 loads what an earlier process compiled.
@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
+import numpy as np
 import torch
 
 from spectrumkv.kernels.absmax import cpu_sides as sides
 from spectrumkv.kernels.absmax.cpu_rows import greatest_magnitude
 from spectrumkv.kernels.absmax.cpu_vectors import ROW_ELEMENTS, streams, whole_vectors
-from spectrumkv.kernels.absmax.layout import body_bytes
+from spectrumkv.kernels.absmax.layout import body_bytes, count_tiers, section_offsets, sections
 from spectrumkv.kernels.jit.strided import adjacent, flat
 
 _INFINITY_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
@@ -22,47 +23,49 @@ _INFINITY_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
 def encode(
     keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
 ) -> None:
-    """See `spectrumkv.kernels.absmax.encode`."""
-    heads, _, head_dim = keys.shape
-    for span, body in _segments(bodies, tiers, cuts, heads, head_dim):
+    """Code segments of tokens; see `dispatch.encode`."""
+    for span, body, offsets, shapes in _segments(keys, tiers, cuts, bodies):
         for side, states in enumerate((keys[:, span], values[:, span])):
             source = adjacent(states)
             encode_side = sides.encode_vectors if whole_vectors(source) else sides.encode_side
-            encode_side(*flat(source), tiers[span].numpy(), heads, head_dim, body.numpy(), side)
+            encode_side(*flat(source), tiers[span].numpy(), body, offsets, shapes, side)
 
 
 def decode(
     bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> None:
-    """See `spectrumkv.kernels.absmax.decode`."""
-    heads, _, head_dim = keys.shape
-    for span, body in _segments(bodies, tiers, cuts, heads, head_dim):
+    """Write the tokens of segments; see `dispatch.decode`."""
+    for span, body, offsets, shapes in _segments(keys, tiers, cuts, bodies):
         for side, states in enumerate((keys[:, span], values[:, span])):
             with _written(states) as target:
                 decode_side = sides.decode_vectors if streams(target) else sides.decode_side
-                decode_side(body.numpy(), tiers[span].numpy(), heads, head_dim, *flat(target), side)
+                decode_side(body, offsets, shapes, tiers[span].numpy(), *flat(target), side)
 
 
 def _segments(
-    bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], heads: int, head_dim: int
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The tokens of each segment and its body."""
-    spans = [slice(first, end) for first, end in pairwise(cuts)]
-    if len(spans) == 1:
-        yield spans[0], bodies
-        return
-    sizes = [body_bytes(tiers[span], heads, head_dim) for span in spans]
-    yield from zip(spans, torch.split(bodies, sizes), strict=True)
+    keys: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
+) -> Iterator[tuple[slice, np.ndarray, tuple[int, ...], tuple[tuple[int, ...], ...]]]:
+    """Yield for each segment its tokens, its body, where the body's sections begin, and their shapes."""
+    heads, _, head_dim = keys.shape
+    begin = 0
+    for first, end in pairwise(cuts):
+        counts = count_tiers(tiers[first:end].numpy())
+        # The loops take any 16 bits, so it does not matter here which 16-bit dtype this is.
+        layout = sections(counts, heads, head_dim, torch.float16)
+        offsets = section_offsets(layout)
+        body = bodies[begin : begin + offsets[-1]].numpy()
+        begin += offsets[-1]
+        yield slice(first, end), body, offsets, tuple(section.shape for section in layout)
 
 
 def is_finite(data: torch.Tensor, dtype: torch.dtype) -> bool:
-    """See `spectrumkv.kernels.absmax.is_finite`."""
+    """Return whether no element is infinite or NaN; see `dispatch.is_finite`."""
     return bool(greatest_magnitude(data.numpy()) < _INFINITY_BITS[dtype])
 
 
 @contextmanager
 def _written(states: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Give states to write to whose elements are side by side; what was written ends up in `states`."""
+    """Yield states to write to whose elements are side by side; what was written ends up in `states`."""
     target = adjacent(states)
     yield target
     if target is not states:
@@ -70,7 +73,7 @@ def _written(states: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def prepare(dtype: torch.dtype) -> None:
-    """See `spectrumkv.kernels.absmax.prepare`."""
+    """Compile the loops, or load what an earlier process compiled; see `dispatch.prepare`."""
     # Each tier once: elements at 16 bits, scales and codes; in rows too short to be streamed and in whole vectors.
     tiers = torch.arange(4, dtype=torch.uint8)
     for head_dim in (2, ROW_ELEMENTS):

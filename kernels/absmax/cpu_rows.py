@@ -1,8 +1,8 @@
-"""Absmax quantization compiled for CPUs: one row after another, each read from memory once and written once.
+"""Absmax quantization of one row, compiled for CPUs: a row is read from memory once and written once.
 
-A row is one token in one KV head. numba has neither float16 nor bfloat16: uint16 stands for the one, int16 for the
-other. The loops over a row are short and without branches, so that LLVM makes vector instructions of them. The
-intrinsics say what Python cannot: operations on eight or 32 bits, and changes of type that leave the bits alone.
+A row is one token in one KV head, of float32, or of uint16 for float16 and int16 for bfloat16, which numba lacks. The
+loops over a row are short and without branches, so that LLVM makes vector instructions of them. The intrinsics say
+what Python cannot: operations on eight or 32 bits, and changes of type that leave the bits alone.
 """
 
 from typing import Any
@@ -10,17 +10,27 @@ from typing import Any
 import numpy as np
 from numba import types
 
+from spectrumkv.kernels.absmax.layout import FLOAT16_MAX
 from spectrumkv.kernels.jit.compiled import compiled, intrinsic
-from spectrumkv.kernels.jit.float_bits import ROUNDER, float_of, greater_magnitude, rounded_to_bfloat16, to_float32
-from spectrumkv.kernels.jit.machine_types import F32, HALF, I8, I16, I32
+from spectrumkv.kernels.jit.llvm import (
+    F32,
+    HALF,
+    I8,
+    I16,
+    I32,
+    ROUNDER,
+    float_of,
+    greater_magnitude,
+    rounded_to_bfloat16,
+    to_float32,
+)
 
 ZERO, INFINITY = np.float32(0), np.float32(np.inf)
-FLOAT16_MAX = 65504.0
 
 
 @intrinsic
 def sixteen_bits(_: Any, element: Any) -> Any:
-    """An element at 16 bits: float32 rounded half to even to float16, or to infinity; others as they are."""
+    """Return an element at 16 bits: float32 rounded half to even to float16, or to infinity; others as they are."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         narrow = builder.fptrunc(arguments[0], HALF) if element == types.float32 else arguments[0]
@@ -31,7 +41,7 @@ def sixteen_bits(_: Any, element: Any) -> Any:
 
 @intrinsic
 def element(_: Any, bits: Any, row: Any) -> Any:
-    """Inverse of `sixteen_bits`: an element of the row's type."""
+    """Return an element of the row's type from what `sixteen_bits` returned."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if row.dtype != types.float32:
@@ -43,7 +53,7 @@ def element(_: Any, bits: Any, row: Any) -> Any:
 
 @intrinsic
 def _rounded(_: Any, value: Any, row: Any) -> Any:
-    """A float32 rounded half to even to the type of the row's elements; float16 saturates."""
+    """Return a float32 rounded half to even to the type of the row's elements; float16 saturates."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         value = arguments[0]
@@ -60,7 +70,7 @@ def _rounded(_: Any, value: Any, row: Any) -> Any:
 
 @intrinsic
 def _greater_magnitude16(_: Any, peak: Any, bits: Any) -> Any:
-    """`greater_magnitude` of 16-bit floats, either kind."""
+    """Return what `greater_magnitude` returns, for 16-bit floats of either kind."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         magnitude = builder.and_(arguments[1], I16(0x7FFF))
@@ -71,7 +81,7 @@ def _greater_magnitude16(_: Any, peak: Any, bits: Any) -> Any:
 
 @intrinsic
 def _low_byte(_: Any, value: Any) -> Any:
-    """The lowest eight bits of a float32."""
+    """Return the lowest eight bits of a float32."""
     return types.uint8(types.float32), lambda context, builder, signature, arguments: builder.trunc(
         builder.bitcast(arguments[0], I32), I8
     )
@@ -79,7 +89,7 @@ def _low_byte(_: Any, value: Any) -> Any:
 
 @intrinsic
 def _pair(_: Any, low: Any, high: Any) -> Any:
-    """Two INT4 codes in one byte."""
+    """Return two INT4 codes in one byte."""
     return types.uint8(types.uint8, types.uint8), lambda context, builder, signature, arguments: builder.or_(
         builder.and_(arguments[0], I8(0xF)), builder.shl(arguments[1], I8(4))
     )
@@ -87,7 +97,7 @@ def _pair(_: Any, low: Any, high: Any) -> Any:
 
 @intrinsic
 def _low_nibble(_: Any, byte: Any) -> Any:
-    """The low INT4 code of a byte, its sign extended to eight bits."""
+    """Return the low INT4 code of a byte, its sign extended to eight bits."""
     return types.int8(types.uint8), lambda context, builder, signature, arguments: builder.ashr(
         builder.shl(arguments[0], I8(4)), I8(4)
     )
@@ -95,13 +105,13 @@ def _low_nibble(_: Any, byte: Any) -> Any:
 
 @intrinsic
 def _high_nibble(_: Any, byte: Any) -> Any:
-    """The high INT4 code of a byte, its sign extended to eight bits."""
+    """Return the high INT4 code of a byte, its sign extended to eight bits."""
     return types.int8(types.uint8), lambda context, builder, signature, arguments: builder.ashr(arguments[0], I8(4))
 
 
 @compiled
 def _code(element: Any, divisor: Any, largest: Any) -> Any:
-    """The nearest multiple of the scale, as a byte."""
+    """Return the nearest multiple of the scale, as a byte."""
     # Clamped first: the rounding holds below 2^22 only.
     steps = to_float32(element) / divisor
     steps = steps if steps < largest else largest
@@ -111,7 +121,18 @@ def _code(element: Any, divisor: Any, largest: Any) -> Any:
 
 @compiled
 def quantize_row(row: Any, codes: Any, largest: Any, packed: bool) -> Any:
-    """Write the codes of a row; return its scale as float16's bits."""
+    """Write the codes of a row (SpectrumKV, arXiv 2606.08635, Method).
+
+    Args:
+        row: `[head_dim]`; see the module.
+        codes: uint8 `[head_dim]`, or `[head_dim / 2]` where packed; written.
+        largest: the greatest code, float32.
+        packed: whether two codes share a byte.
+
+    Returns:
+        The row's scale as float16's bits, uint16; not finite where an element is not, or where the scale is too
+        large for float16.
+    """
     peak = np.int32(0)
     for i in range(row.size):
         peak = greater_magnitude(peak, to_float32(row[i]))
@@ -131,7 +152,14 @@ def quantize_row(row: Any, codes: Any, largest: Any, packed: bool) -> Any:
 
 @compiled
 def dequantize_row(codes: Any, scale: Any, row: Any, packed: bool) -> None:
-    """Write codes times scale into a row."""
+    """Write codes times scale into a row.
+
+    Args:
+        codes: uint8 `[head_dim]`, or `[head_dim / 2]` where packed.
+        scale: float16's bits, uint16.
+        row: `[head_dim]`, written; see the module.
+        packed: whether two codes share a byte.
+    """
     factor = to_float32(scale)
     if packed:
         high = row[codes.size :]
@@ -146,7 +174,11 @@ def dequantize_row(codes: Any, scale: Any, row: Any, packed: bool) -> None:
 
 @compiled
 def greatest_magnitude(data: Any) -> Any:
-    """The greatest magnitude of the 16-bit floats in uint8 `[2 m]`, as int16 bits; NaN is above infinity."""
+    """Return the greatest magnitude of 16-bit floats, as int16 bits; NaN is above infinity.
+
+    Args:
+        data: uint8 `[2 m]`, at any address.
+    """
     elements = data.view(np.int16)
     peak = np.int16(0)
     for i in range(elements.size):

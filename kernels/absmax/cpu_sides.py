@@ -1,7 +1,7 @@
 """One side of a segment, keys or values, compiled for CPUs: every token at its own tier, into a body and back.
 
-There is a loop for rows of any kind and one for rows of whole vectors, in either direction: as one with a branch it
-takes 1.4 times as long to code and ten times as long to decode (docs/decisions.md, 50).
+In either direction there is one loop for rows of any kind and one for rows of whole vectors. A single loop with a
+branch in it takes 1.4 times as long to code and ten times as long to decode (docs/decisions.md, 50).
 """
 
 from typing import Any
@@ -18,47 +18,63 @@ from spectrumkv.kernels.absmax.cpu_vectors import (
     streamed,
     to_float16,
 )
-from spectrumkv.kernels.absmax.layout import TIER_16BIT, TIER_INT4, TIER_INT8
+from spectrumkv.kernels.absmax.layout import (
+    FLOATS,
+    INT4,
+    INT4_CODES,
+    INT4_SCALES,
+    INT8,
+    INT8_CODES,
+    INT8_SCALES,
+    TIER_16BIT,
+    TIER_INT4,
+    TIER_INT8,
+)
 from spectrumkv.kernels.jit.compiled import compiled
-from spectrumkv.kernels.jit.float_bits import to_float32
+from spectrumkv.kernels.jit.llvm import to_float32
 
-LARGEST_INT8, LARGEST_INT4 = np.float32(127), np.float32(7)
-
-
-@compiled
-def count_tiers(tiers: Any) -> Any:
-    """How many tokens are at 16 bits, at INT8 and at INT4."""
-    n16, n8, n4 = 0, 0, 0
-    for tier in tiers:
-        n16 += tier == TIER_16BIT
-        n8 += tier == TIER_INT8
-        n4 += tier == TIER_INT4
-    return n16, n8, n4
+LARGEST_INT8, LARGEST_INT4 = np.float32(INT8.largest), np.float32(INT4.largest)
 
 
 @compiled
-def body_parts(body: Any, tiers: Any, heads: int, head_dim: int) -> Any:
-    """The sections of a body, in the order of `Parts`, wherever they lie: odd addresses are no matter."""
-    n16, n8, n4 = count_tiers(tiers)
-    scales8 = 4 * heads * n16 * head_dim
-    scales4 = scales8 + 4 * heads * n8
-    codes8 = scales4 + 4 * heads * n4
-    codes4 = codes8 + 2 * heads * n8 * head_dim
+def section_views(body: Any, offsets: Any, shapes: Any) -> Any:
+    """Cut a body into its sections, wherever they lie: odd addresses are no matter.
+
+    Args:
+        body: uint8 `[b]`.
+        offsets: six numbers; see `layout.section_offsets`.
+        shapes: five tuples, those of `layout.sections`.
+
+    Returns:
+        Elements, INT8 scales and INT4 scales as uint16, INT8 codes and INT4 codes as uint8.
+    """
     return (
-        body[:scales8].view(np.uint16).reshape((2, heads, n16, head_dim)),
-        body[scales8:scales4].view(np.uint16).reshape((2, heads, n8)),
-        body[scales4:codes8].view(np.uint16).reshape((2, heads, n4)),
-        body[codes8:codes4].reshape((2, heads, n8, head_dim)),
-        body[codes4:].reshape((2, heads, n4, head_dim // 2)),
+        body[offsets[FLOATS] : offsets[FLOATS + 1]].view(np.uint16).reshape(shapes[FLOATS]),
+        body[offsets[INT8_SCALES] : offsets[INT8_SCALES + 1]].view(np.uint16).reshape(shapes[INT8_SCALES]),
+        body[offsets[INT4_SCALES] : offsets[INT4_SCALES + 1]].view(np.uint16).reshape(shapes[INT4_SCALES]),
+        body[offsets[INT8_CODES] : offsets[INT8_CODES + 1]].reshape(shapes[INT8_CODES]),
+        body[offsets[INT4_CODES] : offsets[INT4_CODES + 1]].reshape(shapes[INT4_CODES]),
     )
 
 
 @compiled
 def encode_side(
-    states: Any, head_stride: int, token_stride: int, tiers: Any, heads: int, head_dim: int, body: Any, side: int
+    states: Any, head_stride: int, token_stride: int, tiers: Any, body: Any, offsets: Any, shapes: Any, side: int
 ) -> None:
-    """Write the keys (side 0) or the values (1) of a segment into its body, every token at its own tier."""
-    halves, scales8, scales4, codes8, codes4 = body_parts(body, tiers, heads, head_dim)
+    """Write the keys or the values of a segment into its body, every token at its own tier.
+
+    Args:
+        states: all memory of `[heads, n, head_dim]`; see `spectrumkv.kernels.jit.strided.flat`.
+        head_stride: elements from head to head.
+        token_stride: elements from token to token.
+        tiers: uint8 `[n]`.
+        body: uint8, written.
+        offsets: see `section_views`.
+        shapes: see `section_views`.
+        side: 0 for keys, 1 for values.
+    """
+    halves, scales8, scales4, codes8, codes4 = section_views(body, offsets, shapes)
+    _, heads, _, head_dim = halves.shape
     n16, n8, n4 = 0, 0, 0
     for token in range(tiers.size):
         tier = tiers[token]
@@ -81,10 +97,11 @@ def encode_side(
 
 @compiled
 def encode_vectors(
-    states: Any, head_stride: int, token_stride: int, tiers: Any, heads: int, head_dim: int, body: Any, side: int
+    states: Any, head_stride: int, token_stride: int, tiers: Any, body: Any, offsets: Any, shapes: Any, side: int
 ) -> None:
-    """`encode_side`, for states that `absmax_vectors.whole_vectors` accepts."""
-    halves, scales8, scales4, codes8, codes4 = body_parts(body, tiers, heads, head_dim)
+    """Do what `encode_side` does, for states that `cpu_vectors.whole_vectors` accepts."""
+    halves, scales8, scales4, codes8, codes4 = section_views(body, offsets, shapes)
+    _, heads, _, head_dim = halves.shape
     n16, n8, n4 = 0, 0, 0
     for token in range(tiers.size):
         tier = tiers[token]
@@ -103,10 +120,11 @@ def encode_vectors(
 
 @compiled
 def decode_side(
-    body: Any, tiers: Any, heads: int, head_dim: int, states: Any, head_stride: int, token_stride: int, side: int
+    body: Any, offsets: Any, shapes: Any, tiers: Any, states: Any, head_stride: int, token_stride: int, side: int
 ) -> None:
-    """Inverse of `encode_side`; dropped tokens stay as they are."""
-    halves, scales8, scales4, codes8, codes4 = body_parts(body, tiers, heads, head_dim)
+    """Undo `encode_side`, with the same arguments: write `states`, where dropped tokens stay as they are."""
+    halves, scales8, scales4, codes8, codes4 = section_views(body, offsets, shapes)
+    _, heads, _, head_dim = halves.shape
     n16, n8, n4 = 0, 0, 0
     for token in range(tiers.size):
         tier = tiers[token]
@@ -128,10 +146,11 @@ def decode_side(
 
 @compiled
 def decode_vectors(
-    body: Any, tiers: Any, heads: int, head_dim: int, states: Any, head_stride: int, token_stride: int, side: int
+    body: Any, offsets: Any, shapes: Any, tiers: Any, states: Any, head_stride: int, token_stride: int, side: int
 ) -> None:
-    """`decode_side` past the cache, for states that `absmax_vectors.streams` accepts."""
-    halves, scales8, scales4, codes8, codes4 = body_parts(body, tiers, heads, head_dim)
+    """Do what `decode_side` does, past the cache, for states that `cpu_vectors.streams` accepts."""
+    halves, scales8, scales4, codes8, codes4 = section_views(body, offsets, shapes)
+    _, heads, _, head_dim = halves.shape
     n16, n8, n4 = 0, 0, 0
     for token in range(tiers.size):
         tier = tiers[token]

@@ -1,8 +1,8 @@
-"""Absmax quantization of rows of float32 that are whole vectors, on CPUs: what the loops of `absmax_rows` do, faster.
+"""Absmax quantization of rows of float32 that are whole vectors, on CPUs: what the loops of `cpu_rows` do, faster.
 
-Decoded rows are written past the cache. What arrives is more than caches hold and is read in a later step at the
-earliest. Stored the usual way, each line would be read from memory before it is written, and what running streams had
-in the cache would go.
+Decoded rows are written past the cache: what arrives is more than caches hold, and no step reads it before the whole
+prompt is there. Stored the usual way, each line would be read from memory before it is written, and would displace
+what running requests have in the cache.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,23 @@ from numba import types
 from numba.core import cgutils
 
 from spectrumkv.kernels.jit.compiled import intrinsic
-from spectrumkv.kernels.jit.float_bits import MAGNITUDE, ROUNDER
-from spectrumkv.kernels.jit.machine_types import F32, HALF, I8, I16, I32, I64
-from spectrumkv.kernels.jit.vectors import FLOAT_BYTES, LANES, VECTOR, load, pointer_to, splat, vector_at
+from spectrumkv.kernels.jit.llvm import (
+    F32,
+    FLOAT_BYTES,
+    HALF,
+    I8,
+    I16,
+    I32,
+    I64,
+    LANES,
+    MAGNITUDE,
+    ROUNDER,
+    VECTOR,
+    load,
+    pointer_to,
+    splat,
+    vector_at,
+)
 
 VECTOR_BYTES = LANES * FLOAT_BYTES
 # What INT4 packs into one byte lies half a row apart: half a row has whole vectors.
@@ -24,23 +38,23 @@ ROW_ELEMENTS = 2 * LANES
 
 
 def whole_vectors(states: torch.Tensor) -> bool:
-    """Whether rows of `[heads, n, d]` can be read here: float32 in whole vectors.
+    """Return whether rows can be read here: float32 in whole vectors.
 
     Args:
-        states: the elements of a row side by side, on the CPU.
+        states: `[heads, n, d]` on the CPU, the elements of a row side by side.
     """
     return states.dtype == torch.float32 and states.shape[2] % ROW_ELEMENTS == 0
 
 
 def streams(states: torch.Tensor) -> bool:
-    """Whether rows of `[heads, n, d]` can be written past the cache: vectors must lie at multiples of their size.
+    """Return whether rows can be written past the cache: vectors must lie at multiples of their size.
 
     Args:
-        states: see `whole_vectors`.
+        states: `[heads, n, d]` on the CPU, the elements of a row side by side.
     """
     head_stride, token_stride, _ = states.stride()
-    places = (states.data_ptr(), FLOAT_BYTES * head_stride, FLOAT_BYTES * token_stride)
-    return whole_vectors(states) and not any(place % VECTOR_BYTES for place in places)
+    distances = (states.data_ptr(), FLOAT_BYTES * head_stride, FLOAT_BYTES * token_stride)
+    return whole_vectors(states) and not any(distance % VECTOR_BYTES for distance in distances)
 
 
 def _each_vector(builder: Any, elements: Any, emit: Callable[[Any], None]) -> None:
@@ -50,13 +64,13 @@ def _each_vector(builder: Any, elements: Any, emit: Callable[[Any], None]) -> No
 
 
 def _magnitudes(builder: Any, value: Any) -> Any:
-    """The bits of |x| for each float of a vector: ordered like floats, with NaN above infinity."""
+    """Return the bits of |x| for each float of a vector: ordered like floats, with NaN above infinity."""
     kind = ir.VectorType(I32, LANES)
     return builder.and_(builder.bitcast(value, kind), ir.Constant(kind, [MAGNITUDE] * LANES))
 
 
 def _peak(builder: Any, source: Any, elements: Any) -> Any:
-    """The greatest magnitude of a row, a float."""
+    """Return the greatest magnitude of a row, a float."""
     kind = ir.VectorType(I32, LANES)
     greatest = cgutils.alloca_once_value(builder, ir.Constant(kind, None))
 
@@ -74,7 +88,7 @@ def _peak(builder: Any, source: Any, elements: Any) -> Any:
 
 
 def _codes(builder: Any, value: Any, divisor: Any, largest: float) -> Any:
-    """The nearest multiples of the scale, a vector of bytes."""
+    """Return the nearest multiples of the scale, a vector of bytes."""
     steps = builder.fdiv(value, divisor)
     # Clamped first: the rounding holds below 2^22 only.
     for comparison, limit in (("<", largest), (">", -largest)):
@@ -86,12 +100,16 @@ def _codes(builder: Any, value: Any, divisor: Any, largest: float) -> Any:
 
 
 def _encoder(summary: str, largest: float, packed: bool) -> Callable[..., Any]:
-    """Declare what codes one row and returns its scale, as float16's bits.
+    """Declare an intrinsic that codes one row.
 
     Args:
         summary: what it does, its docstring.
         largest: the greatest code.
         packed: whether two codes share a byte.
+
+    Returns:
+        A function of the states' memory, where the row starts in it, how many elements it has, and the codes, which
+        are written; it returns the row's scale as float16's bits.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -128,14 +146,13 @@ def _encoder(summary: str, largest: float, packed: bool) -> Callable[..., Any]:
     return declared
 
 
-# Each codes the row that starts so far into the states' memory and has so many elements.
-quantize_int8 = _encoder("To INT8, a byte each.", 127.0, packed=False)
-quantize_int4 = _encoder("To INT4; high nibbles are the row's second half.", 7.0, packed=True)
+quantize_int8 = _encoder("Code a row at INT8, a byte for each element.", 127.0, packed=False)
+quantize_int4 = _encoder("Code a row at INT4; high nibbles are the row's second half.", 7.0, packed=True)
 
 
 @intrinsic
 def to_float16(_: Any, states: Any, start: Any, elements: Any, halves: Any) -> Any:
-    """Round a row half to even to float16, or to infinity; it may lie at an odd address."""
+    """Return code that rounds a row half to even to float16, or to infinity; `halves` may lie at an odd address."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source = pointer_to(context, builder, signature.args[0], *arguments[:2])
@@ -161,13 +178,17 @@ def _stream(builder: Any, value: Any, pointer: Any) -> None:
 
 
 def _decoder(summary: str, has_factor: bool, emit_row: Callable[..., None]) -> Callable[..., Any]:
-    """Declare what writes one row of the states.
+    """Declare an intrinsic that writes one row of the states.
 
     Args:
         summary: what it does, its docstring.
         has_factor: whether elements are multiplied.
-        emit_row: emits it, given the builder, the addresses of the source and of the row, how many elements a row has
-            and the factor in all lanes of a vector.
+        emit_row: emits the instructions, given the builder, the addresses of the source and of the row, how many
+            elements a row has, and the factor in all lanes of a vector.
+
+    Returns:
+        A function of the source, a contiguous array, of the states' memory, which is written, of where the row starts
+        in it, of how many elements it has, and of the factor if there is one.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -215,22 +236,21 @@ def _emit_int4(builder: Any, source: Any, target: Any, elements: Any, factor: An
     def multiply(offset: Any) -> None:
         codes = load(builder, vector_at(builder, source, offset, I8), alignment=1)
         low, high = builder.ashr(builder.shl(codes, nibble), nibble), builder.ashr(codes, nibble)
-        for nibbles, place in ((low, offset), (high, builder.add(offset, half))):
+        for nibbles, start in ((low, offset), (high, builder.add(offset, half))):
             value = builder.fmul(builder.sitofp(nibbles, VECTOR), factor)
-            _stream(builder, value, vector_at(builder, target, place))
+            _stream(builder, value, vector_at(builder, target, start))
 
     _each_vector(builder, half, multiply)
 
 
-# Each writes a row: from its source, a contiguous array, to the states' memory, from `start` on so many elements.
-stream_halves = _decoder("Widen float16, which may lie at an odd address.", False, _emit_halves)
-stream_int8 = _decoder("Multiply INT8 codes, a byte each.", True, _emit_int8)
-stream_int4 = _decoder("Multiply INT4 codes; high nibbles are the row's second half.", True, _emit_int4)
+stream_halves = _decoder("Write float16, which may lie at an odd address, as float32.", False, _emit_halves)
+stream_int8 = _decoder("Write INT8 codes, a byte each, times the factor.", True, _emit_int8)
+stream_int4 = _decoder("Write INT4 codes times the factor; high nibbles are the row's second half.", True, _emit_int4)
 
 
 @intrinsic
 def streamed(_: Any) -> Any:
-    """Wait until what was streamed can be seen by others: such stores are not ordered with what follows them."""
+    """Return a fence: other threads see what was streamed before they see what this thread stores afterwards."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         builder.fence("seq_cst")

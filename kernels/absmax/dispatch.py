@@ -14,6 +14,8 @@ def encode(
 ) -> None:
     """Code segments of tokens, each token at its own tier.
 
+    This is the quantizer of the SpectrumKV paper (arXiv 2606.08635, Method).
+
     A scale is `max |x| / largest` of a format, rounded to float16, one for a token in a KV head. A code is
     `x / scale` rounded half to even and clamped to ±`largest`, or 0 where the scale is 0. All arithmetic
     is in float32. Elements at 16 bits are rounded half to even.
@@ -22,8 +24,8 @@ def encode(
     float16 scale, times the greatest code) where that is more: rows below 127 · 2^-14 for INT8.
 
     A NaN or infinite element, or a scale beyond float16, leaves a scale that is not finite; the codes beside
-    it mean nothing. What is too large for float16 becomes infinite at 16 bits. It is the caller's to check, since
-    here a GPU would have to be waited for.
+    it mean nothing. What is too large for float16 becomes infinite at 16 bits. The caller checks that, since a check
+    here would wait for the GPU.
 
     Args:
         keys: float32, float16 or bfloat16 `[kv_heads, n, head_dim]`, n ≥ 1, any strides, head_dim even.
@@ -31,7 +33,7 @@ def encode(
         tiers: uint8 `[n]` on the CPU, codes of the wire's tier map.
         cuts: the first token of each segment, rising from 0, and n.
         bodies: uint8, contiguous, on the device of the keys, written from end to end: the segments' bodies, one after
-            another. `Parts` has their sections, and the caller has seen to it that the length is theirs.
+            another. `layout.sections` says what they have; the length must be theirs.
     """
     if keys.is_cuda:
         from spectrumkv.kernels.absmax import triton as absmax_triton
@@ -46,7 +48,7 @@ def encode(
 def decode(
     bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> None:
-    """Inverse of `encode`: write every token but the dropped ones.
+    """Write every token that `encode` coded, and leave the dropped ones as they are.
 
     `code × scale` is exact in float32 and rounded half to even to the states' dtype. float16 saturates: the
     scale of a row near 65504 may have been rounded up, and a finite element must not come back infinite.
@@ -55,8 +57,8 @@ def decode(
         bodies: read; scales must be finite. On a CPU they may lie at an odd address and be read-only.
         tiers: uint8 `[n]` on the CPU.
         cuts: see `encode`.
-        keys: written; see `encode`.
-        values: written.
+        keys: float32, float16 or bfloat16 `[kv_heads, n, head_dim]`, any strides, written.
+        values: like `keys`, on the same device.
     """
     if keys.is_cuda:
         from spectrumkv.kernels.absmax import triton as absmax_triton
@@ -71,7 +73,7 @@ def decode(
 def prepare(dtype: torch.dtype) -> None:
     """Compile what runs on CPUs, so that no request waits for it.
 
-    It takes seconds where this machine never did, and a fraction of one where compiled code is in the cache.
+    It takes seconds where this machine has not compiled it before, and a fraction of one where code is in the cache.
 
     Args:
         dtype: of the states that will be coded.
@@ -82,7 +84,7 @@ def prepare(dtype: torch.dtype) -> None:
 
 
 def is_finite(data: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether no element is infinite or NaN.
+    """Return whether no element is infinite or NaN.
 
     Args:
         data: uint8 `[2 m]` on the CPU, contiguous, at any address: the bytes of m elements.

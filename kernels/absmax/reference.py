@@ -6,17 +6,14 @@ from itertools import pairwise
 import torch
 
 from spectrumkv.kernels.absmax.layout import (
-    INT4,
+    FLOAT16_MAX,
+    FORMATS,
     INT8,
     TIER_16BIT,
-    TIER_INT4,
-    TIER_INT8,
+    BodySections,
     CodeFormat,
-    Parts,
     body_bytes,
 )
-
-_FORMATS = {TIER_INT4: INT4, TIER_INT8: INT8}
 
 
 def quantize(
@@ -27,7 +24,7 @@ def quantize(
     Args:
         states: `[kv_heads, n, head_dim]`.
         index: int64 `[m]`.
-        codes: `[kv_heads, m, code bytes]`, written; see `Parts`.
+        codes: `[kv_heads, m, code bytes]`, written; see `BodySections`.
         scales: float16 `[kv_heads, m]`, written.
         form: format of the codes.
     """
@@ -51,63 +48,62 @@ def quantize(
 def dequantize(
     codes: torch.Tensor, scales: torch.Tensor, index: torch.Tensor, states: torch.Tensor, form: CodeFormat
 ) -> None:
-    """Inverse of `quantize`: write the tokens `index` of `states`, and no others."""
+    """Undo `quantize`, with the same arguments: write the tokens `index` of `states`, and no others."""
     if not codes.numel():
         return
     rows = (codes if form == INT8 else _unpack(codes)).float()
     rows.mul_(scales.float().unsqueeze(-1))
     if states.dtype == torch.float16:
-        largest = torch.finfo(torch.float16).max
-        rows.clamp_(-largest, largest)
+        rows.clamp_(-FLOAT16_MAX, FLOAT16_MAX)
     states.index_copy_(1, index, rows.to(states.dtype))
 
 
 def encode(
     keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
 ) -> None:
-    """See `spectrumkv.kernels.absmax.encode`."""
-    for span, parts, index in _segments(keys, tiers, cuts, bodies):
+    """Code segments of tokens; see `dispatch.encode`."""
+    for span, body, index in _segments(keys, tiers, cuts, bodies):
         for side, states in enumerate((keys[:, span], values[:, span])):
-            parts.fp16[side].copy_(states.index_select(1, index[TIER_16BIT]))
-            for tier, form in _FORMATS.items():
-                codes, scales = parts.coded(form)
+            body.floats[side].copy_(states.index_select(1, index[TIER_16BIT]))
+            for tier, form in FORMATS.items():
+                codes, scales = body.coded(form)
                 quantize(states, index[tier], codes[side], scales[side], form)
 
 
 def decode(
     bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> None:
-    """See `spectrumkv.kernels.absmax.decode`."""
-    for span, parts, index in _segments(keys, tiers, cuts, bodies):
+    """Write the tokens of segments; see `dispatch.decode`."""
+    for span, body, index in _segments(keys, tiers, cuts, bodies):
         for side, states in enumerate((keys[:, span], values[:, span])):
-            states.index_copy_(1, index[TIER_16BIT], parts.fp16[side].to(states.dtype))
-            for tier, form in _FORMATS.items():
-                codes, scales = parts.coded(form)
+            states.index_copy_(1, index[TIER_16BIT], body.floats[side].to(states.dtype))
+            for tier, form in FORMATS.items():
+                codes, scales = body.coded(form)
                 dequantize(codes[side], scales[side], index[tier], states, form)
 
 
 def _segments(
     states: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
-) -> Iterator[tuple[slice, Parts, dict[int, torch.Tensor]]]:
-    """The tokens of each segment, the sections of its body, and the positions in it of each tier's tokens."""
+) -> Iterator[tuple[slice, BodySections, dict[int, torch.Tensor]]]:
+    """Yield each segment's tokens, the sections of its body, and the positions in it of each tier's tokens."""
     kv_heads, _, head_dim = states.shape
     half = torch.float16 if states.dtype == torch.float32 else states.dtype
-    at = 0
+    begin = 0
     for first, end in pairwise(cuts):
         segment = tiers[first:end]
-        body = bodies[at : at + body_bytes(segment, kv_heads, head_dim)]
-        at += body.numel()
-        index = {tier: torch.nonzero(segment == tier).flatten().to(states.device) for tier in (*_FORMATS, TIER_16BIT)}
-        yield slice(first, end), Parts.of(body, segment, kv_heads, head_dim, half), index
+        body = bodies[begin : begin + body_bytes(segment, kv_heads, head_dim)]
+        begin += body.numel()
+        index = {tier: torch.nonzero(segment == tier).flatten().to(states.device) for tier in (*FORMATS, TIER_16BIT)}
+        yield slice(first, end), BodySections.of(body, segment, kv_heads, head_dim, half), index
 
 
 def _pack(codes: torch.Tensor) -> torch.Tensor:
-    """Pack int8 `[..., d]` in -7 … 7 to uint8 `[..., d / 2]`: element j low, element j + d/2 high."""
+    """Return packed int8 `[..., d]` in -7 … 7 to uint8 `[..., d / 2]`: element j low, element j + d/2 high."""
     low, high = codes.chunk(2, dim=-1)
     return ((low & 0xF) | (high << 4)).view(torch.uint8)
 
 
 def _unpack(packed: torch.Tensor) -> torch.Tensor:
-    """Inverse of `_pack`; right shifts of int8 extend the sign."""
+    """Return what `_pack` packed; right shifts of int8 extend the sign."""
     signed = packed.view(torch.int8)
     return torch.cat(((signed << 4) >> 4, signed >> 4), dim=-1)

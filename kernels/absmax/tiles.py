@@ -11,11 +11,29 @@ from itertools import accumulate, pairwise
 import numpy as np
 import torch
 
-from spectrumkv.kernels.absmax.layout import TIER_16BIT, TIER_DROP, TIER_INT4, TIER_INT8, section_bytes
+from spectrumkv.kernels.absmax.layout import (
+    FLOATS,
+    INT4_CODES,
+    INT4_SCALES,
+    INT8_CODES,
+    INT8_SCALES,
+    TIER_16BIT,
+    TIER_INT4,
+    TIER_INT8,
+    count_tiers,
+    section_offsets,
+    sections,
+)
 
 # What a tile's row of the table says, in this order; one column is left, so that a row has 32 bytes.
 TILE_COLUMNS = 8
-TIER, I64, ROWS, ROW, SECTION_ROWS, ELEMENTS_AT, SCALES_AT = range(7)
+TIER, ORDER_START, ROWS, ROW, SECTION_ROWS, ELEMENTS_AT, SCALES_AT = range(7)
+# Which sections hold the elements and the scales of a tier. Elements at 16 bits have no scales: any section will do.
+SECTIONS_OF_TIER = {
+    TIER_16BIT: (FLOATS, FLOATS),
+    TIER_INT8: (INT8_CODES, INT8_SCALES),
+    TIER_INT4: (INT4_CODES, INT4_SCALES),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +42,7 @@ class TileTable:
 
     Attributes:
         order: int32 `[m]`, tokens, those of a tile side by side.
-        tiles: int32 `[t, TILE_COLUMNS]`, for each tile: its tier; the place in `order` of its first token; how many
+        tiles: int32 `[t, TILE_COLUMNS]`, for each tile: its tier; the index in `order` of its first token; how many
             there are; the first one's row in its section; the rows of the section in one head; the bytes at which the
             sections of the elements and of the scales begin.
     """
@@ -33,7 +51,7 @@ class TileTable:
     tiles: np.ndarray
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both arrays on a device, by one copy."""
+        """Return both arrays on a device, by one copy."""
         both = torch.from_numpy(np.concatenate((self.tiles.ravel(), self.order)))
         if device.type == "cuda":
             both = both.pin_memory().to(device, non_blocking=True)
@@ -51,29 +69,35 @@ def tiles_of_segments(
         kv_heads: of the model.
         head_dim: of the model.
         tile_rows: most tokens of a tile.
+
+    Returns:
+        The tiles, segment by segment.
     """
     order, tiles, body_at = [], [], 0
     for first, end in pairwise(cuts):
         segment = tiers[first:end]
         order.append(np.argsort(segment, kind="stable") + first)
-        counts = np.bincount(segment, minlength=TIER_16BIT + 1).tolist()
-        places = [first + before for before in accumulate(counts, initial=0)]
-        sizes = section_bytes(counts[TIER_16BIT], counts[TIER_INT8], counts[TIER_INT4], kv_heads, head_dim)
-        *starts, body_at = accumulate(sizes, initial=body_at)
-        sections = {TIER_16BIT: (starts[0], 0), TIER_INT8: (starts[3], starts[1]), TIER_INT4: (starts[4], starts[2])}
-        for tier, (elements_at, scales_at) in sections.items():
+        counts = count_tiers(segment)
+        starts = [first + before for before in accumulate(counts, initial=0)]
+        # Lengths do not depend on which 16-bit dtype the model has.
+        offsets = section_offsets(sections(counts, kv_heads, head_dim, torch.float16))
+        for tier, (elements, scales) in SECTIONS_OF_TIER.items():
             if counts[tier]:
-                tiles.append(_section(tier, places[tier], counts[tier], elements_at, scales_at, tile_rows))
+                addresses = body_at + offsets[elements], body_at + offsets[scales]
+                tiles.append(_tiles_of_section(tier, starts[tier], counts[tier], *addresses, tile_rows))
+        body_at += offsets[-1]
     empty = np.empty((0, TILE_COLUMNS), np.int32)
     return TileTable(np.concatenate(order).astype(np.int32), np.concatenate([empty, *tiles]))
 
 
-def _section(tier: int, place: int, rows: int, elements_at: int, scales_at: int, tile_rows: int) -> np.ndarray:
-    assert tier != TIER_DROP
+def _tiles_of_section(
+    tier: int, order_start: int, rows: int, elements_at: int, scales_at: int, tile_rows: int
+) -> np.ndarray:
+    """Return the tiles of one tier's tokens in one segment: int32 `[t, TILE_COLUMNS]`."""
     row = np.arange(0, rows, tile_rows, dtype=np.int32)
     tiles = np.zeros((row.size, TILE_COLUMNS), np.int32)
     tiles[:, TIER] = tier
-    tiles[:, I64] = place + row
+    tiles[:, ORDER_START] = order_start + row
     tiles[:, ROWS] = np.minimum(tile_rows, rows - row)
     tiles[:, ROW] = row
     tiles[:, SECTION_ROWS] = rows

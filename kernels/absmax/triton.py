@@ -1,8 +1,8 @@
 """Absmax quantization in Triton: one launch for any mix of tiers, one pass over the elements, gather and scatter too.
 
-A program takes a few tokens of one tier (a tile, see `absmax_tiles`) of one KV head as the first and the second half
-of the head, since two elements that far apart share a byte of INT4. All arithmetic is in float32 and rounds as the
-reference does.
+A program codes a tile (see `tiles`), a few tokens of one tier, in one KV head. It takes the first and the second half
+of the head apart, since two elements half a head apart share a byte of INT4. All arithmetic is in float32 and rounds
+as the reference does.
 """
 
 import math
@@ -13,21 +13,21 @@ import torch
 import triton
 import triton.language as tl
 
-from spectrumkv.kernels.absmax import layout as absmax_format
-from spectrumkv.kernels.absmax.tiles import TILE_COLUMNS, tiles_of_segments
+from spectrumkv.kernels.absmax import layout, tiles
 
 # Elements of one program: enough to keep 128 threads busy, few enough to stay in registers.
 TILE_ELEMENTS = 2048
 
-COLUMNS = tl.constexpr(TILE_COLUMNS)
-TIER_16BIT = tl.constexpr(absmax_format.TIER_16BIT)
-TIER_INT8 = tl.constexpr(absmax_format.TIER_INT8)
-LARGEST_INT8 = tl.constexpr(absmax_format.INT8.largest)
-LARGEST_INT4 = tl.constexpr(absmax_format.INT4.largest)
+COLUMNS = tl.constexpr(tiles.TILE_COLUMNS)
+TIER, ORDER_START = tl.constexpr(tiles.TIER), tl.constexpr(tiles.ORDER_START)
+ROWS, ROW, SECTION_ROWS = tl.constexpr(tiles.ROWS), tl.constexpr(tiles.ROW), tl.constexpr(tiles.SECTION_ROWS)
+ELEMENTS_AT, SCALES_AT = tl.constexpr(tiles.ELEMENTS_AT), tl.constexpr(tiles.SCALES_AT)
+TIER_16BIT, TIER_INT8 = tl.constexpr(layout.TIER_16BIT), tl.constexpr(layout.TIER_INT8)
+LARGEST_INT8, LARGEST_INT4 = tl.constexpr(layout.INT8.largest), tl.constexpr(layout.INT4.largest)
 ABSOLUTE_BITS = tl.constexpr(0x7FFFFFFF)
 # 1.5 · 2^23: a float32 next to it has no fractional bits, so adding it rounds half to even.
 ROUNDER = tl.constexpr(12582912.0)
-FLOAT16_MAX = tl.constexpr(65504.0)
+FLOAT16_MAX = tl.constexpr(layout.FLOAT16_MAX)
 
 # Triton ships no types.
 _jit: Callable[[Callable[..., Any]], Any] = triton.jit
@@ -35,13 +35,13 @@ _jit: Callable[[Callable[..., Any]], Any] = triton.jit
 
 @_jit
 def _magnitude_bits(values: tl.tensor) -> tl.tensor:
-    """|values| as int32: ordered like the floats, with NaN above infinity, so that a maximum keeps NaN."""
+    """Return |values| as int32: ordered like the floats, with NaN above infinity, so that a maximum keeps NaN."""
     return values.to(tl.int32, bitcast=True) & ABSOLUTE_BITS
 
 
 @_jit
 def _scales(low: tl.tensor, high: tl.tensor, largest: tl.constexpr, rows: tl.constexpr) -> tl.tensor:
-    """float16 `[rows]`: the greatest magnitude of each row over the greatest code."""
+    """Return float16 `[rows]`: the greatest magnitude of each row over the greatest code."""
     magnitude = tl.maximum(_magnitude_bits(low), _magnitude_bits(high))
     absmax = tl.max(magnitude, axis=1).to(tl.float32, bitcast=True)
     return tl.div_rn(absmax, tl.full([rows], largest, tl.float32)).to(tl.float16)
@@ -49,7 +49,7 @@ def _scales(low: tl.tensor, high: tl.tensor, largest: tl.constexpr, rows: tl.con
 
 @_jit
 def _to_codes(values: tl.tensor, scale: tl.tensor, largest: tl.constexpr) -> tl.tensor:
-    """Nearest multiples of the float16 scale as int32, 0 where the scale is 0, infinite or NaN."""
+    """Return the nearest multiples of the float16 scale as int32, 0 where the scale is 0, infinite or NaN."""
     scale = scale.to(tl.float32)
     usable = (scale > 0.0) & (scale < float("inf"))
     steps = tl.div_rn(values, tl.where(usable, scale, 1.0)[:, None])
@@ -61,7 +61,7 @@ def _to_codes(values: tl.tensor, scale: tl.tensor, largest: tl.constexpr) -> tl.
 
 @_jit
 def _to_states(codes: tl.tensor, scale: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Codes times scale, rounded to nearest even in the states' dtype."""
+    """Return codes times scale, rounded to nearest even in the states' dtype."""
     values = codes.to(tl.float32) * scale[:, None]
     if dtype == tl.float16:
         values = tl.minimum(tl.maximum(values, -FLOAT16_MAX), FLOAT16_MAX)
@@ -77,17 +77,17 @@ def _to_states(codes: tl.tensor, scale: tl.tensor, dtype: tl.constexpr) -> tl.te
 def _tile(
     order_ptr: tl.tensor, tiles_ptr: tl.tensor, kv_heads: tl.tensor, alignment: tl.constexpr, rows: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """This program's tier, tokens, their mask, their rows in the sections, and where the sections begin."""
+    """Return this program's tier, tokens, their mask, their rows in the sections, and where the sections begin."""
     table = tiles_ptr + tl.program_id(0) * COLUMNS
-    tier = tl.load(table)
-    place = tl.load(table + 1)
+    tier = tl.load(table + TIER)
+    order_start = tl.load(table + ORDER_START)
     row = tl.arange(0, rows)
-    in_tile = row < tl.load(table + 2)
-    token = tl.load(order_ptr + place + row, mask=in_tile, other=0).to(tl.int64)
+    in_tile = row < tl.load(table + ROWS)
+    token = tl.load(order_ptr + order_start + row, mask=in_tile, other=0).to(tl.int64)
     head = tl.program_id(2) * kv_heads + tl.program_id(1)
-    section_row = head.to(tl.int64) * tl.load(table + 4) + tl.load(table + 3) + row
-    elements_at = tl.multiple_of(tl.load(table + 5), alignment)
-    scales_at = tl.multiple_of(tl.load(table + 6), alignment)
+    section_row = head.to(tl.int64) * tl.load(table + SECTION_ROWS) + tl.load(table + ROW) + row
+    elements_at = tl.multiple_of(tl.load(table + ELEMENTS_AT), alignment)
+    scales_at = tl.multiple_of(tl.load(table + SCALES_AT), alignment)
     return tier, token, in_tile, section_row, elements_at, scales_at
 
 
@@ -102,7 +102,7 @@ def _elements(
     half: tl.constexpr,
     padded_half: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Where the tile's states lie, first and second halves of the head, the elements of a half, and their mask."""
+    """Return where the tile's states lie, first and second halves of the head, elements of a half, and their mask."""
     element = tl.arange(0, padded_half)[None, :]
     mask = in_tile[:, None] & (element < half)
     low_ptr = states_ptr + tl.program_id(1).to(tl.int64) * stride_head + token[:, None] * stride_token
@@ -231,28 +231,28 @@ def _kernel(
 def encode(
     keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
 ) -> None:
-    """See `spectrumkv.kernels.absmax.encode`. CPU tensors work under `TRITON_INTERPRET=1` only."""
+    """Code segments of tokens; see `dispatch.encode`. CPU tensors work under `TRITON_INTERPRET=1` only."""
     encoding(keys, values, tiers, cuts, bodies)()
 
 
 def decode(
     bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> None:
-    """See `spectrumkv.kernels.absmax.decode`. CPU tensors work under `TRITON_INTERPRET=1` only."""
+    """Write the tokens of segments; see `dispatch.decode`. CPU tensors work under `TRITON_INTERPRET=1` only."""
     decoding(bodies, tiers, cuts, keys, values)()
 
 
 def encoding(
     keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
 ) -> Callable[[], None]:
-    """Prepare an `encode`: what this returns launches one kernel and does nothing else, as CUDA graphs want it."""
+    """Return what runs `encode` with these arguments: one launch and nothing else, as CUDA graphs want it."""
     return _prepared(_encode_tile, keys, values, tiers, cuts, bodies)
 
 
 def decoding(
     bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> Callable[[], None]:
-    """Prepare a `decode`; see `encoding`."""
+    """Return what runs `decode` with these arguments; see `encoding`."""
     return _prepared(_decode_tile, keys, values, tiers, cuts, bodies)
 
 
@@ -268,10 +268,10 @@ def _prepared(
     kv_heads, _, head_dim = keys.shape
     padded_half: int = triton.next_power_of_2(head_dim // 2)
     rows = max(1, TILE_ELEMENTS // (2 * padded_half))
-    table = tiles_of_segments(tiers.numpy(), cuts, kv_heads, head_dim, rows)
+    table = tiles.tiles_of_segments(tiers.numpy(), cuts, kv_heads, head_dim, rows)
     half = torch.float16 if keys.dtype == torch.float32 else keys.dtype
     floats, scales = bodies.view(half), bodies.view(torch.float16)
-    order, tiles = table.on(keys.device)
+    order, rows_of_tiles = table.on(keys.device)
 
     def launch() -> None:
         if not len(table.tiles):
@@ -283,7 +283,7 @@ def _prepared(
                 *keys.stride(),
                 *values.stride(),
                 order,
-                tiles,
+                rows_of_tiles,
                 floats,
                 scales,
                 bodies,

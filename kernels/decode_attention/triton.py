@@ -1,8 +1,8 @@
 """Attention of one decode step over the slots of several requests, on GPUs.
 
-The keys of a row are divided among programs (split-K, as Flash-Decoding does, pytorch.org/blog/flash-decoding), since
-a decode step has too few rows to fill a GPU; a second kernel joins the parts. Nothing on the host depends on how long
-a request is, so that a step can be captured in a CUDA graph once and replayed for any.
+The keys of a row are divided among programs, its splits, since a decode step has too few rows to fill a GPU; a second
+kernel combines what they found (Flash-Decoding, pytorch.org/blog/flash-decoding). Nothing on the host depends on how
+long a request is, so that a step can be captured in a CUDA graph once and replayed for any.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import triton.language as tl
 SPLITS = 16
 # Tokens that a program looks at together.
 BLOCK_TOKENS = 64
-# A matrix product has no fewer rows than this.
+# Triton multiplies matrices of no fewer rows than this.
 LEAST_GROUP = 16
 
 # Triton ships no types.
@@ -24,15 +24,15 @@ _jit: Callable[[Callable[..., Any]], Any] = triton.jit
 
 
 @_jit
-def _part_kernel(
+def _split_kernel(
     queries_ptr: tl.tensor,
     keys_ptr: tl.tensor,
     values_ptr: tl.tensor,
     kept_ptr: tl.tensor,
     firsts_ptr: tl.tensor,
     newest_ptr: tl.tensor,
-    parts_ptr: tl.tensor,
-    weights_ptr: tl.tensor,
+    partial_ptr: tl.tensor,
+    softmax_ptr: tl.tensor,
     stride_row: tl.tensor,
     stride_query_head: tl.tensor,
     stride_head: tl.tensor,
@@ -46,14 +46,17 @@ def _part_kernel(
     padded_dim: tl.constexpr,
     block_tokens: tl.constexpr,
 ) -> None:
-    """Attend over one part of a row's keys, in one KV head. The grid is (rows, KV heads, parts)."""
-    row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    parts = tl.num_programs(2)
+    """Attend over one split of a row's keys, in one KV head. The grid is (rows, KV heads, splits).
+
+    Written are the weighted sum of values, not yet divided, the greatest logit, and the sum of weights.
+    """
+    row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    splits = tl.num_programs(2)
     end = tl.load(newest_ptr + row) + 1
     first = tl.load(firsts_ptr + row)
     first = tl.maximum(first, end - window)
-    blocks = tl.cdiv(tl.cdiv(end - first, block_tokens), parts)
-    start = first + part * blocks * block_tokens
+    blocks = tl.cdiv(tl.cdiv(end - first, block_tokens), splits)
+    start = first + split * blocks * block_tokens
     stop = tl.minimum(start + blocks * block_tokens, end)
 
     query = tl.arange(0, padded_group)
@@ -71,9 +74,9 @@ def _part_kernel(
         seen &= tl.load(kept_ptr + slot, mask=seen, other=0) != 0
         there = seen[:, None] & (element < head_dim)[None, :]
         # What nobody wrote may be NaN: it is not even loaded.
-        place = head.to(tl.int64) * stride_head + slot.to(tl.int64)[:, None] * head_dim + element[None, :]
-        keys = tl.load(keys_ptr + place, mask=there, other=0.0)
-        values = tl.load(values_ptr + place, mask=there, other=0.0)
+        offset = head.to(tl.int64) * stride_head + slot.to(tl.int64)[:, None] * head_dim + element[None, :]
+        keys = tl.load(keys_ptr + offset, mask=there, other=0.0)
+        values = tl.load(values_ptr + offset, mask=there, other=0.0)
         logits = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scaling
         if capped:
             # tanh(x) = 1 − 2 / (e^2x + 1)
@@ -88,32 +91,32 @@ def _part_kernel(
         attended = attended * faded[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         greatest = reached
 
-    place = ((row * tl.num_programs(1) + head) * group + query) * parts + part
-    tl.store(weights_ptr + 2 * place, greatest, mask=query < group)
-    tl.store(weights_ptr + 2 * place + 1, total, mask=query < group)
-    tl.store(parts_ptr + place[:, None] * head_dim + element[None, :], attended, mask=asked)
+    offset = ((row * tl.num_programs(1) + head) * group + query) * splits + split
+    tl.store(softmax_ptr + 2 * offset, greatest, mask=query < group)
+    tl.store(softmax_ptr + 2 * offset + 1, total, mask=query < group)
+    tl.store(partial_ptr + offset[:, None] * head_dim + element[None, :], attended, mask=asked)
 
 
 @_jit
-def _join_kernel(
-    parts_ptr: tl.tensor,
-    weights_ptr: tl.tensor,
+def _combine_kernel(
+    partial_ptr: tl.tensor,
+    softmax_ptr: tl.tensor,
     attended_ptr: tl.tensor,
-    parts: tl.constexpr,
+    splits: tl.constexpr,
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
 ) -> None:
-    """Join the parts of one row and query head. The grid is (rows · query heads)."""
+    """Combine the splits of one row and query head. The grid is (rows · query heads)."""
     head = tl.program_id(0)
-    place = head * parts + tl.arange(0, parts)
+    offset = head * splits + tl.arange(0, splits)
     element = tl.arange(0, padded_dim)
     there = (element < head_dim)[None, :]
-    greatest = tl.load(weights_ptr + 2 * place)
+    greatest = tl.load(softmax_ptr + 2 * offset)
     level = tl.max(greatest, axis=0)
     # Every row sees at least its newest token, so that the level is finite.
     faded = tl.exp(greatest - level)
-    total = tl.sum(tl.load(weights_ptr + 2 * place + 1) * faded, axis=0)
-    attended = tl.load(parts_ptr + place[:, None] * head_dim + element[None, :], mask=there, other=0.0)
+    total = tl.sum(tl.load(softmax_ptr + 2 * offset + 1) * faded, axis=0)
+    attended = tl.load(partial_ptr + offset[:, None] * head_dim + element[None, :], mask=there, other=0.0)
     attended = (tl.sum(attended * faded[:, None], axis=0) / total).to(attended_ptr.dtype.element_ty)
     tl.store(attended_ptr + head * head_dim + element, attended, mask=element < head_dim)
 
@@ -150,19 +153,19 @@ def decode_attention(
     kv_heads, slots, _ = keys.shape
     group = query_heads // kv_heads
     padded_dim = max(16, triton.next_power_of_2(head_dim))
-    parts = torch.empty(batch, query_heads, SPLITS, head_dim, dtype=torch.float32, device=queries.device)
-    weights = torch.empty(batch, query_heads, SPLITS, 2, dtype=torch.float32, device=queries.device)
+    partial = torch.empty(batch, query_heads, SPLITS, head_dim, dtype=torch.float32, device=queries.device)
+    softmax = torch.empty(batch, query_heads, SPLITS, 2, dtype=torch.float32, device=queries.device)
     attended = torch.empty(batch, query_heads, head_dim, dtype=queries.dtype, device=queries.device)
     with torch.cuda.device(queries.get_device()):
-        _part_kernel[batch, kv_heads, SPLITS](
+        _split_kernel[batch, kv_heads, SPLITS](
             queries,
             keys,
             values,
             kept.view(torch.uint8),
             firsts,
             newest,
-            parts,
-            weights,
+            partial,
+            softmax,
             queries.stride(0),
             queries.stride(1),
             keys.stride(0),
@@ -176,7 +179,7 @@ def decode_attention(
             padded_dim=padded_dim,
             block_tokens=BLOCK_TOKENS if padded_dim <= 128 else BLOCK_TOKENS // 2,
         )
-        _join_kernel[(batch * query_heads,)](
-            parts, weights, attended, parts=SPLITS, head_dim=head_dim, padded_dim=padded_dim
+        _combine_kernel[(batch * query_heads,)](
+            partial, softmax, attended, splits=SPLITS, head_dim=head_dim, padded_dim=padded_dim
         )
     return attended

@@ -1,7 +1,7 @@
 """Products of matrices that fit the cache, and their transposition, in the vectors of the processor at hand.
 
-A product of one head's basis and some tokens is too small for libraries of linear algebra, which reach half of what
-the processor can do: here a tile of the result stays in registers from the first factor to the last.
+A product of one head's basis and some tokens is small, and libraries of linear algebra reach half of the processor's
+rate there. Here a tile of the result stays in registers from the first factor to the last.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from numba.core import cgutils
 from numba.core.errors import TypingError
 
 from spectrumkv.kernels.jit.compiled import compiled, intrinsic
-from spectrumkv.kernels.jit.machine_types import I64
-from spectrumkv.kernels.jit.vectors import (
+from spectrumkv.kernels.jit.llvm import (
+    I64,
     LANES,
     MANY_REGISTERS,
     VECTOR,
@@ -26,25 +26,32 @@ from spectrumkv.kernels.jit.vectors import (
     vector_at,
 )
 
-# Of a tile: rows, and columns of a narrow one. All matrices have a multiple of them, on every machine.
+# Rows of a tile, and columns of a narrow one. All matrices have multiples of them, on every machine.
 ROWS, COLUMNS = 4, 16
-# Columns of a wide tile: so many vectors of sums, and a few more, as there are registers.
+# Columns of a wide tile, whose sums take 16 of 32 registers, or 8 of 16.
 WIDE_COLUMNS = LANES * (4 if MANY_REGISTERS else 2)
 
 
 def padded(columns: int) -> int:
-    """The least number of columns from `columns` up that matrices may have."""
+    """Return the least number of columns from `columns` up that matrices may have."""
     return -(-columns // COLUMNS) * COLUMNS
 
 
 def _check_contiguous(*kinds: Any) -> None:
-    """Refuse to compile for arrays whose rows do not lie one after another: emitted code sees memory only."""
+    """Refuse to compile for arrays whose rows do not lie one after another: emitted code sees memory only.
+
+    Args:
+        kinds: numba's types of the arrays.
+
+    Raises:
+        TypingError: one of them is not contiguous.
+    """
     if any(kind.layout != "C" for kind in kinds):
-        raise TypingError(f"small products are of contiguous arrays, not of {', '.join(map(str, kinds))}")
+        raise TypingError(f"products are of contiguous arrays, not of {', '.join(map(str, kinds))}")
 
 
 def _tile(columns: int) -> Callable[..., Any]:
-    """A product's tile of `ROWS` and so many columns."""
+    """Return an intrinsic that computes a product's tile of `ROWS` rows and so many columns."""
     vectors = columns // LANES
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -67,8 +74,8 @@ def _tile(columns: int) -> Callable[..., Any]:
                 for lane, one in zip(lanes, row, strict=True):
                     added = builder.fmul(factor, lane, flags=("contract",))
                     builder.store(builder.fadd(builder.load(one), added, flags=("contract",)), one)
-        for place, row in enumerate(sums):
-            line = builder.gep(product, [builder.mul(I64(place), product_stride)])
+        for index, row in enumerate(sums):
+            line = builder.gep(product, [builder.mul(I64(index), product_stride)])
             for number, one in enumerate(row):
                 store(builder, builder.load(one), vector_at(builder, line, I64(LANES * number)))
         return context.get_dummy_value()
@@ -87,9 +94,9 @@ def _tile(columns: int) -> Callable[..., Any]:
         product_stride: Any,
         depth: Any,
     ) -> Any:
-        place = types.int64
+        index = types.int64
         _check_contiguous(left, right, product)
-        return types.void(left, place, place, place, right, place, place, product, place, place, place), emit
+        return types.void(left, index, index, index, right, index, index, product, index, index, index), emit
 
     declared: Callable[..., Any] = intrinsic(tile)
     return declared
@@ -163,7 +170,7 @@ def weigh(weights: Any, memory: Any, start: int, count: int, product: Any) -> No
 def _transpose_square(
     _: Any, matrix: Any, start: Any, stride: Any, transposed: Any, transposed_start: Any, transposed_stride: Any
 ) -> Any:
-    """`LANES` rows of as many floats, by exchanging lanes of pairs of rows; see `exchanged_lanes`."""
+    """Return code that transposes `LANES` rows of as many floats; see `exchanged_lanes`."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source = pointer_to(context, builder, signature.args[0], *arguments[:2])
@@ -174,17 +181,17 @@ def _transpose_square(
         while apart < LANES:
             for one in (row for row in range(LANES) if not row & apart):
                 pair = rows[one], rows[one + apart]
-                for place, lanes in zip((one, one + apart), exchanged_lanes(apart), strict=True):
-                    rows[place] = builder.shuffle_vector(*pair, lanes)
+                for index, lanes in zip((one, one + apart), exchanged_lanes(apart), strict=True):
+                    rows[index] = builder.shuffle_vector(*pair, lanes)
             apart *= 2
         for row, value in enumerate(rows):
             offset = builder.mul(I64(row), arguments[5])
             store(builder, value, vector_at(builder, target, offset))
         return context.get_dummy_value()
 
-    place = types.int64
+    index = types.int64
     _check_contiguous(matrix, transposed)
-    return types.void(matrix, place, place, transposed, place, place), emit
+    return types.void(matrix, index, index, transposed, index, index), emit
 
 
 @compiled

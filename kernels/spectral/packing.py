@@ -1,7 +1,7 @@
-"""The loops of the spectral codec on CPUs: streams of integers to what the entropy coder takes, and back.
+"""Streams of integers to what the entropy coder takes, and back, compiled for CPUs.
 
-A stream's lowest bits go apart where they are noise, what is beyond its limit goes apart, and the rest is packed,
-several symbols to a byte. All streams of a block are one call: there are dozens, and most are short.
+A stream's lowest bits are stored apart where they are noise, symbols beyond its limit are stored apart, and the rest
+is packed, several symbols to a byte. All streams of a segment are one call: there are dozens, and most are short.
 """
 
 import math
@@ -11,7 +11,7 @@ import numpy as np
 from numba import types
 
 from spectrumkv.kernels.jit.compiled import compiled, intrinsic
-from spectrumkv.kernels.jit.machine_types import I32
+from spectrumkv.kernels.jit.llvm import I32
 
 # Symbols that are looked at together for one beyond the limit.
 LOOKED_AT = 256
@@ -21,7 +21,7 @@ RECIPROCAL_BITS = 16
 
 @intrinsic
 def _greater_magnitude(_: Any, peak: Any, symbol: Any) -> Any:
-    """The greater one of `peak` and |symbol|, at 32 bits."""
+    """Return the greater one of `peak` and |symbol|, at 32 bits."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         peak, symbol = arguments
@@ -80,7 +80,13 @@ def split(symbols: Any, limit: int, raw_bits: int, raw: Any, outside: Any) -> in
 
 @compiled
 def join(symbols: Any, raw_bits: int, raw: Any, outside: Any) -> bool:
-    """Inverse of `split`: put back what did not go through the entropy coder.
+    """Put back what `split` took away.
+
+    Args:
+        symbols: int32 `[m]`, what went through the entropy coder; written.
+        raw_bits: lowest bits of each symbol that were stored as they are.
+        raw: uint32 `[ceil(m · raw_bits / 32)]`.
+        outside: int32 `[e, 2]`, index and value of what was beyond the limit; indices are not trusted.
 
     Returns:
         Whether all indices of `outside` lie in the stream; if not, the symbols are of no use.
@@ -125,7 +131,14 @@ def pack(symbols: Any, per_byte: int, limit: int, packed: Any) -> None:
 
 @compiled
 def unpack(packed: Any, per_byte: int, limit: int, symbols: Any) -> None:
-    """Inverse of `pack`. Every symbol is written."""
+    """Unpack what `pack` packed.
+
+    Args:
+        packed: uint8 `[b]`.
+        per_byte: symbols in one byte, from 1.
+        limit: largest magnitude.
+        symbols: int32 `[m]`, every one written.
+    """
     base, shift, size = np.int32(2 * limit + 1), np.int32(limit), packed.size
     of_base = np.int32((1 << RECIPROCAL_BITS) // base + 1)
     power = np.int64(1)
@@ -156,7 +169,7 @@ def lay_out(
     packed_start: Any,
     raw_start: Any,
 ) -> None:
-    """Choose how each stream of a block is packed, and where everything that becomes of it starts.
+    """Choose how each stream of a segment is packed, and where everything that becomes of it starts.
 
     Args:
         counts: int64 `[streams]`, symbols of each stream.
@@ -205,7 +218,7 @@ def pack_streams(
     outside: Any,
     found: Any,
 ) -> None:
-    """`split` and `pack` every stream of a block.
+    """Call `split` and `pack` for every stream of a segment.
 
     Args:
         symbols: int32 `[m]`, one stream after another; used up.
@@ -217,7 +230,7 @@ def pack_streams(
         packed_start: int64 `[streams + 1]`, where the bytes of each stream start.
         raw: uint32, written.
         raw_start: int64 `[streams + 1]`, likewise.
-        outside: int32 `[m, 2]`, written at the first places of each stream.
+        outside: int32 `[m, 2]`, written from the start of each stream on.
         found: int64 `[streams]`, written: how many those are.
     """
     for stream in range(start.size - 1):
@@ -243,10 +256,23 @@ def unpack_streams(
     start: Any,
     symbols: Any,
 ) -> int:
-    """Inverse of `pack_streams`; `outside` is int32 `[e, 2]`, one stream after another as `outside_start` says.
+    """Undo `pack_streams`.
+
+    Args:
+        packed: uint8, the bytes of one stream after another.
+        packed_start: int64 `[streams + 1]`, where each stream's begin.
+        raw: uint32, likewise.
+        raw_start: int64 `[streams + 1]`.
+        outside: int32 `[e, 2]`, likewise; indices are not trusted.
+        outside_start: int64 `[streams + 1]`.
+        per_byte: int64 `[streams]`.
+        limit: int64 `[streams]`.
+        raw_bits: int64 `[streams]`.
+        start: int64 `[streams + 1]`, where each stream's symbols begin.
+        symbols: int32 `[m]`, written.
 
     Returns:
-        The first stream that `join` does not accept; then the symbols are of no use. None is -1.
+        The first stream that `join` does not accept, or -1. Where one is not accepted, the symbols are of no use.
     """
     for stream in range(start.size - 1):
         own = symbols[start[stream] : start[stream + 1]]

@@ -1,8 +1,9 @@
-"""What symbols are expected to take, on CPUs: the loops of the spectral codec's rate control.
+"""How many bits symbols are expected to take: the loops of the spectral codec's rate control, compiled for CPUs.
 
-Entropies are looked up in a table: of normally distributed symbols whose standard deviation is 2^x steps, for x
-from `LOWEST` upwards, `PER_OCTAVE` of them for each octave, linear between. Below the table they are its first entry,
-above it they grow by a bit an octave (the high-rate formula, log2(σ √(2πe))).
+Entropies come from a table. Entry i is the entropy of normally distributed symbols whose standard deviation is 2^x
+steps, x = `LOWEST` + i / `PER_OCTAVE`; between two entries it is linear. Below the table it is the first entry, above
+it grows by a bit an octave (the high-rate formula log2(σ √(2πe)); Gish and Pierce 1968, "Asymptotically efficient
+quantizing").
 """
 
 from typing import Any
@@ -14,28 +15,34 @@ LOWEST, PER_OCTAVE = -6, 64
 
 @compiled
 def entropy(exponent: float, table: Any, unsent: float) -> float:
-    """Bits a symbol; 0 where the exponent is `unsent` or less."""
+    """Return the expected bits of a symbol.
+
+    Args:
+        exponent: binary logarithm of the symbols' standard deviation in steps.
+        table: float64; see the module.
+        unsent: symbols of this exponent or less take nothing.
+    """
     if exponent <= unsent:
         return 0.0
-    place = (exponent - LOWEST) * PER_OCTAVE
+    position = (exponent - LOWEST) * PER_OCTAVE
     last = table.size - 1
-    if place <= 0:
+    if position <= 0:
         return float(table[0])
-    if place >= last:
-        return float(table[last] + (place - last) / PER_OCTAVE)
-    below = int(place)
-    return float(table[below] + (place - below) * (table[below + 1] - table[below]))
+    if position >= last:
+        return float(table[last] + (position - last) / PER_OCTAVE)
+    below = int(position)
+    return float(table[below] + (position - below) * (table[below + 1] - table[below]))
 
 
 @compiled
 def expected_bits(exponents: Any, shift: float, counts: Any, table: Any, unsent: float) -> float:
-    """Bits of so many symbols of each spread.
+    """Return the expected bits of symbols with several standard deviations.
 
     Args:
-        exponents: float64 `[m]`, binary logarithms of the spreads.
-        shift: of the step.
-        counts: int64 `[m]`.
-        table: float64, see the module.
+        exponents: float64 `[m]`, binary logarithms of the standard deviations.
+        shift: binary logarithm of the step.
+        counts: int64 `[m]`, how many symbols have each.
+        table: float64; see the module.
         unsent: symbols of this exponent or less, in steps, take nothing.
     """
     bits = 0.0
@@ -47,7 +54,16 @@ def expected_bits(exponents: Any, shift: float, counts: Any, table: Any, unsent:
 
 @compiled
 def mean_bits(exponents: Any, shifts: Any, counts: Any, table: Any, unsent: float, bits: Any) -> None:
-    """Write to `bits`, float64 `[n]`, the mean of a symbol's bits for each of the steps `shifts`, likewise."""
+    """Write the mean of a symbol's expected bits for each of several steps.
+
+    Args:
+        exponents: float64 `[m]`; see `expected_bits`.
+        shifts: float64 `[n]`, binary logarithms of the steps.
+        counts: int64 `[m]`, at least one symbol in all.
+        table: float64; see the module.
+        unsent: see `expected_bits`.
+        bits: float64 `[n]`, written.
+    """
     symbols = counts.sum()
     for index in range(shifts.size):
         bits[index] = expected_bits(exponents, shifts[index], counts, table, unsent) / symbols
@@ -57,9 +73,17 @@ def mean_bits(exponents: Any, shifts: Any, counts: Any, table: Any, unsent: floa
 def finest_within(
     available: float, low: float, high: float, close: float, exponents: Any, counts: Any, table: Any, unsent: float
 ) -> float:
-    """The least step's logarithm from `low` to `high`, up to `close`, at which symbols take `available` bits at most.
+    """Return the binary logarithm of the least step at which symbols are expected to take so many bits at most.
 
-    The other arguments are those of `expected_bits`. Where not even `high` is enough, that is returned.
+    Args:
+        available: bits.
+        low: where the search begins, a binary logarithm.
+        high: where it ends; this is returned where not even that step is coarse enough.
+        close: how near the answer comes to the least step.
+        exponents: float64 `[m]`; see `expected_bits`.
+        counts: int64 `[m]`.
+        table: float64; see the module.
+        unsent: see `expected_bits`.
     """
     while high - low > close:
         middle = (low + high) / 2

@@ -1,23 +1,23 @@
-"""From the model's keys and values to the spectral codec's: tokens in another order, centred, keys without rotation.
+"""The model's keys and values as the spectral transform takes them: in another order, centred, without rotation.
 
-A row is one token in one head. Rows are taken and put back some at a time: those at places `first` and up of an
-order. Where they come from or go to is memory, see `spectrumkv.kernels.strided.flat`, and `start` is where a head's
-first token lies in it.
+A row is one token in one head. Rows are taken and put back some at a time: those at indices `first` and up of an
+order. They come from memory and go to memory (see `spectrumkv.kernels.jit.strided.flat`), in which `start` is the
+index of a head's first token. All loops are compiled for CPUs.
 """
 
 from typing import Any
 
 from spectrumkv.kernels.jit.compiled import compiled
-from spectrumkv.kernels.jit.prefetch import fetch
+from spectrumkv.kernels.jit.llvm import fetch
 
 # How many rows before its turn one is fetched: tokens come in an order that no processor foresees.
 AHEAD = 8
 
 
 @compiled
-def fetch_ahead(states: Any, start: int, token_stride: int, order: Any, place: int, head_dim: int) -> None:
-    """Ask for the row whose turn comes `AHEAD` places after `place`, or for the last one."""
-    token = order[min(place + AHEAD, order.size - 1)]
+def fetch_ahead(states: Any, start: int, token_stride: int, order: Any, index: int, head_dim: int) -> None:
+    """Ask for the row whose turn comes `AHEAD` rows after that of `index`, or for the last one."""
+    token = order[min(index + AHEAD, order.size - 1)]
     fetch(states, start + token * token_stride, head_dim)
 
 
@@ -37,13 +37,16 @@ def gather_unrotated(
 ) -> None:
     """Take tokens' keys in an order, turn elements j and j + d/2 back by the angle of their position, and centre.
 
+    Turning keys back undoes the rotary embedding (RoFormer, arXiv 2104.09864, section 3.2), which hides what keys at
+    different positions have in common.
+
     Args:
         states: float32, memory.
         start: see the module.
         token_stride: elements from token to token.
         order: int64 `[m]`, tokens.
-        first: the first place in `order`.
-        count: how many places.
+        first: the first index in `order`.
+        count: how many tokens.
         cosine: float32 `[n, d / 2]`, of each token's angles.
         sine: like `cosine`.
         scaling: float32, factor of the turned elements.
@@ -53,13 +56,13 @@ def gather_unrotated(
     head_dim = mean.size
     half = head_dim // 2
     center, high_center = mean[:half], mean[half:]
-    for place in range(count):
-        fetch_ahead(states, start, token_stride, order, first + place, head_dim)
-        token = order[first + place]
+    for index in range(count):
+        fetch_ahead(states, start, token_stride, order, first + index, head_dim)
+        token = order[first + index]
         at = start + token * token_stride
         low, high = states[at : at + half], states[at + half : at + head_dim]
         turn, lift = cosine[token], sine[token]
-        centred, high_centred = rows[place, :half], rows[place, half:head_dim]
+        centred, high_centred = rows[index, :half], rows[index, half:head_dim]
         for j in range(half):
             centred[j] = (low[j] * turn[j] + high[j] * lift[j]) * scaling - center[j]
             high_centred[j] = (high[j] * turn[j] - low[j] * lift[j]) * scaling - high_center[j]
@@ -69,12 +72,23 @@ def gather_unrotated(
 def gather(
     states: Any, start: int, token_stride: int, order: Any, first: int, count: int, mean: Any, rows: Any
 ) -> None:
-    """`gather_unrotated` for values, which have no rotary embedding."""
+    """Take tokens' values in an order and centre them: `gather_unrotated` for states without a rotary embedding.
+
+    Args:
+        states: float32, memory.
+        start: see the module.
+        token_stride: elements from token to token.
+        order: int64 `[m]`, tokens.
+        first: the first index in `order`.
+        count: how many tokens.
+        mean: float32 `[d]`, taken away.
+        rows: float32 `[count or more, d or more]`, written.
+    """
     head_dim = mean.size
-    for place in range(count):
-        fetch_ahead(states, start, token_stride, order, first + place, head_dim)
-        at = start + order[first + place] * token_stride
-        row, centred = states[at : at + head_dim], rows[place]
+    for index in range(count):
+        fetch_ahead(states, start, token_stride, order, first + index, head_dim)
+        at = start + order[first + index] * token_stride
+        row, centred = states[at : at + head_dim], rows[index]
         for j in range(head_dim):
             centred[j] = row[j] - mean[j]
 
@@ -93,17 +107,31 @@ def scatter_rotated(
     start: int,
     token_stride: int,
 ) -> None:
-    """Inverse of `gather_unrotated`; `scaling` is the inverse, and of `states` these places' tokens are written."""
+    """Undo `gather_unrotated`: add the mean, turn keys by the angle of their position, and put them back.
+
+    Args:
+        rows: float32 `[count or more, d or more]`.
+        order: int64 `[m]`, tokens.
+        first: the first index in `order`.
+        count: how many tokens.
+        cosine: float32 `[n, d / 2]`, of each token's angles.
+        sine: like `cosine`.
+        scaling: float32, factor of the turned elements, the inverse of `gather_unrotated`'s.
+        mean: float32 `[d]`.
+        states: float32, memory; of it these tokens are written.
+        start: see the module.
+        token_stride: elements from token to token.
+    """
     head_dim = mean.size
     half = head_dim // 2
     center, high_center = mean[:half], mean[half:]
-    for place in range(count):
-        fetch_ahead(states, start, token_stride, order, first + place, head_dim)
-        token = order[first + place]
+    for index in range(count):
+        fetch_ahead(states, start, token_stride, order, first + index, head_dim)
+        token = order[first + index]
         at = start + token * token_stride
         low, high = states[at : at + half], states[at + half : at + head_dim]
         turn, lift = cosine[token], sine[token]
-        centred, high_centred = rows[place, :half], rows[place, half:head_dim]
+        centred, high_centred = rows[index, :half], rows[index, half:head_dim]
         for j in range(half):
             one, other = centred[j] + center[j], high_centred[j] + high_center[j]
             low[j] = (one * turn[j] - other * lift[j]) * scaling
@@ -114,11 +142,11 @@ def scatter_rotated(
 def scatter(
     rows: Any, order: Any, first: int, count: int, mean: Any, states: Any, start: int, token_stride: int
 ) -> None:
-    """Inverse of `gather`."""
+    """Undo `gather`, with the same arguments: `states` is written, and of it these tokens only."""
     head_dim = mean.size
-    for place in range(count):
-        fetch_ahead(states, start, token_stride, order, first + place, head_dim)
-        at = start + order[first + place] * token_stride
-        row, centred = states[at : at + head_dim], rows[place]
+    for index in range(count):
+        fetch_ahead(states, start, token_stride, order, first + index, head_dim)
+        at = start + order[first + index] * token_stride
+        row, centred = states[at : at + head_dim], rows[index]
         for j in range(head_dim):
             row[j] = centred[j] + mean[j]

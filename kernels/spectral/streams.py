@@ -1,10 +1,10 @@
-"""The loops of the spectral codec on CPUs: coefficients to streams of integers, and back.
+"""Coefficients to streams of integers and back, compiled for CPUs.
 
-Tokens are sorted by step class and coefficients lie `[rows, n]`, a row for each element of each head: keys' heads,
+Tokens are sorted by step class, and coefficients lie `[rows, n]`, a row for each element of each head: keys' heads,
 then values' heads. So the tokens of one class in one row are neighbours that share a step and a stream, and the loops
-over them have no branches; LLVM makes vector instructions of them. Rows are visited in an order in which those of one
-spread class are neighbours (a run); the integers of a run and a step class go to the stream of the difference of the
-two classes.
+over them have no branches: LLVM makes vector instructions of them. A std class has the rows whose coefficients have
+about the same standard deviation. Rows are visited in an order in which those of one std class are neighbours, a run.
+The integers of a run and a step class go to the stream of the difference of the two classes.
 """
 
 from typing import Any
@@ -13,13 +13,12 @@ import numpy as np
 from numba import types
 
 from spectrumkv.kernels.jit.compiled import compiled, intrinsic
-from spectrumkv.kernels.jit.float_bits import greater_magnitude
-from spectrumkv.kernels.jit.machine_types import F32, I32
+from spectrumkv.kernels.jit.llvm import F32, I32, greater_magnitude
 
 
 @intrinsic
 def _nearest(_: Any, value: Any) -> Any:
-    """The nearest integer of a float32, halves to even; any number where its magnitude is 2^31 or more."""
+    """Return the nearest integer of a float32, halves to even; any number where its magnitude is 2^31 or more."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         rounded = builder.call(builder.module.declare_intrinsic("llvm.rint", [F32]), arguments)
@@ -29,16 +28,16 @@ def _nearest(_: Any, value: Any) -> Any:
 
 
 @compiled
-def places(row_order: Any, run_start: Any, class_start: Any, stream_of: Any, stream_start: Any, place: Any) -> None:
-    """Where the integers of each row and step class start.
+def offsets(row_order: Any, run_start: Any, class_start: Any, stream_of: Any, stream_start: Any, offset: Any) -> None:
+    """Find where the integers of each row and step class start.
 
     Args:
-        row_order: int64 `[rows]`, rows sorted by spread class.
-        run_start: int64 `[runs + 1]`, the first place in `row_order` of each run.
+        row_order: int64 `[rows]`, rows sorted by std class.
+        run_start: int64 `[runs + 1]`, the first index in `row_order` of each run.
         class_start: int64 `[classes + 1]`, the first token of each step class.
         stream_of: int64 `[classes, runs]`.
         stream_start: int64 `[streams]` or longer, where each stream starts among the symbols.
-        place: int64 `[classes, rows]`, written.
+        offset: int64 `[classes, rows]`, written.
     """
     following = stream_start.copy()
     for step_class in range(class_start.size - 1):
@@ -46,13 +45,13 @@ def places(row_order: Any, run_start: Any, class_start: Any, stream_of: Any, str
         for run in range(run_start.size - 1):
             stream = stream_of[step_class, run]
             for index in range(run_start[run], run_start[run + 1]):
-                place[step_class, row_order[index]] = following[stream]
+                offset[step_class, row_order[index]] = following[stream]
                 following[stream] += tokens
 
 
 @compiled
 def quantize(
-    coefficients: Any, first: int, count: int, class_start: Any, inverse_step: Any, place: Any, symbols: Any
+    coefficients: Any, first: int, count: int, class_start: Any, inverse_step: Any, offset: Any, symbols: Any
 ) -> Any:
     """Divide some tokens' coefficients by their steps, round, and sort the integers into streams.
 
@@ -62,7 +61,7 @@ def quantize(
         count: how many tokens.
         class_start: int64 `[classes + 1]`, the first token of each step class.
         inverse_step: float32 `[classes]`.
-        place: int64 `[classes, rows]`, see `places`.
+        offset: int64 `[classes, rows]`; see `offsets`.
         symbols: int32, written.
 
     Returns:
@@ -74,8 +73,8 @@ def quantize(
         if begin >= end:
             continue
         scale, skipped, tokens = inverse_step[step_class], begin - class_start[step_class], end - begin
-        for row in range(place.shape[1]):
-            start = place[step_class, row] + skipped
+        for row in range(offset.shape[1]):
+            start = offset[step_class, row] + skipped
             read, written = coefficients[row, begin - first : end - first], symbols[start : start + tokens]
             for token in range(tokens):
                 largest = greater_magnitude(largest, read[token])
@@ -85,16 +84,26 @@ def quantize(
 
 @compiled
 def dequantize(
-    symbols: Any, first: int, count: int, class_start: Any, step: Any, place: Any, coefficients: Any
+    symbols: Any, first: int, count: int, class_start: Any, step: Any, offset: Any, coefficients: Any
 ) -> None:
-    """Inverse of `quantize`; `step` is float32 `[classes]`."""
+    """Multiply integers by their steps: what `quantize` did, undone up to its rounding.
+
+    Args:
+        symbols: int32, one stream after another.
+        first: the first token.
+        count: how many tokens.
+        class_start: int64 `[classes + 1]`, the first token of each step class.
+        step: float32 `[classes]`.
+        offset: int64 `[classes, rows]`; see `offsets`.
+        coefficients: float32 `[rows or more, count or more]`, written.
+    """
     for step_class in range(class_start.size - 1):
         begin, end = max(class_start[step_class], first), min(class_start[step_class + 1], first + count)
         if begin >= end:
             continue
         scale, skipped, tokens = step[step_class], begin - class_start[step_class], end - begin
-        for row in range(place.shape[1]):
-            start = place[step_class, row] + skipped
+        for row in range(offset.shape[1]):
+            start = offset[step_class, row] + skipped
             written, read = coefficients[row, begin - first : end - first], symbols[start : start + tokens]
             for token in range(tokens):
                 written[token] = np.float32(read[token]) * scale

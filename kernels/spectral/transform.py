@@ -1,6 +1,7 @@
-"""The spectral codec's transform on CPUs: keys and values to integers and back, some tokens of one head at a time.
+"""The spectral codec's transform, compiled for CPUs: keys and values to integers and back.
 
-What passes between the steps (rows, coefficients) stays in the cache.
+Some tokens of one head are taken at a time, so that what passes from step to step (rows, coefficients) stays in the
+cache.
 """
 
 from typing import Any
@@ -26,26 +27,26 @@ def analyse(
     analysis: Any,
     class_start: Any,
     inverse_step: Any,
-    place: Any,
+    offset: Any,
     symbols: Any,
 ) -> Any:
-    """Quantized coefficients of keys and values.
+    """Transform keys and values and quantize their coefficients.
 
     Args:
-        keys: float32 memory, elements from head to head, elements from token to token; see `strided.flat`.
+        keys: float32 memory, elements from head to head, elements from token to token; see `jit.strided.flat`.
         values: like `keys`.
         order: int64 `[m]`, tokens by rising step class.
         rotation: cosine and sine, float32 `[n, d / 2]`, of each token's angles, and the factor of a key that is
             turned back.
         mean: float32 `[2 · heads, d]`, keys' heads first.
         analysis: float32 `[2 · heads, d, padded d]`, a column for each coefficient.
-        class_start: see `spectral_streams.places`.
+        class_start: int64 `[classes + 1]`, the first index in `order` of each step class.
         inverse_step: float32 `[classes]`.
-        place: int64 `[classes, 2 · heads · d]`, see `spectral_streams.places`.
+        offset: int64 `[classes, 2 · heads · d]`; see `streams.offsets`.
         symbols: int32, written.
 
     Returns:
-        See `spectral_streams.quantize`.
+        The bits of the largest magnitude; see `streams.quantize`.
     """
     heads, head_dim, padded_dim = analysis.shape
     rows = np.zeros((TOKENS, padded_dim), np.float32)
@@ -55,7 +56,7 @@ def analyse(
     cosine, sine, scaling = rotation
     largest = np.int32(0)
     for head in range(heads):
-        own = place[:, head * head_dim : (head + 1) * head_dim]
+        own = offset[:, head * head_dim : (head + 1) * head_dim]
         for first in range(0, order.size, TOKENS):
             count = min(TOKENS, order.size - first)
             if head < heads // 2:
@@ -82,18 +83,32 @@ def synthesise(
     synthesis: Any,
     class_start: Any,
     step: Any,
-    place: Any,
+    offset: Any,
     keys: Any,
     values: Any,
 ) -> None:
-    """Inverse of `analyse`: `synthesis` has a row for each coefficient, `rotation` the factor of a turned key."""
+    """Dequantize coefficients and transform them back.
+
+    Args:
+        symbols: int32, one stream after another.
+        order: int64 `[m]`, tokens by rising step class.
+        rotation: cosine and sine, float32 `[n, d / 2]`, of each token's angles, and the factor of a turned key.
+        mean: float32 `[2 · heads, d]`, keys' heads first.
+        synthesis: float32 `[2 · heads, d, padded d]`, a row for each coefficient.
+        class_start: int64 `[classes + 1]`, the first index in `order` of each step class.
+        step: float32 `[classes]`.
+        offset: int64 `[classes, 2 · heads · d]`; see `streams.offsets`.
+        keys: float32 memory, written, elements from head to head, elements from token to token; see
+            `jit.strided.flat`.
+        values: like `keys`.
+    """
     heads, head_dim, padded_dim = synthesis.shape
     coefficients = np.zeros((padded_dim, TOKENS), np.float32)
     rows = np.zeros((TOKENS, padded_dim), np.float32)
     (key_states, key_head, key_token), (value_states, value_head, value_token) = keys, values
     cosine, sine, scaling = rotation
     for head in range(heads):
-        own = place[:, head * head_dim : (head + 1) * head_dim]
+        own = offset[:, head * head_dim : (head + 1) * head_dim]
         for first in range(0, order.size, TOKENS):
             count = min(TOKENS, order.size - first)
             dequantize(symbols, first, count, class_start, step, own, coefficients)

@@ -10,6 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from spectrumkv.common.kv.capture import LayerCapture
+from spectrumkv.kernels.logits import causal_mask, soft_cap
 
 ATTENTION_NAME = "spectrumkv_prefill"
 # Queries whose attention logits are in memory at once where soft-capping rules out the fused kernels.
@@ -128,17 +129,15 @@ def _softcapped_attention(
     for first in range(0, queries, SOFTCAP_QUERY_BLOCK):
         rows = slice(first, min(first + SOFTCAP_QUERY_BLOCK, queries))
         logits = grouped[..., rows, :] @ keys.transpose(-1, -2) * scaling
-        logits = softcap * torch.tanh(logits / softcap)
-        seen = _causal_rows(rows, queries, tokens, query.device) if mask is None else mask[:, :, None, rows]
+        logits = soft_cap(logits, softcap)
+        if mask is None:
+            positions = range(tokens - queries + rows.start, tokens - queries + rows.stop)
+            seen = causal_mask(positions, tokens, None, query.device)
+        else:
+            seen = mask[:, :, None, rows]
         weights = logits.masked_fill(~seen, -math.inf).softmax(dim=-1, dtype=torch.float32)
         attended[..., rows, :] = weights.to(values.dtype) @ values
     return attended.view(batch, query_heads, queries, head_dim).transpose(1, 2)
-
-
-def _causal_rows(rows: slice, queries: int, tokens: int, device: torch.device) -> torch.Tensor:
-    """Which tokens the queries of `rows` see: bool `[rows, tokens]`; the last query is the last token's."""
-    positions = torch.arange(rows.start, rows.stop, device=device) + tokens - queries
-    return torch.arange(tokens, device=device) <= positions[:, None]
 
 
 AttentionInterface.register(ATTENTION_NAME, hooked_attention)

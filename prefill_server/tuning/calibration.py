@@ -19,15 +19,14 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.spectral.basis import SIDES, SpectralBasis, angles, rotate
-from spectrumkv.common.kv.scoring import mean_attention, visible
+from spectrumkv.common.kv.scoring import SINK_TOKENS, mean_attention
 from spectrumkv.common.model.load import LoadedModel
+from spectrumkv.common.service.config import SCORE_WINDOW
+from spectrumkv.kernels.logits import causal_mask, soft_cap
 from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME
 from spectrumkv.prefill_server.tuning.replay import capture_prompt
 
 CONTINUATION_ATTENTION = "spectrumkv_continuation"
-# The first tokens are attention sinks whose KV is unlike all other; they are sent as they are.
-SINKS = 4
-WINDOW = 64
 # Shrinks the Fisher information towards a multiple of the identity, since it is estimated from few tokens.
 SHRINKAGE = 0.05
 
@@ -90,7 +89,7 @@ def _observe(
 ) -> Iterator[LayerSample]:
     """Yield what an excerpt shows, layer by layer."""
     context = excerpt.token_ids[: excerpt.context].tolist()
-    captured = capture_prompt(loaded.model, context, WINDOW)
+    captured = capture_prompt(loaded.model, context, SCORE_WINDOW)
     captures: list[LayerCapture] = list(captured.layers)
     prefix = [(one.keys.clone().requires_grad_(), one.values.clone().requires_grad_()) for one in captures]
     _draw_and_differentiate(loaded, excerpt, prefix, seed)
@@ -102,9 +101,9 @@ def _observe(
         # The chain rule turns the division into a product.
         unrotated_gradient = rotate(keys.grad.float().cpu(), cosine, -sine) * scaling
         yield LayerSample(
-            states=torch.stack([unrotated, values.detach().float().cpu()])[:, :, SINKS:],
-            gradients=torch.stack([unrotated_gradient, values.grad.float().cpu()])[:, :, SINKS:],
-            attention=mean_attention(capture).mean(dim=0).cpu()[SINKS:],
+            states=torch.stack([unrotated, values.detach().float().cpu()])[:, :, SINK_TOKENS:],
+            gradients=torch.stack([unrotated_gradient, values.grad.float().cpu()])[:, :, SINK_TOKENS:],
+            attention=mean_attention(capture).mean(dim=0).cpu()[SINK_TOKENS:],
         )
 
 
@@ -152,7 +151,7 @@ def _attend_to_prefix(
     values = torch.cat([prefix_values, value[0]], dim=1)
     kv_heads, tokens, head_dim = keys.shape
     queries = query.shape[2]
-    seen = visible(queries, tokens, sliding_window, keys.device)
+    seen = causal_mask(range(tokens - queries, tokens), tokens, sliding_window, keys.device)
     grouped = query[0].view(kv_heads, -1, queries, head_dim)
     if softcap is None:
         attended = F.scaled_dot_product_attention(
@@ -163,7 +162,7 @@ def _attend_to_prefix(
             scale=scaling,
         )
     else:
-        logits = softcap * torch.tanh(grouped @ keys[:, None].transpose(-1, -2) * (scaling / softcap))
+        logits = soft_cap(grouped @ keys[:, None].transpose(-1, -2), softcap, scaling=scaling)
         attended = logits.masked_fill(~seen, -torch.inf).softmax(dim=-1) @ values[:, None]
     return attended.reshape(-1, queries, head_dim).transpose(0, 1)[None], None
 

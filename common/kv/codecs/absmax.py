@@ -1,7 +1,7 @@
 """Codec "absmax": symmetric integers with a float16 scale for each token in each KV head.
 
-The quantizer of the SpectrumKV paper (arXiv 2606.08635). The layout of a body is documented at
-`KvChunk` in proto/spectrumkv/v1/kv.proto.
+The quantizer of the SpectrumKV paper (arXiv 2606.08635). The layout of a body is documented at `KvChunk` in
+proto/spectrumkv/v1/kv.proto and computed in `spectrumkv.kernels.absmax.layout`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,15 +16,12 @@ from spectrumkv.common.kv.codecs.body import Section
 from spectrumkv.common.kv.codecs.tiered import EncodedSegment, TierCodec
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier, count_tiers
-from spectrumkv.kernels.absmax import dispatch as kernels
-from spectrumkv.kernels.absmax.dispatch import INT4, INT8
+from spectrumkv.kernels import absmax as kernels
+from spectrumkv.kernels.absmax import FLOAT_SECTIONS, FORMATS
 
 TIERS = frozenset({Tier.DROP, Tier.INT4, Tier.INT8, Tier.FP16})
-# The first sections of a body hold elements and scales, the others codes.
-FLOAT_SECTIONS = 3
 # By device. Offsets of one launch on a GPU have 32 bits, and a segment fits a chunk of 1 MiB.
 SEGMENTS_AT_ONCE = {"cpu": 1, "cuda": 1024}
-FORMATS = {Tier.INT8: INT8, Tier.INT4: INT4}
 
 
 class AbsmaxCodec(TierCodec):
@@ -37,7 +34,17 @@ class AbsmaxCodec(TierCodec):
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, geometry: KvGeometry
     ) -> EncodedSegment:
-        """Code `n` tokens; see `TierCodec.encode`."""
+        """Code the tokens of one segment.
+
+        Args:
+            keys: the model's dtype `[kv_heads, n, head_dim]`, any strides.
+            values: like `keys`, on the same device.
+            tiers: uint8 `[n]` on the CPU, values of `Tier`.
+            geometry: shape and dtype of the model's cache.
+
+        Returns:
+            The body, on the CPU, and the bytes of each tier in it.
+        """
         (segment,) = self._encode(keys, values, tiers, (0, tiers.numel()), geometry)
         return segment
 
@@ -49,7 +56,18 @@ class AbsmaxCodec(TierCodec):
         cuts: Sequence[int],
         geometry: KvGeometry,
     ) -> Iterator[EncodedSegment]:
-        """Code segments one by one on a CPU, where the first is on its way before the last; together on a GPU."""
+        """Code segments one by one on a CPU, where the first is sent before the last is coded; together on a GPU.
+
+        Args:
+            keys: the model's dtype `[kv_heads, n, head_dim]`, any strides.
+            values: like `keys`, on the same device.
+            tiers: uint8 `[n]` on the CPU, values of `Tier`.
+            cuts: the first token of each segment, rising from 0, and n.
+            geometry: shape and dtype of the model's cache.
+
+        Yields:
+            The segments in order; see `encode`.
+        """
         at_once = SEGMENTS_AT_ONCE[keys.device.type]
         for first in range(0, len(cuts) - 1, at_once):
             part = cuts[first : first + at_once + 1]
@@ -65,7 +83,7 @@ class AbsmaxCodec(TierCodec):
         cuts: Sequence[int],
         geometry: KvGeometry,
     ) -> Iterator[EncodedSegment]:
-        """Code all segments in one call of the kernel, and bring them to the host in one copy."""
+        """Yield all segments, coded in one call of the kernel and brought to the host in one copy."""
         bodies.check_states(keys, values, tiers, geometry)
         spans = [slice(first, end) for first, end in pairwise(cuts)]
         layouts = [_layout_to_send(tiers[span], geometry) for span in spans]
@@ -85,7 +103,22 @@ class AbsmaxCodec(TierCodec):
         values: torch.Tensor,
         geometry: KvGeometry,
     ) -> dict[Tier, int]:
-        """Write the tokens of `body` into `keys` and `values`; see `Codec.decode`."""
+        """Write the tokens of `body` into `keys` and `values`.
+
+        Args:
+            body: uint8 `[b]` on the CPU, at any address.
+            tiers: uint8 `[n]` on the CPU, values of `Tier`.
+            keys: the model's dtype `[kv_heads, n, head_dim]`, any strides; written, except where tokens were dropped.
+            values: like `keys`, on the same device.
+            geometry: shape and dtype of the model's cache.
+
+        Returns:
+            The bytes of each tier in the body.
+
+        Raises:
+            DataLossError: a tier is not one of the codec's, the length is not what the tiers make it, or a scale is
+                infinite or NaN.
+        """
         bodies.check_states(keys, values, tiers, geometry)
         counts = count_tiers(tiers)
         if counts[Tier.NATIVE]:
@@ -104,25 +137,29 @@ codecs.register(AbsmaxCodec.name)(AbsmaxCodec())
 
 
 def sections(counts: dict[Tier, int], geometry: KvGeometry) -> list[Section]:
-    """The layout of a body: what kept its 16 bits, then scales, then codes.
+    """Return the layout of a body; see `spectrumkv.kernels.absmax.sections`.
 
     Args:
         counts: the segment's tokens at each tier.
         geometry: shape and dtype of the model's cache.
+
+    Returns:
+        What kept its 16 bits, then scales, then codes.
     """
-    heads, head_dim = geometry.kv_heads, geometry.head_dim
-    n16, n8, n4 = counts[Tier.FP16], counts[Tier.INT8], counts[Tier.INT4]
-    return [
-        Section(Tier.FP16, (2, heads, n16, head_dim), geometry.half_dtype),
-        Section(Tier.INT8, (2, heads, n8), torch.float16),
-        Section(Tier.INT4, (2, heads, n4), torch.float16),
-        Section(Tier.INT8, (2, heads, n8, INT8.code_bytes(head_dim)), INT8.dtype),
-        Section(Tier.INT4, (2, heads, n4, INT4.code_bytes(head_dim)), INT4.dtype),
-    ]
+    of_tiers = [counts[tier] for tier in Tier]
+    layout = kernels.sections(of_tiers, geometry.kv_heads, geometry.head_dim, geometry.half_dtype)
+    return [Section(Tier(section.tier), section.shape, section.dtype) for section in layout]
 
 
 def _layout_to_send(tiers: torch.Tensor, geometry: KvGeometry) -> list[Section]:
-    """The layout of a segment with these tiers.
+    """Return the layout of a segment with these tiers.
+
+    Args:
+        tiers: uint8 `[n]` on the CPU.
+        geometry: shape and dtype of the model's cache.
+
+    Returns:
+        The sections of its body.
 
     Raises:
         InvalidArgumentError: the codec does not have one of them.
@@ -142,10 +179,13 @@ def _check_sent(
     """Refuse elements that their tier cannot hold: they left something infinite or NaN in the body.
 
     Args:
-        body: as it is sent.
+        body: uint8, as it is sent.
         layout: its sections.
-        states: "keys" and "values" as they came.
-        tiers: the tokens' own.
+        states: "keys" and "values" as they came, each `[kv_heads, n, head_dim]`.
+        tiers: uint8 `[n]` on the CPU.
+
+    Raises:
+        InvalidArgumentError: an element is infinite, NaN, or too large for the tier of its token.
     """
     for section, floats in zip(layout[:FLOAT_SECTIONS], _floats(body, layout), strict=True):
         if kernels.is_finite(floats, section.dtype):
@@ -165,6 +205,15 @@ def _check_sent(
 
 
 def _check_received_scales(body: torch.Tensor, layout: Sequence[Section]) -> None:
+    """Refuse a body with scales that are infinite or NaN.
+
+    Args:
+        body: uint8, as it arrived.
+        layout: its sections.
+
+    Raises:
+        DataLossError: with the reason `scale`.
+    """
     for section, floats in zip(layout[:FLOAT_SECTIONS], _floats(body, layout), strict=True):
         if section.tier != Tier.FP16 and not kernels.is_finite(floats, section.dtype):
             scales = floats.clone().view(section.dtype)
@@ -176,6 +225,6 @@ def _check_received_scales(body: torch.Tensor, layout: Sequence[Section]) -> Non
 
 
 def _floats(body: torch.Tensor, layout: Sequence[Section]) -> tuple[torch.Tensor, ...]:
-    """The bytes of the sections that hold 16-bit floats: elements and scales, which come before all codes."""
+    """Return the bytes of the sections that hold 16-bit floats: elements and scales, which precede all codes."""
     sizes = [section.bytes for section in layout]
     return torch.split(body, [*sizes[:FLOAT_SECTIONS], sum(sizes[FLOAT_SECTIONS:])])[:FLOAT_SECTIONS]

@@ -8,7 +8,8 @@ import numpy as np
 from torch import Tensor, from_numpy, full, uint8
 
 from spectrumkv.common.kv.policies.base import TierRequest, fill, policy, whole_tokens
-from spectrumkv.common.kv.policies.paper import SINK_TOKENS, greedy_counts
+from spectrumkv.common.kv.policies.paper import greedy_counts
+from spectrumkv.common.kv.scoring import SINK_TOKENS
 from spectrumkv.common.kv.tiers import Tier
 
 

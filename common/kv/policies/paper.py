@@ -7,10 +7,8 @@ b · n, and each docstring says by how much it can fall short of that.
 from torch import Tensor, cat, full, uint8
 
 from spectrumkv.common.kv.policies.base import TierRequest, fill, policy, whole_tokens
+from spectrumkv.common.kv.scoring import SINK_TOKENS
 from spectrumkv.common.kv.tiers import Tier
-
-SINK_TOKENS = 4
-"""s of SinkProtect, and the sinks that PDTrim keeps."""
 
 
 def greedy_counts(tier_budget: float, tokens: int) -> dict[Tier, int]:

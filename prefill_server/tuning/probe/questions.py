@@ -9,6 +9,7 @@ import torch
 
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
 from spectrumkv.common.model.load import LoadedModel
+from spectrumkv.common.service.config import SCORE_WINDOW
 from spectrumkv.prefill_server.transfer.plan import KvPlan
 from spectrumkv.prefill_server.tuning.divergence import Distance, compare
 from spectrumkv.prefill_server.tuning.needle.prompt import NeedlePrompt, needle_prompt
@@ -27,8 +28,6 @@ ANSWER_TOKENS = 16
 # Text that calibration, which reads the haystack, has not seen: a story in dialogue, a manual with a table and code.
 PROSE = ("ferry.txt", "pump.txt")
 CONTEXT_TOKENS, SCORED_TOKENS = 768, 256
-# The verdict is kept for all starts, so it must not hang on the --window of this one.
-WINDOW = 64
 
 
 def needle_prompts(loaded: LoadedModel) -> list[NeedlePrompt]:
@@ -92,7 +91,7 @@ class NeedleQuestion:
     @classmethod
     def put(cls, loaded: LoadedModel, prompt: NeedlePrompt) -> "NeedleQuestion":
         """Run the prompt."""
-        captured = capture_prompt(loaded.model, prompt.token_ids, WINDOW)
+        captured = capture_prompt(loaded.model, prompt.token_ids, SCORE_WINDOW)
         answer = generate_over(
             loaded.model, captured.exact_kv(), captured.first_token, ANSWER_TOKENS, loaded.eos_token_ids
         )
@@ -140,7 +139,7 @@ class ProseQuestion:
     @classmethod
     def put(cls, loaded: LoadedModel, stretch: Stretch) -> "ProseQuestion":
         """Run the context."""
-        captured = capture_prompt(loaded.model, stretch.context, WINDOW)
+        captured = capture_prompt(loaded.model, stretch.context, SCORE_WINDOW)
         return cls(loaded, stretch, captured, logits_over(loaded.model, captured.exact_kv(), stretch.scored[:-1]))
 
     def received_kv(self, plan: KvPlan) -> list[LayerKv]:

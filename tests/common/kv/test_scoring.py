@@ -20,16 +20,16 @@ from spectrumkv.common.kv.scoring import (
     scorers,
 )
 from spectrumkv.common.service.config import PrefillConfig
-from spectrumkv.kernels.attention_scores import cpu as attention_received_cpu
+from spectrumkv.kernels.attention_scores import cpu as attention_scores_cpu
 
 SEED = 7
 
 
 @pytest.fixture(scope="module", autouse=True)
 def products_of_float32():
-    """As processors without products of bfloat16 have them; tests/kernels/test_attention_received.py tries both."""
+    """As processors without products of bfloat16 have them; tests/kernels/attention_scores tries both."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_received_cpu, "multiplies_bfloat16", lambda: False)
+        patch.setattr(attention_scores_cpu, "multiplies_bfloat16", lambda: False)
         yield
 
 
@@ -155,7 +155,7 @@ def test_half_precision_inputs_are_computed_in_float32(dtype):
 
 @pytest.mark.parametrize(("bfloat16", "tolerance"), [(False, 1e-3), (True, 0.03)])
 def test_attention_survives_the_large_key_biases_of_qwen(bfloat16, tolerance, monkeypatch):
-    monkeypatch.setattr(attention_received_cpu, "multiplies_bfloat16", lambda: bfloat16)
+    monkeypatch.setattr(attention_scores_cpu, "multiplies_bfloat16", lambda: bfloat16)
     capture, all_queries = observe(dtype=torch.float16)
     capture.keys[..., 3] += 900
     scores = mean_attention(capture)

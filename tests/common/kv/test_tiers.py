@@ -32,7 +32,7 @@ def test_codes_and_labels_are_those_of_the_wire_and_the_metrics():
 
 
 def test_every_tier_has_a_message_value_one_above_its_code():
-    assert {f"TIER_{tier.name}": tier + 1 for tier in Tier} | {"TIER_UNSPECIFIED": 0} == dict(kv_pb2.Tier.items())
+    assert {tier.wire_name: tier + 1 for tier in Tier} | {"TIER_UNSPECIFIED": 0} == dict(kv_pb2.Tier.items())
 
 
 def test_nominal_costs_are_the_papers():

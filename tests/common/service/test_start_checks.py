@@ -13,7 +13,7 @@ from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.service.config import DecodeConfig, PrefillConfig, build
 from spectrumkv.common.service.process import exit_on_error
 from spectrumkv.common.service.start_checks import check_processor, check_start
-from spectrumkv.kernels.jit import vectors
+from spectrumkv.kernels.jit import llvm
 
 FREE = {"listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0"}
 
@@ -53,13 +53,13 @@ def test_files_for_decode_are_read(files: dict[str, str]) -> None:
 
 
 def test_a_processor_that_cannot_run_compiled_code_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vectors, "_features", lambda: {"sse2": True})
+    monkeypatch.setattr(llvm, "_features", lambda: {"sse2": True})
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     with pytest.raises(SystemExit, match="F16C"):
         exit_on_error(check_processor)
     for machine, features in (("x86_64", {"f16c": True}), ("x86_64", {"avx512f": True}), ("aarch64", {})):
         monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
-        monkeypatch.setattr(vectors, "_features", lambda features=features: features)
+        monkeypatch.setattr(llvm, "_features", lambda features=features: features)
         check_processor()
 
 

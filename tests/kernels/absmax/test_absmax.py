@@ -7,12 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spectrumkv.kernels import absmax
+from spectrumkv.kernels.absmax import INT4, INT8, CodeFormat
 from spectrumkv.kernels.absmax import cpu as absmax_cpu
-from spectrumkv.kernels.absmax import dispatch as absmax
 from spectrumkv.kernels.absmax import reference as absmax_reference
 from spectrumkv.kernels.absmax import triton as absmax_triton
-from spectrumkv.kernels.absmax.dispatch import INT4, INT8
-from spectrumkv.kernels.absmax.layout import CodeFormat
 from tests.kernels.absmax.states import DEVICE, DTYPES, LAYOUTS, dequantize, quantized, random_states, strided
 
 FORMATS = [pytest.param(INT8, id="int8"), pytest.param(INT4, id="int4")]

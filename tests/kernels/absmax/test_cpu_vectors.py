@@ -10,14 +10,14 @@ from spectrumkv.kernels.absmax import cpu as absmax_cpu
 from spectrumkv.kernels.absmax import reference as absmax_reference
 from spectrumkv.kernels.absmax.cpu_vectors import VECTOR_BYTES, streams
 from spectrumkv.kernels.absmax.layout import body_bytes
-from spectrumkv.kernels.jit.vectors import LANES
+from spectrumkv.kernels.jit.llvm import LANES
 
 HEADS, TOKENS = 3, 37
 # In a process of its own: what other tests had compiled would hide what is missing.
 REQUEST = """
 import torch
-from spectrumkv.kernels import absmax_cpu, absmax_sides
-from spectrumkv.kernels.absmax_format import body_bytes
+from spectrumkv.kernels.absmax import cpu as absmax_cpu, cpu_sides as absmax_sides
+from spectrumkv.kernels.absmax.layout import body_bytes
 
 def signatures():
     loops = vars(absmax_sides).items()

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spectrumkv.kernels import absmax
 from spectrumkv.kernels.absmax import cpu as absmax_cpu
-from spectrumkv.kernels.absmax import dispatch as absmax
 from spectrumkv.kernels.absmax import reference as absmax_reference
 from spectrumkv.kernels.absmax import triton as absmax_triton
 from tests.kernels.absmax.states import DEVICE, DTYPES, LAYOUTS, random_states, strided

@@ -9,9 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectrumkv.kernels.attention_scores import cpu as attention_received_cpu
-from spectrumkv.kernels.attention_scores import cpu_loops as attention_loops
-from spectrumkv.kernels.attention_scores import reference as attention_received_reference
+from spectrumkv.kernels.attention_scores import cpu, reference
 from spectrumkv.kernels.jit import strided
 
 
@@ -28,8 +26,8 @@ def random_attention(
 
 @pytest.fixture(params=[False, True], ids=["float32", "bfloat16"])
 def in_bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether products are of bfloat16; torch computes them splat, only not splat faster."""
-    monkeypatch.setattr(attention_received_cpu, "multiplies_bfloat16", lambda: request.param)
+    """Whether products are of bfloat16; torch computes them on every processor, only not faster on every one."""
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: request.param)
 
 
 @given(
@@ -58,11 +56,11 @@ def test_loops_agree_with_torch(
     options = (window, sliding_window, softcap)
     logits_bytes = 4 * heads_at_once * group * window * (window + older)
     with (
-        patch.object(attention_received_cpu, "multiplies_bfloat16", return_value=False),
-        patch.object(attention_received_cpu, "LOGITS_BYTES", logits_bytes),
+        patch.object(cpu, "multiplies_bfloat16", return_value=False),
+        patch.object(cpu, "LOGITS_BYTES", logits_bytes),
     ):
-        actual = attention_received_cpu.accumulated_attention(queries, keys, *options)
-    expected = attention_received_reference.accumulated_attention(queries, keys, *options)
+        actual = cpu.accumulated_attention(queries, keys, *options)
+    expected = reference.accumulated_attention(queries, keys, *options)
     # A weight inherits the absolute error of its logit, which is relative to the largest one.
     torch.testing.assert_close(actual, expected, rtol=2e-4, atol=1e-6 * group * window)
     # Every query hands out one.
@@ -75,10 +73,10 @@ def test_bfloat16_agrees_within_its_digits_whatever_all_keys_share(window: int, 
     queries, keys = random_attention(2, 3, window, tokens, 64, 1, torch.float32)
     queries = queries / queries.norm(dim=-1, keepdim=True)
     keys = keys + bias * torch.eye(64)[5]
-    with patch.object(attention_received_cpu, "multiplies_bfloat16", return_value=True):
-        actual = attention_received_cpu.accumulated_attention(queries, keys, window, None, None)
+    with patch.object(cpu, "multiplies_bfloat16", return_value=True):
+        actual = cpu.accumulated_attention(queries, keys, window, None, None)
     # With a bias a float32 sum has too few digits to compare with.
-    expected = attention_received_reference.accumulated_attention(queries.double(), keys.double(), window, None, None)
+    expected = reference.accumulated_attention(queries.double(), keys.double(), window, None, None)
     torch.testing.assert_close(actual.double(), expected, rtol=0.03, atol=0)
     torch.testing.assert_close(actual.sum(dim=1), torch.full((2,), 3.0 * window), rtol=1e-5, atol=0)
 
@@ -88,14 +86,14 @@ def test_keys_are_centred_and_rounded_as_torch_rounds(heads: int, tokens: int, h
     # Models leave keys token by token.
     keys = torch.randn(tokens, heads, head_dim, generator=torch.Generator().manual_seed(0)).mul(9).transpose(0, 1)
     centred = torch.full((heads, tokens, head_dim), torch.nan, dtype=torch.bfloat16)
-    attention_loops.centre(*strided.flat(keys), 4, strided.array(centred))
+    cpu.centre(*strided.flat(keys), 4, strided.array(centred))
     exact = keys.double() - keys[:, ::4].double().mean(dim=1, keepdim=True)
     torch.testing.assert_close(centred.double(), exact, rtol=2.0**-8, atol=1e-5)
     # The mean of one token is the token itself.
     alone = torch.tensor([1.0, 1 + 2**-8, 1 + 2**-7 + 2**-8, -3.3e38]).reshape(1, 1, 4)
     shifted = torch.cat([torch.zeros_like(alone), alone], dim=1)
     rounded = torch.empty(1, 2, 4, dtype=torch.bfloat16)
-    attention_loops.centre(*strided.flat(shifted), 2, strided.array(rounded))
+    cpu.centre(*strided.flat(shifted), 2, strided.array(rounded))
     assert torch.equal(rounded[:, 1:], alone.bfloat16())
 
 
@@ -104,23 +102,23 @@ def test_no_digits_of_nan_round_to_a_number(digits: int) -> None:
     keys = torch.zeros(1, 3, 2)
     keys[0, 1, 1] = torch.tensor([digits], dtype=torch.int32).view(torch.float32)
     centred = torch.zeros(1, 3, 2, dtype=torch.bfloat16)
-    attention_loops.centre(*strided.flat(keys), 8, strided.array(centred))
+    cpu.centre(*strided.flat(keys), 8, strided.array(centred))
     assert centred.isnan().nonzero().tolist() == [[0, 1, 1]]
 
 
 def test_a_bound_of_the_logits_keeps_them_at_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, keys = random_attention(1, 2, 3, 40, 8, 0, torch.float32)
     keys = keys + 5.0
-    monkeypatch.setattr(attention_received_cpu, "multiplies_bfloat16", lambda: True)
-    actual = attention_received_cpu.accumulated_attention(queries, keys, 3, None, 20.0)
-    expected = attention_received_reference.accumulated_attention(queries, keys, 3, None, 20.0)
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: True)
+    actual = cpu.accumulated_attention(queries, keys, 3, None, 20.0)
+    expected = reference.accumulated_attention(queries, keys, 3, None, 20.0)
     torch.testing.assert_close(actual, expected, rtol=2e-4, atol=6e-6)
 
 
 @pytest.mark.usefixtures("in_bfloat16")
 def test_what_no_query_sees_receives_nothing() -> None:
     queries, keys = random_attention(1, 1, 2, 10, 8, 0, torch.float32)
-    received = attention_received_cpu.accumulated_attention(queries, keys, 2, 3, None)
+    received = cpu.accumulated_attention(queries, keys, 2, 3, None)
     assert (received[0, :6] == 0).all()
     assert (received[0, 6:] > 0).all()
 
@@ -131,26 +129,26 @@ def test_what_is_not_finite_shows(poison: float) -> None:
     queries, keys = random_attention(1, 2, 3, 40, 8, 0, torch.float32)
     keys = keys.clone()
     keys[0, 17, 3] = poison
-    received = attention_received_cpu.accumulated_attention(queries, keys, 3, None, None)
+    received = cpu.accumulated_attention(queries, keys, 3, None, None)
     assert not received.isfinite().all()
 
 
 # In a process of its own: what other tests had compiled would hide what is missing.
 PREPARED = """
 import torch
-from spectrumkv.kernels import attention_loops, attention_received_cpu
-attention_received_cpu.multiplies_bfloat16 = lambda: True
-attention_received_cpu.prepare()
+from spectrumkv.kernels.attention_scores import cpu
+cpu.multiplies_bfloat16 = lambda: True
+cpu.prepare()
 
 def signatures():
-    loops = vars(attention_loops).items()
+    loops = vars(cpu).items()
     return {(name, one) for name, loop in loops for one in getattr(loop, "signatures", ())}
 
 prepared = signatures()
 for tokens in (1, 70):
     keys = torch.ones(tokens, 2, 8).transpose(0, 1)
     for softcap in (None, 30.0):
-        attention_received_cpu.accumulated_attention(torch.ones(2, 3, 8), keys, 1, 5, softcap)
+        cpu.accumulated_attention(torch.ones(2, 3, 8), keys, 1, 5, softcap)
 print(sorted(map(str, signatures() - prepared)))
 """
 

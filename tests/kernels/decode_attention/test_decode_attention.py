@@ -1,12 +1,15 @@
-"""Attention over slots, on a CPU and on a GPU, against float64."""
+"""Attention over slots, by every implementation, against float64."""
+
+from types import ModuleType
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spectrumkv.kernels.decode_attention import cpu, decode_attention, dispatch, reference
 from spectrumkv.kernels.decode_attention import triton as decode_attention_triton
-from spectrumkv.kernels.decode_attention.cpu import decode_attention
 from tests.kernels.absmax.states import DEVICE, DTYPES
 
 
@@ -29,21 +32,40 @@ def test_each_row_attends_over_its_own_slots(
     for first, end in zip(firsts.tolist(), ends.tolist(), strict=True):
         slots[:, :, first:end] = torch.randn(2, kv_heads, end - first, head_dim, generator=generator)
     queries = torch.randn(len(lengths), 1, kv_heads * group, head_dim, generator=generator) * sharpness
-    actual = decode_attention(queries.squeeze(1), slots[0], slots[1], firsts, ends, head_dim**-0.5)
+    inputs = (queries.squeeze(1), slots[0], slots[1])
+    actual = cpu.decode_attention(*inputs, firsts, ends - 1, head_dim**-0.5, None)
+    plain = reference.decode_attention(*inputs, None, firsts, ends - 1, head_dim**-0.5, None, None)
     for row, (first, end) in enumerate(zip(firsts.tolist(), ends.tolist(), strict=True)):
         keys, values = slots[:, :, first:end].double()
         grouped = queries[row, 0].double().view(kv_heads, group, head_dim)
         weights = torch.softmax(grouped @ keys.transpose(1, 2) * head_dim**-0.5, dim=-1)
         expected = (weights @ values).view(kv_heads * group, head_dim)
         torch.testing.assert_close(actual[row].double(), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(plain[row].double(), expected, rtol=0, atol=1e-5)
 
 
 # The interpreter multiplies the bits of bfloat16 and not its numbers.
-@pytest.mark.parametrize("dtype", DTYPES if DEVICE.type == "cuda" else DTYPES[:2], ids=str)
+# The reference bounds logits in the states' own dtype.
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [
+        pytest.param(reference, torch.float32, id="reference-float32"),
+        *(
+            pytest.param(decode_attention_triton, dtype, id=f"triton-{dtype}")
+            for dtype in (DTYPES if DEVICE.type == "cuda" else DTYPES[:2])
+        ),
+    ],
+)
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (40, 5.0)])
 @pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(2, 3, 64), (2, 1, 80), (1, 20, 256)])
-def test_a_gpu_attends_over_slots_that_are_kept(
-    dtype: torch.dtype, window: int | None, softcap: float | None, kv_heads: int, group: int, head_dim: int
+def test_rows_attend_over_slots_that_are_kept(
+    implementation: ModuleType,
+    dtype: torch.dtype,
+    window: int | None,
+    softcap: float | None,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
 ) -> None:
     generator = torch.Generator().manual_seed(head_dim)
     # One token, a block of them, and for one shape more blocks than there are parts.
@@ -59,11 +81,12 @@ def test_a_gpu_attends_over_slots_that_are_kept(
         # A whole block and more that was dropped.
         kept[first + 100 : first + 200] = False
         kept[last] = True
-    slots[:, :, ~kept] = torch.nan
+    # The kernel loads no dropped slot; the reference multiplies it by 0, and a pool clears what was dropped.
+    slots[:, :, ~kept] = torch.nan if implementation is decode_attention_triton else 0.0
     slots = slots.to(dtype)
     queries = (2 * torch.randn(len(lengths), kv_heads * group, head_dim, generator=generator)).to(dtype)
     inputs = [one.to(DEVICE) for one in (queries, *slots, kept, firsts, newest)]
-    actual = decode_attention_triton.decode_attention(*inputs, head_dim**-0.5, window, softcap).cpu()
+    actual = implementation.decode_attention(*inputs, head_dim**-0.5, window, softcap).cpu()
     assert actual.dtype == dtype
     for row, (first, last) in enumerate(zip(firsts.tolist(), newest.tolist(), strict=True)):
         if window:
@@ -77,3 +100,38 @@ def test_a_gpu_attends_over_slots_that_are_kept(
         expected = (torch.softmax(logits, dim=-1) @ values).view(kv_heads * group, head_dim)
         tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
         torch.testing.assert_close(actual[row].double(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "threads", "dtype", "head_dim", "gaps", "softcap", "compiled"),
+    [
+        (5, 8, torch.float32, 64, False, None, True),
+        (1024, 2, torch.float32, 64, False, None, True),
+        # Torch has a thread for each of four KV heads, and rows are long.
+        (1024, 8, torch.float32, 64, False, None, False),
+        (5, 2, torch.bfloat16, 64, False, None, False),
+        (5, 2, torch.float32, 72, False, None, False),
+        (5, 2, torch.float32, 64, True, None, False),
+        (5, 2, torch.float32, 64, False, 5.0, False),
+    ],
+)
+def test_a_cpu_runs_compiled_loops_where_they_fit_and_are_faster(
+    tokens: int,
+    threads: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    gaps: bool,
+    softcap: float | None,
+    compiled: bool,
+) -> None:
+    slots = torch.ones(2, 4, tokens + 1, head_dim, dtype=dtype)
+    first, kept = torch.tensor([0]), torch.ones(tokens + 1, dtype=torch.bool)
+    with (
+        patch.object(torch, "get_num_threads", return_value=threads),
+        patch.object(cpu, "decode_attention", return_value="compiled"),
+        patch.object(dispatch.reference, "decode_attention", return_value="torch"),
+    ):
+        chosen = decode_attention(
+            slots[0, :, 0][None], *slots, kept if gaps else None, first, first + tokens, 1.0, None, softcap
+        )
+    assert chosen == ("compiled" if compiled else "torch")

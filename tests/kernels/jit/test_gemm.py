@@ -1,10 +1,10 @@
-"""Small products and transposition against numpy's, in every width of tile."""
+"""Products and transposition against numpy's, in every width of tile."""
 
 import numpy as np
 import pytest
 from numba.core.errors import TypingError
 
-from spectrumkv.kernels.jit import gemm as small_products
+from spectrumkv.kernels.jit import gemm
 from spectrumkv.kernels.jit.gemm import COLUMNS, ROWS, multiply, padded, transpose
 
 
@@ -56,8 +56,8 @@ def test_matrices_are_transposed(rows: int, columns: int) -> None:
 
 
 def test_tiles_and_vectors_fit_every_matrix() -> None:
-    assert COLUMNS % small_products.LANES == 0
-    assert small_products.WIDE_COLUMNS % COLUMNS == 0
+    assert COLUMNS % gemm.LANES == 0
+    assert gemm.WIDE_COLUMNS % COLUMNS == 0
     assert padded(1) == padded(16) == 16
     assert padded(17) == 32
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from spectrumkv.kernels.jit.vectors import X86
+from spectrumkv.kernels.jit.llvm import X86
 
 HERE = Path(__file__).parents[1]
 HASWELL = "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe,+popcnt,+sse4.2"
@@ -24,7 +24,7 @@ import sys
 from llvmlite import binding
 from llvmlite.binding.targets import FeatureMap
 binding.get_host_cpu_features = lambda: FeatureMap({feature: True for feature in sys.argv[2:]})
-from spectrumkv.kernels.jit.vectors import LANES
+from spectrumkv.kernels.jit.llvm import LANES
 assert str(LANES) == sys.argv[1], LANES
 import pytest
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "not gpu and not compiler", *SUITES]))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from spectrumkv.kernels.spectral import rate as spectral_rate
+from spectrumkv.kernels.spectral import rate
 from spectrumkv.kernels.spectral.rate import LOWEST, PER_OCTAVE
 
 # Any rising curve will do; this one ends two octaves above zero.
@@ -24,27 +24,27 @@ def test_expected_bits(streams: int, shift: float) -> None:
     generator = np.random.default_rng(streams)
     exponents, counts = generator.uniform(-12, 12, streams), generator.integers(0, 1000, streams)
     wanted = float(counts @ naive_entropies(exponents - shift))
-    assert spectral_rate.expected_bits(exponents, shift, counts, TABLE, UNSENT) == pytest.approx(wanted, rel=1e-12)
+    assert rate.expected_bits(exponents, shift, counts, TABLE, UNSENT) == pytest.approx(wanted, rel=1e-12)
     shifts, bits = np.array([shift, shift + 1, -shift]), np.full(3, np.nan)
     counts[0] += 1
-    spectral_rate.mean_bits(exponents, shifts, counts, TABLE, UNSENT, bits)
+    rate.mean_bits(exponents, shifts, counts, TABLE, UNSENT, bits)
     means = [counts @ naive_entropies(exponents - one) / counts.sum() for one in shifts]
     assert bits == pytest.approx(means, rel=1e-12)
 
 
 @pytest.mark.parametrize("exponent", [LOWEST, 2.0, 2.0 - 1 / PER_OCTAVE, UNSENT, np.nextafter(UNSENT, 0)])
 def test_the_ends_of_the_table(exponent: float) -> None:
-    entropy = spectral_rate.entropy(exponent, TABLE, UNSENT)
+    entropy = rate.entropy(exponent, TABLE, UNSENT)
     assert entropy == pytest.approx(float(naive_entropies(np.array([exponent]))[0]), rel=1e-12)
 
 
 @pytest.mark.parametrize("available", [1.0, 500.0, 4_000.0])
 def test_the_finest_step_within_some_bits(available: float) -> None:
     exponents, counts = np.arange(-6.0, 6.0, 0.5), np.arange(24)
-    step = spectral_rate.finest_within(available, -20.0, 20.0, 1e-4, exponents, counts, TABLE, UNSENT)
-    taken, finer = (spectral_rate.expected_bits(exponents, one, counts, TABLE, UNSENT) for one in (step, step - 2e-4))
+    step = rate.finest_within(available, -20.0, 20.0, 1e-4, exponents, counts, TABLE, UNSENT)
+    taken, finer = (rate.expected_bits(exponents, one, counts, TABLE, UNSENT) for one in (step, step - 2e-4))
     assert taken <= available < finer
 
 
 def test_no_step_is_coarse_enough() -> None:
-    assert spectral_rate.finest_within(1.0, -2.0, 2.0, 1e-4, np.full(3, 9.0), np.ones(3, int), TABLE, UNSENT) == 2.0
+    assert rate.finest_within(1.0, -2.0, 2.0, 1e-4, np.full(3, 9.0), np.ones(3, int), TABLE, UNSENT) == 2.0

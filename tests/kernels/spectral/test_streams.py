@@ -38,11 +38,11 @@ def naive_streams(coefficients: np.ndarray, plan: dict[str, np.ndarray]) -> np.n
     return np.array([symbol for one in lists for symbol in one], np.int32)
 
 
-def places_of(plan: dict[str, np.ndarray], rows: int) -> np.ndarray:
-    place = np.full((len(plan["step"]), rows), -1)
+def offsets_of(plan: dict[str, np.ndarray], rows: int) -> np.ndarray:
+    offset = np.full((len(plan["step"]), rows), -1)
     order = plan["row_order"], plan["run_start"], plan["class_start"], plan["stream_of"]
-    streams.places(*order, plan["start"], place)
-    return place
+    streams.offsets(*order, plan["start"], offset)
+    return offset
 
 
 @pytest.mark.parametrize(("rows", "tokens", "runs"), [(32, 1, 2), (192, 17, 5), (400, 333, 11)])
@@ -55,14 +55,14 @@ def test_coefficients_are_sorted_into_streams_and_back(
     coefficients = np.random.default_rng(1).normal(0, largest, (rows, tokens)).clip(-largest, largest)
     coefficients = coefficients.astype(np.float32)
     symbols = np.full(coefficients.size, POISON, np.int32)
-    place = places_of(plan, rows)
+    offset = offsets_of(plan, rows)
     found = []
     for first in range(0, tokens, together):
         count = min(together, tokens - first)
         # As in a buffer: there is more of everything, and what it is does not matter.
         some = np.full((rows + 3, count + 5), np.nan, np.float32)
         some[:rows, :count] = coefficients[:, first : first + count]
-        found.append(streams.quantize(some, first, count, plan["class_start"], 1 / plan["step"], place, symbols))
+        found.append(streams.quantize(some, first, count, plan["class_start"], 1 / plan["step"], offset, symbols))
     assert (symbols == naive_streams(coefficients, plan)).all()
     assert np.array(max(found), np.int32).view(np.float32) == np.abs(coefficients).max()
 
@@ -70,7 +70,7 @@ def test_coefficients_are_sorted_into_streams_and_back(
     for first in range(0, tokens, together):
         count = min(together, tokens - first)
         some = np.full((rows + 3, count + 5), np.nan, np.float32)
-        streams.dequantize(symbols, first, count, plan["class_start"], plan["step"], place, some)
+        streams.dequantize(symbols, first, count, plan["class_start"], plan["step"], offset, some)
         assert np.isnan(some[rows:]).all()
         assert np.isnan(some[:, count:]).all()
         back[:, first : first + count] = some[:rows, :count]
@@ -85,6 +85,6 @@ def test_the_largest_magnitude_is_found_wherever_it_is(odd: float, shown: str) -
     coefficients[101, 77] = odd
     symbols = np.empty(coefficients.size, np.int32)
     largest = streams.quantize(
-        coefficients, 0, 333, plan["class_start"], 1 / plan["step"], places_of(plan, 192), symbols
+        coefficients, 0, 333, plan["class_start"], 1 / plan["step"], offsets_of(plan, 192), symbols
     )
     assert str(np.array(largest, np.int32).view(np.float32)) == shown

@@ -14,14 +14,13 @@ from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.layout import CLASSES_PER_OCTAVE, LOWEST_CLASS, STEP_CLASSES, TokenClasses
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.scoring import mean_attention, scorers
+from spectrumkv.common.kv.scoring import SINK_TOKENS, mean_attention, scorers
 from spectrumkv.common.kv.tiers import Tier
 
 # A step goes with this power of a token's sensitivity. At high resolution the distortion of a step Δ is Δ²/12 times
 # the sensitivity (Gray & Neuhoff 1998, "Quantization"); where its slope against the rate is alike for all tokens, as
 # it is for the least distortion at a rate, Δ² times the sensitivity is alike.
 SENSITIVITY_POWER = 0.5
-SINKS = 4
 # Shares of the attention below this one are all alike.
 LEAST_SHARE = 1e-7
 # Mean bits an element up to which a token counts as INT4, and as INT8.
@@ -39,7 +38,7 @@ def affordable_sinks(segment_bytes: int, geometry: KvGeometry) -> int:
         segment_bytes: what all segments may take.
         geometry: shape and dtype of the model's cache.
     """
-    return min(SINKS, max(0, segment_bytes // (4 * geometry.fp16_bytes(1))))
+    return min(SINK_TOKENS, max(0, segment_bytes // (4 * geometry.fp16_bytes(1))))
 
 
 def step_octaves(capture: LayerCapture, basis: SpectralBasis, scorer: str, seed: int, sinks: int) -> np.ndarray:

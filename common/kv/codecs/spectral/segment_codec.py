@@ -19,7 +19,7 @@ from spectrumkv.common.kv.codecs.spectral.layout import (
 from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION, CodedStream, PackedStreams, compress, decompress
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.kernels.absmax.dispatch import is_finite
+from spectrumkv.kernels.absmax import is_finite
 
 HEADER = struct.Struct("<fHI")
 LENGTHS = np.dtype([("coded", "<u4"), ("exceptions", "<u4")])

@@ -24,7 +24,7 @@ from spectrumkv.common.kv.codecs.spectral.symbols import PackedStreams
 from spectrumkv.kernels.jit.gemm import padded
 from spectrumkv.kernels.jit.strided import adjacent, flat
 from spectrumkv.kernels.spectral import transform as kernels
-from spectrumkv.kernels.spectral.streams import places
+from spectrumkv.kernels.spectral.streams import offsets
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +170,7 @@ class LayerTransform:
     def _places(self, steps: Steps, packed: PackedStreams) -> np.ndarray:
         """Return where the symbols of each step class and row start: int64 `[classes, rows]`."""
         place = np.empty((len(steps.tokens.of_each), len(self.row_order)), np.int64)
-        places(self.row_order, self.run_start, steps.tokens.start, self.streams.stream_of, packed.start, place)
+        offsets(self.row_order, self.run_start, steps.tokens.start, self.streams.stream_of, packed.start, place)
         return place
 
     @cached_property

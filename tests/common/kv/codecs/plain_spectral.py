@@ -1,32 +1,25 @@
-"""The spectral transform in plain torch, float64: what compiled loops are measured against."""
+"""The plain spectral transform of a basis' layer: what compiled loops are measured against."""
 
 import torch
 
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-
-
-def turned(states: torch.Tensor, basis: SpectralBasis, first: int, direction: int) -> torch.Tensor:
-    """Keys `[kv_heads, n, d]` turned by the rotary angles of positions `first` and up, or back: direction 1 or -1."""
-    half = states.shape[-1] // 2
-    positions = torch.arange(first, first + states.shape[1], dtype=torch.float64)
-    angle = direction * positions[:, None] * basis.rope_frequencies
-    complex_states = torch.complex(states[..., :half], states[..., half:]) * torch.polar(
-        torch.ones_like(angle), angle
-    )
-    return torch.cat([complex_states.real, complex_states.imag], dim=-1)
+from spectrumkv.kernels.spectral import reference
 
 
 def plain_coefficients(
     basis: SpectralBasis, layer: int, keys: torch.Tensor, values: torch.Tensor, first: int
 ) -> torch.Tensor:
     """Coefficients of tokens at positions `first` and up: float64 `[2, kv_heads, n, d]`."""
-    unrotated = turned(keys.double(), basis, first, -1) / basis.rope_scaling
-    states = torch.stack([unrotated, values.double()])
-    return (states - basis.mean[layer].double()[:, :, None]) @ basis.analysis[layer].double()
+    angles = _angles(basis, first, keys.shape[1])
+    return reference.analyse(keys, values, angles, basis.rope_scaling, basis.mean[layer], basis.analysis[layer])
 
 
 def plain_states(basis: SpectralBasis, layer: int, coefficients: torch.Tensor, first: int) -> torch.Tensor:
     """Inverse of `plain_coefficients`: keys and values, float64 `[2, kv_heads, n, d]`."""
-    states = coefficients.double() @ basis.analysis[layer].double().inverse()
-    states = states + basis.mean[layer].double()[:, :, None]
-    return torch.stack([turned(states[0], basis, first, 1) * basis.rope_scaling, states[1]])
+    angles = _angles(basis, first, coefficients.shape[2])
+    return reference.synthesise(coefficients, angles, basis.rope_scaling, basis.mean[layer], basis.analysis[layer])
+
+
+def _angles(basis: SpectralBasis, first: int, tokens: int) -> torch.Tensor:
+    positions = torch.arange(first, first + tokens, dtype=torch.float64)
+    return positions[:, None] * basis.rope_frequencies

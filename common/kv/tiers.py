@@ -1,5 +1,6 @@
 """The precision spectrum: which tiers there are, what they cost, how a map of them is packed."""
 
+from collections.abc import Mapping
 from enum import IntEnum
 
 import numpy as np
@@ -61,16 +62,17 @@ def count_tiers(tiers: torch.Tensor) -> dict[Tier, int]:
     return {tier: counts[tier] for tier in Tier}
 
 
-def nominal_budget(tiers: torch.Tensor) -> float:
-    """Average the tokens' tier cost (the paper's normalized budget b).
+def mean_tier_cost(tokens: Mapping[Tier, int]) -> float:
+    """Average the tokens' tier cost: the SpectrumKV paper's normalized budget b, as it came out.
 
     Args:
-        tiers: uint8 `[...]` on the CPU, `Tier` values, at least one.
+        tokens: how many there are at each tier.
 
     Returns:
-        From 0 to 1.
+        From 0, where all are dropped, to 1; 0 where there are none.
     """
-    return sum(tier.nominal_cost * count for tier, count in count_tiers(tiers).items()) / tiers.numel()
+    total = sum(tokens.values())
+    return sum(tier.nominal_cost * count for tier, count in tokens.items()) / total if total else 0.0
 
 
 def pack_tier_map(tiers: torch.Tensor) -> bytes:

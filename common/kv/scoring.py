@@ -23,24 +23,6 @@ DECAY_RATE = 0.005
 """λ of `decay` and `position`, per token; the middle one of those that the paper sweeps (.001, .005, .01)."""
 
 
-def visible(queries: int, tokens: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
-    """Mark which of `tokens` tokens the last `queries` of them see.
-
-    Args:
-        queries: how many of the last tokens ask.
-        tokens: how many there are.
-        sliding_window: the newest tokens that a query sees, itself included; None is all.
-        device: where the mask is wanted.
-
-    Returns:
-        bool `[queries, tokens]`.
-    """
-    positions = torch.arange(tokens, device=device)
-    distance = positions[tokens - queries :, None] - positions
-    seen = distance >= 0
-    return seen if sliding_window is None else seen & (distance < sliding_window)
-
-
 Scorer = Callable[[LayerCapture, int], torch.Tensor]
 """Maps a capture of n tokens and a seed to float32 `[n]` on the capture's device: finite, higher is better."""
 

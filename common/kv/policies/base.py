@@ -17,7 +17,7 @@ from spectrumkv.common.registry import Registry
 
 
 class BudgetKind(Enum):
-    """What a budget counts.
+    """Name what a budget counts.
 
     BYTES: all bytes that are sent ÷ the KV's bytes at FP16, a `byte_budget`.
     TIER_COST: mean cost of the tokens' tiers, scales and framing left out, a `tier_budget`; the SpectrumKV paper's b.

@@ -7,13 +7,14 @@ import torch
 from spectrumkv.bench.methods.served_model import Prompt, SentBytes
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.kv.policies import BudgetKind, Policy, TierRequest
+from spectrumkv.common.kv.tiers import mean_tier_cost
 from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.model.spec import ModelSpec
 from spectrumkv.common.rpc.decode_stream import Request, deserialize_request, serialize_request
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.kv_pool import Allocation, KvPool
 from spectrumkv.decode_server.receiver import KvReceiver
-from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline, SentKv
+from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline
 from spectrumkv.prefill_server.transfer.plan import KvPlan
 from spectrumkv.v1 import decode_pb2
 
@@ -84,7 +85,7 @@ class WireMethod:
                 serialized = serialize_request(message)
                 counted += len(serialized)
                 _deliver(receiver, deserialize_request(serialized), len(serialized))
-        return SentBytes(counted, _nominal_budget(pipeline.sent))
+        return SentBytes(counted, mean_tier_cost(pipeline.sent.tier_tokens))
 
     def _begin(self, prompt: Prompt) -> decode_pb2.Begin:
         return decode_pb2.Begin(
@@ -113,9 +114,3 @@ def _deliver(receiver: KvReceiver, message: Request, serialized_bytes: int) -> N
         receiver.accept(message, serialized_bytes)
     elif message.HasField("end"):
         receiver.finish(message.end)
-
-
-def _nominal_budget(sent: SentKv) -> float:
-    """Mean nominal cost of all token-layers, as usage reports it."""
-    cost = sum(tier.nominal_cost * tokens for tier, tokens in sent.tier_tokens.items())
-    return cost / sum(sent.tier_tokens.values())

@@ -10,7 +10,7 @@ NARROWEST, WIDEST = -3.0, 3.0
 
 
 def synthetic_basis(geometry: KvGeometry) -> SpectralBasis:
-    """Return a basis that scales standard normal elements to spreads as models have them."""
+    """Return a basis that scales standard normal elements to standard deviations as models have them."""
     lead = (geometry.layers, 2, geometry.kv_heads)
     std = torch.linspace(WIDEST, NARROWEST, geometry.head_dim).exp2()
     return SpectralBasis(

@@ -59,7 +59,7 @@ class Int4Layers:
 
     @classmethod
     def nowhere(cls, layers: int) -> "Int4Layers":
-        """Return that all of a model's `layers` layers do without."""
+        """Return all of a model's `layers` layers as ones that do without."""
         return cls(frozenset(range(layers)))
 
     @property

@@ -10,7 +10,7 @@ from spectrumkv.common.errors import InvalidArgumentError
 
 @dataclass(frozen=True, eq=False)
 class LayerCapture:
-    """What one layer shows of a prompt of `n` tokens.
+    """Hold what one layer shows of a prompt of `n` tokens.
 
     Attributes:
         queries: `[query_heads, w, head_dim]`, any float dtype, after RoPE: those of the last `w` positions,
@@ -68,7 +68,7 @@ class LayerCapture:
 
     @property
     def tokens(self) -> int:
-        """Length n: tokens that the capture shows."""
+        """Count the tokens that the capture shows, n."""
         return self.keys.shape[1]
 
     def since(self, first: int) -> "LayerCapture":

@@ -14,7 +14,7 @@ import torch
 from spectrumkv.common.errors import DataLossError
 from spectrumkv.common.kv.tiers import Tier, pack_tier_map, tier_map_bytes, unpack_tier_map
 
-# Torch has no read-only tensors and warns of a read-only buffer; nobody writes to a received payload.
+# Torch has no read-only tensors and warns of a read-only buffer; a received payload is never written to.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 # Layer, tier map kind, uniform tier, first token, tokens, body bytes.

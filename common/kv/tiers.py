@@ -1,5 +1,6 @@
 """The precision spectrum: which tiers there are, what they cost, how a map of them is packed."""
 
+from collections.abc import Mapping
 from enum import IntEnum
 
 import numpy as np
@@ -19,7 +20,7 @@ class Tier(IntEnum):
     """Name the precision that one token's keys and values are sent at.
 
     The values are the codes that segments have on the wire; of these a tier map has the first four, in two bits each.
-    The protocol's enum counts from 1, because 0 stands for "unspecified" there; `wire_name` is the way to it.
+    The protocol's enum counts from 1, because 0 stands for "unspecified" there; `wire_name` is the tier's name in it.
     """
 
     DROP = TIER_DROP
@@ -30,12 +31,12 @@ class Tier(IntEnum):
 
     @property
     def label(self) -> str:
-        """The tier's name in metrics, tables and JSON."""
+        """Return the tier's name in metrics, tables and JSON."""
         return self.name.lower()
 
     @property
     def wire_name(self) -> str:
-        """The tier's name in the protocol's enum `Tier` (proto/spectrumkv/v1/kv.proto)."""
+        """Return the tier's name in the protocol's enum `Tier` (proto/spectrumkv/v1/kv.proto)."""
         return f"TIER_{self.name}"
 
     @property
@@ -61,16 +62,17 @@ def count_tiers(tiers: torch.Tensor) -> dict[Tier, int]:
     return {tier: counts[tier] for tier in Tier}
 
 
-def nominal_budget(tiers: torch.Tensor) -> float:
-    """Average the tokens' tier cost (the paper's normalized budget b).
+def mean_tier_cost(tokens: Mapping[Tier, int]) -> float:
+    """Average the tokens' tier cost: the SpectrumKV paper's normalized budget b, as it came out.
 
     Args:
-        tiers: uint8 `[...]` on the CPU, `Tier` values, at least one.
+        tokens: how many there are at each tier.
 
     Returns:
-        From 0 to 1.
+        From 0, where all are dropped, to 1; 0 where there are none.
     """
-    return sum(tier.nominal_cost * count for tier, count in count_tiers(tiers).items()) / tiers.numel()
+    total = sum(tokens.values())
+    return sum(tier.nominal_cost * count for tier, count in tokens.items()) / total if total else 0.0
 
 
 def pack_tier_map(tiers: torch.Tensor) -> bytes:

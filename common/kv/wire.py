@@ -78,7 +78,7 @@ class ChunkWriter:
     """Pack segments into numbered, checksummed chunks.
 
     Small segments share a chunk until it holds `target_bytes`, since a message costs about as much as 64 KiB of
-    payload whatever its size. A segment is never split: whoever makes segments keeps them near the target.
+    payload whatever its size. A segment is never split: encoders keep segments near the target.
 
     Args:
         target_bytes: payload at which a chunk is closed.

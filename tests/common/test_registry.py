@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,3 +32,19 @@ def test_a_name_taken_is_refused_and_keeps_its_choice():
     with pytest.raises(ValueError, match="codec 'absmax' is registered twice"):
         registry.register("absmax")(2)
     assert registry.get("absmax") == 1
+
+
+def test_a_package_registers_what_its_modules_define(tmp_path, monkeypatch):
+    package = tmp_path / "a_package_of_choices"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "from spectrumkv.common.registry import Registry, import_modules\n"
+        "choices = Registry('choice')\n"
+        "import_modules(__name__, __path__)\n"
+    )
+    for name in ("one", "two"):
+        (package / f"{name}.py").write_text(
+            f"from a_package_of_choices import choices\nchoices.register('{name}')('{name}')\n"
+        )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.import_module("a_package_of_choices").choices.names() == ("one", "two")

@@ -17,7 +17,7 @@ from spectrumkv.common.registry import Registry
 
 
 class BudgetKind(Enum):
-    """What a budget counts.
+    """Name what a budget counts.
 
     BYTES: all bytes that are sent ÷ the KV's bytes at FP16, a `byte_budget`.
     TIER_COST: mean cost of the tokens' tiers, scales and framing left out, a `tier_budget`; the SpectrumKV paper's b.
@@ -92,10 +92,10 @@ class Policy:
         name: as requests give it.
         min_budget: least budget that the policy can keep to.
         max_budget: largest budget that makes sense.
-        codec: whose own the policy is; None leaves the choice to the request.
-        needs_scores: whether `assign` looks at the scores' values. If not, nobody need compute them.
+        codec: name of the codec that the policy belongs to; None leaves the choice to the request.
+        needs_scores: whether `assign` looks at the scores' values. If not, they need not be computed.
         rule: what `assign` does once the budget is checked; None where the codec spends the budget itself.
-        heeds_int4: whether it looks at `int4_allowed`; whoever asks for one that does not by name means it.
+        heeds_int4: whether it looks at `int4_allowed`. To name a policy that does not is to accept INT4.
         token_by_token: whether a token's tier depends on no other token, so that the first ones can leave before the
             last ones are computed.
     """
@@ -139,7 +139,7 @@ class Policy:
         return self.rule(request)
 
     def check_budget(self, budget: float) -> None:
-        """Check a budget that somebody asked for.
+        """Check a requested budget.
 
         Args:
             budget: of this policy's kind.

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from spectrumkv.common.kv.tiers import (
     Tier,
     count_tiers,
-    nominal_budget,
+    mean_tier_cost,
     pack_tier_map,
     tier_map_bytes,
     unpack_tier_map,
@@ -45,13 +45,14 @@ def test_counts_are_exact_and_name_every_tier(tiers):
 
 
 @given(all_tiers)
-def test_nominal_budget_is_the_mean_cost(tiers):
+def test_mean_tier_cost_is_that_of_the_tokens(tiers):
     mean = sum(tier.nominal_cost for tier in tiers) / len(tiers)
-    assert nominal_budget(as_tensor(tiers)) == pytest.approx(mean, abs=1e-12)
+    assert mean_tier_cost(count_tiers(as_tensor(tiers))) == pytest.approx(mean, abs=1e-12)
 
 
-def test_nominal_budget_of_several_layers_is_their_mean():
-    assert nominal_budget(as_tensor([Tier.FP16, Tier.DROP, Tier.INT8, Tier.INT4]).view(2, 2)) == 0.4375
+def test_mean_tier_cost_of_several_layers_is_their_mean():
+    assert mean_tier_cost(count_tiers(as_tensor([Tier.FP16, Tier.DROP, Tier.INT8, Tier.INT4]).view(2, 2))) == 0.4375
+    assert mean_tier_cost(dict.fromkeys(Tier, 0)) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
-"""The entropy coder is used wherever it costs no time, and fixed widths where it would hold a request up."""
+"""The spectral codec is used where it costs no time, and its stand-in where it would hold a request up."""
 
 import pytest
 import torch
 
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.kv.codecs import codecs
 from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.prefill_server.transfer.codec_selector import ENOUGH, CodecSelector
 from spectrumkv.prefill_server.transfer.pipeline import SentKv
@@ -72,7 +74,7 @@ def test_nothing_is_chosen_that_was_named_or_does_not_fit_or_is_not_known() -> N
     assert CodecSelector(SHAPE).select(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
 
 
-def test_a_stall_is_no_pace_and_short_prompts_teach_nothing() -> None:
+def test_one_stall_decides_nothing_and_short_prompts_teach_nothing() -> None:
     choice = seen(4.0, 0.3, 0.0)
     choice.observe(plan(budget=0.3), TOKENS, WORKER, 4.0, sent(30.0))
     assert choice.select(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
@@ -97,9 +99,28 @@ def test_a_link_that_becomes_slow_brings_the_coder_back() -> None:
     assert choice.select(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
 
 
-def test_fixed_widths_can_be_asked_for_by_name_from_int4_everywhere_up() -> None:
+def test_the_stand_in_can_be_asked_for_by_name_from_int4_everywhere_up() -> None:
     assert plan(budget=0.4, codec="absmax").codec.name == "absmax"
     with pytest.raises(InvalidArgumentError, match=r"takes 0\.\d+ of FP16 with every token at INT4"):
         plan(budget=0.2, codec="absmax").encoder(SHAPE, 100, 0)
     with pytest.raises(InvalidArgumentError, match="written by codec 'spectral', not by 'native'"):
         plan(budget=0.4, codec="native")
+
+
+def test_a_codec_without_a_stand_in_is_never_replaced() -> None:
+    tiered = KvPlan.resolve(
+        prefill_pb2.KvOptions(policy="adaptive", budget=0.3),
+        PrefillConfig(),
+        ProbeVerdict.from_flag("on", SHAPE.layers),
+        seed=0,
+    )
+    assert tiered.codec_is_open
+    assert tiered.stand_in is None
+    assert seen(0.3, 7.0, 0.0).select(tiered, TOKENS, WORKER) is tiered
+
+
+def test_every_stand_in_is_a_codec_that_writes_the_same_policies() -> None:
+    for name in codecs:
+        if (stand_in := codecs.get(name).stand_in) is not None:
+            written = [one for one in policies if codecs.get(name).writes(policies.get(one))]
+            assert all(codecs.get(stand_in).writes(policies.get(one)) for one in written)

@@ -1,7 +1,8 @@
 """Codec "spectral": transform coding of keys and values with a step per token.
 
 Keys and values are turned into coefficients by a basis that a short calibration finds for each model: the
-Karhunen-Loève transform in the metric of the model's own sensitivity. A coefficient is a multiple of its token's
+Karhunen-Loève transform in the metric of the model's own sensitivity, the Fisher information of what it predicts with
+respect to its KV. A coefficient is a multiple of its token's
 step, important tokens have small steps, and the integers go to an entropy coder in streams of equal standard
 deviation. With one step for all coefficients of a token, every coefficient gets the same distortion as long as its
 variance is above it: reverse water-filling (Cover & Thomas, "Elements of Information Theory", section 13.3.3 of the

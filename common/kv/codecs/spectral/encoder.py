@@ -89,7 +89,7 @@ class SpectralEncoder:
 
     @property
     def _fixed_bytes(self) -> int:
-        """Bytes that a layer takes whatever its steps."""
+        """Return the bytes that a layer takes whatever its steps."""
         return self._sinks * self._geometry.fp16_bytes_per_layer(1) + STREAM_OVERHEAD_BYTES
 
     def _step_classes(self, capture: LayerCapture) -> np.ndarray:

@@ -29,7 +29,7 @@ CLOSE_ENOUGH = 1e-4
 
 @dataclass(frozen=True, eq=False)
 class TokenClasses:
-    """How fine the tokens of a segment are relative to each other.
+    """Tell how fine the tokens of a segment are relative to each other.
 
     Attributes:
         classes: int64 `[n]`, from LOWEST_CLASS to HIGHEST_CLASS. Sinks have a class as well, which is not used.
@@ -41,28 +41,28 @@ class TokenClasses:
 
     @cached_property
     def coded(self) -> np.ndarray:
-        """Classes of the tokens that have a step, counted from 0: uint8 `[n − sinks]`."""
+        """Return the classes of the tokens that have a step, counted from 0: uint8 `[n − sinks]`."""
         return (self.classes[self.sinks :] - LOWEST_CLASS).astype(np.uint8)
 
     @cached_property
     def order(self) -> np.ndarray:
-        """Tokens that have a step, counted from the first of them, by rising class: int64 `[n − sinks]`."""
+        """Sort the tokens that have a step, counted from the first of them, by rising class: int64 `[n − sinks]`."""
         return np.argsort(self.coded, kind="stable")
 
     @cached_property
     def of_each(self) -> np.ndarray:
-        """Tokens of each class: int64 `[classes]`."""
+        """Count the tokens of each class: int64 `[classes]`."""
         return np.bincount(self.coded, minlength=len(STEP_CLASSES))
 
     @cached_property
     def start(self) -> np.ndarray:
-        """Where each class starts in `order`: int64 `[classes + 1]`."""
+        """Return where each class starts in `order`: int64 `[classes + 1]`."""
         return edges(self.of_each)
 
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """The steps of a segment's tokens.
+    """Hold the steps of a segment's tokens.
 
     Attributes:
         base: binary logarithm of the step of class 0; a float32, as the body has it.
@@ -74,7 +74,7 @@ class Steps:
 
     @property
     def of_classes(self) -> np.ndarray:
-        """The step of each class: float32 `[classes]`."""
+        """Return the step of each class: float32 `[classes]`."""
         return np.exp2(self.base + STEP_CLASSES / CLASSES_PER_OCTAVE).astype(np.float32)
 
 
@@ -93,7 +93,7 @@ def std_classes(std: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class StreamLayout:
-    """Which symbols share a stream in the segments of a layer, from the narrowest stream to the widest.
+    """Tell which symbols share a stream in the segments of a layer, from the narrowest stream to the widest.
 
     Attributes:
         exponent: float64 `[streams]`, binary logarithm of the standard deviation of a stream's symbols where the step

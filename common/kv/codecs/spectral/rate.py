@@ -68,22 +68,22 @@ class RateControl:
 
     @property
     def left_bytes(self) -> int:
-        """Bytes that are left of the budget."""
+        """Return the bytes that are left of the budget."""
         return self.segment_bytes - self.spent_bytes
 
     @property
     def may_be_left(self) -> float:
-        """Bytes that the last layer need not use up."""
+        """Return the bytes that the last layer need not use up."""
         return max(LEFT_OF_LAYER * self.left_bytes, LEFT_OF_BUDGET * self.segment_bytes)
 
     @property
     def finest(self) -> float:
-        """The least base step of the next layer."""
+        """Return the least base step of the next layer."""
         return float(np.float32(self._widest[self.done] + FINEST))
 
     @property
     def coarsest(self) -> float:
-        """The largest base step of the next layer."""
+        """Return the largest base step of the next layer."""
         return float(np.float32(self._widest[self.done] + COARSEST))
 
     def base(self, classes: np.ndarray, fixed_bytes: int) -> float:
@@ -119,7 +119,7 @@ class RateControl:
 
     @cached_property
     def _exponents(self) -> np.ndarray:
-        """Binary logarithm of every stream's standard deviation where the step of class 0 is 1."""
+        """Return the binary logarithm of every stream's standard deviation where the step of class 0 is 1."""
         first = self._lowest - HIGHEST_CLASS
         streams = self._rows.shape[1] + HIGHEST_CLASS - LOWEST_CLASS
         exponents: np.ndarray = np.arange(first, first + streams) / CLASSES_PER_OCTAVE

@@ -43,38 +43,38 @@ class LayerTransform:
 
     @cached_property
     def _classes(self) -> np.ndarray:
-        """Class of each row, in the order side, head, element."""
+        """Return the class of each row, in the order side, head, element."""
         return std_classes(self.basis.std[self.layer].flatten().numpy())
 
     @cached_property
     def row_order(self) -> np.ndarray:
-        """The rows by rising class, those of one class in the order side, head, element: int64 `[rows]`."""
+        """Sort the rows by rising class, those of one class in the order side, head, element: int64 `[rows]`."""
         return np.argsort(self._classes, kind="stable")
 
     @cached_property
     def run_classes(self) -> np.ndarray:
-        """The classes that rows have, rising: int64 `[runs]`."""
+        """Return the classes that rows have, rising: int64 `[runs]`."""
         return np.unique(self._classes)
 
     @cached_property
     def run_start(self) -> np.ndarray:
-        """Where each class starts in `row_order`: int64 `[runs + 1]`."""
+        """Return where each class starts in `row_order`: int64 `[runs + 1]`."""
         edges = np.searchsorted(self._classes[self.row_order], self.run_classes)
         return np.append(edges, len(self.row_order)).astype(np.int64)
 
     @cached_property
     def run_rows(self) -> np.ndarray:
-        """Rows of each class: int64 `[runs]`."""
+        """Count the rows of each class: int64 `[runs]`."""
         return np.diff(self.run_start)
 
     @cached_property
     def streams(self) -> StreamLayout:
-        """Which symbols share a stream."""
+        """Lay out which symbols share a stream."""
         return StreamLayout.of(self.run_classes, self.run_rows)
 
     @cached_property
     def _run_exponents(self) -> np.ndarray:
-        """Binary logarithm of each class's standard deviation: float64 `[runs]`."""
+        """Return the binary logarithm of each class's standard deviation: float64 `[runs]`."""
         return self.run_classes / CLASSES_PER_OCTAVE
 
     def mean_bits(self, steps: np.ndarray) -> np.ndarray:
@@ -125,7 +125,7 @@ class LayerTransform:
             self._analysis,
             steps.tokens.start,
             1 / steps.of_classes,
-            self._places(steps, packed),
+            self._offsets(steps, packed),
             symbols,
         )
         return symbols, float(np.int32(largest).view(np.float32))
@@ -158,7 +158,7 @@ class LayerTransform:
                 self._synthesis,
                 steps.tokens.start,
                 steps.of_classes,
-                self._places(steps, packed),
+                self._offsets(steps, packed),
                 flat(key_rows),
                 flat(value_rows),
             )
@@ -167,26 +167,26 @@ class LayerTransform:
         cosine, sine = self.basis.rotation(first, tokens)
         return cosine.numpy(), sine.numpy(), np.float32(scaling)
 
-    def _places(self, steps: Steps, packed: PackedStreams) -> np.ndarray:
+    def _offsets(self, steps: Steps, packed: PackedStreams) -> np.ndarray:
         """Return where the symbols of each step class and row start: int64 `[classes, rows]`."""
-        place = np.empty((len(steps.tokens.of_each), len(self.row_order)), np.int64)
-        offsets(self.row_order, self.run_start, steps.tokens.start, self.streams.stream_of, packed.start, place)
-        return place
+        starts = np.empty((len(steps.tokens.of_each), len(self.row_order)), np.int64)
+        offsets(self.row_order, self.run_start, steps.tokens.start, self.streams.stream_of, packed.start, starts)
+        return starts
 
     @cached_property
     def _mean(self) -> np.ndarray:
-        """float32 `[2 · kv_heads, head_dim]`."""
+        """Return the mean, float32 `[2 · kv_heads, head_dim]`."""
         mean: np.ndarray = self.basis.mean[self.layer].flatten(0, 1).numpy()
         return mean
 
     @cached_property
     def _analysis(self) -> np.ndarray:
-        """float32 `[2 · kv_heads, head_dim, padded]`, a column for each coefficient."""
+        """Return `analysis`, float32 `[2 · kv_heads, head_dim, padded]`, a column for each coefficient."""
         return _padded(self.basis.analysis[self.layer])
 
     @cached_property
     def _synthesis(self) -> np.ndarray:
-        """float32 `[2 · kv_heads, head_dim, padded]`, a row for each coefficient."""
+        """Return `synthesis`, float32 `[2 · kv_heads, head_dim, padded]`, a row for each coefficient."""
         return _padded(self.basis.synthesis[self.layer])
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spectrumkv.common.kv.policies import TierRequest, policies
-from spectrumkv.common.kv.tiers import Tier, count_tiers, nominal_budget
+from spectrumkv.common.kv.tiers import Tier, count_tiers, mean_tier_cost
 from tests.common.kv.policies.test_policy import SCORES, request, scores_of_prompts, spell
 
 GRID_TOKENS = [*range(1, 42), 100, 257, 1000, 1792, 131072]
@@ -55,7 +55,7 @@ def two_tiers_by_the_paper(b: Fraction, n: int) -> Counter[Tier]:
         ("adaptive", two_tiers_by_the_paper, False),
     ],
 )
-def test_counts_and_nominal_budget_follow_the_papers_formulas(name, by_the_paper, int4_allowed, tokens):
+def test_counts_and_mean_tier_cost_follow_the_papers_formulas(name, by_the_paper, int4_allowed, tokens):
     scores = torch.zeros(tokens)
     # Ranking 131072 tokens at every budget would take as long as all other tests here.
     for percent in GRID_PERCENT if tokens <= 2000 else (30, 38, 55, 70):
@@ -65,13 +65,13 @@ def test_counts_and_nominal_budget_follow_the_papers_formulas(name, by_the_paper
         expected = by_the_paper(Fraction(percent, 100), tokens)
         assert +Counter(count_tiers(tiers)) == +expected, percent
         cost = sum(Fraction(tier.nominal_cost) * count for tier, count in expected.items()) / tokens
-        assert nominal_budget(tiers) == pytest.approx(float(cost), abs=1e-12)
+        assert mean_tier_cost(count_tiers(tiers)) == pytest.approx(float(cost), abs=1e-12)
 
 
 @pytest.mark.parametrize("percent", range(25, 101))
 def test_greedy_costs_exactly_the_budget_where_shares_are_whole(percent):
     tiers = policies.get("greedy").assign(request([0.0] * 100, percent / 100))
-    assert nominal_budget(tiers) == pytest.approx(percent / 100, abs=1e-12)
+    assert mean_tier_cost(count_tiers(tiers)) == pytest.approx(percent / 100, abs=1e-12)
 
 
 @given(scores_of_prompts, st.booleans())
@@ -87,7 +87,7 @@ def test_balanced_at_one_half_is_the_papers_20_40_40():
 
 def test_sink_protect_over_a_tight_budget_reports_what_it_costs():
     tiers = policies.get("sink-protect").assign(request(SCORES, 0.25))
-    assert nominal_budget(tiers) == (4 + 6 / 4) / 10
+    assert mean_tier_cost(count_tiers(tiers)) == (4 + 6 / 4) / 10
 
 
 def test_random_places_greedys_counts_differently_for_each_seed():

@@ -1,0 +1,68 @@
+"""What an encoder factory is given, and what codecs refuse of it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from spectrumkv.common.errors import FailedPreconditionError, InternalError, InvalidArgumentError
+from spectrumkv.common.kv.allocation import Int4Layers
+from spectrumkv.common.kv.codecs import EncoderRequest, codecs
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.policies import BudgetKind, policies
+
+GEOMETRY = KvGeometry(layers=3, kv_heads=2, head_dim=16, native_dtype=torch.float32)
+IN_BYTES = EncoderRequest(
+    policy=policies.get("spectral"),
+    byte_budget=0.5,
+    tier_budget=None,
+    scorer="attention",
+    scope="layer",
+    int4=Int4Layers(),
+    seed=0,
+    geometry=GEOMETRY,
+    tokens=100,
+    framing_bytes=30,
+)
+IN_TIERS = replace(IN_BYTES, policy=policies.get("greedy"), byte_budget=None, tier_budget=0.5)
+
+
+@pytest.mark.parametrize(("byte_budget", "tier_budget"), [(None, None), (0.5, 0.5), (None, 0.5)])
+def test_a_budget_is_of_its_policys_kind(byte_budget: float | None, tier_budget: float | None) -> None:
+    with pytest.raises(InternalError, match="'spectral' has a budget of kind 'bytes' and no other"):
+        replace(IN_BYTES, byte_budget=byte_budget, tier_budget=tier_budget)
+    with pytest.raises(InternalError, match="'greedy' has a budget of kind 'tier_cost' and no other"):
+        replace(IN_TIERS, byte_budget=tier_budget, tier_budget=byte_budget)
+
+
+def test_a_negative_seed_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="seed is -1"):
+        replace(IN_BYTES, seed=-1)
+
+
+def test_a_byte_budget_pays_for_framing() -> None:
+    assert IN_BYTES.segment_bytes == GEOMETRY.fp16_bytes(100) // 2 - 30
+    with pytest.raises(InternalError, match="'greedy' has no byte budget"):
+        _ = IN_TIERS.segment_bytes
+
+
+def test_policies_whose_budget_counts_bytes_belong_to_a_codec() -> None:
+    for policy in map(policies.get, policies):
+        if policy.budget_kind is BudgetKind.BYTES:
+            assert policy.codec in codecs
+
+
+def test_an_allocation_that_needs_a_basis_is_refused_without_one() -> None:
+    for name in ("spectral", "absmax"):
+        with pytest.raises(FailedPreconditionError, match="codec 'spectral' needs a basis"):
+            codecs.get(name).encoder(IN_BYTES)
+    with pytest.raises(FailedPreconditionError, match="codec 'spectral' needs a basis"):
+        codecs.get("spectral").decoder(GEOMETRY, None)
+    with pytest.raises(FailedPreconditionError, match="codec 'spectral' needs a basis"):
+        codecs.get("spectral").basis_digest(None)
+    assert codecs.get("absmax").basis_digest(None) == b""
+
+
+def test_a_codec_without_an_allocation_of_its_own_says_so() -> None:
+    with pytest.raises(InternalError, match="'absmax' has no allocation of its own"):
+        codecs.get("absmax").tier_allocation(IN_BYTES, {})

@@ -29,8 +29,8 @@ from spectrumkv.prefill_server.request import FirstResponse, PrefillRequest, Req
 from spectrumkv.prefill_server.transfer.codec_selector import CodecSelector
 from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline
 from spectrumkv.prefill_server.transfer.plan import SCOPES, KvPlan, default_budget
-from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
 from spectrumkv.prefill_server.usage import Progress, usage_message
+from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.prefill_server.workers.lease import DecodeLease
 from spectrumkv.prefill_server.workers.pool import WorkerPool
 from spectrumkv.v1 import decode_pb2, generation_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc

@@ -14,7 +14,7 @@ from spectrumkv.common.kv.policies.int4_layers import Int4Layers
 from spectrumkv.common.kv.scoring import scorers
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.service.config import PrefillConfig
-from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
+from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import kv_pb2, prefill_pb2
 
 SCOPES = ("layer", "model")

@@ -18,7 +18,7 @@ from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline
 from spectrumkv.prefill_server.transfer.plan import KvPlan
-from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
+from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import decode_pb2, prefill_pb2
 
 GEOMETRY = KvGeometry(layers=3, kv_heads=2, head_dim=8, native_dtype=torch.float32)

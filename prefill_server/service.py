@@ -24,7 +24,8 @@ from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.service.config import Address, PrefillConfig
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.request_log import check_request_id, current_request
-from spectrumkv.prefill_server.engine.engine import PrefillEngine, PromptResult
+from spectrumkv.prefill_server.engine.engine import PrefillEngine
+from spectrumkv.prefill_server.engine.prompt_queue import PromptResult
 from spectrumkv.prefill_server.request import FirstResponse, PrefillRequest, Progress, RequestsInService
 from spectrumkv.prefill_server.transfer.codec_selector import CodecSelector
 from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline

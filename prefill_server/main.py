@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Load the model, find the basis of its KV and how strongly that may be coded, and serve."""
+    """Load the model, find its spectral basis and how strongly its KV may be coded, then serve."""
     process.run(_serve)
 
 

@@ -99,7 +99,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
     def GetServerInfo(  # noqa: N802  # gRPC's spelling
         self, request: prefill_pb2.PrefillServiceGetServerInfoRequest, context: grpc.ServicerContext
     ) -> prefill_pb2.PrefillServiceGetServerInfoResponse:
-        """Tell what is served, the defaults, and what a request may ask for."""
+        """Return what is served, the defaults, and what a request may ask for."""
         config = self._config
         return prefill_pb2.PrefillServiceGetServerInfoResponse(
             version=version("spectrumkv"),
@@ -126,12 +126,19 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         )
 
     def stop(self) -> None:
-        """End the engine and close channels; call after the server has drained."""
+        """End the engine and close the channels to decode workers; call this after the server has drained."""
         self._engine.stop()
         self._workers.close()
 
     def _read(self, message: prefill_pb2.GenerateRequest, progress: Progress) -> PrefillRequest:
         """Check a request and fill in the defaults.
+
+        Args:
+            message: as the client sent it.
+            progress: starts with the message's arrival.
+
+        Returns:
+            The request, ready to be served.
 
         Raises:
             NotFoundError: the request names another model.
@@ -170,6 +177,9 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
     def _run_prompt(self, request: PrefillRequest, lease: DecodeLease, scope: RpcScope) -> PromptResult:
         """Run the prompt while its KV leaves layer by layer.
 
+        Returns:
+            The logits of the first token, and what the prompt took.
+
         Raises:
             SpectrumKVError: the KV cannot be coded, the worker was lost, or the request ended.
         """
@@ -195,7 +205,11 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
     def _first_token(
         self, request: PrefillRequest, lease: DecodeLease, result: PromptResult
     ) -> Iterator[prefill_pb2.GenerateResponse]:
-        """Hand the first token to decode, and yield it unless the client has it from an earlier dispatch."""
+        """Hand the first token to decode and to the client.
+
+        Yields:
+            The token, unless the client has it from an earlier dispatch.
+        """
         first = request.first = request.first or self._sample_first(request, result)
         request.finish = first.finish
         lease.pipeline.put_first_token(first.token)
@@ -204,7 +218,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             self._observe_token(request.progress)
 
     def _sample_first(self, request: PrefillRequest, result: PromptResult) -> FirstResponse:
-        """Sample the first token, from the exact KV."""
+        """Return the first token, sampled from the exact KV."""
         sampled = Sampler(request.params, request.token_ids).sample(result.logits, 0)
         text = TextStream(self._loaded.tokenizer, request.params, self._loaded.eos_token_ids)
         delta = text.push(sampled.token_id)
@@ -216,7 +230,11 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
     def _relay_tokens(
         self, request: PrefillRequest, lease: DecodeLease, dispatch: Dispatch
     ) -> Iterator[prefill_pb2.GenerateResponse]:
-        """Yield what decode generates, and take in how the generation ended."""
+        """Relay what decode generates, and take in how the generation ended.
+
+        Yields:
+            Each token after the first.
+        """
         for message in lease.responses():
             dispatch.commit()
             if message.HasField("token"):

@@ -89,6 +89,15 @@ def _attention_after_past(
     With one mask over all queries and keys, every layer would convert the mask and compute what it hides; neither
     half needs a mask. The halves are joined as the blocks of FlashAttention are (arXiv 2205.14135, section 3.1), by
     the logarithms of their softmax's denominators.
+
+    Args:
+        query: `[1, query_heads, n, head_dim]`.
+        key: `[1, kv_heads, past + n, head_dim]`.
+        value: like `key`.
+        scaling: factor of the attention logits.
+
+    Returns:
+        `[1, n, query_heads, head_dim]`.
     """
     kv_heads, queries = key.shape[1], query.shape[2]
     past = key.shape[2] - queries
@@ -120,7 +129,11 @@ def _softcapped_attention(
     scaling: float,
     softcap: float,
 ) -> torch.Tensor:
-    """Attend causally with capped logits, a block of queries at a time, so that no n × n matrix is ever made."""
+    """Attend causally with capped logits, a block of queries at a time, so that no n × n matrix is ever made.
+
+    Returns:
+        `[batch, n, query_heads, head_dim]`, as `hooked_attention` does.
+    """
     batch, query_heads, queries, head_dim = query.shape
     kv_heads, tokens = key.shape[1], key.shape[2]
     grouped = query.view(batch, kv_heads, query_heads // kv_heads, queries, head_dim)

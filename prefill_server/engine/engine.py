@@ -69,7 +69,11 @@ class PrefillEngine:
         return prompt.outcome
 
     def submit_call(self, call: Callable[[], T]) -> "Future[T]":
-        """Queue another call that uses the model, so that it never runs beside a prompt; return its future."""
+        """Queue another call that uses the model, so that it never runs beside a prompt.
+
+        Returns:
+            The call's future.
+        """
         return self._executor.submit(call)
 
     @property
@@ -96,7 +100,12 @@ class PrefillEngine:
                 prompt.fail(error)
 
     def _next_batch(self) -> list[QueuedPrefill]:
-        """Take the prompt whose turn it is, and those after it that fit into its pass; chunks have no company."""
+        """Take the prompts of the next pass.
+
+        Returns:
+            The prompt whose turn it is and those after it that fit into its pass, without those that have ended; a
+            prompt that runs in chunks is alone.
+        """
         batch: list[QueuedPrefill] = []
 
         def fits(prompt: QueuedPrefill) -> bool:

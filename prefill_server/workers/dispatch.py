@@ -76,7 +76,14 @@ class Dispatch:
         return lease
 
     def deliver_basis(self, basis: SpectralBasis) -> bool:
-        """Send the worker the codec's basis; return whether it has the basis now, so that it can be asked again."""
+        """Send the worker the codec's basis.
+
+        Returns:
+            Whether the worker has the basis now, so that it can be asked again.
+
+        Raises:
+            SpectrumKVError: the request ended.
+        """
         try:
             with self.worker.holding(self._slots):
                 self.worker.basis_upload.deliver(basis, self._deliveries, self._scope)

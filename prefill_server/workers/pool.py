@@ -123,7 +123,7 @@ class WorkerPool:
             worker.close()
 
     def _delivered_basis(self, dispatch: Dispatch) -> bool:
-        """Send a worker the basis that it lacks; return whether the worker can be asked again."""
+        """Return whether the worker has the basis that it lacked, which is sent here, and can be asked again."""
         return self._basis is not None and dispatch.deliver_basis(self._basis)
 
     def _pass_over(self, worker: DecodeWorker, error: SpectrumKVError, admitted: bool) -> None:

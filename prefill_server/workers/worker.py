@@ -110,7 +110,18 @@ class DecodeWorker:
                 self._own -= slots
 
     def open_lease(self, pipeline: KvPipeline, scope: RpcScope) -> DecodeLease:
-        """Start a Decode stream with the worker, and wait until it admits the request; see `lease.open_lease`."""
+        """Start a Decode stream with the worker, and wait until it admits the request.
+
+        Args:
+            pipeline: makes the messages to send.
+            scope: the client's RPC; when it ends, so does the stream.
+
+        Returns:
+            The lease; whoever gets it must leave it as a context manager.
+
+        Raises:
+            SpectrumKVError: the worker refused the request, or could not be reached; the message names the worker.
+        """
         return open_lease(self.address, self.open_stream, pipeline, scope, self._metrics)
 
     def lost(self, leaving: bool) -> None:

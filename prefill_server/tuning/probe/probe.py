@@ -83,7 +83,22 @@ def probe_and_keep(
     on_progress: OnProgress,
     codec: str = PROBE_CODEC,
 ) -> ProbeVerdict:
-    """Probe even where a verdict is kept already, keep the new one, and return it; see `resolve_verdict`."""
+    """Probe even where a verdict is kept already, and keep the new one.
+
+    Args:
+        loaded: the model.
+        engine: runs the model.
+        basis: of the model's spectral codec.
+        on_progress: called before each step.
+        codec: name of the codec that writes INT4.
+
+    Returns:
+        A verdict of source "probe".
+
+    Raises:
+        InvalidArgumentError: `codec` is unknown or has no INT4.
+        FailedPreconditionError: the model's context is too short.
+    """
     verdict = run_probe(loaded, engine, basis, on_progress, codecs.get(codec))
     keep_verdict(verdict_key(loaded, basis, codec), verdict)
     return verdict

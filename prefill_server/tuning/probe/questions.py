@@ -90,7 +90,11 @@ class NeedleQuestion:
 
     @classmethod
     def put(cls, loaded: LoadedModel, prompt: NeedlePrompt) -> "NeedleQuestion":
-        """Run the prompt, and return the question with its answer over the exact KV."""
+        """Run the prompt.
+
+        Returns:
+            The question, with the answer over the exact KV.
+        """
         captured = capture_prompt(loaded.model, prompt.token_ids, WINDOW)
         answer = generate_over(
             loaded.model, captured.exact_kv(), captured.first_token, ANSWER_TOKENS, loaded.eos_token_ids
@@ -138,7 +142,11 @@ class ProseQuestion:
 
     @classmethod
     def put(cls, loaded: LoadedModel, stretch: Stretch) -> "ProseQuestion":
-        """Run the context, and return the question with the predictions over the exact KV."""
+        """Run the context.
+
+        Returns:
+            The question, with the predictions over the exact KV.
+        """
         captured = capture_prompt(loaded.model, stretch.context, WINDOW)
         return cls(loaded, stretch, captured, logits_over(loaded.model, captured.exact_kv(), stretch.scored[:-1]))
 

@@ -147,12 +147,16 @@ class ProbeRunner:
         return [one.trial(0) for one in answers], settings
 
     def prose_question(self, stretch: Stretch) -> ProseQuestion:
-        """Run a stretch's context, as a step of its own."""
+        """Run a stretch's context, as a step of its own.
+
+        Returns:
+            The question, with the predictions over the exact KV.
+        """
         self.progress.begin(f"{len(stretch.context)} tokens of prose, and {len(stretch.scored)} more to predict")
         return self.call(partial(ProseQuestion.put, self.loaded, stretch))
 
     def call(self, call: Callable[[], T]) -> T:
-        """Run something on the engine's thread, and return what it returns."""
+        """Return what a call on the engine's thread returns."""
         return self.engine.submit_call(call).result()
 
     def _ask(self, prompt: NeedlePrompt, plans: Sequence[KvPlan]) -> NeedleAnswers:

@@ -113,7 +113,7 @@ def bisection_steps(most: int) -> int:
 
 
 def _most_harmed_first(runner: ProbeRunner, codec: Codec) -> Sequence[int]:
-    """Rank the layers by their damage alone: mean KL with one layer as in the trial and all others exact."""
+    """Return the layers ranked by their damage: mean KL with one layer as in the trial and all others exact."""
     question = runner.prose_question(runner.stretches[0])
     exact = question.captured.exact_kv()
     received = runner.call(partial(question.received_kv, int4_trial(codec)))

@@ -17,7 +17,7 @@ from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.spans import set_up_spans
 from spectrumkv.kernels.absmax import dispatch as absmax
 from spectrumkv.kernels.attention_scores import dispatch as accumulated_attention
-from spectrumkv.prefill_server.engine.engine import PrefillEngine
+from spectrumkv.prefill_server.engine import PrefillEngine
 from spectrumkv.prefill_server.service import PrefillService
 from spectrumkv.prefill_server.transfer.plan import check_defaults
 from spectrumkv.prefill_server.tuning.basis_cache import EXCERPTS, resolve_basis
@@ -45,7 +45,7 @@ def _serve() -> None:
     accumulated_attention.prepare()
     metrics = Metrics.for_process("prefill", loaded.name)
     engine = PrefillEngine(loaded, config.window)
-    basis = resolve_basis(loaded, lambda done: logger.info("calibration, excerpt %d of %d", done, EXCERPTS))
+    basis = resolve_basis(loaded, lambda done: logger.info("calibrated on excerpt %d of %d", done, EXCERPTS))
     verdict = resolve_verdict(loaded, engine, basis, config.int4, logger.info)
     service = PrefillService(loaded, config, metrics, engine, verdict, basis)
     server = Server(

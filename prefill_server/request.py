@@ -9,8 +9,7 @@ from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier
-from spectrumkv.prefill_server.transfer.pipeline import FirstToken, SentKv
-from spectrumkv.prefill_server.transfer.plan import KvPlan
+from spectrumkv.prefill_server.transfer import FirstToken, KvPlan, SentKv
 from spectrumkv.v1 import generation_pb2
 
 

@@ -24,16 +24,12 @@ from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.service.config import Address, PrefillConfig
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.request_log import check_request_id, current_request
-from spectrumkv.prefill_server.engine.engine import PrefillEngine
-from spectrumkv.prefill_server.engine.prompt_queue import PromptResult
+from spectrumkv.prefill_server.engine import PrefillEngine, PromptResult
 from spectrumkv.prefill_server.request import FirstResponse, PrefillRequest, Progress, RequestsInService
-from spectrumkv.prefill_server.transfer.codec_selector import CodecSelector
-from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline
-from spectrumkv.prefill_server.transfer.plan import SCOPES, KvPlan, default_budget
+from spectrumkv.prefill_server.transfer import CodecSelector, FirstToken, KvPipeline, KvPlan
+from spectrumkv.prefill_server.transfer.plan import SCOPES, default_budget
 from spectrumkv.prefill_server.verdict import ProbeVerdict
-from spectrumkv.prefill_server.workers.dispatch import Dispatch
-from spectrumkv.prefill_server.workers.lease import DecodeLease
-from spectrumkv.prefill_server.workers.pool import WorkerPool
+from spectrumkv.prefill_server.workers import DecodeLease, Dispatch, WorkerPool
 from spectrumkv.v1 import decode_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
 
 
@@ -83,7 +79,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             Each token as it comes, then Finished.
 
         Raises:
-            SpectrumKVError: the request is at fault, nobody can serve it, or its caller ended it.
+            SpectrumKVError: the request is at fault, no decode worker can serve it, or its caller ended it.
         """
         progress = Progress(arrived_at=time.monotonic())
         current_request().at_end(progress.log_fields)

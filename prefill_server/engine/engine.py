@@ -56,8 +56,8 @@ class PrefillEngine:
             streams_chunks: whether the layers of a long prompt are shown chunk by chunk.
 
         Returns:
-            A future that can be cancelled at any time: whoever waits for it is free at once. A pass that is running
-            continues to its next layer, and ends there if it has no other prompt.
+            A future that can be cancelled at any time, so that a thread that waits for it wakes at once. A running
+            pass continues to its next layer, and ends there if it has no other prompt.
         """
         bounds = chunk_bounds(len(token_ids), self._chunk_tokens)
         prompt = QueuedPrefill(token_ids, kv_hook, ChunkedPrefill(token_ids, bounds, streams_chunks))
@@ -95,7 +95,7 @@ class PrefillEngine:
                 self._run_chunk(batch[0])
             else:
                 self._run_batch(batch)
-        except Exception as error:  # noqa: BLE001  # it belongs to whoever waits
+        except Exception as error:  # noqa: BLE001  # the prompts' futures carry it
             for prompt in batch:
                 prompt.fail(error)
 

@@ -1,4 +1,4 @@
-"""Prompts that wait for the model: short ones first, and none for ever."""
+"""Prompts that wait for the model: short ones first, and no prompt waits for ever."""
 
 import threading
 import time
@@ -49,7 +49,7 @@ class QueuedPrefill:
         submitted: monotonic time.
         arrival: its number in the queue.
         computed_seconds: time that the passes so far took.
-        outcome: the future of whoever waits for the prompt.
+        outcome: the future that the prompt's submitter waits for.
     """
 
     token_ids: Sequence[int]
@@ -66,7 +66,7 @@ class QueuedPrefill:
             return
         try:
             self.kv_hook(capture)
-        except Exception as error:  # noqa: BLE001  # it belongs to whoever waits
+        except Exception as error:  # noqa: BLE001  # the prompt's future carries it
             self.fail(error)
 
     def fail(self, error: Exception) -> None:

@@ -43,7 +43,7 @@ def open_lease(
         metrics: counts answers that arrive damaged.
 
     Returns:
-        The lease; whoever gets it must leave it as a context manager.
+        The lease, a context manager that the caller must leave.
 
     Raises:
         SpectrumKVError: the worker refused the request, or could not be reached; the message names the worker.

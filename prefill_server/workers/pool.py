@@ -128,7 +128,8 @@ class WorkerPool:
 
     def _pass_over(self, worker: DecodeWorker, error: SpectrumKVError, admitted: bool) -> None:
         """Count and log that a worker did not serve a request, and take in what that says of the worker."""
-        logger.warning("%s: %s", "moved on" if admitted else "passed over", error.message)
+        what = "a request goes on to another decode worker" if admitted else "a request passes over a decode worker"
+        logger.warning("%s: %s", what, error.message)
         self._metrics.decode_workers_passed_over.labels(LOST if admitted else refusal_reason(error)).inc()
         if isinstance(error, UnavailableError):
             worker.lost(leaving=error.retry_after_seconds is not None)

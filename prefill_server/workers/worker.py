@@ -117,7 +117,7 @@ class DecodeWorker:
             scope: the client's RPC; when it ends, so does the stream.
 
         Returns:
-            The lease; whoever gets it must leave it as a context manager.
+            The lease, a context manager that the caller must leave.
 
         Raises:
             SpectrumKVError: the worker refused the request, or could not be reached; the message names the worker.

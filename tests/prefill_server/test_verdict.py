@@ -97,7 +97,7 @@ def test_layers_without_int4_are_named() -> None:
     some = verdict_of(1, 3, Int4Layers(frozenset({3, 0})))
     assert not some.int4_allowed
     assert "in layers 0, 3 it finds enough" in some.reason
-    assert "some layers does not mend that" in verdict_of(1, 3).reason
+    assert "some layers does not help" in verdict_of(1, 3).reason
 
 
 @pytest.mark.parametrize(

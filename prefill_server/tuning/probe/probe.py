@@ -183,23 +183,23 @@ def _reason_of_int4(trials: Sequence[ProbeTrial], int4: Int4Layers, layers: int)
     if not is_conclusive(trials):
         return (
             f"the model finds {exact} of {TRIALS} needles over its exact KV, so the probe can tell nothing about "
-            "INT4; --int4 on allows it all the same"
+            "INT4; --int4 on allows it anyway"
         )
     counts = (
-        f"with INT4 the model finds {found} of {TRIALS} needles, {TRIALS_TO_PASS} are wanted; "
+        f"with INT4 the model finds {found} of {TRIALS} needles, {TRIALS_TO_PASS} are needed; "
         f"over its exact KV it finds {exact}"
     )
     if int4.everywhere:
         return counts
     if len(int4.off) == layers:
-        return f"{counts}; doing without it in some layers does not mend that"
+        return f"{counts}; leaving INT4 out of some layers does not help"
     where = f"layer{'s' if len(int4.off) > 1 else ''} {int4.off_list}"
     return f"{counts}; with INT8 in place of INT4 in {where} it finds enough"
 
 
 def _reason_of_budget(settings: Sequence[ProbedSetting]) -> str:
     if not finds_needles(settings):
-        return f"without needles it cannot judge counted budgets, so budget auto stays {UNPROBED_BUDGET:g}"
+        return f"without needles the probe cannot judge counted budgets, so budget auto stays {UNPROBED_BUDGET:g}"
     safe = strongest_safe_budget(settings)
     if safe is None:
         return f"no counted budget that was tried is safe, so budget auto is {FULL_BUDGET:g}"

@@ -269,7 +269,7 @@ def test_a_layer_whose_int4_is_broken_does_without_if_that_holds(
         assert verdict.default_budget(policy) == shown.budget == pytest.approx((0.5 + 2 * 0.3) / 3)
     else:
         assert verdict.int4 == Int4Layers.nowhere(3)
-        assert "does not mend that" in verdict.reason
+        assert "does not help" in verdict.reason
         assert [one.policy for one in verdict.settings] == ["greedy", "spectral", "spectral"]
         assert verdict.default_budget(policy) == UNPROBED_BUDGET
 

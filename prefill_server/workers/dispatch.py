@@ -75,8 +75,11 @@ class Dispatch:
         self.admitted = True
         return lease
 
-    def deliver_basis(self, basis: SpectralBasis) -> bool:
+    def deliver_basis(self, basis: SpectralBasis | None) -> bool:
         """Send the worker the codec's basis.
+
+        Args:
+            basis: of the model; None where prefill has none either.
 
         Returns:
             Whether the worker has the basis now, so that it can be asked again.
@@ -84,6 +87,8 @@ class Dispatch:
         Raises:
             SpectrumKVError: the request ended.
         """
+        if basis is None:
+            return False
         try:
             with self.worker.holding(self._slots):
                 self.worker.basis_upload.deliver(basis, self._deliveries, self._scope)

@@ -81,7 +81,7 @@ class WorkerPool:
         while (worker := selector.next()) is not None:
             dispatch = Dispatch(worker, slots, scope)
             yield dispatch
-            if isinstance(dispatch.error, BasisMissingError) and self._delivered_basis(dispatch):
+            if isinstance(dispatch.error, BasisMissingError) and dispatch.deliver_basis(self._basis):
                 dispatch = Dispatch(worker, slots, scope)
                 yield dispatch
             if dispatch.error is None:
@@ -121,10 +121,6 @@ class WorkerPool:
         """Close all channels."""
         for worker in self._workers:
             worker.close()
-
-    def _delivered_basis(self, dispatch: Dispatch) -> bool:
-        """Return whether the worker has the basis that it lacked, which is sent here, and can be asked again."""
-        return self._basis is not None and dispatch.deliver_basis(self._basis)
 
     def _pass_over(self, worker: DecodeWorker, error: SpectrumKVError, admitted: bool) -> None:
         """Count and log that a worker did not serve a request, and take in what that says of the worker."""

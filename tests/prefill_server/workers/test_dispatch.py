@@ -111,12 +111,18 @@ def test_the_basis_is_delivered_as_of_before_the_worker_was_asked() -> None:
     worker = FakeWorker()
     dispatch = dispatch_to(worker)
     worker.basis_upload.count = 4
-    assert dispatch.deliver_basis(cast(Any, None))
+    assert dispatch.deliver_basis(cast(Any, object()))
     assert worker.delivered == [3]
     assert worker.held == 0
 
 
 def test_a_worker_that_refuses_the_basis_is_passed_over() -> None:
     dispatch = dispatch_to(FakeWorker(UnavailableError("gone")))
-    assert not dispatch.deliver_basis(cast(Any, None))
+    assert not dispatch.deliver_basis(cast(Any, object()))
     assert isinstance(dispatch.error, UnavailableError)
+
+
+def test_without_a_basis_there_is_nothing_to_deliver() -> None:
+    worker = FakeWorker()
+    assert not dispatch_to(worker).deliver_basis(None)
+    assert worker.delivered == []

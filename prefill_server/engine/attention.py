@@ -150,7 +150,7 @@ def _softcapped_attention(
 
 
 def _causal_rows(rows: slice, queries: int, tokens: int, device: torch.device) -> torch.Tensor:
-    """Return which tokens the queries of `rows` see, bool `[rows, tokens]`; the last query is the last token's."""
+    """Which tokens the queries of `rows` see: bool `[rows, tokens]`; the last query is the last token's."""
     positions = torch.arange(rows.start, rows.stop, device=device) + tokens - queries
     return torch.arange(tokens, device=device) <= positions[:, None]
 

@@ -26,7 +26,7 @@ ANSWER_TOKENS = 16
 # Texts that calibration does not read (it reads the haystack): a story in dialogue, a manual with a table and code.
 PROSE = ("ferry.txt", "pump.txt")
 CONTEXT_TOKENS, SCORED_TOKENS = 768, 256
-# The verdict is kept for all starts, so it must not depend on the --window of this one.
+# The verdict is kept for all starts, so it must not hang on the --window of this one.
 WINDOW = 64
 
 

@@ -44,7 +44,7 @@ class VerdictKey:
         return cls(model, versions, basis_digest.hex(), probe_version)
 
     def path(self) -> Path:
-        """Return the path of the file that keeps the verdict."""
+        """The file that keeps the verdict."""
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
         return cache_directory() / "probes" / f"{digest}.json"
 

@@ -16,7 +16,7 @@ from spectrumkv.common.service.start_checks import check_start
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.spans import set_up_spans
 from spectrumkv.kernels import absmax, attention_scores
-from spectrumkv.prefill_server.engine.engine import PrefillEngine
+from spectrumkv.prefill_server.engine import PrefillEngine
 from spectrumkv.prefill_server.service import PrefillService
 from spectrumkv.prefill_server.transfer.plan import check_defaults
 from spectrumkv.prefill_server.tuning.basis_cache import EXCERPTS, resolve_basis
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Load the model, find the basis of its KV and how strongly that may be coded, and serve."""
+    """Load the model, find its spectral basis and how strongly its KV may be coded, then serve."""
     process.run(_serve)
 
 
@@ -44,7 +44,7 @@ def _serve() -> None:
     attention_scores.prepare()
     metrics = Metrics.for_process("prefill", loaded.name)
     engine = PrefillEngine(loaded, config.window)
-    basis = resolve_basis(loaded, lambda done: logger.info("calibration, excerpt %d of %d", done, EXCERPTS))
+    basis = resolve_basis(loaded, lambda done: logger.info("calibrated on excerpt %d of %d", done, EXCERPTS))
     verdict = resolve_verdict(loaded, engine, basis, config.int4, logger.info)
     service = PrefillService(loaded, config, metrics, engine, verdict, basis)
     server = Server(

@@ -1,45 +1,64 @@
-"""A request on prefill: what it asks for, the token that it gets from here, and how many there are."""
+"""A request on prefill: what it asks for, how far it came, and what it used."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.generation.params import SamplingParams
-from spectrumkv.prefill_server.transfer.pipeline import FirstToken
-from spectrumkv.prefill_server.transfer.plan import KvPlan
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.tiers import Tier
+from spectrumkv.prefill_server.transfer import FirstToken, KvPlan, SentKv
 from spectrumkv.v1 import generation_pb2
 
 
-@dataclass(frozen=True)
-class PrefillRequest:
-    """A request that was found good.
+@dataclass
+class Progress:
+    """Records how far a request came, in seconds of the monotonic clock.
 
     Attributes:
-        request_id: named in the logs of both services.
-        token_ids: the prompt.
-        params: how tokens are chosen; the seed is set.
-        plan: how the KV crosses the network.
+        arrived_at: when the request reached prefill.
+        first_token_at: when the first token had left for the client.
+        second_token_at: when the second token had left for the client.
+        completion_tokens: tokens that left for the client.
+        recomputed_prompt_tokens: as decode reports it.
     """
 
-    request_id: str
-    token_ids: list[int]
-    params: SamplingParams
-    plan: KvPlan
+    arrived_at: float
+    first_token_at: float | None = None
+    second_token_at: float | None = None
+    completion_tokens: int = 0
+    recomputed_prompt_tokens: int = 0
+
+    def log_fields(self) -> dict[str, int | float]:
+        """Return what the request's log line says of the progress."""
+        return {
+            "completion_tokens": self.completion_tokens,
+            "ttft_seconds": self.ttft_seconds,
+            "handoff_seconds": self.handoff_seconds,
+        }
 
     @property
-    def slots(self) -> int:
-        """Slots that decode will reserve for it."""
-        return len(self.token_ids) + self.params.max_tokens
+    def ttft_seconds(self) -> float:
+        """Arrival to first token; 0 before it."""
+        return 0.0 if self.first_token_at is None else self.first_token_at - self.arrived_at
+
+    @property
+    def handoff_seconds(self) -> float:
+        """First token to second token; 0 where there is no second."""
+        if self.first_token_at is None or self.second_token_at is None:
+            return 0.0
+        return self.second_token_at - self.first_token_at
 
 
 @dataclass(frozen=True)
 class FirstResponse:
-    """The token that prefill samples, once for a request.
+    """Holds the token that prefill samples, once for a request.
 
     Attributes:
-        message: for the client.
-        token: for decode.
+        message: the token for the client.
+        token: the token for decode.
         finish: why the generation ends, if it ends with this token.
     """
 
@@ -48,8 +67,85 @@ class FirstResponse:
     finish: generation_pb2.FinishReason
 
 
+@dataclass(eq=False)
+class PrefillRequest:
+    """A request that passed all checks, with what it keeps when it goes from one decode worker to the next.
+
+    Attributes:
+        request_id: named in the logs of both services.
+        token_ids: the prompt.
+        params: how tokens are chosen; the seed is set.
+        plan: how the KV crosses the network.
+        progress: how far the request came.
+        first: the first token, once it is sampled: every worker gets the same one, and the client gets it once.
+        finish: why the generation ended; None before it did.
+
+    Raises:
+        InvalidArgumentError: id, prompt or seed are missing.
+    """
+
+    request_id: str
+    token_ids: Sequence[int]
+    params: SamplingParams
+    plan: KvPlan
+    progress: Progress
+    first: FirstResponse | None = field(default=None, init=False)
+    finish: generation_pb2.FinishReason | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.request_id:
+            raise InvalidArgumentError("a request has no id; both services' logs need one")
+        if not self.token_ids:
+            raise InvalidArgumentError("the prompt has no tokens")
+        if self.params.seed is None:
+            raise InvalidArgumentError("the request has no seed; tokens and scores are drawn from it")
+
+    @property
+    def slots(self) -> int:
+        """Slots that decode will reserve for the request."""
+        return len(self.token_ids) + self.params.max_tokens
+
+    def usage(self, plan: KvPlan, sent: SentKv, geometry: KvGeometry, decode_worker: str) -> generation_pb2.Usage:
+        """Return what the request used, once it is finished.
+
+        Args:
+            plan: the request's plan with the codec that was chosen.
+            sent: what left for decode.
+            geometry: shape and dtype of the model's cache.
+            decode_worker: address of the worker that served the request.
+        """
+        token_layers = sum(sent.tier_tokens.values())
+        nominal_cost = sum(tier.nominal_cost * tokens for tier, tokens in sent.tier_tokens.items())
+        fp16_bytes = geometry.fp16_bytes(len(self.token_ids))
+        return generation_pb2.Usage(
+            prompt_tokens=len(self.token_ids),
+            completion_tokens=self.progress.completion_tokens,
+            tiers=[
+                generation_pb2.TierUsage(
+                    tier=tier.wire_name,
+                    tokens=sent.tier_tokens[tier] / geometry.layers,
+                    bytes=sent.tier_bytes[tier],
+                )
+                for tier in Tier
+                if sent.tier_tokens[tier]
+            ],
+            kv_bytes_sent=sent.message_bytes,
+            kv_fp16_bytes=fp16_bytes,
+            budget_counted=sent.message_bytes / fp16_bytes,
+            budget_nominal=nominal_cost / token_layers if token_layers else 0.0,
+            ttft_seconds=self.progress.ttft_seconds,
+            handoff_seconds=self.progress.handoff_seconds,
+            policy=plan.policy.name,
+            scorer=plan.scorer,
+            codec=plan.codec.name,
+            codec_reason=plan.codec_reason,
+            recomputed_prompt_tokens=self.progress.recomputed_prompt_tokens,
+            decode_worker=decode_worker,
+        )
+
+
 class RequestsInService:
-    """How many requests are in the service now."""
+    """Counts the requests that are in the service now."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""The gRPC face of prefill, and the main flow of the product."""
+"""The gRPC service of prefill, and the main flow of the product."""
 
 import concurrent.futures
 import time
@@ -24,16 +24,13 @@ from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.service.config import Address, PrefillConfig
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.request_log import check_request_id, current_request
-from spectrumkv.prefill_server.engine.engine import PrefillEngine, PromptResult
-from spectrumkv.prefill_server.request import FirstResponse, PrefillRequest, RequestsInService
-from spectrumkv.prefill_server.transfer.codec_selector import CodecSelector
-from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline
-from spectrumkv.prefill_server.transfer.plan import SCOPES, KvPlan, default_budget
-from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
-from spectrumkv.prefill_server.usage import Progress, usage_message
-from spectrumkv.prefill_server.workers.lease import DecodeLease
-from spectrumkv.prefill_server.workers.pool import WorkerPool
-from spectrumkv.v1 import decode_pb2, generation_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
+from spectrumkv.prefill_server.engine import PrefillEngine, PromptResult
+from spectrumkv.prefill_server.request import FirstResponse, PrefillRequest, Progress, RequestsInService
+from spectrumkv.prefill_server.transfer import CodecSelector, FirstToken, KvPipeline, KvPlan
+from spectrumkv.prefill_server.transfer.plan import SCOPES, default_budget
+from spectrumkv.prefill_server.verdict import ProbeVerdict
+from spectrumkv.prefill_server.workers import DecodeLease, Dispatch, WorkerPool
+from spectrumkv.v1 import decode_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
 
 
 class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
@@ -44,8 +41,8 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         config: the service's options.
         metrics: the process's metrics.
         engine: runs the prompts.
-        verdict: what the probe found.
-        basis: the model's, for codecs that need one; None where there is none.
+        verdict: how strongly KV may be coded where a request leaves that open.
+        basis: of the model, for codecs that need one; None where there is none.
     """
 
     def __init__(
@@ -74,38 +71,31 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         metrics.requests_running.set_function(lambda: max(0, self._requests.count - engine.waiting))
 
     def Generate(  # noqa: N802  # gRPC's spelling
-        self, request: prefill_pb2.GenerateRequest, context: grpc.ServicerContext
+        self, message: prefill_pb2.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[prefill_pb2.GenerateResponse]:
-        """Serve one request: reserve on decode, run the prompt while its KV leaves, then relay tokens."""
+        """Serve one request: reserve slots on decode, run the prompt while its KV leaves, then relay tokens.
+
+        Yields:
+            Each token as it comes, then Finished.
+
+        Raises:
+            SpectrumKVError: the request is at fault, no decode worker can serve it, or its caller ended it.
+        """
         progress = Progress(arrived_at=time.monotonic())
         current_request().at_end(progress.log_fields)
         with RpcScope(context, self._config.deadline) as scope, self._requests.counted():
-            job = self._read(request)
-            first: FirstResponse | None = None
-            for attempt in self._workers.attempts(job.slots, lambda worker: self._pipeline(job, worker), scope):
-                with attempt as lease:
-                    result = self._run_prompt(job, lease, scope)
-                    # Another worker gets the prompt's KV again, and the token that the client has already.
-                    first = first or self._sample_first(job, result)
-                    lease.pipeline.put_first_token(first.token)
-                    if progress.completion_tokens == 0:
-                        yield prefill_pb2.GenerateResponse(token=first.message)
-                        self._observe_token(progress)
-                    finish = first.finish
-                    for message in lease.responses():
-                        attempt.commit()
-                        if message.WhichOneof("message") == "token":
-                            yield prefill_pb2.GenerateResponse(token=message.token)
-                            self._observe_token(progress)
-                        elif message.WhichOneof("message") == "finished":
-                            finish = message.finished.finish_reason
-                            progress.recomputed_prompt_tokens = message.finished.recomputed_prompt_tokens
-            yield self._finished(job, finish, lease, progress, result)
+            request = self._read(message, progress)
+            for dispatch in self._workers.offer(request.slots, scope):
+                with dispatch, dispatch.open_lease(self._pipeline(request, dispatch.worker.address)) as lease:
+                    result = self._run_prompt(request, lease, scope)
+                    yield from self._first_token(request, lease, result)
+                    yield from self._relay_tokens(request, lease, dispatch)
+            yield self._finished(request, lease, result)
 
     def GetServerInfo(  # noqa: N802  # gRPC's spelling
         self, request: prefill_pb2.PrefillServiceGetServerInfoRequest, context: grpc.ServicerContext
     ) -> prefill_pb2.PrefillServiceGetServerInfoResponse:
-        """Tell what is served, the defaults, and what a request may ask for."""
+        """Return what is served, the defaults, and what a request may ask for."""
         config = self._config
         return prefill_pb2.PrefillServiceGetServerInfoResponse(
             version=version("spectrumkv"),
@@ -132,53 +122,68 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         )
 
     def stop(self) -> None:
-        """End the engine and close channels; call after the server has drained."""
+        """End the engine and close the channels to decode workers; call this after the server has drained."""
         self._engine.stop()
         self._workers.close()
 
-    def _read(self, request: prefill_pb2.GenerateRequest) -> PrefillRequest:
+    def _read(self, message: prefill_pb2.GenerateRequest, progress: Progress) -> PrefillRequest:
         """Check a request and fill in the defaults.
 
+        Args:
+            message: as the client sent it.
+            progress: starts with the message's arrival.
+
+        Returns:
+            The request, ready to be served.
+
         Raises:
-            NotFoundError: it names another model.
+            NotFoundError: the request names another model.
             InvalidArgumentError: request id, prompt, sampling or KV options are not usable.
+            FailedPreconditionError: the codec needs a basis and there is none.
         """
-        check_request_id(request.request_id)
-        request_id = request.request_id or uuid.uuid4().hex
+        check_request_id(message.request_id)
+        request_id = message.request_id or uuid.uuid4().hex
         current_request().note(request_id=request_id)
         loaded = self._loaded
-        if request.model and request.model != loaded.name:
-            raise NotFoundError(f"model {request.model!r} is not served here; this service has {loaded.name!r}")
-        params = SamplingParams.from_proto(request.sampling).with_seed()
+        if message.model and message.model != loaded.name:
+            raise NotFoundError(f"model {message.model!r} is not served here; this service has {loaded.name!r}")
+        params = SamplingParams.from_proto(message.sampling).with_seed()
         assert params.seed is not None
         params.check_vocabulary(loaded.spec.vocab_size)
-        token_ids = read_prompt(request, loaded.tokenizer, loaded.spec.vocab_size)
+        token_ids = read_prompt(message, loaded.tokenizer, loaded.spec.vocab_size)
         check_length(len(token_ids), params.max_tokens, loaded.context_length)
-        plan = KvPlan.resolve(request.kv, self._config, self._verdict, params.seed, self._basis)
+        plan = KvPlan.resolve(message.kv, self._config, self._verdict, params.seed, self._basis)
         current_request().note(prompt_tokens=len(token_ids), policy=plan.policy.name)
-        return PrefillRequest(request_id, token_ids, params, plan)
+        return PrefillRequest(request_id, token_ids, params, plan, progress)
 
-    def _pipeline(self, job: PrefillRequest, worker: Address) -> KvPipeline:
-        plan = self._codec_selector.select(job.plan, len(job.token_ids), str(worker))
+    def _pipeline(self, request: PrefillRequest, worker: Address) -> KvPipeline:
+        """Return a fresh pipeline that sends the request's KV to one worker."""
+        plan = self._codec_selector.select(request.plan, len(request.token_ids), str(worker))
         begin = decode_pb2.Begin(
-            request_id=job.request_id,
+            request_id=request.request_id,
             model=self._loaded.spec.to_proto(),
             codec=plan.codec_id,
-            prompt_token_ids=job.token_ids,
-            sampling=job.params.to_proto(),
+            prompt_token_ids=request.token_ids,
+            sampling=request.params.to_proto(),
         )
         return KvPipeline(
             begin, plan, self._loaded.geometry, self._config.chunk_bytes, self._metrics, self._loaded.device
         )
 
-    def _run_prompt(self, job: PrefillRequest, lease: DecodeLease, scope: RpcScope) -> PromptResult:
-        """Run the prompt, its KV leaving layer by layer."""
-        record = current_request()
+    def _run_prompt(self, request: PrefillRequest, lease: DecodeLease, scope: RpcScope) -> PromptResult:
+        """Run the prompt while its KV leaves layer by layer.
+
+        Returns:
+            The logits of the first token, and what the prompt took.
+
+        Raises:
+            SpectrumKVError: the KV cannot be coded, the worker was lost, or the request ended.
+        """
+        pipeline, record = lease.pipeline, current_request()
         record.note(decode_worker=str(lease.worker))
-        record.at_end(lease.pipeline.sent.log_fields)
+        record.at_end(pipeline.sent.log_fields)
         record.begin_stage("queue")
-        pipeline = lease.pipeline
-        future = self._engine.submit(job.token_ids, pipeline.put_layer, pipeline.plan.streams_chunks)
+        future = self._engine.submit(request.token_ids, pipeline.put_layer, pipeline.plan.streams_chunks)
         scope.on_end(future.cancel)
         lease.on_end(future.cancel)
         try:
@@ -193,15 +198,47 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self._metrics.request_duration.labels("prefill").observe(result.compute_seconds)
         return result
 
-    def _sample_first(self, job: PrefillRequest, result: PromptResult) -> FirstResponse:
-        """Sample the first token, from the exact KV."""
-        sampled = Sampler(job.params, job.token_ids).sample(result.logits, 0)
-        text = TextStream(self._loaded.tokenizer, job.params, self._loaded.eos_token_ids)
+    def _first_token(
+        self, request: PrefillRequest, lease: DecodeLease, result: PromptResult
+    ) -> Iterator[prefill_pb2.GenerateResponse]:
+        """Hand the first token to decode and to the client.
+
+        Yields:
+            The token, unless the client has it from an earlier dispatch.
+        """
+        first = request.first = request.first or self._sample_first(request, result)
+        request.finish = first.finish
+        lease.pipeline.put_first_token(first.token)
+        if request.progress.completion_tokens == 0:
+            yield prefill_pb2.GenerateResponse(token=first.message)
+            self._observe_token(request.progress)
+
+    def _sample_first(self, request: PrefillRequest, result: PromptResult) -> FirstResponse:
+        """Return the first token, sampled from the exact KV."""
+        sampled = Sampler(request.params, request.token_ids).sample(result.logits, 0)
+        text = TextStream(self._loaded.tokenizer, request.params, self._loaded.eos_token_ids)
         delta = text.push(sampled.token_id)
         token = FirstToken(sampled.token_id, delta.finish is not None)
         return FirstResponse(
             token_message(0, sampled, delta.text), token, (delta.finish or FinishReason.LENGTH).to_proto()
         )
+
+    def _relay_tokens(
+        self, request: PrefillRequest, lease: DecodeLease, dispatch: Dispatch
+    ) -> Iterator[prefill_pb2.GenerateResponse]:
+        """Relay what decode generates, and take in how the generation ended.
+
+        Yields:
+            Each token after the first.
+        """
+        for message in lease.responses():
+            dispatch.commit()
+            if message.HasField("token"):
+                yield prefill_pb2.GenerateResponse(token=message.token)
+                self._observe_token(request.progress)
+            else:
+                request.finish = message.finished.finish_reason
+                request.progress.recomputed_prompt_tokens = message.finished.recomputed_prompt_tokens
 
     def _observe_token(self, progress: Progress) -> None:
         now = time.monotonic()
@@ -215,15 +252,16 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             self._metrics.handoff.observe(progress.handoff_seconds)
 
     def _finished(
-        self,
-        job: PrefillRequest,
-        finish: generation_pb2.FinishReason,
-        lease: DecodeLease,
-        progress: Progress,
-        result: PromptResult,
+        self, request: PrefillRequest, lease: DecodeLease, result: PromptResult
     ) -> prefill_pb2.GenerateResponse:
-        sent, plan, tokens, worker = lease.pipeline.sent, lease.pipeline.plan, len(job.token_ids), str(lease.worker)
-        usage = usage_message(tokens, plan, self._loaded.geometry, sent, progress, worker)
+        """Return the message that ends the request, and learn from what the request took."""
+        sent, plan, tokens, worker = (
+            lease.pipeline.sent,
+            lease.pipeline.plan,
+            len(request.token_ids),
+            str(lease.worker),
+        )
+        usage = request.usage(plan, sent, self._loaded.geometry, worker)
         self._codec_selector.observe(plan, tokens, worker, result.compute_seconds, sent)
         self._metrics.request_duration.labels("encode").observe(sent.encode_seconds)
         self._metrics.request_duration.labels("transfer").observe(sent.transfer_seconds)
@@ -231,4 +269,6 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         current_request().note(budget_counted=usage.budget_counted, codec=plan.codec.name)
         if plan.codec_reason:
             current_request().note(codec_reason=plan.codec_reason)
-        return prefill_pb2.GenerateResponse(finished=prefill_pb2.GenerateFinished(finish_reason=finish, usage=usage))
+        return prefill_pb2.GenerateResponse(
+            finished=prefill_pb2.GenerateFinished(finish_reason=request.finish, usage=usage)
+        )

@@ -15,7 +15,7 @@ from spectrumkv.common.service.config import PrefillConfig, build
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
 from spectrumkv.prefill_server.tuning.basis_cache import EXCERPTS, resolve_basis
 from spectrumkv.prefill_server.tuning.probe.probe import resolve_verdict
-from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
+from spectrumkv.prefill_server.verdict import ProbeVerdict
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from spectrumkv.common.model.spec import ModelSpec
 from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.prefill_server.transfer.plan import SCOPES, KvPlan
-from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
+from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import prefill_pb2
 
 ALL, DEFAULT = "all", "default"

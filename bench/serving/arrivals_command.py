@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.common.rpc.server import open_channel
     from spectrumkv.common.service.config import build
     from spectrumkv.prefill_server.transfer.plan import KvPlan
-    from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
+    from spectrumkv.prefill_server.verdict import ProbeVerdict
 
     check_destinations(arguments)
     if min(arguments.streams, arguments.arrivals, arguments.pause_tokens) < 1:

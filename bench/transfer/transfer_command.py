@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.bench.transfer.kv import captures
     from spectrumkv.common.service.config import build
     from spectrumkv.prefill_server.transfer.plan import KvPlan
-    from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
+    from spectrumkv.prefill_server.verdict import ProbeVerdict
 
     check_destinations(arguments)
     tls = _tls_files(arguments)

@@ -13,7 +13,7 @@ from spectrumkv.common.service.config import SCORE_WINDOW, ServerConfig
 
 if TYPE_CHECKING:
     from spectrumkv.common.model.load import LoadedModel
-    from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
+    from spectrumkv.prefill_server.verdict import ProbeVerdict
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -74,7 +74,7 @@ def _probe(loaded: "LoadedModel", codec: str) -> "ProbeVerdict":
     from spectrumkv.prefill_server.engine.engine import PrefillEngine
     from spectrumkv.prefill_server.tuning.basis_cache import EXCERPTS, resolve_basis
     from spectrumkv.prefill_server.tuning.probe.probe import probe_and_keep
-    from spectrumkv.prefill_server.tuning.probe.progress import ProbeStep
+    from spectrumkv.prefill_server.tuning.probe.runner import ProbeStep
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     engine = PrefillEngine(loaded, SCORE_WINDOW)

@@ -1,4 +1,4 @@
-"""Attention of the prompt, with a hook: each layer shows its queries, keys and values while it runs."""
+"""Attention of the prompt, with a hook that gets each layer's queries, keys and values while the layer runs."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -36,26 +36,26 @@ def hooked_attention(
 ) -> tuple[torch.Tensor, None]:
     """Show this layer to the hooks, then attend as transformers' `sdpa` does (`eager` where logits are capped).
 
-    Registered with transformers' `AttentionInterface`. Taps are called before the layer attends, so that its KV is on
-    the way while the layer still computes. Shorter prompts of a batch are padded on the right, where causal attention
-    keeps the padding out of everything that counts.
+    Registered with transformers' `AttentionInterface`. Hooks are called before the layer attends, so that its KV
+    leaves while the layer still computes. Shorter prompts of a batch are padded on the right, where causal attention
+    lets no real token see the padding.
 
     Args:
         module: the attention layer.
-        query: `[batch, query_heads, n, head_dim]`, after RoPE.
+        query: `[batch, query_heads, n, head_dim]` in the model's dtype, after RoPE.
         key: `[batch, kv_heads, n, head_dim]`, after RoPE; more than n where earlier tokens are in a cache.
         value: like `key`.
         attention_mask: as transformers made it: None or bool, broadcastable to `[batch, 1, n, keys]`.
         scaling: factor of the attention logits.
-        sliding_window: the newest positions that this layer sees; the mask has it already.
+        sliding_window: how many of the newest positions this layer sees; the mask holds it already.
         softcap: Gemma 2's bound on the attention logits.
-        kv_hooks: for each prompt what takes the layer's capture; none for calls that nobody watches.
+        kv_hooks: one for each prompt, called with the layer's capture; none for calls without hooks.
         lengths: tokens of each prompt; None is n for all.
         window: how many of the last queries the hook gets.
-        options: what else transformers hands over.
+        options: whatever else transformers passes on.
 
     Returns:
-        `[batch, n, query_heads, head_dim]` and no weights.
+        `[batch, n, query_heads, head_dim]` in the dtype of `query`, and None in place of attention weights.
     """
     for row, kv_hook in enumerate(kv_hooks):
         # With a cache there are more keys than queries, and no padding.
@@ -84,11 +84,20 @@ def hooked_attention(
 def _attention_after_past(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """Causal attention of a prompt's later part on a CPU: over what came before, and over itself, joined.
+    """Attend causally from a prompt's later chunk on a CPU: over earlier chunks and over itself, then join both.
 
-    A mask of all queries and keys is widened in every layer, and what it hides is computed; both halves need none.
-    They are joined as the blocks of FlashAttention are (arXiv 2205.14135, section 3.1), by the logarithms of their
-    softmax's denominators.
+    With one mask over all queries and keys, every layer would convert the mask and compute what it hides; neither
+    half needs a mask. The halves are joined as the blocks of FlashAttention are (arXiv 2205.14135, section 3.1), by
+    the logarithms of their softmax's denominators.
+
+    Args:
+        query: `[1, query_heads, n, head_dim]`.
+        key: `[1, kv_heads, past + n, head_dim]`.
+        value: like `key`.
+        scaling: factor of the attention logits.
+
+    Returns:
+        `[1, n, query_heads, head_dim]`.
     """
     kv_heads, queries = key.shape[1], query.shape[2]
     past = key.shape[2] - queries
@@ -105,7 +114,7 @@ def _attention_after_past(
 def _flash_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the queries attend to, and the logarithm of the softmax's denominator of each."""
+    """Return what the queries attend to, and for each the logarithm of its softmax's denominator."""
     attended, level = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, is_causal, scale=scaling
     )
@@ -120,7 +129,11 @@ def _softcapped_attention(
     scaling: float,
     softcap: float,
 ) -> torch.Tensor:
-    """Causal attention with capped logits, a block of queries at a time: never an n × n matrix."""
+    """Attend causally with capped logits, a block of queries at a time, so that no n × n matrix is ever made.
+
+    Returns:
+        `[batch, n, query_heads, head_dim]`, as `hooked_attention` does.
+    """
     batch, query_heads, queries, head_dim = query.shape
     kv_heads, tokens = key.shape[1], key.shape[2]
     grouped = query.view(batch, kv_heads, query_heads // kv_heads, queries, head_dim)

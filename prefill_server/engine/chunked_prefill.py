@@ -1,8 +1,8 @@
-"""Long prompts run in parts, so that short ones need not wait for all of them, and so that what can leave early does.
+"""Runs long prompts in chunks: short prompts need not wait for all of them, and KV that may leave early does.
 
-A part's queries attend over the keys of the parts before it, kept in a cache of the model's own. Scores look at the
-prompt's last queries, so that KV which follows them leaves with the last part, layer by layer; other KV leaves with
-each part.
+A chunk's queries attend over the keys of the chunks before it, kept in a cache of the model's own. Scores look at the
+prompt's last queries, so KV whose tier depends on scores leaves with the last chunk, layer by layer; other KV leaves
+with each chunk.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,72 +15,77 @@ from spectrumkv.common.errors import CancelledError
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.prefill_server.engine.attention import KvHook
 
-# Least tokens of a part, by device: few enough that a short prompt's wait for one is short, enough that parts cost
-# little. Where none are stated prompts run in one pass: on a GPU parts would leave the fused causal kernels.
+# Fewest tokens of a chunk, by device: few enough that a short prompt waits little for a chunk, enough that chunks
+# cost little. A device not named here runs prompts in one pass: on a GPU chunks would leave the fused causal kernels.
 CHUNK_TOKENS = {"cpu": 2048}
 
 
-def chunk_bounds(tokens: int, least: int | None) -> list[int]:
-    """Where parts begin, and the end of the last one.
+def chunk_bounds(tokens: int, chunk_tokens: int | None) -> list[int]:
+    """Divide a prompt evenly into as many chunks as there can be.
 
     Args:
         tokens: of the prompt.
-        least: tokens of a part, of which there are as many as there can be; None is one part.
+        chunk_tokens: fewest tokens of a chunk; None for one chunk.
+
+    Returns:
+        Where each chunk begins, and the end of the last one.
     """
-    parts = 1 if least is None else max(1, tokens // least)
-    return [tokens * part // parts for part in range(parts + 1)]
+    chunks = 1 if chunk_tokens is None else max(1, tokens // chunk_tokens)
+    return [tokens * chunk // chunks for chunk in range(chunks + 1)]
 
 
 @dataclass(eq=False)
 class ChunkedPrefill:
-    """How far a prompt is.
+    """Runs one prompt chunk by chunk, and knows how far it is.
 
     Attributes:
         token_ids: the prompt.
-        bounds: of its parts.
-        streams_chunks: whether the hook is shown each part, or the whole prompt with its last part.
+        bounds: where each chunk begins, and the end of the last one.
+        streams_chunks: whether the hook is shown each chunk, or the whole prompt with its last chunk.
     """
 
     token_ids: Sequence[int]
     bounds: Sequence[int]
     streams_chunks: bool
-    _done: int = 0
+    _chunks_done: int = 0
     _cache: DynamicCache | None = field(default_factory=DynamicCache)
 
     @property
-    def several(self) -> bool:
-        """Whether there is more than one."""
+    def is_chunked(self) -> bool:
+        """Whether there is more than one chunk."""
         return len(self.bounds) > 2
 
     @property
     def tokens_left(self) -> int:
         """Tokens that are not computed yet."""
-        return len(self.token_ids) - self.bounds[self._done]
+        return len(self.token_ids) - self.bounds[self._chunks_done]
 
-    def run(self, model: PreTrainedModel, kv_hook: KvHook, wanted: Callable[[], bool], window: int) -> torch.Tensor:
-        """Compute the next part.
+    def run_chunk(
+        self, model: PreTrainedModel, kv_hook: KvHook, is_wanted: Callable[[], bool], window: int
+    ) -> torch.Tensor:
+        """Compute the next chunk.
 
         Args:
             model: with the hooked attention.
             kv_hook: takes the layers' captures.
-            wanted: asked at each layer whether anybody still waits for the prompt.
+            is_wanted: asked at each layer whether anybody still waits for the prompt.
             window: how many of the last queries the hook gets.
 
         Returns:
-            logits of the part's last position, `[vocab]`.
+            Logits `[vocab]` of the chunk's last position, in the model's dtype and on its device.
 
         Raises:
-            CancelledError: nobody does.
+            CancelledError: nobody waits for the prompt any more.
         """
-        first, end = self.bounds[self._done : self._done + 2]
+        first, end = self.bounds[self._chunks_done : self._chunks_done + 2]
         is_last = end == len(self.token_ids)
 
         def hook(capture: LayerCapture) -> None:
             if self.streams_chunks:
-                kv_hook(_on_its_own(capture.since(first)))
+                kv_hook(_copied(capture.since(first)))
             elif is_last:
                 kv_hook(capture)
-            if not wanted():
+            if not is_wanted():
                 raise CancelledError("the request ended")
 
         ids = torch.tensor([list(self.token_ids[first:end])], device=model.device)
@@ -92,12 +97,12 @@ class ChunkedPrefill:
             kv_hooks=[hook],
             window=window,
         ).logits[0, -1]
-        self._done += 1
+        self._chunks_done += 1
         if is_last:
             self._cache = None
         return logits
 
 
-def _on_its_own(capture: LayerCapture) -> LayerCapture:
-    """The same in memory of its own: a view keeps the cache of all parts so far from being freed."""
+def _copied(capture: LayerCapture) -> LayerCapture:
+    """Return the capture in memory of its own: a view keeps the cache of all chunks so far from being freed."""
     return replace(capture, keys=capture.keys.clone(), values=capture.values.clone())

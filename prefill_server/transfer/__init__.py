@@ -1,1 +1,7 @@
-"""From layers to messages: plan, pipeline, choice of codec."""
+"""Turns layers into messages: a request's plan, its pipeline, and the choice of codec."""
+
+from spectrumkv.prefill_server.transfer.codec_selector import CodecSelector
+from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline, SentKv
+from spectrumkv.prefill_server.transfer.plan import KvPlan
+
+__all__ = ["CodecSelector", "FirstToken", "KvPipeline", "KvPlan", "SentKv"]

@@ -1,4 +1,4 @@
-"""Layers on their way from the model's thread to the thread that sends them."""
+"""Hands layers from the model's thread to the thread that sends them."""
 
 import threading
 from collections import deque
@@ -12,7 +12,7 @@ from spectrumkv.common.kv.geometry import KvGeometry
 
 
 class LayerQueue:
-    """Holds at most the layers of one prompt, and counts the memory that they keep from being freed.
+    """Holds the layers of one prompt that wait to be sent, and counts the memory that they hold.
 
     Args:
         geometry: shape and dtype of the model's cache.
@@ -39,11 +39,14 @@ class LayerQueue:
 
     @property
     def closed(self) -> bool:
-        """Whether nobody wants the layers any more."""
+        """Whether the layers are no longer wanted."""
         return self._closed
 
     def put_layer(self, capture: LayerCapture) -> None:
         """Append a layer.
+
+        Args:
+            capture: the layer's queries, keys and values.
 
         Raises:
             CancelledError: the queue is closed.
@@ -56,13 +59,13 @@ class LayerQueue:
             self._changed.notify()
 
     def end(self) -> None:
-        """Say that every layer has been put."""
+        """Take in that every layer has been put."""
         with self._changed:
             self._all_put = True
             self._changed.notify()
 
     def close(self) -> None:
-        """Drop what is still held and end `layers`; a second call does nothing."""
+        """Drop the layers that wait and end `layers`; a second call does nothing."""
         with self._changed:
             self._closed = True
             while self._layers:
@@ -70,7 +73,11 @@ class LayerQueue:
             self._changed.notify()
 
     def layers(self) -> Iterator[LayerCapture]:
-        """Yield layers as they come, until all were put and none is left, or the queue is closed."""
+        """Wait for layers.
+
+        Yields:
+            Each layer, until all were put and none is left, or the queue is closed.
+        """
         while (capture := self._next()) is not None:
             yield capture
 

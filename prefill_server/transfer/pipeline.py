@@ -1,4 +1,4 @@
-"""From layers that the model just computed to messages on the stream: score, tier, encode, pack."""
+"""Turns layers that the model just computed into messages on the stream: score, tier, encode, pack."""
 
 import threading
 import time
@@ -23,28 +23,28 @@ from spectrumkv.v1 import decode_pb2
 # A message and the segments in it.
 Outgoing = tuple[Request, Sequence[KvSegment]]
 
-# At most what a chunk takes besides its payload, and what End takes.
+# Most bytes that a chunk takes besides its payload, and that End takes.
 CHUNK_ENVELOPE_BYTES = 24
 END_BYTES = 80
-# Set aside for the request's id; only longer ones are weighed.
+# Bytes set aside for the request's id, so that its length does not change the budget; only longer ids are measured.
 REQUEST_ID_BYTES = 128
-# What is worth a chunk of its own where no layer waits: a message costs about as much as this many bytes of payload.
+# Least payload of a chunk where no layer waits: a message costs about as much time as this many bytes of payload.
 IDLE_CHUNK_BYTES = 64 << 10
-# How many messages may wait for gRPC where they are made ahead: a layer's, about.
+# How many messages may wait for gRPC where they are made ahead: about as many as a layer takes.
 MESSAGES_AHEAD = 8
 CPU = torch.device("cpu")
 
 
 @dataclass
 class SentKv:
-    """What left for decode so far.
+    """Counts what left for decode so far, and the time that it took.
 
     Attributes:
-        message_bytes: all serialized messages: Begin, chunks, End.
-        tier_bytes: codes and scales by tier.
+        message_bytes: bytes of all serialized messages: Begin, chunks, End.
+        tier_bytes: bytes of codes and scales by tier.
         tier_tokens: token-layers by tier.
         encode_seconds: time spent on scoring, tiering and encoding.
-        coder_seconds: what of it is the coder's own: on CPUs its processor time, since waiting for a core that others
+        coder_seconds: the coder's own share of that: on CPUs its processor time, since waiting for a core that others
             use says nothing of the coder.
         link_seconds: time that gRPC took over messages before it asked for the next.
         coded_ahead: whether the next messages were made meanwhile.
@@ -70,7 +70,7 @@ class SentKv:
         return self.ended_at - self.first_chunk_at
 
     def log_fields(self) -> dict[str, int | float]:
-        """What the request's log line says of it."""
+        """Return what the request's log line says of the transfer."""
         return {
             "kv_bytes": self.message_bytes,
             "encode_seconds": self.encode_seconds,
@@ -80,11 +80,11 @@ class SentKv:
 
 @dataclass(frozen=True)
 class FirstToken:
-    """The token that prefill sampled; after it no layer follows.
+    """Holds the token that prefill sampled; after it no layer follows.
 
     Attributes:
         token_id: the token.
-        finished: whether it already ended the generation.
+        finished: whether the generation ends with this token.
     """
 
     token_id: int
@@ -92,19 +92,19 @@ class FirstToken:
 
 
 class KvPipeline:
-    """The outgoing half of a Decode stream.
+    """Makes the outgoing half of a Decode stream.
 
-    The model's thread calls `put_layer`; gRPC's thread iterates `messages` and so scores, tiers and encodes at
-    the pace at which the network takes the chunks. A slow link holds up this thread only: the layers wait in
-    memory where the model left them. On a GPU, where layers come faster than one thread codes and sends them, coding
-    has a thread of its own, a few messages ahead.
+    The model's thread calls `put_layer`; gRPC's thread iterates `messages` and so scores, tiers and encodes as fast
+    as the network takes the chunks. A slow link holds up this thread only: the layers wait in memory where the model
+    left them. On a GPU, where layers come faster than one thread codes and sends them, coding has a thread of its
+    own, a few messages ahead.
 
     Args:
-        begin: opens the stream.
+        begin: the message that opens the stream.
         plan: how the KV is scored, tiered and coded.
         geometry: shape and dtype of the model's cache.
-        chunk_bytes: payload at which a chunk leaves; a smaller one does where no layer waits.
-        metrics: told of every byte.
+        chunk_bytes: payload at which a chunk leaves; a smaller chunk leaves where no layer waits.
+        metrics: counts every byte.
         device: where the layers are.
 
     Attributes:
@@ -112,6 +112,9 @@ class KvPipeline:
         sent: what left so far.
         first_token: what prefill sampled; None before it did.
         failure: why `messages` ended with an error, if it did.
+
+    Raises:
+        InvalidArgumentError: the codec cannot keep to the budget.
     """
 
     def __init__(
@@ -149,36 +152,43 @@ class KvPipeline:
     def put_layer(self, capture: LayerCapture) -> None:
         """Take a layer from the model.
 
+        Args:
+            capture: the layer's queries, keys and values, or those of the newest chunk.
+
         Raises:
-            CancelledError: the stream is over; there is no use in computing on.
+            CancelledError: the stream is over; the rest of the pass would be wasted.
         """
         computed = record_event(capture.keys)
         self._layers.put_layer(replace(capture, computed=computed))
 
     def put_first_token(self, first: FirstToken) -> None:
-        """Take the first token; every layer has been put before."""
+        """Take the first token, once every layer has been put."""
         self.first_token = first
         self._layers.end()
 
     def cancel(self) -> None:
-        """End `messages`, and the model's pass at its next layer."""
+        """End `messages`, and have the model's pass end at its next layer."""
         self._layers.close()
         if self._ahead is not None:
             self._ahead.close()
 
     def settle(self) -> None:
-        """Wait, once it is cancelled, for the segment that is being coded: nothing is computed after this.
+        """Wait, after `cancel`, for the segment that is being coded, so that nothing is computed afterwards.
 
-        The thread that codes is a daemon, and a process that ends while one is in compiled code is aborted.
+        The thread that codes is a daemon, and a process that ends while a daemon runs compiled code is aborted.
         """
         with self._coding:
             pass
 
     def messages(self) -> Iterator[Request]:
-        """Yield Begin, then chunks as layers arrive, then End; stop short when cancelled.
+        """Make the messages while layers arrive.
+
+        Yields:
+            Begin, then chunks, then End; fewer once the pipeline is cancelled.
 
         Raises:
-            SpectrumKVError: the KV cannot be coded. gRPC ends the stream without a word of why; `failure` keeps it.
+            SpectrumKVError: the KV cannot be coded. gRPC ends the stream without saying why; `failure` keeps the
+                error.
         """
         try:
             for message, segments in self._made():
@@ -215,11 +225,11 @@ class KvPipeline:
         yield decode_pb2.DecodeRequest(end=end), ()
 
     def _encode(self, capture: LayerCapture) -> Iterator[KvSegment]:
-        """Yield the segments that are ready with this layer, counted; time is taken while they are made."""
+        """Yield the segments that are complete with this layer, and count them and the time that coding takes."""
         segments = self._encoder.encode(capture)
         states = (capture.queries, capture.keys, capture.values)
         if capture.computed is not None:
-            # What the model still has to do is no time of coding.
+            # The time until the model has computed the layer does not count as coding.
             capture.computed.synchronize()
         while True:
             started, worked = time.monotonic(), self._coder_clock()
@@ -241,7 +251,7 @@ class KvPipeline:
             self._tokens_of[tier].inc(tokens / self._geometry.layers)
 
     def _account(self, message: Request, segments: Sequence[KvSegment]) -> None:
-        """Count a message as it leaves: its segments' codes and scales by tier, the rest as framing."""
+        """Count a message as it leaves: codes and scales of its segments by tier, the rest as framing."""
         if isinstance(message, KvChunk) and self.sent.first_chunk_at is None:
             self.sent.first_chunk_at = time.monotonic()
         framing = serialized_bytes(message)
@@ -255,9 +265,9 @@ class KvPipeline:
 
 
 def _most_begin_bytes(begin: decode_pb2.Begin) -> int:
-    """What Begin takes at most, whatever its request is called and whatever seed was drawn.
+    """Return the most bytes that Begin may take, for any request id and any seed.
 
-    Both differ between requests that are otherwise the same; these must get the same KV.
+    Id and seed differ between requests that are otherwise equal, and equal requests must get the same KV.
     """
     largest = decode_pb2.Begin()
     largest.CopyFrom(begin)

@@ -17,7 +17,7 @@ from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies import BudgetKind, Policy, policies
 from spectrumkv.common.kv.scoring import scorers
 from spectrumkv.common.service.config import PrefillConfig
-from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
+from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import kv_pb2, prefill_pb2
 
 SCOPES = ("layer", "model")

@@ -1,1 +1,1 @@
-"""What is measured once for a model: calibration, probe, needles."""
+"""Measures a model once, before it serves: calibration of the basis, the probe, needles in haystacks."""

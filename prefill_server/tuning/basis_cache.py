@@ -56,7 +56,7 @@ def resolve_basis(loaded: LoadedModel, on_excerpt: Callable[[int], None]) -> Spe
 
 
 def default_excerpts(loaded: LoadedModel) -> list[Excerpt]:
-    """Stretches of the project's own prose.
+    """Return excerpts from the project's own prose.
 
     Raises:
         FailedPreconditionError: the model's context is too short.

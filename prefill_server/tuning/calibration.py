@@ -1,10 +1,13 @@
-"""Finds a model's spectral basis: a minute at deployment, once per model.
+"""Finds a model's spectral basis, once per model: a minute at deployment.
 
-For some texts, the prompt's exact KV is computed, and then the gradient, with respect to that KV, of the
-log-probability of a continuation that the model draws itself. The mean of the gradients' outer products is the Fisher
-information: how much an error in the KV changes the distribution that the model predicts, to second order, which is
-what KL divergence measures. Its square root is the metric in which errors of all coefficients count alike; the
-Karhunen-Loève transform in that metric puts the spread into few coefficients.
+For some texts, prefill computes the prompt's exact KV, and then the gradient, with respect to that KV, of the
+log-probability of a continuation. The continuation is drawn from the model itself, so that the mean of the gradients'
+outer products is the Fisher information: to second order it says how far a small error in the KV moves the predicted
+distribution in KL divergence (Martens, "New Insights and Perspectives on the Natural Gradient Method", JMLR 21:146,
+2020, section 5). Its square root is the metric in which errors of all coefficients count alike. The Karhunen-Loève
+transform in that metric gathers the variance in few coefficients, as transform coding wants it (Goyal, "Theoretical
+Foundations of Transform Coding", IEEE Signal Processing Magazine 18:5, 2001, section "Karhunen-Loève transforms").
+How sensitivity grows with a token's attention (`_attention_exponent`) is this project's own measurement.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,17 +30,18 @@ from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME
 from spectrumkv.prefill_server.tuning.replay import capture_prompt
 
 CONTINUATION_ATTENTION = "spectrumkv_continuation"
-# Shrinks the Fisher information towards a multiple of the identity, since it is estimated from few tokens.
+# Weight of a multiple of the identity in the Fisher information, since that is estimated from few tokens: the form of
+# Ledoit and Wolf ("A well-conditioned estimator for large-dimensional covariance matrices", 2004), at a fixed weight.
 SHRINKAGE = 0.05
 
 
 @dataclass(frozen=True)
 class Excerpt:
-    """A stretch of text for calibration.
+    """Holds a stretch of text for calibration.
 
     Attributes:
         token_ids: int64 `[context + continuation]`.
-        context: how many of them are the prompt.
+        context: how many of these tokens are the prompt.
     """
 
     token_ids: torch.Tensor
@@ -46,12 +50,12 @@ class Excerpt:
 
 @dataclass
 class LayerSample:
-    """What one excerpt shows of one layer, sinks left out.
+    """Holds what one excerpt shows of one layer, without the sinks.
 
     Attributes:
         states: float32 `[2, kv_heads, n, head_dim]`, keys before the rotary embedding, and values.
-        gradients: like `states`.
-        attention: float32 `[n]`, mean attention of the last queries, over the KV heads.
+        gradients: like `states`: of the log-probability of the drawn continuation.
+        attention: float32 `[n]`, attention that the last queries give to each token, mean over the KV heads.
     """
 
     states: torch.Tensor
@@ -65,7 +69,10 @@ def calibrate(loaded: LoadedModel, excerpts: list[Excerpt], on_excerpt: Callable
     Args:
         loaded: the model; its attention is switched to prefill's.
         excerpts: texts like those that will be served; a few thousand tokens in all.
-        on_excerpt: told the number of excerpts done, after each.
+        on_excerpt: called after each excerpt with the number of excerpts done.
+
+    Returns:
+        The basis of all layers, in float32 on the CPU.
     """
     loaded.model.set_attn_implementation(ATTENTION_NAME)
     frequencies, scaling = rotary_parameters(loaded.model)
@@ -74,12 +81,19 @@ def calibrate(loaded: LoadedModel, excerpts: list[Excerpt], on_excerpt: Callable
         samples.append(list(_observe(loaded, excerpt, number, frequencies, scaling)))
         on_excerpt(number)
     layers = [_layer_basis([sample[layer] for sample in samples]) for layer in range(loaded.geometry.layers)]
-    mean, analysis, spread, exponent = (torch.stack(list(column)) for column in zip(*layers, strict=True))
-    return SpectralBasis(mean, analysis, spread, exponent, frequencies, scaling)
+    mean, analysis, std, exponent = (torch.stack(list(column)) for column in zip(*layers, strict=True))
+    return SpectralBasis(mean, analysis, std, exponent, frequencies, scaling)
 
 
 def rotary_parameters(model: PreTrainedModel) -> tuple[torch.Tensor, float]:
-    """Frequencies in radians per position, float64 `[head_dim / 2]`, and the factor on keys, of a model."""
+    """Return a model's rotary frequencies and its factor on keys.
+
+    Args:
+        model: with rotary embeddings.
+
+    Returns:
+        Frequencies in radians per position, float64 `[head_dim / 2]` on the CPU, and the factor.
+    """
     rotary = model.model.rotary_emb
     return rotary.inv_freq.detach().double().cpu(), float(rotary.attention_scaling)
 
@@ -87,7 +101,7 @@ def rotary_parameters(model: PreTrainedModel) -> tuple[torch.Tensor, float]:
 def _observe(
     loaded: LoadedModel, excerpt: Excerpt, seed: int, frequencies: torch.Tensor, scaling: float
 ) -> Iterator[LayerSample]:
-    """Yield what an excerpt shows, layer by layer."""
+    """Yield what an excerpt shows of each layer, from the first to the last."""
     context = excerpt.token_ids[: excerpt.context].tolist()
     captured = capture_prompt(loaded.model, context, SCORE_WINDOW)
     captures: list[LayerCapture] = list(captured.layers)
@@ -110,7 +124,7 @@ def _observe(
 def _draw_and_differentiate(
     loaded: LoadedModel, excerpt: Excerpt, prefix: list[tuple[torch.Tensor, torch.Tensor]], seed: int
 ) -> None:
-    """Leave in `prefix` the gradients of the log-probability of tokens drawn from the model's own distribution."""
+    """Leave in `prefix` the gradients of the log-probability of tokens that are drawn from the model itself."""
     continuation = excerpt.token_ids[excerpt.context :].to(loaded.device)
     positions = torch.arange(excerpt.context, len(excerpt.token_ids), device=loaded.device)
     with _continuing(loaded.model), torch.enable_grad():
@@ -145,7 +159,11 @@ def _attend_to_prefix(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend over the prefix of this layer and, causally, over the continuation itself; differentiable."""
+    """Attend over the prefix of this layer and, causally, over the continuation itself, so that gradients flow.
+
+    Returns:
+        `[1, n, query_heads, head_dim]`, and None in place of attention weights.
+    """
     prefix_keys, prefix_values = prefix[int(module.layer_idx)]  # type: ignore[arg-type]
     keys = torch.cat([prefix_keys, key[0]], dim=1)
     values = torch.cat([prefix_values, value[0]], dim=1)
@@ -171,12 +189,12 @@ AttentionInterface.register(CONTINUATION_ATTENTION, _attend_to_prefix)
 
 
 def _layer_basis(samples: list[LayerSample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean, analysis, spread and attention exponent of one layer."""
+    """Return mean, analysis, standard deviations and attention exponent of one layer."""
     states = torch.cat([sample.states for sample in samples], dim=2).double()
     gradients = torch.cat([sample.gradients for sample in samples], dim=2).double()
     attention = torch.cat([sample.attention for sample in samples]).double().clamp_min(1e-7)
     exponent = _attention_exponent(gradients, attention)
-    # Gradients as they would be if all tokens drew the same attention.
+    # The gradients as they would be if all tokens drew the same attention.
     relative = (attention / attention.log().mean().exp()) ** (exponent / 2)
     evened = gradients / relative[:, None]
     mean = states.mean(dim=2)
@@ -185,17 +203,17 @@ def _layer_basis(samples: list[LayerSample]) -> tuple[torch.Tensor, torch.Tensor
         for side in range(SIDES)
     ]
     analysis = torch.stack([torch.stack([one[0] for one in heads]) for heads in transforms])
-    spread = torch.stack([torch.stack([one[1] for one in heads]) for heads in transforms])
-    return mean.float(), analysis.float(), spread.float(), torch.tensor(exponent, dtype=torch.float32)
+    std = torch.stack([torch.stack([one[1] for one in heads]) for heads in transforms])
+    return mean.float(), analysis.float(), std.float(), torch.tensor(exponent, dtype=torch.float32)
 
 
 def _attention_exponent(gradients: torch.Tensor, attention: torch.Tensor) -> float:
-    """The power of its attention by which a token's squared gradient grows: the slope of medians on a log scale."""
+    """Return the power of attention by which squared gradients grow: the slope of bin means on a log scale."""
     energy = gradients.square().sum(dim=(0, 1, 3)).clamp_min(1e-30).log2().numpy()
     logarithm = attention.log2().numpy()
     order = np.argsort(logarithm)
     bins = np.array_split(order, min(20, len(order)))
-    # Means of energy in a bin, since a few tokens carry most of it and those are the ones to protect.
+    # Means and not medians: a few tokens carry most of the energy, and those are the ones to protect.
     x = np.array([logarithm[chosen].mean() for chosen in bins])
     y = np.array([np.log2(np.exp2(energy[chosen]).mean()) for chosen in bins])
     slope = float(np.polyfit(x, y, 1)[0])
@@ -203,7 +221,16 @@ def _attention_exponent(gradients: torch.Tensor, attention: torch.Tensor) -> flo
 
 
 def _transform(states: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Analysis `[d, d]` and spread `[d]` of one head's keys or values, from `[n, d]` centred states and gradients."""
+    """Find the transform of one head's keys or values.
+
+    Args:
+        states: float64 `[n, d]`, centred.
+        gradients: float64 `[n, d]`.
+
+    Returns:
+        Analysis `[d, d]`, whose columns turn states into coefficients, and their standard deviations `[d]`, both
+        float64, from the largest to the smallest.
+    """
     identity = torch.eye(states.shape[1], dtype=torch.float64)
     fisher = gradients.T @ gradients / len(gradients)
     fisher = (1 - SHRINKAGE) * fisher + SHRINKAGE * fisher.diagonal().mean().clamp_min(1e-20) * identity
@@ -212,5 +239,5 @@ def _transform(states: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Ten
     covariance = states.T @ states / len(states)
     _, directions = torch.linalg.eigh(metric @ covariance @ metric)
     analysis = metric @ directions.flip(1)
-    spread = (states @ analysis).square().mean(dim=0).sqrt()
-    return analysis, spread.clamp_min(spread.max() * 1e-6).clamp_min(1e-20)
+    std = (states @ analysis).square().mean(dim=0).sqrt()
+    return analysis, std.clamp_min(std.max() * 1e-6).clamp_min(1e-20)

@@ -14,7 +14,7 @@ from spectrumkv.prefill_server.transfer.plan import KvPlan
 
 
 class LayerKv(NamedTuple):
-    """Keys and values of one layer: `[kv_heads, n, head_dim]` each, keys after RoPE."""
+    """Holds keys and values of one layer: `[kv_heads, n, head_dim]` each in the model's dtype, keys after RoPE."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -22,10 +22,10 @@ class LayerKv(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class CapturedPrompt:
-    """A prompt that the model has run.
+    """Holds a prompt that the model has run.
 
     Attributes:
-        layers: what each layer showed, from the first to the last.
+        layers: each layer's capture, from the first to the last.
         first_token: the likeliest token after the prompt.
     """
 
@@ -33,22 +33,33 @@ class CapturedPrompt:
     first_token: int
 
     def exact_kv(self) -> list[LayerKv]:
-        """The cache as the model made it."""
+        """Return the cache as the model made it."""
         return [LayerKv(layer.keys, layer.values) for layer in self.layers]
 
     def segments(self, plan: KvPlan, geometry: KvGeometry) -> Iterator[KvSegment]:
-        """The cache as a plan codes it, layer by layer."""
+        """Code the cache.
+
+        Args:
+            plan: how the KV is scored, tiered and coded.
+            geometry: shape and dtype of the model's cache.
+
+        Yields:
+            The segments of the first layer, then those of the next.
+        """
         encoder = plan.encoder(geometry, self.layers[0].tokens, framing_bytes=0)
         for layer in self.layers:
             yield from encoder.encode(layer)
 
     @torch.inference_mode()
     def received_kv(self, plan: KvPlan, geometry: KvGeometry) -> list[LayerKv]:
-        """The cache as it comes out of tiers, encoding and decoding.
+        """Code the cache and decode it again.
 
         Args:
-            plan: with a policy that drops no token: what is dropped is not masked here.
+            plan: with a policy that drops no token, since dropped tokens are not masked here.
             geometry: shape and dtype of the model's cache.
+
+        Returns:
+            The cache as a decode worker would hold it, an entry per layer.
         """
         received = [LayerKv(torch.empty_like(layer.keys), torch.empty_like(layer.values)) for layer in self.layers]
         decoder = plan.decoder(geometry)
@@ -61,12 +72,15 @@ class CapturedPrompt:
 
 @torch.inference_mode()
 def capture_prompt(model: PreTrainedModel, token_ids: Sequence[int], window: int) -> CapturedPrompt:
-    """Run a prompt and keep what its layers show.
+    """Run a prompt and keep its layers' captures.
 
     Args:
         model: with the hooked attention; see `PrefillEngine`.
         token_ids: the prompt.
         window: how many of the last queries of each layer to keep.
+
+    Returns:
+        The captures and the likeliest next token.
     """
     layers: list[LayerCapture] = []
     ids = torch.tensor([list(token_ids)], device=model.device)
@@ -76,12 +90,15 @@ def capture_prompt(model: PreTrainedModel, token_ids: Sequence[int], window: int
 
 @torch.inference_mode()
 def logits_over(model: PreTrainedModel, kv: Sequence[LayerKv], token_ids: Sequence[int]) -> torch.Tensor:
-    """Return what the model predicts after each of some tokens that follow a prompt: `[m, vocab]`, from one pass.
+    """Predict the next token after each of some tokens that follow a prompt, in one pass.
 
     Args:
         model: with the hooked attention.
         kv: the prompt's cache, one entry per layer.
-        token_ids: m of them.
+        token_ids: m tokens that follow the prompt.
+
+    Returns:
+        Logits `[m, vocab]` in the model's dtype and on its device.
     """
     ids = torch.tensor([list(token_ids)], device=model.device)
     logits: torch.Tensor = model(input_ids=ids, past_key_values=_cache(model, kv), use_cache=True).logits[0]
@@ -102,14 +119,15 @@ def generate_over(
     Args:
         model: with the hooked attention.
         kv: the prompt's cache, one entry per layer.
-        first_token: comes from the prompt's own pass, over exact KV, as it does when serving.
+        first_token: the token after the prompt, from exact KV, as it is when serving.
         max_tokens: most tokens, the first one included.
-        eos_token_ids: any of these ends it.
-        draft: what is likely to come out, with the first token, such as the answer over other KV of the same prompt.
-            As far as it is right it takes one pass in the place of one for each token.
+        eos_token_ids: any of these ends the generation.
+        draft: a guess at the result, with the first token, such as the answer over other KV of the same prompt.
+            One pass confirms all of its right tokens, in place of one pass for each (speculative decoding, arXiv
+            2211.17192, section 2, for greedy choices and a draft that is given).
 
     Returns:
-        The generated tokens with the first one, and with the one that ended it.
+        The generated tokens, with the first one and with the one that ended the generation.
     """
     tokens = [first_token] if len(draft) < 2 else _confirmed(model, kv, draft)
     cache, seen = _cache(model, kv), 0
@@ -122,10 +140,10 @@ def generate_over(
 
 
 def _confirmed(model: PreTrainedModel, kv: Sequence[LayerKv], draft: Sequence[int]) -> list[int]:
-    """As much of a draft as is right, and the right token where it is wrong first."""
+    """Return the draft up to its first wrong token, and the right token in place of that."""
     predicted: list[int] = logits_over(model, kv, draft[:-1]).argmax(dim=-1).tolist()
     pairs = enumerate(zip(predicted, draft[1:], strict=True))
-    wrong = next((place for place, (ours, drafted) in pairs if ours != drafted), None)
+    wrong = next((index for index, (ours, drafted) in pairs if ours != drafted), None)
     return list(draft) if wrong is None else [*draft[: wrong + 1], predicted[wrong]]
 
 

@@ -1,4 +1,4 @@
-"""How a decode worker comes by the codec's basis: once, however many requests find it missing at the same time."""
+"""Sends a decode worker the codec's basis: once, however many requests find it missing at the same time."""
 
 import logging
 import threading
@@ -27,7 +27,7 @@ class BasisUpload:
         sent_bytes: counts what was serialized.
 
     Attributes:
-        count: how often a basis was delivered.
+        count: how many bases were delivered.
     """
 
     def __init__(self, worker: Address, channel: grpc.Channel, sent_bytes: Counter) -> None:
@@ -39,20 +39,22 @@ class BasisUpload:
         self._busy = False
 
     def deliver(self, basis: SpectralBasis, since: int, scope: RpcScope) -> None:
-        """Send the basis, unless one was delivered since the worker was asked and said that it lacks it.
+        """Send the basis, unless one was delivered since the worker said that it lacks the basis.
 
         Args:
             basis: of the model.
             since: `count`, as it was before the worker was asked.
-            scope: the client's RPC that waits for it; when it ends, so does the upload, and the next one's begins.
+            scope: the client's RPC that waits for the upload. When the RPC ends, so does its upload, and the next
+                request that waits begins its own.
 
         Raises:
-            SpectrumKVError: the worker refused the basis, or was lost; the message names it.
+            SpectrumKVError: the worker refused the basis, or was lost (the message names the worker); or the request
+                ended.
         """
         with self._turn(scope):
             if self.count == since:
                 while (busy := self._send(basis, scope)) is not None:
-                    # Others send theirs: that says nothing of the worker's room for requests.
+                    # Other services send bases at present; the worker may have room for requests all the same.
                     scope.wait_for_end(busy.retry_after_seconds)
                     scope.check()
                 self.count += 1
@@ -76,7 +78,15 @@ class BasisUpload:
             self._changed.notify_all()
 
     def _send(self, basis: SpectralBasis, scope: RpcScope) -> ResourceExhaustedError | None:
-        """Send it once; return the refusal where the worker takes no further upload at present."""
+        """Send the basis once.
+
+        Returns:
+            The refusal of a worker that takes no further upload at present; None where the basis arrived.
+
+        Raises:
+            CancelledError: the request ended.
+            SpectrumKVError: the worker refused the basis for good, or was lost.
+        """
         upload, sent = begin_basis(self._channel, basis, scope.seconds_remaining)
         scope.on_end(upload.cancel)
         try:

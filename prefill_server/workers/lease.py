@@ -26,48 +26,74 @@ from spectrumkv.prefill_server.transfer.pipeline import KvPipeline
 from spectrumkv.prefill_server.workers.answers import expect_admitted, expect_nothing, tokens_and_finished
 from spectrumkv.v1 import decode_pb2
 
-# Admitting takes a worker milliseconds. One that is connected and does not answer at all is stuck.
+# A worker admits a request within milliseconds. One that is connected and does not answer for so long is stuck.
 ADMISSION_SECONDS = 10.0
 
 
-class DecodeLease:
-    """One Decode stream: slots on a decode worker, for as long as this is open.
-
-    A context manager; leaving it ends the stream, which frees the slots.
+def open_lease(
+    worker: Address, open_stream: Callable[..., Any], pipeline: KvPipeline, scope: RpcScope, metrics: Metrics
+) -> "DecodeLease":
+    """Start a Decode stream, and wait until the worker admits the request.
 
     Args:
         worker: the worker's address.
         open_stream: starts a Decode RPC with the worker.
         pipeline: makes the messages to send.
         scope: the client's RPC; when it ends, so does the stream.
-        metrics: told of answers that arrive damaged.
+        metrics: counts answers that arrive damaged.
+
+    Returns:
+        The lease, a context manager that the caller must leave.
 
     Raises:
-        SpectrumKVError: the worker refused, or could not be reached.
+        SpectrumKVError: the worker refused the request, or could not be reached; the message names the worker.
+    """
+    call = open_stream(pipeline.messages(), timeout=scope.seconds_remaining, metadata=current_trace().metadata)
+    call.add_done_callback(lambda _: pipeline.cancel())
+    scope.on_end(call.cancel)
+    lease = DecodeLease(worker, call, pipeline, scope, metrics)
+    try:
+        lease.wait_for_admission()
+    except BaseException:
+        call.cancel()
+        raise
+    return lease
+
+
+class DecodeLease:
+    """Holds one Decode stream, and so slots on a decode worker.
+
+    A context manager; leaving it ends the stream, which frees the slots.
+
+    Args:
+        worker: the worker's address.
+        call: the Decode RPC.
+        pipeline: makes the messages to send.
+        scope: the client's RPC.
+        metrics: counts answers that arrive damaged.
     """
 
-    def __init__(
-        self,
-        worker: Address,
-        open_stream: Callable[..., Any],
-        pipeline: KvPipeline,
-        scope: RpcScope,
-        metrics: Metrics,
-    ) -> None:
+    def __init__(self, worker: Address, call: Any, pipeline: KvPipeline, scope: RpcScope, metrics: Metrics) -> None:
         self.worker = worker
         self.pipeline = pipeline
+        self._call = call
         self._scope = scope
         self._metrics = metrics
-        self._call = open_stream(
-            pipeline.messages(), timeout=scope.seconds_remaining, metadata=current_trace().metadata
-        )
-        self._call.add_done_callback(lambda _: pipeline.cancel())
-        scope.on_end(self._call.cancel)
-        with self._closed_on_error(), self._errors_named(), self._admission_clock():
+
+    def wait_for_admission(self) -> None:
+        """Wait for the answer to Begin.
+
+        Raises:
+            SpectrumKVError: the worker refused the request, or did not answer in time.
+        """
+        with self._errors_named(), self._admission_clock():
             expect_admitted(self._call)
 
     def responses(self) -> Iterator[decode_pb2.DecodeResponse]:
-        """Yield what decode answers to End: tokens, then Finished; nothing where the first token was the last.
+        """Read what decode answers to End.
+
+        Yields:
+            Tokens, then Finished; nothing where the first token was the last.
 
         Raises:
             DataLossError: an answer is damaged, missing or out of order.
@@ -75,7 +101,7 @@ class DecodeLease:
         """
         first = self.pipeline.first_token
         if first is not None and first.finished:
-            # The answer is whole already, whatever becomes of the worker.
+            # The client has its whole answer already, whatever happens to the worker now.
             with suppress(UnavailableError), self._errors_named():
                 expect_nothing(self._call)
             return
@@ -87,7 +113,7 @@ class DecodeLease:
         self._call.add_done_callback(lambda _: callback())
 
     def failure(self) -> SpectrumKVError | None:
-        """Why the stream is over before the model's pass, if it is."""
+        """Return why the stream ended before the model's pass did; None where it has not ended."""
         if self._call.is_active():
             return None
         if self._call.code() is grpc.StatusCode.OK:
@@ -105,16 +131,8 @@ class DecodeLease:
         self.pipeline.settle()
 
     @contextmanager
-    def _closed_on_error(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self._call.cancel()
-            raise
-
-    @contextmanager
     def _errors_named(self) -> Iterator[None]:
-        """Turn what goes wrong with the stream into an error that names the worker."""
+        """Turn a failure of the stream into an error that names the worker."""
         try:
             yield
         except grpc.RpcError as error:
@@ -140,8 +158,8 @@ class DecodeLease:
             return as_known_error(self.pipeline.failure)
         known = error_from_rpc(error)
         if isinstance(known, CancelledError):
-            # Not by us, or the scope would have said so: a worker that stops ends its streams like this, and so
-            # does the clock above.
+            # Prefill did not cancel, or the scope would have said so: a worker that stops ends its streams like this,
+            # and so does the clock above.
             known = UnavailableError("it did not answer or ended the stream")
         if isinstance(known, UnauthenticatedError):
             # The client has no part in the token that prefill sends.

@@ -1,4 +1,4 @@
-"""One decode worker as prefill knows it: whether it takes requests, and how much room it has."""
+"""One decode worker as prefill knows it: whether it takes requests, how much room it has, and how to ask it."""
 
 import logging
 import threading
@@ -10,44 +10,48 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from spectrumkv.common.rpc.decode_stream import SERVICE_NAME, decode_info_method, open_decode_stream
+from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.rpc.server import open_channel
 from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.service.config import Address
 from spectrumkv.common.telemetry.metrics import BASIS, Metrics
+from spectrumkv.prefill_server.transfer.pipeline import KvPipeline
 from spectrumkv.prefill_server.workers.basis_upload import BasisUpload
+from spectrumkv.prefill_server.workers.lease import DecodeLease, open_lease
 from spectrumkv.v1 import decode_pb2
 
 logger = logging.getLogger(__name__)
 
-# How old what is known of a worker's room may be. What this process reserves itself is known exactly.
+# How often a worker is asked for its room. What this process reserves itself counts at once.
 ROOM_SECONDS = 0.5
 ROOM_TIMEOUT_SECONDS = 2.0
-# A watch that lasts would hold a connection made with certificates that are out of date.
+# A watch ends after so long, since it would hold on to a connection whose certificates may be out of date.
 WATCH_SECONDS = 300.0
-# Who has not come after this long, from the start or since it shut down, is not expected any more.
+# Stop waiting for a worker that never answered, or shut down, so long ago.
 EXPECTED_SECONDS = 60.0
-# One that was never there after so long may have been misspelt: services that start together are there sooner.
+# Warn of a worker that has not answered for so long since the start: its address may be misspelt, since services that
+# start together answer sooner.
 LATE_SECONDS = 5.0
-# Before a watch that ended is begun anew; that then waits for the connection.
+# Pause before a watch that ended is begun again; the new watch waits for the connection.
 PAUSE_SECONDS = 0.1
 _TOO_MANY_WATCHERS = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNIMPLEMENTED)
 
 
 class DecodeWorker:
-    """A decode worker, followed by a thread that hears of its health and one that asks for its room.
+    """Follows a decode worker: one thread watches its health, and another asks for its room.
 
     Args:
-        address: where it is.
-        security: how the channel to it is guarded.
-        metrics: shows what is known of it.
-        on_change: called, from any thread, when it begins or ceases to take requests.
+        address: where the worker is.
+        security: how the channel to the worker is guarded.
+        metrics: shows whether the worker takes requests and how many slots are free.
+        on_change: called, from any thread, when the worker begins or ceases to take requests.
 
     Attributes:
-        address: where it is.
-        channel: to it.
-        open_stream: starts a Decode RPC with it.
-        epoch: how often it began to take requests; a refusal says nothing of its next epoch.
-        basis_upload: sends it the codec's basis.
+        address: where the worker is.
+        channel: to the worker.
+        open_stream: starts a Decode RPC with the worker.
+        epoch: how often the worker began to take requests; a refusal says nothing of the next epoch.
+        basis_upload: sends the worker the codec's basis.
     """
 
     def __init__(
@@ -58,11 +62,12 @@ class DecodeWorker:
         self.channel = open_channel(str(address), security)
         self.open_stream = open_decode_stream(self.channel)
         self._ask_for_room = decode_info_method(self.channel)
+        self._metrics = metrics
         self._on_change = on_change
         self.basis_upload = BasisUpload(address, self.channel, metrics.kv_bytes_sent.labels(BASIS))
         self._lock = threading.Lock()
         self._answers = False
-        # What it says of itself: None where nothing is known.
+        # What its health service says; None where that is unknown.
         self._serving: bool | None = None
         self._followed_since = time.monotonic()
         self._left_at: float | None = None
@@ -79,18 +84,18 @@ class DecodeWorker:
 
     @property
     def accepting(self) -> bool:
-        """Whether it answers and, as far as is known, takes requests."""
+        """Whether the worker answers and, as far as prefill knows, takes requests."""
         return self._answers and self._serving is not False
 
     @property
     def expected(self) -> bool:
-        """Whether it is likely to come soon: it said lately that it shuts down, or may still be starting."""
+        """Whether the worker is likely to take requests soon: it is starting, or shut down lately to be replaced."""
         since = self._followed_since if self.epoch == 0 else self._left_at
         return not self.accepting and since is not None and time.monotonic() - since < EXPECTED_SECONDS
 
     @property
     def free_slots(self) -> int:
-        """Slots that nobody has reserved, as far as is known; 0 where it does not take requests."""
+        """Slots that nobody has reserved, as far as prefill knows; 0 where the worker takes no requests."""
         return max(0, self._slots - self._others - self._own) if self.accepting else 0
 
     @contextmanager
@@ -104,11 +109,26 @@ class DecodeWorker:
             with self._lock:
                 self._own -= slots
 
-    def lost(self, leaving: bool) -> None:
-        """Take in that it failed a request; it is asked last until it answers again.
+    def open_lease(self, pipeline: KvPipeline, scope: RpcScope) -> DecodeLease:
+        """Start a Decode stream with the worker, and wait until it admits the request.
 
         Args:
-            leaving: it refused because it shuts down.
+            pipeline: makes the messages to send.
+            scope: the client's RPC; when it ends, so does the stream.
+
+        Returns:
+            The lease, a context manager that the caller must leave.
+
+        Raises:
+            SpectrumKVError: the worker refused the request, or could not be reached; the message names the worker.
+        """
+        return open_lease(self.address, self.open_stream, pipeline, scope, self._metrics)
+
+    def lost(self, leaving: bool) -> None:
+        """Take in that the worker failed a request; it is asked last until it answers again.
+
+        Args:
+            leaving: whether it refused because it shuts down.
         """
         if leaving:
             self._left_at = time.monotonic()
@@ -124,12 +144,12 @@ class DecodeWorker:
             thread.join()
 
     def _learn(self, answers: bool | None = None, serving: bool | None = None, watched: bool = True) -> None:
-        """Take in what was found out; None is nothing new.
+        """Take in news of the worker.
 
         Args:
-            answers: whether it answers.
-            serving: what it says of itself.
-            watched: whether what it said of itself still counts.
+            answers: whether the worker answers; None for no news.
+            serving: what its health service says; None for no news.
+            watched: whether what its health service said before still counts.
         """
         with self._lock:
             before = self.accepting
@@ -149,7 +169,7 @@ class DecodeWorker:
             self._on_change()
 
     def _follow_health(self) -> None:
-        """Hear from the worker itself when it is ready and when it begins to shut down."""
+        """Watch the worker's health service, which says when it is ready and when it begins to shut down."""
         request = health_pb2.HealthCheckRequest(service=SERVICE_NAME)
         while not self._closed.is_set():
             try:
@@ -159,17 +179,17 @@ class DecodeWorker:
                 for response in watch:
                     self._learn(serving=response.status == health_pb2.HealthCheckResponse.SERVING)
                     self._due.set()
-                # One that ends a watch in order would be asked for the next one at once, for ever.
+                # A worker that ends each watch with OK would otherwise be asked without a pause.
                 self._closed.wait(PAUSE_SECONDS)
             except ValueError:
-                # What gRPC raises for a call on a channel that another thread has closed.
+                # gRPC raises this for a call on a channel that another thread has closed.
                 return
             except grpc.RpcError as error:
                 self._watch_ended(error.code())
 
     def _watch_ended(self, code: grpc.StatusCode) -> None:
         if code in _TOO_MANY_WATCHERS:
-            # It has no place for another watcher. Whether it answers says enough.
+            # The worker serves no further watcher. Whether it answers says enough.
             self._learn(watched=False)
             self._closed.wait(WATCH_SECONDS)
         elif code is not grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -178,7 +198,7 @@ class DecodeWorker:
             self._closed.wait(PAUSE_SECONDS)
 
     def _follow_room(self) -> None:
-        """Ask how many slots are reserved, again and again."""
+        """Ask how many slots are reserved, every `ROOM_SECONDS` or when there is news."""
         request = decode_pb2.DecodeServiceGetServerInfoRequest()
         missed = False
         while not self._closed.is_set():

@@ -8,7 +8,7 @@ from spectrumkv.bench.models.synthetic_basis import synthetic_basis
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.common.service.config import PrefillConfig, build
 from spectrumkv.prefill_server.transfer.plan import KvPlan
-from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
+from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import prefill_pb2
 from tests.tiny_models import tiny_model
 

@@ -21,7 +21,7 @@ from spectrumkv.decode_server.service import DecodeService
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
 from spectrumkv.prefill_server.service import PrefillService
 from spectrumkv.prefill_server.tuning.basis_cache import resolve_basis
-from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
+from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import prefill_pb2_grpc
 from tests.services.proxy import CountingProxy, counting_proxy
 

@@ -1,4 +1,4 @@
-"""Prompts that prefill runs in parts, through both services."""
+"""Prompts that prefill runs in chunks, through both services."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from spectrumkv.client.request import KvChoice
-from spectrumkv.prefill_server.engine import chunked_prefill as parts
+from spectrumkv.prefill_server.engine import chunked_prefill
 from tests.services.pair import Pair, running_pair
 from tests.services.reference import assert_same_greedy, reference_model
 from tests.services.test_lossless import greedy, random_prompt
@@ -17,7 +17,7 @@ from tests.tiny_models import ARCHITECTURES
 def pair(request: pytest.FixtureRequest, tiny_directories: dict[str, Path]) -> Iterator[Pair]:
     with pytest.MonkeyPatch.context() as patch:
         # No less than the capture window.
-        patch.setitem(parts.CHUNK_TOKENS, "cpu", 64)
+        patch.setitem(chunked_prefill.CHUNK_TOKENS, "cpu", 64)
         with running_pair(tiny_directories[request.param], decode={"kv_memory": "64MiB"}) as running:
             yield running
 
@@ -32,5 +32,5 @@ def test_output_is_that_of_one_process(pair: Pair, length: int) -> None:
 
 
 @pytest.mark.parametrize("kv", [KvChoice(), KvChoice(policy="uniform-int8")])
-def test_coded_kv_of_parts_arrives_whole(pair: Pair, kv: KvChoice) -> None:
+def test_coded_kv_of_chunks_arrives_whole(pair: Pair, kv: KvChoice) -> None:
     assert len(greedy(pair, random_prompt(300), 8, kv)) == 8

@@ -13,7 +13,8 @@ import pytest
 
 from spectrumkv.client.completion import Completion
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
-from spectrumkv.prefill_server.engine.engine import PrefillEngine, QueuedPrefill
+from spectrumkv.prefill_server.engine.engine import PrefillEngine
+from spectrumkv.prefill_server.engine.prompt_queue import QueuedPrefill
 from tests.services.pair import Pair, running_pair
 from tests.services.same_tokens import ALLOWED, TOP_LOGPROBS, disagreement, parting
 from tests.services.test_lossless import NATIVE, random_prompt, text_prompt

@@ -6,7 +6,7 @@ from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from spectrumkv.common.kv.policies import BudgetKind, policies
 from spectrumkv.common.kv.scoring import scorers
 from spectrumkv.common.service.config import PrefillConfig
-from spectrumkv.prefill_server.tuning.probe.verdict import UNPROBED_BUDGET
+from spectrumkv.prefill_server.verdict import UNPROBED_BUDGET
 from tests.services.pair import Pair, sample, total
 from tests.services.test_lossless import random_prompt
 

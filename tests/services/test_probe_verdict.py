@@ -7,15 +7,15 @@ import pytest
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from spectrumkv.common.kv.allocation import Int4Layers
 from spectrumkv.common.kv.policies import policies
-from spectrumkv.prefill_server.tuning.probe.results import ProbedSetting, ProbeTrial
-from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
+from spectrumkv.prefill_server.tuning.probe.probe import verdict_of
+from spectrumkv.prefill_server.verdict import ProbedSetting, ProbeTrial, ProbeVerdict
 from tests.services.pair import Pair, running_pair, sample
 from tests.services.test_lossless import random_prompt
 from tests.tiny_models import tiny_model
 
 PROMPT_TOKENS = 200
 # Found by a probe that finds all needles over exact KV, one of them over INT4, and two of them without it in layer 1.
-VERDICT = ProbeVerdict.from_findings(
+VERDICT = verdict_of(
     [ProbeTrial(1000, 0.5, number == 0, found_fp16=True, answer="1") for number in range(3)],
     [
         ProbedSetting("greedy", "absmax", 0.3, 3, 1, 5e-2, 1.0),

@@ -1,1 +1,1 @@
-"""Needle in a haystack: long prompts that hide one fact, and the question for it."""
+"""Builds long prompts that hide one fact, and the question for it: the needle in a haystack."""

@@ -1,4 +1,4 @@
-"""Prompts of an exact length that hide a needle at an exact depth."""
+"""Builds prompts of an exact length that hide a needle at an exact depth."""
 
 import re
 from bisect import bisect_right
@@ -9,24 +9,23 @@ from itertools import takewhile
 from transformers import PreTrainedTokenizerFast
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.prefill_server.tuning.needle.facts import Fact, fact
-from spectrumkv.prefill_server.tuning.needle.haystack import Haystack, haystack
+from spectrumkv.prefill_server.tuning.needle.haystack import Fact, Haystack, fact, haystack
 
 QUESTION_PLACES = ("prompt", "late")
 
 
 @dataclass(frozen=True)
 class NeedlePrompt:
-    """A long text with a needle in it, and the question.
+    """Holds a long text with a needle in it, and the question for the needle.
 
-    The question ends in the first words of its answer ("The secret number of the chapel in Arlen is"), so that
-    a model need not be talkative, or silent, in any particular way to be understood.
+    The question ends in the first words of its answer ("The secret number of the chapel in Arlen is"), so that the
+    model's next words are the number, however talkative the model is.
 
     Attributes:
         token_ids: the prompt.
-        question_ids: what follows it: empty where the prompt has the question already.
-        fact: what was hidden.
-        depth: where, from 0 (start) to 1 (end).
+        question_ids: tokens that follow the prompt; empty where the prompt holds the question itself.
+        fact: the needle.
+        depth: where the needle is, from 0 (start) to 1 (end).
     """
 
     token_ids: tuple[int, ...]
@@ -35,7 +34,7 @@ class NeedlePrompt:
     depth: float
 
     def is_answered_by(self, text: str) -> bool:
-        """Whether the first number in `text` is the answer; commas between its digits do not matter."""
+        """Return whether the first number in `text` is the answer; commas between digits do not matter."""
         numbers = re.findall(r"\d[\d,]*", text)
         return bool(numbers) and numbers[0].replace(",", "") == self.fact.answer
 
@@ -49,18 +48,21 @@ def needle_prompt(
 ) -> NeedlePrompt:
     """Return a prompt that fills a context with prose and hides one fact in it.
 
-    It is rendered with the model's own chat template where it has one, and otherwise as plain text. Both places
-    of the question give the same tokens, once in one piece and once in two.
+    The prompt is rendered with the model's own chat template where there is one, and otherwise as plain text. Both
+    places of the question give the same tokens, once in one piece and once in two.
 
     Args:
         tokenizer: the model's.
         context_tokens: most tokens that prompt and question take together. They take less by a part of a
             sentence, since sentences stay whole.
-        depth: share of the prose that comes before the needle, from 0 to 1; the nearest end of a sentence is
-            taken.
-        needle_index: which fact, from 0; needles also differ in where the prose starts.
-        question: "prompt": whoever reads the prompt knows what is asked for. "late": the question is kept apart,
-            for asking it when the prompt's KV cache has been cut down already.
+        depth: share of the prose that comes before the needle, from 0 to 1. The needle goes to the nearest end of a
+            sentence.
+        needle_index: number of the fact, from 0; the number also decides where the prose starts.
+        question: "prompt" puts the question into the prompt. "late" keeps it apart, so that it can be asked once the
+            prompt's KV cache has been cut down.
+
+    Returns:
+        A prompt of at most `context_tokens` tokens, the question included.
 
     Raises:
         InvalidArgumentError: an argument is out of its range, the context is too short for needle and question,
@@ -99,13 +101,13 @@ def _check(depth: float, needle_index: int, question: str) -> None:
 
 
 def _render(tokenizer: PreTrainedTokenizerFast, prose: Haystack, hidden: Fact, depth: float) -> tuple[str, str]:
-    """The text up to the end of the prose, and the rest."""
+    """Return the text up to the end of the prose, and the rest."""
     asked = f"\n\n{hidden.question}"
     content = prose.text(hidden.sentence, depth) + asked
     if tokenizer.chat_template is None:
         text = f"{content}\n"
     else:
-        # Templates ignore what they do not know; Qwen3's takes this to mean that the answer comes at once.
+        # Qwen3's template takes `enable_thinking=False` to mean an answer at once; other templates ignore it.
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
@@ -120,5 +122,5 @@ def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike: at the seam, a token may span what was cut."""
+    """Return how many tokens two sequences share at their beginning: a token may span the place of the cut."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

@@ -1,1 +1,1 @@
-"""The probe: at deployment, how strongly may this model's KV be coded?"""
+"""Probes at deployment how strongly a model's KV may be coded."""

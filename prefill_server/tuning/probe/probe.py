@@ -1,9 +1,10 @@
 """The probe: at deployment, the strongest safe setting of codec and tiers for a model.
 
 Three needle-in-a-haystack prompts and two stretches of prose run once each. Every setting of the sweep codes their
-KV, and what the model then answers and predicts is held against the exact KV. The first setting is the paper's trial
-of INT4 (SpectrumKV, arXiv 2606.08635, INT4 probe: Greedy at 0.3, two of three needles); where it fails, the layers
-are looked for that INT4 harms most. The others are counted budgets of the spectral codec.
+KV, and the model's answers and predictions over it are compared with those over the exact KV. The first setting is
+the paper's trial of INT4 (SpectrumKV, arXiv 2606.08635, INT4 probe: Greedy at 0.3, two of three needles). Where the
+model fails it, a search finds the layers that INT4 harms most. The other settings are counted budgets of the spectral
+codec.
 """
 
 import logging
@@ -18,14 +19,22 @@ from spectrumkv.common.kv.codecs.tiered import tier_codecs
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
-from spectrumkv.prefill_server.transfer.plan import KvPlan
-from spectrumkv.prefill_server.tuning.probe.budget_sweep import budget_sweep, int4_trial_without
-from spectrumkv.prefill_server.tuning.probe.layer_search import find_int4_layers
-from spectrumkv.prefill_server.tuning.probe.progress import OnProgress, ProbeProgress
-from spectrumkv.prefill_server.tuning.probe.results import ProbedSetting, ProbeTrial, is_conclusive, passes
-from spectrumkv.prefill_server.tuning.probe.runner import ProbeRunner, probed_setting
-from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
+from spectrumkv.prefill_server.tuning.probe.runner import OnProgress, ProbeProgress, ProbeRunner
+from spectrumkv.prefill_server.tuning.probe.sweep import budget_sweep, find_int4_layers, int4_trial_without
 from spectrumkv.prefill_server.tuning.probe.verdict_cache import VerdictKey, keep_verdict, read_verdict
+from spectrumkv.prefill_server.verdict import (
+    FULL_BUDGET,
+    TRIALS,
+    TRIALS_TO_PASS,
+    UNPROBED_BUDGET,
+    ProbedSetting,
+    ProbeTrial,
+    ProbeVerdict,
+    finds_needles,
+    is_conclusive,
+    passes,
+    strongest_safe_budget,
+)
 
 # Raised whenever the probe asks something else or judges in another way, so that old verdicts are not used.
 PROBE_VERSION = 2
@@ -46,11 +55,14 @@ def resolve_verdict(
 
     Args:
         loaded: the model.
-        engine: runs it.
-        basis: of its spectral codec.
-        mode: `--int4`: "on" and "off" settle it, "auto" asks the probe.
+        engine: runs the model.
+        basis: of the model's spectral codec.
+        mode: the value of `--int4`: "on" and "off" settle it, "auto" asks the probe.
         on_progress: called before each step of a probe.
         codec: name of the codec that writes INT4.
+
+    Returns:
+        The verdict; its `source` says which of the three it came from.
 
     Raises:
         InvalidArgumentError: `mode` is none of these, or `codec` is unknown or has no INT4.
@@ -72,14 +84,29 @@ def probe_and_keep(
     on_progress: OnProgress,
     codec: str = PROBE_CODEC,
 ) -> ProbeVerdict:
-    """Probe, whatever is known already, and keep the verdict; see `resolve_verdict`."""
+    """Probe even where a verdict is kept already, and keep the new one.
+
+    Args:
+        loaded: the model.
+        engine: runs the model.
+        basis: of the model's spectral codec.
+        on_progress: called before each step.
+        codec: name of the codec that writes INT4.
+
+    Returns:
+        A verdict of source "probe".
+
+    Raises:
+        InvalidArgumentError: `codec` is unknown or has no INT4.
+        FailedPreconditionError: the model's context is too short.
+    """
     verdict = run_probe(loaded, engine, basis, on_progress, codecs.get(codec))
     keep_verdict(verdict_key(loaded, basis, codec), verdict)
     return verdict
 
 
 def verdict_key(loaded: LoadedModel, basis: SpectralBasis, codec: str = PROBE_CODEC) -> VerdictKey:
-    """Return under what the verdict on a model is kept."""
+    """Return the key under which the verdict on a model is kept."""
     used = (codecs.get(codec), codecs.get(SpectralCodec.name))
     return VerdictKey.of(loaded.spec, used, basis.digest, PROBE_VERSION)
 
@@ -91,10 +118,13 @@ def run_probe(
 
     Args:
         loaded: the model.
-        engine: runs it; requests that come meanwhile take turns with the probe's steps.
-        basis: of its spectral codec.
+        engine: runs the model; requests that come meanwhile take turns with the probe's steps.
+        basis: of the model's spectral codec.
         on_progress: called before each step.
         codec: writes INT4.
+
+    Returns:
+        A verdict of source "probe".
 
     Raises:
         InvalidArgumentError: the codec has no INT4.
@@ -103,32 +133,75 @@ def run_probe(
     with_int4 = [name for name, one in tier_codecs().items() if Tier.INT4 in one.tiers]
     if codec.name not in with_int4:
         raise InvalidArgumentError(f"codec {codec.name!r} has no INT4 to probe; valid: {', '.join(with_int4)}")
-    examination = ProbeRunner.of(loaded, engine, ProbeProgress(on_progress))
-    trials, settings = _held(examination, budget_sweep(codec, basis))
-    int4, mending = _settle_int4(examination, codec, trials)
-    return ProbeVerdict.from_findings(trials, [*settings, *mending], int4, loaded.geometry.layers)
-
-
-def _held(examination: ProbeRunner, plans: Sequence[KvPlan]) -> tuple[list[ProbeTrial], list[ProbedSetting]]:
-    """What holding settings against exact KV finds: the first one's trials, and all settings."""
-    answers, readings = examination.hold(plans)
-    settings = [probed_setting(plan, rung, answers, readings) for rung, plan in enumerate(plans)]
-    return [one.trial(rung=0) for one in answers], settings
+    runner = ProbeRunner.of(loaded, engine, ProbeProgress(on_progress))
+    trials, settings = runner.measure(budget_sweep(codec, basis))
+    int4, more_settings = _settle_int4(runner, codec, trials)
+    return verdict_of(trials, [*settings, *more_settings], int4, loaded.geometry.layers)
 
 
 def _settle_int4(
-    examination: ProbeRunner, codec: Codec, trials: Sequence[ProbeTrial]
+    runner: ProbeRunner, codec: Codec, trials: Sequence[ProbeTrial]
 ) -> tuple[Int4Layers, list[ProbedSetting]]:
-    """Where INT4 may be used; where that is in some layers only, also the setting that shows that it may."""
-    layers = examination.loaded.geometry.layers
+    """Return where INT4 may be used; where only some layers may, also the setting that shows it."""
+    layers = runner.loaded.geometry.layers
     if not is_conclusive(trials):
         return Int4Layers.nowhere(layers), []
     if passes(trials):
         return Int4Layers(), []
-    int4 = find_int4_layers(examination, codec)
+    int4 = find_int4_layers(runner, codec)
     if len(int4.off) < layers:
         # The search takes for granted that more layers at INT8 lose no needle that fewer keep.
-        again, settings = _held(examination, [int4_trial_without(codec, int4.off, layers)])
+        again, settings = runner.measure([int4_trial_without(codec, int4.off, layers)])
         if passes(again):
             return int4, settings
     return Int4Layers.nowhere(layers), []
+
+
+def verdict_of(
+    trials: Sequence[ProbeTrial], settings: Sequence[ProbedSetting], int4: Int4Layers, layers: int
+) -> ProbeVerdict:
+    """Put a probe's results together.
+
+    Args:
+        trials: three.
+        settings: what was tried.
+        int4: all layers where the trials pass, and otherwise the layers that may keep INT4.
+        layers: how many layers the model has.
+
+    Returns:
+        A verdict of source "probe".
+
+    Raises:
+        InvalidArgumentError: the results contradict each other.
+    """
+    reason = f"{_reason_of_int4(trials, int4, layers)}; {_reason_of_budget(settings)}"
+    return ProbeVerdict(int4, "probe", reason, tuple(trials), tuple(settings))
+
+
+def _reason_of_int4(trials: Sequence[ProbeTrial], int4: Int4Layers, layers: int) -> str:
+    found = sum(trial.found for trial in trials)
+    exact = sum(trial.found_fp16 for trial in trials)
+    if not is_conclusive(trials):
+        return (
+            f"the model finds {exact} of {TRIALS} needles over its exact KV, so the probe can tell nothing about "
+            "INT4; --int4 on allows it anyway"
+        )
+    counts = (
+        f"with INT4 the model finds {found} of {TRIALS} needles, {TRIALS_TO_PASS} are needed; "
+        f"over its exact KV it finds {exact}"
+    )
+    if int4.everywhere:
+        return counts
+    if len(int4.off) == layers:
+        return f"{counts}; leaving INT4 out of some layers does not help"
+    where = f"layer{'s' if len(int4.off) > 1 else ''} {int4.off_list}"
+    return f"{counts}; with INT8 in place of INT4 in {where} it finds enough"
+
+
+def _reason_of_budget(settings: Sequence[ProbedSetting]) -> str:
+    if not finds_needles(settings):
+        return f"without needles the probe cannot judge counted budgets, so budget auto stays {UNPROBED_BUDGET:g}"
+    safe = strongest_safe_budget(settings)
+    if safe is None:
+        return f"no counted budget that was tried is safe, so budget auto is {FULL_BUDGET:g}"
+    return f"counted budgets are safe from {safe:g} up"

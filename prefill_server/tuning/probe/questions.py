@@ -1,10 +1,9 @@
-"""What is put to the model: needles in prompts, and prose to predict. Each prompt runs once."""
+"""The questions that the probe puts to the model: needles in prompts, and prose to predict. Each prompt runs once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
-import numpy as np
 import torch
 
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
@@ -25,13 +24,13 @@ from spectrumkv.prefill_server.tuning.replay import (
 DEPTHS = (0.1, 0.5, 0.9)
 PROMPT_TOKENS = 1024
 ANSWER_TOKENS = 16
-# Text that calibration, which reads the haystack, has not seen: a story in dialogue, a manual with a table and code.
+# Texts that calibration does not read (it reads the haystack): a story in dialogue, a manual with a table and code.
 PROSE = ("ferry.txt", "pump.txt")
 CONTEXT_TOKENS, SCORED_TOKENS = 768, 256
 
 
 def needle_prompts(loaded: LoadedModel) -> list[NeedlePrompt]:
-    """Return the prompts that hide a needle.
+    """Return the prompts that hide a needle, one for each depth.
 
     Raises:
         FailedPreconditionError: the model's context is too short.
@@ -48,11 +47,11 @@ def needle_prompts(loaded: LoadedModel) -> list[NeedlePrompt]:
 
 @dataclass(frozen=True)
 class Stretch:
-    """A piece of prose.
+    """Holds a piece of prose.
 
     Attributes:
         context: tokens whose KV is coded.
-        scored: tokens after them.
+        scored: the tokens after these, which the model predicts.
     """
 
     context: tuple[int, ...]
@@ -74,13 +73,13 @@ def prose_stretches(loaded: LoadedModel) -> list[Stretch]:
 
 @dataclass(frozen=True, eq=False)
 class NeedleQuestion:
-    """A prompt that the model has run, and its answer over the exact KV.
+    """Holds a prompt that the model has run, and the model's answer over the exact KV.
 
     Attributes:
         loaded: the model.
         prompt: with the needle.
-        captured: what the prompt's pass showed.
-        exact_answer: tokens.
+        captured: the prompt's KV and first token.
+        exact_answer: the answer's tokens.
     """
 
     loaded: LoadedModel
@@ -90,7 +89,11 @@ class NeedleQuestion:
 
     @classmethod
     def put(cls, loaded: LoadedModel, prompt: NeedlePrompt) -> "NeedleQuestion":
-        """Run the prompt."""
+        """Run the prompt.
+
+        Returns:
+            The question, with the answer over the exact KV.
+        """
         captured = capture_prompt(loaded.model, prompt.token_ids, SCORE_WINDOW)
         answer = generate_over(
             loaded.model, captured.exact_kv(), captured.first_token, ANSWER_TOKENS, loaded.eos_token_ids
@@ -99,7 +102,7 @@ class NeedleQuestion:
 
     @property
     def found_fp16(self) -> bool:
-        """Whether the needle is found over the exact KV."""
+        """Whether the model finds the needle over the exact KV."""
         return self.prompt.is_answered_by(self._text(self.exact_answer))
 
     def answer_under(self, plan: KvPlan) -> str:
@@ -122,13 +125,13 @@ class NeedleQuestion:
 
 @dataclass(frozen=True, eq=False)
 class ProseQuestion:
-    """A stretch of prose whose context the model has run, and what it predicts over the exact KV.
+    """Holds a stretch of prose whose context the model has run, and its predictions over the exact KV.
 
     Attributes:
         loaded: the model.
         stretch: the prose.
-        captured: what the context's pass showed.
-        exact_logits: `[m, vocab]` after each scored token but the last.
+        captured: the context's KV.
+        exact_logits: `[m, vocab]` in the model's dtype, after each scored token but the last.
     """
 
     loaded: LoadedModel
@@ -138,38 +141,35 @@ class ProseQuestion:
 
     @classmethod
     def put(cls, loaded: LoadedModel, stretch: Stretch) -> "ProseQuestion":
-        """Run the context."""
+        """Run the context.
+
+        Returns:
+            The question, with the predictions over the exact KV.
+        """
         captured = capture_prompt(loaded.model, stretch.context, SCORE_WINDOW)
         return cls(loaded, stretch, captured, logits_over(loaded.model, captured.exact_kv(), stretch.scored[:-1]))
 
     def received_kv(self, plan: KvPlan) -> list[LayerKv]:
-        """Return the context's KV, coded and decoded."""
+        """Return the context's KV after coding and decoding, `[kv_heads, n, head_dim]` tensors for each layer."""
         return self.captured.received_kv(plan, self.loaded.geometry)
 
     def distance(self, kv: Sequence[LayerKv]) -> Distance:
-        """Return how far the predictions over this KV are from those over the exact one."""
+        """Compare the predictions over some KV with those over the exact KV.
+
+        Args:
+            kv: the context's, for each layer `[kv_heads, n, head_dim]` keys and values.
+
+        Returns:
+            The distance, summed over `predictions` tokens.
+        """
         logits = logits_over(self.loaded.model, kv, self.stretch.scored[:-1])
         return compare(logits, self.exact_logits, self.stretch.scored[1:])
 
     def distance_under(self, plan: KvPlan) -> Distance:
-        """Return how far they are over KV that was coded and decoded."""
+        """Return the distance of the predictions over KV that was coded and decoded."""
         return self.distance(self.received_kv(plan))
 
     @property
     def predictions(self) -> int:
         """How many tokens a distance is summed over."""
         return len(self.stretch.scored) - 1
-
-
-def mean_kl(distances: Sequence[Distance], predictions: int) -> float:
-    """Return the divergence in nats a token; infinite where the model predicts nothing any more."""
-    return _number(sum(one.kl for one in distances) / predictions)
-
-
-def ppl_delta_pct(distances: Sequence[Distance], predictions: int) -> float:
-    """Return by how many per cent perplexity is higher; infinite where the model predicts nothing any more."""
-    return _number(100 * float(np.expm1(sum(one.nll - one.nll_fp16 for one in distances) / predictions)))
-
-
-def _number(value: float) -> float:
-    return float("inf") if np.isnan(value) else value

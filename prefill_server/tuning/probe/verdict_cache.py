@@ -15,7 +15,7 @@ from spectrumkv.common.errors import SpectrumKVError
 from spectrumkv.common.kv.codecs.base import Codec
 from spectrumkv.common.model.cache import cache_directory
 from spectrumkv.common.model.spec import ModelSpec
-from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
+from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import prefill_pb2
 
 logger = logging.getLogger(__name__)

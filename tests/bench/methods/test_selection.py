@@ -15,7 +15,7 @@ from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.service.config import PrefillConfig, build
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.prefill_server.transfer.plan import default_budget
-from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
+from spectrumkv.prefill_server.verdict import ProbeVerdict
 
 VERDICT = ProbeVerdict.from_flag("on", layers=3)
 

@@ -11,10 +11,9 @@ from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
 from spectrumkv.prefill_server.tuning.basis_cache import resolve_basis
 from spectrumkv.prefill_server.tuning.needle.haystack import haystack
-from spectrumkv.prefill_server.tuning.probe.budget_sweep import budget_sweep
-from spectrumkv.prefill_server.tuning.probe.progress import ProbeProgress
-from spectrumkv.prefill_server.tuning.probe.results import passes
-from spectrumkv.prefill_server.tuning.probe.runner import ProbeRunner, probed_setting
+from spectrumkv.prefill_server.tuning.probe.runner import ProbeProgress, ProbeRunner
+from spectrumkv.prefill_server.tuning.probe.sweep import budget_sweep
+from spectrumkv.prefill_server.verdict import passes
 from tests.services.test_lossless import random_prompt
 from tests.tiny_models import tiny_model
 
@@ -111,15 +110,15 @@ def test_the_default_model_keeps_its_perplexity_and_loses_int4(capsys: pytest.Ca
     assert mean_nll(biased, token_ids) == pytest.approx(mean_nll(original, token_ids), abs=0.005)
     engine = PrefillEngine(biased, window=8)
     try:
-        # The two rungs that say it; the search for layers is tested on a small model, which takes seconds.
+        # The two settings that say it; the search for layers is tested on a small model, which takes seconds.
         int4, *counted = budget_sweep(codecs.get("absmax"), resolve_basis(biased, lambda done: None))
-        rungs = [int4, next(plan for plan in counted if plan.budget == 0.25)]
-        answers, readings = ProbeRunner.of(biased, engine, ProbeProgress(str)).hold(rungs)
+        plans = [int4, next(plan for plan in counted if plan.budget == 0.25)]
+        trials, settings = ProbeRunner.of(biased, engine, ProbeProgress(str)).measure(plans)
     finally:
         engine.stop()
-    assert sum(one.found_fp16 for one in answers) >= 2
-    assert not passes([one.trial(rung=0) for one in answers])
-    broken, sound = (probed_setting(plan, rung, answers, readings) for rung, plan in enumerate(rungs))
+    assert sum(one.found_fp16 for one in trials) >= 2
+    assert not passes(trials)
+    broken, sound = settings
     assert not broken.safe
     assert sound.safe
     assert sound.kl < broken.kl / 1000

@@ -1,4 +1,4 @@
-"""Long prompts in parts get what they get in one pass, and let others go between."""
+"""Long prompts in chunks get what they get in one pass, and let others go between."""
 
 import contextlib
 import gc
@@ -15,18 +15,21 @@ from spectrumkv.common.errors import CancelledError, InvalidArgumentError
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.model.load import load_model
 from spectrumkv.prefill_server.engine.chunked_prefill import chunk_bounds
-from spectrumkv.prefill_server.engine.engine import PrefillEngine, PromptResult
+from spectrumkv.prefill_server.engine.engine import PrefillEngine
+from spectrumkv.prefill_server.engine.prompt_queue import PromptResult
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
 WINDOW = 8
-PART = 20
+CHUNK = 20
 SIDES = ("queries", "keys", "values")
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def engines(request: pytest.FixtureRequest) -> Iterator[tuple[PrefillEngine, PrefillEngine]]:
-    """One that runs prompts in parts, and one that does not."""
-    pair = [PrefillEngine(load_model(str(tiny_model(request.param)), "cpu"), WINDOW, part) for part in (PART, None)]
+    """One that runs prompts in chunks, and one that does not."""
+    pair = [
+        PrefillEngine(load_model(str(tiny_model(request.param)), "cpu"), WINDOW, chunk) for chunk in (CHUNK, None)
+    ]
     yield pair[0], pair[1]
     for engine in pair:
         engine.stop()
@@ -34,7 +37,7 @@ def engines(request: pytest.FixtureRequest) -> Iterator[tuple[PrefillEngine, Pre
 
 @pytest.fixture
 def llama() -> Iterator[PrefillEngine]:
-    engine = PrefillEngine(load_model(str(tiny_model("llama")), "cpu"), WINDOW, PART)
+    engine = PrefillEngine(load_model(str(tiny_model("llama")), "cpu"), WINDOW, CHUNK)
     yield engine
     engine.stop()
 
@@ -51,12 +54,12 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     ("tokens", "bounds"),
     [(1, [0, 1]), (39, [0, 39]), (40, [0, 20, 40]), (99, [0, 24, 49, 74, 99]), (100, [0, 20, 40, 60, 80, 100])],
 )
-def test_parts_are_even_and_never_short(tokens: int, bounds: list[int]) -> None:
-    assert chunk_bounds(tokens, PART) == bounds
+def test_chunks_are_even_and_never_short(tokens: int, bounds: list[int]) -> None:
+    assert chunk_bounds(tokens, CHUNK) == bounds
 
 
 @pytest.mark.parametrize("tokens", [40, 99])
-def test_parts_show_with_the_last_one_what_one_pass_shows(
+def test_chunks_show_with_the_last_one_what_one_pass_shows(
     engines: tuple[PrefillEngine, PrefillEngine], tokens: int
 ) -> None:
     shown: list[list[LayerCapture]] = [[], []]
@@ -71,41 +74,41 @@ def test_parts_show_with_the_last_one_what_one_pass_shows(
             assert_close(getattr(actual, side), getattr(expected, side))
 
 
-def test_parts_that_may_leave_are_shown_one_by_one(engines: tuple[PrefillEngine, PrefillEngine]) -> None:
+def test_chunks_that_may_leave_are_shown_one_by_one(engines: tuple[PrefillEngine, PrefillEngine]) -> None:
     tokens = 99
-    parts: list[LayerCapture] = []
+    chunks: list[LayerCapture] = []
     whole: list[LayerCapture] = []
-    in_parts = engines[0].submit(prompt(tokens), parts.append, streams_chunks=True).result()
-    assert_close(in_parts.logits, engines[1].submit(prompt(tokens), whole.append).result().logits)
+    in_chunks = engines[0].submit(prompt(tokens), chunks.append, streams_chunks=True).result()
+    assert_close(in_chunks.logits, engines[1].submit(prompt(tokens), whole.append).result().logits)
     layers = len(whole)
-    firsts = chunk_bounds(tokens, PART)[:-1]
-    assert [(one.first, one.layer) for one in parts] == [
+    firsts = chunk_bounds(tokens, CHUNK)[:-1]
+    assert [(one.first, one.layer) for one in chunks] == [
         (first, layer) for first in firsts for layer in range(layers)
     ]
     for layer, expected in enumerate(whole):
-        mine = parts[layer::layers]
+        mine = chunks[layer::layers]
         for side in ("keys", "values"):
             assert_close(torch.cat([getattr(one, side) for one in mine], dim=1), getattr(expected, side))
         assert_close(mine[-1].queries, expected.queries)
 
 
-def test_a_short_prompt_goes_between_the_parts_of_a_long_one(llama: PrefillEngine) -> None:
+def test_a_short_prompt_goes_between_the_chunks_of_a_long_one(llama: PrefillEngine) -> None:
     order: list[tuple[str, int]] = []
     begun, submitted = threading.Event(), threading.Event()
 
-    def long_tap(capture: LayerCapture) -> None:
+    def long_hook(capture: LayerCapture) -> None:
         begun.set()
         submitted.wait(60)
         if capture.layer == 0:
             order.append(("long", capture.first))
 
-    def short_tap(capture: LayerCapture) -> None:
+    def short_hook(capture: LayerCapture) -> None:
         if capture.layer == 0:
             order.append(("short", capture.first))
 
-    long: Future[PromptResult] = llama.submit(prompt(60), long_tap, streams_chunks=True)
+    long: Future[PromptResult] = llama.submit(prompt(60), long_hook, streams_chunks=True)
     assert begun.wait(60)
-    short = llama.submit(prompt(5), short_tap)
+    short = llama.submit(prompt(5), short_hook)
     submitted.set()
     results = [one.result(60) for one in (long, short)]
     assert order == [("long", 0), ("short", 0), ("long", 20), ("long", 40)]
@@ -134,7 +137,7 @@ def test_a_prompt_that_nobody_waits_for_ends_with_its_layer(llama: PrefillEngine
     assert llama.waiting == 0
 
 
-def test_what_the_tap_raises_ends_the_prompt(llama: PrefillEngine) -> None:
+def test_what_the_hook_raises_ends_the_prompt(llama: PrefillEngine) -> None:
     def refuse(capture: LayerCapture) -> None:
         raise CancelledError("the stream is over")
 
@@ -143,8 +146,8 @@ def test_what_the_tap_raises_ends_the_prompt(llama: PrefillEngine) -> None:
     assert llama.submit(prompt(60), lambda capture: None).result(60).logits.isfinite().all()
 
 
-class Tap:
-    """Sees the first layer of a part, and ends its prompt there in one way or another."""
+class Hook:
+    """Sees the first layer of a chunk, and ends its prompt there in one way or another."""
 
     def __init__(self, ending: str) -> None:
         self.ending = ending
@@ -160,11 +163,11 @@ class Tap:
             raise InvalidArgumentError("an element is infinite")
 
 
-@pytest.mark.parametrize("tokens", [PART, 5 * PART])
+@pytest.mark.parametrize("tokens", [CHUNK, 5 * CHUNK])
 @pytest.mark.parametrize("ending", ["the client leaves", "the hook fails", "it is computed"])
 def test_what_ended_is_not_left_to_the_garbage_collector(llama: PrefillEngine, ending: str, tokens: int) -> None:
     """A cache is as large as gigabytes, and a service that has nothing to do collects nothing."""
-    hook = Tap(ending)
+    hook = Hook(ending)
     left = weakref.ref(hook)
     gc.collect()
     gc.disable()

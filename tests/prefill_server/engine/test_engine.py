@@ -11,7 +11,8 @@ import torch
 from spectrumkv.common.errors import CancelledError, UnavailableError
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.model.load import load_model
-from spectrumkv.prefill_server.engine.engine import BATCH_TOKENS, PrefillEngine, PromptResult
+from spectrumkv.prefill_server.engine.engine import BATCH_TOKENS, PrefillEngine
+from spectrumkv.prefill_server.engine.prompt_queue import PromptResult
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
 WINDOW = 8
@@ -93,7 +94,7 @@ def test_passes_are_bounded_and_in_order(llama: PrefillEngine) -> None:
     assert waited[2] < waited[3] < waited[5]
 
 
-def test_what_a_tap_raises_ends_its_own_prompt(llama: PrefillEngine) -> None:
+def test_what_a_hook_raises_ends_its_own_prompt(llama: PrefillEngine) -> None:
     def refuse(capture: LayerCapture) -> None:
         raise UnavailableError("the link is down")
 

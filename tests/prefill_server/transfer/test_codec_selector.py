@@ -11,7 +11,7 @@ from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.prefill_server.transfer.codec_selector import ENOUGH, CodecSelector
 from spectrumkv.prefill_server.transfer.pipeline import SentKv
 from spectrumkv.prefill_server.transfer.plan import KvPlan
-from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
+from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import prefill_pb2
 from tests.common.kv.codecs.test_spectral import basis_of
 

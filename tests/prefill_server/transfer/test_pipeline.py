@@ -18,7 +18,7 @@ from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline
 from spectrumkv.prefill_server.transfer.plan import KvPlan
-from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
+from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import decode_pb2, prefill_pb2
 
 GEOMETRY = KvGeometry(layers=3, kv_heads=2, head_dim=8, native_dtype=torch.float32)
@@ -91,7 +91,7 @@ def test_what_is_sent_is_the_kv_at_its_tiers(scope: str, chunk_bytes: int) -> No
     assert sum(one.sent.tier_tokens.values()) == GEOMETRY.layers * TOKENS
 
 
-def test_large_layers_are_cut_into_blocks_and_counted_by_tier() -> None:
+def test_large_layers_are_cut_into_segments_and_counted_by_tier() -> None:
     tokens = 40000
     one = KvPipeline(
         decode_pb2.Begin(), plan(policy="greedy", budget=0.9), GEOMETRY, 1 << 18, Metrics(CollectorRegistry())
@@ -123,7 +123,7 @@ def test_layers_leave_before_the_next_one_is_computed() -> None:
     assert kind(next(messages)) == "end"
 
 
-def test_parts_of_a_prompt_leave_before_the_next_one_is_computed() -> None:
+def test_chunks_of_a_prompt_leave_before_the_next_one_is_computed() -> None:
     chosen = plan(policy="fp16")
     assert chosen.streams_chunks
     assert not plan(policy="greedy", budget=0.5).streams_chunks

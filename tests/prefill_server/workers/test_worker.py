@@ -79,7 +79,7 @@ def test_it_counts_what_others_hold_and_what_this_process_holds(scripted: Script
     server.drain(0, threading.Event())
 
 
-def test_one_that_shuts_down_is_expected_back_and_begins_another_life(scripted: Scripted) -> None:
+def test_one_that_shuts_down_is_expected_back_and_begins_another_epoch(scripted: Scripted) -> None:
     server, port = serve(scripted, "127.0.0.1:0")
     with followed(port) as worker:
         until(lambda: worker.accepting)
@@ -194,7 +194,7 @@ def test_a_watch_that_ends_in_order_is_not_begun_anew_at_once(monkeypatch: pytes
         assert worker.accepting
 
 
-def test_one_that_nobody_may_watch_any_more_begins_a_life_that_is_heard_of() -> None:
+def test_one_that_nobody_may_watch_any_more_begins_an_epoch_that_is_heard_of() -> None:
     health = ScriptedHealth(health_pb2.HealthCheckResponse.NOT_SERVING, grpc.StatusCode.UNIMPLEMENTED)
     # Each turns what was before around, from the first epoch on.
     changes: list[None] = []

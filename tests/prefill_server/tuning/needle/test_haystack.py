@@ -2,8 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectrumkv.prefill_server.tuning.needle.facts import fact
-from spectrumkv.prefill_server.tuning.needle.haystack import haystack
+from spectrumkv.prefill_server.tuning.needle.haystack import fact, haystack
 
 NEEDLE = "The secret number of the mill in Oster is 12345."
 

@@ -21,14 +21,19 @@ from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
 from spectrumkv.prefill_server.transfer.plan import KvPlan
 from spectrumkv.prefill_server.tuning.basis_cache import resolve_basis
-from spectrumkv.prefill_server.tuning.probe import budget_sweep, questions
-from spectrumkv.prefill_server.tuning.probe.probe import probe_and_keep, resolve_verdict, run_probe, verdict_key
-from spectrumkv.prefill_server.tuning.probe.progress import ProbeStep
+from spectrumkv.prefill_server.tuning.probe import questions, sweep
+from spectrumkv.prefill_server.tuning.probe.probe import (
+    probe_and_keep,
+    resolve_verdict,
+    run_probe,
+    verdict_key,
+    verdict_of,
+)
 from spectrumkv.prefill_server.tuning.probe.questions import DEPTHS, NeedleQuestion
-from spectrumkv.prefill_server.tuning.probe.results import ProbedSetting, ProbeTrial
-from spectrumkv.prefill_server.tuning.probe.verdict import UNPROBED_BUDGET, ProbeVerdict
+from spectrumkv.prefill_server.tuning.probe.runner import ProbeStep
 from spectrumkv.prefill_server.tuning.probe.verdict_cache import keep_verdict, read_verdict
 from spectrumkv.prefill_server.tuning.replay import CapturedPrompt, capture_prompt
+from spectrumkv.prefill_server.verdict import UNPROBED_BUDGET, ProbedSetting, ProbeTrial, ProbeVerdict
 from tests.tiny_models import tiny_model
 
 ABSMAX = codecs.get("absmax")
@@ -63,7 +68,7 @@ def kept(loaded: LoadedModel, basis: SpectralBasis, allowed: bool) -> ProbeVerdi
     settings = [ProbedSetting("greedy", "absmax", 0.3, 3, found, 5e-3, 0.1)]
     layers = loaded.geometry.layers
     int4 = Int4Layers() if allowed else Int4Layers.nowhere(layers)
-    verdict = ProbeVerdict.from_findings(trials, settings, int4, layers)
+    verdict = verdict_of(trials, settings, int4, layers)
     keep_verdict(verdict_key(loaded, basis), verdict)
     return verdict
 
@@ -72,16 +77,16 @@ def nothing(step: ProbeStep) -> None:
     raise AssertionError(f"a probe was run: {step}")
 
 
-SHORT_LADDER = (0.5, 0.2)
+SHORT_SWEEP = (0.5, 0.2)
 
 
 @pytest.fixture
-def short_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two counted budgets, for tests about what surrounds them."""
-    monkeypatch.setattr(budget_sweep, "COUNTED_BUDGETS", SHORT_LADDER)
+    monkeypatch.setattr(sweep, "COUNTED_BUDGETS", SHORT_SWEEP)
 
 
-@pytest.mark.usefixtures("short_ladder")
+@pytest.mark.usefixtures("short_sweep")
 def test_a_model_that_finds_nothing_over_exact_kv_gets_no_int4(
     tiny: LoadedModel, engine: PrefillEngine, basis: SpectralBasis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,7 +113,7 @@ def test_a_model_that_finds_nothing_over_exact_kv_gets_no_int4(
     # Each prompt runs once.
     assert lengths == [*(trial.prompt_tokens for trial in verdict.trials), 300, 300]
     # Prose is measured all the same: the more bytes, the closer to the exact KV.
-    assert [one.budget for one in verdict.settings] == [0.3, *SHORT_LADDER]
+    assert [one.budget for one in verdict.settings] == [0.3, *SHORT_SWEEP]
     _, finer, coarser = verdict.settings
     assert 0 < finer.kl < coarser.kl
     assert verdict.default_budget(policies.get("spectral")) == UNPROBED_BUDGET
@@ -151,7 +156,7 @@ def test_a_kept_verdict_spares_the_probe(
     assert resolve_verdict(tiny, engine, basis, "auto", nothing) == replace(expected, source="cache")
 
 
-@pytest.mark.usefixtures("short_ladder")
+@pytest.mark.usefixtures("short_sweep")
 def test_the_first_start_probes_and_the_second_remembers_until_somebody_probes_anew(
     tiny: LoadedModel, engine: PrefillEngine, basis: SpectralBasis, cache: Path
 ) -> None:
@@ -171,7 +176,7 @@ def test_another_basis_is_another_question(tiny: LoadedModel, basis: SpectralBas
     assert read_verdict(verdict_key(tiny, other)) is None
 
 
-@pytest.mark.usefixtures("short_ladder")
+@pytest.mark.usefixtures("short_sweep")
 def test_the_command_probes_and_exits_with_0_whatever_the_verdict(
     tiny: LoadedModel, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,7 +189,7 @@ def test_the_command_probes_and_exits_with_0_whatever_the_verdict(
     assert not found["int4_allowed"]
     assert found["int4_layers_off"] == [0, 1, 2]
     assert [trial["depth"] for trial in found["trials"]] == list(DEPTHS)
-    assert [one["budget"] for one in found["settings"]] == [0.3, *SHORT_LADDER]
+    assert [one["budget"] for one in found["settings"]] == [0.3, *SHORT_SWEEP]
     engine = PrefillEngine(tiny, window=8)
     try:
         remembered = resolve_verdict(tiny, engine, resolve_basis(tiny, lambda done: None), "auto", nothing)
@@ -231,7 +236,7 @@ class BrokenInt4(AbsmaxCodec):
         return taken
 
 
-@pytest.mark.usefixtures("short_ladder")
+@pytest.mark.usefixtures("short_sweep")
 @pytest.mark.parametrize("holds", [True, False], ids=["holds", "does not hold"])
 def test_a_layer_whose_int4_is_broken_does_without_if_that_holds(
     tiny: LoadedModel, engine: PrefillEngine, basis: SpectralBasis, monkeypatch: pytest.MonkeyPatch, holds: bool
@@ -264,7 +269,7 @@ def test_a_layer_whose_int4_is_broken_does_without_if_that_holds(
         assert verdict.default_budget(policy) == shown.budget == pytest.approx((0.5 + 2 * 0.3) / 3)
     else:
         assert verdict.int4 == Int4Layers.nowhere(3)
-        assert "does not mend that" in verdict.reason
+        assert "does not help" in verdict.reason
         assert [one.policy for one in verdict.settings] == ["greedy", "spectral", "spectral"]
         assert verdict.default_budget(policy) == UNPROBED_BUDGET
 

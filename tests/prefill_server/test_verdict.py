@@ -13,15 +13,18 @@ from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.model.spec import ModelSpec
 from spectrumkv.common.service.config import PrefillConfig, build
 from spectrumkv.prefill_server.transfer.plan import default_budget
-from spectrumkv.prefill_server.tuning.probe.results import (
+from spectrumkv.prefill_server.tuning.probe import probe
+from spectrumkv.prefill_server.tuning.probe.verdict_cache import VerdictKey, keep_verdict, read_verdict
+from spectrumkv.prefill_server.verdict import (
+    FULL_BUDGET,
+    UNPROBED_BUDGET,
     ProbedSetting,
     ProbeTrial,
+    ProbeVerdict,
     is_conclusive,
     passes,
     strongest_safe_budget,
 )
-from spectrumkv.prefill_server.tuning.probe.verdict import FULL_BUDGET, UNPROBED_BUDGET, ProbeVerdict
-from spectrumkv.prefill_server.tuning.probe.verdict_cache import VerdictKey, keep_verdict, read_verdict
 from spectrumkv.v1 import prefill_pb2
 
 SPEC = ModelSpec(
@@ -46,22 +49,22 @@ def trials(found: int, exact: int) -> tuple[ProbeTrial, ...]:
     return tuple(ProbeTrial(1000 + i, i / 2, i < found, i < exact, f"answer {i}") for i in range(3))
 
 
-def rung(budget: float, kl: float, found: int = 3, exact: int = 3, policy: str = "spectral") -> ProbedSetting:
+def setting(budget: float, kl: float, found: int = 3, exact: int = 3, policy: str = "spectral") -> ProbedSetting:
     codec = "spectral" if policy == "spectral" else "absmax"
     return ProbedSetting(policy, codec, budget, exact, min(found, exact), kl, 100 * kl)
 
 
 def settings(exact: int = 3) -> tuple[ProbedSetting, ...]:
     """The INT4 trial's, and a sweep that is safe down to 0.25."""
-    counted = [rung(0.5, 1e-7, exact=exact), rung(0.25, 5e-5, exact=exact), rung(0.2, 2e-4, exact=exact)]
-    return (rung(0.3, 4e-3, exact=exact, policy="greedy"), *counted)
+    counted = [setting(0.5, 1e-7, exact=exact), setting(0.25, 5e-5, exact=exact), setting(0.2, 2e-4, exact=exact)]
+    return (setting(0.3, 4e-3, exact=exact, policy="greedy"), *counted)
 
 
 def verdict_of(found: int, exact: int, off: Int4Layers | None = None) -> ProbeVerdict:
     one = trials(found, exact)
     refused = Int4Layers.nowhere(LAYERS) if off is None else off
     int4 = Int4Layers() if is_conclusive(one) and passes(one) else refused
-    return ProbeVerdict.from_findings(one, settings(exact), int4, LAYERS)
+    return probe.verdict_of(one, settings(exact), int4, LAYERS)
 
 
 VERDICT = verdict_of(3, 2)
@@ -94,11 +97,11 @@ def test_layers_without_int4_are_named() -> None:
     some = verdict_of(1, 3, Int4Layers(frozenset({3, 0})))
     assert not some.int4_allowed
     assert "in layers 0, 3 it finds enough" in some.reason
-    assert "some layers does not mend that" in verdict_of(1, 3).reason
+    assert "some layers does not help" in verdict_of(1, 3).reason
 
 
 @pytest.mark.parametrize(
-    ("rungs", "strongest"),
+    ("tried", "strongest"),
     [
         ([(0.5, 1e-7, 3), (0.3, 1e-5, 3), (0.25, 9e-5, 3)], 0.25),
         # In whatever order they were tried.
@@ -113,15 +116,15 @@ def test_layers_without_int4_are_named() -> None:
     ],
 )
 def test_the_strongest_safe_budget_has_only_safe_ones_above(
-    rungs: list[tuple[float, float, int]], strongest: float | None
+    tried: list[tuple[float, float, int]], strongest: float | None
 ) -> None:
-    unsafe_tiers = rung(1.0, 1.0, policy="greedy")
-    assert strongest_safe_budget([unsafe_tiers, *(rung(*one) for one in rungs)]) == strongest
+    unsafe_tiers = setting(1.0, 1.0, policy="greedy")
+    assert strongest_safe_budget([unsafe_tiers, *(setting(*one) for one in tried)]) == strongest
 
 
 def test_a_needle_that_is_not_found_over_exact_kv_either_counts_for_nothing() -> None:
-    assert rung(0.3, 1e-5, found=2, exact=2).safe
-    assert not rung(0.3, 1e-5, found=1, exact=2).safe
+    assert setting(0.3, 1e-5, found=2, exact=2).safe
+    assert not setting(0.3, 1e-5, found=1, exact=2).safe
 
 
 SPECTRAL, ADAPTIVE = policies.get("spectral"), policies.get("adaptive")
@@ -132,7 +135,7 @@ def test_the_default_budget_is_what_was_found() -> None:
     assert "safe from 0.25 up" in VERDICT.reason
     # Tiers were tried at 0.3, and nobody knows what they do at 0.25.
     assert VERDICT.default_budget(ADAPTIVE) == UNPROBED_BUDGET
-    mended = replace(VERDICT, settings=(*VERDICT.settings, rung(0.32, 3e-3, policy="adaptive")))
+    mended = replace(VERDICT, settings=(*VERDICT.settings, setting(0.32, 3e-3, policy="adaptive")))
     assert (mended.default_budget(ADAPTIVE), mended.default_budget(SPECTRAL)) == (0.32, 0.25)
 
 
@@ -144,8 +147,8 @@ def test_without_needles_or_a_probe_the_default_budget_is_the_one_before_probes(
 
 
 def test_where_nothing_is_safe_all_bytes_are_sent() -> None:
-    harmed = [rung(0.3, 1.0, policy="greedy"), rung(0.5, 1e-3)]
-    verdict = ProbeVerdict.from_findings(trials(3, 3), harmed, Int4Layers(), LAYERS)
+    harmed = [setting(0.3, 1.0, policy="greedy"), setting(0.5, 1e-3)]
+    verdict = probe.verdict_of(trials(3, 3), harmed, Int4Layers(), LAYERS)
     assert verdict.safe_budget is None
     assert verdict.default_budget(SPECTRAL) == FULL_BUDGET
     assert "budget auto is 1" in verdict.reason
@@ -180,7 +183,7 @@ def test_verdicts_that_make_no_sense_are_refused() -> None:
     with pytest.raises(InvalidArgumentError, match="'probe' rests on 0 settings"):
         replace(VERDICT, settings=())
     with pytest.raises(InvalidArgumentError, match="'probe' rests on 2 trials"):
-        ProbeVerdict.from_findings(VERDICT.trials[:2], VERDICT.settings, Int4Layers(), LAYERS)
+        probe.verdict_of(VERDICT.trials[:2], VERDICT.settings, Int4Layers(), LAYERS)
     with pytest.raises(InvalidArgumentError, match=r"depth 1\.5"):
         replace(VERDICT.trials[0], depth=1.5)
     with pytest.raises(InvalidArgumentError, match="0 prompt tokens"):
@@ -201,7 +204,7 @@ def test_verdicts_that_make_no_sense_are_refused() -> None:
         VERDICT,
         verdict_of(0, 0),
         verdict_of(1, 3, Int4Layers(frozenset({2}))),
-        ProbeVerdict.from_findings(trials(3, 3), [rung(0.5, math.inf)], Int4Layers(), LAYERS),
+        probe.verdict_of(trials(3, 3), [setting(0.5, math.inf)], Int4Layers(), LAYERS),
         ProbeVerdict.from_flag("on", LAYERS),
         ProbeVerdict.from_flag("off", LAYERS),
     ],

@@ -5,8 +5,7 @@ from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier, count_tiers
-from spectrumkv.prefill_server.tuning.probe.budget_sweep import int4_trial_without
-from spectrumkv.prefill_server.tuning.probe.layer_search import bisection_steps, fewest_that_pass
+from spectrumkv.prefill_server.tuning.probe.sweep import bisection_steps, fewest_that_pass, int4_trial_without
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 6, 7, 8, 29, 32])

@@ -1,0 +1,128 @@
+"""How one worker's chance at a request may end."""
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from spectrumkv.common.errors import (
+    BasisMissingError,
+    CancelledError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    SpectrumKVError,
+    UnavailableError,
+)
+from spectrumkv.prefill_server.workers.dispatch import Dispatch, refusal_reason
+
+REFUSED = [
+    (ResourceExhaustedError("full", 1.0), "full"),
+    (UnavailableError("gone"), "unavailable"),
+    (FailedPreconditionError("another model"), "unfit"),
+    (BasisMissingError("no basis"), "unfit"),
+]
+
+
+class FakeWorker:
+    """Counts the slots that are held on it, and answers every request alike."""
+
+    def __init__(self, refusal: SpectrumKVError | None = None) -> None:
+        self.held = 0
+        self.refusal = refusal
+        self.basis_upload = SimpleNamespace(count=3, deliver=self.deliver)
+        self.delivered: list[int] = []
+
+    @contextlib.contextmanager
+    def holding(self, slots: int) -> Iterator[None]:
+        self.held += slots
+        try:
+            yield
+        finally:
+            self.held -= slots
+
+    def open_lease(self, pipeline: Any, scope: Any) -> Any:
+        if self.refusal is not None:
+            raise self.refusal
+        return contextlib.nullcontext(self)
+
+    def deliver(self, basis: Any, since: int, scope: Any) -> None:
+        assert self.held == 7
+        self.delivered.append(since)
+        if self.refusal is not None:
+            raise self.refusal
+
+
+def dispatch_to(worker: FakeWorker) -> Dispatch:
+    return Dispatch(cast(Any, worker), 7, cast(Any, None))
+
+
+@pytest.mark.parametrize(("refusal", "reason"), REFUSED)
+def test_a_refusal_is_kept_and_the_request_goes_on(refusal: SpectrumKVError, reason: str) -> None:
+    worker = FakeWorker(refusal)
+    dispatch = dispatch_to(worker)
+    with dispatch, dispatch.open_lease(cast(Any, None)):
+        pytest.fail("a worker that refuses gives no lease")
+    assert dispatch.error is refusal
+    assert not dispatch.admitted
+    assert worker.held == 0
+    assert refusal_reason(refusal) == reason
+
+
+@pytest.mark.parametrize("error", [InvalidArgumentError("a bad request"), CancelledError("the caller left")])
+def test_what_no_other_worker_mends_ends_the_request(error: SpectrumKVError) -> None:
+    worker = FakeWorker(error)
+    dispatch = dispatch_to(worker)
+    with pytest.raises(type(error)), dispatch:
+        dispatch.open_lease(cast(Any, None))
+    assert dispatch.error is None
+    assert worker.held == 0
+
+
+def test_a_worker_that_is_lost_before_the_commit_is_replaced() -> None:
+    worker = FakeWorker()
+    dispatch = dispatch_to(worker)
+    with dispatch, dispatch.open_lease(cast(Any, None)):
+        assert worker.held == 7
+        raise UnavailableError("gone")
+    assert dispatch.admitted
+    assert dispatch.error is not None
+    assert worker.held == 0
+
+
+def test_after_the_commit_a_lost_worker_ends_the_request() -> None:
+    dispatch = dispatch_to(FakeWorker())
+    dispatch.commit()
+    with pytest.raises(UnavailableError), dispatch, dispatch.open_lease(cast(Any, None)):
+        raise UnavailableError("gone")
+    assert dispatch.error is None
+
+
+def test_an_admitted_request_that_is_refused_later_ends() -> None:
+    dispatch = dispatch_to(FakeWorker())
+    with pytest.raises(ResourceExhaustedError), dispatch, dispatch.open_lease(cast(Any, None)):
+        raise ResourceExhaustedError("full", 1.0)
+    assert dispatch.error is None
+
+
+def test_the_basis_is_delivered_as_of_before_the_worker_was_asked() -> None:
+    worker = FakeWorker()
+    dispatch = dispatch_to(worker)
+    worker.basis_upload.count = 4
+    assert dispatch.deliver_basis(cast(Any, object()))
+    assert worker.delivered == [3]
+    assert worker.held == 0
+
+
+def test_a_worker_that_refuses_the_basis_is_passed_over() -> None:
+    dispatch = dispatch_to(FakeWorker(UnavailableError("gone")))
+    assert not dispatch.deliver_basis(cast(Any, object()))
+    assert isinstance(dispatch.error, UnavailableError)
+
+
+def test_without_a_basis_there_is_nothing_to_deliver() -> None:
+    worker = FakeWorker()
+    assert not dispatch_to(worker).deliver_basis(None)
+    assert worker.delivered == []

@@ -205,7 +205,8 @@ def test_info_of_prefill(prefill, capsys):
     out = capsys.readouterr().out
     for shown in (
         "ready", "tiny-llama", "30 layers, 3 KV heads of 64", "policy greedy",
-        "budget 0.25 to 1 of the FP16 tier cost", "attention, position", "absmax v1", "budget 0.5, policy adaptive", "allowed (probe)",
+        "budget 0.25 to 1 of the FP16 tier cost",
+        "attention, position", "absmax v1", "budget 0.5, policy adaptive", "allowed (probe)",
         "2 of 3 needles [found]", "[/b] 7", "127.0.0.1:50052, 127.0.0.1:50062 (takes no requests)",
         "4.9e-05", "+0.038", "2 of 3", "-0.500",
     ):  # fmt: skip

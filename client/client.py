@@ -25,7 +25,7 @@ from spectrumkv.common.errors import (
     InternalError,
     NotFoundError,
 )
-from spectrumkv.common.rpc.server import open_channel
+from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.telemetry.trace_context import TraceContext

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from spectrumkv.common.errors import BasisMissingError, DataLossError, InvalidArgumentError
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.rpc.decode_stream import ArrivedPiece
+from spectrumkv.common.rpc.decode_methods import ArrivedPiece
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import sys
 from spectrumkv.common.concurrency.threads import run_in_thread, use_one_thread
 from spectrumkv.common.kv.codecs.spectral import codec as spectral
 from spectrumkv.common.model.load import load_model
-from spectrumkv.common.rpc.decode_stream import SERVICE_NAME, add_decode_servicer
+from spectrumkv.common.rpc.decode_methods import SERVICE_NAME, add_decode_servicer
 from spectrumkv.common.rpc.server import Server
 from spectrumkv.common.security import ServerSecurity
 from spectrumkv.common.service import config as configuration

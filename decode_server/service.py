@@ -13,8 +13,9 @@ from spectrumkv.common.generation.messages import token_message
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.model.load import LoadedModel
+from spectrumkv.common.rpc.decode_methods import ArrivedPiece
 from spectrumkv.common.rpc.decode_protocol import expect_begin, expect_end, expect_no_request, requests_until_close
-from spectrumkv.common.rpc.decode_stream import ArrivedPiece, ArrivedRequest, Request, serialized_bytes
+from spectrumkv.common.rpc.decode_stream import ArrivedRequest, Request, serialized_bytes
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.service.config import DecodeConfig
 from spectrumkv.common.telemetry.metrics import BASIS, FRAMING, Metrics

@@ -1,43 +1,124 @@
-"""A checksum at the end of every small message of the Decode stream.
+"""The methods of the decode service: how prefill calls them, and how a server registers them.
 
-Chunks bring a checksum of their payload. Everything else that crosses between prefill and decode (Begin, End,
-Admitted, tokens, Finished) ends with the field `crc32c`, the CRC-32C of all bytes before it, so that a flipped
-prompt token, seed or generated token is found out before anybody acts on it.
+They differ from the generated ones in the messages of the Decode stream, which `decode_stream` reads and writes.
 """
 
-import crc32c
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
 
 from spectrumkv.common.errors import DataLossError
+from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.rpc.decode_stream import (
+    ArrivedRequest,
+    ArrivedResponse,
+    deserialize_request,
+    deserialize_response,
+    serialize_request,
+    serialize_response,
+)
+from spectrumkv.common.telemetry.trace_context import current_trace
+from spectrumkv.v1 import decode_pb2
 
-# Field 15, four bytes: the highest number of the two messages, so that every implementation writes it last.
-_SEAL_TAG = 15 << 3 | 5
-CHECKSUM_BYTES = 5
+SERVICE_NAME = "spectrumkv.v1.DecodeService"
+BASIS_PIECE_BYTES = 512 << 10
+
+ArrivedPiece = decode_pb2.PutBasisRequest | DataLossError
 
 
-def append_checksum(encoded: bytes) -> bytes:
-    """Return a message's encoding with its checksum appended.
+def open_decode_stream(channel: grpc.Channel) -> Callable[..., Any]:
+    """Return what starts a Decode RPC: call it with an iterator of requests and a timeout.
+
+    The RPC yields `ArrivedResponse`.
+    """
+    stream: Callable[..., Any] = channel.stream_stream(
+        f"/{SERVICE_NAME}/Decode",
+        request_serializer=serialize_request,
+        response_deserializer=_arrived_response,
+    )
+    return stream
+
+
+def begin_basis(channel: grpc.Channel, basis: SpectralBasis, timeout: float | None) -> tuple[Any, int]:
+    """Begin to send a codec basis to a decode worker.
 
     Args:
-        encoded: a DecodeRequest or DecodeResponse without `crc32c`.
+        channel: to the worker.
+        basis: the basis.
+        timeout: seconds that the call may take; None is forever.
+
+    Returns:
+        The call, a future of grpc whose `result` waits for the worker, and how many bytes all messages have.
     """
-    checksum: int = crc32c.crc32c(encoded)
-    return encoded + bytes((_SEAL_TAG,)) + checksum.to_bytes(4, "little")
+    data, digest = basis.serialized, basis.digest
+    pieces = [
+        decode_pb2.PutBasisRequest(digest=digest, part=data[start : start + BASIS_PIECE_BYTES])
+        for start in range(0, len(data), BASIS_PIECE_BYTES)
+    ]
+    method = channel.stream_unary(
+        f"/{SERVICE_NAME}/PutBasis",
+        request_serializer=decode_pb2.PutBasisRequest.SerializeToString,
+        response_deserializer=decode_pb2.PutBasisResponse.FromString,
+    )
+    call = method.future(iter(pieces), timeout=timeout, metadata=current_trace().metadata)
+    return call, sum(piece.ByteSize() for piece in pieces)
 
 
-def split_checksum(sealed: bytes) -> bytes:
-    """Inverse of `append_checksum`.
+def decode_info_method(channel: grpc.Channel) -> Callable[..., Any]:
+    """Return what calls GetServerInfo, which tells what a decode service serves and how full it is."""
+    method: Callable[..., Any] = channel.unary_unary(
+        f"/{SERVICE_NAME}/GetServerInfo",
+        request_serializer=decode_pb2.DecodeServiceGetServerInfoRequest.SerializeToString,
+        response_deserializer=decode_pb2.DecodeServiceGetServerInfoResponse.FromString,
+    )
+    return method
 
-    Raises:
-        DataLossError: the checksum is missing or is not that of the bytes before it.
+
+def add_decode_servicer(servicer: Any, server: grpc.Server) -> None:
+    """Register a servicer of the decode service.
+
+    Args:
+        servicer: its `Decode` gets an iterator of `ArrivedRequest`, its `PutBasis` one of `ArrivedPiece`.
+        server: serves it.
     """
-    encoded, tag, announced = sealed[:-CHECKSUM_BYTES], sealed[-CHECKSUM_BYTES:-4], sealed[-4:]
-    if tag != bytes((_SEAL_TAG,)):
-        raise DataLossError(f"a message of {len(sealed)} bytes does not end with its checksum", "malformed")
-    actual = crc32c.crc32c(encoded)
-    if actual != int.from_bytes(announced, "little"):
-        raise DataLossError(
-            f"a message of {len(sealed)} bytes has CRC-32C {actual:#010x}, "
-            f"announced {int.from_bytes(announced, 'little'):#010x}",
-            "crc",
-        )
-    return encoded
+    handlers = {
+        "Decode": grpc.stream_stream_rpc_method_handler(
+            servicer.Decode,
+            request_deserializer=_arrived_request,
+            response_serializer=serialize_response,
+        ),
+        "PutBasis": grpc.stream_unary_rpc_method_handler(
+            servicer.PutBasis,
+            request_deserializer=_arrived_piece,
+            response_serializer=decode_pb2.PutBasisResponse.SerializeToString,
+        ),
+        "GetServerInfo": grpc.unary_unary_rpc_method_handler(
+            servicer.GetServerInfo,
+            request_deserializer=decode_pb2.DecodeServiceGetServerInfoRequest.FromString,
+            response_serializer=decode_pb2.DecodeServiceGetServerInfoResponse.SerializeToString,
+        ),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
+
+
+def _arrived_request(data: bytes) -> ArrivedRequest:
+    try:
+        return deserialize_request(data)
+    except DataLossError as error:
+        return error
+
+
+def _arrived_piece(data: bytes) -> ArrivedPiece:
+    try:
+        return decode_pb2.PutBasisRequest.FromString(data)
+    except DecodeError:
+        return DataLossError(f"a message of {len(data)} bytes is no PutBasisRequest", "malformed")
+
+
+def _arrived_response(data: bytes) -> ArrivedResponse:
+    try:
+        return deserialize_response(data)
+    except DataLossError as error:
+        return error

@@ -14,7 +14,7 @@ import pytest
 from spectrumkv.client.client import CompletionStream, SpectrumClient
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.rpc.decode_stream import ArrivedPiece, begin_basis
+from spectrumkv.common.rpc.decode_methods import ArrivedPiece, begin_basis
 from spectrumkv.common.rpc.server import UPLOADS
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.bases import BasisStore

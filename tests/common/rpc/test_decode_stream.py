@@ -6,13 +6,13 @@ from hypothesis import strategies as st
 from spectrumkv.common.errors import DataLossError
 from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.rpc.decode_stream import (
+    append_checksum,
     deserialize_request,
     deserialize_response,
     serialize_request,
     serialize_response,
     serialized_bytes,
 )
-from spectrumkv.common.rpc.message_checksum import append_checksum
 from spectrumkv.v1 import decode_pb2, generation_pb2, kv_pb2
 
 BEGIN = decode_pb2.DecodeRequest(begin=decode_pb2.Begin(request_id="one", prompt_token_ids=[1, 2, 300]))

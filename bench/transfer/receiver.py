@@ -53,7 +53,7 @@ def receiving_process(geometry: KvGeometry, tokens: int, tls: TlsFiles | None = 
         UnavailableError: it ended instead of listening.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", "spectrumkv.bench.transfer.measure.receiver"],
+        [sys.executable, "-m", "spectrumkv.bench.transfer.receiver"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -11,8 +11,8 @@ PREFILL_SERVICE = "spectrumkv.v1.PrefillService"
 # gRPC keeps requests up to this size to send them again elsewhere; the largest message is a little smaller.
 RETRY_BUFFER_BYTES = 9 << 20
 # gRPC takes the servers in turn that report SERVING. A request that is refused as UNAVAILABLE or lost before its
-# first token goes to another server. gRPC allows five attempts; the pauses between them are longer than those before it
-# tries a connection again.
+# first token goes to another server. gRPC allows five attempts; the pauses between them are longer than those before
+# it tries a connection again.
 _SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
     "healthCheckConfig": {"serviceName": PREFILL_SERVICE},

@@ -150,7 +150,7 @@ def test_health_checks_ask_the_service_itself(file: str, service: str) -> None:
 @pytest.mark.parametrize(("service", "variable"), [("prefill", "PREFILL_GPU"), ("decode", "DECODE_GPU")])
 def test_each_service_reserves_one_gpu_of_choice(service: str, variable: str) -> None:
     definition = read_compose(COMPOSE_FILES["gpu"])["services"][service]
-    (device,) = definition["deploy"]["resources"]["allocations"]["devices"]
+    (device,) = definition["deploy"]["resources"]["reservations"]["devices"]
     assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
     assert [interpolate(one, {}) for one in device["device_ids"]] == ["0"]
     assert [interpolate(one, {variable: "3"}) for one in device["device_ids"]] == ["3"]

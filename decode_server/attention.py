@@ -58,12 +58,12 @@ class HostDecodeMetadata(DecodeMetadata):
 
     @classmethod
     def of(cls, allocations: Sequence[Allocation], positions: Sequence[int]) -> "HostDecodeMetadata":
-        """Look up the slots of a step's rows, of which there is at least one."""
+        """Return the slots of a step's rows, of which there is at least one."""
         firsts = torch.tensor([allocation.start for allocation in allocations])
         return cls(allocations[0].pool, firsts, firsts + torch.tensor(positions), allocations, positions)
 
     def fits_one_call(self, layer: int) -> bool:
-        """Tell whether one compiled call can do all rows of this layer, and does them faster than torch.
+        """Return whether one compiled call can do all rows of this layer, and does them faster than torch.
 
         It cannot where a row has dropped tokens.
         """
@@ -142,7 +142,7 @@ def _attend_on_gpu(
     sliding_window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Attend over all rows, `[batch, 1, query_heads, head_dim]`; no length is copied to the CPU."""
+    """Return attention of all rows, `[batch, 1, query_heads, head_dim]`; no length is copied to the CPU."""
     # Triton takes a while to import, and exists on Linux only.
     from spectrumkv.kernels.decode_attention import triton as decode_attention_triton
 
@@ -163,7 +163,7 @@ def _attend_on_gpu(
 def _attend_in_one_call(
     layer: int, query: torch.Tensor, metadata: HostDecodeMetadata, scaling: float, sliding_window: int | None
 ) -> torch.Tensor:
-    """Attend over all rows in one compiled call: `[batch, 1, query_heads, head_dim]`."""
+    """Return attention of all rows, `[batch, 1, query_heads, head_dim]`, from one compiled call."""
     pool, ends = metadata.pool, metadata.newest + 1
     firsts = metadata.firsts
     if sliding_window:
@@ -181,7 +181,7 @@ def _attend(
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Attend over one row, `[query_heads, 1, head_dim]` → `[1, query_heads, head_dim]`."""
+    """Return attention of one row, `[query_heads, 1, head_dim]` → `[1, query_heads, head_dim]`."""
     kv_heads, _, head_dim = keys.shape
     # Query heads that share a KV head are rows of one matrix: no repeated keys under grouped-query attention.
     grouped = query.view(kv_heads, -1, head_dim)

@@ -49,9 +49,13 @@ class DecodeEngine:
         return max(0, len(self._joined) - self._max_running)
 
     def generate(self, request: DecodeRequest, scope: RpcScope) -> Iterator[GeneratedToken]:
-        """Join the running batch and yield tokens until the last one.
+        """Yield a request's tokens until the last one, as a member of the running batch.
 
         When this generator ends or is closed, the request has left the batch, and no step touches its slots any more.
+
+        Args:
+            request: started, with all KV in its slots.
+            scope: the handler's RPC; when it ends, so does this generator.
 
         Raises:
             CancelledError: the caller went away.
@@ -112,7 +116,7 @@ class DecodeEngine:
             request.outcomes.put(UnavailableError("the decode service is shutting down; try another worker"))
 
     def _next_batch(self) -> list[DecodeRequest]:
-        """Wait for requests and return the next batch; an empty one says that the engine stops."""
+        """Return the next batch once there are requests; an empty one says that the engine stops."""
         with self._changed:
             self._changed.wait_for(lambda: self._joined or self._stopping)
             self._in_step = [] if self._stopping else self._joined[: self._max_running]
@@ -126,13 +130,13 @@ class DecodeEngine:
 
     @torch.inference_mode()
     def _step(self, batch: list[DecodeRequest]) -> list[DecodeRequest]:
-        """Advance every request by one token; return those that ended."""
+        """Return the requests that ended, after each advanced by one token."""
         logits = self._runner.logits([DecodeRow(one, one.last_token, one.position) for one in batch])
         return [request for request, row in zip(batch, logits, strict=True) if _ends(request, row)]
 
 
 def _ends(request: DecodeRequest, logits: torch.Tensor) -> bool:
-    """Advance one request; an error of its own (NaN logits, say) ends this request alone."""
+    """Return whether a request ended, after it advanced; an error of its own (NaN logits, say) ends it alone."""
     try:
         return request.advance(logits)
     except Exception as error:  # noqa: BLE001  # its neighbours in the batch must not suffer from it

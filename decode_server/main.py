@@ -45,7 +45,7 @@ def _serve() -> None:
 
 
 def _prepared(config: DecodeConfig) -> tuple[DecodeService, Metrics]:
-    """Load and compile all that requests need."""
+    """Return the service, with everything loaded and compiled that requests need."""
     loaded = load_model(config.model, config.device, config.dtype)
     absmax.prepare(loaded.geometry.native_dtype)
     spectral.prepare()

@@ -114,7 +114,7 @@ class KvReceiver:
         self._stream.settle()
 
     def _write(self, segment: KvSegment) -> Mapping[Tier, int]:
-        """Decode a segment into the slots; return how many of its bytes each tier took."""
+        """Return how many bytes of a segment each tier took, after it was decoded into the slots."""
         first, end = segment.first_token, segment.first_token + segment.tiers.numel()
         keys = self._allocation.keys(segment.layer, first, end)
         values = self._allocation.values(segment.layer, first, end)

@@ -37,7 +37,7 @@ PUT_BASIS_SECONDS = 120.0
 
 
 class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
-    """Generates from a KV cache that prefill sends.
+    """Generates from KV caches that prefill sends.
 
     Args:
         loaded: the model.
@@ -58,7 +58,10 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
     def Decode(  # noqa: N802  # gRPC's spelling
         self, requests: Iterator[ArrivedRequest], context: grpc.ServicerContext
     ) -> Iterator[decode_pb2.DecodeResponse]:
-        """Serve one request: admit it, receive its KV, generate. Leaving this function frees what it held."""
+        """Yield the answers to one request: admit it, receive its KV, generate.
+
+        Leaving this function, however that comes, frees everything that the request held.
+        """
         with (
             RpcScope(context, self._config.deadline) as scope,
             self._rejections_counted(),
@@ -74,7 +77,14 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
     def PutBasis(  # noqa: N802  # gRPC's spelling
         self, request_iterator: Iterator[ArrivedPiece], context: grpc.ServicerContext
     ) -> decode_pb2.PutBasisResponse:
-        """Keep the basis that a prefill worker codes in."""
+        """Return once the basis in which a prefill worker codes is received and kept.
+
+        Raises:
+            CancelledError: prefill went away.
+            DataLossError: the basis arrived damaged.
+            DeadlineExceededError: the basis took too long.
+            InvalidArgumentError: it is no basis for this model.
+        """
         with RpcScope(context, self._config.deadline) as scope, self._rejections_counted():
             try:
                 with scope.within(PUT_BASIS_SECONDS):
@@ -88,7 +98,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
     def GetServerInfo(  # noqa: N802  # gRPC's spelling
         self, request: decode_pb2.DecodeServiceGetServerInfoRequest, context: grpc.ServicerContext
     ) -> decode_pb2.DecodeServiceGetServerInfoResponse:
-        """Tell what is served and how full this worker is."""
+        """Return what is served and how full this worker is."""
         return decode_pb2.DecodeServiceGetServerInfoResponse(
             version=version("spectrumkv"),
             model_name=self._loaded.name,
@@ -106,7 +116,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
 
     @contextmanager
     def _arriving(self, messages: Iterator[Request]) -> Iterator[Iterator[Request]]:
-        """Give the messages as they should be worked on.
+        """Yield the messages at the pace at which they should be worked on.
 
         On a CPU they are throttled while requests generate; on a GPU the next ones are read while one is verified and
         dequantized.
@@ -122,7 +132,11 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
 
     @contextmanager
     def _rejections_counted(self) -> Iterator[None]:
-        """Count messages that arrive damaged, by what is wrong with them."""
+        """Count messages that arrive damaged, by what is wrong with them.
+
+        Raises:
+            DataLossError: the block raised it.
+        """
         try:
             yield
         except DataLossError as error:
@@ -130,7 +144,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             raise
 
     def _read_begin(self, messages: Iterator[Request], scope: RpcScope) -> decode_pb2.Begin:
-        """Wait for Begin, and note it in the request's log line.
+        """Return Begin, noted in the request's log line.
 
         Raises:
             DataLossError: the stream starts with another message, or Begin is damaged.
@@ -146,10 +160,14 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         return begin
 
     def _receive_kv(self, request: DecodeRequest, messages: Iterator[Request]) -> decode_pb2.End:
-        """Write all KV into the slots as it arrives; return End once everything is verified.
+        """Return End, once all KV is verified and in the slots; each chunk is written as it arrives.
 
         Raises:
-            DataLossError: something is damaged, missing, or out of order.
+            DataLossError: a message is damaged, missing, or out of order.
+            InvalidArgumentError: the model does not have the first token.
+            CancelledError: prefill went away.
+            DeadlineExceededError: the deadline passed.
+            AssertionError: never; `requests_until_close` ends with End or an error.
         """
         record, started_at = current_request(), time.monotonic()
         record.begin_stage("receive", started_at)

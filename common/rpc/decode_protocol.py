@@ -131,14 +131,14 @@ def _undamaged(response: ArrivedResponse) -> decode_pb2.DecodeResponse:
 
 
 def _request_kind(request: Request) -> str:
-    """Name a request in an error."""
+    """Return how errors call a request."""
     if isinstance(request, KvChunk):
         return "a chunk"
     return request.WhichOneof("message") or "an empty message"
 
 
 def _response_kind(response: decode_pb2.DecodeResponse) -> str:
-    """Name a response in an error."""
+    """Return how errors call a response."""
     kind = response.WhichOneof("message")
     if kind == "token":
         return f"token {response.token.index}"

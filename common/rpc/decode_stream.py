@@ -35,7 +35,7 @@ ArrivedResponse = decode_pb2.DecodeResponse | DataLossError
 
 
 def serialized_bytes(request: Request) -> int:
-    """Length of the request as `serialize_request` writes it."""
+    """Return how many bytes `serialize_request` makes of a request."""
     if isinstance(request, KvChunk):
         return len(_chunk_prefix(request)) + request.payload_bytes
     return request.ByteSize() + CHECKSUM_BYTES
@@ -53,7 +53,13 @@ def serialize_request(request: Request) -> bytes:
 
 
 def deserialize_request(data: bytes) -> Request:
-    """Read what `serialize_request` wrote; a chunk's payload is a view of `data`.
+    """Read what `serialize_request` wrote.
+
+    Args:
+        data: as it arrived.
+
+    Returns:
+        The message; a chunk's payload is a view of `data`.
 
     Raises:
         DataLossError: `data` is no DecodeRequest, or its checksum is wrong.
@@ -79,6 +85,12 @@ def serialize_response(response: decode_pb2.DecodeResponse) -> bytes:
 def deserialize_response(data: bytes) -> decode_pb2.DecodeResponse:
     """Read what `serialize_response` wrote.
 
+    Args:
+        data: as it arrived.
+
+    Returns:
+        The message, without its checksum.
+
     Raises:
         DataLossError: `data` is no DecodeResponse, or its checksum is wrong.
     """
@@ -93,6 +105,9 @@ def append_checksum(encoded: bytes) -> bytes:
 
     Args:
         encoded: a DecodeRequest or DecodeResponse without the field.
+
+    Returns:
+        The encoding with the field at its end, `CHECKSUM_BYTES` longer.
     """
     checksum: int = crc32c.crc32c(encoded)
     return encoded + bytes((_CHECKSUM_TAG,)) + checksum.to_bytes(4, "little")
@@ -118,7 +133,7 @@ def split_checksum(data: bytes) -> bytes:
 
 
 def _chunk_prefix(chunk: KvChunk) -> bytes:
-    """Write all of the message but the payload, which comes last; as in protobuf, fields that are 0 are left out."""
+    """Return the encoding without the payload, which comes last; as in protobuf, fields that are 0 are left out."""
     inner = bytearray()
     if chunk.sequence:
         inner += bytes((_SEQUENCE_TAG,)) + _varint(chunk.sequence)
@@ -130,7 +145,7 @@ def _chunk_prefix(chunk: KvChunk) -> bytes:
 
 
 def _parse_chunk(data: bytes) -> KvChunk | None:
-    """Read a chunk whose fields are in the order in which protobuf writes them; None if it is anything else."""
+    """Return a chunk if its fields are in the order in which protobuf writes them; None for everything else."""
     fields = _Cursor(data)
     if not fields.at(_CHUNK_TAG) or fields.varint() != fields.remaining:
         return None
@@ -155,7 +170,7 @@ class _Cursor:
         return len(self._data) - self._position
 
     def at(self, tag: int) -> bool:
-        """Tell whether `tag` comes next, and step over it if so."""
+        """Return whether `tag` comes next, and step over it if so."""
         found = self.remaining > 0 and self._data[self._position] == tag
         self._position += found
         return found

@@ -170,7 +170,7 @@ class StatusInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc h
 def _recorded(
     details: Any, behaviour: StreamBehaviour, limit: StreamLimit, count_ended: CountEnded
 ) -> StreamBehaviour:
-    """Guard a stream of our own services: its handler finds its trace and its log record, written at the end."""
+    """Return a guarded stream of our own services; its handler finds its trace and its log record."""
     trace = TraceContext.from_metadata(details.invocation_metadata)
     service = details.method.split("/")[1].rpartition(".")[2]
 

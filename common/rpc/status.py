@@ -133,7 +133,7 @@ def _basis_is_missing(error: grpc.RpcError) -> bool:
 
 
 def _has_details(error: grpc.RpcError) -> bool:
-    """Tell whether the status has details: services add them to theirs, gRPC never does to its own."""
+    """Return whether the status has details: services add them to theirs, gRPC never does to its own."""
     try:
         return rpc_status.from_call(error) is not None
     except (ValueError, DecodeError):

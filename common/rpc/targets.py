@@ -54,7 +54,7 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> "Target":
-        """Read "host:port", or several such addresses separated by commas.
+        """Return the target that `text` names: "host:port", or several such addresses separated by commas.
 
         Raises:
             InvalidArgumentError: `text` is something else, or the addresses do not go together.

@@ -112,7 +112,13 @@ class Metrics:
         return metrics
 
     def serve(self, address: Address) -> int:
-        """Answer scrapes on `address` from a thread of its own; return the port.
+        """Answer scrapes from a thread of its own.
+
+        Args:
+            address: where; port 0 lets the system choose one.
+
+        Returns:
+            The port.
 
         Raises:
             InvalidArgumentError: the address cannot be bound.

@@ -167,28 +167,20 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             InvalidArgumentError: the model does not have the first token.
             CancelledError: prefill went away.
             DeadlineExceededError: the deadline passed.
-            AssertionError: never; `requests_until_close` ends with End or an error.
         """
-        record, started_at = current_request(), time.monotonic()
-        record.begin_stage("receive", started_at)
         with KvReceiver(
             self._pool, request.allocation, request.decoder, request.prompt_tokens, self._metrics
         ) as receiver:
-            for message in messages:
-                size = serialized_bytes(message)
-                record.add(kv_bytes=size)
-                record.note(receive_seconds=time.monotonic() - started_at)
-                if isinstance(message, KvChunk):
-                    receiver.accept(message, size)
-                    continue
-                end = expect_end(message)
-                self._metrics.kv_bytes_received.labels(FRAMING).inc(size)
-                if not end.finished:
-                    receiver.finish(end)
-                    check_token_id("End has the first", end.first_token_id, self._loaded.spec.vocab_size)
-                expect_no_request(messages)
-                return end
-        raise AssertionError("`requests_until_close` ends with End or an error")
+            noted = _noted(messages)
+            while isinstance(message := next(noted), KvChunk):
+                receiver.accept(message, serialized_bytes(message))
+            end = expect_end(message)
+            self._metrics.kv_bytes_received.labels(FRAMING).inc(serialized_bytes(message))
+            if not end.finished:
+                receiver.finish(end)
+                check_token_id("End has the first", end.first_token_id, self._loaded.spec.vocab_size)
+            expect_no_request(messages)
+        return end
 
     def _generate(
         self, request: DecodeRequest, first_token_id: int, scope: RpcScope
@@ -227,3 +219,13 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             yield
         finally:
             self._metrics.prompt_tokens_recomputed.inc(request.recomputed_prompt_tokens)
+
+
+def _noted(messages: Iterator[Request]) -> Iterator[Request]:
+    """Yield messages of KV; the request's log line says how many bytes they had and how long they took."""
+    record, started_at = current_request(), time.monotonic()
+    record.begin_stage("receive", started_at)
+    for message in messages:
+        record.add(kv_bytes=serialized_bytes(message))
+        record.note(receive_seconds=time.monotonic() - started_at)
+        yield message

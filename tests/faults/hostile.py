@@ -219,7 +219,7 @@ def _insert(chance: random.Random, messages: list[bytes]) -> None:
 
 
 def _flip(chance: random.Random, messages: list[bytes]) -> None:
-    """Flip a bit; half of the time with the append_checksum made good again."""
+    """Flip a bit; half of the time with the checksum made good again."""
     if not messages:
         return
     place = chance.randrange(len(messages))

@@ -4,7 +4,7 @@ with SpectrumClient("127.0.0.1:50051") as client:
     stream = client.generate("The capital of France is", sampling=Sampling(max_tokens=8))
     for event in stream:
         print(event.text, end="", flush=True)
-    print(stream.result().usage.budget_counted)
+    print(stream.result().usage.byte_budget)
 """
 
 import time
@@ -25,7 +25,7 @@ from spectrumkv.common.errors import (
     InternalError,
     NotFoundError,
 )
-from spectrumkv.common.rpc.server import open_channel
+from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.telemetry.trace_context import TraceContext

@@ -6,6 +6,9 @@ from typing import Any
 from spectrumkv.client.timings import Timings
 from spectrumkv.v1 import generation_pb2, kv_pb2, prefill_pb2
 
+# Keys in JSON of the fields that have another name there.
+USAGE_KEYS = {"byte_budget": "budget_counted", "tier_budget": "budget_nominal"}
+
 
 @dataclass(frozen=True)
 class TokenLogprob:
@@ -66,8 +69,8 @@ class Usage:
     tiers: tuple[TierUsage, ...]
     kv_bytes_sent: int
     kv_fp16_bytes: int
-    budget_counted: float
-    budget_nominal: float
+    byte_budget: float
+    tier_budget: float
     ttft_seconds: float
     handoff_seconds: float
     policy: str
@@ -83,6 +86,10 @@ class Usage:
         tiers = tuple(TierUsage(tier_label(one.tier), one.tokens, one.bytes) for one in usage.tiers)
         plain = (name for name in cls.__dataclass_fields__ if name != "tiers")
         return cls(tiers=tiers, **{name: getattr(usage, name) for name in plain})
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all fields, under the keys that scripts know."""
+        return {USAGE_KEYS.get(name, name): value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
@@ -158,7 +165,7 @@ class Completion:
             "text": self.text,
             "token_ids": list(self.token_ids),
             "finish_reason": self.finish_reason,
-            "usage": asdict(self.usage),
+            "usage": self.usage.as_json(),
             "timings": asdict(self.timings),
         } | ({"logprobs": logprobs} if logprobs else {})
 

@@ -1,4 +1,4 @@
-"""Attention of one decode step over the slots of many requests."""
+"""Attention of one decode step over the slots of the requests in the batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ ATTENTION_NAME = "spectrumkv_decode"
 
 @dataclass(frozen=True, eq=False)
 class DecodeMetadata:
-    """Where the requests of one decode step have their cache, as the device that runs it needs to know.
+    """Says where the requests of one decode step have their cache, in tensors that the device reads.
 
     Attributes:
-        pool: whose slots they are.
+        pool: has the slots.
         firsts: int64 `[batch]` on the pool's device, the first slot of each row.
-        newest: like `firsts`, the slot of the token that this step reads.
+        newest: like `firsts`, the slot of the token that this step computes.
     """
 
     pool: KvPool
@@ -28,13 +28,19 @@ class DecodeMetadata:
     newest: torch.Tensor
 
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Put the step's keys and values, `[batch, kv_heads, 1, head_dim]`, into their slots."""
+        """Write the step's keys and values into the slots.
+
+        Args:
+            layer: from 0.
+            key: `[batch, kv_heads, 1, head_dim]` in the model's own dtype, after RoPE.
+            value: like `key`.
+        """
         self.pool.keys[layer].index_copy_(1, self.newest, key[:, :, 0].transpose(0, 1))
         self.pool.values[layer].index_copy_(1, self.newest, value[:, :, 0].transpose(0, 1))
 
-    def kept(self, layer: int) -> torch.Tensor | None:
+    def keep_mask(self, layer: int) -> torch.Tensor | None:
         """Return which slots attention may look at: bool `[slots]`, False where a token was dropped."""
-        return self.pool.kept[layer]
+        return self.pool.keep_mask[layer]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +59,11 @@ class HostDecodeMetadata(DecodeMetadata):
         firsts = torch.tensor([allocation.start for allocation in allocations])
         return cls(allocations[0].pool, firsts, firsts + torch.tensor(positions), allocations)
 
-    def kept(self, layer: int) -> torch.Tensor | None:
+    def keep_mask(self, layer: int) -> torch.Tensor | None:
         """Return which slots attention may look at, or None where no row has a gap in this layer."""
-        if all(allocation.kept(layer) is None for allocation in self.allocations):
+        if all(allocation.keep_mask(layer) is None for allocation in self.allocations):
             return None
-        return super().kept(layer)
+        return super().keep_mask(layer)
 
 
 def attend_slots(
@@ -73,23 +79,24 @@ def attend_slots(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Store the step's keys and values in the slots and attend over each request's own.
+    """Store the step's keys and values in the slots, and attend over each request's own slots.
 
-    Registered with transformers' `AttentionInterface`; masks come from the slots, so `attention_mask` is None.
+    transformers calls it through `AttentionInterface`. The pool's keep mask says which tokens were dropped, so
+    `attention_mask` is None.
 
     Args:
-        module: the attention layer; its `layer_idx` says which slots.
-        query: `[batch, query_heads, 1, head_dim]`, after RoPE.
-        key: `[batch, kv_heads, 1, head_dim]`, after RoPE.
+        module: the attention layer, which has a `layer_idx`.
+        query: `[batch, query_heads, 1, head_dim]` in the model's own dtype, after RoPE.
+        key: `[batch, kv_heads, 1, head_dim]` in the model's own dtype, after RoPE.
         value: like `key`.
         attention_mask: not used.
         metadata: where each row's cache is.
         scaling: factor of the attention logits.
-        sliding_window: the newest positions that this layer sees, itself included.
-        softcap: Gemma 2's bound on the attention logits.
+        sliding_window: how many of the newest positions this layer sees, its own included; None is all.
+        softcap: bound on the attention logits (Gemma 2, arXiv 2408.00118, section 2); None is none.
 
     Returns:
-        `[batch, 1, query_heads, head_dim]` and no weights.
+        `[batch, 1, query_heads, head_dim]` in the model's own dtype, and None for the weights.
     """
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # torch types module attributes as tensors
     metadata.store(layer, key, value)
@@ -97,7 +104,7 @@ def attend_slots(
         query[:, :, 0],
         metadata.pool.keys[layer],
         metadata.pool.values[layer],
-        metadata.kept(layer),
+        metadata.keep_mask(layer),
         metadata.firsts,
         metadata.newest,
         scaling,

@@ -1,4 +1,4 @@
-"""The codec bases that prefill workers sent, kept for as long as the process lives."""
+"""Keeps the codec bases that prefill workers sent, for as long as the process lives."""
 
 import hashlib
 import logging
@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from spectrumkv.common.errors import BasisMissingError, DataLossError, InvalidArgumentError
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.rpc.decode_stream import ArrivedPiece
+from spectrumkv.common.rpc.decode_methods import ArrivedPiece
 
 logger = logging.getLogger(__name__)
 
-# A worker serves one model, so it meets one basis, and a second one while prefill workers are being upgraded.
+# A worker serves one model, so it gets one basis, and a second one while prefill workers are upgraded.
 MOST_BASES = 4
 
 
 class BasisStore:
-    """Bases by their digest; the one that was least recently used gives way.
+    """Holds bases by their digest; the least recently used one is dropped when there are too many.
 
     Args:
         geometry: shape and dtype of the model's cache.
@@ -34,7 +34,7 @@ class BasisStore:
         """Return the basis of a digest.
 
         Raises:
-            BasisMissingError: it has not been sent yet.
+            BasisMissingError: no prefill worker has sent it yet.
         """
         with self._lock:
             if digest not in self._bases:
@@ -43,11 +43,17 @@ class BasisStore:
             return self._bases[digest]
 
     def receive(self, pieces: Iterator[ArrivedPiece]) -> int:
-        """Take a basis in pieces and keep it; return how many bytes the pieces took.
+        """Receive a basis in pieces and keep it.
+
+        Args:
+            pieces: as they arrived, in order.
+
+        Returns:
+            How many bytes the messages had.
 
         Raises:
-            DataLossError: what arrived is not what the digest says.
-            InvalidArgumentError: it is no basis for this model, or larger than any.
+            DataLossError: a piece is damaged, or the basis has another digest than announced.
+            InvalidArgumentError: it is no basis for this model, or is larger than any.
         """
         digest, data, taken = b"", bytearray(), 0
         for piece in pieces:
@@ -66,10 +72,10 @@ class BasisStore:
             raise DataLossError(f"a codec basis of {len(data)} bytes is not what its digest announces", "basis")
         basis = SpectralBasis.from_bytes(bytes(data))
         basis.check_fits(self._geometry)
-        # Now, so that a transform which cannot be undone is refused before anything is sent in it.
+        # Inverted now, so that a transform which cannot be is refused before any KV is sent in it.
         _ = basis.synthesis
         with self._lock:
-            # What was made of one that is here already is kept with it.
+            # A basis that is here already stays, with its inverse.
             self._bases.setdefault(digest, basis)
             self._bases.move_to_end(digest)
             while len(self._bases) > MOST_BASES:

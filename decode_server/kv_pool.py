@@ -1,4 +1,4 @@
-"""The KV cache of the decode service: one pool of slots, reserved before anything is computed."""
+"""The KV cache of the decode service: a pool of slots, which requests reserve before anything is computed."""
 
 import threading
 from types import TracebackType
@@ -15,22 +15,25 @@ RETRY_AFTER_SECONDS = 1.0
 
 
 class KvPool:
-    """All slots of a process. A slot holds one token's keys and values in every layer.
+    """Holds all slots of a process. A slot has one token's keys and values in every layer.
 
-    A allocation is one run of neighbouring slots, so that attention reads a request's cache as a plain slice,
+    An allocation is one run of neighbouring slots, so that attention reads a request's cache as a plain slice,
     without a page table or a gather. The price is fragmentation: first fit keeps the free runs long, and a
     request that only fits in pieces is refused like one that does not fit.
 
     Args:
         geometry: shape and dtype of the model's cache.
-        memory_bytes: how much memory the slots may take.
+        memory_bytes: the most memory that the slots may take.
         device: where the model runs.
-        metrics: told about every allocation.
+        metrics: count the slots that are used.
 
     Attributes:
-        keys: `[layers, kv_heads, slots + 1, head_dim]`; the last slot is nobody's.
+        geometry: shape and dtype of the model's cache.
+        slots: how many slots requests can have.
+        slot_bytes: memory of one slot.
+        keys: `[layers, kv_heads, slots + 1, head_dim]` in the model's own dtype, on `device`; the last slot is spare.
         values: like `keys`.
-        kept: bool `[layers, slots + 1]`, False where a token of that layer was dropped.
+        keep_mask: bool `[layers, slots + 1]` on `device`, False where a token of that layer was dropped.
 
     Raises:
         FailedPreconditionError: the memory does not hold a single slot, or there is not so much of it.
@@ -49,33 +52,44 @@ class KvPool:
             raise FailedPreconditionError(
                 f"--kv-memory is {memory_bytes} bytes, and this machine has {there}, of which the model takes some"
             )
-        # One slot more: nobody's, for the rows that fill up a batch of fixed size.
+        # One slot more, which padding rows of a CUDA graph read and write.
         shape = (geometry.layers, geometry.kv_heads, self.slots + 1, geometry.head_dim)
         try:
             self.keys = torch.empty(shape, dtype=geometry.native_dtype, device=device)
             self.values = torch.empty(shape, dtype=geometry.native_dtype, device=device)
         except RuntimeError as error:
-            # What torch raises for memory that is not there, on any device.
+            # Torch raises this for memory that is not there, on any device.
             raise FailedPreconditionError(
                 f"--kv-memory of {memory_bytes} bytes cannot be had on {device}: {str(error).splitlines()[0]}"
             ) from error
-        self.kept = torch.ones(geometry.layers, self.slots + 1, dtype=torch.bool, device=device)
+        self.keep_mask = torch.ones(geometry.layers, self.slots + 1, dtype=torch.bool, device=device)
         self._metrics = metrics
         self._lock = threading.Lock()
         self._taken: list[Allocation] = []
 
     @property
+    def spare_slot(self) -> int:
+        """The slot that no request can have."""
+        return self.slots
+
+    @property
     def used(self) -> int:
-        """Slots reserved now."""
+        """How many slots requests hold now."""
         with self._lock:
             return sum(allocation.capacity for allocation in self._taken)
 
     def reserve(self, capacity: int) -> "Allocation":
-        """Hold `capacity` neighbouring slots until the allocation is released.
+        """Hold neighbouring slots until the allocation is released.
+
+        Args:
+            capacity: how many, 1 or more.
+
+        Returns:
+            The slots, a context manager that frees them.
 
         Raises:
-            FailedPreconditionError: more than there are at all.
-            ResourceExhaustedError: more than are free now.
+            FailedPreconditionError: `capacity` exceeds the whole pool.
+            ResourceExhaustedError: no run of free slots is long enough.
         """
         if capacity > self.slots:
             raise FailedPreconditionError(
@@ -118,12 +132,12 @@ class KvPool:
 
 
 class Allocation:
-    """Slots held for one request; a context manager that frees them.
+    """Holds slots for one request; a context manager that frees them.
 
     Attributes:
         pool: whose slots they are.
         start: the first slot.
-        capacity: how many slots, for prompt and completion.
+        capacity: how many slots there are, for prompt and completion.
     """
 
     def __init__(self, pool: KvPool, start: int, capacity: int) -> None:
@@ -133,39 +147,55 @@ class Allocation:
         self._with_gaps: set[int] = set()
 
     def keys(self, layer: int, first: int, end: int) -> torch.Tensor:
-        """Keys of positions `first` to `end` − 1: a view `[kv_heads, end − first, head_dim]`."""
+        """Return keys of one layer.
+
+        Args:
+            layer: from 0.
+            first: position of the first token.
+            end: position after the last token.
+
+        Returns:
+            `[kv_heads, end − first, head_dim]` in the model's own dtype on the pool's device, a view of the slots.
+        """
         return self.pool.keys[layer, :, self.start + first : self.start + end]
 
     def values(self, layer: int, first: int, end: int) -> torch.Tensor:
-        """Values of positions `first` to `end` − 1: a view `[kv_heads, end − first, head_dim]`."""
+        """Return values of one layer; see `keys`."""
         return self.pool.values[layer, :, self.start + first : self.start + end]
 
-    def kept(self, layer: int) -> torch.Tensor | None:
-        """What attention may look at: bool `[capacity]`, a view; None where no token of the layer was dropped."""
-        return self._kept(layer) if layer in self._with_gaps else None
+    def keep_mask(self, layer: int) -> torch.Tensor | None:
+        """Return which tokens attention may look at in one layer.
 
-    def _kept(self, layer: int) -> torch.Tensor:
-        return self.pool.kept[layer, self.start : self.start + self.capacity]
+        Args:
+            layer: from 0.
+
+        Returns:
+            bool `[capacity]` on the pool's device, a view of the pool's mask, False where a token was dropped; None
+            where no token of the layer was.
+        """
+        return self._mask(layer) if layer in self._with_gaps else None
+
+    def _mask(self, layer: int) -> torch.Tensor:
+        return self.pool.keep_mask[layer, self.start : self.start + self.capacity]
 
     def drop(self, layer: int, positions: torch.Tensor) -> None:
         """Leave tokens out of this layer's attention.
 
         Args:
             layer: from 0.
-            positions: int64 `[m]`, positions in the prompt.
+            positions: int64 `[m]` on any device, positions in the prompt.
         """
         positions = positions.to(self.pool.keys.device)
         self._with_gaps.add(layer)
-        self._kept(layer)[positions] = False
-        # Attention weighs a masked slot with zero, and zero times what an earlier request left there may be
-        # NaN.
+        self._mask(layer)[positions] = False
+        # Attention weighs a masked slot with zero, and zero times what an earlier request left there may be NaN.
         self.keys(layer, 0, self.capacity)[:, positions] = 0
         self.values(layer, 0, self.capacity)[:, positions] = 0
 
     def keep_all(self) -> None:
-        """Undo every `drop`, for whoever has the slots next."""
+        """Undo every `drop`, so that the next request sees all of its slots."""
         for layer in self._with_gaps:
-            self._kept(layer).fill_(True)
+            self._mask(layer).fill_(True)
         self._with_gaps.clear()
 
     def release(self) -> None:

@@ -5,7 +5,7 @@ import sys
 from spectrumkv.common.concurrency.threads import run_in_thread, use_one_thread
 from spectrumkv.common.kv.codecs.spectral import codec as spectral
 from spectrumkv.common.model.load import load_model
-from spectrumkv.common.rpc.decode_stream import SERVICE_NAME, add_decode_servicer
+from spectrumkv.common.rpc.decode_methods import SERVICE_NAME, add_decode_servicer
 from spectrumkv.common.rpc.server import Server
 from spectrumkv.common.security import ServerSecurity
 from spectrumkv.common.service import config as configuration
@@ -44,7 +44,7 @@ def _serve() -> None:
 
 
 def _prepared(config: DecodeConfig) -> tuple[DecodeService, Metrics]:
-    """Load and compile all that requests need."""
+    """Return the service, with everything loaded and compiled that requests need."""
     loaded = load_model(config.model, config.device, config.dtype)
     absmax.prepare(loaded.geometry.native_dtype)
     spectral.prepare()

@@ -1,38 +1,56 @@
 """One decode step of the running batch through the model: op by op on a CPU, as a replayed CUDA graph on a GPU."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.decode_server.attention import ATTENTION_NAME, DecodeMetadata, HostDecodeMetadata
-from spectrumkv.decode_server.kv_pool import Allocation, KvPool
+from spectrumkv.decode_server.kv_pool import KvPool
+from spectrumkv.decode_server.request import DecodeRequest
 
 
 @dataclass(frozen=True)
 class DecodeRow:
-    """What one request puts into a step.
+    """One token that the model computes in a step.
 
     Attributes:
-        token: what the model reads.
+        request: whose token it is.
+        token: its id.
         position: its place among prompt and completion.
-        allocation: the request's slots.
     """
 
+    request: DecodeRequest
     token: int
     position: int
-    allocation: Allocation
 
 
-class ModelRunner(Protocol):
-    """Runs decode steps."""
+class ModelRunner(ABC):
+    """Runs decode steps, and counts the prompt tokens among what it computes.
+
+    Decode has the KV of every prompt token from prefill; whatever computes one again wastes the transfer.
+    """
 
     def logits(self, rows: Sequence[DecodeRow]) -> torch.Tensor:
-        """Run a step; return what follows each row: float32 `[rows, vocab]` on the CPU."""
-        ...
+        """Run one step.
+
+        Args:
+            rows: one or more, at most one for each request.
+
+        Returns:
+            The model's output for each row, float32 `[rows, vocab]` on the CPU.
+        """
+        for row in rows:
+            row.request.recomputed_prompt_tokens += row.position < row.request.prompt_tokens
+        return self._forward(rows)
+
+    @abstractmethod
+    def _forward(self, rows: Sequence[DecodeRow]) -> torch.Tensor:
+        """Compute what `logits` returns."""
 
 
 def model_runner(loaded: LoadedModel, pool: KvPool, max_rows: int) -> ModelRunner:
@@ -49,7 +67,7 @@ def model_runner(loaded: LoadedModel, pool: KvPool, max_rows: int) -> ModelRunne
     return EagerRunner(loaded.model)
 
 
-class EagerRunner:
+class EagerRunner(ModelRunner):
     """Calls the model for each step.
 
     Args:
@@ -59,24 +77,22 @@ class EagerRunner:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
 
-    def logits(self, rows: Sequence[DecodeRow]) -> torch.Tensor:
-        """See `ModelRunner.logits`."""
-        tokens = torch.tensor([[row.token] for row in rows])
+    def _forward(self, rows: Sequence[DecodeRow]) -> torch.Tensor:
         positions = [row.position for row in rows]
         logits = self._model(
-            input_ids=tokens,
+            input_ids=torch.tensor([[row.token] for row in rows]),
             position_ids=torch.tensor(positions)[:, None],
             use_cache=False,
-            metadata=HostDecodeMetadata.of([row.allocation for row in rows], positions),
+            metadata=HostDecodeMetadata.of([row.request.allocation for row in rows], positions),
         ).logits
         last: torch.Tensor = logits[:, -1].float()
         return last
 
 
-class CudaGraphRunner:
+class CudaGraphRunner(ModelRunner):
     """Replays CUDA graphs: a step's kernels take less time than launching them one by one.
 
-    There is a graph for each power of two of rows. Rows that nobody needs read and write the slot that nobody has.
+    There is a graph for each power of two of rows. Padding rows use a spare slot.
 
     Args:
         model: on a GPU.
@@ -90,21 +106,23 @@ class CudaGraphRunner:
         while sizes[-1] < max_rows:
             sizes.append(2 * sizes[-1])
         # Tokens, positions, first slots, newest slots.
-        self._idle = torch.tensor([[0], [0], [pool.slots], [pool.slots]])
-        self._inputs = self._idle.repeat(1, sizes[-1]).to(pool.keys.device)
-        self._staged = self._idle.repeat(1, sizes[-1]).pin_memory()
+        self._padding = torch.tensor([[0], [0], [pool.spare_slot], [pool.spare_slot]])
+        self._inputs = self._padding.repeat(1, sizes[-1]).to(pool.keys.device)
+        self._staged = self._padding.repeat(1, sizes[-1]).pin_memory()
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._logits: dict[int, torch.Tensor] = {}
         graph_memory = torch.cuda.graph_pool_handle()
-        # The largest first: the others reuse its memory.
+        # The largest graph comes first: the others reuse its memory.
         for size in reversed(sizes):
             self._capture(model, size, graph_memory)
 
-    def logits(self, rows: Sequence[DecodeRow]) -> torch.Tensor:
-        """See `ModelRunner.logits`."""
+    def _forward(self, rows: Sequence[DecodeRow]) -> torch.Tensor:
         size = next(size for size in sorted(self._graphs) if size >= len(rows))
-        self._staged.copy_(self._idle)
-        taken = [(row.token, row.position, row.allocation.start, row.allocation.start + row.position) for row in rows]
+        self._staged.copy_(self._padding)
+        starts = [row.request.allocation.start for row in rows]
+        taken = [
+            (row.token, row.position, start, start + row.position) for row, start in zip(rows, starts, strict=True)
+        ]
         self._staged[:, : len(rows)] = torch.tensor(taken).T
         self._inputs.copy_(self._staged, non_blocking=True)
         self._graphs[size].replay()
@@ -123,7 +141,7 @@ class CudaGraphRunner:
             last: torch.Tensor = logits[:, -1].float()
             return last
 
-        # Kernels are compiled and libraries loaded before anything is captured.
+        # Kernels must be compiled and libraries loaded before anything is captured.
         stream = torch.cuda.Stream(self._inputs.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._inputs.device))
         with torch.cuda.stream(stream):

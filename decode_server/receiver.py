@@ -1,7 +1,8 @@
 """From chunks on the stream to keys and values in the slots."""
 
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -13,22 +14,50 @@ from spectrumkv.common.kv.codecs.base import SegmentDecoder
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 from spectrumkv.common.kv.wire import ChunkReader, ChunkTotals, KvChunk
+from spectrumkv.common.rpc.decode_stream import Request
 from spectrumkv.common.telemetry.metrics import FRAMING, Metrics
 from spectrumkv.decode_server.kv_pool import Allocation, KvPool
 from spectrumkv.v1 import decode_pb2
+
+# The share of a core that receiving may use while requests generate: a model's step waits for its slowest thread.
+SHARE_OF_A_CORE = 0.25
+
+
+def throttled(messages: Iterator[Request], wait_until_idle: Callable[[float], object]) -> Iterator[Request]:
+    """Yield messages at the pace of `SHARE_OF_A_CORE` while requests generate; prefill feels it as a slower link.
+
+    KV that arrives as it is computed is slower than that; a burst is held up. Only chunks wait: Begin and End do not.
+
+    Args:
+        messages: the stream's messages, read and worked on by one thread.
+        wait_until_idle: waits for this many seconds, or until no request generates.
+
+    Yields:
+        The same messages.
+    """
+    worked_until = time.thread_time()
+    owed = 0.0
+    for message in messages:
+        if isinstance(message, KvChunk) and owed > 0:
+            wait_until_idle(owed)
+            owed = 0.0
+        yield message
+        now = time.thread_time()
+        owed += (now - worked_until) * (1 / SHARE_OF_A_CORE - 1)
+        worked_until = now
 
 
 class KvReceiver:
     """Verifies the KV of one request and dequantizes it straight into its slots.
 
-    Nothing is written any more when the context ends.
+    A context manager: when it ends, nothing is written any more.
 
     Args:
-        pool: the slots of this process.
-        allocation: this request's own.
-        decoder: of the codec that Begin named.
+        pool: the pool of this process.
+        allocation: the request's slots.
+        decoder: decodes segments in the codec that Begin named.
         prompt_tokens: how many tokens' KV must arrive.
-        metrics: told of every byte.
+        metrics: count every byte.
     """
 
     def __init__(
@@ -45,7 +74,7 @@ class KvReceiver:
         self._metrics = metrics
         self._reader = ChunkReader(self._geometry.layers, prompt_tokens)
         self._stream = KvStream(pool.keys.device)
-        # Whoever had the slots before may have left something to do on another stream.
+        # The request that had the slots before may have left work on another stream, which must be done first.
         self._free = record_event(pool.keys)
 
     def __enter__(self) -> Self:
@@ -54,7 +83,7 @@ class KvReceiver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Whoever has the slots next must not find this request's KV coming in.
+        # The next request in these slots must not find this request's KV arriving.
         self._stream.settle()
 
     def accept(self, chunk: KvChunk, serialized_bytes: int) -> None:
@@ -62,7 +91,7 @@ class KvReceiver:
 
         Args:
             chunk: as it arrived.
-            serialized_bytes: size of the whole message that it came in.
+            serialized_bytes: length of the whole message that holds it.
 
         Raises:
             DataLossError: the chunk is damaged, out of order, repeated or malformed.
@@ -73,16 +102,19 @@ class KvReceiver:
         self._count(segments, tier_bytes, serialized_bytes)
 
     def finish(self, end: decode_pb2.End) -> None:
-        """Check that all KV arrived and is what was sent; it is in the slots when this returns.
+        """Check that all KV arrived as it was sent, and wait until all of it is in the slots.
+
+        Args:
+            end: says what prefill sent.
 
         Raises:
-            DataLossError: it is not.
+            DataLossError: something else arrived.
         """
         self._reader.finish(ChunkTotals(end.chunks, end.payload_bytes, end.digest))
         self._stream.settle()
 
     def _write(self, segment: KvSegment) -> Mapping[Tier, int]:
-        """Decode a segment into the slots; return how many of its bytes each tier took."""
+        """Return how many bytes of a segment each tier took, after it was decoded into the slots."""
         first, end = segment.first_token, segment.first_token + segment.tiers.numel()
         keys = self._allocation.keys(segment.layer, first, end)
         values = self._allocation.values(segment.layer, first, end)

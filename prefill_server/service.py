@@ -16,7 +16,7 @@ from spectrumkv.common.generation.sampling import Sampler
 from spectrumkv.common.generation.text import FinishReason, TextStream
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.policies import policies
+from spectrumkv.common.kv.policies import Policy, policies
 from spectrumkv.common.kv.scoring import scorers
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.rpc.scope import RpcScope
@@ -102,10 +102,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             model_name=self._loaded.name,
             model=self._loaded.spec.to_proto(),
             device=str(self._loaded.device),
-            policies=[
-                prefill_pb2.PolicyInfo(name=name, min_budget=policy.min_budget, max_budget=policy.max_budget)
-                for name, policy in ((name, policies.get(name)) for name in policies)
-            ],
+            policies=[_policy_info(policies.get(name)) for name in policies],
             scorers=scorers.names(),
             codecs=[kv_pb2.CodecId(name=name, version=codecs.get(name).version) for name in codecs],
             scopes=SCOPES,
@@ -116,7 +113,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
                 codec=config.codec,
                 scope=config.scope,
             ),
-            int4_probe=self._verdict.to_proto(),
+            probe=self._verdict.to_proto(),
             decode_workers=[str(address) for address in config.decode],
             decode_workers_away=[str(address) for address in self._workers.away],
         )
@@ -266,9 +263,18 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self._metrics.request_duration.labels("encode").observe(sent.encode_seconds)
         self._metrics.request_duration.labels("transfer").observe(sent.transfer_seconds)
         self._metrics.kv_codec.labels(plan.codec.name).inc()
-        current_request().note(budget_counted=usage.budget_counted, codec=plan.codec.name)
+        current_request().note(budget_counted=usage.byte_budget, codec=plan.codec.name)
         if plan.codec_reason:
             current_request().note(codec_reason=plan.codec_reason)
         return prefill_pb2.GenerateResponse(
             finished=prefill_pb2.GenerateFinished(finish_reason=request.finish, usage=usage)
         )
+
+
+def _policy_info(policy: Policy) -> prefill_pb2.PolicyInfo:
+    return prefill_pb2.PolicyInfo(
+        name=policy.name,
+        min_budget=policy.min_budget,
+        max_budget=policy.max_budget,
+        budget_kind=f"BUDGET_KIND_{policy.budget_kind.name}",
+    )

@@ -62,7 +62,7 @@ def attend(
     slots = received.allocation
     slots.keys(layer, start, end).copy_(key[0])
     slots.values(layer, start, end).copy_(value[0])
-    seen = visible(start, end, options.get("sliding_window"), slots.kept(layer), query.device)
+    seen = visible(start, end, options.get("sliding_window"), slots.keep_mask(layer), query.device)
     attended = _attend(
         query[0],
         slots.keys(layer, 0, end),

@@ -18,7 +18,8 @@ from spectrumkv.bench.codec.measure import Cache
 from spectrumkv.bench.transfer.kv import captures
 from spectrumkv.common.errors import DataLossError, InternalError, SpectrumKVError
 from spectrumkv.common.generation.params import SamplingParams
-from spectrumkv.common.rpc.decode_stream import ArrivedResponse, Request, open_decode_stream, serialized_bytes
+from spectrumkv.common.rpc.decode_methods import open_decode_stream
+from spectrumkv.common.rpc.decode_stream import ArrivedResponse, Request, serialized_bytes
 from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline

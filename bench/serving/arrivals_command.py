@@ -62,8 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.client.local.pair_config import FREE_PORTS
     from spectrumkv.client.local.running_pair import running_pair, stopped_by_sigterm
     from spectrumkv.common.kv.geometry import KvGeometry
-    from spectrumkv.common.rpc.decode_stream import put_basis
-    from spectrumkv.common.rpc.server import open_channel
+    from spectrumkv.common.rpc.channel import open_channel
+    from spectrumkv.common.rpc.decode_methods import begin_basis
     from spectrumkv.common.service.config import build
     from spectrumkv.prefill_server.transfer.plan import KvPlan
     from spectrumkv.prefill_server.verdict import ProbeVerdict
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
         steps = len(plans) * arguments.arrivals
         with open_channel(address) as channel, progress(steps, Console(stderr=True)) as on_arrival:
             # Whichever plan needs it; a worker keeps it.
-            put_basis(channel, basis)
+            begin_basis(channel, basis, timeout=None)[0].result()
             for plan in plans:
                 running, arriving = (
                     arrivals.record(spec, cache, plan, config.window, config.chunk_bytes, max_tokens)

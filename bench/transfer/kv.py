@@ -18,13 +18,8 @@ from spectrumkv.common.kv.codecs.tiered import TieredEncoder, tier_segments
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.wire import KvChunk
-from spectrumkv.common.rpc.decode_stream import (
-    ArrivedRequest,
-    ArrivedResponse,
-    open_decode_stream,
-    put_basis,
-    serialized_bytes,
-)
+from spectrumkv.common.rpc.decode_methods import begin_basis, open_decode_stream
+from spectrumkv.common.rpc.decode_stream import ArrivedRequest, ArrivedResponse, serialized_bytes
 from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.bases import BasisStore
@@ -117,7 +112,7 @@ class KvSender:
     ) -> None:
         self._open: Any = open_decode_stream(channel)
         if plan.codec.needs_basis:
-            put_basis(channel, needed_basis(plan.codec, plan.basis))
+            begin_basis(channel, needed_basis(plan.codec, plan.basis), timeout=None)[0].result()
         self._observations = captures
         self._plan = plan
         self._geometry = cache.geometry

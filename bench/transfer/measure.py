@@ -15,7 +15,7 @@ from spectrumkv.bench.transfer.raw_tcp import TcpSender
 from spectrumkv.bench.transfer.receiver import ReceiverAddresses, receiving_process
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.policies import BudgetKind
-from spectrumkv.common.rpc.server import open_channel
+from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.security import ChannelSecurity, TlsFiles
 from spectrumkv.prefill_server.transfer.plan import KvPlan
 

@@ -19,7 +19,7 @@ from spectrumkv.bench.transfer.raw_grpc import RawTransferServicer, add_raw_tran
 from spectrumkv.bench.transfer.raw_tcp import TcpReceiver
 from spectrumkv.common.errors import UnavailableError
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.rpc.decode_stream import SERVICE_NAME, add_decode_servicer
+from spectrumkv.common.rpc.decode_methods import SERVICE_NAME, add_decode_servicer
 from spectrumkv.common.rpc.server import Server
 from spectrumkv.common.security import ServerSecurity, TlsFiles
 from spectrumkv.common.service.config import Address
@@ -53,7 +53,7 @@ def receiving_process(geometry: KvGeometry, tokens: int, tls: TlsFiles | None = 
         UnavailableError: it ended instead of listening.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", "spectrumkv.bench.transfer.measure.receiver"],
+        [sys.executable, "-m", "spectrumkv.bench.transfer.receiver"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

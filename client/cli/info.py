@@ -14,6 +14,12 @@ from spectrumkv.client.cli.tables import facts_table
 from spectrumkv.client.client import ServerInfo
 from spectrumkv.v1 import decode_pb2, prefill_pb2
 
+# What a policy's budget is relative to FP16, by its kind.
+BUDGET_KINDS = {
+    prefill_pb2.BUDGET_KIND_BYTES: " of the FP16 bytes",
+    prefill_pb2.BUDGET_KIND_TIER_COST: " of the FP16 tier cost",
+}
+
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the command."""
@@ -48,7 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
         _show(Console(), arguments.server, info, serving)
     if arguments.json is not None:
         header = {"server": arguments.server, "service": _service_name(info), "serving": serving}
-        write_json(header | message_as_json(info), arguments.json)
+        # The key of the verdict is `int4_probe` in what `probe --json` writes, too.
+        fields = {"int4_probe" if name == "probe" else name: value for name, value in message_as_json(info).items()}
+        write_json(header | fields, arguments.json)
     return 0 if serving else 1
 
 
@@ -62,7 +70,7 @@ def _show(console: Console, server: str, info: ServerInfo, serving: bool) -> Non
         console.print(facts_table(chain(common, _slot_facts(info))))
         return
     console.print(facts_table(chain(common, _choice_facts(info))))
-    for table in probe_tables(info.int4_probe):
+    for table in probe_tables(info.probe):
         console.print(table)
 
 
@@ -83,14 +91,15 @@ def _slot_facts(info: decode_pb2.DecodeServiceGetServerInfoResponse) -> Iterator
 
 def _choice_facts(info: prefill_pb2.PrefillServiceGetServerInfoResponse) -> Iterator[tuple[str, str]]:
     for policy in info.policies:
-        yield f"policy {policy.name}", f"budget {policy.min_budget:g} to {policy.max_budget:g}"
+        kind = BUDGET_KINDS.get(policy.budget_kind, "")
+        yield f"policy {policy.name}", f"budget {policy.min_budget:g} to {policy.max_budget:g}{kind}"
     yield "scorers", ", ".join(info.scorers)
     yield "scopes", ", ".join(info.scopes)
     yield "defaults", ", ".join(f"{field.name} {value}" for field, value in info.defaults.ListFields())
     away = set(info.decode_workers_away)
     named = (f"{worker} (takes no requests)" if worker in away else worker for worker in info.decode_workers)
     yield "decode workers", ", ".join(named)
-    verdict = info.int4_probe
+    verdict = info.probe
     yield "INT4", probe_summary(verdict)
     if not verdict.int4_allowed and verdict.int4_layers_off:
         yield "layers without INT4", ", ".join(map(str, verdict.int4_layers_off))

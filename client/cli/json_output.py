@@ -55,4 +55,6 @@ def _field(message: Message, field: Any) -> Any:
 def _value(value: Any, field: Any) -> Any:
     if field.message_type is not None:
         return message_as_json(value)
+    if field.enum_type is not None:
+        return field.enum_type.values_by_number[value].name
     return value.hex() if isinstance(value, bytes) else value

@@ -67,8 +67,8 @@ class CheckResult:
             (self.agreeing_tokens == 0, "the first token, which no KV has a part in, differs between two runs"),
             (not 0 < tier_bytes <= usage.kv_bytes_sent, f"{tier_bytes} bytes of KV in {usage.kv_bytes_sent} sent"),
             (
-                usage.budget_counted > self.budget_target + BUDGET_SLACK,
-                f"the counted budget is {usage.budget_counted:.3f} where {self.budget_target:g} is served by default",
+                usage.byte_budget > self.budget_target + BUDGET_SLACK,
+                f"the counted budget is {usage.byte_budget:.3f} where {self.budget_target:g} is served by default",
             ),
             (
                 not self.kl <= self.max_kl,

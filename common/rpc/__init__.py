@@ -1,1 +1,1 @@
-"""gRPC for both services: channels, servers, deadlines, statuses, the Decode stream."""
+"""gRPC for both services: channels, servers, deadlines, statuses, and the Decode stream with its protocol."""

@@ -1,28 +1,23 @@
-"""The Decode stream without needless copies of KV.
+"""The messages of the Decode stream as bytes: chunks without needless copies, all others with a checksum at the end.
 
 Protobuf copies a bytes field when a message is built, when it is serialized, when it is parsed and at each access.
-A chunk is the one message where that matters, so its bytes are written and read by hand here, as exactly the
-protobuf encoding of `DecodeRequest { chunk { … } }`: any other implementation of the contract can be the peer.
+Chunks carry the KV, so this module writes and reads their bytes itself, as exactly the protobuf encoding of
+`DecodeRequest { chunk { … } }`: any other implementation of the contract can be the peer. ADR 0102 has the figures.
 
-gRPC ends an RPC with INTERNAL where a message cannot be read, before a handler hears of it. Damage is DATA_LOSS and
-is counted, so what arrives damaged is handed on in the place of a message: as the error to raise.
+A chunk has a checksum of its payload. All other messages (Begin, End, Admitted, tokens, Finished) end with the field
+`crc32c`, the CRC-32C of all bytes before it, so that a flipped prompt token, seed or generated token is noticed
+before it is used.
+
+Where a message cannot be read, gRPC would end the RPC with INTERNAL before a handler hears of it. Damage is DATA_LOSS
+and is counted, so the handler gets the error to raise in place of the message.
 """
 
-from collections.abc import Callable
-from typing import Any
-
-import grpc
+import crc32c
 from google.protobuf.message import DecodeError
 
 from spectrumkv.common.errors import DataLossError
-from spectrumkv.common.kv.codecs.base import Basis
 from spectrumkv.common.kv.wire import KvChunk
-from spectrumkv.common.rpc.message_checksum import CHECKSUM_BYTES, append_checksum, split_checksum
-from spectrumkv.common.telemetry.trace_context import current_trace
 from spectrumkv.v1 import decode_pb2
-
-SERVICE_NAME = "spectrumkv.v1.DecodeService"
-_DECODE_METHOD = f"/{SERVICE_NAME}/Decode"
 
 # Protobuf tags: field number · 8 + wire type (0 varint, 2 length-delimited, 5 four bytes).
 _CHUNK_TAG = 2 << 3 | 2
@@ -30,112 +25,44 @@ _SEQUENCE_TAG = 1 << 3 | 0
 _CRC_TAG = 2 << 3 | 5
 _PAYLOAD_TAG = 3 << 3 | 2
 _LONGEST_VARINT = 5
-BASIS_PIECE_BYTES = 512 << 10
+# Field 15, four bytes: the highest number of the two messages, so that every implementation writes it last.
+_CHECKSUM_TAG = 15 << 3 | 5
+CHECKSUM_BYTES = 5
 
 Request = decode_pb2.DecodeRequest | KvChunk
 ArrivedRequest = Request | DataLossError
-ArrivedPiece = decode_pb2.PutBasisRequest | DataLossError
 ArrivedResponse = decode_pb2.DecodeResponse | DataLossError
 
 
-def open_decode_stream(channel: grpc.Channel) -> Callable[..., Any]:
-    """Return what starts a Decode RPC: call it with an iterator of requests and a timeout.
-
-    The RPC yields `ArrivedResponse`.
-    """
-    stream: Callable[..., Any] = channel.stream_stream(
-        _DECODE_METHOD,
-        request_serializer=serialize_request,
-        response_deserializer=_arrived_response,
-    )
-    return stream
-
-
-def begin_basis(channel: grpc.Channel, basis: Basis, timeout: float | None) -> tuple[Any, int]:
-    """Begin to send a codec basis to a decode worker.
-
-    Returns:
-        The call, a future of grpc whose `result` waits for the worker, and how many bytes are serialized.
-    """
-    data, digest = basis.serialized, basis.digest
-    pieces = [
-        decode_pb2.PutBasisRequest(digest=digest, part=data[start : start + BASIS_PIECE_BYTES])
-        for start in range(0, len(data), BASIS_PIECE_BYTES)
-    ]
-    method = channel.stream_unary(
-        f"/{SERVICE_NAME}/PutBasis",
-        request_serializer=decode_pb2.PutBasisRequest.SerializeToString,
-        response_deserializer=decode_pb2.PutBasisResponse.FromString,
-    )
-    call = method.future(iter(pieces), timeout=timeout, metadata=current_trace().metadata)
-    return call, sum(piece.ByteSize() for piece in pieces)
-
-
-def put_basis(channel: grpc.Channel, basis: Basis) -> None:
-    """Send a codec basis to a decode worker, however long that takes.
-
-    Raises:
-        grpc.RpcError: the worker refused it, or could not be reached.
-    """
-    call, _ = begin_basis(channel, basis, timeout=None)
-    call.result()
-
-
-def decode_info_method(channel: grpc.Channel) -> Callable[..., Any]:
-    """Return what asks a decode service what it serves and how full it is."""
-    method: Callable[..., Any] = channel.unary_unary(
-        f"/{SERVICE_NAME}/GetServerInfo",
-        request_serializer=decode_pb2.DecodeServiceGetServerInfoRequest.SerializeToString,
-        response_deserializer=decode_pb2.DecodeServiceGetServerInfoResponse.FromString,
-    )
-    return method
-
-
-def add_decode_servicer(servicer: Any, server: grpc.Server) -> None:
-    """Register a servicer.
-
-    Its `Decode` gets `ArrivedRequest`, a chunk as `KvChunk` and other requests as messages; its `PutBasis` gets
-    `ArrivedPiece`.
-    """
-    handlers = {
-        "Decode": grpc.stream_stream_rpc_method_handler(
-            servicer.Decode,
-            request_deserializer=_arrived_request,
-            response_serializer=serialize_response,
-        ),
-        "PutBasis": grpc.stream_unary_rpc_method_handler(
-            servicer.PutBasis,
-            request_deserializer=_arrived_piece,
-            response_serializer=decode_pb2.PutBasisResponse.SerializeToString,
-        ),
-        "GetServerInfo": grpc.unary_unary_rpc_method_handler(
-            servicer.GetServerInfo,
-            request_deserializer=decode_pb2.DecodeServiceGetServerInfoRequest.FromString,
-            response_serializer=decode_pb2.DecodeServiceGetServerInfoResponse.SerializeToString,
-        ),
-    }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
-
-
 def serialized_bytes(request: Request) -> int:
-    """Length of the request as `serialize_request` writes it."""
+    """Return how many bytes `serialize_request` makes of a request."""
     if isinstance(request, KvChunk):
         return len(_chunk_prefix(request)) + request.payload_bytes
     return request.ByteSize() + CHECKSUM_BYTES
 
 
 def serialize_request(request: Request) -> bytes:
-    """Return the request's protobuf encoding, sealed if it is no chunk; a chunk's payload is copied once."""
+    """Write a request; a chunk's payload is copied once.
+
+    Returns:
+        The protobuf encoding, with a checksum at the end where the request is no chunk.
+    """
     if isinstance(request, KvChunk):
         return b"".join((_chunk_prefix(request), *request.parts))
     return append_checksum(request.SerializeToString())
 
 
 def deserialize_request(data: bytes) -> Request:
-    """Inverse of `serialize_request`; a chunk's payload is a view of `data`.
+    """Read what `serialize_request` wrote.
+
+    Args:
+        data: as it arrived.
+
+    Returns:
+        The message; a chunk's payload is a view of `data`.
 
     Raises:
-        DataLossError: `data` is no DecodeRequest, or its append_checksum is broken.
+        DataLossError: `data` is no DecodeRequest, or its checksum is wrong.
     """
     chunk = _parse_chunk(data)
     if chunk is not None:
@@ -151,15 +78,21 @@ def deserialize_request(data: bytes) -> Request:
 
 
 def serialize_response(response: decode_pb2.DecodeResponse) -> bytes:
-    """Return the response's protobuf encoding, sealed."""
+    """Return the response's protobuf encoding, with a checksum at the end."""
     return append_checksum(response.SerializeToString())
 
 
 def deserialize_response(data: bytes) -> decode_pb2.DecodeResponse:
-    """Inverse of `serialize_response`.
+    """Read what `serialize_response` wrote.
+
+    Args:
+        data: as it arrived.
+
+    Returns:
+        The message, without its checksum.
 
     Raises:
-        DataLossError: `data` is no DecodeResponse, or its append_checksum is broken.
+        DataLossError: `data` is no DecodeResponse, or its checksum is wrong.
     """
     try:
         return decode_pb2.DecodeResponse.FromString(split_checksum(data))
@@ -167,29 +100,40 @@ def deserialize_response(data: bytes) -> decode_pb2.DecodeResponse:
         raise DataLossError(f"a message of {len(data)} bytes is no DecodeResponse", "malformed") from None
 
 
-def _arrived_request(data: bytes) -> ArrivedRequest:
-    try:
-        return deserialize_request(data)
-    except DataLossError as error:
-        return error
+def append_checksum(encoded: bytes) -> bytes:
+    """Append the field `crc32c` to a message.
+
+    Args:
+        encoded: a DecodeRequest or DecodeResponse without the field.
+
+    Returns:
+        The encoding with the field at its end, `CHECKSUM_BYTES` longer.
+    """
+    checksum: int = crc32c.crc32c(encoded)
+    return encoded + bytes((_CHECKSUM_TAG,)) + checksum.to_bytes(4, "little")
 
 
-def _arrived_piece(data: bytes) -> ArrivedPiece:
-    try:
-        return decode_pb2.PutBasisRequest.FromString(data)
-    except DecodeError:
-        return DataLossError(f"a message of {len(data)} bytes is no PutBasisRequest", "malformed")
+def split_checksum(data: bytes) -> bytes:
+    """Return a message without the checksum at its end.
 
-
-def _arrived_response(data: bytes) -> ArrivedResponse:
-    try:
-        return deserialize_response(data)
-    except DataLossError as error:
-        return error
+    Raises:
+        DataLossError: the checksum is missing, or is not the one of the bytes before it.
+    """
+    encoded, tag, announced = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:-4], data[-4:]
+    if tag != bytes((_CHECKSUM_TAG,)):
+        raise DataLossError(f"a message of {len(data)} bytes does not end with its checksum", "malformed")
+    actual = crc32c.crc32c(encoded)
+    if actual != int.from_bytes(announced, "little"):
+        raise DataLossError(
+            f"a message of {len(data)} bytes has CRC-32C {actual:#010x}, "
+            f"announced {int.from_bytes(announced, 'little'):#010x}",
+            "crc",
+        )
+    return encoded
 
 
 def _chunk_prefix(chunk: KvChunk) -> bytes:
-    """All of the message but the payload, which comes last. Zeros are left out, as protobuf does."""
+    """Return the encoding without the payload, which comes last; as in protobuf, fields that are 0 are left out."""
     inner = bytearray()
     if chunk.sequence:
         inner += bytes((_SEQUENCE_TAG,)) + _varint(chunk.sequence)
@@ -201,7 +145,7 @@ def _chunk_prefix(chunk: KvChunk) -> bytes:
 
 
 def _parse_chunk(data: bytes) -> KvChunk | None:
-    """Read a chunk whose fields are in the order in which protobuf writes them; None if it is anything else."""
+    """Return a chunk if its fields are in the order in which protobuf writes them; None for everything else."""
     fields = _Cursor(data)
     if not fields.at(_CHUNK_TAG) or fields.varint() != fields.remaining:
         return None
@@ -226,7 +170,7 @@ class _Cursor:
         return len(self._data) - self._position
 
     def at(self, tag: int) -> bool:
-        """Whether `tag` comes next; if so it is passed."""
+        """Return whether `tag` comes next, and step over it if so."""
         found = self.remaining > 0 and self._data[self._position] == tag
         self._position += found
         return found

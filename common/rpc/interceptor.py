@@ -1,4 +1,4 @@
-"""What happens around every handler: places are bounded, errors become statuses, ends are counted."""
+"""Wraps every handler: limits how many run, turns errors into statuses, counts and logs how RPCs end."""
 
 import logging
 import threading
@@ -28,44 +28,47 @@ logger = logging.getLogger(__name__)
 RETRY_AFTER_SECONDS = 1.0
 
 CountEnded = Callable[[str], None]
-# Told of the end of a stream: the status code's name, and the error where it is not OK.
+# Called at the end of a stream with the status code's name, and the error where the code is not OK.
 OnEnd = Callable[[str, SpectrumKVError | None], None]
 StreamBehaviour = Callable[[Any, grpc.ServicerContext], Iterator[Any]]
 UnaryBehaviour = Callable[[Any, grpc.ServicerContext], Any]
 
 
-class OpenStreams:
-    """The streaming RPCs that are served now, at most `limit` of them.
+class StreamLimit:
+    """Counts the streams that are open, and refuses more than a limit.
 
     Args:
-        limit: how many.
-        full: makes the error for one more.
+        limit: how many may be open.
+        refusal: makes the error for one more.
     """
 
-    def __init__(self, limit: int, full: Callable[[], SpectrumKVError]) -> None:
+    def __init__(self, limit: int, refusal: Callable[[], SpectrumKVError]) -> None:
         self._limit = limit
-        self._full = full
+        self._refusal = refusal
         self._lock = threading.Lock()
         self._handlers = 0
-        # Each stream counts twice here: its handler, and the RPC, which is over only when the caller has the
+        # Each stream counts twice here: for its handler, and for its RPC, which ends only when the caller has the
         # status.
         self._unfinished = 0
-        self._when_none: Callable[[], None] | None = None
+        self._when_none_left: Callable[[], None] | None = None
         self._closed = False
 
     @contextmanager
     def hold(self, context: grpc.ServicerContext) -> Iterator[None]:
-        """Hold a place while a handler runs.
+        """Count a stream as open while its handler runs.
+
+        Args:
+            context: of the stream.
 
         Raises:
             UnavailableError: the server is shutting down.
-            SpectrumKVError: all are taken.
+            SpectrumKVError: as many streams as the limit allows are open.
         """
         with self._lock:
             if self._closed:
                 raise UnavailableError("this server is shutting down; try another one", RETRY_AFTER_SECONDS)
             if self._handlers >= self._limit:
-                raise self._full()
+                raise self._refusal()
             self._handlers += 1
             self._unfinished += 2
         if not context.add_callback(self._finish_one):
@@ -78,63 +81,63 @@ class OpenStreams:
             self._finish_one()
 
     def close(self) -> None:
-        """Let nobody in any more."""
+        """Refuse every further stream."""
         with self._lock:
             self._closed = True
 
-    def when_none(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once no stream is left: at once, or when the last one is over."""
+    def when_none_left(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when no stream is open: at once, or at the end of the last one."""
         with self._lock:
             if self._unfinished:
-                self._when_none = callback
+                self._when_none_left = callback
                 return
         callback()
 
     def _finish_one(self) -> None:
         with self._lock:
             self._unfinished -= 1
-            if self._unfinished or self._when_none is None:
+            if self._unfinished or self._when_none_left is None:
                 return
-            callback, self._when_none = self._when_none, None
+            callback, self._when_none_left = self._when_none_left, None
         callback()
 
 
-def requests_served(limit: int) -> OpenStreams:
-    """Return places for requests; who finds none is told when to come back."""
+def request_limit(limit: int) -> StreamLimit:
+    """Return the limit of requests; one more is refused with RESOURCE_EXHAUSTED and told when to try again."""
     sentence = (
         f"{limit} requests are in this server, as many as --max-waiting (prefill) or --max-streams (decode) allows; "
         "try again later"
     )
-    return OpenStreams(limit, lambda: ResourceExhaustedError(sentence, RETRY_AFTER_SECONDS))
+    return StreamLimit(limit, lambda: ResourceExhaustedError(sentence, RETRY_AFTER_SECONDS))
 
 
-def watchers_served(limit: int) -> OpenStreams:
-    """Return places for streams of health and reflection.
+def watch_limit(limit: int) -> StreamLimit:
+    """Return the limit of streams of health and reflection; one more is refused with UNIMPLEMENTED.
 
-    A gRPC client that is to heed health and finds no place goes on without it where the status is UNIMPLEMENTED; with
-    any other it would take the server for ill (github.com/grpc/proposal, A17).
+    A gRPC client that watches health goes on without it where the status is UNIMPLEMENTED; any other status tells it
+    that the server is unhealthy (github.com/grpc/proposal, A17).
     """
-    return OpenStreams(limit, lambda: UnimplementedError(f"{limit} streams watch this server, as many as it serves"))
+    return StreamLimit(limit, lambda: UnimplementedError(f"{limit} streams watch this server, as many as it serves"))
 
 
-def uploads_served(limit: int) -> OpenStreams:
-    """Return places for calls that send a stream and get one answer."""
+def upload_limit(limit: int) -> StreamLimit:
+    """Return the limit of calls that send a stream and get one answer; one more is refused like a request."""
     sentence = f"{limit} uploads are under way to this server, as many as it serves; try again later"
-    return OpenStreams(limit, lambda: ResourceExhaustedError(sentence, RETRY_AFTER_SECONDS))
+    return StreamLimit(limit, lambda: ResourceExhaustedError(sentence, RETRY_AFTER_SECONDS))
 
 
 class StatusInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc has no type information
-    """Bounds streams, ends an RPC whose handler raised with the status that the error stands for, counts and logs.
+    """Limits streams, turns a handler's error into the RPC's status, counts and logs how streams end.
 
     Args:
-        requests: the streams of SpectrumKV's own services.
-        watchers: all other streams, which are those of health and reflection.
-        uploads: calls that send a stream and get one answer.
-        count_ended: called with the status code's name at the end of each stream in `requests`.
+        requests: limits the streams of SpectrumKV's own services.
+        watchers: limits all other streams, which are those of health and reflection.
+        uploads: limits calls that send a stream and get one answer.
+        count_ended: called with the status code's name at the end of each stream that `requests` limits.
     """
 
     def __init__(
-        self, requests: OpenStreams, watchers: OpenStreams, uploads: OpenStreams, count_ended: CountEnded
+        self, requests: StreamLimit, watchers: StreamLimit, uploads: StreamLimit, count_ended: CountEnded
     ) -> None:
         self._requests = requests
         self._watchers = watchers
@@ -142,7 +145,7 @@ class StatusInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc h
         self._count_ended = count_ended
 
     def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
-        """Wrap the handler that `continuation` finds."""
+        """Return the handler that `continuation` finds, wrapped."""
         handler = continuation(handler_call_details)
         if handler is None:
             return None
@@ -152,7 +155,7 @@ class StatusInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc h
             guarded_unary = _guard_unary(handler.unary_unary) if ours else handler.unary_unary
             return grpc.unary_unary_rpc_method_handler(guarded_unary, *serialization)
         if handler.stream_unary:
-            guarded_upload = _guard_unary(_bounded(handler.stream_unary, self._uploads))
+            guarded_upload = _guard_unary(_limited(handler.stream_unary, self._uploads))
             return grpc.stream_unary_rpc_method_handler(guarded_upload, *serialization)
         behaviour = handler.stream_stream or handler.unary_stream
         if ours:
@@ -165,9 +168,9 @@ class StatusInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc h
 
 
 def _recorded(
-    details: Any, behaviour: StreamBehaviour, places: OpenStreams, count_ended: CountEnded
+    details: Any, behaviour: StreamBehaviour, limit: StreamLimit, count_ended: CountEnded
 ) -> StreamBehaviour:
-    """Guard a stream of ours; its handler finds its trace and its record, which is written at the end."""
+    """Return a guarded stream of our own services; its handler finds its trace and its log record."""
     trace = TraceContext.from_metadata(details.invocation_metadata)
     service = details.method.split("/")[1].rpartition(".")[2]
 
@@ -181,24 +184,24 @@ def _recorded(
             count_ended(code)
             record.write(code, error, span)
 
-        return _guard_stream(behaviour, places, on_end)(request, context)
+        return _guard_stream(behaviour, limit, on_end)(request, context)
 
     return recorded
 
 
-def _guard_stream(behaviour: StreamBehaviour, places: OpenStreams, on_end: OnEnd) -> StreamBehaviour:
+def _guard_stream(behaviour: StreamBehaviour, limit: StreamLimit, on_end: OnEnd) -> StreamBehaviour:
     def guarded(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         end = RpcEnd(context)
         try:
-            with places.hold(context):
+            with limit.hold(context):
                 yield from behaviour(request, context)
         except GeneratorExit:
             on_end(end.error.code, end.error)
             raise
         except Exception as error:  # noqa: BLE001  # the boundary where any error must become a status
-            # A plain RpcError is what gRPC raises to a handler that waits for a caller who has gone.
+            # gRPC raises a plain RpcError in a handler that waits for a caller which has gone.
             known = end.error if type(error) is grpc.RpcError else as_known_error(error)
-            # Or it tells the handler that the requests ended, who then takes a deadline for a cancel.
+            # Or gRPC ends the iterator of requests, and the handler takes a deadline for a cancel.
             if isinstance(known, CancelledError) and isinstance(end.error, DeadlineExceededError):
                 known = end.error
             on_end(known.code, known)
@@ -211,12 +214,12 @@ def _guard_stream(behaviour: StreamBehaviour, places: OpenStreams, on_end: OnEnd
     return guarded
 
 
-def _bounded(behaviour: UnaryBehaviour, places: OpenStreams) -> UnaryBehaviour:
-    def bounded(request: Any, context: grpc.ServicerContext) -> Any:
-        with places.hold(context):
+def _limited(behaviour: UnaryBehaviour, limit: StreamLimit) -> UnaryBehaviour:
+    def limited(request: Any, context: grpc.ServicerContext) -> Any:
+        with limit.hold(context):
             return behaviour(request, context)
 
-    return bounded
+    return limited
 
 
 def _guard_unary(behaviour: UnaryBehaviour) -> UnaryBehaviour:
@@ -230,7 +233,7 @@ def _guard_unary(behaviour: UnaryBehaviour) -> UnaryBehaviour:
 
 
 def as_known_error(error: Exception) -> SpectrumKVError:
-    """Return the error if it is one of ours; else log it and return what the caller may know of it."""
+    """Return the error if it is one of ours; otherwise log it and return what a caller may know of it."""
     if isinstance(error, SpectrumKVError):
         return error
     logger.error("a handler failed", exc_info=error)

@@ -1,4 +1,4 @@
-"""When and why an RPC is over, as its handler sees it."""
+"""Tells a handler when and why its RPC is over."""
 
 import threading
 import time
@@ -11,9 +11,9 @@ import grpc
 from spectrumkv.common.errors import CancelledError, DeadlineExceededError, SpectrumKVError
 from spectrumkv.common.rpc.status import DEADLINE_MESSAGE
 
-# What the synchronous server reports for a caller that set no deadline is centuries away.
+# For a caller that set no deadline, gRPC's synchronous server reports one that is centuries away.
 NO_DEADLINE_SECONDS = 10 * 365 * 86400.0
-# How long a handler may take to notice that the default deadline passed, before its RPC is cancelled.
+# How long a handler may take to notice that the default deadline passed; then its RPC is cancelled.
 NOTICE_SECONDS = 1.0
 
 
@@ -24,10 +24,10 @@ def deadline_seconds(context: grpc.ServicerContext) -> float | None:
 
 
 class RpcEnd:
-    """Why an RPC ended before its handler did.
+    """Records why an RPC ended before its handler did.
 
     A deadline arrives as a cancel: gRPC rounds timeouts up to three digits for the wire, so that the caller's
-    clock runs out before the server's. A cancel this close to the deadline is therefore the deadline.
+    deadline passes before the server's. A cancel this close to the deadline is therefore taken for the deadline.
 
     Args:
         context: the handler's gRPC context.
@@ -43,8 +43,8 @@ class RpcEnd:
 
     @property
     def error(self) -> SpectrumKVError:
-        """DeadlineExceededError or CancelledError; of use only once the RPC is over."""
-        # gRPC wakes a handler before it calls back.
+        """The DeadlineExceededError or CancelledError; to be read only once the RPC is over."""
+        # gRPC may wake the handler before it calls `_record`.
         return self._recorded or self._reason()
 
     def _record(self) -> None:
@@ -52,7 +52,7 @@ class RpcEnd:
 
     def _reason(self) -> SpectrumKVError:
         remaining = deadline_seconds(self._context)
-        # `RpcScope` leaves this code before it cancels an RPC whose default deadline passed.
+        # `RpcScope` sets this code before it cancels an RPC whose default deadline passed.
         late = self._context.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         if late or (remaining is not None and remaining <= self._slack):
             return DeadlineExceededError(DEADLINE_MESSAGE)
@@ -60,11 +60,11 @@ class RpcEnd:
 
 
 class RpcScope:
-    """What a handler may know of its caller: whether it is still there, and how long it will wait.
+    """Tells a handler whether its caller still waits, and for how long.
 
     Args:
         context: the handler's gRPC context.
-        default_seconds: deadline for a caller that set none.
+        default_seconds: the deadline of a caller that set none.
     """
 
     def __init__(self, context: grpc.ServicerContext, default_seconds: float) -> None:
@@ -85,7 +85,7 @@ class RpcScope:
 
     @property
     def seconds_remaining(self) -> float:
-        """How long the caller will still wait."""
+        """Seconds until the deadline."""
         return max(0.0, self._deadline - time.monotonic())
 
     @property
@@ -94,9 +94,10 @@ class RpcScope:
         return self._ended.is_set() or self.seconds_remaining == 0 or not self._context.is_active()
 
     def on_end(self, callback: Callable[[], object]) -> None:
-        """Call `callback` once, as soon as the RPC is over for whatever reason (at once if it already is).
+        """Call `callback` once, as soon as the RPC is over for whatever reason: at once if it already is.
 
-        It runs in a thread that all RPCs of the server need and must not block.
+        Args:
+            callback: must not block: it may run in a thread that all RPCs of the server need.
         """
         with self._lock:
             if not self._ended.is_set():
@@ -106,7 +107,7 @@ class RpcScope:
 
     @contextmanager
     def within(self, seconds: float) -> Iterator[None]:
-        """Cancel the RPC, with DEADLINE_EXCEEDED, if the block takes longer."""
+        """Cancel the RPC with DEADLINE_EXCEEDED if the block takes longer than `seconds`."""
         clock = threading.Timer(seconds, self._cancel)
         clock.daemon = True
         clock.start()
@@ -116,14 +117,14 @@ class RpcScope:
             clock.cancel()
 
     def wait_for_end(self, seconds: float) -> None:
-        """Wait until the RPC is over, for `seconds` at most."""
+        """Wait until the RPC is over, but for no longer than `seconds`."""
         self._ended.wait(seconds)
 
     def check(self) -> None:
-        """Raise the error that tells why the RPC is over, if it is.
+        """Raise the error that says why the RPC is over, if it is over.
 
         Raises:
-            DeadlineExceededError: time ran out.
+            DeadlineExceededError: the deadline passed.
             CancelledError: the caller went away.
         """
         if self._expired or (self.seconds_remaining == 0 and not self._ended.is_set()):
@@ -155,7 +156,7 @@ class RpcScope:
 
     def _expire(self) -> None:
         self._expired = True
-        # A handler that waits for its caller to read or to send cannot answer; it hears only of a cancel.
+        # A handler that waits for its caller to read or to send notices nothing but a cancel.
         self._start_clock(NOTICE_SECONDS, self._cancel)
         self._call_back()
 

@@ -1,4 +1,4 @@
-"""The one place that makes channels and servers, and all that the services need to know of gRPC."""
+"""The one place that makes gRPC servers: thread pools, limits, health, reflection, draining."""
 
 import threading
 from collections.abc import Callable
@@ -10,102 +10,44 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.rpc.interceptor import (
-    StatusInterceptor,
-    as_known_error,
-    requests_served,
-    uploads_served,
-    watchers_served,
-)
-from spectrumkv.common.rpc.scope import RpcScope
-from spectrumkv.common.rpc.status import error_from_rpc, to_status
-from spectrumkv.common.rpc.targets import Target
-from spectrumkv.common.security import ChannelSecurity, ServerSecurity
+from spectrumkv.common.rpc.channel import CHANNEL_OPTIONS, KEEPALIVE_SECONDS
+from spectrumkv.common.rpc.interceptor import StatusInterceptor, request_limit, upload_limit, watch_limit
+from spectrumkv.common.security import ServerSecurity
 
-__all__ = [
-    "MAX_MESSAGE_BYTES",
-    "RpcScope",
-    "Server",
-    "as_known_error",
-    "error_from_rpc",
-    "open_channel",
-    "to_status",
-]
-
-# A chunk is at most 1 MiB; a prompt of a million tokens, as ids or as text, fits too.
-MAX_MESSAGE_BYTES = 8 << 20
-# Streams that only watch health or ask for reflection; each holds a thread.
+# How many streams may watch health or ask for reflection; each holds a thread.
 WATCHERS = 32
-# Codec bases on their way, once for each prefill worker.
+# How many codec bases may arrive at once; a prefill worker sends one once.
 UPLOADS = 4
-# Health checks and GetServerInfo must find a thread while every place for streams is taken.
+# Threads for health checks and GetServerInfo, which must be answered while every other thread serves a stream.
 SPARE_THREADS = 8
-# RPCs that wait for a thread: only bursts of those above, and of requests about to be refused.
+# How many RPCs may wait for a thread: bursts of health checks, and of requests that are about to be refused.
 QUEUED_RPCS = 1024
-# A peer that says nothing for the first is asked, and given up where it does not answer within the second. That, 8 s,
-# is how long a frozen process or a cut link can go unnoticed.
-KEEPALIVE_SECONDS = 3
-KEEPALIVE_TIMEOUT_SECONDS = 5
-# For TLS and the first frames of HTTP/2; who connects and says nothing holds no socket for longer.
+# For TLS and the first frames of HTTP/2; a caller that connects and sends nothing holds a socket for no longer.
 HANDSHAKE_SECONDS = 10
-# Headers of a call, and of its status.
-MAX_METADATA_BYTES = 8 << 10
 
-_CHANNEL_OPTIONS = (
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # Only "identity": 8 MiB of gzip can be 8 GiB, and coded KV does not compress.
-    ("grpc.compression_enabled_algorithms_bitset", 1),
-    ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
-    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
-    # Without it grpcio 1.85.1 waits a minute for the answer to a ping, whatever the line above says (measured).
-    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
-    ("grpc.http2.max_pings_without_data", 0),
-    # An idle connection that died is found out before a request is sent over it.
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.absolute_max_metadata_size", 2 * MAX_METADATA_BYTES),
-    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
-    # A restarted peer must be found again soon, also under a new address: the defaults wait up to two minutes
-    # between attempts, and half a minute between look-ups of a name.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.dns_min_time_between_resolutions_ms", 1000),
-    # Despite its name: how long one attempt to connect may take.
-    ("grpc.min_reconnect_backoff_ms", 5000),
-)
 _SERVER_OPTIONS = (
-    *_CHANNEL_OPTIONS,
-    # Without this a second server binds the same port silently and takes half the requests.
+    *CHANNEL_OPTIONS,
+    # Without this a second server binds the same port without an error and takes half of the requests.
     ("grpc.so_reuseport", 0),
-    # Without these the server takes the pings above for an attack.
+    # Without these two the server takes the keepalive pings of its callers for an attack.
     ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
 )
 
 
-def open_channel(address: str, security: ChannelSecurity = ChannelSecurity()) -> grpc.Channel:  # noqa: B008  # frozen
-    """Return a channel to `address` ("host:port", or several prefill services', separated by commas).
-
-    It connects when it is first used.
-
-    Raises:
-        InvalidArgumentError: a certificate or token cannot be used, or plaintext would leave this machine.
-    """
-    return security.open(Target.parse(address), _CHANNEL_OPTIONS)
-
-
 class Server:
-    """A gRPC server for one service, with health checks, optional reflection, and errors turned into statuses.
+    """Serves one service, with health checks, optional reflection, and errors turned into statuses.
 
     Args:
         add_servicer: the generated function that registers a servicer.
         servicer: serves the RPCs.
         service_name: full name of the service, as health checks and reflection know it.
-        threads: streams served at once; each holds a thread, and more are refused with RESOURCE_EXHAUSTED.
+        threads: how many streams are served at once; each holds a thread, and the server refuses more with
+            RESOURCE_EXHAUSTED.
         count_ended: called with the status code's name at the end of every stream.
-        reflection_enabled: let clients ask which services and messages there are.
-        security: what is asked of callers.
+        reflection_enabled: whether clients may ask which services and messages there are.
+        security: TLS files and the tokens that callers must send.
 
     Raises:
         InvalidArgumentError: the accepted tokens cannot be read.
@@ -123,19 +65,19 @@ class Server:
     ) -> None:
         self._service_name = service_name
         self._security = security
-        self._requests = requests_served(threads)
+        self._requests = request_limit(threads)
         pool = threads + WATCHERS + UPLOADS + SPARE_THREADS
         self._server = grpc.server(
             ThreadPoolExecutor(pool, thread_name_prefix="rpc"),
             interceptors=(
-                StatusInterceptor(self._requests, watchers_served(WATCHERS), uploads_served(UPLOADS), count_ended),
+                StatusInterceptor(self._requests, watch_limit(WATCHERS), upload_limit(UPLOADS), count_ended),
                 *security.interceptors(),
             ),
             options=_SERVER_OPTIONS,
             maximum_concurrent_rpcs=pool + QUEUED_RPCS,
         )
-        # With the non-blocking `Watch`, a watcher that leaves while another comes, or while the status changes,
-        # locks up the whole server (github.com/grpc/grpc/pull/43403).
+        # With the non-blocking `Watch`, the whole server locks up where one watcher leaves while another comes or the
+        # status changes (github.com/grpc/grpc/pull/43403).
         self._health = health.HealthServicer(experimental_non_blocking=False)
         add_servicer(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -145,7 +87,13 @@ class Server:
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     def bind(self, address: str) -> int:
-        """Listen on `address` and return the port (of interest where the address said 0).
+        """Listen on an address.
+
+        Args:
+            address: "host:port"; port 0 lets the system choose one.
+
+        Returns:
+            The port.
 
         Raises:
             InvalidArgumentError: a certificate cannot be used, or the address cannot be bound, most often because
@@ -159,23 +107,21 @@ class Server:
             ) from error
 
     def start(self) -> None:
-        """Serve, and report ready."""
+        """Serve, and report SERVING."""
         self._server.start()
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     def drain(self, grace_seconds: float, hurried: threading.Event) -> None:
-        """Report not-ready at once, refuse new requests, let running ones finish, and end the rest in the end.
+        """Report NOT_SERVING at once, refuse new requests, let running ones finish, and then end those that are left.
 
         Args:
-            grace_seconds: when running requests are ended.
-            hurried: ends them at once when set; set in any case when this returns.
+            grace_seconds: how long running requests may take.
+            hurried: when set, running requests are ended at once; it is set when this returns.
         """
-
         self._health.enter_graceful_shutdown()
-        # The server itself stops last: a request that meets a stopping gRPC server is told CANCELLED, which it
-        # cannot tell from its own doing.
+        # The gRPC server stops last: while it stops it answers CANCELLED, which a caller takes for its own cancel.
         self._requests.close()
-        self._requests.when_none(hurried.set)
+        self._requests.when_none_left(hurried.set)
         hurried.wait(grace_seconds)
         self._server.stop(0).wait()
         hurried.set()

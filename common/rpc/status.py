@@ -1,4 +1,4 @@
-"""How errors become gRPC statuses, and statuses errors again."""
+"""Turns errors into gRPC statuses, and statuses into errors again."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -23,10 +23,10 @@ from spectrumkv.common.errors import (
     UnreachableError,
 )
 
-# Statuses travel as HTTP/2 headers, 8 KiB in all: the sentence once percent-encoded (up to three times as
-# long) and once more, in base64, inside the details.
+# A status travels in HTTP/2 headers, 8 KiB in all: the sentence percent-encoded (up to three times as long), and once
+# more inside the details, in base64.
 MAX_STATUS_MESSAGE_BYTES = 1536
-# When to ask a full peer again that does not say.
+# When to ask a full peer again that does not say when.
 UNSAID_RETRY_SECONDS = 1.0
 DEADLINE_MESSAGE = "the deadline passed; allow more time or ask for fewer tokens"
 
@@ -35,17 +35,17 @@ _ERRORS_BY_CODE: dict[str, type[SpectrumKVError]] = {
     for error in vars(errors).values()
     if isinstance(error, type) and issubclass(error, SpectrumKVError) and error.__base__ is SpectrumKVError
 }
-# Type of the violation that tells `BasisMissingError` from other failed preconditions.
+# A status with a violation of this type stands for `BasisMissingError`, and not for another failed precondition.
 _BASIS_MISSING = "SPECTRUMKV_CODEC_BASIS"
-# A peer without the method that was called is another service, or of another release: a sentence must say so.
+# A peer that lacks the called method is another service or another release, which `InternalError` says below.
 del _ERRORS_BY_CODE[UnimplementedError.code]
-# What gRPC itself says when a deadline passes.
+# The message that gRPC itself sets when a deadline passes.
 _GRPC_DEADLINE_DETAILS = "Deadline Exceeded"
-# gRPC answers an oversized message with RESOURCE_EXHAUSTED, though no retry can mend it.
+# gRPC answers an oversized message with RESOURCE_EXHAUSTED, although a retry fails again.
 _GRPC_OVERSIZED_DETAILS = "message larger than max"
 
 _GRPC_NO_CONNECTION = "failed to connect"
-# From what TLS says to what to do; the first that fits.
+# What TLS says, and what to do about it; the first entry that fits is used.
 _HANDSHAKE_ERRORS = (
     (
         "certificate has expired",
@@ -69,7 +69,7 @@ _HANDSHAKE_ERRORS = (
 
 
 def to_status(error: SpectrumKVError) -> grpc.Status:
-    """Return the status for an error, with RetryInfo where trying again makes sense."""
+    """Return the status for an error, with RetryInfo where the error says when to try again."""
     status = status_pb2.Status(code=code_pb2.Code.Value(error.code), message=_shortened(error.message))
     for message in _details(error):
         detail = any_pb2.Any()
@@ -79,7 +79,7 @@ def to_status(error: SpectrumKVError) -> grpc.Status:
 
 
 def _details(error: SpectrumKVError) -> Iterator[Message]:
-    """What the status says for programs to read."""
+    """Yield the details of the status, which programs read."""
     seconds = error.retry_after_seconds if isinstance(error, ResourceExhaustedError | UnavailableError) else None
     if seconds is not None:
         delay = duration_pb2.Duration()
@@ -91,7 +91,7 @@ def _details(error: SpectrumKVError) -> Iterator[Message]:
 
 
 def error_from_rpc(error: grpc.RpcError) -> SpectrumKVError:
-    """Return the error that a peer raised, as it was before it became a status."""
+    """Return the error that a peer raised, read from the status of its RPC."""
     code, message = error.code().name, error.details() or error.code().name
     if code == ResourceExhaustedError.code:
         if _GRPC_OVERSIZED_DETAILS in message:
@@ -113,7 +113,7 @@ def error_from_rpc(error: grpc.RpcError) -> SpectrumKVError:
 
 
 def _explained(message: str) -> str:
-    """What gRPC says of a connection that could not be made, with what to do about it."""
+    """Return gRPC's message; where it says why no connection was made, put first what to do about it."""
     for sign, meaning in _HANDSHAKE_ERRORS:
         if _GRPC_NO_CONNECTION in message and sign in message:
             return f"{meaning} ({message})"
@@ -121,7 +121,7 @@ def _explained(message: str) -> str:
 
 
 def _retry_delay(error: grpc.RpcError) -> float | None:
-    """Seconds after which the peer wants to be asked again; None where it does not say, or not legibly."""
+    """Return after how many seconds the peer wants to be asked again; None where it does not say, or not legibly."""
     for info in _read_details(error, error_details_pb2.RetryInfo):
         return max(0.0, float(info.retry_delay.ToNanoseconds()) / 1e9)
     return None
@@ -133,16 +133,16 @@ def _basis_is_missing(error: grpc.RpcError) -> bool:
 
 
 def _has_details(error: grpc.RpcError) -> bool:
-    """Whether the status has what a service adds to its own, and gRPC to none that it makes up itself."""
+    """Return whether the status has details: services add them to theirs, gRPC never does to its own."""
     try:
         return rpc_status.from_call(error) is not None
     except (ValueError, DecodeError):
-        # Not legible, and yet somebody wrote them.
+        # The details are not legible, but there are some.
         return True
 
 
 def _read_details(error: grpc.RpcError, kind: type[Message]) -> list[Any]:
-    """The details of one kind; none where they are not legible."""
+    """Return the details of one kind; none where they are not legible."""
     found = []
     try:
         status = rpc_status.from_call(error)
@@ -151,13 +151,13 @@ def _read_details(error: grpc.RpcError, kind: type[Message]) -> list[Any]:
             if detail.Unpack(message):
                 found.append(message)
     except (ValueError, DecodeError):
-        # Details that contradict the status or are no Status at all; the status itself still holds.
+        # The details contradict the status or are no Status at all; the status itself still holds.
         return []
     return found
 
 
 def _shortened(message: str) -> str:
-    """The message as bytes that a header can carry."""
+    """Return the message cut to what a header can carry."""
     encoded = message.encode("utf-8", "replace")
     if len(encoded) <= MAX_STATUS_MESSAGE_BYTES:
         return encoded.decode()

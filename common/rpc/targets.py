@@ -1,4 +1,4 @@
-"""Where a channel leads: one server, or several that serve the same, between which gRPC itself chooses."""
+"""What a channel connects to: one server, or several prefill services, among which gRPC itself chooses."""
 
 import json
 from dataclasses import dataclass
@@ -8,10 +8,11 @@ from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.service.options import Address, parse_addresses
 
 PREFILL_SERVICE = "spectrumkv.v1.PrefillService"
-# A request with a prompt beyond this is not sent again elsewhere; the limit of one message is near it.
+# gRPC keeps requests up to this size to send them again elsewhere; the largest message is a little smaller.
 RETRY_BUFFER_BYTES = 9 << 20
-# In turn among those whose health service says that they serve; what is refused or lost before the first token goes
-# to another one. gRPC allows five attempts; the pauses between them outlast those before a connection is tried again.
+# gRPC takes the servers in turn that report SERVING. A request that is refused as UNAVAILABLE or lost before its
+# first token goes to another server. gRPC allows five attempts; the pauses between them are longer than those before
+# it tries a connection again.
 _SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
     "healthCheckConfig": {"serviceName": PREFILL_SERVICE},
@@ -32,14 +33,14 @@ _SERVICE_CONFIG = {
 
 @dataclass(frozen=True)
 class Target:
-    """One address, or several of prefill services.
+    """Holds one address, or several addresses of prefill services.
 
     Attributes:
         addresses: at least one.
 
     Raises:
-        InvalidArgumentError: there are several, and one of them is a name or of another IP version: gRPC takes lists
-            of numeric addresses only.
+        InvalidArgumentError: there are several, and one of them is a name or of another IP version; gRPC accepts only
+            lists of numeric addresses.
     """
 
     addresses: tuple[Address, ...]
@@ -53,10 +54,10 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> "Target":
-        """Read "host:port", or several separated by commas.
+        """Return the target that `text` names: "host:port", or several such addresses separated by commas.
 
         Raises:
-            InvalidArgumentError: it is something else.
+            InvalidArgumentError: `text` is something else, or the addresses do not go together.
         """
         try:
             return cls(parse_addresses(text))
@@ -68,22 +69,22 @@ class Target:
 
     @property
     def uri(self) -> str:
-        """What gRPC connects to."""
+        """The name under which gRPC opens a channel."""
         return str(self) if len(self.addresses) == 1 else f"ipv{self.addresses[0].ip_version}:{self}"
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine can be reached by it."""
+        """Whether every address is of this machine only."""
         return all(address.is_loopback for address in self.addresses)
 
     @property
     def hosts(self) -> set[str]:
-        """Names or numbers of the servers, ports left out."""
+        """Names or numeric addresses of the servers, without ports."""
         return {address.host for address in self.addresses}
 
     @property
     def options(self) -> tuple[tuple[str, Any], ...]:
-        """Channel options that choose among several servers."""
+        """Channel options that let gRPC choose among several servers; none where there is one."""
         if len(self.addresses) == 1:
             return ()
         return (

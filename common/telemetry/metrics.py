@@ -21,17 +21,17 @@ LATENCY_BUCKETS = (
     2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
 )  # fmt: skip
 STAGES = ("queue", "prefill", "encode", "transfer", "decode")
-# Bytes that belong to no tier: tier maps, block headers, message framing, Begin and End.
+# Label of bytes that belong to no tier: tier maps, segment headers, message framing, Begin and End.
 FRAMING = "framing"
-# The basis of a codec, once for each decode worker.
+# Label of the bytes of a codec's basis, which each decode worker gets once.
 BASIS = "basis"
 
 
 class Metrics:
-    """The metrics of one process.
+    """Holds the metrics of one process.
 
     Args:
-        registry: where they are registered; tests bring one each.
+        registry: has the metrics; each test brings its own.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -47,57 +47,63 @@ class Metrics:
             return Gauge(f"spectrumkv_{name}", help_text, labels, registry=registry)
 
         self.time_to_first_token = histogram(
-            "time_to_first_token_seconds", "Request's arrival at prefill to its first token."
+            "time_to_first_token_seconds", "Time from a request's arrival at prefill to its first token."
         )
-        self.handoff = histogram("handoff_seconds", "First token (from prefill) to second token (from decode).")
+        self.handoff = histogram(
+            "handoff_seconds", "Time from the first token (from prefill) to the second (from decode)."
+        )
         self.inter_token_latency = histogram(
-            "inter_token_latency_seconds", "Gaps between tokens of a request, the hand-off left out."
+            "inter_token_latency_seconds", "Time between two tokens of a request, without the hand-off."
         )
         self.request_duration = histogram(
             "request_duration_seconds", "Time that a request spent in one stage.", "stage"
         )
         self.kv_bytes_sent = counter(
-            "kv_bytes_sent_total", "Bytes serialized towards decode, by what they carry.", "tier"
+            "kv_bytes_sent_total", "Bytes that prefill serialized for decode, by what they carry.", "tier"
         )
         self.kv_bytes_received = counter(
-            "kv_bytes_received_total", "Bytes received from prefill, by what they carry.", "tier"
+            "kv_bytes_received_total", "Bytes that decode received from prefill, by what they carry.", "tier"
         )
         self.kv_fp16_equivalent_bytes = counter(
-            "kv_fp16_equivalent_bytes_total", "The same KV at 16 bits an element."
+            "kv_fp16_equivalent_bytes_total", "Bytes of the same KV at 16 bits per element."
         )
-        self.kv_tokens = counter(
-            "kv_tokens_total", "Prompt tokens by tier, averaged over layers where layers differ.", "tier"
-        )
+        self.kv_tokens = counter("kv_tokens_total", "Prompt tokens by tier, as a mean over the layers.", "tier")
         self.requests = counter("requests_total", "Requests that ended, by gRPC status code.", "code")
-        self.kv_codec = counter("kv_codec_total", "Requests by the codec that their KV was written with.", "codec")
-        self.requests_running = gauge("requests_running", "Requests being computed.")
-        self.requests_waiting = gauge("requests_waiting", "Requests admitted but not yet being computed.")
-        self.kv_slots_used_ratio = gauge("kv_slots_used_ratio", "Reserved share of the KV slots.")
-        self.kv_bytes_resident = gauge("kv_bytes_resident", "Bytes of KV cache held for requests.")
-        self.chunks_rejected = counter("chunks_rejected_total", "KV chunks refused, by what was wrong.", "reason")
+        self.kv_codec = counter("kv_codec_total", "Requests by the codec of their KV.", "codec")
+        self.requests_running = gauge("requests_running", "Requests that the model computes now.")
+        self.requests_waiting = gauge("requests_waiting", "Admitted requests that wait for the model.")
+        self.kv_slots_used_ratio = gauge("kv_slots_used_ratio", "Share of the KV slots that requests hold.")
+        self.kv_bytes_resident = gauge("kv_bytes_resident", "Bytes of the KV cache that requests hold.")
+        self.chunks_rejected = counter(
+            "chunks_rejected_total", "Messages of Decode streams that were refused, by what was wrong.", "reason"
+        )
         self.decode_workers_passed_over = counter(
             "decode_workers_passed_over_total",
-            "Times that a request went on to another decode worker, by what was wrong with the one before.",
+            "How often a request went on to another decode worker, by what was wrong with the one before.",
             "reason",
         )
         self.decode_worker_accepting = gauge(
-            "decode_worker_accepting", "1 where a decode worker answers and takes requests, else 0.", "worker"
+            "decode_worker_accepting", "1 where a decode worker answers and takes requests, otherwise 0.", "worker"
         )
         self.decode_worker_slots_free = gauge(
-            "decode_worker_slots_free", "KV slots of a decode worker that prefill takes to be free.", "worker"
+            "decode_worker_slots_free", "Free KV slots of a decode worker, as far as prefill knows.", "worker"
         )
-        self.int4_probe_passed = gauge("int4_probe_passed", "1 where the model may be sent at INT4, else 0.")
+        self.int4_probe_passed = gauge(
+            "int4_probe_passed", "1 where tokens of every layer may be sent at INT4, otherwise 0."
+        )
         self.probe_safe_budget = gauge(
-            "probe_safe_budget_ratio", "Least counted budget that the probe found safe; 0 where it knows none."
+            "probe_safe_budget_ratio", "Least byte budget that the probe found safe; 0 where it found none."
         )
         self.prompt_tokens_recomputed = counter(
-            "prompt_tokens_recomputed_total", "Prompt tokens computed again on decode; their KV was not used."
+            "prompt_tokens_recomputed_total", "Prompt tokens that decode computed although it had their KV."
         )
-        self.build_info = gauge("build_info", "Always 1; what runs here.", "version", "service", "model")
+        self.build_info = gauge(
+            "build_info", "Always 1; its labels say what runs here.", "version", "service", "model"
+        )
 
     @classmethod
     def for_process(cls, service: str, model_name: str) -> "Metrics":
-        """Return the metrics of a serving process: its own, and the usual ones of memory, files and threads."""
+        """Return the metrics of a serving process: ours, and the usual ones of memory, files and threads."""
         registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
@@ -106,7 +112,13 @@ class Metrics:
         return metrics
 
     def serve(self, address: Address) -> int:
-        """Answer scrapes on `address` from a thread of its own; return the port.
+        """Answer scrapes from a thread of its own.
+
+        Args:
+            address: where; port 0 lets the system choose one.
+
+        Returns:
+            The port.
 
         Raises:
             InvalidArgumentError: the address cannot be bound.

@@ -10,7 +10,7 @@ from prometheus_client import Counter
 
 from spectrumkv.common.errors import CancelledError, ResourceExhaustedError
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.rpc.decode_stream import begin_basis
+from spectrumkv.common.rpc.decode_methods import begin_basis
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.common.service.config import Address

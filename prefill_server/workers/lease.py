@@ -16,6 +16,7 @@ from spectrumkv.common.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from spectrumkv.common.rpc.decode_protocol import expect_admitted, expect_no_response, tokens_and_finished
 from spectrumkv.common.rpc.interceptor import as_known_error
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.rpc.status import error_from_rpc
@@ -23,7 +24,6 @@ from spectrumkv.common.service.config import Address
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.trace_context import current_trace
 from spectrumkv.prefill_server.transfer.pipeline import KvPipeline
-from spectrumkv.prefill_server.workers.answers import expect_admitted, expect_nothing, tokens_and_finished
 from spectrumkv.v1 import decode_pb2
 
 # A worker admits a request within milliseconds. One that is connected and does not answer for so long is stuck.
@@ -103,7 +103,7 @@ class DecodeLease:
         if first is not None and first.finished:
             # The client has its whole answer already, whatever happens to the worker now.
             with suppress(UnavailableError), self._errors_named():
-                expect_nothing(self._call)
+                expect_no_response(self._call)
             return
         with self._errors_named():
             yield from tokens_and_finished(self._call)

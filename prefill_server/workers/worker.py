@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from spectrumkv.common.rpc.decode_stream import SERVICE_NAME, decode_info_method, open_decode_stream
+from spectrumkv.common.rpc.channel import open_channel
+from spectrumkv.common.rpc.decode_methods import SERVICE_NAME, decode_info_method, open_decode_stream
 from spectrumkv.common.rpc.scope import RpcScope
-from spectrumkv.common.rpc.server import open_channel
 from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.service.config import Address
 from spectrumkv.common.telemetry.metrics import BASIS, Metrics

@@ -36,8 +36,8 @@ def finished(completion_tokens: int, reason: str = "STOP") -> prefill_pb2.Genera
         ],
         kv_bytes_sent=9000,
         kv_fp16_bytes=16000,
-        budget_counted=0.5625,
-        budget_nominal=0.55,
+        byte_budget=0.5625,
+        tier_budget=0.55,
         ttft_seconds=0.125,
         handoff_seconds=0.25,
         policy="greedy",
@@ -66,12 +66,16 @@ def prefill_info() -> prefill_pb2.PrefillServiceGetServerInfoResponse:
             architecture="llama", layers=30, kv_heads=3, head_dim=64, dtype="float32", context_length=8192
         ),
         device="cpu",
-        policies=[prefill_pb2.PolicyInfo(name="greedy", min_budget=0.25, max_budget=1.0)],
+        policies=[
+            prefill_pb2.PolicyInfo(
+                name="greedy", min_budget=0.25, max_budget=1.0, budget_kind=prefill_pb2.BUDGET_KIND_TIER_COST
+            )
+        ],
         scorers=["attention", "position"],
         codecs=[kv_pb2.CodecId(name="absmax", version=1)],
         scopes=["layer", "model"],
         defaults=prefill_pb2.KvOptions(budget=0.5, policy="adaptive"),
-        int4_probe=prefill_pb2.ProbeVerdict(
+        probe=prefill_pb2.ProbeVerdict(
             int4_allowed=True,
             source="probe",
             reason="2 of 3 needles [found]",

@@ -78,7 +78,7 @@ def test_each_row_attends_over_its_own_slots(
         values = allocation.values(layer, 0, position + 1)
         assert torch.equal(keys[:, -1], key[row, :, 0])
         assert torch.equal(values[:, -1], value[row, :, 0])
-        mask = allocation.kept(layer)
+        mask = allocation.keep_mask(layer)
         kept = torch.ones(position + 1, dtype=torch.bool) if mask is None else mask[: position + 1]
         expected = naive(query[row], keys, values, kept, 0.2, window, softcap)
         torch.testing.assert_close(attended[row, 0], expected, rtol=1e-5, atol=1e-5)

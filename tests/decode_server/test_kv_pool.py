@@ -41,13 +41,13 @@ def test_memory_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         KvPool(GEOMETRY, 1 << 62, device, metrics)
 
 
-def test_a_request_larger_than_the_arena_can_never_be_served() -> None:
+def test_a_request_larger_than_the_pool_can_never_be_served() -> None:
     made, _ = pool(10)
     with pytest.raises(FailedPreconditionError, match="need 11 slots, and this decode worker has 10"):
         made.reserve(11)
 
 
-def test_a_full_arena_refuses_and_names_what_is_free() -> None:
+def test_a_full_pool_refuses_and_names_what_is_free() -> None:
     made, metrics = pool(10)
     with made.reserve(7):
         assert metrics.registry.get_sample_value("spectrumkv_kv_slots_used_ratio") == 0.7
@@ -107,8 +107,8 @@ def test_dropped_tokens_are_masked_and_leave_no_nan() -> None:
     allocation = made.reserve(6)
     allocation.drop(1, torch.tensor([0, 3]))
     allocation.drop(1, torch.tensor([4]))
-    assert allocation.kept(0) is None
-    kept = allocation.kept(1)
+    assert allocation.keep_mask(0) is None
+    kept = allocation.keep_mask(1)
     assert kept is not None
     assert kept.tolist() == [False, True, True, False, False, True]
     assert allocation.keys(1, 0, 6)[:, [0, 3, 4]].eq(0).all()
@@ -119,5 +119,5 @@ def test_who_has_the_slots_next_sees_all_of_them() -> None:
     made, _ = pool(8)
     with made.reserve(6) as allocation:
         allocation.drop(1, torch.tensor([0, 3]))
-        assert not made.kept.all()
-    assert made.kept.all()
+        assert not made.keep_mask.all()
+    assert made.keep_mask.all()

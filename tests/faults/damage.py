@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from spectrumkv.common.rpc.server import open_channel
+from spectrumkv.common.rpc.channel import open_channel
 
 METHOD = "/spectrumkv.v1.DecodeService/Decode"
 

@@ -11,7 +11,7 @@ from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, SEGMENT_HEADER
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.model.load import LoadedModel
-from spectrumkv.common.rpc.message_checksum import CHECKSUM_BYTES, append_checksum
+from spectrumkv.common.rpc.decode_stream import CHECKSUM_BYTES, append_checksum
 from tests.faults.dialogue import Dialogue, dialogue, make_totals_agree, wire_messages
 from tests.faults.hostile_bodies import harm_payload
 from tests.faults.hostile_requests import EDGES_32, EDGES_64, harm_sampling
@@ -219,7 +219,7 @@ def _insert(chance: random.Random, messages: list[bytes]) -> None:
 
 
 def _flip(chance: random.Random, messages: list[bytes]) -> None:
-    """Flip a bit; half of the time with the append_checksum made good again."""
+    """Flip a bit; half of the time with the checksum made good again."""
     if not messages:
         return
     place = chance.randrange(len(messages))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from spectrumkv.common.rpc.server import KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS
+from spectrumkv.common.rpc.channel import KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS
 from tests.faults.deployment import Deployment
 
 PROMPTLY = 1.0

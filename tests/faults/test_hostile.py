@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectrumkv.client.request import Sampling
-from spectrumkv.common.rpc.server import MAX_MESSAGE_BYTES, UPLOADS, open_channel
+from spectrumkv.common.rpc.channel import MAX_MESSAGE_BYTES, open_channel
+from spectrumkv.common.rpc.server import UPLOADS
 from spectrumkv.decode_server import service as decode_service
 from spectrumkv.prefill_server.tuning.basis_cache import resolve_basis
 from spectrumkv.v1 import decode_pb2

@@ -22,7 +22,6 @@ from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import SEGMENT_HEADER, KvSegment
 from spectrumkv.common.kv.wire import ChunkReader, ChunkWriter, KvChunk
 from spectrumkv.common.rpc import decode_stream
-from spectrumkv.common.rpc import message_checksum as message_seal
 from spectrumkv.decode_server import bases
 from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.v1 import decode_pb2
@@ -36,7 +35,7 @@ GEOMETRY = KvGeometry(layers=2, kv_heads=2, head_dim=8, native_dtype=torch.float
 TOKENS = 9
 CODECS = ("absmax", "native", "spectral")
 SPECTRAL = (spectral_basis, block_codec, spectral_codec, layout, symbols, bases)
-FILES = [one.__file__ for one in (decode_stream, message_seal, absmax, body, native, tiers, wire, *SPECTRAL)]
+FILES = [one.__file__ for one in (decode_stream, absmax, body, native, tiers, wire, *SPECTRAL)]
 SHORT_RUN, LONG_RUN = 3000, 60_000
 
 

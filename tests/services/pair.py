@@ -13,7 +13,7 @@ from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.request import Sampling, TokenIds
 from spectrumkv.common.kv.allocation import Int4Layers
 from spectrumkv.common.model.load import LoadedModel, load_model
-from spectrumkv.common.rpc.decode_stream import add_decode_servicer
+from spectrumkv.common.rpc.decode_methods import add_decode_servicer
 from spectrumkv.common.rpc.server import Server
 from spectrumkv.common.service.config import Address, DecodeConfig, PrefillConfig, build
 from spectrumkv.common.telemetry.metrics import Metrics

@@ -19,8 +19,8 @@ from spectrumkv.common.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from spectrumkv.common.rpc.decode_stream import open_decode_stream
-from spectrumkv.common.rpc.server import open_channel
+from spectrumkv.common.rpc.channel import open_channel
+from spectrumkv.common.rpc.decode_methods import open_decode_stream
 from spectrumkv.v1 import decode_pb2
 from tests.services.pair import Pair, decode_server, prefill_server, running_pair, total
 from tests.services.test_lossless import random_prompt

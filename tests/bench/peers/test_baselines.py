@@ -32,7 +32,7 @@ def test_every_slot_is_filled_and_bytes_fit_the_budget(served: ServedModel, prom
     with served.receive(BaselineMethod(baseline, budget), prompt) as (context, sent):
         allocation = context.allocation
         for layer in prompt.captured.layers:
-            kept = allocation.kept(layer.layer)
+            kept = allocation.keep_mask(layer.layer)
             shown = slice(None) if kept is None else kept[:CONTEXT]
             for states, slots in ((layer.keys, allocation.keys), (layer.values, allocation.values)):
                 received = slots(layer.layer, 0, CONTEXT)

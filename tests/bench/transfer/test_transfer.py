@@ -17,8 +17,9 @@ from spectrumkv.bench.transfer.raw_tcp import TcpReceiver, TcpSender
 from spectrumkv.client.request import KvChoice
 from spectrumkv.common.errors import InvalidArgumentError, ResourceExhaustedError, UnavailableError
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.rpc.decode_stream import SERVICE_NAME, add_decode_servicer
-from spectrumkv.common.rpc.server import Server, open_channel
+from spectrumkv.common.rpc.channel import open_channel
+from spectrumkv.common.rpc.decode_methods import SERVICE_NAME, add_decode_servicer
+from spectrumkv.common.rpc.server import Server
 from spectrumkv.common.service.config import Address, PrefillConfig, build
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.kv_pool import KvPool

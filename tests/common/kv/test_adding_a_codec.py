@@ -23,7 +23,7 @@ from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline
 from spectrumkv.prefill_server.transfer.plan import KvPlan
-from spectrumkv.prefill_server.tuning.probe.verdict import ProbeVerdict
+from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import decode_pb2, prefill_pb2
 from tests.common.kv.codecs import test_codecs
 from tests.common.kv.policies import test_policy

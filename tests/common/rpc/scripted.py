@@ -10,7 +10,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from spectrumkv.common.rpc.server import Server, open_channel
+from spectrumkv.common.rpc.channel import open_channel
+from spectrumkv.common.rpc.server import Server
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, prefill_pb2, prefill_pb2_grpc
 
 WAIT_SECONDS = 20.0

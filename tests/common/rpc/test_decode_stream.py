@@ -6,13 +6,13 @@ from hypothesis import strategies as st
 from spectrumkv.common.errors import DataLossError
 from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.rpc.decode_stream import (
+    append_checksum,
     deserialize_request,
     deserialize_response,
     serialize_request,
     serialize_response,
     serialized_bytes,
 )
-from spectrumkv.common.rpc.message_checksum import append_checksum
 from spectrumkv.v1 import decode_pb2, generation_pb2, kv_pb2
 
 BEGIN = decode_pb2.DecodeRequest(begin=decode_pb2.Begin(request_id="one", prompt_token_ids=[1, 2, 300]))
@@ -61,14 +61,14 @@ def test_any_bytes_are_read_as_protobuf_reads_them(data: bytes) -> None:
             read = (arrived.sequence, arrived.crc32c, bytes(arrived.payload))
             assert read == (expected.chunk.sequence, expected.chunk.crc32c, expected.chunk.payload)
         else:
-            # The append_checksum, and what may stand before it in the field that the append_checksum takes.
+            # The checksum, and a field of its number that may stand before it.
             expected.ClearField("crc32c")
             arrived.ClearField("crc32c")
             assert arrived == expected
 
 
 def readable(data: bytes) -> bool:
-    """Whether `data` is a chunk, or another request with its append_checksum unbroken."""
+    """Whether `data` is a chunk, or another request with the right checksum."""
     try:
         if decode_pb2.DecodeRequest.FromString(data).WhichOneof("message") == "chunk":
             return True
@@ -90,18 +90,18 @@ def test_other_messages_stay_messages() -> None:
     assert deserialize_response(serialize_response(TOKEN)) == TOKEN
 
 
-def test_the_seal_is_the_field_that_the_contract_says() -> None:
-    sealed = decode_pb2.DecodeRequest.FromString(serialize_request(BEGIN))
-    assert serialize_request(BEGIN) == sealed.SerializeToString(deterministic=True)
+def test_the_checksum_is_the_field_that_the_contract_says() -> None:
+    request = decode_pb2.DecodeRequest.FromString(serialize_request(BEGIN))
+    assert serialize_request(BEGIN) == request.SerializeToString(deterministic=True)
 
 
 @pytest.mark.parametrize(
-    ("sealed", "read"),
+    ("encoded", "read"),
     [(serialize_request(BEGIN), deserialize_request), (serialize_response(TOKEN), deserialize_response)],
 )
-def test_every_flipped_bit_of_a_small_message_is_found(sealed, read) -> None:
-    for bit in range(8 * len(sealed)):
-        damaged = bytearray(sealed)
+def test_every_flipped_bit_of_a_small_message_is_found(encoded, read) -> None:
+    for bit in range(8 * len(encoded)):
+        damaged = bytearray(encoded)
         damaged[bit // 8] ^= 1 << bit % 8
         try:
             arrived = read(bytes(damaged))

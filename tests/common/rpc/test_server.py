@@ -9,8 +9,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from spectrumkv.common.errors import InvalidArgumentError, ResourceExhaustedError, UnavailableError
 from spectrumkv.common.rpc import server as rpc
+from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.rpc.scope import RpcScope
-from spectrumkv.common.rpc.server import open_channel
 from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.v1 import decode_pb2, prefill_pb2, prefill_pb2_grpc
 from tests.common.rpc.scripted import HEALTH, WAIT_SECONDS, echo, make_server, response, served, wait

@@ -13,7 +13,8 @@ import pytest
 
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.common.errors import SpectrumKVError
-from spectrumkv.common.rpc.server import Server, open_channel
+from spectrumkv.common.rpc.channel import open_channel
+from spectrumkv.common.rpc.server import Server
 from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.common.security import ChannelSecurity, ServerSecurity
 from spectrumkv.v1 import prefill_pb2, prefill_pb2_grpc

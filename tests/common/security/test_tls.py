@@ -14,7 +14,7 @@ import pytest
 from cryptography import x509
 
 from spectrumkv.common.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
-from spectrumkv.common.rpc.server import open_channel
+from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.rpc.targets import Target
 from spectrumkv.common.security import ChannelSecurity, ServerSecurity, TlsFiles
 from spectrumkv.v1 import prefill_pb2, prefill_pb2_grpc

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from spectrumkv.client.cli.main import main
 from spectrumkv.common.errors import InvalidArgumentError, UnauthenticatedError
-from spectrumkv.common.rpc.server import MAX_MESSAGE_BYTES, open_channel
+from spectrumkv.common.rpc.channel import MAX_MESSAGE_BYTES, open_channel
 from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.common.security import ChannelSecurity, ServerSecurity
 from spectrumkv.common.security.tokens import MAX_TOKENS, AcceptedTokens

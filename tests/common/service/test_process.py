@@ -15,7 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from spectrumkv.common.errors import FailedPreconditionError, UnavailableError
-from spectrumkv.common.rpc.server import open_channel
+from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.common.service.process import exit_on_error
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc

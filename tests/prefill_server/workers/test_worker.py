@@ -11,7 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
-from spectrumkv.common.rpc.decode_stream import SERVICE_NAME, add_decode_servicer
+from spectrumkv.common.rpc.decode_methods import SERVICE_NAME, add_decode_servicer
 from spectrumkv.common.rpc.server import Server
 from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.service.config import Address

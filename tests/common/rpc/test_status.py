@@ -16,8 +16,8 @@ from spectrumkv.common.errors import (
     ResourceExhaustedError,
     SpectrumKVError,
 )
+from spectrumkv.common.rpc.channel import MAX_MESSAGE_BYTES
 from spectrumkv.common.rpc.scope import RpcScope
-from spectrumkv.common.rpc.server import MAX_MESSAGE_BYTES
 from spectrumkv.common.rpc.status import MAX_STATUS_MESSAGE_BYTES, error_from_rpc, to_status
 from spectrumkv.v1 import prefill_pb2, prefill_pb2_grpc
 from tests.common.rpc.scripted import WAIT_SECONDS, response, served, wait

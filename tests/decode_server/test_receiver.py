@@ -8,7 +8,7 @@ import pytest
 
 from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.rpc.decode_stream import Request
-from spectrumkv.decode_server.arrivals import SHARE_OF_A_CORE, throttled
+from spectrumkv.decode_server.receiver import SHARE_OF_A_CORE, throttled
 from spectrumkv.v1 import decode_pb2
 
 WORK_SECONDS = 0.01

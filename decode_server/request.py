@@ -1,0 +1,198 @@
+"""One request on the decode side: what Begin asks for, and how far its generation has come."""
+
+import queue
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError, SpectrumKVError
+from spectrumkv.common.generation.params import SamplingParams
+from spectrumkv.common.generation.prompt import check_length
+from spectrumkv.common.generation.sampling import SampledToken, Sampler
+from spectrumkv.common.generation.text import FinishReason, TextStream
+from spectrumkv.common.kv.codecs.base import SegmentDecoder, codecs
+from spectrumkv.common.model.load import LoadedModel
+from spectrumkv.common.model.spec import ModelSpec
+from spectrumkv.decode_server.bases import BasisStore
+from spectrumkv.decode_server.kv_pool import Allocation, KvPool
+from spectrumkv.v1 import decode_pb2, kv_pb2
+
+
+@dataclass(frozen=True)
+class GeneratedToken:
+    """One token, and the text that can no longer change once it is known.
+
+    Attributes:
+        index: 0 is the token that prefill sampled, so decode's first is 1.
+        sampled: token id and log-probabilities.
+        text: may be empty, never splits a character.
+        finish: why generation ended; None before the last token.
+    """
+
+    index: int
+    sampled: SampledToken
+    text: str
+    finish: FinishReason | None
+
+
+@dataclass(eq=False, kw_only=True)
+class DecodeRequest:
+    """An admitted request, from Begin to its last token.
+
+    Attributes:
+        request_id: what both services call the request in their logs.
+        prompt_token_ids: the prompt, whose KV prefill sends; at least one token.
+        allocation: the slots; slot i holds the KV of position i, prompt first.
+        decoder: decodes segments in the codec that Begin named.
+        sampler: chooses tokens; it has seen the prompt and every token so far.
+        text: makes text of tokens; it has seen every token so far.
+        output_token_ids: the tokens so far, the first of which prefill sampled; empty until the KV has arrived.
+        recomputed_prompt_tokens: tokens of the prompt that the model computed here although prefill sends their KV;
+            the model runner counts them.
+        outcomes: tokens, or the error that ended the request, on their way from the engine to the RPC.
+    """
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    allocation: Allocation
+    decoder: SegmentDecoder
+    sampler: Sampler
+    text: TextStream
+    output_token_ids: list[int] = field(default_factory=list)
+    recomputed_prompt_tokens: int = 0
+    outcomes: "queue.SimpleQueue[GeneratedToken | SpectrumKVError]" = field(default_factory=queue.SimpleQueue)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.prompt_tokens < self.allocation.capacity:
+            raise ValueError(
+                f"a prompt of {self.prompt_tokens} tokens leaves no room in {self.allocation.capacity} slots"
+            )
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.prompt_token_ids)
+
+    @property
+    def last_token(self) -> int:
+        """The newest token, which the next step reads."""
+        return self.output_token_ids[-1]
+
+    @property
+    def position(self) -> int:
+        """Position of `last_token`, counted from the prompt's first token: the slot that the next step fills."""
+        return self.prompt_tokens + len(self.output_token_ids) - 1
+
+    def start(self, first_token_id: int) -> None:
+        """Take the token that prefill sampled, once all KV is in the slots.
+
+        Raises:
+            InvalidArgumentError: the token ends the generation, which End did not say.
+        """
+        self.output_token_ids.append(first_token_id)
+        self.sampler.observe(first_token_id)
+        if self.text.push(first_token_id).finish is not None:
+            raise InvalidArgumentError(
+                f"the first token, {first_token_id}, ends the generation, and End does not say `finished`"
+            )
+
+    def advance(self, logits: torch.Tensor) -> bool:
+        """Choose the next token and put it into `outcomes`.
+
+        Args:
+            logits: float32 `[vocab]` on the CPU, what the model computed for `last_token`.
+
+        Returns:
+            Whether the token is the last one.
+
+        Raises:
+            InternalError: a logit is infinite or NaN, or the tokenizer cannot decode tokens one by one.
+        """
+        index = len(self.output_token_ids)
+        sampled = self.sampler.sample(logits, index)
+        self.output_token_ids.append(sampled.token_id)
+        delta = self.text.push(sampled.token_id)
+        self.outcomes.put(GeneratedToken(index, sampled, delta.text, delta.finish))
+        return delta.finish is not None
+
+
+@contextmanager
+def admit(begin: decode_pb2.Begin, loaded: LoadedModel, pool: KvPool, bases: BasisStore) -> Iterator[DecodeRequest]:
+    """Check Begin and hold slots for the request until the block ends.
+
+    Args:
+        begin: as it arrived.
+        loaded: the model that this worker serves.
+        pool: has the slots.
+        bases: the codec bases that prefill workers sent.
+
+    Yields:
+        The request.
+
+    Raises:
+        FailedPreconditionError: prefill serves another model, has the codec in another version, or the request needs
+            more slots than there are.
+        BasisMissingError: prefill has not sent the codec's basis.
+        InvalidArgumentError: no worker could serve the request.
+        ResourceExhaustedError: the request needs more slots than are free.
+    """
+    check_same_model(loaded.spec, ModelSpec.from_proto(begin.model))
+    check_same_codec(begin.codec)
+    if not begin.prompt_token_ids:
+        raise InvalidArgumentError("Begin has no prompt tokens")
+    check_token_id("Begin has", max(begin.prompt_token_ids), loaded.spec.vocab_size)
+    codec = codecs.get(begin.codec.name)
+    basis = bases.get(begin.codec.basis_digest) if codec.needs_basis else None
+    params = SamplingParams.from_proto(begin.sampling)
+    check_length(len(begin.prompt_token_ids), params.max_tokens, loaded.context_length)
+    with pool.reserve(len(begin.prompt_token_ids) + params.max_tokens) as allocation:
+        yield DecodeRequest(
+            request_id=begin.request_id,
+            prompt_token_ids=begin.prompt_token_ids,
+            allocation=allocation,
+            decoder=codec.decoder(loaded.geometry, basis),
+            sampler=Sampler(params, begin.prompt_token_ids),
+            text=TextStream(loaded.tokenizer, params, loaded.eos_token_ids),
+        )
+
+
+def check_same_model(mine: ModelSpec, theirs: ModelSpec) -> None:
+    """Check that both sides serve the same model.
+
+    Raises:
+        FailedPreconditionError: they do not; the message names each field and both values.
+    """
+    differences = mine.differences(theirs)
+    if differences:
+        listed = "; ".join(f"{one.field} is {one.mine} on decode and {one.theirs} on prefill" for one in differences)
+        raise FailedPreconditionError(f"prefill and decode serve different models: {listed}")
+
+
+def check_same_codec(theirs: kv_pb2.CodecId) -> None:
+    """Check that decode has prefill's codec, at prefill's version.
+
+    Raises:
+        FailedPreconditionError: it does not.
+    """
+    if theirs.name not in codecs.names():
+        raise FailedPreconditionError(
+            f"prefill sends codec {theirs.name!r}, unknown to decode, which has {', '.join(codecs)}"
+        )
+    mine = codecs.get(theirs.name).version
+    if theirs.version != mine:
+        raise FailedPreconditionError(
+            f"codec {theirs.name!r}: decode has version {mine}, prefill {theirs.version}; "
+            "run the same release on both"
+        )
+
+
+def check_token_id(who: str, token_id: int, vocab_size: int) -> None:
+    """Check that the model has a token: on a GPU, one that it does not have would end the process.
+
+    Raises:
+        InvalidArgumentError: the model does not have it.
+    """
+    if token_id >= vocab_size:
+        raise InvalidArgumentError(f"{who} token id {token_id}; the vocabulary has {vocab_size}")

@@ -18,7 +18,7 @@ from spectrumkv.common.errors import DataLossError
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.rpc.message_checksum import CHECKSUM_BYTES, append_checksum, split_checksum
-from spectrumkv.common.telemetry.trace_context import current_trace
+from spectrumkv.common.telemetry.tracing import current_trace
 from spectrumkv.v1 import decode_pb2
 
 SERVICE_NAME = "spectrumkv.v1.DecodeService"

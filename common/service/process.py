@@ -15,8 +15,8 @@ from typing import NoReturn
 from spectrumkv.common.errors import SpectrumKVError
 from spectrumkv.common.rpc.server import Server
 from spectrumkv.common.service.config import ServerConfig
-from spectrumkv.common.telemetry.log_format import FORMATTERS
 from spectrumkv.common.telemetry.metrics import Metrics
+from spectrumkv.common.telemetry.request_log import FORMATTERS
 
 logger = logging.getLogger(__name__)
 

@@ -1,38 +1,123 @@
-"""OpenTelemetry spans, where the optional extra `otel` is installed: one for each request, with its stages.
+"""Traces: the W3C context that comes with a call and goes on with the next one, and a request's OpenTelemetry spans.
 
-Spans are made by hand. The instrumentation packages for gRPC know nothing of stages, and their asyncio part is a
-prerelease. Without the extra, or without a provider, all of this does nothing, and the trace context goes on as it
-came.
+OpenTelemetry's API, which is always installed, reads and writes the context. Spans are exported where the optional
+extra `otel` brings the SDK; without it, or without a provider, the API's spans do nothing and the caller's context
+goes on.
+
+Spans are made by hand: the instrumentation packages for gRPC know nothing of stages, and their asyncio part is a
+prerelease.
 """
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from opentelemetry import trace as otel
+from opentelemetry.context import Context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
-from spectrumkv.common.telemetry.trace_context import TRACEPARENT, TRACESTATE, TraceContext
 
-try:
-    from opentelemetry import trace as otel
-    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-except ImportError:
-    _INSTALLED = False
-else:
-    _INSTALLED = True
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
 
+TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
 EXPORTER_VARIABLE = "OTEL_TRACES_EXPORTER"
 _PROTOCOL_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _ENTRY_POINTS = "opentelemetry_traces_exporter"
+
+_PROPAGATOR = TraceContextTextMapPropagator()
 
 Value = str | int | float
 # A stage's name, and when it began by the monotonic clock. It lasts until the next one, or the request's end.
 Stage = tuple[str, float]
 
 
+@dataclass(frozen=True)
+class TraceContext:
+    """Names the trace that a request belongs to (www.w3.org/TR/trace-context).
+
+    Attributes:
+        traceparent: version, trace id, parent id and flags; "" where the request is part of no trace.
+        tracestate: what tracing systems add, or "".
+
+    Raises:
+        InvalidArgumentError: `traceparent` is not what the recommendation allows.
+    """
+
+    traceparent: str = ""
+    tracestate: str = ""
+
+    def __post_init__(self) -> None:
+        if self.traceparent and not _is_traceparent(self.traceparent):
+            raise InvalidArgumentError(
+                f"traceparent is {self.traceparent!r}; allowed: 00-TRACEID-PARENTID-FLAGS, of 32, 16 and 2 "
+                "hexadecimal digits in lower case"
+            )
+
+    @property
+    def trace_id(self) -> str:
+        """32 hexadecimal digits, or ""."""
+        return self.traceparent.split("-")[1] if self.traceparent else ""
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """The metadata that a call takes along."""
+        pairs = ((TRACEPARENT, self.traceparent), (TRACESTATE, self.tracestate))
+        return tuple((key, value) for key, value in pairs if value)
+
+    @classmethod
+    def from_metadata(cls, metadata: Iterable[tuple[str, str | bytes]]) -> "TraceContext":
+        """Read the metadata of a call; what the recommendation does not allow counts as absent."""
+        found: dict[str, list[str]] = {TRACEPARENT: [], TRACESTATE: []}
+        for key, value in metadata:
+            if key in found and isinstance(value, str):
+                found[key].append(value)
+        if len(found[TRACEPARENT]) != 1 or not _is_traceparent(found[TRACEPARENT][0]):
+            return cls()
+        return cls.from_opentelemetry(_PROPAGATOR.extract(found))
+
+    @classmethod
+    def from_opentelemetry(cls, context: Context) -> "TraceContext":
+        """Read the context of the span that is current in `context`; an invalid span is part of no trace."""
+        written: dict[str, str] = {}
+        _PROPAGATOR.inject(written, context)
+        return cls(written.get(TRACEPARENT, ""), written.get(TRACESTATE, ""))
+
+    def to_opentelemetry(self) -> Context:
+        """Return a context in which the caller's span is current."""
+        return _PROPAGATOR.extract(dict(self.metadata))
+
+
+def _is_traceparent(text: str) -> bool:
+    # OpenTelemetry overlooks a line feed at the end and control characters in later versions' extensions, which no
+    # metadata of gRPC may hold.
+    if not (text.isascii() and text.isprintable()):
+        return False
+    return otel.get_current_span(_PROPAGATOR.extract({TRACEPARENT: text})).get_span_context().is_valid
+
+
+# gRPC runs each handler in a context of its own.
+_current: ContextVar[TraceContext] = ContextVar("trace_context", default=TraceContext())  # noqa: B039  # frozen
+
+
+def current_trace() -> TraceContext:
+    """Return the trace of the request that this handler serves."""
+    return _current.get()
+
+
+def set_current_trace(trace: TraceContext) -> None:
+    """Make `trace` that of the request which is about to be served."""
+    _current.set(trace)
+
+
 class RequestSpan:
-    """The span of one request on one service.
+    """Records the span of one request on one service.
 
     Args:
         name: of the service.
@@ -43,19 +128,10 @@ class RequestSpan:
     """
 
     def __init__(self, name: str, caller: TraceContext) -> None:
-        self.trace = caller
-        self._span: otel.Span | None = None
-        if not _INSTALLED:
-            return
-        # Wall-clock time of monotonic times: stages are told in the latter.
+        # Stages are told in monotonic time, spans in wall-clock time: the difference of the two.
         self._epoch_ns = time.time_ns() - time.monotonic_ns()
-        propagator = TraceContextTextMapPropagator()
-        parent = propagator.extract(dict(caller.metadata))
-        self._span = otel.get_tracer("spectrumkv").start_span(name, parent, kind=otel.SpanKind.SERVER)
-        own: dict[str, str] = {}
-        propagator.inject(own, otel.set_span_in_context(self._span))
-        if TRACEPARENT in own:
-            self.trace = TraceContext(own[TRACEPARENT], own.get(TRACESTATE, ""))
+        self._span = _start_span(name, caller.to_opentelemetry(), kind=otel.SpanKind.SERVER)
+        self.trace = TraceContext.from_opentelemetry(otel.set_span_in_context(self._span))
 
     def end(self, code: str, attributes: Mapping[str, Value], stages: Sequence[Stage]) -> None:
         """End the span.
@@ -65,13 +141,10 @@ class RequestSpan:
             attributes: what the request's log line says.
             stages: in order; each becomes a span of its own.
         """
-        if self._span is None:
-            return
         now = time.monotonic()
         context = otel.set_span_in_context(self._span)
         for (name, began), (_, ended) in pairwise([*stages, ("", now)]):
-            stage = otel.get_tracer("spectrumkv").start_span(name, context, start_time=self._nanoseconds(began))
-            stage.end(self._nanoseconds(ended))
+            _start_span(name, context, start_time=self._nanoseconds(began)).end(self._nanoseconds(ended))
         self._span.set_attributes({f"spectrumkv.{name}": value for name, value in attributes.items()})
         self._span.set_attribute("rpc.system", "grpc")
         if code not in ("OK", "CANCELLED"):
@@ -80,6 +153,12 @@ class RequestSpan:
 
     def _nanoseconds(self, monotonic_seconds: float) -> int:
         return self._epoch_ns + round(monotonic_seconds * 1e9)
+
+
+def _start_span(
+    name: str, parent: Context, kind: otel.SpanKind = otel.SpanKind.INTERNAL, start_time: int | None = None
+) -> otel.Span:
+    return otel.get_tracer("spectrumkv").start_span(name, parent, kind=kind, start_time=start_time)
 
 
 def set_up_spans(service: str) -> None:
@@ -101,7 +180,8 @@ def set_up_spans(service: str) -> None:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
         raise FailedPreconditionError(
-            f"{EXPORTER_VARIABLE} is {named!r} and OpenTelemetry is not installed; run pip install 'spectrumkv[otel]'"
+            f"{EXPORTER_VARIABLE} is {named!r} and OpenTelemetry's SDK is not installed; "
+            "run pip install 'spectrumkv[otel]'"
         ) from None
     name = os.environ.get("OTEL_SERVICE_NAME", f"spectrumkv-{service}")
     provider = TracerProvider(resource=Resource.create({"service.name": name}))
@@ -110,11 +190,12 @@ def set_up_spans(service: str) -> None:
     otel.set_tracer_provider(provider)
 
 
-def _exporter(name: str) -> "SpanExporter":  # type: ignore[name-defined]  # noqa: F821  # of the optional extra
+def _exporter(name: str) -> "SpanExporter":
     if name == "otlp":
         protocol = next(filter(None, map(os.environ.get, _PROTOCOL_VARIABLES)), "grpc")
         name = f"otlp_proto_{protocol.partition('/')[0]}"
     found = {one.name: one for one in entry_points(group=_ENTRY_POINTS)}
     if name not in found:
         raise InvalidArgumentError(f"{EXPORTER_VARIABLE} asks for {name!r}; installed: {', '.join(sorted(found))}")
-    return found[name].load()()
+    exporter: SpanExporter = found[name].load()()
+    return exporter

@@ -1,8 +1,8 @@
 """One log line for the end of every request, with the same request id on both services, and how log lines look.
 
 A handler finds its request's record with `current_request`, and adds what it learns: numbers and names, never text of
-a prompt or of an answer. The interceptor in `common.rpc` writes the record when the request is over, however it ended.
-A record's fields reach the formatters as `extra={"fields": {…}}`.
+a prompt or of an answer. The interceptor in `common.rpc` writes the record when the request is over, however it
+ended. A record's fields reach the formatters as `extra={"fields": {…}}`.
 """
 
 import json

@@ -24,7 +24,7 @@ from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.common.kv.scoring import LayerCapture, visible
 from spectrumkv.common.model.cache import build_once, cache_directory
 from spectrumkv.common.model.directory import weight_files
-from spectrumkv.common.model.embedded import EMBEDDED_MODEL_NAME, embedded_model_directory
+from spectrumkv.common.model.embedded import EMBEDDED_MODEL_NAME, check_model_files, embedded_model_directory
 from spectrumkv.common.model.support import head_dim
 from spectrumkv.common.model.tokenizer import tokenizer_class
 from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME
@@ -77,7 +77,10 @@ def key_bias_model_directory() -> Path:
     source = embedded_model_directory()
     name = f"{EMBEDDED_MODEL_NAME.lower()}-key-bias-{BUILD}"
     return build_once(
-        cache_directory() / "models" / name, lambda partial: build_key_bias_model(source, partial, BiasNorms())
+        cache_directory() / "models" / name,
+        "the key-bias model",
+        lambda partial: build_key_bias_model(source, partial, BiasNorms()),
+        check_model_files,
     )
 
 

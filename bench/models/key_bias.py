@@ -23,10 +23,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.common.kv.scoring import LayerCapture, visible
 from spectrumkv.common.model.cache import build_once, cache_directory
-from spectrumkv.common.model.directory import weight_files
+from spectrumkv.common.model.directory import tokenizer_class, weight_files
 from spectrumkv.common.model.embedded import EMBEDDED_MODEL_NAME, check_model_files, embedded_model_directory
 from spectrumkv.common.model.support import head_dim
-from spectrumkv.common.model.tokenizer import tokenizer_class
 from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME
 from spectrumkv.prefill_server.tuning.needle.haystack import haystack
 from spectrumkv.prefill_server.tuning.replay import capture_prompt

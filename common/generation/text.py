@@ -1,5 +1,6 @@
 """How chosen tokens become the text that a client sees, and when generation ends."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -7,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from spectrumkv.common.generation.detokenizer import Detokenizer
 from spectrumkv.common.generation.params import SamplingParams
-from spectrumkv.common.generation.stop_strings import StopStrings
+from spectrumkv.common.generation.sampling import SampledToken
 from spectrumkv.v1 import generation_pb2
 
 
@@ -42,6 +43,49 @@ class TextDelta:
 
     text: str
     finish: FinishReason | None = None
+
+
+class StopStrings:
+    """Passes text on until a stop string is complete in it.
+
+    The result does not depend on how the text is cut into pieces: the stop string that is complete first counts,
+    as it would if each piece were one character; of two that end at the same place the longer one.
+
+    Args:
+        stop: strings of at least one character.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._longest = max(map(len, stop), default=0)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Take the next piece; return text that no stop string can claim any more, and whether one was found.
+
+        What might still be the start of a stop string is held back. After one is found nothing is left to say.
+        """
+        self._held += text
+        found = [(at + len(one), at) for one in self._stop if (at := self._held.find(one)) >= 0]
+        if found:
+            _, start = min(found)
+            before, self._held = self._held[:start], ""
+            return before, True
+        kept = self._undecided()
+        certain, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
+        return certain, False
+
+    def flush(self) -> str:
+        """Return what is held back: no stop string will be completed."""
+        rest, self._held = self._held, ""
+        return rest
+
+    def _undecided(self) -> int:
+        """Length of the longest end of the held text that a stop string starts with."""
+        for length in range(min(self._longest - 1, len(self._held)), 0, -1):
+            if any(one.startswith(self._held[-length:]) for one in self._stop):
+                return length
+        return 0
 
 
 class TextStream:
@@ -107,3 +151,17 @@ class TextStream:
         self._ended = True
         text, stopped = self._stop_strings.push(self._detokenizer.flush())
         return (text, True) if stopped else (text + self._stop_strings.flush(), False)
+
+
+def token_message(index: int, sampled: SampledToken, text: str) -> generation_pb2.Token:
+    """Return the message for one generated token and the text that became certain with it."""
+    return generation_pb2.Token(
+        index=index,
+        token_id=sampled.token_id,
+        text=text,
+        logprob=sampled.logprob,
+        top_logprobs=[
+            generation_pb2.TokenLogprob(token_id=token_id, logprob=logprob)
+            for token_id, logprob in sampled.top_logprobs
+        ],
+    )

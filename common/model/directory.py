@@ -1,4 +1,7 @@
-"""Finds the directory that holds a model: the embedded default's, a local one, or a download from the hub."""
+"""Finds the directory that holds a model, and what in it is read.
+
+The directory is the embedded default's, a local one, or a download from the hub.
+"""
 
 from pathlib import Path
 
@@ -12,6 +15,8 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.common.model.embedded import EMBEDDED_MODEL_NAME, embedded_model_directory
@@ -20,6 +25,9 @@ from spectrumkv.common.model.embedded import EMBEDDED_MODEL_NAME, embedded_model
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja"]
 # Copies of the same weights in other formats, such as "onnx/" and Mistral's own.
 _NOT_FROM_HUB = ["*/*", "consolidated*"]
+
+# The class that transformers names for a tokenizer that is all that tokenizer.json says.
+GENERIC_TOKENIZER = "TokenizersBackend"
 
 
 def find_model(name: str | None) -> tuple[str, Path]:
@@ -48,7 +56,7 @@ def find_model(name: str | None) -> tuple[str, Path]:
 
 
 def weight_files(directory: Path) -> tuple[Path, ...]:
-    """The safetensors files that transformers reads a model's weights from, sorted by name.
+    """Return the safetensors files that transformers reads a model's weights from, sorted by name.
 
     Raises:
         FailedPreconditionError: there are none.
@@ -61,6 +69,23 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
             "weights in other formats are not read: convert them with save_pretrained()"
         )
     return files
+
+
+def tokenizer_class(directory: Path) -> type[AutoTokenizer] | type[PreTrainedTokenizerFast]:
+    """Return the class whose `from_pretrained` reads the tokenizer in a directory.
+
+    For some types of models, Qwen2 among them, AutoTokenizer replaces what tokenizer.json says of splitting text by
+    what those models' own tokenizers do, even where the tokenizer names itself a generic one.
+
+    Raises:
+        OSError: the tokenizer's configuration cannot be read.
+        ValueError: it is no JSON.
+    """
+    declared = get_tokenizer_config(directory, local_files_only=True).get("tokenizer_class")
+    reader: type[AutoTokenizer] | type[PreTrainedTokenizerFast] = AutoTokenizer
+    if declared == GENERIC_TOKENIZER:
+        reader = PreTrainedTokenizerFast
+    return reader
 
 
 def _check_complete(name: str, directory: Path) -> None:

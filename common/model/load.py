@@ -20,12 +20,10 @@ from transformers.utils import logging as transformers_logging
 
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
 from spectrumkv.common.kv.geometry import NATIVE_DTYPES, KvGeometry
-from spectrumkv.common.model.digest import rope_digest, tokenizer_digest, weights_digest
-from spectrumkv.common.model.directory import find_model
+from spectrumkv.common.model.directory import find_model, tokenizer_class
 from spectrumkv.common.model.packed_linear import can_pack, pack_linear_layers
-from spectrumkv.common.model.spec import ModelSpec
+from spectrumkv.common.model.spec import ModelSpec, rope_digest, tokenizer_digest, weights_digest
 from spectrumkv.common.model.support import LayerAttention, check_supported, head_dim, layer_attention
-from spectrumkv.common.model.tokenizer import tokenizer_class
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in NATIVE_DTYPES}
 

@@ -42,3 +42,11 @@ def _check_address(name: str, address: Address) -> None:
         raise InvalidArgumentError(
             f"{flag_name(name)} {address} cannot be listened on: {reason}; name another address, or stop what uses it"
         ) from error
+
+
+def memory_bytes() -> int | None:
+    """Return the machine's memory in bytes; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from spectrumkv.common.errors import FailedPreconditionError
-from spectrumkv.common.model import digest
-from spectrumkv.common.model.digest import rope_digest, tokenizer_digest, weights_digest
+from spectrumkv.common.model import spec
+from spectrumkv.common.model.spec import rope_digest, tokenizer_digest, weights_digest
 from tests.tiny_models import tiny_model
 
 Tensors = dict[str, torch.Tensor]
@@ -71,8 +71,8 @@ def test_weights_are_hashed_once(
     directory = write(tmp_path / "model", tensors)
     first = weights_digest(directory)
     hashed = []
-    genuine = digest._hash_weights
-    monkeypatch.setattr(digest, "_hash_weights", lambda files: hashed.append(files) or genuine(files))
+    genuine = spec._hash_weights
+    monkeypatch.setattr(spec, "_hash_weights", lambda files: hashed.append(files) or genuine(files))
     assert weights_digest(directory) == first
     assert hashed == []
 

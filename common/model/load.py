@@ -1,4 +1,4 @@
-"""Loads a model and all that the services need to know about it."""
+"""Loads a model, and gathers what the services need to know about it."""
 
 import sys
 from collections.abc import Iterator
@@ -58,7 +58,9 @@ class LoadedModel:
 
     def __post_init__(self) -> None:
         if len(self.attention) != self.geometry.layers:
-            raise InvalidArgumentError(f"{len(self.attention)} descriptions for {self.geometry.layers} layers")
+            raise InvalidArgumentError(
+                f"`attention` has {len(self.attention)} descriptions for {self.geometry.layers} layers"
+            )
         if outside := sorted(one for one in self.eos_token_ids if not 0 <= one < self.spec.vocab_size):
             raise FailedPreconditionError(
                 f"end-of-sequence tokens {outside} lie outside the vocabulary of {self.spec.vocab_size}; "
@@ -79,9 +81,12 @@ def load_model(
         packed: where that is faster, keep the weights of linear layers as the processor's kernels read them. False
             leaves the model as transformers has it, state_dict included.
 
+    Returns:
+        The model on its device, with its tokenizer and description.
+
     Raises:
-        InvalidArgumentError: `device` or `dtype` is none of these.
-        FailedPreconditionError: the model is not there, is damaged or cannot be served, or there is no such device.
+        InvalidArgumentError: `device` or `dtype` is another word.
+        FailedPreconditionError: the model is not found, is damaged or cannot be served, or there is no such device.
     """
     place = choose_device(device)
     public_name, directory = find_model(name)
@@ -109,8 +114,14 @@ def load_model(
 def choose_device(device: str) -> torch.device:
     """Turn "auto", "cpu" or "cuda" into a device.
 
+    Args:
+        device: the word; "auto" is a GPU where there is one.
+
+    Returns:
+        The device.
+
     Raises:
-        InvalidArgumentError: it is none of these.
+        InvalidArgumentError: `device` is another word.
         FailedPreconditionError: "cuda" is asked for and this process sees no GPU.
     """
     if device not in ("auto", "cpu", "cuda"):
@@ -121,7 +132,14 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
-    """The dtype to compute in; None is the model's own.
+    """Choose the dtype to compute in.
+
+    Args:
+        dtype: "auto", "float32", "float16" or "bfloat16".
+        device: "auto" is float32 on a CPU, and the model's own dtype elsewhere.
+
+    Returns:
+        The dtype; None for the model's own.
 
     Raises:
         InvalidArgumentError: `dtype` is not "auto", "float32", "float16" or "bfloat16".

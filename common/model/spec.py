@@ -25,7 +25,7 @@ _DTYPES = ("float32", "float16", "bfloat16")
 
 
 class SpecDifference(NamedTuple):
-    """A field in which two specs differ."""
+    """One field in which two specs differ."""
 
     field: str
     mine: str | int
@@ -37,10 +37,13 @@ class SpecDifference(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """All that two processes must agree on before one may use the other's KV cache.
+    """The facts of a model that two processes must agree on before one may use the other's KV cache.
 
     Mirrors `spectrumkv.v1.ModelSpec`. Digests are SHA-256 in hexadecimal; `dtype` is what the model computes
     in; `context_length` is the longest prompt plus completion in tokens.
+
+    Raises:
+        InvalidArgumentError: a field is missing or cannot be right.
     """
 
     architecture: str
@@ -69,17 +72,23 @@ class ModelSpec:
             raise InvalidArgumentError(f"the model spec's dtype is {self.dtype!r}; valid: {', '.join(_DTYPES)}")
 
     def differences(self, other: "ModelSpec") -> list[SpecDifference]:
-        """The fields in which `other` differs, in the order of declaration; empty where the two agree."""
+        """Return the fields in which `other` differs, in the order of declaration; none where the two agree."""
         pairs = ((one.name, getattr(self, one.name), getattr(other, one.name)) for one in fields(self))
         return [SpecDifference(name, mine, theirs) for name, mine, theirs in pairs if mine != theirs]
 
     def to_proto(self) -> kv_pb2.ModelSpec:
-        """The message that crosses the network."""
+        """Return the message that crosses the network."""
         return kv_pb2.ModelSpec(**{one.name: getattr(self, one.name) for one in fields(self)})
 
     @classmethod
     def from_proto(cls, message: kv_pb2.ModelSpec) -> "ModelSpec":
-        """Read the message.
+        """Read the message that crossed the network.
+
+        Args:
+            message: what the other process sent.
+
+        Returns:
+            The spec.
 
         Raises:
             InvalidArgumentError: a field is missing or cannot be right.
@@ -90,8 +99,8 @@ class ModelSpec:
 def weights_digest(directory: Path) -> str:
     """Return the SHA-256 over names, dtypes, shapes and bytes of all tensors, in hexadecimal.
 
-    It does not depend on how the tensors are spread over files. It is kept in the cache directory under the
-    files' paths, sizes and modification times, so that a restart reads no weights for it.
+    The digest does not depend on how the tensors are distributed over files. It is kept in the cache directory under
+    the files' paths, sizes and modification times, so that a restart reads no weights for it.
 
     Args:
         directory: holds the safetensors files.
@@ -154,7 +163,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
     """Return the SHA-256 over vocabulary, merges, pre- and post-processing and special tokens, in hexadecimal.
 
     Args:
-        tokenizer: its present padding and truncation, which are no property of the model, are left out.
+        tokenizer: the tokenizer. Its present padding and truncation are left out: they belong to a call, not to it.
     """
     state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     for transient in ("padding", "truncation"):

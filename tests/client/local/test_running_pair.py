@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 UP = (
     "import sys; from spectrumkv.client import pair_config as p; "
     "p.DECODE_MODULE = p.PREFILL_MODULE = 'fake_service'; "
-    "from spectrumkv.client.command_line import main; sys.exit(main(sys.argv[1:]))"
+    "from spectrumkv.client.cli.main import main; sys.exit(main(sys.argv[1:]))"
 )
 ANY_PORTS = [f"--{name.replace('_', '-')}={address}" for name, address in FREE_PORTS.items()]
 

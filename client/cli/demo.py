@@ -87,7 +87,7 @@ class DemoLog:
 
 def document() -> str:
     """Return the long text that the demo asks about."""
-    return (files("spectrumkv.client") / "demo_document.txt").read_text(encoding="utf-8")
+    return (files("spectrumkv.client.cli") / "demo_document.txt").read_text(encoding="utf-8")
 
 
 def _ask(out: Console, client: SpectrumClient, budget: float, policy: str | None) -> Completion:

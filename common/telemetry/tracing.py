@@ -1,4 +1,4 @@
-"""Traces: the W3C context that comes with a call and goes on with the next one, and a request's OpenTelemetry spans.
+"""Reads the W3C trace context of a call, passes it on with the next one, and records a request's OpenTelemetry spans.
 
 OpenTelemetry's API, which is always installed, reads and writes the context. Spans are exported where the optional
 extra `otel` brings the SDK; without it, or without a provider, the API's spans do nothing and the caller's context
@@ -73,7 +73,7 @@ class TraceContext:
 
     @classmethod
     def from_metadata(cls, metadata: Iterable[tuple[str, str | bytes]]) -> "TraceContext":
-        """Read the metadata of a call; what the recommendation does not allow counts as absent."""
+        """Return the trace context in a call's metadata; what the recommendation does not allow counts as absent."""
         found: dict[str, list[str]] = {TRACEPARENT: [], TRACESTATE: []}
         for key, value in metadata:
             if key in found and isinstance(value, str):
@@ -84,7 +84,7 @@ class TraceContext:
 
     @classmethod
     def from_opentelemetry(cls, context: Context) -> "TraceContext":
-        """Read the context of the span that is current in `context`; an invalid span is part of no trace."""
+        """Return the trace context of the span that is current in `context`; an invalid span has no trace."""
         written: dict[str, str] = {}
         _PROPAGATOR.inject(written, context)
         return cls(written.get(TRACEPARENT, ""), written.get(TRACESTATE, ""))
@@ -107,12 +107,12 @@ _current: ContextVar[TraceContext] = ContextVar("trace_context", default=TraceCo
 
 
 def current_trace() -> TraceContext:
-    """Return the trace of the request that this handler serves."""
+    """Return the trace of the request that the calling handler serves."""
     return _current.get()
 
 
 def set_current_trace(trace: TraceContext) -> None:
-    """Make `trace` that of the request which is about to be served."""
+    """Set what `current_trace` returns to the handler that is about to run."""
     _current.set(trace)
 
 
@@ -120,15 +120,15 @@ class RequestSpan:
     """Records the span of one request on one service.
 
     Args:
-        name: of the service.
-        caller: the trace that the request came with.
+        name: the service's name.
+        caller: the trace context that the request came with.
 
     Attributes:
-        trace: the context for calls that this request makes.
+        trace: the trace context for calls that this request makes.
     """
 
     def __init__(self, name: str, caller: TraceContext) -> None:
-        # Stages are told in monotonic time, spans in wall-clock time: the difference of the two.
+        # Stages have times of the monotonic clock, and spans have wall-clock times: this is the difference.
         self._epoch_ns = time.time_ns() - time.monotonic_ns()
         self._span = _start_span(name, caller.to_opentelemetry(), kind=otel.SpanKind.SERVER)
         self.trace = TraceContext.from_opentelemetry(otel.set_span_in_context(self._span))
@@ -137,9 +137,9 @@ class RequestSpan:
         """End the span.
 
         Args:
-            code: name of the status code that the request ended with.
-            attributes: what the request's log line says.
-            stages: in order; each becomes a span of its own.
+            code: the name of the status code that the request ended with.
+            attributes: the fields of the request's log line.
+            stages: the request's stages in order, each of which becomes a span of its own.
         """
         now = time.monotonic()
         context = otel.set_span_in_context(self._span)
@@ -162,13 +162,13 @@ def _start_span(
 
 
 def set_up_spans(service: str) -> None:
-    """Export spans as the standard variables of OpenTelemetry say; nothing where `OTEL_TRACES_EXPORTER` is not set.
+    """Export spans as OpenTelemetry's standard environment variables say; none if `OTEL_TRACES_EXPORTER` is not set.
 
     Args:
-        service: "prefill" or "decode"; `OTEL_SERVICE_NAME` overrules it.
+        service: "prefill" or "decode"; `OTEL_SERVICE_NAME` takes precedence.
 
     Raises:
-        FailedPreconditionError: the variable names an exporter, and the extra is not installed.
+        FailedPreconditionError: the variable names an exporter, and the extra `otel` is not installed.
         InvalidArgumentError: the variable names an exporter that is not installed.
     """
     named = os.environ.get(EXPORTER_VARIABLE, "").strip()

@@ -149,7 +149,7 @@ def test_tokens_change_while_the_server_runs(tmp_path: Path, caplog: pytest.LogC
         path.unlink()
         assert texts(channel) == "yes"
         assert texts(channel) == "yes"
-        assert caplog.text.count("cannot be used, what was read before holds on") == 1
+        assert caplog.text.count("cannot be used; what was read before stays in use") == 1
         token_file(path, THIRD)
         with pytest.raises(grpc.RpcError):
             texts(channel)

@@ -1,6 +1,6 @@
 """Gives the KV of each request a CUDA stream of its own, beside the model's stream.
 
-On the model's stream this work would wait for everything that the model was told to do before, and the model for it.
+On the model's stream this work would wait for all earlier kernels of the model, and the model's next ones for it.
 On a CPU there are no streams, and this module does nothing.
 """
 

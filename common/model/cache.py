@@ -1,7 +1,7 @@
 """What takes long to compute is kept in the cache directory between runs: models, bases, verdicts, digests.
 
-One rule holds for every kind of entry. An entry appears complete or not at all, whoever is killed while writing it.
-An entry that its reader refuses is damaged: a warning names it, and it is computed again in its place.
+One rule holds for every kind of entry. An entry appears complete or not at all, even if its writer is killed. An
+entry that its reader refuses is damaged: a warning names it, and it is computed again in its place.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# What readers raise for an entry that is damaged.
+# The errors that readers raise for a damaged entry.
 _DAMAGE = (OSError, ValueError, SpectrumKVError)
 
 
@@ -58,7 +58,7 @@ def build_once(directory: Path, name: str, build: Callable[[Path], None], read: 
         try:
             return read(directory)
         except _DAMAGE:
-            # Another process may be replacing it; the lock tells.
+            # Another process may have replaced it meanwhile: it is read again under the lock.
             pass
     with _locked(directory):
         if directory.is_dir():
@@ -135,7 +135,7 @@ def _locked(directory: Path) -> Iterator[None]:
 def _build(directory: Path, build: Callable[[Path], None]) -> None:
     partial = directory.with_name(f"{directory.name}.partial")
     try:
-        # The lock is ours, so whoever left this is dead.
+        # This process has the lock, so the process that left this directory is dead.
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         build(partial)

@@ -64,7 +64,7 @@ class LoadedModel:
         if outside := sorted(one for one in self.eos_token_ids if not 0 <= one < self.spec.vocab_size):
             raise FailedPreconditionError(
                 f"end-of-sequence tokens {outside} lie outside the vocabulary of {self.spec.vocab_size}; "
-                "mend generation_config.json"
+                "correct generation_config.json"
             )
 
 
@@ -159,7 +159,7 @@ def _read_config(directory: Path) -> PretrainedConfig:
 
 
 def _read_weights(directory: Path, config: PretrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
-    # The fused kernels of "sdpa" know no soft-capping.
+    # The fused kernels of "sdpa" do not support soft-capping.
     attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
     try:
         with _progress_only_on_terminals():
@@ -181,13 +181,13 @@ def _read_weights(directory: Path, config: PretrainedConfig, dtype: torch.dtype 
 
 
 def _check_all_read(directory: Path, outcome: dict[str, Any]) -> None:
-    # transformers fills tensors that the files lack with random numbers and only warns.
+    # transformers only warns of tensors that the files lack, and fills them with random numbers.
     for problem in ("missing_keys", "mismatched_keys"):
         if keys := sorted(map(str, outcome[problem])):
             shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             raise FailedPreconditionError(
                 f"the weights in {directory} do not fit config.json: {problem.replace('_', ' ')} {shown}; "
-                "fetch the model anew"
+                "fetch the model again"
             )
 
 

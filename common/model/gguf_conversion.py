@@ -1,8 +1,8 @@
 """Turns a GGUF file of the llama architecture into a model directory as transformers reads it.
 
 transformers itself can read GGUF, but then it needs `accelerate`, its dequantization differs between releases (and
-hosts whose weights differ in one bit refuse each other), and it rebuilds the tokenizer without the digit splitting that
-the file names, so that "a  12" is tokenized as in no training text.
+hosts whose weights differ in one bit refuse each other), and it rebuilds the tokenizer without the digit splitting
+that the file names, so that "a  12" is tokenized as in no training text.
 """
 
 import sys

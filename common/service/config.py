@@ -35,10 +35,6 @@ __all__ = [
     "build",
     "flag_name",
     "load",
-    "number",
-    "option",
-    "parse_addresses",
-    "parse_bytes",
     "text_of",
 ]
 

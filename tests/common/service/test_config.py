@@ -16,12 +16,9 @@ from spectrumkv.common.service.config import (
     build,
     flag_name,
     load,
-    number,
-    parse_addresses,
-    parse_bytes,
     text_of,
 )
-from spectrumkv.common.service.options import allowed_by, some_text
+from spectrumkv.common.service.options import allowed_by, number, parse_addresses, parse_bytes, some_text
 
 CONFIGS = [PrefillConfig, DecodeConfig]
 OPTIONS = [(config, declared) for config in CONFIGS for declared in fields(config)]

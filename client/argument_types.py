@@ -70,7 +70,7 @@ def _check_encodable(name: str, text: str) -> None:
     except UnicodeEncodeError as error:
         culprit = text[error.start]
         raise InvalidArgumentError(
-            f"{name} has {culprit!a} at character {error.start}, which is no text; give valid UTF-8"
+            f"{name} has {culprit!a} at character {error.start}, which is not valid text; give UTF-8"
         ) from error
 
 

@@ -112,12 +112,12 @@ def _explain(name: str, error: Exception) -> str:
         return f"model {name!r} is gated; accept its terms on the hub, then log in with `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):
         return (
-            f"{name!r} is no directory, and the hub knows no model of that name; check the spelling, "
+            f"{name!r} is not a directory, and the hub has no model of that name; check the spelling, "
             "log in with `hf auth login` where it is private, or name a local directory"
         )
     if isinstance(error, LocalEntryNotFoundError):
         return (
-            f"{name!r} is no directory, and the hub cannot be reached to fetch a model of that name; "
+            f"{name!r} is not a directory, and the hub cannot be reached to fetch a model of that name; "
             "connect to it, or name a local directory"
         )
     return f"cannot fetch model {name!r} from the hub: {error}"

@@ -48,7 +48,7 @@ def read_tokens(option: str, path: Path) -> tuple[str, ...]:
         )
     for number, token in tokens:
         if not _is_token(token):
-            raise InvalidArgumentError(f"{option} {path}: line {number} is no token; allowed: {_RULE}")
+            raise InvalidArgumentError(f"{option} {path}: line {number} is not a token; allowed: {_RULE}")
     return tuple(token for _, token in tokens)
 
 
@@ -142,7 +142,7 @@ def token_source(option: str, path: Path | None) -> TokenSource | None:
         return lambda: watched.current
     token = os.environ.get(TOKEN_VARIABLE, "")
     if token and not _is_token(token):
-        raise InvalidArgumentError(f"{TOKEN_VARIABLE} is no token; allowed: {_RULE}")
+        raise InvalidArgumentError(f"{TOKEN_VARIABLE} is not a token; allowed: {_RULE}")
     return (lambda: token) if token else None
 
 

@@ -254,4 +254,4 @@ def _read_file(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InvalidArgumentError(f"--config {path} cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InvalidArgumentError(f"--config {path} is no TOML file: {error}") from error
+        raise InvalidArgumentError(f"--config {path} is not a TOML file: {error}") from error

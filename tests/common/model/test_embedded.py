@@ -138,8 +138,8 @@ def test_a_damaged_conversion_is_made_again(
     whole = (directory / file).read_bytes()
     (directory / file).unlink()
     if damage == "cut short":
-        # Half a template is a template, too; half a character is none.
-        (directory / file).write_bytes(b"\xe2\x82" if file.endswith(".jinja") else whole[: len(whole) // 2])
+        # Half a template is a template, too.
+        (directory / file).write_bytes(b"" if file.endswith(".jinja") else whole[: len(whole) // 2])
     assert embedded_model_directory() == directory
     assert len(builds) == 2
     assert (directory / file).read_bytes() == whole

@@ -1,4 +1,7 @@
-"""Whether arguments are of the types that they are declared with, and a sentence where they are not."""
+"""Checks that arguments have the types that they are declared with, and says in a sentence what is allowed.
+
+Why this is neither pydantic, beartype nor typeguard: docs/adr/0112-argument-checks.md.
+"""
 
 import reprlib
 from collections.abc import Callable, Sequence
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What fits a declared type, and how a sentence says it."""
+    """The values that fit a declared type, and the words for them."""
 
     allowed: str
     fits: Callable[[Any], bool]
@@ -24,12 +27,12 @@ def check_type(name: str, value: object, declared: Any) -> None:
     """Check one argument.
 
     Args:
-        name: of the argument, for the error.
-        value: what was passed.
-        declared: its type: one of those of `_KINDS`, or a class.
+        name: the argument's name, for the error.
+        value: the value that was passed.
+        declared: the argument's type: a key of `_KINDS`, or a class.
 
     Raises:
-        InvalidArgumentError: the value is of another type, or a text that UTF-8 cannot carry.
+        InvalidArgumentError: the value has another type, or is a text that UTF-8 cannot encode.
     """
     kind = _KINDS.get(declared) or _Kind(f"a {declared.__name__}", lambda one: isinstance(one, declared))
     if not kind.fits(value):
@@ -43,19 +46,31 @@ def check_type(name: str, value: object, declared: Any) -> None:
 
 
 def check_fields(arguments: "DataclassInstance", but: tuple[str, ...] = ()) -> None:
-    """Check the fields of a dataclass, those named in `but` apart, as `check_type` does."""
+    """Check the fields of a dataclass as `check_type` does.
+
+    Args:
+        arguments: the dataclass.
+        but: the names of fields that are not checked.
+
+    Raises:
+        InvalidArgumentError: a field has a value of another type, or a text that UTF-8 cannot encode.
+    """
     for one in (one for one in fields(arguments) if one.name not in but):
         check_type(one.name, getattr(arguments, one.name), one.type)
 
 
 def _check_encodable(name: str, text: str) -> None:
-    """Refuse lone surrogates: Python reads bytes of a command line that are no UTF-8 as such."""
+    """Refuse lone surrogates: Python reads bytes of a command line that are not UTF-8 as such.
+
+    Raises:
+        InvalidArgumentError: the text has a lone surrogate.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         culprit = text[error.start]
         raise InvalidArgumentError(
-            f"{name} has {culprit!a} at character {error.start}, which is no text; give valid UTF-8"
+            f"{name} has {culprit!a} at character {error.start}, which is not valid text; give UTF-8"
         ) from error
 
 
@@ -64,7 +79,7 @@ def _is_text(value: object) -> bool:
 
 
 def _is_whole(value: object) -> bool:
-    # The numbers of NumPy count too. True and False are whole numbers to Python only.
+    # NumPy's numbers are allowed, too. True and False are not, although Python counts them as whole numbers.
     return isinstance(value, (int, Integral)) and not isinstance(value, bool)
 
 
@@ -81,7 +96,7 @@ def _or_none(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _each(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    # A text is a sequence of texts, and yet hardly meant as one.
+    # A text is a sequence of texts as well, but a caller who passes one means something else.
     return lambda value: isinstance(value, Sequence) and not isinstance(value, str | bytes) and all(map(fits, value))
 
 

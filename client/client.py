@@ -28,7 +28,7 @@ from spectrumkv.common.errors import (
 from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.common.security import ChannelSecurity
-from spectrumkv.common.telemetry.trace_context import TraceContext
+from spectrumkv.common.telemetry.tracing import TraceContext
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 
 DEFAULT_TIMEOUT_SECONDS = 600.0

@@ -1,14 +1,14 @@
-"""One exception for each gRPC status that SpectrumKV answers with.
+"""Defines one exception for each gRPC status that SpectrumKV answers with.
 
-Code deep inside the project raises these without importing gRPC; `common.rpc` turns them into statuses in
-one place. A message names what is wrong, the value, and what to do.
+Code raises these without importing gRPC; `common.rpc` turns them into statuses in one place. A message names what is
+wrong, the value, and what to do.
 """
 
 import math
 
 
 class SpectrumKVError(Exception):
-    """An error that a caller is told about. `code` is the name of a `grpc.StatusCode`."""
+    """An error that is reported to the caller; `code` is the name of a `grpc.StatusCode`."""
 
     code = "INTERNAL"
 
@@ -19,7 +19,7 @@ class SpectrumKVError(Exception):
 
 
 class InvalidArgumentError(SpectrumKVError):
-    """The request is wrong whatever state the service is in."""
+    """The request is wrong, whatever state the service is in."""
 
     code = "INVALID_ARGUMENT"
 
@@ -31,27 +31,27 @@ class UnauthenticatedError(SpectrumKVError):
 
 
 class NotFoundError(SpectrumKVError):
-    """The request names something that is not here, such as another model."""
+    """The request names something that this service does not have, such as another model."""
 
     code = "NOT_FOUND"
 
 
 class FailedPreconditionError(SpectrumKVError):
-    """The two sides do not fit together; retrying changes nothing until somebody mends that."""
+    """The two sides do not fit together; a retry fails as well until somebody changes one of them."""
 
     code = "FAILED_PRECONDITION"
 
 
 class BasisMissingError(FailedPreconditionError):
-    """The receiver lacks the codec basis that Begin names; it can be sent one (`PutBasis`) and asked again."""
+    """The receiver lacks the codec basis that Begin names; the sender can send it (`PutBasis`) and try again."""
 
 
 class ResourceExhaustedError(SpectrumKVError):
-    """No room at present.
+    """The service has no room at present.
 
     Args:
         message: what is full.
-        retry_after_seconds: when trying again makes sense, from 0 on; sent as `google.rpc.RetryInfo`.
+        retry_after_seconds: the seconds after which a retry makes sense, 0 or more; sent as `google.rpc.RetryInfo`.
 
     Raises:
         ValueError: the seconds are negative or not finite.
@@ -70,9 +70,9 @@ class UnavailableError(SpectrumKVError):
     """A peer cannot be reached, or this process is shutting down.
 
     Args:
-        message: who is away.
-        retry_after_seconds: named by a process that shuts down in order, since another one is likely to take its
-            place; None where nobody can know.
+        message: which peer cannot be reached.
+        retry_after_seconds: the seconds after which a retry makes sense; None if unknown. A process that shuts down
+            in order names them, since another one is likely to take its place.
     """
 
     code = "UNAVAILABLE"
@@ -83,20 +83,20 @@ class UnavailableError(SpectrumKVError):
 
 
 class UnreachableError(UnavailableError):
-    """No word came from the peer itself: there is no connection to it, or it was lost.
+    """The peer itself did not answer: there is no connection to it, or the connection was lost.
 
-    Never sent as such: to whom it is told, the one that tells it is a peer that answered.
+    This error is never sent over the network: the process that would send it is a peer that answers.
     """
 
 
 class UnimplementedError(SpectrumKVError):
-    """This server does not serve that, or not to any more callers."""
+    """This server does not serve the method, or serves it to no more callers."""
 
     code = "UNIMPLEMENTED"
 
 
 class DataLossError(SpectrumKVError):
-    """KV arrived damaged, incomplete or twice.
+    """The KV arrived damaged, incomplete or twice.
 
     Args:
         message: what was found.
@@ -117,12 +117,12 @@ class DeadlineExceededError(SpectrumKVError):
 
 
 class CancelledError(SpectrumKVError):
-    """The caller went away."""
+    """The caller cancelled the request or disconnected."""
 
     code = "CANCELLED"
 
 
 class InternalError(SpectrumKVError):
-    """A defect of ours or of the machine."""
+    """A defect of SpectrumKV or of the machine."""
 
     code = "INTERNAL"

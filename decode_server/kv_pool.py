@@ -7,7 +7,7 @@ import torch
 
 from spectrumkv.common.errors import FailedPreconditionError, ResourceExhaustedError
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.service import machine
+from spectrumkv.common.service import start_checks
 from spectrumkv.common.telemetry.metrics import Metrics
 
 # How soon a refused prefill may ask again: about the time in which a short answer frees its slots.
@@ -47,7 +47,7 @@ class KvPool:
             raise FailedPreconditionError(
                 f"--kv-memory of {memory_bytes} bytes holds no slot; one takes {self.slot_bytes} bytes"
             )
-        there = machine.memory_bytes()
+        there = start_checks.memory_bytes()
         if device.type == "cpu" and there is not None and memory_bytes > there:
             raise FailedPreconditionError(
                 f"--kv-memory is {memory_bytes} bytes, and this machine has {there}, of which the model takes some"

@@ -14,7 +14,7 @@ from spectrumkv.common.service.config import DecodeConfig
 from spectrumkv.common.service.process import serve_until_signalled, set_up_logging
 from spectrumkv.common.service.start_checks import check_start
 from spectrumkv.common.telemetry.metrics import Metrics
-from spectrumkv.common.telemetry.spans import set_up_spans
+from spectrumkv.common.telemetry.tracing import set_up_spans
 from spectrumkv.decode_server.service import DecodeService
 from spectrumkv.kernels import absmax, decode_attention
 

@@ -9,7 +9,7 @@ import grpc
 
 from spectrumkv.common.concurrency.prefetch_iterator import PrefetchIterator
 from spectrumkv.common.errors import CancelledError, DataLossError
-from spectrumkv.common.generation.messages import token_message
+from spectrumkv.common.generation.text import token_message
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.model.load import LoadedModel

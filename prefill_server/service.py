@@ -9,11 +9,10 @@ from importlib.metadata import version
 import grpc
 
 from spectrumkv.common.errors import CancelledError, NotFoundError
-from spectrumkv.common.generation.messages import token_message
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.generation.prompt import check_length, read_prompt
 from spectrumkv.common.generation.sampling import Sampler
-from spectrumkv.common.generation.text import FinishReason, TextStream
+from spectrumkv.common.generation.text import FinishReason, TextStream, token_message
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.policies import Policy, policies

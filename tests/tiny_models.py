@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from spectrumkv.common.model.cache import build_once, cache_directory
-from spectrumkv.common.model.embedded import copy_tokenizer
+from spectrumkv.common.model.embedded import check_model_files, copy_tokenizer
 
 VOCABULARY = 49152
 SLIDING_WINDOW = 32
@@ -138,7 +138,7 @@ def tiny_model(architecture: str) -> Path:
     """The tiny model of `architecture` in the cache directory, built where it is missing."""
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     directory = cache_directory() / "tests" / f"tiny-{architecture}-{version}"
-    return build_once(directory, lambda partial: _build(architecture, partial))
+    return build_once(directory, "a tiny model", lambda partial: _build(architecture, partial), check_model_files)
 
 
 def _build(architecture: str, directory: Path) -> None:

@@ -23,10 +23,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.model.cache import build_once, cache_directory
-from spectrumkv.common.model.directory import weight_files
-from spectrumkv.common.model.embedded import EMBEDDED_MODEL_NAME, embedded_model_directory
+from spectrumkv.common.model.directory import tokenizer_class, weight_files
+from spectrumkv.common.model.embedded import EMBEDDED_MODEL_NAME, check_model_files, embedded_model_directory
 from spectrumkv.common.model.support import head_dim
-from spectrumkv.common.model.tokenizer import tokenizer_class
 from spectrumkv.kernels.logits import causal_mask
 from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME
 from spectrumkv.prefill_server.tuning.needle.haystack import haystack
@@ -78,7 +77,10 @@ def key_bias_model_directory() -> Path:
     source = embedded_model_directory()
     name = f"{EMBEDDED_MODEL_NAME.lower()}-key-bias-{BUILD}"
     return build_once(
-        cache_directory() / "models" / name, lambda partial: build_key_bias_model(source, partial, BiasNorms())
+        cache_directory() / "models" / name,
+        "the key-bias model",
+        lambda partial: build_key_bias_model(source, partial, BiasNorms()),
+        check_model_files,
     )
 
 

@@ -34,10 +34,9 @@ from spectrumkv.bench.report.progress import progress
 from spectrumkv.bench.report.tables import results_console
 from spectrumkv.client.cli.json_output import STDOUT
 from spectrumkv.common.errors import FailedPreconditionError, SpectrumKVError
-from spectrumkv.common.model.digest import weights_digest
-from spectrumkv.common.model.directory import find_model
+from spectrumkv.common.model.directory import find_model, tokenizer_class
+from spectrumkv.common.model.spec import weights_digest
 from spectrumkv.common.model.support import layer_attention
-from spectrumkv.common.model.tokenizer import tokenizer_class
 from spectrumkv.prefill_server.tuning.divergence import compare
 
 LayerKv = tuple[torch.Tensor, torch.Tensor]

@@ -77,7 +77,10 @@ def dialogues() -> str:
         held = hold(load_model(), OPENINGS, TURNS, ANSWER_TOKENS)
         (directory / FILE).write_text("\n\n".join(map(transcript, held)), encoding="utf-8")
 
-    return (build_once(cache_directory() / "texts" / f"dialogue-{BUILD}", build) / FILE).read_text(encoding="utf-8")
+    def read(directory: Path) -> str:
+        return (directory / FILE).read_text(encoding="utf-8")
+
+    return build_once(cache_directory() / "texts" / f"dialogue-{BUILD}", "the dialogues", build, read)
 
 
 def hold(loaded: LoadedModel, openings: Sequence[str], turns: int, answer_tokens: int) -> list[list[Turn]]:

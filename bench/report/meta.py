@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spectrumkv.client.cli.json_output import write_json
-from spectrumkv.common.service.machine import memory_bytes
+from spectrumkv.common.service.start_checks import memory_bytes
 
 # Not at run time: the bench of kvpress runs on another transformers than loading does.
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from spectrumkv.client.client import DEFAULT_TIMEOUT_SECONDS, CompletionStream
 from spectrumkv.client.completion import Completion
 from spectrumkv.client.request import Message, Prompt, Request, TokenIds
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.telemetry.trace_context import TraceContext
+from spectrumkv.common.telemetry.tracing import TraceContext
 
 STDIN = "-"
 

@@ -18,9 +18,8 @@ from spectrumkv.common.service.config import (
     ServerConfig,
     build,
     flag_name,
-    option,
-    parse_addresses,
 )
+from spectrumkv.common.service.options import option, parse_addresses
 
 # Options as `common.config.build` takes them: names, and values as text (or true and false).
 Options = Mapping[str, Any]

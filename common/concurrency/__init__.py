@@ -1,1 +1,1 @@
-"""Threads, iterators that run ahead, CUDA streams."""
+"""Runs work beside the model: threads with a bounded number of cores, prefetching iterators, CUDA streams."""

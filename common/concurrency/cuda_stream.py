@@ -1,7 +1,7 @@
-"""Work on a request's KV beside the model's own on a GPU: a CUDA stream for each request.
+"""Gives the KV of each request a CUDA stream of its own, beside the model's stream.
 
-On the model's stream it would wait for everything that the model was told to do before, and the model for it. On a
-CPU there are no streams, and all of this does nothing.
+On the model's stream this work would wait for all earlier kernels of the model, and the model's next ones for it.
+On a CPU there are no streams, and this module does nothing.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,14 @@ import torch
 
 
 def record_event(states: torch.Tensor) -> torch.cuda.Event | None:
-    """Now, on the stream that computes these states; None on a CPU, where what was computed is there."""
+    """Record an event on the stream that computes some states.
+
+    Args:
+        states: any shape and dtype.
+
+    Returns:
+        The event, which happens once `states` are computed; None on a CPU, where they are computed already.
+    """
     if not states.is_cuda:
         return None
     event: torch.cuda.Event = torch.cuda.current_stream(states.device).record_event()
@@ -19,27 +26,31 @@ def record_event(states: torch.Tensor) -> torch.cuda.Event | None:
 
 
 class KvStream:
-    """The stream of one request.
+    """The CUDA stream of one request's KV.
 
     Args:
-        device: of the model.
+        device: the model's device; on a CPU the stream does nothing.
     """
 
     def __init__(self, device: torch.device) -> None:
-        # Small kernels, which would else wait for whatever the model keeps the whole GPU busy with.
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
+            # High priority: these kernels are small, and would else wait while the model keeps the whole GPU busy.
             self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def working(
         self, computed: torch.cuda.Event | None = None, states: tuple[torch.Tensor, ...] = ()
     ) -> Iterator[None]:
-        """Put what the block does on this stream.
+        """Run the GPU work of a `with` block on this stream.
 
         Args:
-            computed: what it waits for.
-            states: of another stream, that it reads; their memory is not used again before it has.
+            computed: the event that the work waits for; None if it waits for nothing.
+            states: tensors of another stream that the work reads, any shapes and dtypes. torch uses their memory for
+                nothing else before the work has read them.
+
+        Yields:
+            Nothing.
         """
         if self._stream is None:
             yield
@@ -52,6 +63,6 @@ class KvStream:
             yield
 
     def settle(self) -> None:
-        """Wait until all of it is done."""
+        """Wait until all work on this stream is done."""
         if self._stream is not None:
             self._stream.synchronize()

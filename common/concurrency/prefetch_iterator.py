@@ -1,4 +1,4 @@
-"""Stages of a stream that work at the same time: one makes items on a thread of its own, the next one takes them."""
+"""Lets two stages of a stream work at the same time: a thread makes items ahead of the stage that takes them."""
 
 import threading
 from collections import deque
@@ -11,14 +11,14 @@ T = TypeVar("T")
 
 
 class PrefetchIterator(Generic[T]):
-    """Iterates another iterator on a thread of its own, a few items ahead of whoever iterates this one.
+    """Iterates over an iterator that runs on a thread of its own, a few items ahead.
 
-    What the other raises is raised here, after the items before it.
+    An exception of the inner iterator is raised here, after the items before it.
 
     Args:
-        items: what is iterated.
-        depth: how many items may wait; then the thread does, so that a slow taker holds up the maker.
-        name: of the thread.
+        items: the inner iterator.
+        depth: how many items may wait. When so many do, the thread waits too, so a slow consumer slows the producer.
+        name: the thread's name.
     """
 
     def __init__(self, items: Iterator[T], depth: int, name: str) -> None:
@@ -45,7 +45,7 @@ class PrefetchIterator(Generic[T]):
             raise self._error
 
     def close(self) -> None:
-        """Drop what waits, and end both: this at once, the thread at its next item."""
+        """Drop the waiting items and end the iteration, here at once and on the thread at its next item."""
         with self._changed:
             self._closed = True
             self._waiting.clear()
@@ -58,14 +58,14 @@ class PrefetchIterator(Generic[T]):
                 if not self._put(item):
                     return
             error = None
-        except Exception as raised:  # noqa: BLE001  # it belongs to whoever takes the items
+        except Exception as raised:  # noqa: BLE001  # the consumer raises it
             error = raised
         finally:
-            # Whatever it was: nobody must wait for a thread that is no more.
+            # However the thread ends, the consumer must not wait for it.
             self._finish(error)
 
     def _put(self, item: T) -> bool:
-        """Wait for room; return whether anybody still takes items."""
+        """Return False if the iterator is closed; otherwise wait for room and add an item."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._waiting) < self._depth or self._closed)
             if not self._closed:

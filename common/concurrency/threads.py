@@ -1,7 +1,8 @@
-"""How many cores torch's operations take: all of them on the thread that runs the model, one elsewhere.
+"""Bounds the cores that torch's operations take: all of them on the thread that runs the model, one on other threads.
 
-What codes, sends and receives KV runs beside the model. Where it takes several cores it gains nothing, since they are
-busy, and its threads wait for each other: processor time that the model could have had (ADR 47, docs/adr).
+Threads that code, send and receive KV run beside the model. With several cores each they would gain nothing, because
+the model keeps the cores busy, and their waiting for each other would cost processor time that the model could use
+(ADR 47, docs/adr).
 """
 
 from collections.abc import Callable
@@ -14,25 +15,32 @@ T = TypeVar("T")
 
 
 def keep_all_cores() -> None:
-    """The calling thread keeps the cores that torch was started with, whatever is said later of threads to come.
+    """Let the calling thread keep the cores that torch was started with, whatever `use_one_thread` sets later.
 
-    A thread gets the process's number when it first computes or asks, so asking is enough. Setting it to more than
-    one would turn MKL's dynamic threads off, and MKL's LU of a batch of large matrices fails then (torch 2.13).
+    A thread takes over the process's number of threads when it first computes or asks for it, so asking is enough.
+    Setting the number to more than one would turn MKL's dynamic threads off, and then MKL's LU of a batch of large
+    matrices fails (torch 2.13).
     """
     torch.get_num_threads()
 
 
 def use_one_thread() -> None:
-    """The calling thread, and all that did not compute yet, take one core."""
+    """Let the calling thread, and all threads that have not computed yet, take one core."""
     torch.set_num_threads(1)
 
 
 def run_in_thread(work: Callable[[], T]) -> T:
-    """Return what `work` returns, done on a thread that ends with it.
+    """Do some work on a thread that ends with it.
 
-    Threads of libgomp wait for the next loop by spinning only while there are no more of them than cores, and whoever
-    computes on several cores has threads of its own until it ends. Where a process does apart what it does before
-    it serves, the model's thread is the only one that has (docs/adr/0051-spin-option.md).
+    A thread that computes on several cores starts worker threads of libgomp, which last until it ends. These wait for
+    the next loop by spinning only while there are no more of them than cores. A process that does its preparations in
+    such a thread leaves the model's thread as the only one with workers.
+
+    Args:
+        work: the work.
+
+    Returns:
+        What `work` returns; an exception of `work` is raised here.
     """
     with ThreadPoolExecutor(1) as alone:
         return alone.submit(work).result()

@@ -1,1 +1,1 @@
-"""How tokens are chosen and become text."""
+"""Turns a prompt into token ids, chooses the next tokens, and turns these into text."""

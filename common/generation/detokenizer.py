@@ -1,4 +1,7 @@
-"""Token ids to text, one token at a time, so that the pieces put together are what decoding all ids at once gives."""
+"""Turns token ids into text, one token at a time.
+
+The pieces put together are the text that decoding all ids at once gives.
+"""
 
 import re
 
@@ -7,21 +10,21 @@ from transformers import PreTrainedTokenizerFast
 
 from spectrumkv.common.errors import InternalError
 
-# How vocabularies with byte fallback (SentencePiece) write a single byte.
+# A single byte, as vocabularies with byte fallback (SentencePiece) write it.
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Detokenizer:
     """Turns the generated tokens of one request into text.
 
-    What `push` has returned is never taken back: all pieces and the end of `flush` together equal
+    Text that `push` has returned stays as it is: all pieces and what `flush` returns together equal
     `tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)`, and no piece splits
     a character. Special tokens, and ids that the tokenizer does not know, have no text.
 
-    `tokenizers.decoders.DecodeStream` does this where text only ever grows at its end. Byte fallback is the
-    exception: a run of byte tokens is text if all of it is valid UTF-8, and otherwise one U+FFFD per byte, so that a
-    single bad byte changes the text of those before it (and DecodeStream raises or differs from `decode`). Therefore
-    such a run is held back until the token after it.
+    `tokenizers.decoders.DecodeStream` does this where text only grows at its end. Byte fallback is the exception: a
+    run of byte tokens is text if all of it is valid UTF-8, and otherwise one U+FFFD per byte, so that a single bad
+    byte changes the text of the bytes before it (and DecodeStream raises or differs from `decode`). Therefore such a
+    run is held back until the token after it.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -37,10 +40,16 @@ class Detokenizer:
         self._returned = ""
 
     def push(self, token_id: int) -> str:
-        """Take the next token and return the text that is certain with it, which may be empty.
+        """Take the next token.
+
+        Args:
+            token_id: the token.
+
+        Returns:
+            The text that is certain with this token, which may be empty.
 
         Raises:
-            InternalError: this token changes text that was returned already.
+            InternalError: this token changes text that was returned before.
         """
         token = self._tokenizer.id_to_token(token_id)
         if token is None or token_id in self._special:
@@ -58,10 +67,10 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """Return the text that was not certain yet; a character cut short ends as U+FFFD.
+        """Return the text that was not certain yet; an incomplete character becomes U+FFFD.
 
         Raises:
-            InternalError: the tokens as a whole have another text than they had one after another.
+            InternalError: all tokens together have another text than the pieces that were returned.
         """
         text: str = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
         if not text.startswith(self._returned):

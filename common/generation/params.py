@@ -1,4 +1,4 @@
-"""What a request says about how its tokens are chosen: the one place where defaults and limits are stated."""
+"""Holds the sampling parameters of a request; their defaults and limits are stated here only."""
 
 import secrets
 from collections.abc import Iterable
@@ -16,19 +16,19 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKENS = 256
 
-# Fields of the message that know whether they are set.
+# The message's fields that may be unset.
 OPTIONAL_FIELDS = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "logprobs")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How tokens are chosen and when generation ends; see `SamplingParams` in generation.proto.
+    """The way in which tokens are chosen and generation ends; see `SamplingParams` in generation.proto.
 
     Attributes:
         max_tokens: most tokens to generate, 1 or more.
         temperature: 0 is greedy; at most 100.
         top_p: smallest set of tokens whose probabilities sum to at least this, in (0, 1]; 1 is all.
-        top_k: only the k likeliest tokens, and those as likely as the k-th; 0 is all. May exceed the vocabulary.
+        top_k: only the k likeliest tokens, and those as likely as the k-th; 0 is all. May exceed the vocabulary size.
         repetition_penalty: divides positive logits of tokens in the prompt or generated so far and multiplies
             negative ones; 1 is none; from 0.01 to 100.
         seed: 0 to 2**64 - 1; None until `with_seed` has drawn one.
@@ -74,17 +74,26 @@ class SamplingParams:
         return self if self.seed is not None else replace(self, seed=secrets.randbits(64))
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Refuse stop token ids that the model can never generate: they are of another tokenizer.
+        """Refuse stop token ids that the model can never generate: they belong to another tokenizer.
+
+        Args:
+            vocab_size: rows of the model's embedding.
 
         Raises:
-            InvalidArgumentError: one is `vocab_size` or more.
+            InvalidArgumentError: a stop token id is `vocab_size` or more.
         """
         for token_id in self.stop_token_ids:
             _check_whole("a stop token id", token_id, 0, vocab_size - 1)
 
     @classmethod
     def from_proto(cls, message: generation_pb2.SamplingParams) -> "SamplingParams":
-        """Read a message; fields that it does not set take the defaults.
+        """Read a message.
+
+        Args:
+            message: the message; fields that it does not set take the defaults.
+
+        Returns:
+            The parameters.
 
         Raises:
             InvalidArgumentError: a value is not allowed.
@@ -98,9 +107,9 @@ class SamplingParams:
         )
 
     def to_proto(self) -> generation_pb2.SamplingParams:
-        """Write a message with every field set, so that its reader's defaults do not matter.
+        """Return a message with every field set, so that its reader's defaults do not matter.
 
-        A seed or logprobs of None stay unset, which is how the message says None.
+        A seed or logprobs of None stay unset: that is None in the message.
         """
         return generation_pb2.SamplingParams(
             stop=self.stop,

@@ -1,4 +1,4 @@
-"""From what a request says to the token ids that the model reads."""
+"""Turns the prompt of a request into the token ids that the model reads."""
 
 from collections.abc import Sequence
 
@@ -14,19 +14,22 @@ ROLES = ("system", "user", "assistant")
 def read_prompt(
     request: prefill_pb2.GenerateRequest, tokenizer: PreTrainedTokenizerFast, vocab_size: int
 ) -> list[int]:
-    """Return the token ids of the request's prompt, one at least.
+    """Turn a request's prompt into token ids.
 
-    Text is tokenized as it stands, with the special tokens that the tokenizer adds by itself. Chat messages are
-    rendered with the model's own template up to where the assistant's answer starts. Token ids are taken as they are.
+    Text is tokenized as it is, with the special tokens that the tokenizer adds by itself. Chat messages are rendered
+    with the model's own template up to the start of the assistant's answer. Token ids are used as they are.
 
     Args:
-        request: its `prompt` is read.
+        request: the request, of which `prompt` is read.
         tokenizer: the model's tokenizer.
         vocab_size: rows of the model's embedding; ids are less than this.
 
+    Returns:
+        The token ids, at least one.
+
     Raises:
-        InvalidArgumentError: there is no prompt, or one that the model cannot read.
-        InternalError: tokenizer and model do not fit together.
+        InvalidArgumentError: the request has no prompt, or one that the model cannot read.
+        InternalError: the tokenizer gave an id that the model does not have.
     """
     kind = request.WhichOneof("prompt")
     if kind == "text":
@@ -38,7 +41,7 @@ def read_prompt(
     else:
         raise InvalidArgumentError("the request has no prompt; set one of text, chat and token_ids")
     if not token_ids:
-        raise InvalidArgumentError("the prompt comes to no tokens at all; a prompt has at least one")
+        raise InvalidArgumentError("the prompt has no tokens; a prompt has at least one")
     # On a GPU an id beyond the embedding would end the process, not just the request.
     if max(token_ids) >= vocab_size:
         raise InternalError(
@@ -49,12 +52,12 @@ def read_prompt(
 
 
 def check_length(prompt_tokens: int, max_tokens: int, context_length: int) -> None:
-    """Refuse a request that the model's context cannot hold to its end.
+    """Refuse a request whose prompt and completion are longer than the model's context.
 
     Args:
-        prompt_tokens: length of the prompt.
-        max_tokens: most tokens to generate.
-        context_length: positions that the model has.
+        prompt_tokens: length of the prompt in tokens.
+        max_tokens: the most tokens to generate.
+        context_length: length of the model's context in tokens.
 
     Raises:
         InvalidArgumentError: prompt and completion together are longer than the context.

@@ -1,8 +1,9 @@
-"""Choosing the next token from a model's logits, alike in both services.
+"""Chooses the next token from a model's logits, in the same way in both services.
 
-Prefill samples the first token and decode the others, in a batch that changes from step to step. So chance is a pure
-function of the request's seed and the token's index (a counter-based generator, Salmon et al., SC 2011): no state
-of a generator crosses the network or depends on the neighbours in the batch.
+Prefill samples the first token and decode the others, in a batch that changes from step to step. So the random number
+of a token is a pure function of the request's seed and the token's index, by the counter-based generator Philox
+(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): no generator state crosses the network or
+depends on the other requests in the batch.
 """
 
 import math
@@ -24,8 +25,7 @@ from spectrumkv.common.generation.params import SamplingParams
 
 __all__ = ["SampledToken", "Sampler", "SamplingParams", "TokenLogprob", "uniform"]
 
-# The nucleus is looked for among so many tokens before the whole vocabulary is sorted, which takes
-# 10 ms for 150 000 tokens.
+# The nucleus is first looked for among this many tokens: sorting the whole vocabulary takes 10 ms for 150 000 tokens.
 NUCLEUS_CANDIDATES = 1024
 
 
@@ -41,11 +41,11 @@ class SampledToken:
     """A chosen token.
 
     Attributes:
-        token_id: its id.
-        logprob: log-softmax of the logits as the model made them, before penalty, temperature and filters; None
-            where `SamplingParams.logprobs` is.
-        top_logprobs: the likeliest tokens by the same measure, likeliest first, the lower id first where two are
-            alike; the chosen token need not be among them.
+        token_id: the token's id.
+        logprob: log-softmax of the model's logits before penalty, temperature and filters; None if
+            `SamplingParams.logprobs` is None.
+        top_logprobs: the likeliest tokens by the same measure, likeliest first, and of two equally likely ones the
+            lower id first; the chosen token need not be among them.
     """
 
     token_id: int
@@ -54,14 +54,17 @@ class SampledToken:
 
 
 def uniform(seed: int, index: int) -> float:
-    """Draw a number from [0, 1), the same whenever `seed` and `index` are.
+    """Draw a number from [0, 1) that depends on `seed` and `index` only.
 
-    Philox4x64-10 with `seed` as its key and `index` as its counter. The upper 53 bits are turned into a float here:
-    NumPy promises the stream of its bit generators across versions, but not that of its distributions.
+    Philox4x64-10 has `seed` as its key and `index` as its counter. The upper 53 bits are turned into a float here:
+    NumPy promises that its bit generators give the same stream in every version, but not its distributions.
 
     Args:
         seed: from 0 to 2**64 - 1.
         index: the token's index within its request.
+
+    Returns:
+        The number, uniformly distributed.
     """
     bits = int(np.random.Philox(key=seed, counter=index).random_raw())
     return (bits >> 11) * 2.0**-53
@@ -70,17 +73,18 @@ def uniform(seed: int, index: int) -> float:
 class Sampler:
     """Chooses the tokens of one request.
 
-    The model's logits are turned to float64 on the CPU; repetition penalty, temperature, top-k and top-p follow in
-    this order, as in `transformers`, whose processors do the work. Then the inverse of the cumulative distribution
-    over the tokens that are left, in the vocabulary's order, is taken at `uniform(seed, index)`. At temperature 0
-    the largest logit after the penalty wins, the lowest id where several are alike.
+    The model's logits become float64 on the CPU. The processors of `transformers` then apply repetition penalty,
+    temperature, top-k and top-p (nucleus sampling; Holtzman et al., "The curious case of neural text degeneration",
+    ICLR 2020, section 3.1) in this order. The chosen token is the inverse of the cumulative distribution over the
+    remaining tokens, in the vocabulary's order, at `uniform(seed, index)`. At temperature 0 it is the token with the
+    largest logit after the penalty, and of several such tokens the one with the lowest id.
 
     Args:
         params: how to choose; the seed must be set unless the temperature is 0.
-        prompt_token_ids: seen by the repetition penalty.
+        prompt_token_ids: the prompt, for the repetition penalty.
 
     Raises:
-        InvalidArgumentError: tokens are to be drawn and there is no seed.
+        InvalidArgumentError: the temperature is above 0 and there is no seed.
     """
 
     def __init__(self, params: SamplingParams, prompt_token_ids: Iterable[int]) -> None:
@@ -93,7 +97,7 @@ class Sampler:
         self._seen = set(prompt_token_ids)
 
     def observe(self, token_id: int) -> None:
-        """Take note of a token that was chosen elsewhere; `sample` notes its own."""
+        """Tell the repetition penalty of a token that another sampler chose; `sample` tells of its own."""
         self._seen.add(token_id)
 
     def sample(self, logits: torch.Tensor, index: int) -> SampledToken:
@@ -103,8 +107,12 @@ class Sampler:
             logits: `[vocab]`, any float dtype, on any device.
             index: 0 for the first token that is generated.
 
+        Returns:
+            The token, with log-probabilities if the request asks for them.
+
         Raises:
             InternalError: a logit is infinite or NaN.
+            ValueError: `logits` has another shape.
         """
         row = _checked(logits, index)
         scores = self._penalize(row)
@@ -120,9 +128,9 @@ class Sampler:
         return penalized
 
     def _draw(self, scores: torch.Tensor, index: int) -> int:
-        """Choose from `scores`, float64 `[vocab]`, by chance."""
+        """Return a random token id, drawn by `scores`, float64 `[vocab]`."""
         assert self._params.seed is not None
-        # With the largest score at 0 no temperature, however low, makes an infinity of it.
+        # With the largest score at 0, division by a low temperature cannot make it infinite.
         kept = TemperatureLogitsWarper(float(self._params.temperature))(None, scores - scores.max())
         if self._params.top_k:
             kept = TopKLogitsWarper(self._params.top_k)(None, kept)
@@ -146,11 +154,16 @@ class Sampler:
 
 
 def _checked(logits: torch.Tensor, index: int) -> torch.Tensor:
-    """Return `logits` as float64 on the CPU."""
+    """Return `logits` as float64 on the CPU.
+
+    Raises:
+        ValueError: `logits` is not one row.
+        InternalError: a logit is infinite or NaN.
+    """
     if logits.dim() != 1 or not len(logits):
-        raise ValueError(f"logits are {tuple(logits.shape)}; one row [vocab] is wanted")
+        raise ValueError(f"logits have the shape {tuple(logits.shape)}; allowed: one row [vocab]")
     row = logits.detach().to("cpu", torch.float64)
-    # An infinity or NaN always shows in the sum, which is quicker than looking at every element.
+    # An infinity or NaN always shows in the sum, which is faster than a test of every element.
     if not math.isfinite(float(row.sum())):
         broken = int((~row.isfinite()).sum())
         raise InternalError(
@@ -160,14 +173,17 @@ def _checked(logits: torch.Tensor, index: int) -> torch.Tensor:
 
 
 def _nucleus(scores: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Set all but the smallest set of tokens whose probabilities sum to at least `top_p` to -inf.
+    """Set all scores to -inf but those of the smallest set of tokens whose probabilities sum to at least `top_p`.
 
-    The same as `TopPLogitsWarper(top_p)`, mostly without sorting the vocabulary: where the likeliest tokens together
-    have probability m >= top_p, the nucleus lies among them, and is their own nucleus at top_p / m.
+    The result is that of `TopPLogitsWarper(top_p)`, mostly without sorting the vocabulary: if the likeliest tokens
+    together have probability m >= top_p, the nucleus is among them, and it is their own nucleus at top_p / m.
 
     Args:
-        scores: float64 `[vocab]`; -inf for tokens that are out already.
+        scores: float64 `[vocab]`; -inf for tokens that were removed before.
         top_p: in (0, 1).
+
+    Returns:
+        float64 `[vocab]`.
     """
     candidates = scores.topk(min(NUCLEUS_CANDIDATES, len(scores))).indices
     mass = float(scores.softmax(dim=-1)[candidates].sum())

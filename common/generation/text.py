@@ -1,5 +1,6 @@
-"""How chosen tokens become the text that a client sees, and when generation ends."""
+"""Turns the chosen tokens into the text that a client sees, and tells when generation ends."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -7,54 +8,102 @@ from transformers import PreTrainedTokenizerFast
 
 from spectrumkv.common.generation.detokenizer import Detokenizer
 from spectrumkv.common.generation.params import SamplingParams
-from spectrumkv.common.generation.stop_strings import StopStrings
+from spectrumkv.common.generation.sampling import SampledToken
 from spectrumkv.v1 import generation_pb2
 
 
 class FinishReason(Enum):
-    """Why generation ended; the values are those of the protocol's `FinishReason`."""
+    """The reason why generation ended; the values are those of the protocol's `FinishReason`."""
 
     STOP = generation_pb2.FINISH_REASON_STOP
     LENGTH = generation_pb2.FINISH_REASON_LENGTH
 
     def to_proto(self) -> generation_pb2.FinishReason:
-        """The protocol's name for this reason."""
+        """Return the protocol's value for this reason."""
         return self.value
 
     @classmethod
     def from_proto(cls, value: generation_pb2.FinishReason) -> "FinishReason":
-        """Read the protocol's value.
+        """Return the reason for a value of the protocol.
 
         Raises:
-            ValueError: it is unspecified or unknown.
+            ValueError: the value is unspecified or unknown.
         """
         return cls(value)
 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """What one token adds.
+    """The text that one token adds.
 
     Attributes:
-        text: may be empty; never splits a character.
-        finish: set where this token is the last one; `text` then holds everything that was held back.
+        text: the text, which may be empty and never splits a character.
+        finish: set if this token is the last one; `text` then ends with everything that was held back.
     """
 
     text: str
     finish: FinishReason | None = None
 
 
-class TextStream:
-    """The text of one request, token by token.
+class StopStrings:
+    """Passes text on until a stop string is complete in it.
 
-    Deterministic: a stream that gets the same tokens returns the same deltas, so decode replays the token that
-    prefill sampled. All deltas together are the decoded tokens (see `Detokenizer`) up to the first stop string. A
-    token that ends generation has no text itself, be it special or not. Where the last token leaves a character
-    incomplete, the text ends with U+FFFD, as `tokenizer.decode` has it.
+    The result does not depend on how the text is cut into pieces. The stop string that is complete first counts, as
+    if each piece were one character; of two that end at the same character the longer one counts.
+
+    Args:
+        stop: strings of at least one character.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._longest = max(map(len, stop), default=0)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Take the next piece of text.
+
+        Args:
+            text: the piece.
+
+        Returns:
+            The text that can no longer be part of a stop string, and whether a stop string was found. Text that may
+            be the start of a stop string is held back. Once a stop string is found, the text ends before it.
+        """
+        self._held += text
+        found = [(at + len(one), at) for one in self._stop if (at := self._held.find(one)) >= 0]
+        if found:
+            _, start = min(found)
+            before, self._held = self._held[:start], ""
+            return before, True
+        kept = self._undecided()
+        certain, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
+        return certain, False
+
+    def flush(self) -> str:
+        """Return the text that is held back, since no more text comes to complete a stop string."""
+        rest, self._held = self._held, ""
+        return rest
+
+    def _undecided(self) -> int:
+        """Return the length of the longest end of the held text that a stop string starts with."""
+        for length in range(min(self._longest - 1, len(self._held)), 0, -1):
+            if any(one.startswith(self._held[-length:]) for one in self._stop):
+                return length
+        return 0
+
+
+class TextStream:
+    """Turns the tokens of one request into text, token by token.
+
+    A stream that gets the same tokens returns the same deltas, so decode replays the token that prefill sampled. All
+    deltas together are the decoded tokens (see `Detokenizer`) up to the first stop string. A token that ends
+    generation has no text itself, whether it is special or not. If the last token leaves a character incomplete, the
+    text ends with U+FFFD, as in `tokenizer.decode`.
 
     Args:
         tokenizer: the model's tokenizer.
-        params: max_tokens, stop, stop_token_ids and ignore_eos are read here.
+        params: the sampling parameters, of which max_tokens, stop, stop_token_ids and ignore_eos are read.
         eos_token_ids: the model's end-of-sequence tokens.
     """
 
@@ -70,12 +119,18 @@ class TextStream:
     def push(self, token_id: int) -> TextDelta:
         """Take the next token.
 
-        A token that completes a stop string or is a stop token gives STOP even where it is the last that max_tokens
+        A token that completes a stop string or is a stop token gives STOP even if it is the last one that max_tokens
         allows.
+
+        Args:
+            token_id: the token.
+
+        Returns:
+            The text that this token adds, and the reason if generation ends with it.
 
         Raises:
             InternalError: the tokenizer cannot decode tokens one by one.
-            ValueError: generation has ended already.
+            ValueError: generation has ended before this token.
         """
         if self._ended:
             raise ValueError(f"token {token_id} comes after the last one")
@@ -93,7 +148,7 @@ class TextStream:
         return TextDelta(text)
 
     def flush(self) -> str:
-        """Return what is held back where generation ends from outside; nothing after a last token.
+        """Return the text that is held back when generation is ended from outside; "" after a last token.
 
         Raises:
             InternalError: the tokenizer cannot decode tokens one by one.
@@ -103,7 +158,27 @@ class TextStream:
         return self._release()[0]
 
     def _release(self) -> tuple[str, bool]:
-        """End the text; return what was held back, and whether a stop string was in it."""
+        """Return the text that was held back, and whether a stop string was in it; no more tokens may follow."""
         self._ended = True
         text, stopped = self._stop_strings.push(self._detokenizer.flush())
         return (text, True) if stopped else (text + self._stop_strings.flush(), False)
+
+
+def token_message(index: int, sampled: SampledToken, text: str) -> generation_pb2.Token:
+    """Return the message for one generated token.
+
+    Args:
+        index: 0 for the first token that is generated.
+        sampled: the token.
+        text: the text that became certain with it.
+    """
+    return generation_pb2.Token(
+        index=index,
+        token_id=sampled.token_id,
+        text=text,
+        logprob=sampled.logprob,
+        top_logprobs=[
+            generation_pb2.TokenLogprob(token_id=token_id, logprob=logprob)
+            for token_id, logprob in sampled.top_logprobs
+        ],
+    )

@@ -1,1 +1,1 @@
-"""Loading models, describing them, and reading their attention."""
+"""Finds, loads and describes models, and keeps what was computed from them."""

@@ -1,66 +1,146 @@
-"""Where downloads and results of long computations are kept between runs."""
+"""What takes long to compute is kept in the cache directory between runs: models, bases, verdicts, digests.
 
+One rule holds for every kind of entry. An entry appears complete or not at all, even if its writer is killed. An
+entry that its reader refuses is damaged: a warning names it, and it is computed again in its place.
+"""
+
+import hashlib
+import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from spectrumkv.common.errors import FailedPreconditionError
+from spectrumkv.common.errors import FailedPreconditionError, SpectrumKVError
 from spectrumkv.kernels.jit.cache import CACHE_VARIABLE, cache_directory
 
-__all__ = ["CACHE_VARIABLE", "build_once", "cache_directory"]
+__all__ = ["CACHE_VARIABLE", "build_once", "cache_directory", "read_entry", "sha256_of_json", "write_entry"]
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
-def build_once(directory: Path, build: Callable[[Path], None]) -> Path:
-    """Return `directory`, built first where it does not exist.
+# The errors that readers raise for a damaged entry.
+_DAMAGE = (OSError, ValueError, SpectrumKVError)
+
+
+def sha256_of_json(value: Any) -> str:
+    """Return the SHA-256 of a value written as JSON, in hexadecimal: a name for what depends on that value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def build_once(directory: Path, name: str, build: Callable[[Path], None], read: Callable[[Path], T]) -> T:
+    """Read an entry that is a directory, and build it first where it does not exist or is damaged.
 
     Of several processes that ask at the same time one builds and the others wait. `build` fills a directory
     beside the final one, which takes its name only when it is complete, so that a process that is killed
     leaves nothing that could be taken for a result.
 
     Args:
-        directory: the result's final place.
+        directory: the entry's final place.
+        name: what the entry is, for the log.
         build: fills the empty directory that it is given.
+        read: returns what the entry holds; raises OSError, ValueError or SpectrumKVError where it is damaged.
+
+    Returns:
+        What `read` returns.
 
     Raises:
         FailedPreconditionError: the place cannot be written to. Errors of `build` pass through.
     """
     if directory.is_dir():
-        return directory
+        try:
+            return read(directory)
+        except _DAMAGE:
+            # Another process may have replaced it meanwhile: it is read again under the lock.
+            pass
+    with _locked(directory):
+        if directory.is_dir():
+            try:
+                return read(directory)
+            except _DAMAGE as error:
+                logger.warning("cannot use %s kept in %s: %s; it is computed again", name, directory, error)
+        _build(directory, build)
+    return read(directory)
+
+
+def read_entry(path: Path, name: str, parse: Callable[[str], T]) -> T | None:
+    """Read an entry that is a text file.
+
+    Args:
+        path: the entry's place.
+        name: what the entry is, for the log.
+        parse: turns the text into what it says; raises ValueError or SpectrumKVError where it is damaged.
+
+    Returns:
+        What `parse` returns; None where there is no entry, or a damaged one, which the caller computes again.
+    """
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except _DAMAGE as error:
+        logger.warning("cannot use %s kept in %s: %s; it is computed again", name, path, error)
+        return None
+
+
+def write_entry(path: Path, name: str, text: str) -> None:
+    """Write an entry that is a text file, in the place of an older one.
+
+    A cache that cannot be written to costs a warning now, and time at the next start.
+
+    Args:
+        path: the entry's place.
+        name: what the entry is, for the log.
+        text: what it says.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+            try:
+                file.write(text)
+                file.close()
+                os.replace(file.name, path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        logger.warning("cannot keep %s in %s: %s; the next start computes it again", name, path, error)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
     lock = FileLock(directory.with_name(f"{directory.name}.lock"))
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        _acquire(lock, directory)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.info("waiting for another process that is preparing %s", directory)
+            lock.acquire()
     except OSError as error:
         raise _unwritable(directory.parent, error) from error
     try:
-        if not directory.is_dir():
-            _build(directory, build)
+        yield
     finally:
         lock.release()
-    return directory
-
-
-def _acquire(lock: FileLock, directory: Path) -> None:
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.info("waiting for another process that is preparing %s", directory)
-        lock.acquire()
 
 
 def _build(directory: Path, build: Callable[[Path], None]) -> None:
     partial = directory.with_name(f"{directory.name}.partial")
     try:
-        # The lock is ours, so whoever left this is dead.
+        # This process has the lock, so the process that left this directory is dead.
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         build(partial)
+        if directory.is_dir():
+            shutil.rmtree(directory)
         os.replace(partial, directory)
     except OSError as error:
         raise _unwritable(directory.parent, error) from error

@@ -1,4 +1,7 @@
-"""Finds the directory that holds a model: the embedded default's, a local one, or a download from the hub."""
+"""Finds the directory that holds a model, and what in it is read.
+
+The directory is the embedded default's, a local one, or a download from the hub.
+"""
 
 from pathlib import Path
 
@@ -12,6 +15,8 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.common.model.embedded import EMBEDDED_MODEL_NAME, embedded_model_directory
@@ -21,12 +26,18 @@ _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab
 # Copies of the same weights in other formats, such as "onnx/" and Mistral's own.
 _NOT_FROM_HUB = ["*/*", "consolidated*"]
 
+# The class that transformers names for a tokenizer that is all that tokenizer.json says.
+GENERIC_TOKENIZER = "TokenizersBackend"
+
 
 def find_model(name: str | None) -> tuple[str, Path]:
-    """Return a model's public name and its directory.
+    """Find a model, and download it from the hub where it is not here.
 
     Args:
         name: a local directory, a hub name ("organization/model"), or None for the embedded default.
+
+    Returns:
+        The name that clients call the model by, and its directory.
 
     Raises:
         FailedPreconditionError: there is no such model, it cannot be fetched, or it lacks a file.
@@ -48,7 +59,7 @@ def find_model(name: str | None) -> tuple[str, Path]:
 
 
 def weight_files(directory: Path) -> tuple[Path, ...]:
-    """The safetensors files that transformers reads a model's weights from, sorted by name.
+    """Return the safetensors files that transformers reads a model's weights from, sorted by name.
 
     Raises:
         FailedPreconditionError: there are none.
@@ -61,6 +72,26 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
             "weights in other formats are not read: convert them with save_pretrained()"
         )
     return files
+
+
+def tokenizer_class(directory: Path) -> type[AutoTokenizer] | type[PreTrainedTokenizerFast]:
+    """Return the class whose `from_pretrained` reads the tokenizer in a directory.
+
+    For some types of models, Qwen2 among them, AutoTokenizer splits text as those models' own tokenizers do and not
+    as tokenizer.json says, even where the tokenizer's configuration names the generic class.
+
+    Args:
+        directory: holds the tokenizer's files.
+
+    Raises:
+        OSError: the tokenizer's configuration cannot be read.
+        ValueError: the tokenizer's configuration is not JSON.
+    """
+    declared = get_tokenizer_config(directory, local_files_only=True).get("tokenizer_class")
+    reader: type[AutoTokenizer] | type[PreTrainedTokenizerFast] = AutoTokenizer
+    if declared == GENERIC_TOKENIZER:
+        reader = PreTrainedTokenizerFast
+    return reader
 
 
 def _check_complete(name: str, directory: Path) -> None:
@@ -81,12 +112,12 @@ def _explain(name: str, error: Exception) -> str:
         return f"model {name!r} is gated; accept its terms on the hub, then log in with `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):
         return (
-            f"{name!r} is no directory, and the hub knows no model of that name; check the spelling, "
+            f"{name!r} is not a directory, and the hub has no model of that name; check the spelling, "
             "log in with `hf auth login` where it is private, or name a local directory"
         )
     if isinstance(error, LocalEntryNotFoundError):
         return (
-            f"{name!r} is no directory, and the hub cannot be reached to fetch a model of that name; "
+            f"{name!r} is not a directory, and the hub cannot be reached to fetch a model of that name; "
             "connect to it, or name a local directory"
         )
     return f"cannot fetch model {name!r} from the hub: {error}"

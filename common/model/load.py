@@ -1,4 +1,4 @@
-"""Loads a model and all that the services need to know about it."""
+"""Loads a model, and gathers what the services need to know about it."""
 
 import sys
 from collections.abc import Iterator
@@ -20,12 +20,10 @@ from transformers.utils import logging as transformers_logging
 
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
 from spectrumkv.common.kv.geometry import NATIVE_DTYPES, KvGeometry
-from spectrumkv.common.model.digest import rope_digest, tokenizer_digest, weights_digest
-from spectrumkv.common.model.directory import find_model
+from spectrumkv.common.model.directory import find_model, tokenizer_class
 from spectrumkv.common.model.packed_linear import can_pack, pack_linear_layers
-from spectrumkv.common.model.spec import ModelSpec
+from spectrumkv.common.model.spec import ModelSpec, rope_digest, tokenizer_digest, weights_digest
 from spectrumkv.common.model.support import LayerAttention, check_supported, head_dim, layer_attention
-from spectrumkv.common.model.tokenizer import tokenizer_class
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in NATIVE_DTYPES}
 
@@ -60,11 +58,13 @@ class LoadedModel:
 
     def __post_init__(self) -> None:
         if len(self.attention) != self.geometry.layers:
-            raise InvalidArgumentError(f"{len(self.attention)} descriptions for {self.geometry.layers} layers")
+            raise InvalidArgumentError(
+                f"`attention` has {len(self.attention)} descriptions for {self.geometry.layers} layers"
+            )
         if outside := sorted(one for one in self.eos_token_ids if not 0 <= one < self.spec.vocab_size):
             raise FailedPreconditionError(
                 f"end-of-sequence tokens {outside} lie outside the vocabulary of {self.spec.vocab_size}; "
-                "mend generation_config.json"
+                "correct generation_config.json"
             )
 
 
@@ -81,9 +81,12 @@ def load_model(
         packed: where that is faster, keep the weights of linear layers as the processor's kernels read them. False
             leaves the model as transformers has it, state_dict included.
 
+    Returns:
+        The model on its device, with its tokenizer and description.
+
     Raises:
-        InvalidArgumentError: `device` or `dtype` is none of these.
-        FailedPreconditionError: the model is not there, is damaged or cannot be served, or there is no such device.
+        InvalidArgumentError: `device` or `dtype` is another word.
+        FailedPreconditionError: the model is not found, is damaged or cannot be served, or there is no such device.
     """
     place = choose_device(device)
     public_name, directory = find_model(name)
@@ -111,8 +114,14 @@ def load_model(
 def choose_device(device: str) -> torch.device:
     """Turn "auto", "cpu" or "cuda" into a device.
 
+    Args:
+        device: the word; "auto" is a GPU where there is one.
+
+    Returns:
+        The device.
+
     Raises:
-        InvalidArgumentError: it is none of these.
+        InvalidArgumentError: `device` is another word.
         FailedPreconditionError: "cuda" is asked for and this process sees no GPU.
     """
     if device not in ("auto", "cpu", "cuda"):
@@ -123,7 +132,14 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
-    """The dtype to compute in; None is the model's own.
+    """Choose the dtype to compute in.
+
+    Args:
+        dtype: "auto", "float32", "float16" or "bfloat16".
+        device: "auto" is float32 on a CPU, and the model's own dtype elsewhere.
+
+    Returns:
+        The dtype; None for the model's own.
 
     Raises:
         InvalidArgumentError: `dtype` is not "auto", "float32", "float16" or "bfloat16".
@@ -143,7 +159,7 @@ def _read_config(directory: Path) -> PretrainedConfig:
 
 
 def _read_weights(directory: Path, config: PretrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
-    # The fused kernels of "sdpa" know no soft-capping.
+    # The fused kernels of "sdpa" do not support soft-capping.
     attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
     try:
         with _progress_only_on_terminals():
@@ -165,13 +181,13 @@ def _read_weights(directory: Path, config: PretrainedConfig, dtype: torch.dtype 
 
 
 def _check_all_read(directory: Path, outcome: dict[str, Any]) -> None:
-    # transformers fills tensors that the files lack with random numbers and only warns.
+    # transformers only warns of tensors that the files lack, and fills them with random numbers.
     for problem in ("missing_keys", "mismatched_keys"):
         if keys := sorted(map(str, outcome[problem])):
             shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             raise FailedPreconditionError(
                 f"the weights in {directory} do not fit config.json: {problem.replace('_', ' ')} {shown}; "
-                "fetch the model anew"
+                "fetch the model again"
             )
 
 

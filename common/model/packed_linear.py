@@ -1,7 +1,8 @@
-"""Linear layers whose weights lie in memory in the order in which oneDNN's kernels read them.
+"""Packs the weights of linear layers into the order in which oneDNN's kernels read them.
 
-torch multiplies by MKL on a CPU, which reads the weights as they are stored: with few rows, as in a decode step, it
-takes two to four times what oneDNN takes over weights packed once (docs/adr/0045-packed-linear-layers.md).
+On a CPU torch multiplies by MKL, which reads the weights as they are stored. With few rows, as in a decode step, a
+model takes about twice as long that way as over packed weights, and torch's public alternatives take longer, too
+(docs/adr/0115-packed-linear.md).
 """
 
 import platform
@@ -11,15 +12,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-# Weights packed for one row alone have another order, which is slower for more; all other numbers share one.
+# The number of rows that weights are packed for. One row has an order of its own, which is slower for more rows; all
+# other numbers share one order.
 _ROWS = 8
 
 
 class PackedLinear(nn.Module):
-    """The same product as `nn.Linear`, over packed weights.
+    """Computes the same product as `nn.Linear`, over packed weights.
 
     Args:
-        linear: the layer to replace, `[outputs, inputs]`, on a CPU.
+        linear: the layer to replace; its weight is float32 `[outputs, inputs]` on a CPU.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -29,7 +31,14 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """`[..., inputs]` → `[..., outputs]`; differentiable by its inputs."""
+        """Multiply by the weight and add the bias; differentiable with respect to `inputs`.
+
+        Args:
+            inputs: float32 `[..., inputs]`.
+
+        Returns:
+            float32 `[..., outputs]`.
+        """
         if torch.is_grad_enabled() and inputs.requires_grad:
             differentiable: torch.Tensor = _Product.apply(inputs, self.weight, self.bias)  # type: ignore[no-untyped-call]
             return differentiable
@@ -37,7 +46,7 @@ class PackedLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """oneDNN's operator has no derivative of its own."""
+    """Adds the derivative that oneDNN's operator lacks."""
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -56,7 +65,7 @@ def _product(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 
 def can_pack(model: PreTrainedModel) -> bool:
-    """Whether packed weights are faster here: measured for float32 on x86 processors, and taken there only."""
+    """Return whether packed weights are faster here: measured for float32 on x86 processors, and used only there."""
     return (
         model.device.type == "cpu"
         and model.dtype == torch.float32
@@ -66,7 +75,13 @@ def can_pack(model: PreTrainedModel) -> bool:
 
 
 def pack_linear_layers(module: nn.Module) -> None:
-    """Replace every `nn.Linear` within by a `PackedLinear`, one after the other, so that few are in memory twice."""
+    """Replace every `nn.Linear` in a module by a `PackedLinear`.
+
+    Layers are replaced one after the other, so that only one is in memory twice.
+
+    Args:
+        module: the module, float32 on a CPU.
+    """
     for name, child in module.named_children():
         if type(child) is nn.Linear:
             setattr(module, name, PackedLinear(child))

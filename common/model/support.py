@@ -1,4 +1,4 @@
-"""Which models can be served, and the facts of their attention that scoring and decoding depend on."""
+"""Says which models can be served, and how their layers attend."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """How one layer attends.
+    """The way in which one layer attends.
 
     Attributes:
-        sliding_window: a query at position i sees keys at i - sliding_window + 1 … i; None sees all up to i.
-        scaling: factor of q · k.
-        softcap: logits become softcap · tanh(logits / softcap) before the mask; None leaves them.
+        sliding_window: a query at position i sees keys at i - sliding_window + 1 … i; with None all keys up to i.
+        scaling: the factor of q · k.
+        softcap: logits become softcap · tanh(logits / softcap) before the mask; with None they stay as they are.
     """
 
     sliding_window: int | None
@@ -34,8 +34,11 @@ class LayerAttention:
 def check_supported(config: PretrainedConfig) -> None:
     """Refuse a model that cannot be served.
 
+    Args:
+        config: the model's configuration.
+
     Raises:
-        FailedPreconditionError: with every reason, and what is supported.
+        FailedPreconditionError: the model cannot be served; the message has every reason, and what is supported.
     """
     if reasons := list(_obstacles(config)):
         raise FailedPreconditionError(f"this model cannot be served: {'; '.join(reasons)}")
@@ -76,15 +79,15 @@ def _attention_obstacles(config: PretrainedConfig) -> Iterator[str]:
 
 
 def head_dim(config: PretrainedConfig) -> int:
-    """Elements of one key or value: the configuration's own, or hidden size by attention heads."""
+    """Return the elements of one key or value: `head_dim` if the configuration has it, else hidden size ÷ heads."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def layer_attention(config: PretrainedConfig) -> tuple[LayerAttention, ...]:
-    """How each layer attends, from the first to the last.
+    """Return how each layer attends, from the first to the last.
 
     Args:
-        config: of a supported model.
+        config: the configuration of a supported model.
     """
     query_scalar = getattr(config, "query_pre_attn_scalar", None) or head_dim(config)
     softcap = getattr(config, "attn_logit_softcapping", None)

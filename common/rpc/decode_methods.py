@@ -19,7 +19,7 @@ from spectrumkv.common.rpc.decode_stream import (
     serialize_request,
     serialize_response,
 )
-from spectrumkv.common.telemetry.trace_context import current_trace
+from spectrumkv.common.telemetry.tracing import current_trace
 from spectrumkv.v1 import decode_pb2
 
 SERVICE_NAME = "spectrumkv.v1.DecodeService"

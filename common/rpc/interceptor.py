@@ -20,8 +20,7 @@ from spectrumkv.common.errors import (
 from spectrumkv.common.rpc.scope import RpcEnd
 from spectrumkv.common.rpc.status import to_status
 from spectrumkv.common.telemetry.request_log import RequestRecord, set_current_request
-from spectrumkv.common.telemetry.spans import RequestSpan
-from spectrumkv.common.telemetry.trace_context import TraceContext, set_current_trace
+from spectrumkv.common.telemetry.tracing import RequestSpan, TraceContext, set_current_trace
 
 logger = logging.getLogger(__name__)
 

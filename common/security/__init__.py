@@ -1,4 +1,4 @@
-"""Who may talk to whom, and unread by others: TLS, bearer tokens, and when neither is needed."""
+"""Guards connections by TLS and bearer tokens, and refuses plaintext to other machines unless it is allowed."""
 
 from spectrumkv.common.security.channel_security import ChannelSecurity
 from spectrumkv.common.security.server_security import ServerSecurity

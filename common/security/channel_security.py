@@ -1,4 +1,4 @@
-"""What a caller asks of the server that it connects to, and shows it."""
+"""Opens channels that verify the server and send the caller's certificate and token."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,16 @@ Options = tuple[tuple[str, Any], ...]
 
 @dataclass(frozen=True)
 class ChannelSecurity:
-    """How a channel is guarded; by default it is plaintext and reaches loopback only.
+    """The security of a channel; by default it is plaintext and reaches loopback only.
 
     Attributes:
-        tls: verifies the server by `tls.ca`, and shows `tls.cert` to one that asks; None is plaintext.
-        token_file: the first token in it goes with every call; None takes the environment's SPECTRUMKV_TOKEN, if set.
+        tls: the channel verifies the server by `tls.ca`, and shows `tls.cert` if the server asks for a certificate;
+            None is plaintext.
+        token_file: the first token in this file goes with every call; with None the one in the environment's
+            SPECTRUMKV_TOKEN, if it is set.
         named_by: the flag that names `token_file`, for errors.
         allow_plaintext: let plaintext go to other machines too.
-        server_name: the name that the server's certificate must be for; None is the one in its address.
+        server_name: the name that the server's certificate must be for; None is the name in its address.
     """
 
     tls: TlsFiles | None = None
@@ -36,7 +38,10 @@ class ChannelSecurity:
 
     @classmethod
     def to_decode(cls, config: PrefillConfig) -> "ChannelSecurity":
-        """Read prefill's options: TLS where it knows the authorities of decode's certificates.
+        """Return the security of prefill's channels to decode: TLS if `--tls-ca` names decode's authorities.
+
+        Args:
+            config: prefill's options.
 
         Raises:
             InvalidArgumentError: a certificate comes without its key.
@@ -50,21 +55,25 @@ class ChannelSecurity:
         )
 
     def check(self) -> None:
-        """Check the files.
+        """Check that the files can be used.
 
         Raises:
-            InvalidArgumentError: one cannot be used.
+            InvalidArgumentError: a file cannot be used.
         """
         token_source(self.named_by, self.token_file)
         if self.tls is not None:
             self.tls.watch()
 
     def open(self, target: Target, options: Options) -> grpc.Channel:
-        """Return a channel to `target`. It connects when it is first used.
+        """Return a channel that connects when it is first used.
+
+        Args:
+            target: the server, or several servers.
+            options: further options of gRPC.
 
         Raises:
             InvalidArgumentError: a file cannot be used, plaintext would leave this machine, or several servers have
-                no name in common.
+                different names and `server_name` is None.
         """
         token = token_source(self.named_by, self.token_file)
         options = (*options, *target.options)
@@ -74,7 +83,7 @@ class ChannelSecurity:
     def _plaintext(self, target: Target, options: Options) -> grpc.Channel:
         if not self.allow_plaintext and not target.is_loopback:
             raise InvalidArgumentError(
-                f"{target} is another machine, and what goes there would not be encrypted; verify it by its "
+                f"{target} is another machine, and traffic to it would not be encrypted; verify it by its "
                 "certificate with --tls-ca, or pass --allow-plaintext"
             )
         return grpc.insecure_channel(target.uri, options=options)
@@ -87,6 +96,6 @@ class ChannelSecurity:
                     f"the servers are {target}; say with --tls-name which name all their certificates are for"
                 )
             (name,) = target.hosts
-        # For a list gRPC would expect the whole list in a certificate.
+        # Without this option, gRPC would look for the whole list of addresses in a certificate.
         named = () if name is None else (("grpc.ssl_target_name_override", name.strip("[]")),)
         return RenewedChannel(target.uri, tls.watch(), (*options, *named))

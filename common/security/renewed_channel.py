@@ -1,4 +1,7 @@
-"""A channel that follows its certificates: gRPC's own keeps those that it was made with."""
+"""Provides a TLS channel that follows its certificates.
+
+gRPC's own channels keep the certificates that they were made with.
+"""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +16,7 @@ from spectrumkv.common.security.watched_files import WatchedFiles
 
 
 class _Generation:
-    """One gRPC channel, made with one state of the certificates, and how many calls run on it."""
+    """A gRPC channel that was made with one version of the certificates, and the number of calls that run on it."""
 
     def __init__(self, address: str, certificates: Certificates, options: Any) -> None:
         self.certificates = certificates
@@ -24,12 +27,12 @@ class _Generation:
 class RenewedChannel(grpc.Channel):  # type: ignore[misc]  # grpc has no type information
     """A TLS channel whose new calls go over a new connection once the certificates have changed.
 
-    Calls that run stay where they are; a connection is closed when it is out of date and its last call is over.
+    Running calls stay on their connection. An outdated connection is closed when its last call is over.
 
     Args:
         address: "host:port".
         watched: authorities that verify the server, and the certificate to show.
-        options: of the channel, as gRPC takes them.
+        options: the channel's options, as gRPC takes them.
     """
 
     def __init__(self, address: str, watched: WatchedFiles[Certificates], options: Any) -> None:
@@ -42,36 +45,36 @@ class RenewedChannel(grpc.Channel):  # type: ignore[misc]  # grpc has no type in
         self._generations = [_Generation(address, watched.current, options)]
 
     def subscribe(self, callback: Callable[[Any], None], try_to_connect: bool = False) -> None:
-        """Call `callback` with the connection's state, now and when it changes; also with those that follow."""
+        """Call `callback` with the connection's state, now and at each change, for this and later connections."""
         with self._lock:
             self._subscribers.append((callback, try_to_connect))
             self._generations[-1].channel.subscribe(callback, try_to_connect)
 
     def unsubscribe(self, callback: Callable[[Any], None]) -> None:
-        """Undo `subscribe`."""
+        """Stop calling `callback`."""
         with self._lock:
             self._subscribers = [one for one in self._subscribers if one[0] is not callback]
             for generation in self._generations:
                 generation.channel.unsubscribe(callback)
 
     def unary_unary(self, *arguments: Any, **named: Any) -> Any:
-        """As `grpc.Channel.unary_unary`."""
+        """Return a callable of this method, as `grpc.Channel.unary_unary` does."""
         return _UnaryResponse(self, lambda channel: channel.unary_unary(*arguments, **named))
 
     def stream_unary(self, *arguments: Any, **named: Any) -> Any:
-        """As `grpc.Channel.stream_unary`."""
+        """Return a callable of this method, as `grpc.Channel.stream_unary` does."""
         return _UnaryResponse(self, lambda channel: channel.stream_unary(*arguments, **named))
 
     def unary_stream(self, *arguments: Any, **named: Any) -> Any:
-        """As `grpc.Channel.unary_stream`."""
+        """Return a callable of this method, as `grpc.Channel.unary_stream` does."""
         return _StreamedResponse(self, lambda channel: channel.unary_stream(*arguments, **named))
 
     def stream_stream(self, *arguments: Any, **named: Any) -> Any:
-        """As `grpc.Channel.stream_stream`."""
+        """Return a callable of this method, as `grpc.Channel.stream_stream` does."""
         return _StreamedResponse(self, lambda channel: channel.stream_stream(*arguments, **named))
 
     def close(self) -> None:
-        """Close every connection; calls that run are cancelled."""
+        """Close every connection and cancel the running calls."""
         with self._lock:
             self._closed = True
             generations = list(self._generations)
@@ -87,7 +90,7 @@ class RenewedChannel(grpc.Channel):  # type: ignore[misc]  # grpc has no type in
         self.close()
 
     def hold(self) -> _Generation:
-        """Return the connection for a new call, which `release` gives back."""
+        """Return the connection for a new call; `release` must be called at the call's end."""
         certificates = self._watched.current
         with self._lock:
             newest = self._generations[-1]
@@ -102,7 +105,7 @@ class RenewedChannel(grpc.Channel):  # type: ignore[misc]  # grpc has no type in
         return newest
 
     def release(self, generation: _Generation) -> None:
-        """End a call's hold on its connection."""
+        """Give the connection of a finished call back, and close it if it is outdated and idle."""
         with self._lock:
             generation.calls -= 1
             outdated = self._take_outdated()
@@ -116,12 +119,12 @@ class RenewedChannel(grpc.Channel):  # type: ignore[misc]  # grpc has no type in
 
 def _close(generations: list[_Generation]) -> None:
     for generation in generations:
-        # Closing waits for the thread that tells of ends, which may be the one that is here.
+        # Closing waits for gRPC's thread that runs callbacks, which may be the current one.
         threading.Thread(target=generation.channel.close, name="outdated-channel", daemon=True).start()
 
 
 class _Calls:
-    """Starts calls of one method, on whichever connection is the newest."""
+    """Starts the calls of one method on the newest connection."""
 
     def __init__(self, channel: RenewedChannel, bind: Callable[[grpc.Channel], Any]) -> None:
         self._channel = channel
@@ -136,7 +139,7 @@ class _Calls:
             self._channel.release(generation)
 
     def _start(self, start: Callable[[Any], Any]) -> Any:
-        """Start a call that goes on; its end gives the connection back."""
+        """Return a call that runs in the background; at its end the connection is given back."""
         generation = self._channel.hold()
         try:
             call = start(self._bind(generation.channel))

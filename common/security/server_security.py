@@ -1,4 +1,4 @@
-"""What a server asks of those who connect."""
+"""Opens the ports of servers, and checks the certificates and tokens of callers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,12 @@ from spectrumkv.common.service.config import ServerConfig
 
 @dataclass(frozen=True)
 class ServerSecurity:
-    """How a server is guarded; by default not at all, which is for loopback.
+    """The security of a server; by default there is none, which is for loopback.
 
     Attributes:
-        tls: its certificate, and where clients are verified their authorities; None serves plaintext.
+        tls: the server's certificate, and with `verify_clients` the clients' authorities; None serves plaintext.
         verify_clients: refuse clients without a certificate of `tls.ca` (mutual TLS).
-        token_file: accepted bearer tokens; None asks for none.
+        token_file: the file of accepted bearer tokens; with None calls need no token.
     """
 
     tls: TlsFiles | None = None
@@ -26,7 +26,10 @@ class ServerSecurity:
 
     @classmethod
     def from_config(cls, config: ServerConfig) -> "ServerSecurity":
-        """Read a service's options.
+        """Return the security that a service's options ask for.
+
+        Args:
+            config: the options.
 
         Raises:
             InvalidArgumentError: a certificate comes without its key.
@@ -39,17 +42,17 @@ class ServerSecurity:
         )
 
     def check(self) -> None:
-        """Check the files.
+        """Check that the files can be used.
 
         Raises:
-            InvalidArgumentError: one cannot be used.
+            InvalidArgumentError: a file cannot be used.
         """
         self.interceptors()
         if self.tls is not None:
             self.tls.watch()
 
     def interceptors(self) -> tuple[grpc.ServerInterceptor, ...]:
-        """Return what stands before the handlers.
+        """Return the interceptors that refuse calls before they reach the handlers.
 
         Raises:
             InvalidArgumentError: the file of tokens cannot be used.
@@ -57,7 +60,14 @@ class ServerSecurity:
         return () if self.token_file is None else (TokenInterceptor(AcceptedTokens(self.token_file)),)
 
     def add_port(self, server: grpc.Server, address: str) -> int:
-        """Let `server` listen on `address`; return the port.
+        """Let a server listen on an address.
+
+        Args:
+            server: the server.
+            address: "host:port"; port 0 is any free port.
+
+        Returns:
+            The port.
 
         Raises:
             InvalidArgumentError: a certificate or key cannot be used.

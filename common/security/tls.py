@@ -1,4 +1,4 @@
-"""Certificates: read from PEM files, checked before use, and followed when they are replaced."""
+"""Reads certificates from PEM files, checks them before use, and reads them again when they are replaced."""
 
 import ssl
 from dataclasses import dataclass
@@ -8,14 +8,15 @@ import grpc
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.security.watched_files import WatchedFiles, read_file
+from spectrumkv.common.service.options import check_certificate_and_key
 
-# In place of a file of CA certificates: those that gRPC comes with, which are Mozilla's.
+# Stands for the CA certificates that gRPC comes with, which are Mozilla's, in place of a file.
 SYSTEM_ROOTS = "system"
 
 
 @dataclass(frozen=True)
 class Certificates:
-    """What the files hold, PEM-encoded; None where there is no file."""
+    """The contents of the files, PEM-encoded; None where there is no file."""
 
     chain: bytes | None
     key: bytes | None
@@ -27,9 +28,9 @@ class TlsFiles:
     """The PEM files of one process.
 
     Attributes:
-        cert: its certificate, followed by intermediate ones.
-        key: the private key of the first, not encrypted.
-        ca: certificates of the authorities that peers' certificates must come from; None: `SYSTEM_ROOTS`.
+        cert: the process's certificate, followed by intermediate ones.
+        key: the private key of the first certificate, not encrypted.
+        ca: certificates of the authorities that peers' certificates must come from; None is `SYSTEM_ROOTS`.
 
     Raises:
         InvalidArgumentError: a certificate comes without its key or a key without its certificate.
@@ -40,20 +41,22 @@ class TlsFiles:
     ca: Path | None = None
 
     def __post_init__(self) -> None:
-        if (self.cert is None) != (self.key is None):
-            given, missing = ("--tls-cert", "--tls-key") if self.key is None else ("--tls-key", "--tls-cert")
-            raise InvalidArgumentError(f"{given} is given without {missing}; a certificate and its key go together")
+        check_certificate_and_key(self.cert, self.key)
 
     @classmethod
     def named(cls, cert: str | None, key: str | None, ca: str | None) -> "TlsFiles":
-        """As the constructor, from options' values."""
+        """Return the files that options name.
+
+        Raises:
+            InvalidArgumentError: a certificate comes without its key or a key without its certificate.
+        """
         return cls(optional_path(cert), optional_path(key), optional_path(ca))
 
     def watch(self) -> WatchedFiles[Certificates]:
-        """Return the certificates, which follow the files from now on.
+        """Return the certificates; they are read again whenever the files change.
 
         Raises:
-            InvalidArgumentError: a file cannot be read, is no PEM, or key and certificate differ.
+            InvalidArgumentError: a file cannot be read or is not PEM, or the key does not belong to the certificate.
         """
         return WatchedFiles([path for path in (self.cert, self.key, self.ca) if path is not None], self._read)
 
@@ -68,12 +71,12 @@ class TlsFiles:
 
 
 def optional_path(text: str | None) -> Path | None:
-    """Return the path that an option names, if it names one."""
+    """Return the path that an option names; None if the option is not given."""
     return None if text is None else Path(text)
 
 
 def server_credentials(watched: WatchedFiles[Certificates], verify_clients: bool) -> grpc.ServerCredentials:
-    """Return credentials for a server's port; each new connection meets the files as they are then.
+    """Return credentials for a server's port, which use the current files for each new connection.
 
     Args:
         watched: certificate and key, and with `verify_clients` the authorities of clients' certificates.
@@ -93,7 +96,7 @@ def server_credentials(watched: WatchedFiles[Certificates], verify_clients: bool
 
 
 def channel_credentials(certificates: Certificates) -> grpc.ChannelCredentials:
-    """Return credentials for a channel, as the files are now."""
+    """Return credentials for a channel."""
     return grpc.ssl_channel_credentials(certificates.ca, certificates.key, certificates.chain)
 
 
@@ -103,7 +106,11 @@ def _configuration(certificates: Certificates, verify_clients: bool) -> grpc.Ser
 
 
 def _check_pair(cert: Path, key: Path) -> None:
-    """Refuse here, with a sentence, what gRPC would refuse connection by connection."""
+    """Refuse a bad pair with a sentence now; gRPC would refuse it at each connection.
+
+    Raises:
+        InvalidArgumentError: the files are not a certificate and its private key.
+    """
     try:
         # Without `password`, OpenSSL would ask for one on the terminal.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")

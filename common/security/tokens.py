@@ -1,4 +1,4 @@
-"""Bearer tokens (RFC 6750): which ones a server takes, and the one that a caller sends. None is ever logged."""
+"""Checks the bearer tokens (RFC 6750) that a server accepts, and sends a caller's token. No token is ever logged."""
 
 import hashlib
 import hmac
@@ -25,19 +25,19 @@ _RULE = (
     f"{MIN_TOKEN_CHARACTERS} to {MAX_TOKEN_CHARACTERS} characters of A-Z a-z 0-9 . _ ~ + / - with = at the end only "
     "(make one with: openssl rand -hex 32)"
 )
-# Whoever routes or restarts by health has no token, and learns no more than ready or not.
+# Health checks need no token: load balancers and orchestrators have none, and learn no more than ready or not.
 _OPEN_METHODS = f"/{health.SERVICE_NAME}/"
 
 
 def read_tokens(option: str, path: Path) -> tuple[str, ...]:
-    """Return the file's tokens, one a line; blank lines and those that start with # do not count.
+    """Return a file's tokens, one a line; blank lines and lines that start with # do not count.
 
     Args:
-        option: the flag that named the file, for errors, which never show what the file holds.
+        option: the flag that named the file, for errors, which never show the file's contents.
         path: the file.
 
     Raises:
-        InvalidArgumentError: it cannot be read, holds no token or too many, or a line is none.
+        InvalidArgumentError: the file cannot be read, holds no token or too many, or a line is not a token.
     """
     lines = read_file(option, path).decode("utf-8", "replace").splitlines()
     numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
@@ -48,7 +48,7 @@ def read_tokens(option: str, path: Path) -> tuple[str, ...]:
         )
     for number, token in tokens:
         if not _is_token(token):
-            raise InvalidArgumentError(f"{option} {path}: line {number} is no token; allowed: {_RULE}")
+            raise InvalidArgumentError(f"{option} {path}: line {number} is not a token; allowed: {_RULE}")
     return tuple(token for _, token in tokens)
 
 
@@ -57,21 +57,21 @@ def _is_token(text: str) -> bool:
 
 
 class AcceptedTokens:
-    """The tokens that a server takes, as its file has them now.
+    """The tokens that a server accepts, which are those that its file holds now.
 
     Args:
-        path: the file, read again when it changes.
+        path: the file, which is read again when it changes.
 
     Raises:
         InvalidArgumentError: the file cannot be used.
     """
 
     def __init__(self, path: Path) -> None:
-        # Digests are of one length, so that comparing tells nothing of a token's length either.
+        # Digests have one length, so that the time of a comparison does not tell a token's length either.
         self._digests = WatchedFiles([path], lambda: tuple(map(_digest, read_tokens("--token-file", path))))
 
     def accept(self, presented: str) -> bool:
-        """Whether it is one of them, in a time that depends on how many there are only."""
+        """Return whether a token is accepted, in a time that depends only on the number of accepted tokens."""
         digest = _digest(presented)
         found = False
         for accepted in self._digests.current:
@@ -84,17 +84,17 @@ def _digest(token: str) -> bytes:
 
 
 class TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc has no type information
-    """Lets calls with an accepted token through, and health checks; of others not even the request is read.
+    """Lets health checks and calls with an accepted token through; of other calls not even the request is read.
 
     Args:
-        tokens: those that are accepted.
+        tokens: the accepted tokens.
     """
 
     def __init__(self, tokens: AcceptedTokens) -> None:
         self._tokens = tokens
 
     def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
-        """Return the handler that `continuation` finds, or one that refuses."""
+        """Return the handler that `continuation` finds, or a handler that refuses the call."""
         if handler_call_details.method.startswith(_OPEN_METHODS):
             return continuation(handler_call_details)
         refusal = self._refusal(handler_call_details.invocation_metadata)
@@ -107,7 +107,7 @@ class TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc ha
         values = [value for key, value in metadata if key == METADATA_KEY]
         if len(values) != 1 or values[0][: len(_SCHEME)].lower() != _SCHEME:
             return UnauthenticatedError(
-                f"this server wants a bearer token; name its file with --token-file, or set {TOKEN_VARIABLE}"
+                f"this server asks for a bearer token; name its file with --token-file, or set {TOKEN_VARIABLE}"
             )
         if not self._tokens.accept(values[0][len(_SCHEME) :].strip()):
             return UnauthenticatedError("this server does not accept the bearer token; is it an old one?")
@@ -125,26 +125,29 @@ TokenSource = Callable[[], str]
 
 
 def token_source(option: str, path: Path | None) -> TokenSource | None:
-    """Return what gives the token to send with a call: the first one in a file, else the environment's, else None.
+    """Find out where a caller's token comes from.
 
     Args:
         option: the flag that named the file, for the error.
-        path: the file, read again when it changes.
+        path: the file, which is read again when it changes; None takes the environment's SPECTRUMKV_TOKEN.
+
+    Returns:
+        A function that returns the token to send, which is the file's first one; None if there is no token.
 
     Raises:
-        InvalidArgumentError: the file cannot be used, or what SPECTRUMKV_TOKEN has is no token.
+        InvalidArgumentError: the file cannot be used, or the value of SPECTRUMKV_TOKEN is not a token.
     """
     if path is not None:
         watched = WatchedFiles([path], lambda: read_tokens(option, path)[0])
         return lambda: watched.current
     token = os.environ.get(TOKEN_VARIABLE, "")
     if token and not _is_token(token):
-        raise InvalidArgumentError(f"{TOKEN_VARIABLE} is no token; allowed: {_RULE}")
+        raise InvalidArgumentError(f"{TOKEN_VARIABLE} is not a token; allowed: {_RULE}")
     return (lambda: token) if token else None
 
 
 class _CallDetails(NamedTuple):
-    """`grpc.ClientCallDetails`, which grpc leaves to us to implement."""
+    """An implementation of `grpc.ClientCallDetails`, which grpc itself lacks."""
 
     method: str
     timeout: float | None
@@ -160,10 +163,10 @@ class TokenSender(
     grpc.StreamUnaryClientInterceptor,  # type: ignore[misc]
     grpc.StreamStreamClientInterceptor,  # type: ignore[misc]
 ):
-    """Sends a token with every call on a channel, as it is when the call starts.
+    """Sends a token with every call on a channel.
 
     Args:
-        token: gives it.
+        token: returns the token; it is called when a call starts.
     """
 
     def __init__(self, token: TokenSource) -> None:

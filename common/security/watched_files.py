@@ -1,4 +1,4 @@
-"""Files that are read again when they change: certificates, keys and tokens outlive no process that way."""
+"""Reads files again when they change, so that certificates, keys and tokens are replaced without a restart."""
 
 import logging
 import os
@@ -16,23 +16,23 @@ T = TypeVar("T")
 # Certificates and tokens take kilobytes; anything larger is another file.
 MAX_FILE_BYTES = 1 << 20
 
-# Of each file: when its contents and its inode changed, its size, and which inode it is.
+# For each file: the times at which its contents and its inode changed, its size, and its inode's number.
 _Signature = tuple[tuple[int, int, int, int], ...]
 
 
 class WatchedFiles(Generic[T]):
-    """What some files say, as of now.
+    """Holds what some files say, and reads them again when they change.
 
-    The files' metadata is looked at whenever somebody asks, so that nothing runs in between. Files that turned
-    unreadable, or do not fit together because a rotation is halfway through, are reported once in the log, and
-    what they said before holds on.
+    Each access to `current` looks at the files' metadata, so that no thread has to watch them. If the files become
+    unreadable, or do not fit together because a rotation is halfway through, an error is logged once and the last
+    good contents stay in use.
 
     Args:
         paths: the files.
-        read: reads them; raises InvalidArgumentError where they are of no use.
+        read: reads the files; raises InvalidArgumentError if they cannot be used.
 
     Raises:
-        InvalidArgumentError: they are of no use now.
+        InvalidArgumentError: the files cannot be used now.
     """
 
     def __init__(self, paths: Sequence[Path], read: Callable[[], T]) -> None:
@@ -44,7 +44,7 @@ class WatchedFiles(Generic[T]):
 
     @property
     def current(self) -> T:
-        """What the files say; the same object for as long as they do not change."""
+        """What the files say; the same object as long as the files do not change."""
         if self._signature() != self._seen:
             with self._lock:
                 self._read_again()
@@ -59,9 +59,9 @@ class WatchedFiles(Generic[T]):
             latest = self._read()
         except InvalidArgumentError as error:
             self._seen = before
-            logger.error("%s changed and cannot be used, what was read before holds on: %s", names, error.message)
+            logger.error("%s changed and cannot be used; what was read before stays in use: %s", names, error.message)
             return
-        # Files that were written while they were read may not belong together: the next look reads them again.
+        # Files that were written while they were read may not belong together; the next access reads them again.
         if self._signature() == before:
             self._seen, self._current = before, latest
             logger.info("read again: %s", names)
@@ -74,20 +74,20 @@ def _signature(path: Path) -> tuple[int, int, int, int]:
     try:
         found = os.stat(path)
     except OSError:
-        # Reading it says what is wrong with it.
+        # Reading the file raises an error that says what is wrong.
         return (0, 0, 0, 0)
     return (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
 
 
 def read_file(option: str, path: Path) -> bytes:
-    """Return the file's bytes.
+    """Return a file's bytes.
 
     Args:
         option: the flag that named the file, for the error.
         path: the file.
 
     Raises:
-        InvalidArgumentError: it cannot be read, or is larger than 1 MiB.
+        InvalidArgumentError: the file cannot be read, or is larger than 1 MiB.
     """
     try:
         with path.open("rb") as file:

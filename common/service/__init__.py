@@ -1,1 +1,1 @@
-"""What every service process does: configuration, options, start checks, signals, exit."""
+"""Runs a service as a process: options, checks before the start, signals, exit."""

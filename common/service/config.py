@@ -1,7 +1,8 @@
-"""The configuration of both services: every option, its default and its limits, stated once.
+"""States every option of both services once, with its default and its limits.
 
-An option can be given as a flag (`--kv-memory 4GiB`) or in a TOML file (`kv_memory = "4GiB"`) named by
-`--config`; flags win. Unknown keys and bad values are refused with the name, the value and what is allowed.
+An option can be given as a flag (`--kv-memory 4GiB`) or in a TOML file (`kv_memory = "4GiB"`) that `--config` names;
+a flag wins over the file. Unknown keys and bad values are refused with the name, the value and what is allowed. Why
+this is not pydantic-settings: docs/adr/0111-configuration.md.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from spectrumkv.common.service.options import (
     WEEK_SECONDS,
     Address,
     allowed_by,
+    check_certificate_and_key,
     number,
     one_of,
     option,
@@ -34,10 +36,6 @@ __all__ = [
     "build",
     "flag_name",
     "load",
-    "number",
-    "option",
-    "parse_addresses",
-    "parse_bytes",
     "text_of",
 ]
 
@@ -48,7 +46,7 @@ SCORE_WINDOW = 64
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """What both services are told."""
+    """The options of both services."""
 
     model: str | None = option(None, "local directory or hub name; the embedded SmolLM2-135M-Instruct if not given")
     device: str = option("auto", "where the model runs", one_of("auto", "cpu", "cuda"))
@@ -59,35 +57,41 @@ class ServerConfig:
     )
     listen: Address
     metrics_listen: Address
-    tls_cert: str | None = option(None, "PEM file of this process's certificate and intermediate ones; serve by TLS")
+    tls_cert: str | None = option(None, "PEM file of this process's certificate and intermediate ones; turns TLS on")
     tls_key: str | None = option(None, "PEM file of that certificate's private key")
     tls_ca: str | None = option(
-        None, "PEM file of the authorities that the certificates of clients, and of decode workers, must come from"
+        None, "PEM file of the authorities that must have issued the certificates of clients and decode workers"
     )
     tls_clients: str = option(
-        "verified", "with --tls-ca, whether clients must show a certificate of it", one_of("verified", "any")
+        "verified",
+        "with --tls-ca, whether clients must show a certificate of these authorities",
+        one_of("verified", "any"),
     )
-    token_file: str | None = option(None, "file of the bearer tokens that are accepted, one a line; all if not given")
-    allow_plaintext: bool = option(False, "let traffic be unencrypted where other machines can reach it")
-    reflection: bool = option(False, "let clients ask which services and messages there are")
-    grace: float = option(30.0, "seconds that running requests get after SIGTERM", number(0, WEEK_SECONDS))
+    token_file: str | None = option(
+        None, "file of the accepted bearer tokens, one a line; calls need none if not given"
+    )
+    allow_plaintext: bool = option(False, "allow unencrypted traffic on addresses that other machines can reach")
+    reflection: bool = option(False, "serve gRPC reflection, by which clients list services and messages")
+    grace: float = option(30.0, "seconds that running requests may take after SIGTERM", number(0, WEEK_SECONDS))
     deadline: float = option(
-        600.0, "seconds until a request ends whose caller set no deadline", number(0.001, WEEK_SECONDS)
+        600.0, "seconds after which a request ends if its caller set no deadline", number(0.001, WEEK_SECONDS)
     )
-    log_level: str = option("info", "least severe messages to log", one_of("debug", "info", "warning", "error"))
-    log_format: str = option("text", "how log lines are written", one_of("text", "json"))
+    log_level: str = option("info", "least severe level to log", one_of("debug", "info", "warning", "error"))
+    log_format: str = option("text", "format of log lines", one_of("text", "json"))
 
     def __post_init__(self) -> None:
-        if (self.tls_cert is None) != (self.tls_key is None):
-            given, missing = ("--tls-cert", "--tls-key") if self.tls_key is None else ("--tls-key", "--tls-cert")
-            raise InvalidArgumentError(f"{given} is given without {missing}; a certificate and its key go together")
+        check_certificate_and_key(self.tls_cert, self.tls_key)
         if self.tls_cert is None:
             self._keep_plaintext_here("listen", self.listen, "give --tls-cert and --tls-key")
-        # Prometheus has no part in the certificates of requests.
+        # Metrics are always served as plaintext: TLS is for requests only.
         self._keep_plaintext_here("metrics_listen", self.metrics_listen, "listen on 127.0.0.1")
 
     def _keep_plaintext_here(self, name: str, address: Address, remedy: str) -> None:
-        """Refuse plaintext with another machine unless it is allowed."""
+        """Refuse an address that other machines can reach by plaintext, unless that is allowed.
+
+        Raises:
+            InvalidArgumentError: the address is refused.
+        """
         if not address.is_loopback and not self.allow_plaintext:
             raise InvalidArgumentError(
                 f"{flag_name(name)} is {address}, which other machines can reach, and traffic is not encrypted; "
@@ -97,7 +101,7 @@ class ServerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillConfig(ServerConfig):
-    """What the prefill service is told."""
+    """The options of the prefill service."""
 
     listen: Address = option(Address("127.0.0.1", 50051), "address to serve on", Address.parse)
     metrics_listen: Address = option(Address("127.0.0.1", 9464), "address for Prometheus", Address.parse)
@@ -105,26 +109,26 @@ class PrefillConfig(ServerConfig):
         (Address("127.0.0.1", 50052),), "decode workers, separated by commas", parse_addresses
     )
     decode_token_file: str | None = option(
-        None, "file whose first bearer token goes to decode workers; the variable SPECTRUMKV_TOKEN if not given"
+        None, "file whose first bearer token is sent to decode workers; the variable SPECTRUMKV_TOKEN if not given"
     )
-    policy: str = option("spectral", "how tokens get their tiers where a request does not say")
+    policy: str = option("spectral", "how tokens are assigned to tiers, unless a request says")
     budget: float | None = option(
         None,
-        "bytes sent relative to FP16 where a request does not say; auto, the default, is the least that the probe "
+        "bytes sent relative to FP16, unless a request says; auto, the default, is the least budget that the probe "
         "found safe for the model",
         or_auto(number(0.05, 1)),
     )
-    scorer: str = option("attention", "how tokens are ranked where a request does not say")
-    codec: str = option("absmax", "how tiers are coded where a request does not say")
+    scorer: str = option("attention", "how tokens are ranked, unless a request says")
+    codec: str = option("absmax", "how tiers are coded, unless a request says")
     scope: str = option(
-        "layer", "whether tiers follow each layer's scores or all layers' together", one_of("layer", "model")
+        "layer", "whether tiers follow the scores of each layer or of all layers together", one_of("layer", "model")
     )
     window: int = option(
-        SCORE_WINDOW, "queries at the prompt's end whose attention is observed", number(1, 4096, int)
+        SCORE_WINDOW, "queries at the end of the prompt whose attention is scored", number(1, 4096, int)
     )
     int4: str = option("auto", "whether INT4 is allowed; auto asks the probe", one_of("auto", "on", "off"))
     max_waiting: int = option(64, "requests that may be in the service at once", number(1, 4096, int))
-    chunk_bytes: int = option(512 << 10, "payload at which a chunk leaves", number(1 << 10, 1 << 20, int))
+    chunk_bytes: int = option(512 << 10, "payload bytes at which a chunk is sent", number(1 << 10, 1 << 20, int))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,16 +142,16 @@ class PrefillConfig(ServerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig(ServerConfig):
-    """What the decode service is told."""
+    """The options of the decode service."""
 
     listen: Address = option(Address("127.0.0.1", 50052), "address to serve on", Address.parse)
     metrics_listen: Address = option(Address("127.0.0.1", 9465), "address for Prometheus", Address.parse)
     kv_memory: int = option(1 << 30, "memory for KV slots", parse_bytes, shown="1GiB")
     max_running: int = option(32, "requests that generate at once", number(1, 1024, int))
-    max_streams: int = option(256, "requests that may hold slots at once", number(1, 4096, int))
+    max_streams: int = option(256, "requests that may hold KV slots at once", number(1, 4096, int))
     spin: bool = option(
         False,
-        "on CPUs, let the model's threads spin between loops: faster steps where decode has the cores to itself",
+        "on CPUs, let the model's threads spin between loops: faster steps if decode has the cores to itself",
     )
 
     def __post_init__(self) -> None:
@@ -168,7 +172,7 @@ def flag_name(option_name: str) -> str:
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type[ServerConfig]) -> None:
-    """Add a flag for every option. A flag that is not given leaves no trace in the namespace."""
+    """Add a flag for every option; a flag that is not given leaves no attribute in the namespace."""
     for declared in fields(config_class):
         text = str(declared.metadata["help"])
         name, default = flag_name(declared.name), declared.default
@@ -184,7 +188,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[ServerConfig])
 
 
 def text_of(value: Any) -> str:
-    """Return an option's value as a flag would say it."""
+    """Return an option's value as the text of its flag."""
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
@@ -194,7 +198,15 @@ class _FlagParser(argparse.ArgumentParser):
 
 
 def load(config_class: type[C], arguments: Sequence[str], program: str) -> C:
-    """Read flags and the file named by --config.
+    """Read the options of a service from its command line and the file that --config names.
+
+    Args:
+        config_class: `PrefillConfig` or `DecodeConfig`.
+        arguments: the command line without the program's name.
+        program: the program's name, for --help and errors.
+
+    Returns:
+        The options.
 
     Raises:
         InvalidArgumentError: a key is unknown, a value is not allowed, or the file cannot be read.
@@ -208,7 +220,14 @@ def load(config_class: type[C], arguments: Sequence[str], program: str) -> C:
 
 
 def build(config_class: type[C], given: dict[str, Any]) -> C:
-    """Make a configuration from option names and their values as text (or true and false).
+    """Read the options of a service from values by name.
+
+    Args:
+        config_class: `PrefillConfig` or `DecodeConfig`.
+        given: the values as text (or true and false), by the options' names.
+
+    Returns:
+        The options.
 
     Raises:
         InvalidArgumentError: a key is unknown or a value is not allowed.
@@ -242,4 +261,4 @@ def _read_file(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InvalidArgumentError(f"--config {path} cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InvalidArgumentError(f"--config {path} is no TOML file: {error}") from error
+        raise InvalidArgumentError(f"--config {path} is not a TOML file: {error}") from error

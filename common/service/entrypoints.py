@@ -1,16 +1,20 @@
-"""The services' commands. Their libraries take seconds to import, and Ctrl-C meanwhile ends a command in silence."""
+"""Starts the services' commands.
+
+This module imports nothing large: a service's libraries take seconds to import, and Ctrl-C in that time must end the
+command without a traceback.
+"""
 
 import importlib
 import signal
 
 
 def prefill() -> None:
-    """`spectrumkv-prefill`."""
+    """Run `spectrumkv-prefill`."""
     _run("spectrumkv.prefill_server.main")
 
 
 def decode() -> None:
-    """`spectrumkv-decode`."""
+    """Run `spectrumkv-decode`."""
     _run("spectrumkv.decode_server.main")
 
 

@@ -1,4 +1,4 @@
-"""How an option is declared, and how the text of its value is read."""
+"""Declares options, and reads their values from text."""
 
 import ipaddress
 import math
@@ -9,15 +9,17 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+from spectrumkv.common.errors import InvalidArgumentError
+
 Parser = Callable[[str], Any]
 
-# Longest time that an option may name: beyond it a typing error is likelier than intent.
+# The longest time that an option may name: a longer one is more likely a typing error than intended.
 WEEK_SECONDS = 7 * 86400.0
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server listens or is found. An IPv6 host stands in brackets."""
+    """The address that a server listens on; an IPv6 host is in brackets."""
 
     host: str
     port: int
@@ -27,7 +29,7 @@ class Address:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine can reach it."""
+        """Whether only this machine can reach the address."""
         try:
             return ipaddress.ip_address(self.host.strip("[]")).is_loopback
         except ValueError:
@@ -35,17 +37,17 @@ class Address:
 
     @property
     def ip_version(self) -> int | None:
-        """4 or 6 where the host is numeric; None where it is a name."""
+        """4 or 6 if the host is numeric; None if it is a name."""
         try:
             return ipaddress.ip_address(self.host.strip("[]")).version
         except ValueError:
             return None
 
     def listener(self) -> socket.socket:
-        """Return a socket that listens here, as servers do.
+        """Return a socket that listens on this address, as servers do.
 
         Raises:
-            OSError: the address is not this machine's, or in use.
+            OSError: the address is not this machine's, or is in use.
         """
         listener = socket.socket(socket.AF_INET6 if self.host.startswith("[") else socket.AF_INET)
         try:
@@ -60,10 +62,17 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> "Address":
-        """Read "host:port", where host is a name, an IPv4 address or a bracketed IPv6 address, and port 0 any.
+        """Read an address from text.
+
+        Args:
+            text: "host:port"; the host is a name, an IPv4 address or an IPv6 address in brackets, and port 0 stands
+                for any free port.
+
+        Returns:
+            The address.
 
         Raises:
-            ValueError: it is something else; the message says what is allowed.
+            ValueError: the text is not an address; the message says what is allowed.
         """
         match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})", text)
         if not match or int(match[2]) > 65535 or (text.startswith("[") and not _is_ipv6(match[1])):
@@ -80,12 +89,20 @@ def _is_ipv6(bracketed: str) -> bool:
 
 
 def parse_addresses(text: str) -> tuple[Address, ...]:
-    """Read "host:port,host:port,…"."""
+    """Return the addresses in "host:port,host:port,…".
+
+    Raises:
+        ValueError: one of them is not an address; the message says what is allowed.
+    """
     return tuple(Address.parse(part.strip()) for part in text.split(","))
 
 
 def parse_bytes(text: str) -> int:
-    """Read a number of bytes such as "512MiB", "4GiB" or "1000000"."""
+    """Return a number of bytes, such as that of "512MiB", "4GiB" or "1000000".
+
+    Raises:
+        ValueError: the text is not a number of bytes; the message says what is allowed.
+    """
     match = re.fullmatch(r"([0-9]{1,19}(?:\.[0-9]{1,18})?)\s*([KMGT]i?)?B?", text.strip())
     unit = (match[2] if match else None) or ""
     base = 1024 if unit.endswith("i") else 1000
@@ -95,8 +112,25 @@ def parse_bytes(text: str) -> int:
     return count
 
 
+def check_certificate_and_key(cert: object | None, key: object | None) -> None:
+    """Refuse a certificate without its key and a key without its certificate.
+
+    Raises:
+        InvalidArgumentError: one of them is None and the other is not.
+    """
+    if (cert is None) != (key is None):
+        given, missing = ("--tls-cert", "--tls-key") if key is None else ("--tls-key", "--tls-cert")
+        raise InvalidArgumentError(f"{given} is given without {missing}; a certificate and its key go together")
+
+
 def number(minimum: float, maximum: float = math.inf, kind: type = float) -> Parser:
-    """Return a parser of finite numbers from `minimum` to `maximum`."""
+    """Return a parser of finite numbers.
+
+    Args:
+        minimum: the least number that is allowed.
+        maximum: the largest number that is allowed.
+        kind: float or int.
+    """
     bounds = f"at least {minimum:g}" if maximum == math.inf else f"from {minimum:g} to {maximum:g}"
     allowed = f"a {'whole ' if kind is int else ''}number {bounds}"
 
@@ -113,7 +147,7 @@ def number(minimum: float, maximum: float = math.inf, kind: type = float) -> Par
 
 
 def or_auto(parse: Parser) -> Parser:
-    """Return a parser that also accepts "auto", which is None: the service finds the value."""
+    """Return a parser that also accepts "auto", which it reads as None: the service then finds the value."""
 
     def parse_unless_auto(text: str) -> Any:
         if text == "auto":
@@ -127,7 +161,7 @@ def or_auto(parse: Parser) -> Parser:
 
 
 def one_of(*choices: str) -> Parser:
-    """Return a parser that accepts these words only."""
+    """Return a parser that accepts only these words."""
 
     def parse(text: str) -> str:
         if text not in choices:
@@ -138,26 +172,33 @@ def one_of(*choices: str) -> Parser:
 
 
 def some_text(text: str) -> str:
-    """Accept any text but none: an empty name stands for nothing, and as a path for the folder that one is in."""
+    """Return the text unless it is empty: an empty path would stand for the current directory.
+
+    Raises:
+        ValueError: the text is empty.
+    """
     if not text:
         raise ValueError("a text that is not empty, or leave the option out")
     return text
 
 
 def option(default: Any, help_text: str, parse: Parser = some_text, shown: str = "") -> Any:
-    """Declare one option: its default, what it means, and how its text is read.
+    """Declare one option.
 
     Args:
-        default: where none is given.
-        help_text: what it means.
-        parse: raises ValueError with a description of what is allowed.
-        shown: the default as people write it, where that is another text.
+        default: the value if the option is not given.
+        help_text: what the option means.
+        parse: reads the value from text; raises ValueError with a description of what is allowed.
+        shown: the default as people write it, if that differs from its text.
+
+    Returns:
+        The dataclass field.
     """
     return field(default=default, metadata={"help": help_text, "parse": parse, "shown": shown})
 
 
 def allowed_by(parse: Parser) -> str:
-    """What a parser allows, in the words in which it refuses everything else; empty where it takes any text."""
+    """Return what a parser allows, in the words of its error; "" if it accepts any text."""
     try:
         parse("\0")
     except ValueError as error:

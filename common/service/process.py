@@ -1,4 +1,4 @@
-"""What both services' processes do alike: log, start, wait for a signal, drain."""
+"""Runs the process of either service: logging, start, waiting for a signal, draining, exit."""
 
 import atexit
 import ctypes
@@ -15,22 +15,22 @@ from typing import NoReturn
 from spectrumkv.common.errors import SpectrumKVError
 from spectrumkv.common.rpc.server import Server
 from spectrumkv.common.service.config import ServerConfig
-from spectrumkv.common.telemetry.log_format import FORMATTERS
 from spectrumkv.common.telemetry.metrics import Metrics
+from spectrumkv.common.telemetry.request_log import FORMATTERS
 
 logger = logging.getLogger(__name__)
 
 # From glibc's malloc.h.
 M_ARENA_MAX = -8
-# What shells report for a program that SIGINT ended.
+# The exit status that shells report for a program that SIGINT ended.
 EXIT_INTERRUPTED = 130
 
 
 def set_up_logging(level: str, log_format: str = "text") -> None:
-    """Log to stderr, one line an event.
+    """Log to stderr, one line for each event.
 
     Args:
-        level: least severe messages to log.
+        level: the least severe level to log.
         log_format: "text" or "json".
     """
     handler = logging.StreamHandler(sys.stderr)
@@ -39,10 +39,10 @@ def set_up_logging(level: str, log_format: str = "text") -> None:
 
 
 def run(serve: Callable[[], None]) -> NoReturn:
-    """Run a service as its process: until it is told to stop, or with a sentence why it cannot.
+    """Run a service until a signal stops it, and end the process.
 
     Args:
-        serve: loads all that requests need, and serves.
+        serve: loads what requests need, and serves. Its `SpectrumKVError` becomes a sentence and exit status 1.
     """
     keep_one_arena()
     exit_on_error(serve)
@@ -50,9 +50,12 @@ def run(serve: Callable[[], None]) -> NoReturn:
 
 
 def exit_on_error(main: Callable[[], None]) -> None:
-    """Run `main`; what is wrong with the configuration or the model becomes a sentence and exit status 1.
+    """Run `main`, and turn its `SpectrumKVError` into a sentence and exit status 1.
 
-    Ctrl-C before the service serves ends it with exit status 130.
+    Ctrl-C while `main` runs ends the process with exit status 130.
+
+    Args:
+        main: the program.
     """
     try:
         main()
@@ -63,10 +66,10 @@ def exit_on_error(main: Callable[[], None]) -> None:
 
 
 def keep_one_arena() -> None:
-    """Have glibc take all of the process's memory from one arena; elsewhere this does nothing.
+    """Let glibc allocate all of the process's memory from one arena; with other C libraries this does nothing.
 
-    It gives each thread an arena of its own, and keeps what each of them once needed. Requests come on dozens of
-    threads, so that a service grew for hours by what lay unused in arenas (docs/faults.md, "Soak").
+    By default glibc gives each thread an arena of its own, and keeps the memory that an arena once needed. Requests
+    run on dozens of threads, so the unused memory of arenas let a service grow for hours (docs/faults.md, "Soak").
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
@@ -74,10 +77,10 @@ def keep_one_arena() -> None:
 
 
 def leave() -> NoReturn:
-    """End the process with status 0 once what was registered for its end is done and logs are written.
+    """End the process with status 0, after the functions registered with `atexit` and the last log lines.
 
-    The libraries' own tear-down is left out: where a request was ended a moment ago, gRPC's threads met it and
-    aborted the process in one of three ends (SIGABRT, without a word).
+    The libraries' own tear-down is skipped. With it, gRPC's threads aborted the process (SIGABRT, without a message)
+    in one of three exits that followed a cancelled request at once.
     """
     atexit._run_exitfuncs()
     logging.shutdown()
@@ -87,17 +90,17 @@ def leave() -> NoReturn:
 def serve_until_signalled(server: Server, metrics: Metrics, config: ServerConfig, stop: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT, then drain.
 
-    Not-ready is reported at once, running requests finish, and after `config.grace` seconds the rest are ended.
-    A second signal ends them at once.
+    While it drains, the server reports that it is not ready, and running requests finish. Requests that still run
+    after `config.grace` seconds, or at a second signal, are ended.
 
     Args:
-        server: with its services added.
-        metrics: served for Prometheus.
-        config: addresses and grace.
+        server: the server, with its services added.
+        metrics: the metrics that Prometheus reads.
+        config: the addresses and the grace period.
         stop: called when no request is left.
 
     Raises:
-        InvalidArgumentError: an address cannot be listened on.
+        InvalidArgumentError: the server cannot listen on an address.
     """
     port = server.bind(str(config.listen))
     metrics_port = metrics.serve(config.metrics_listen)
@@ -116,10 +119,10 @@ def serve_until_signalled(server: Server, metrics: Metrics, config: ServerConfig
 
 
 def _arriving_signals() -> socket.socket:
-    """Return a socket that has a byte for each SIGTERM and SIGINT from now on.
+    """Return a socket that receives a byte for each SIGTERM and SIGINT from now on.
 
-    Python runs handlers in the main thread, and one that is just about to wait for a lock runs none before the lock
-    is free. The byte is written by the operating system's own handler.
+    Python runs signal handlers in the main thread only, and not while that thread waits for a lock. The byte is
+    written by the interpreter's C handler, which needs no thread.
     """
     arriving, written = socket.socketpair()
     written.setblocking(False)

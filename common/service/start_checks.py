@@ -1,4 +1,4 @@
-"""What can be wrong with a service's options, found before its model is loaded: that takes seconds, or minutes."""
+"""Finds what is wrong with a service's options before the service loads its model, which takes seconds or minutes."""
 
 import os
 
@@ -11,9 +11,12 @@ from spectrumkv.kernels.jit.llvm import converts_float16
 def check_start(config: ServerConfig) -> None:
     """Check what both services need besides a model.
 
+    Args:
+        config: the service's options.
+
     Raises:
         FailedPreconditionError: the processor lacks instructions that compiled code needs.
-        InvalidArgumentError: an address cannot be listened on, or a file of certificates or tokens cannot be used.
+        InvalidArgumentError: the service cannot listen on an address, or cannot use a file of certificates or tokens.
     """
     check_processor()
     ServerSecurity.from_config(config).check()
@@ -22,10 +25,10 @@ def check_start(config: ServerConfig) -> None:
 
 
 def check_processor() -> None:
-    """Check that compiled code can run: where it cannot, it would abort the process.
+    """Check that the processor can run compiled code, which would otherwise abort the process.
 
     Raises:
-        FailedPreconditionError: the processor lacks instructions that it needs.
+        FailedPreconditionError: the processor lacks instructions that compiled code needs.
     """
     if not converts_float16():
         raise FailedPreconditionError(
@@ -42,3 +45,11 @@ def _check_address(name: str, address: Address) -> None:
         raise InvalidArgumentError(
             f"{flag_name(name)} {address} cannot be listened on: {reason}; name another address, or stop what uses it"
         ) from error
+
+
+def memory_bytes() -> int | None:
+    """Return the machine's memory in bytes; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -1,1 +1,1 @@
-"""What operators see: metrics, request log lines, traces."""
+"""Tells operators what a service does: metrics, a log line for each request, traces."""

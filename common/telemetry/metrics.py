@@ -1,4 +1,4 @@
-"""Every metric of both services, in one place; docs/operations.md explains them to operators."""
+"""Declares every metric of both services; docs/operations.md explains them to operators."""
 
 from importlib.metadata import version
 
@@ -15,7 +15,7 @@ from prometheus_client import (
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.service.config import Address
 
-# The buckets of vLLM's latency histograms, so that dashboards compare.
+# The buckets of vLLM's latency histograms, so that dashboards can compare.
 LATENCY_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0,
     2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
@@ -31,7 +31,7 @@ class Metrics:
     """Holds the metrics of one process.
 
     Args:
-        registry: has the metrics; each test brings its own.
+        registry: the registry of the metrics; each test has one of its own.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -103,7 +103,7 @@ class Metrics:
 
     @classmethod
     def for_process(cls, service: str, model_name: str) -> "Metrics":
-        """Return the metrics of a serving process: ours, and the usual ones of memory, files and threads."""
+        """Return the metrics of a service's process, with the usual ones of memory, files and threads."""
         registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
@@ -112,10 +112,10 @@ class Metrics:
         return metrics
 
     def serve(self, address: Address) -> int:
-        """Answer scrapes from a thread of its own.
+        """Answer Prometheus on a thread of its own.
 
         Args:
-            address: where; port 0 lets the system choose one.
+            address: the address to listen on; port 0 is any free port.
 
         Returns:
             The port.

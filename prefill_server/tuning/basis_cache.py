@@ -1,22 +1,17 @@
 """Keeps spectral bases between starts: a model is calibrated once."""
 
-import hashlib
-import json
-import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
+from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.model.cache import build_once, cache_directory
+from spectrumkv.common.model.cache import build_once, cache_directory, sha256_of_json
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.prefill_server.tuning.calibration import Excerpt, calibrate
 from spectrumkv.prefill_server.tuning.needle.haystack import haystack
-
-logger = logging.getLogger(__name__)
 
 # Raised whenever a calibration would find another basis than before.
 CALIBRATION_VERSION = 1
@@ -28,7 +23,7 @@ BASIS_FILE = "basis.safetensors"
 
 
 def resolve_basis(loaded: LoadedModel, on_excerpt: Callable[[int], None]) -> SpectralBasis:
-    """Return the model's basis: the one kept, or one that is found now and kept.
+    """Return the model's basis: the one in the cache, or one that is calibrated now and kept there.
 
     Args:
         loaded: the model; where it is calibrated, its attention is switched to prefill's.
@@ -38,21 +33,17 @@ def resolve_basis(loaded: LoadedModel, on_excerpt: Callable[[int], None]) -> Spe
         FailedPreconditionError: the model's context is too short, or the cache cannot be written to.
     """
     key = {"model": asdict(loaded.spec), "calibration": CALIBRATION_VERSION}
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
     def build(directory: Path) -> None:
         basis = calibrate(loaded, default_excerpts(loaded), on_excerpt)
         (directory / BASIS_FILE).write_bytes(basis.serialized)
 
-    directory = build_once(cache_directory() / "bases" / digest, build)
-    try:
+    def read(directory: Path) -> SpectralBasis:
         basis = SpectralBasis.from_bytes((directory / BASIS_FILE).read_bytes())
         basis.check_fits(loaded.geometry)
-    except (OSError, InvalidArgumentError) as error:
-        raise FailedPreconditionError(
-            f"cannot use the basis kept in {directory}: {error}; remove that directory to calibrate again"
-        ) from error
-    return basis
+        return basis
+
+    return build_once(cache_directory() / "bases" / sha256_of_json(key), "the model's basis", build, read)
 
 
 def default_excerpts(loaded: LoadedModel) -> list[Excerpt]:

@@ -22,7 +22,7 @@ from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.common.service.config import Address
 from spectrumkv.common.telemetry.metrics import Metrics
-from spectrumkv.common.telemetry.trace_context import current_trace
+from spectrumkv.common.telemetry.tracing import current_trace
 from spectrumkv.prefill_server.transfer.pipeline import KvPipeline
 from spectrumkv.v1 import decode_pb2
 

@@ -143,4 +143,4 @@ def test_lists_and_numbers_of_other_makes_will_do():
 def test_a_text_that_is_none_is_refused(make, named):
     with pytest.raises(InvalidArgumentError) as caught:
         make("hi\ud800")
-    assert caught.value.message == f"{named} has '\\ud800' at character 2, which is no text; give valid UTF-8"
+    assert caught.value.message == f"{named} has '\\ud800' at character 2, which is not valid text; give UTF-8"

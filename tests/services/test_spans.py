@@ -14,9 +14,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from spectrumkv.client.request import Sampling, TokenIds
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError, SpectrumKVError
-from spectrumkv.common.telemetry import spans
-from spectrumkv.common.telemetry.spans import RequestSpan, set_up_spans
-from spectrumkv.common.telemetry.trace_context import TraceContext
+from spectrumkv.common.telemetry import tracing
+from spectrumkv.common.telemetry.tracing import RequestSpan, TraceContext, set_up_spans
 from tests.services.pair import Pair
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -28,7 +27,7 @@ def exported(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(spans.otel, "get_tracer", provider.get_tracer)
+    monkeypatch.setattr(tracing.otel, "get_tracer", provider.get_tracer)
     yield exporter
     provider.shutdown()
 
@@ -80,25 +79,20 @@ def test_a_request_that_fails_is_an_error_with_its_code(llama_pair: Pair, export
     with llama_pair.client() as client, pytest.raises(SpectrumKVError):
         client.generate(TokenIds((10**6,)), trace=CALLER).result()
     (span,) = exported.get_finished_spans()
-    assert span.status.status_code is spans.otel.StatusCode.ERROR
+    assert span.status.status_code is tracing.otel.StatusCode.ERROR
     assert span.status.description == "INVALID_ARGUMENT"
     assert "1000000" not in span.to_json()
 
 
-def test_without_the_extra_the_context_goes_on_as_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spans, "_INSTALLED", False)
-    span = RequestSpan("PrefillService", CALLER)
-    assert span.trace == CALLER
-    span.end("OK", {}, [])
-
-
-def test_without_a_provider_the_context_goes_on_as_it_came() -> None:
-    assert RequestSpan("PrefillService", CALLER).trace == CALLER
-    assert RequestSpan("PrefillService", TraceContext()).trace == TraceContext()
+@pytest.mark.parametrize("caller", [CALLER, TraceContext()])
+def test_without_a_provider_the_context_goes_on_as_it_came(caller: TraceContext) -> None:
+    span = RequestSpan("PrefillService", caller)
+    assert span.trace == caller
+    span.end("OK", {"request_id": "r"}, [("queue", 0.0)])
 
 
 def test_nothing_is_set_up_unless_an_exporter_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spans.otel, "set_tracer_provider", lambda provider: pytest.fail("it was set up"))
+    monkeypatch.setattr(tracing.otel, "set_tracer_provider", lambda provider: pytest.fail("it was set up"))
     monkeypatch.delenv("OTEL_TRACES_EXPORTER", raising=False)
     set_up_spans("prefill")
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
@@ -116,8 +110,7 @@ def test_what_cannot_be_exported_to_is_refused_with_a_sentence(monkeypatch: pyte
 
 def test_a_process_exports_as_the_standard_variables_say() -> None:
     program = (
-        "from spectrumkv.common.spans import RequestSpan, set_up_spans\n"
-        "from spectrumkv.common.trace_context import TraceContext\n"
+        "from spectrumkv.common.telemetry.tracing import RequestSpan, TraceContext, set_up_spans\n"
         "set_up_spans('decode')\n"
         f"RequestSpan('DecodeService', TraceContext('{CALLER.traceparent}')).end('OK', {{}}, [])\n"
     )

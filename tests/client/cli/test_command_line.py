@@ -104,7 +104,7 @@ def test_prompts_from_files_chats_and_token_ids(prefill, tmp_path, monkeypatch):
         (["generate", "a", "--server", "nowhere"], "HOST:PORT"),
         (["generate", "a", "--timeout", "0"], "positive number of seconds"),
         (["generate", "--prompt-file", "/does/not/exist"], "/does/not/exist"),
-        (["generate", "a\udcffb"], "the prompt has '\\udcff' at character 1, which is no text; give valid UTF-8"),
+        (["generate", "a\udcffb"], "the prompt has '\\udcff' at character 1, which is not valid text; give UTF-8"),
         (["generate", "a", "--chat", "--system", "\udcff"], "content has '\\udcff' at character 0"),
         (["generate", "a", "--model", "\udcff"], "model has '\\udcff' at character 0"),
         (["generate", "a", "--bud", "0.5"], "unrecognized"),
@@ -309,7 +309,7 @@ def test_an_error_of_another_file_is_not_blamed_on_the_output():
 def test_heavy_imports_stay_out(arguments):
     code = (
         "import sys\n"
-        "from spectrumkv.client.command_line import main\n"
+        "from spectrumkv.client.cli.main import main\n"
         "try:\n    main(sys.argv[1:])\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'triton', 'numpy'} & set(sys.modules)\n"

@@ -9,7 +9,7 @@ import pytest
 CORES = """
 import torch
 from concurrent.futures import ThreadPoolExecutor
-from spectrumkv.common.compute_threads import keep_all_cores, use_one_thread
+from spectrumkv.common.concurrency.threads import keep_all_cores, use_one_thread
 print(torch.get_num_threads())
 model, coder = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 model.submit(keep_all_cores).result()
@@ -31,7 +31,7 @@ THREADS = """
 import os
 import time
 import torch
-from spectrumkv.common.compute_threads import run_in_thread
+from spectrumkv.common.concurrency.threads import run_in_thread
 
 def threads():
     return len(os.listdir("/proc/self/task"))

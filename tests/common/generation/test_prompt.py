@@ -118,7 +118,7 @@ def test_an_empty_prompt_is_refused(
 def test_text_that_comes_to_nothing_is_refused() -> None:
     tokenizer = make_byte_level()
     tokenizer.chat_template = "{% if false %}x{% endif %}"
-    with pytest.raises(InvalidArgumentError, match="comes to no tokens at all"):
+    with pytest.raises(InvalidArgumentError, match="the prompt has no tokens; a prompt has at least one"):
         read_prompt(chat(("user", "x")), tokenizer, VOCAB)
 
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectrumkv.common.generation.stop_strings import StopStrings
+from spectrumkv.common.generation.text import StopStrings
 
 # Few letters, so that stop strings overlap themselves, each other and the cuts.
 TEXT = st.text("ab\n", max_size=30)

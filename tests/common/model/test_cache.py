@@ -1,6 +1,8 @@
+import logging
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -8,14 +10,24 @@ import platformdirs
 import pytest
 
 from spectrumkv.common.errors import FailedPreconditionError
-from spectrumkv.common.model.cache import build_once, cache_directory
+from spectrumkv.common.model.cache import build_once, cache_directory, read_entry, write_entry
 
 BUILD_IN_A_PROCESS = """
 import os, sys
 from pathlib import Path
 from spectrumkv.common.model.cache import build_once
-build_once(Path(sys.argv[1]), lambda partial: (partial / str(os.getpid())).touch())
+build_once(Path(sys.argv[1]), "a test's", lambda partial: (partial / str(os.getpid())).touch(), os.fspath)
 """
+
+
+def built(directory: Path, build: Callable[[Path], None]) -> Path:
+    """Build an entry that is never damaged."""
+    return build_once(directory, "an entry", build, lambda complete: complete)
+
+
+def number_in(directory: Path) -> int:
+    """Read an entry that holds a number."""
+    return int((directory / "number").read_text())
 
 
 def test_the_environment_names_the_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -29,8 +41,8 @@ def test_the_environment_names_the_cache_directory(monkeypatch: pytest.MonkeyPat
 
 def test_builds_what_is_missing_and_keeps_what_is_there(tmp_path: Path) -> None:
     directory = tmp_path / "deep" / "model-0.1.2"
-    assert build_once(directory, lambda partial: (partial / "first").touch()) == directory
-    build_once(directory, lambda partial: (partial / "second").touch())
+    assert built(directory, lambda partial: (partial / "first").touch()) == directory
+    built(directory, lambda partial: (partial / "second").touch())
     assert [file.name for file in directory.iterdir()] == ["first"]
 
 
@@ -41,23 +53,23 @@ def test_the_final_name_appears_only_with_the_complete_result(tmp_path: Path) ->
         (partial / "weights").touch()
         assert not directory.exists()
 
-    build_once(directory, build)
+    built(directory, build)
     assert (directory / "weights").exists()
 
 
-def test_threads_that_ask_together_build_once(tmp_path: Path) -> None:
+def test_threads_that_ask_together_built(tmp_path: Path) -> None:
     together, builds = threading.Barrier(8), []
 
     def ask(_: int) -> Path:
         together.wait()
-        return build_once(tmp_path / "model", lambda partial: builds.append(partial))
+        return built(tmp_path / "model", lambda partial: builds.append(partial))
 
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(ask, range(8))) == {tmp_path / "model"}
     assert len(builds) == 1
 
 
-def test_processes_that_ask_together_build_once(tmp_path: Path) -> None:
+def test_processes_that_ask_together_built(tmp_path: Path) -> None:
     command = [sys.executable, "-c", BUILD_IN_A_PROCESS, str(tmp_path / "model")]
     processes = [subprocess.Popen(command) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
@@ -72,9 +84,9 @@ def test_a_failed_build_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> No
         raise FailedPreconditionError("no network")
 
     with pytest.raises(FailedPreconditionError, match="no network"):
-        build_once(tmp_path / "model", fail)
+        built(tmp_path / "model", fail)
     assert [file.name for file in tmp_path.iterdir() if file.is_dir()] == []
-    build_once(tmp_path / "model", lambda partial: (partial / "whole").touch())
+    built(tmp_path / "model", lambda partial: (partial / "whole").touch())
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["whole"]
 
 
@@ -82,7 +94,7 @@ def test_what_a_killed_process_left_is_not_taken_over(tmp_path: Path) -> None:
     left = tmp_path / "model.partial"
     left.mkdir()
     (left / "half").touch()
-    build_once(tmp_path / "model", lambda partial: (partial / "whole").touch())
+    built(tmp_path / "model", lambda partial: (partial / "whole").touch())
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["whole"]
     assert not left.exists()
 
@@ -90,4 +102,61 @@ def test_what_a_killed_process_left_is_not_taken_over(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FailedPreconditionError, match=r"cannot write to .*file.*SPECTRUMKV_CACHE"):
-        build_once(tmp_path / "file" / "model", lambda partial: None)
+        built(tmp_path / "file" / "model", lambda partial: None)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda file: file.write_text("not a number"), Path.unlink], ids=["text", "missing"]
+)
+def test_a_damaged_directory_is_built_again_with_a_warning(
+    damage: Callable[[Path], object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def ask(number: str) -> int:
+        return build_once(tmp_path / "e", "the number", lambda partial: write(partial / "number", number), number_in)
+
+    assert ask("1") == 1
+    assert ask("2") == 1
+    assert not caplog.records
+    damage(tmp_path / "e" / "number")
+    assert ask("3") == 3
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert f"cannot use the number kept in {tmp_path / 'e'}" in caplog.text
+    assert ask("4") == 3
+
+
+def test_a_damaged_directory_stays_where_it_cannot_be_built_again(tmp_path: Path) -> None:
+    def fail(partial: Path) -> None:
+        raise FailedPreconditionError("no network")
+
+    write(tmp_path / "e" / "number", "damaged")
+    with pytest.raises(FailedPreconditionError, match="no network"):
+        build_once(tmp_path / "e", "the number", fail, number_in)
+    assert (tmp_path / "e" / "number").read_text() == "damaged"
+
+
+def test_a_file_is_read_as_it_was_written_and_replaced_whole(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "entry"
+    assert read_entry(file, "the number", int) is None
+    for text in ("1", "2"):
+        write_entry(file, "the number", text)
+        assert read_entry(file, "the number", int) == int(text)
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_damaged_file_counts_as_none_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for content in (b"", b"one", b"\xff"):
+        (tmp_path / "entry").write_bytes(content)
+        caplog.clear()
+        assert read_entry(tmp_path / "entry", "the number", int) is None
+        assert f"cannot use the number kept in {tmp_path / 'entry'}" in caplog.text
+
+
+def test_a_file_that_cannot_be_kept_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    write_entry(tmp_path / "file" / "entry", "the number", "1")
+    assert f"cannot keep the number in {tmp_path / 'file' / 'entry'}" in caplog.text
+
+
+def write(file: Path, text: str) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)

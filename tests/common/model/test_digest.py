@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from spectrumkv.common.errors import FailedPreconditionError
-from spectrumkv.common.model import digest
-from spectrumkv.common.model.digest import rope_digest, tokenizer_digest, weights_digest
+from spectrumkv.common.model import spec
+from spectrumkv.common.model.spec import rope_digest, tokenizer_digest, weights_digest
 from tests.tiny_models import tiny_model
 
 Tensors = dict[str, torch.Tensor]
@@ -62,13 +62,17 @@ def test_weights_digest_sees_every_kind_of_change(tmp_path: Path, tensors: Tenso
 
 
 def test_weights_are_hashed_once(
-    cache: Path, tmp_path: Path, tensors: Tensors, monkeypatch: pytest.MonkeyPatch
+    cache: Path,
+    tmp_path: Path,
+    tensors: Tensors,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     directory = write(tmp_path / "model", tensors)
     first = weights_digest(directory)
     hashed = []
-    genuine = digest._hash_weights
-    monkeypatch.setattr(digest, "_hash_weights", lambda files: hashed.append(files) or genuine(files))
+    genuine = spec._hash_weights
+    monkeypatch.setattr(spec, "_hash_weights", lambda files: hashed.append(files) or genuine(files))
     assert weights_digest(directory) == first
     assert hashed == []
 
@@ -76,6 +80,8 @@ def test_weights_are_hashed_once(
     kept.write_text(first[:10])
     assert weights_digest(directory) == first
     assert len(hashed) == 1
+    assert f"cannot use the digest of the weights kept in {kept}" in caplog.text
+    assert kept.read_text() == first
 
 
 @pytest.mark.usefixtures("cache")

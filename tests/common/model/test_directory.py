@@ -89,7 +89,7 @@ def test_an_unreachable_hub_is_named_with_the_remedy(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("status", "code", "expected"),
     [
-        (404, "RepoNotFound", "the hub knows no model of that name; check the spelling"),
+        (404, "RepoNotFound", "the hub has no model of that name; check the spelling"),
         (403, "GatedRepo", "is gated; accept its terms"),
     ],
 )

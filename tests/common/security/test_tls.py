@@ -158,7 +158,7 @@ def test_a_rotation_halfway_through_leaves_the_old_certificate_in_place(
         replace(folder / "cert.pem", fresh.cert)
         for _ in range(2):
             assert server.ask(ours) == "yes"
-        assert caplog.text.count("cannot be used, what was read before holds on") == 1
+        assert caplog.text.count("cannot be used; what was read before stays in use") == 1
         replace(folder / "key.pem", fresh.key)
         assert server.ask(theirs) == "yes"
 

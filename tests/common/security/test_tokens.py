@@ -149,7 +149,7 @@ def test_tokens_change_while_the_server_runs(tmp_path: Path, caplog: pytest.LogC
         path.unlink()
         assert texts(channel) == "yes"
         assert texts(channel) == "yes"
-        assert caplog.text.count("cannot be used, what was read before holds on") == 1
+        assert caplog.text.count("cannot be used; what was read before stays in use") == 1
         token_file(path, THIRD)
         with pytest.raises(grpc.RpcError):
             texts(channel)
@@ -165,7 +165,8 @@ def test_the_environment_gives_the_token_where_no_file_does(tmp_path: Path, monk
         assert isinstance(server.refusal(ChannelSecurity()), UnauthenticatedError)
         assert server.ask(sending(tmp_path, TOKEN)) == "yes"
         monkeypatch.setenv("SPECTRUMKV_TOKEN", "short secret")
-        with pytest.raises(InvalidArgumentError, match="SPECTRUMKV_TOKEN is no token; allowed: 16 to 512") as caught:
+        said = "SPECTRUMKV_TOKEN is not a token; allowed: 16 to 512"
+        with pytest.raises(InvalidArgumentError, match=said) as caught:
             server.ask(ChannelSecurity())
         assert "short secret" not in caught.value.message
 
@@ -189,11 +190,11 @@ def test_the_command_sends_a_token_and_shows_a_refusal(
     [
         (b"", "has 0 tokens; allowed: 1 to 1024, one a line"),
         (b"# only\n\n", "has 0 tokens"),
-        (b"good-token-0123456789\nshort\n", "line 2 is no token; allowed: 16 to 512 characters"),
-        (b"two tokens-in-one-line-0123456789\n", "line 1 is no token"),
-        ("größer-als-ascii-0123456789\n".encode(), "line 1 is no token"),
-        (b"\xff\xfe binary nonsense 0123456789\n", "line 1 is no token"),
-        (b"x" * 513, "line 1 is no token"),
+        (b"good-token-0123456789\nshort\n", "line 2 is not a token; allowed: 16 to 512 characters"),
+        (b"two tokens-in-one-line-0123456789\n", "line 1 is not a token"),
+        ("größer-als-ascii-0123456789\n".encode(), "line 1 is not a token"),
+        (b"\xff\xfe binary nonsense 0123456789\n", "line 1 is not a token"),
+        (b"x" * 513, "line 1 is not a token"),
         (b"good-token-0123456789\n" * (MAX_TOKENS + 1), "has 1025 tokens"),
     ],
 )

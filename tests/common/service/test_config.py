@@ -16,12 +16,9 @@ from spectrumkv.common.service.config import (
     build,
     flag_name,
     load,
-    number,
-    parse_addresses,
-    parse_bytes,
     text_of,
 )
-from spectrumkv.common.service.options import allowed_by, some_text
+from spectrumkv.common.service.options import allowed_by, number, parse_addresses, parse_bytes, some_text
 
 CONFIGS = [PrefillConfig, DecodeConfig]
 OPTIONS = [(config, declared) for config in CONFIGS for declared in fields(config)]
@@ -193,7 +190,7 @@ def test_an_unknown_flag_is_refused(arguments, said):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "cannot be read: No such file"), (b"budget = ", "is no TOML file"), (b"\xff", "is no TOML file")],
+    [(None, "cannot be read: No such file"), (b"budget = ", "is not a TOML file"), (b"\xff", "is not a TOML file")],
 )
 def test_a_file_that_cannot_be_used_is_refused(content, said, tmp_path):
     path = tmp_path / "server.toml"

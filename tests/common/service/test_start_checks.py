@@ -73,7 +73,7 @@ RUNNING = "import signal\ndef main():\n    print(signal.getsignal(signal.SIGINT)
 )
 def test_ctrl_c_during_imports_is_silent(tmp_path: Path, module: str, status: int, output: str) -> None:
     (tmp_path / "service.py").write_text(module)
-    code = "from spectrumkv.common import commands; commands._run('service')"
+    code = "from spectrumkv.common.service import entrypoints; entrypoints._run('service')"
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"],
         capture_output=True,

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 
 from spectrumkv.client.request import KvChoice
 from spectrumkv.common.errors import DataLossError, InvalidArgumentError, UnavailableError
-from spectrumkv.common.telemetry.log_format import FORMATTERS
-from spectrumkv.common.telemetry.request_log import RequestRecord, check_request_id, current_request
-from spectrumkv.common.telemetry.trace_context import TraceContext, current_trace
+from spectrumkv.common.telemetry.request_log import FORMATTERS, RequestRecord, check_request_id, current_request
+from spectrumkv.common.telemetry.tracing import TraceContext, current_trace
 from spectrumkv.v1 import prefill_pb2
 from tests.common.rpc.scripted import WAIT_SECONDS, response, served
 
@@ -53,7 +52,7 @@ def test_json_has_everything_under_its_own_name():
 def test_text_is_key_value_with_quotes_where_needed():
     said = line(formatter="text", request_id='a "b" c', kv_bytes=3)
     assert said.startswith(tuple("0123456789"))
-    assert " INFO spectrumkv.common.request_log: request ended service=PrefillService " in said
+    assert " INFO spectrumkv.common.telemetry.request_log: request ended service=PrefillService " in said
     assert r' request_id="a \"b\" c" ' in said
     assert " kv_bytes=3 code=OK seconds=" in said
 
@@ -100,38 +99,6 @@ def test_an_id_that_is_let_through_is_short_and_on_one_line(text):
         return
     assert len(text) <= 128
     assert len(f"<{text}>".splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("metadata", "expected"),
-    [
-        ([("traceparent", PARENT)], TraceContext(PARENT)),
-        ([("traceparent", PARENT), ("tracestate", "a=1"), ("tracestate", "b=2")], TraceContext(PARENT, "a=1,b=2")),
-        ([("traceparent", PARENT), ("tracestate", "x" * 513)], TraceContext(PARENT)),
-        ([("traceparent", "cc-" + PARENT[3:] + "-later-versions-have-more")], None),
-        ([("tracestate", "a=1")], TraceContext()),
-        ([("traceparent", PARENT), ("traceparent", PARENT)], TraceContext()),
-        ([("traceparent", PARENT.upper())], TraceContext()),
-        ([("traceparent", "ff" + PARENT[2:])], TraceContext()),
-        ([("traceparent", PARENT + "-more")], TraceContext()),
-        ([("traceparent", f"00-{'0' * 32}-b7ad6b7169203331-01")], TraceContext()),
-        ([("traceparent", f"00-{TRACE_ID}-{'0' * 16}-01")], TraceContext()),
-        ([("traceparent", PARENT[:-1])], TraceContext()),
-        ([("traceparent", PARENT + "\n")], TraceContext()),
-    ],
-)
-def test_trace_contexts_are_read_as_the_recommendation_says(metadata, expected):
-    found = TraceContext.from_metadata(metadata)
-    if expected is None:
-        assert found.trace_id == TRACE_ID
-    else:
-        assert found == expected
-        assert TraceContext.from_metadata(found.metadata) == found
-
-
-def test_a_trace_of_ones_own_making_is_checked():
-    with pytest.raises(InvalidArgumentError, match="traceparent is 'x'"):
-        TraceContext("x")
 
 
 def test_each_handler_finds_its_own_record_and_trace(caplog):

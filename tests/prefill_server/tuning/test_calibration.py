@@ -1,14 +1,18 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from spectrumkv.common.kv.capture import LayerCapture
+from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.layout import LOWEST_CLASS, TokenClasses
 from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment, decode_segment, encode_segment
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
+from spectrumkv.prefill_server.tuning import basis_cache
 from spectrumkv.prefill_server.tuning.basis_cache import default_excerpts, resolve_basis
 from spectrumkv.prefill_server.tuning.calibration import _continuing, calibrate
 from spectrumkv.prefill_server.tuning.replay import capture_prompt
@@ -72,3 +76,36 @@ def test_a_basis_is_kept(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> N
     assert done == list(range(1, 9))
     again = resolve_basis(loaded, lambda _: pytest.fail("the model is calibrated again"))
     assert again.digest == first.digest
+
+
+@pytest.fixture(scope="module")
+def llama() -> LoadedModel:
+    """Found before the cache directory is another one."""
+    return prepared("llama")
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors", None])
+def test_a_damaged_basis_is_calibrated_again(
+    content: bytes | None,
+    llama: LoadedModel,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    found = calibrate(llama, default_excerpts(llama)[:1], lambda done: None)
+    calibrated: list[LoadedModel] = []
+
+    def calibrate_again(loaded: LoadedModel, *_: object) -> SpectralBasis:
+        calibrated.append(loaded)
+        return found
+
+    monkeypatch.setattr(basis_cache, "calibrate", calibrate_again)
+    assert resolve_basis(llama, lambda done: None).digest == found.digest
+    (file,) = (cache / "bases").glob(f"*/{basis_cache.BASIS_FILE}")
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    for _ in range(2):
+        assert resolve_basis(llama, lambda done: None).digest == found.digest
+    assert len(calibrated) == 2
+    assert f"cannot use the model's basis kept in {file.parent}" in caplog.text

@@ -1,42 +1,81 @@
-"""Plots of results, drawn without a display."""
+"""Run `spectrumkv-bench plot`, and draw the rows of `quality` and `niah` without a display."""
 
+import argparse
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spectrumkv.bench.report.quality_runs import read_comparable
+from spectrumkv.client.cli.output import check_writable
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
 
 FORMATS = (".png", ".svg", ".pdf")
 MARKERS = "osD^vP*Xdh<>p"
-# A logarithmic axis has no zero; identical distributions are drawn here.
+# A logarithmic axis has no zero, so identical distributions are drawn at this KL.
 LEAST_KL = 1e-8
 # Within ± this many per cent, the axis of Δ perplexity is linear.
 LINEAR_DELTA_PCT = 0.1
-# What budgets are asked for at.
+# Ticks of the budget axis.
 BUDGET_TICKS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
 
 Rows = Sequence[Mapping[str, Any]]
 
 
-def check_format(flag: str, path: str) -> None:
-    """Refuse a plot that could not be drawn.
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the parser."""
+    parser = subparsers.add_parser(
+        "plot",
+        help="draw several runs of quality, such as the services' and the peers', in one plot",
+        description="Draw the rows of several results of `quality` on the same model, text and windows.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("results", nargs="+", type=Path, metavar="FILE", help="result file of quality")
+    parser.add_argument("--plot", required=True, metavar="FILE", help="file of the plot (.png, .svg or .pdf)")
+    parser.set_defaults(run=run, parser=parser)
 
-    Args:
-        flag: that names it.
-        path: where to.
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draw the plot and return 0.
 
     Raises:
-        InvalidArgumentError: the file's format is not known.
+        SpectrumKVError: a result cannot be read, the runs are not comparable, or the plot cannot be drawn.
+    """
+    check_plot("--plot", arguments.plot)
+    results = read_comparable(arguments.results)
+    rows = [row for result in results for row in result["rows"]]
+    draw_quality(rows, arguments.plot, results[0]["meta"]["model"]["name"])
+    return 0
+
+
+def check_plot(flag: str, path: str) -> None:
+    """Refuse a plot that could not be drawn or written.
+
+    Args:
+        flag: the flag that names the file, for the error message.
+        path: the file.
+
+    Raises:
+        InvalidArgumentError: the file cannot be written, or its format is unknown.
         FailedPreconditionError: matplotlib is not installed.
     """
+    check_writable(flag, path)
     if Path(path).suffix not in FORMATS:
         raise InvalidArgumentError(f"{flag} {path}; allowed: a file that ends in one of {', '.join(FORMATS)}")
     _figure_class()
 
 
 def draw_quality(rows: Rows, path: str, title: str) -> None:
-    """Draw KL and Δ perplexity against counted bytes, one curve for each method, with confidence intervals."""
+    """Draw KL and Δ perplexity against counted bytes, a curve for each method, with confidence intervals.
+
+    Args:
+        rows: rows of `quality`.
+        path: file of the plot.
+        title: title of the plot.
+
+    Raises:
+        InvalidArgumentError: the file cannot be written.
+    """
     from matplotlib import colormaps
     from matplotlib.ticker import NullFormatter
 
@@ -77,7 +116,16 @@ def draw_quality(rows: Rows, path: str, title: str) -> None:
 
 
 def draw_niah(rows: Rows, path: str, title: str) -> None:
-    """Draw a heat map of depth × counted budget for each method, the exact KV's finds beside each."""
+    """Draw a heat map of depth × counted budget for each method, with a column for exact KV.
+
+    Args:
+        rows: rows of `niah`.
+        path: file of the plot.
+        title: title of the plot.
+
+    Raises:
+        InvalidArgumentError: the file cannot be written.
+    """
     curves = _curves(rows)
     width = min(4, len(curves))
     height = -(-len(curves) // width)
@@ -108,7 +156,7 @@ def _share(row: Mapping[str, Any], key: str) -> list[float]:
 
 
 def _curves(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
-    """Rows by method, budgets together; a label says no more than what tells the methods apart."""
+    """Group rows by method; a method's label has only the parts that differ between methods."""
     told_apart = [key for key in ("codec", "scorer", "scope") if len({row[key] for row in rows if row[key]}) > 1]
     curves = defaultdict(list)
     for row in rows:
@@ -118,7 +166,7 @@ def _curves(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def _errors(points: Rows, key: str) -> list[list[float]] | None:
-    """Lengths of the error bars down and up."""
+    """Return the lengths of the error bars, down and up; None if a row has no interval."""
     if any(row[f"{key}_ci"] is None for row in points):
         return None
     down = [max(0.0, row[key] - row[f"{key}_ci"][0]) for row in points]
@@ -126,7 +174,7 @@ def _errors(points: Rows, key: str) -> list[list[float]] | None:
 
 
 def _figure_class() -> Any:
-    """The class of figures of matplotlib, which picks a backend by the file it is saved to and needs no display."""
+    """Return matplotlib's `Figure`, which needs no display and picks its backend by the file it is saved to."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -1,33 +1,54 @@
-"""Reading what `quality` wrote, checked as far as `plot` and `goals` use it."""
+"""Read result files of `quality`, and check the fields that `plot` and `goals` use and that runs are comparable."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from spectrumkv.common.errors import InvalidArgumentError
 
-# Of each row, by what `quality_row` writes there; more may be in it.
+# Arguments that must be equal in runs that are compared.
+SAME_ARGUMENTS = ("text_sha256", "context", "scored", "skip_windows", "windows")
+# Fields of each row, by the kind that `quality_row` writes. A row may have more fields.
 ROW_TEXTS = ("policy", "codec", "scorer", "scope")
 ROW_NUMBERS = ("budget_target", "budget_counted", "kl", "ppl_delta_pct", "windows")
-# One window has no confidence interval.
+# These are null for a single window, which has no confidence interval.
 ROW_INTERVALS = ("kl_ci", "ppl_delta_pct_ci")
-# Of `meta.model`; see `describe_model`.
+# Fields of `meta.model`; see `describe_model`.
 MODEL_TEXTS = ("name", "weights_digest", "dtype")
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """Read a result.
+def read_comparable(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Read result files of `quality` on the same windows with the same model.
 
     Raises:
-        InvalidArgumentError: it cannot be read, `quality` did not write it, or something in it is of the wrong kind.
+        InvalidArgumentError: a file cannot be used (see `read_result`), or the runs differ in text, windows or model;
+            the message names the difference.
+    """
+    results = [read_result(path) for path in paths]
+    first = _circumstances(results[0])
+    for path, result in zip(paths, results, strict=True):
+        for name, value in _circumstances(result).items():
+            if value != first[name]:
+                raise InvalidArgumentError(
+                    f"{path} has {name} {value!r} and {paths[0]} has {first[name]!r}; only runs on the same windows "
+                    "of the same text with the same model can be compared"
+                )
+    return results
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read a result file of `quality`.
+
+    Raises:
+        InvalidArgumentError: the file cannot be read, `quality` did not write it, or a field has the wrong kind.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidArgumentError(f"{path}: {error.strerror}; name a file that quality wrote") from error
     except ValueError as error:
-        raise InvalidArgumentError(f"{path} is no JSON: {error}; name a file that quality wrote") from error
+        raise InvalidArgumentError(f"{path} is not JSON: {error}; name a file that quality wrote") from error
     rows = content.get("rows") if isinstance(content, dict) else None
     if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) and "kl" in row for row in rows):
         raise InvalidArgumentError(f"{path} has no rows of quality; name a file that quality wrote")
@@ -78,7 +99,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    # To Python, true and false are numbers.
+    # Python counts True and False as numbers.
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -88,3 +109,9 @@ def _is_interval(value: Any) -> bool:
 
 def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
+
+
+def _circumstances(result: Mapping[str, Any]) -> dict[str, Any]:
+    meta = result["meta"]
+    chosen = {name: meta["args"].get(name) for name in SAME_ARGUMENTS}
+    return chosen | {name: meta["model"].get(name) for name in ("weights_digest", "dtype")}

@@ -1,4 +1,4 @@
-"""The `spectrumkv` command. Each command is a module with `add_parser`, which registers it."""
+"""Run the `spectrumkv` command. Each of its commands is a module whose `add_parser` registers it."""
 
 import argparse
 import sys

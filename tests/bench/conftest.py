@@ -4,7 +4,7 @@ import pytest
 
 from spectrumkv.bench.methods.served_model import ServedModel
 from spectrumkv.bench.methods.wire_method import WireMethod
-from spectrumkv.bench.models.synthetic_basis import synthetic_basis
+from spectrumkv.bench.models.synthetic_prompt import synthetic_basis
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.common.service.config import PrefillConfig, build
 from spectrumkv.prefill_server.transfer.plan import KvPlan

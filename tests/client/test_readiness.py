@@ -3,8 +3,8 @@ import threading
 
 import pytest
 
+from spectrumkv.client import readiness
 from spectrumkv.client.client import SpectrumClient
-from spectrumkv.client.local import readiness
 from spectrumkv.common.errors import CancelledError, DeadlineExceededError, SpectrumKVError
 from tests.client.fake_servers import FakePrefill, prefill_server, serving, stop
 

@@ -3,12 +3,12 @@ import argparse
 import pytest
 from prometheus_client import CollectorRegistry
 
-from spectrumkv.bench.flags.method_flags import DEFAULT_BUDGETS, add_method_flags
+from spectrumkv.bench.flags import DEFAULT_BUDGETS, add_method_flags
 from spectrumkv.bench.methods.selection import Choice, MethodSelector, Selection
 from spectrumkv.bench.methods.wire_method import WireMethod, is_fixed
-from spectrumkv.bench.models.synthetic_basis import synthetic_basis
+from spectrumkv.bench.models.synthetic_prompt import synthetic_basis
 from spectrumkv.bench.peers.baselines import Baseline, baselines
-from spectrumkv.bench.peers.quanto_extension import QUANTO
+from spectrumkv.bench.peers.quanto import QUANTO
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.model.load import LoadedModel
@@ -114,7 +114,7 @@ def test_the_same_method_is_measured_once(tiny_llama: LoadedModel) -> None:
 def test_what_is_left_out_is_said(tiny_llama: LoadedModel) -> None:
     selection = select(tiny_llama, "--policies", "greedy", "--budgets", "0.5,0.1")
     assert spelled(selection) == [("greedy", 0.5)]
-    assert selection.notes == ["greedy at 0.1 is left out: it keeps to budgets from 0.25 to 1"]
+    assert selection.notes == ["greedy at 0.1 is left out: its budgets go from 0.25 to 1"]
 
 
 @pytest.mark.parametrize(

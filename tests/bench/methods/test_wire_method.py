@@ -2,7 +2,8 @@
 
 import pytest
 
-from spectrumkv.bench.methods.served_model import ExactFp16, ServedModel
+from spectrumkv.bench.methods.method import ExactFp16
+from spectrumkv.bench.methods.served_model import ServedModel
 from spectrumkv.bench.methods.wire_method import is_fixed
 from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.kv.tiers import Tier

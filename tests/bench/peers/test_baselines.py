@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from spectrumkv.bench.methods.method import Prompt
 from spectrumkv.bench.methods.selection import Choice  # noqa: F401  # registers all baselines
-from spectrumkv.bench.methods.served_model import Prompt, ServedModel
+from spectrumkv.bench.methods.served_model import ServedModel
 from spectrumkv.bench.peers.baselines import Baseline, BaselineMethod, baselines
 from spectrumkv.bench.peers.pdtrim import best_trim
 from tests.services.test_lossless import random_prompt

@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 
 from spectrumkv.bench.main import main
-from spectrumkv.bench.peers import quanto_extension
-from spectrumkv.bench.peers.quanto_extension import expect_extension
+from spectrumkv.bench.peers import quanto
+from spectrumkv.bench.peers.quanto import expect_extension
 from spectrumkv.common.errors import FailedPreconditionError
 from tests.bench.text import TEXT
 from tests.tiny_models import tiny_model
@@ -29,7 +29,7 @@ def extension(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "nothing.cpp").write_text("")
     made = extension_module.Extension("quanto_cpp", root_dir=str(tmp_path), sources=["nothing.cpp"])
     monkeypatch.setitem(extension_module._extensions, "quanto_cpp", made)
-    monkeypatch.setattr(quanto_extension, "LOADING_SECONDS", 0.1)
+    monkeypatch.setattr(quanto, "LOADING_SECONDS", 0.1)
     return made
 
 
@@ -108,7 +108,7 @@ def test_a_lock_in_a_build_for_another_torch_is_no_obstacle(extension: Any, monk
 
 
 def test_who_only_loads_is_waited_for(extension: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quanto_extension, "LOADING_SECONDS", 60.0)
+    monkeypatch.setattr(quanto, "LOADING_SECONDS", 60.0)
     built_with(extension, torch.__version__)
     lock = locked(extension)
     timer = threading.Timer(0.2, lock.unlink)

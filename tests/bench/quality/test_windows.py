@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from spectrumkv.bench.quality.windows import cut, read_text, text_digest
+from spectrumkv.bench.quality.texts import cut, read_text, text_digest
 from spectrumkv.common.errors import InvalidArgumentError
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from spectrumkv.bench.main import main
-from spectrumkv.bench.quality.result import MODEL_TEXTS, ROW_INTERVALS, ROW_NUMBERS, ROW_TEXTS, read_result
+from spectrumkv.bench.report.quality_runs import MODEL_TEXTS, ROW_INTERVALS, ROW_NUMBERS, ROW_TEXTS, read_result
 from spectrumkv.common.errors import InvalidArgumentError
-from tests.bench.report.test_plot_command import result, write
+from tests.bench.report.test_plot import result, write
 
 RESULTS = sorted((Path(__file__).parents[3] / "bench" / "results").glob("quality-*.json"))
 

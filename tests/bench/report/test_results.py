@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from spectrumkv.bench.flags.destinations import check_destinations
 from spectrumkv.bench.main import COMMANDS, main
+from spectrumkv.bench.report.results import check_destinations
 from spectrumkv.common.errors import InvalidArgumentError
 
 # What commands cannot do without.

@@ -306,7 +306,7 @@ def test_an_error_of_another_file_is_not_blamed_on_the_output():
 def test_heavy_imports_stay_out(arguments):
     code = (
         "import sys\n"
-        "from spectrumkv.client.command_line import main\n"
+        "from spectrumkv.client.cli.main import main\n"
         "try:\n    main(sys.argv[1:])\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'triton', 'numpy'} & set(sys.modules)\n"

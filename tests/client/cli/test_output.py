@@ -1,6 +1,6 @@
 import pytest
 
-from spectrumkv.client.cli.output_file import check_writable
+from spectrumkv.client.cli.output import check_writable
 from spectrumkv.common.errors import InvalidArgumentError
 
 

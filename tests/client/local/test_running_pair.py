@@ -17,9 +17,9 @@ from spectrumkv.common.errors import DeadlineExceededError, InvalidArgumentError
 
 HERE = Path(__file__).parent
 UP = (
-    "import sys; from spectrumkv.client import pair_config as p; "
+    "import sys; from spectrumkv.client.local import pair_config as p; "
     "p.DECODE_MODULE = p.PREFILL_MODULE = 'fake_service'; "
-    "from spectrumkv.client.command_line import main; sys.exit(main(sys.argv[1:]))"
+    "from spectrumkv.client.cli.main import main; sys.exit(main(sys.argv[1:]))"
 )
 ANY_PORTS = [f"--{name.replace('_', '-')}={address}" for name, address in FREE_PORTS.items()]
 

@@ -21,7 +21,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         "--top-p",
         type=float,
         metavar="P",
-        help="sample from the smallest set of tokens whose probability is P, in (0, 1]",
+        help="sample from the smallest set of tokens with a probability of P, in (0, 1]",
     )
     group.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens; 0 is all")
     group.add_argument(

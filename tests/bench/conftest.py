@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from importlib.resources import files
 
 import pytest
 
@@ -14,6 +15,8 @@ from tests.tiny_models import tiny_model
 
 CAPACITY = 160
 WINDOW = 16
+# A text that is long enough for a few small windows.
+TEXT = (files("spectrumkv.prefill_server.tuning.needle") / "haystack.txt").read_text(encoding="utf-8")[:6000]
 
 MakeMethod = Callable[..., WireMethod]
 

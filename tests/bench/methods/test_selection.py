@@ -60,8 +60,8 @@ def test_the_help_says_of_which_policies_budgets_are_bytes() -> None:
     add_method_flags(parser)
     said = " ".join(parser.format_help().split())
     counted = ", ".join(name for name in policies if policies.get(name).budget_is_counted)
-    assert f"for policy {counted} all bytes that are sent" in said
-    assert "for policies of tiers and baselines the mean cost per token" in said
+    assert f"Policy {counted} counts all bytes sent" in said
+    assert "other policies and baselines count the mean cost per token" in said
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_what_is_left_out_is_said(tiny_llama: LoadedModel) -> None:
     [
         (["--policies", "best"], "unknown policy 'best'; valid: all, default, spectral"),
         (["--policies", "greedy:zip"], "unknown codec 'zip'"),
-        (["--policies", "uniform-int3:absmax"], "has a codec of its own"),
+        (["--policies", "uniform-int3:absmax"], "has its own codec"),
         (["--policies", "greedy", "--budgets", "0.1"], "nothing to measure: greedy at 0.1"),
         (["--policies", "greedy", "--codec", "native"], "codec 'native' cannot write policy 'greedy'"),
         (["--codec", "zip"], "unknown codec 'zip'"),

@@ -15,7 +15,7 @@ from spectrumkv.bench.main import main
 from spectrumkv.bench.peers import quanto
 from spectrumkv.bench.peers.quanto import expect_extension
 from spectrumkv.common.errors import FailedPreconditionError
-from tests.bench.text import TEXT
+from tests.bench.conftest import TEXT
 from tests.tiny_models import tiny_model
 
 extension_module = pytest.importorskip("optimum.quanto.library.extensions.extension")

@@ -56,6 +56,6 @@ def test_other_runs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_what_is_no_result_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text").write_text("text")
-    for path, said in ((tmp_path / "text", "is no JSON"), (tmp_path / "none", "No such file")):
+    for path, said in ((tmp_path / "text", "is not JSON"), (tmp_path / "none", "No such file")):
         assert main(["plot", str(path), "--plot", str(tmp_path / "plot.png")]) == 1
         assert said in capsys.readouterr().err

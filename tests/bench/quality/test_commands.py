@@ -9,7 +9,7 @@ import pytest
 
 from spectrumkv.bench.main import main
 from spectrumkv.bench.methods.served_model import ServedModel
-from tests.bench.text import TEXT
+from tests.bench.conftest import TEXT
 from tests.tiny_models import tiny_model
 
 QUALITY_KEYS = [

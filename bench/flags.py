@@ -119,7 +119,7 @@ def add_kv_flags(parser: argparse.ArgumentParser, policies: tuple[str, ...], bud
 
 
 def kv_choices(arguments: argparse.Namespace) -> "list[KvChoice]":
-    """Read the flags of `add_kv_flags`: return a choice for each policy at each budget that the policy can keep.
+    """Return the choices of the flags of `add_kv_flags`: one for each policy at each budget that it can keep.
 
     Raises:
         InvalidArgumentError: a policy is unknown.
@@ -164,7 +164,7 @@ def add_geometry_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def geometry_from(arguments: argparse.Namespace) -> "KvGeometry":
-    """Read the flags of `add_geometry_flags`, except `--tokens`.
+    """Return the geometry of the flags of `add_geometry_flags`, which leaves out `--tokens`.
 
     Raises:
         InvalidArgumentError: a number is not allowed.
@@ -178,7 +178,7 @@ def geometry_from(arguments: argparse.Namespace) -> "KvGeometry":
 
 
 def parse_names(text: str) -> tuple[str, ...]:
-    """Read "a,b,c".
+    """Return the names in a text such as "a,b,c".
 
     Raises:
         argparse.ArgumentTypeError: a name is empty.
@@ -190,7 +190,7 @@ def parse_names(text: str) -> tuple[str, ...]:
 
 
 def parse_budgets(text: str) -> tuple[float, ...]:
-    """Read "0.5,0.4".
+    """Return the budgets in a text such as "0.5,0.4".
 
     Raises:
         argparse.ArgumentTypeError: a budget is not a number above 0 and up to 1.

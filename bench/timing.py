@@ -24,6 +24,9 @@ def interleaved_medians(
         rounds: rounds that count, 1 or more.
         on_round: called after each round, the first included, with a text that says which round it was.
 
+    Returns:
+        Median seconds by name.
+
     Raises:
         InvalidArgumentError: there are no rounds.
     """

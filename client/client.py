@@ -59,11 +59,12 @@ class CompletionStream:
         return self
 
     def __next__(self) -> TokenEvent:
-        """Wait for the next token.
+        """Return the next token, after waiting for it.
 
         Raises:
             SpectrumKVError: the server ended the request with an error (the class corresponds to the status), or
                 its answer breaks the protocol.
+            InternalError: the server sent more after the end of the answer.
         """
         while True:
             response = self._receive()
@@ -76,10 +77,11 @@ class CompletionStream:
             self._finished = Finished.from_proto(response.finished, arrived)
 
     def result(self) -> Completion:
-        """Wait for the remaining tokens and return the whole completion.
+        """Return the whole completion, after waiting for the remaining tokens.
 
         Raises:
             SpectrumKVError: see `__next__`.
+            InternalError: the stream was read before, and ended without a result.
         """
         for _ in self:
             pass
@@ -193,6 +195,9 @@ class SpectrumClient:
             timeout: seconds until the whole request ends with DeadlineExceededError.
             trace: the trace that the request is part of; both services log its id.
 
+        Returns:
+            The stream of tokens.
+
         Raises:
             InvalidArgumentError: an argument has another type, or is a text that UTF-8 cannot encode. If the server
                 refuses the request, the stream raises the error.
@@ -213,6 +218,9 @@ class SpectrumClient:
             timeout: seconds until the whole request ends with DeadlineExceededError.
             trace: the trace that the request is part of; both services log its id.
 
+        Returns:
+            The stream of tokens.
+
         Raises:
             InvalidArgumentError: the timeout is not a number.
             FailedPreconditionError: the client is closed.
@@ -230,8 +238,12 @@ class SpectrumClient:
         Args:
             timeout: seconds until each of at most two calls is given up.
 
+        Returns:
+            The answer of the prefill or decode service.
+
         Raises:
-            SpectrumKVError: the server cannot be reached, or is neither a prefill nor a decode service.
+            NotFoundError: the server is neither a prefill nor a decode service.
+            SpectrumKVError: the server cannot be reached.
         """
         prefill_info: prefill_pb2.PrefillServiceGetServerInfoResponse
         decode_info: decode_pb2.DecodeServiceGetServerInfoResponse
@@ -256,7 +268,7 @@ class SpectrumClient:
             raise error_from_rpc(error) from error
 
     def is_serving(self, timeout: float = INFO_TIMEOUT_SECONDS) -> bool:
-        """Tell whether the server's standard health check says SERVING.
+        """Return whether the server's standard health check says SERVING.
 
         Raises:
             SpectrumKVError: the server cannot be reached or has no health service.

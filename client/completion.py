@@ -38,7 +38,7 @@ class TokenEvent:
 
     @classmethod
     def from_proto(cls, token: generation_pb2.Token, arrived_seconds: float) -> "TokenEvent":
-        """Read the protobuf message."""
+        """Return the content of the protobuf message."""
         return cls(
             index=token.index,
             token_id=token.token_id,
@@ -80,7 +80,7 @@ class Usage:
 
     @classmethod
     def from_proto(cls, usage: generation_pb2.Usage) -> "Usage":
-        """Read the protobuf message."""
+        """Return the content of the protobuf message."""
         tiers = tuple(TierUsage(tier_label(one.tier), one.tokens, one.bytes) for one in usage.tiers)
         plain = (name for name in cls.__dataclass_fields__ if name != "tiers")
         return cls(tiers=tiers, **{name: getattr(usage, name) for name in plain})
@@ -102,7 +102,7 @@ class Finished:
 
     @classmethod
     def from_proto(cls, finished: prefill_pb2.GenerateFinished, arrived_seconds: float) -> "Finished":
-        """Read the protobuf message."""
+        """Return the content of the protobuf message."""
         reason = generation_pb2.FinishReason.Name(finished.finish_reason)
         return cls(
             finish_reason=reason.removeprefix("FINISH_REASON_").lower(),
@@ -134,7 +134,7 @@ class Timings:
 
     @classmethod
     def from_arrivals(cls, arrivals: Sequence[float], ended: float) -> "Timings":
-        """Compute all latencies from the times at which tokens arrived.
+        """Return all latencies, computed from the times at which tokens arrived.
 
         Args:
             arrivals: when each token arrived, in seconds after the request was sent, ascending.

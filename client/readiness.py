@@ -20,6 +20,9 @@ def is_serving(channel: grpc.Channel, timeout: float) -> bool:
         channel: the connection to the server.
         timeout: seconds until the call is given up.
 
+    Returns:
+        True if the server is ready.
+
     Raises:
         SpectrumKVError: the server cannot be reached or has no health service.
     """

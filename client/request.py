@@ -115,7 +115,7 @@ def given(choices: Sampling | KvChoice) -> dict[str, Any]:
 
 
 def _is_set(value: object) -> bool:
-    """Tell whether a value is set: zero is (temperature 0 is greedy); None, False and an empty list are not."""
+    """Return whether a value is set: zero is (temperature 0 is greedy); None, False and an empty list are not."""
     return bool(value) if isinstance(value, bool | tuple | list) else value is not None
 
 

@@ -33,7 +33,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, show and write; return 0.
+    """Measure, show and write.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
         SpectrumKVError: the geometry or the device cannot be used, or quanto's kernels cannot be loaded now.

@@ -35,9 +35,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, show and write; return 0.
+    """Measure, show and write.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
+        InvalidArgumentError: there are no rounds, or no method encodes.
         SpectrumKVError: the model or a method cannot be used.
     """
     # Loading torch takes seconds, so --help does without.

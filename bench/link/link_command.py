@@ -58,7 +58,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, show, write and draw; return 0.
+    """Measure, show, write and draw.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
         SpectrumKVError: namespaces cannot be made here, or a service or a request failed.
@@ -129,7 +132,7 @@ def _setting(row: Mapping[str, Any]) -> str:
 
 
 def parse_rates(text: str) -> tuple[float, ...]:
-    """Read "20,200".
+    """Return the rates in a text such as "20,200".
 
     Raises:
         argparse.ArgumentTypeError: a rate is not a number from 1 to 100000.

@@ -47,6 +47,7 @@ def measure(
         The served model's description, and a row for each bandwidth and setting.
 
     Raises:
+        InvalidArgumentError: a number is out of its range.
         SpectrumKVError: the link cannot be made, or a service or a request failed.
     """
     for name, value, least in (

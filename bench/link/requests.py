@@ -83,7 +83,7 @@ class Errand:
 
     @classmethod
     def from_json(cls, text: str) -> "Errand":
-        """Read an errand from JSON."""
+        """Return the errand that a JSON text describes."""
         content = json.loads(text)
         return cls(**content | {"settings": tuple(Setting(**one) for one in content["settings"])})
 
@@ -173,7 +173,7 @@ def _stage_seconds(metrics: str) -> dict[str, float]:
 
 @contextmanager
 def _sampled_wire() -> Iterator[list[tuple[float, int]]]:
-    """Collect samples of `time.perf_counter` and of the bytes sent through the link while the block runs."""
+    """Yield a growing list of samples of `time.perf_counter` and of the bytes sent through the link."""
     samples = [(time.perf_counter(), _bytes_sent())]
     over = threading.Event()
 

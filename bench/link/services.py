@@ -44,6 +44,9 @@ class LinkedServices:
     def run(self, errand: Errand) -> dict[str, Any]:
         """Do an errand in the prefill namespace; return its "model" and what it "observed".
 
+        Returns:
+            The served "model" and the list "observed".
+
         Raises:
             UnavailableError: a service ended, or the errand failed.
         """

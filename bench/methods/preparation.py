@@ -55,6 +55,9 @@ def prepare(loaded: LoadedModel, choice: Choice, arguments: argparse.Namespace, 
         arguments: values of the flags of `add_method_flags`.
         tokens: largest number of tokens of a prompt and what follows it.
 
+    Returns:
+        The model in both roles, and the methods.
+
     Raises:
         InvalidArgumentError: the flags contradict each other, or do not fit the model.
     """

@@ -62,7 +62,7 @@ class Choice:
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> "Choice":
-        """Read the flags.
+        """Return the choice that the flags of `add_method_flags` describe.
 
         Raises:
             InvalidArgumentError: a name is unknown, or needs an extra that is not installed.
@@ -85,7 +85,7 @@ class Choice:
         )
 
     def runs_on(self, module: str) -> bool:
-        """Tell whether an entry is a baseline that needs this module of an optional extra, which is installed."""
+        """Return whether an entry is a baseline that needs this module of an optional extra, which is installed."""
         chosen = [baselines.get(entry.name) for entry in self.entries if entry.name in baselines]
         return any(one.requires == module and one.installed for one in chosen)
 

@@ -70,6 +70,9 @@ class WireMethod:
     def send(self, prompt: Prompt, pool: KvPool, allocation: Allocation) -> SentBytes:
         """See `Method.send`.
 
+        Returns:
+            What sending took.
+
         Raises:
             SpectrumKVError: the KV cannot be encoded, or differs after the transfer.
         """
@@ -97,7 +100,7 @@ class WireMethod:
 
 
 def is_fixed(policy: Policy) -> bool:
-    """Tell whether a policy gives the same tiers at its smallest and its largest budget, so that one run suffices."""
+    """Return whether a policy gives the same tiers at its smallest and largest budget, so that one run suffices."""
     if policy.budget_is_counted:
         return False
     scores = torch.linspace(0.0, 1.0, TRIAL_TOKENS)

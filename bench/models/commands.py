@@ -28,7 +28,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run_key_bias_model(arguments: argparse.Namespace) -> int:
-    """Print the directory of the key-bias model, and build the model if it is missing; return 0.
+    """Print the directory of the key-bias model, and build the model if it is missing.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
         SpectrumKVError: the model cannot be built.
@@ -41,7 +44,10 @@ def run_key_bias_model(arguments: argparse.Namespace) -> int:
 
 
 def run_shaped_model(arguments: argparse.Namespace) -> int:
-    """Write the model and return 0.
+    """Write the model.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
         InvalidArgumentError: the shape is unknown, or the directory exists.

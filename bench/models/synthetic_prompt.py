@@ -29,7 +29,7 @@ class SyntheticCache:
 
     @classmethod
     def random(cls, geometry: KvGeometry, tokens: int, device: torch.device) -> "SyntheticCache":
-        """Draw a cache of standard normal elements.
+        """Return a cache of random elements with the standard normal distribution.
 
         Args:
             geometry: the shape of the cache.

@@ -41,12 +41,12 @@ class Baseline:
 
     @property
     def fixed(self) -> bool:
-        """Tell whether it has only one setting."""
+        """Return whether it has only one setting."""
         return self.min_budget == self.max_budget
 
     @property
     def installed(self) -> bool:
-        """Tell whether the module that it needs is installed."""
+        """Return whether the module that it needs is installed."""
         # Looking for a module inside a package imports the package, which may itself be missing.
         package = (self.requires or "").partition(".")[0]
         return self.requires is None or (find_spec(package) is not None and find_spec(self.requires) is not None)
@@ -113,6 +113,9 @@ def uniform_int3(prompt: Prompt, pool: KvPool, allocation: Allocation, budget: f
     """Quantize every token symmetrically to INT3 (−3 … 3), with a float16 scale for each token in each KV head.
 
     Bytes: 3 bits for each element and 16 bits for each scale.
+
+    Returns:
+        The counted bytes and the nominal budget.
     """
     counted = 0.0
     for layer in prompt.captured.layers:

@@ -47,6 +47,9 @@ def pdtrim_layers(prompt: Prompt, pool: KvPool, allocation: Allocation, budget: 
 
     The choice by prompt favours the method over PDTrim's, which is made once per model. Kept tokens are FP16. Bytes:
     16 bits for each kept element.
+
+    Returns:
+        The counted bytes and the nominal budget.
     """
     layers, tokens = prompt.captured.layers, len(prompt.token_ids)
     trim = best_trim(torch.stack([attention(layer) for layer in layers]), budget)

@@ -90,6 +90,9 @@ def hold(loaded: LoadedModel, openings: Sequence[str], turns: int, answer_tokens
         openings: the first question of each dialogue.
         turns: questions in each dialogue.
         answer_tokens: largest number of tokens of an answer.
+
+    Returns:
+        The turns of each dialogue.
     """
     held = [[Turn("user", opening)] for opening in openings]
     for turn in range(turns):

@@ -51,7 +51,10 @@ def add_text_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, show and write; return 0.
+    """Measure, show and write.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
         SpectrumKVError: the text, the model or a method cannot be used.

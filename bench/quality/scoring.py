@@ -69,7 +69,7 @@ class Summary:
 
 
 def summarize(scores: Sequence[WindowScore]) -> Summary:
-    """Summarize the scores of at least one window.
+    """Return the summary of the scores of at least one window.
 
     Intervals are 95 % percentile bootstraps over windows, because neighbouring tokens depend on each other and
     windows hardly do. A window is drawn with both of its log-likelihoods, so that the difficulty of the text cancels

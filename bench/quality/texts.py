@@ -80,7 +80,7 @@ class Window:
 
 
 def read_text(path: Path) -> str:
-    """Read a file of UTF-8 text.
+    """Return the text of a UTF-8 file.
 
     Raises:
         InvalidArgumentError: the file cannot be read, or it is not UTF-8.
@@ -111,6 +111,9 @@ def cut(tokenizer: Tokenizer, text: str, context: int, scored: int, skip: int, c
         scored: tokens scored in each window.
         skip: windows to skip at the start of the text.
         count: how many windows to return; 0 is all.
+
+    Returns:
+        The windows.
 
     Raises:
         InvalidArgumentError: a number is out of its range, or the text has no such windows.

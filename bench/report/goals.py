@@ -73,12 +73,12 @@ class Outcome:
 
     @property
     def budget_verdict(self) -> str:
-        """Tell whether the method uses the budget and does not exceed it."""
+        """Return whether the method uses the budget and does not exceed it."""
         return MET if LEAST_USE <= self.row["budget_counted"] / self.goal.budget <= 1 else MISSED
 
     @property
     def delta_verdict(self) -> str:
-        """Tell whether Δ perplexity meets the goal, or the lower end of its confidence interval does."""
+        """Return whether Δ perplexity meets the goal, or the lower end of its confidence interval does."""
         if self.row["ppl_delta_pct"] <= self.goal.delta_pct:
             return MET
         interval = self.row["ppl_delta_pct_ci"]
@@ -91,7 +91,7 @@ class Outcome:
 
     @property
     def kl_verdict(self) -> str | None:
-        """Tell whether KL meets the goal; None without a reference."""
+        """Return whether KL meets the goal; None without a reference."""
         ratio = self.kl_ratio
         return None if ratio is None else MET if ratio <= self.goal.kl_ratio else MISSED
 
@@ -138,7 +138,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compare, show and write; return 0.
+    """Compare, show and write.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
         SpectrumKVError: a result cannot be read, the runs are not comparable, or they do not include the method.
@@ -186,7 +189,7 @@ def _fraction(ratio: float) -> str:
 
 
 def judge(rows: Sequence[Row], policy: str, codec: str) -> list[Outcome]:
-    """Compare a method's rows with the goals at their budgets.
+    """Return the comparison of a method's rows with the goals at their budgets.
 
     Args:
         rows: rows of runs on the same windows.

@@ -36,7 +36,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw the plot and return 0.
+    """Draw the plot.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
         SpectrumKVError: a result cannot be read, the runs are not comparable, or the plot cannot be drawn.

@@ -19,7 +19,7 @@ MODEL_TEXTS = ("name", "weights_digest", "dtype")
 
 
 def read_comparable(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Read result files of `quality` on the same windows with the same model.
+    """Return the contents of result files of `quality` on the same windows with the same model.
 
     Raises:
         InvalidArgumentError: a file cannot be used (see `read_result`), or the runs differ in text, windows or model;
@@ -38,7 +38,7 @@ def read_comparable(paths: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """Read a result file of `quality`.
+    """Return the content of a result file of `quality`.
 
     Raises:
         InvalidArgumentError: the file cannot be read, `quality` did not write it, or a field has the wrong kind.

@@ -47,7 +47,7 @@ class Recording:
 def record(
     spec: kv_pb2.ModelSpec, cache: SyntheticCache, plan: KvPlan, window: int, chunk_bytes: int, max_tokens: int | None
 ) -> Recording:
-    """Record what prefill would send for a prompt with this KV.
+    """Return a recording of what prefill would send for a prompt with this KV.
 
     Args:
         spec: spec of the decode service's model, whose geometry the cache has.
@@ -134,6 +134,9 @@ def running_streams(channel: grpc.Channel, recording: Recording, count: int) -> 
         channel: the connection to a decode service.
         recording: what each stream sends.
         count: number of streams.
+
+    Yields:
+        The streams.
     """
     streams, open_stream = RunningStreams([[] for _ in range(count)]), open_decode_stream(channel)
     calls = [open_stream(iter((recording.begin, *recording.rest)), timeout=None) for _ in range(count)]
@@ -154,7 +157,11 @@ def running_streams(channel: grpc.Channel, recording: Recording, count: int) -> 
 def arrive(channel: grpc.Channel, recording: Recording) -> Interval:
     """Send a recording that ends with its first token; return when sending began and when decode had verified all KV.
 
+    Returns:
+        Both times, by `time.monotonic`.
+
     Raises:
+        InternalError: decode generated although the request had ended.
         SpectrumKVError: decode refused the request.
     """
     admitted = threading.Event()
@@ -198,6 +205,9 @@ def measure(
         arrivals: number of arrivals.
         pause_tokens: tokens of each stream between two arrivals.
         on_arrival: called after each arrival with a text that says which one it was.
+
+    Returns:
+        The columns of a row.
     """
     intervals = []
     with running_streams(channel, running, streams) as generating:

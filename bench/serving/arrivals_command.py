@@ -47,10 +47,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, show and write; return 0.
+    """Measure, show and write.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
-        SpectrumKVError: a flag is wrong, a service does not start, or decode refuses the KV.
+        InvalidArgumentError: a flag is wrong.
+        SpectrumKVError: a service does not start, or decode refuses the KV.
     """
     # Loading torch takes seconds, so --help does without.
     import torch

@@ -82,7 +82,7 @@ class Workload:
         vocab_size: int,
         seed: int,
     ) -> "Workload":
-        """Draw prompts of random tokens, as `vllm bench serve --dataset-name random` does.
+        """Return prompts of random tokens, drawn as `vllm bench serve --dataset-name random` does.
 
         Args:
             prompts: number of prompts.
@@ -150,6 +150,9 @@ def offer(workload: Workload, system: System, on_done: Callable[[], None] = lamb
         workload: the requests.
         system: the system that serves them.
         on_done: called from a request's thread when the request has ended.
+
+    Returns:
+        The requests with their answers, and the duration.
     """
     began = time.perf_counter()
 

@@ -27,7 +27,7 @@ class Goodput:
 
     @classmethod
     def parse(cls, texts: Sequence[str]) -> "Goodput":
-        """Read "ttft:500", "tpot:50", ….
+        """Return the bounds in texts such as "ttft:500" and "tpot:50".
 
         Raises:
             InvalidArgumentError: a text is not such a bound.
@@ -42,7 +42,7 @@ class Goodput:
         return cls(bounds)
 
     def kept_by(self, timings: Timings) -> bool:
-        """Tell whether a request keeps all bounds; a request of a single token has no TPOT and keeps that bound."""
+        """Return whether a request keeps all bounds; a request of a single token has no TPOT and keeps that bound."""
         return all((getattr(timings, GOODPUT_METRICS[name]) or 0.0) <= limit for name, limit in self.bounds.items())
 
 

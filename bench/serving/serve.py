@@ -87,6 +87,9 @@ def measure(
         rounds: number of rounds.
         goodput: bounds of a good request.
         on_request: called after each request that counts with a text that says which it was.
+
+    Returns:
+        A row for each contender.
     """
     for contender in contenders:
         contender.system.complete(workload.prompts[0], workload.output_tokens)

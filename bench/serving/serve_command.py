@@ -79,7 +79,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, show and write; return 0.
+    """Measure, show and write.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
         SpectrumKVError: a flag is wrong, or a system does not start.
@@ -141,7 +144,7 @@ def serve_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def parse_rate(text: str) -> float | None:
-    """Read a number of requests per second; None stands for "inf".
+    """Return the number of requests per second in a text; None stands for "inf".
 
     Raises:
         argparse.ArgumentTypeError: the text is neither.

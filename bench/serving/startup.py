@@ -40,7 +40,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, show and write; return 0.
+    """Measure, show and write.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
         InvalidArgumentError: there are no rounds, or the rows could not be written.

@@ -132,8 +132,12 @@ class KvSender:
     def send(self) -> Sending:
         """Send all layers as fast as the receiver takes them.
 
+        Returns:
+            The time of the transfer and what was sent.
+
         Raises:
-            SpectrumKVError: the receiver refused them.
+            InternalError: the receiver breaks the protocol.
+            SpectrumKVError: the receiver refused the KV.
         """
         pipeline = KvPipeline(self._begin, self._plan, self._geometry, self._chunk_bytes, self._metrics)
         call = self._open(pipeline.messages(), timeout=None)

@@ -61,6 +61,9 @@ def measure(
         rounds: rounds that count.
         on_round: called after each round with a text that says which round it was.
         tls: certificate, key and authority of both ends; with them, the paths over gRPC run over mutual TLS too.
+
+    Returns:
+        A row for each path.
     """
     message = _fp16_bytes(cache)
     with ExitStack() as open_paths:
@@ -98,7 +101,7 @@ def measure(
 
 
 def _has_tiers(plan: KvPlan) -> bool:
-    """Tell whether a plan's policy gives tokens tiers by their scores, so that scoring can be left out."""
+    """Return whether a plan's policy gives tokens tiers by their scores, so that scoring can be left out."""
     return plan.policy.needs_scores and not plan.policy.budget_is_counted
 
 

@@ -71,7 +71,11 @@ class RawSender:
     def send(self) -> float:
         """Send all chunks; return the seconds from the open stream until the receiver has all of them.
 
+        Returns:
+            The seconds that the transfer took.
+
         Raises:
+            InternalError: the receiver breaks the protocol.
             SpectrumKVError: the stream ended early.
         """
         go = threading.Event()
@@ -154,6 +158,9 @@ class TcpSender:
 
     def send(self) -> float:
         """Send the message; return the seconds until the receiver has all of it.
+
+        Returns:
+            The seconds that the transfer took.
 
         Raises:
             UnavailableError: the receiver closed the connection.

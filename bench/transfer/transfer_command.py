@@ -56,7 +56,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, show and write; return 0.
+    """Measure, show and write.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
         SpectrumKVError: the geometry or a policy cannot be used.

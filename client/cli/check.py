@@ -131,7 +131,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check a deployment and report; return 1 if a check fails, else 0.
+    """Check a deployment and report.
+
+    Returns:
+        The exit status: 0, or 1 if a check fails.
 
     Raises:
         SpectrumKVError: the result cannot be written, or the server cannot be reached, is not ready, or refuses a
@@ -150,7 +153,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def parse_divergence(text: str) -> float:
-    """Read a positive number of nats.
+    """Return the positive number of nats in a text.
 
     Raises:
         argparse.ArgumentTypeError: the text is not such a number.
@@ -213,6 +216,9 @@ def self_check(client: SpectrumClient, timeout: float, max_kl: float) -> CheckRe
         client: connected to the prefill service.
         timeout: seconds for each request.
         max_kl: largest acceptable mean KL, in nats per token.
+
+    Returns:
+        The two answers.
 
     Raises:
         FailedPreconditionError: the server is not a prefill service, or is not ready.

@@ -36,7 +36,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Start both services, ask the question at each budget, print the comparison, and return 0.
+    """Start both services, ask the question at each budget, and print the comparison.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
         SpectrumKVError: a service could not be started, or refused a request.

@@ -63,7 +63,7 @@ def add_kv_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_from(arguments: argparse.Namespace) -> Sampling:
-    """Read the flags of `add_sampling_flags`.
+    """Return the sampling that the flags of `add_sampling_flags` describe.
 
     Raises:
         InvalidArgumentError: a number is negative or too large for the message.
@@ -83,7 +83,7 @@ def sampling_from(arguments: argparse.Namespace) -> Sampling:
 
 
 def kv_choice_from(arguments: argparse.Namespace) -> KvChoice:
-    """Read the flags of `add_kv_flags`, except `--model`."""
+    """Return the KV choice that the flags of `add_kv_flags` describe."""
     return KvChoice(
         budget=arguments.budget,
         policy=arguments.policy,
@@ -94,7 +94,7 @@ def kv_choice_from(arguments: argparse.Namespace) -> KvChoice:
 
 
 def parse_token_ids(text: str) -> tuple[int, ...]:
-    """Read "1,2,3".
+    """Return the token ids in a text such as "1,2,3".
 
     Raises:
         argparse.ArgumentTypeError: an id is not a whole number of at least 0.
@@ -106,7 +106,7 @@ def parse_token_ids(text: str) -> tuple[int, ...]:
 
 
 def parse_seconds(text: str) -> float:
-    """Read a positive number of seconds.
+    """Return the positive number of seconds in a text.
 
     Raises:
         argparse.ArgumentTypeError: the text is not such a number.
@@ -184,7 +184,7 @@ def _security(arguments: argparse.Namespace) -> ChannelSecurity:
 
 
 def parse_server(text: str) -> str:
-    """Check that a text is "host:port", or several addresses separated by commas.
+    """Return a text that is "host:port" or several addresses separated by commas.
 
     Raises:
         argparse.ArgumentTypeError: the text is neither.

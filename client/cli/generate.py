@@ -52,7 +52,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Send the prompt, print the answer and what it used, and return 0.
+    """Send the prompt, and print the answer and what it used.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
         SpectrumKVError: the result cannot be written, or the server refused or ended the request.
@@ -71,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def echo_text(stream: CompletionStream) -> Completion:
-    """Write the text of a stream to stdout as it arrives, end the line, and return the completion."""
+    """Return the completion of a stream, after writing its text to stdout as it arrives."""
     started = False
     try:
         for token in stream:
@@ -96,7 +99,7 @@ def _read(stream: CompletionStream, echo: bool) -> Completion:
 
 
 def _request_from(arguments: argparse.Namespace) -> Request:
-    """Build the request; end the program with status 2 if the flags contradict each other."""
+    """Return the request; end the program with status 2 if the flags contradict each other."""
     parser: argparse.ArgumentParser = arguments.parser
     try:
         return Request(

@@ -30,7 +30,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Show what a server serves; return 0 if it is ready, else 1.
+    """Show what a server serves.
+
+    Returns:
+        The exit status: 0 if the server is ready, else 1.
 
     Raises:
         SpectrumKVError: the result cannot be written, or the server cannot be reached, is not a SpectrumKV server, or

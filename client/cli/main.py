@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status; see `run_command`."""
+    """Return the exit status of one command; see `run_command`."""
     return run_command(build_parser(), arguments, _sentence)
 
 

@@ -41,7 +41,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Probe the model, keep and show the verdict, and return 0.
+    """Probe the model, and keep and show the verdict.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
         SpectrumKVError: the result cannot be written, the model cannot be loaded or probed, or the codec is unknown

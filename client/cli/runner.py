@@ -46,6 +46,9 @@ def run_command(
         parser: from `command_parser`.
         arguments: the words of the command line; None takes those of the process.
         sentence: returns the line that is written to stderr about an error.
+
+    Returns:
+        The exit status.
     """
     parsed = parser.parse_args(arguments)
     try:

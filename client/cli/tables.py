@@ -61,7 +61,7 @@ def _budget(usage: Usage) -> tuple[str, str]:
 
 
 def _budget_notes(usage: Usage, asked: float | None) -> Iterator[tuple[str, str]]:
-    """Explain why more bytes were sent than the budget allows."""
+    """Yield a line that explains why more bytes were sent than the budget allows."""
     if asked is None or usage.budget_counted <= asked * (1.0 + NOTED_EXCESS):
         return
     if usage.policy in COUNTED_POLICIES:
@@ -98,12 +98,12 @@ def comparison_table(completions: Iterable[tuple[float, Completion]]) -> Table:
 
 
 def number(value: float | None) -> str:
-    """Format a number with one decimal; None is a value that was not measured."""
+    """Return a number with one decimal, or a dash for None, a value that was not measured."""
     return NOT_MEASURED if value is None else f"{value:,.1f}"
 
 
 def milliseconds(value: float | None) -> str:
-    """Format a latency with its unit; None is a value that was not measured."""
+    """Return a latency with its unit, or a dash for None, a value that was not measured."""
     return NOT_MEASURED if value is None else f"{value:,.1f} ms"
 
 
@@ -159,5 +159,5 @@ def _trials_table(verdict: prefill_pb2.ProbeVerdict) -> Table:
 
 
 def _printable(answer: str) -> str:
-    """Replace control characters: the answer of a model may contain sequences that control a terminal."""
+    """Return an answer without control characters, which could control the terminal."""
     return "".join(character if character.isprintable() else " " for character in answer)

@@ -40,7 +40,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run both services until Ctrl-C; return the exit status.
+    """Run both services until Ctrl-C.
+
+    Returns:
+        The exit status: 0, or 130 if Ctrl-C cut the start or the stop short.
 
     Raises:
         InvalidArgumentError: an option has a value that is not allowed, or an address is in use.

@@ -133,7 +133,7 @@ def _security(config: ServerConfig) -> ChannelSecurity:
 
 
 def _with_ports(addresses: Sequence[Address]) -> list[Address]:
-    """Replace each port 0 by a free port, and check that the others are free.
+    """Return the addresses with a free port for each port 0, after checking that the other ports are free.
 
     If another server used a port, it would answer in the place of ours. All ports are held until the last one is
     found, so that no port is given out twice.
@@ -158,7 +158,7 @@ def _hold(held: ExitStack, address: Address) -> Address:
 
 
 def _hold_any(held: ExitStack, host: str) -> Address:
-    """Find a free port that this process has not found before."""
+    """Return an address with a free port that this process has not found before."""
     start = random.SystemRandom().choice(SEARCHED_PORTS)
     for port in (*range(start, SEARCHED_PORTS.stop), *range(SEARCHED_PORTS.start, start)):
         if port not in _found_ports:

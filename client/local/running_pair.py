@@ -99,6 +99,9 @@ def running_pair(
         on_line: called with each line that a service logs.
         ready_timeout: seconds until both services must be ready.
 
+    Yields:
+        The running pair.
+
     Raises:
         InvalidArgumentError: an option is unknown, or its value is not allowed.
         UnavailableError: a service ended before it was ready.
@@ -112,7 +115,7 @@ def running_pair(
 def running_services(
     decode: ServiceLaunch, prefill: ServiceLaunch, on_line: LogSink, ready_timeout: float
 ) -> Iterator[RunningPair]:
-    """Start two services by their commands; see `running_pair`. Prefill stops before the decode service does."""
+    """Yield two services that are started by their commands; see `running_pair`. Prefill stops before decode."""
     events: SimpleQueue[_Event] = SimpleQueue()
     with _woken_by_signals(events), ExitStack() as running:
         for launch in (decode, prefill):

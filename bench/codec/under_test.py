@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from spectrumkv.bench.models.synthetic_prompt import SyntheticCache
+from spectrumkv.bench.peers.quanto import GROUP_SIZE
 from spectrumkv.bench.timing import replayed
 from spectrumkv.common.kv.codecs.absmax import TIERS, sections
 from spectrumkv.common.kv.codecs.base import TierCodec, tier_codecs
@@ -21,8 +22,6 @@ from spectrumkv.kernels.absmax import dispatch as absmax
 
 # The tier of rows whose tokens take all tiers of the codec in equal numbers, at random.
 MIXED = "mixed"
-# Elements of one of quanto's groups.
-GROUP_SIZE = 64
 
 
 class CodecUnderTest(Protocol):

@@ -1,14 +1,14 @@
 """Draw the results of the link bench: latencies against bandwidth, and the stages of one request."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.bench.report.plot import save
 
 MARKERS = "sod^"
 STAGE_COLOURS = {"prefill": "tab:blue", "wire": "tab:orange", "handoff": "tab:red", "decode": "tab:green"}
 BAR_HEIGHT = 0.38
+DOTS_PER_INCH = 110
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -49,7 +49,7 @@ def draw_bandwidths(rows: Rows, path: str, title: str) -> None:
         axes.grid(visible=True, alpha=0.3, which="both")
     axes.legend(title="dotted: floor with overlap", fontsize="small", title_fontsize="small")
     figure.suptitle(title)
-    _save(figure, path)
+    save(figure, path, DOTS_PER_INCH)
 
 
 def draw_timeline(rows: Rows, path: str, title: str) -> None:
@@ -86,16 +86,9 @@ def draw_timeline(rows: Rows, path: str, title: str) -> None:
     axes.grid(visible=True, axis="x", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=len(STAGE_COLOURS), fontsize="small")
     axes.set_title(title)
-    _save(figure, path)
+    save(figure, path, DOTS_PER_INCH)
 
 
 def _share(stage: str) -> float:
     """Return the share of a bar's height: the hand-off is narrower, on top of the wire that it waits for."""
     return 0.4 if stage == "handoff" else 1.0
-
-
-def _save(figure: Any, path: str) -> None:
-    try:
-        figure.savefig(Path(path), dpi=110)
-    except OSError as error:
-        raise InvalidArgumentError(f"cannot write {path}: {error.strerror}; name another file") from error

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from spectrumkv.bench.methods.method import Prompt, SentBytes
+from spectrumkv.bench.models.synthetic_prompt import REQUEST_ID
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.kv.policies import Policy, TierRequest
 from spectrumkv.common.kv.wire import KvChunk
@@ -17,8 +18,6 @@ from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline, 
 from spectrumkv.prefill_server.transfer.plan import KvPlan
 from spectrumkv.v1 import decode_pb2
 
-# This identifier is as long as those that the prefill service draws.
-REQUEST_ID = "0" * 32
 # With this many tokens, a policy's tiers show whether its budget changes anything.
 TRIAL_TOKENS = 256
 

@@ -9,6 +9,8 @@ from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.scoring import LayerCapture
 
+# This identifier is as long as those that the prefill service draws.
+REQUEST_ID = "0" * 32
 # Binary logarithms of the smallest and the largest standard deviation: about those of a calibrated basis.
 NARROWEST, WIDEST = -3.0, 3.0
 

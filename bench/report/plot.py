@@ -115,7 +115,7 @@ def draw_quality(rows: Rows, path: str, title: str) -> None:
     windows = rows[0]["windows"]
     divergence.set_title(f"{title}: {f'{windows} windows, 95 % intervals' if windows > 1 else '1 window'}")
     figure.legend(loc="outside right upper", fontsize="small")
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_niah(rows: Rows, path: str, title: str) -> None:
@@ -151,7 +151,7 @@ def draw_niah(rows: Rows, path: str, title: str) -> None:
     figure.supylabel("needle's depth")
     figure.suptitle(title)
     figure.colorbar(image, ax=list(panels), label="share found", shrink=0.6)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _share(row: Mapping[str, Any], key: str) -> list[float]:
@@ -187,8 +187,18 @@ def _figure_class() -> Any:
     return Figure
 
 
-def _save(figure: Any, path: str) -> None:
+def save(figure: Any, path: str, dpi: int = 120) -> None:
+    """Write a figure of matplotlib.
+
+    Args:
+        figure: the figure.
+        path: the file.
+        dpi: dots per inch.
+
+    Raises:
+        InvalidArgumentError: the file cannot be written.
+    """
     try:
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=dpi)
     except OSError as error:
-        raise InvalidArgumentError(f"--plot {path}: {error.strerror}; name a file that can be written") from error
+        raise InvalidArgumentError(f"cannot write {path}: {error.strerror}; name another file") from error

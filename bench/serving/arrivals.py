@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from prometheus_client import CollectorRegistry
 
-from spectrumkv.bench.models.synthetic_prompt import SyntheticCache, layer_captures
+from spectrumkv.bench.models.synthetic_prompt import REQUEST_ID, SyntheticCache, layer_captures
 from spectrumkv.common.errors import DataLossError, InternalError, SpectrumKVError
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.rpc.decode_stream import ArrivedResponse, Request, open_decode_stream, serialized_bytes
@@ -59,7 +59,7 @@ def record(
     """
     params = SamplingParams(max_tokens=max_tokens or 1, ignore_eos=True, seed=0)
     begin = decode_pb2.Begin(
-        request_id="0" * 32,
+        request_id=REQUEST_ID,
         model=spec,
         codec=plan.codec_id,
         prompt_token_ids=[FIRST_TOKEN] * cache.tokens,

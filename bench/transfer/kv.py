@@ -10,7 +10,7 @@ import grpc
 import torch
 from prometheus_client import CollectorRegistry
 
-from spectrumkv.bench.models.synthetic_prompt import SyntheticCache
+from spectrumkv.bench.models.synthetic_prompt import REQUEST_ID, SyntheticCache
 from spectrumkv.common.errors import DataLossError, InternalError, InvalidArgumentError
 from spectrumkv.common.kv.codecs.base import codecs, needed_basis
 from spectrumkv.common.kv.codecs.encoder import KvEncoder, TieredEncoder
@@ -122,7 +122,7 @@ class KvSender:
         self._plan = plan
         self._geometry = cache.geometry
         self._begin = decode_pb2.Begin(
-            request_id="0" * 32,
+            request_id=REQUEST_ID,
             codec=plan.codec_id,
             prompt_token_ids=[0] * cache.tokens,
         )

@@ -52,11 +52,11 @@ class SentBytes:
 
     Attributes:
         counted: all bytes that the method counts.
-        nominal_budget: the paper's mean cost per token, without scales and framing.
+        tier_budget: the paper's mean cost per token, without scales and framing.
     """
 
     counted: float
-    nominal_budget: float
+    tier_budget: float
 
 
 class Method(MethodName, Protocol):

@@ -86,7 +86,7 @@ class WireMethod:
                 serialized = serialize_request(message)
                 counted += len(serialized)
                 _deliver(receiver, deserialize_request(serialized), len(serialized))
-        return SentBytes(counted, _nominal_budget(pipeline.sent))
+        return SentBytes(counted, _tier_budget(pipeline.sent))
 
     def _begin(self, prompt: Prompt) -> decode_pb2.Begin:
         return decode_pb2.Begin(
@@ -117,7 +117,7 @@ def _deliver(receiver: KvReceiver, message: Request, serialized_bytes: int) -> N
         receiver.finish(message.end)
 
 
-def _nominal_budget(sent: SentKv) -> float:
+def _tier_budget(sent: SentKv) -> float:
     """Return the mean nominal cost of all token-layers, as usage reports it."""
     cost = sum(tier.nominal_cost * tokens for tier, tokens in sent.tier_tokens.items())
     return cost / sum(sent.tier_tokens.values())

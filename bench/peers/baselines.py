@@ -115,7 +115,7 @@ def uniform_int3(prompt: Prompt, pool: KvPool, allocation: Allocation, budget: f
     Bytes: 3 bits for each element and 16 bits for each scale.
 
     Returns:
-        The counted bytes and the nominal budget.
+        The counted bytes and the tier budget.
     """
     counted = 0.0
     for layer in prompt.captured.layers:

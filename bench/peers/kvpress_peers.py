@@ -91,7 +91,7 @@ def score_window(model: PreTrainedModel, window: Window, methods: Sequence[Press
                 agreed=distance.agreed,
                 counted=counted,
                 fp16=fp16,
-                nominal_budget=counted / fp16,
+                tier_budget=counted / fp16,
             )
         )
     return scores

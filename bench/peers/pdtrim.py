@@ -49,7 +49,7 @@ def pdtrim_layers(prompt: Prompt, pool: KvPool, allocation: Allocation, budget: 
     16 bits for each kept element.
 
     Returns:
-        The counted bytes and the nominal budget.
+        The counted bytes and the tier budget.
     """
     layers, tokens = prompt.captured.layers, len(prompt.token_ids)
     trim = best_trim(torch.stack([attention(layer) for layer in layers]), budget)

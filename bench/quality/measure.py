@@ -65,7 +65,7 @@ def score_window(
                 agreed=distance.agreed,
                 counted=sent.counted,
                 fp16=fp16,
-                nominal_budget=sent.nominal_budget,
+                tier_budget=sent.tier_budget,
             )
         )
         on_step(f"window {window.index}: {describe(method)}")

@@ -28,7 +28,7 @@ class Outcome:
         found_fp16: whether the answer over exact FP16 KV has it.
         counted: counted bytes.
         fp16: bytes of the same KV at FP16.
-        nominal_budget: the paper's mean cost per token.
+        tier_budget: the paper's mean cost per token.
     """
 
     depth: float
@@ -36,7 +36,7 @@ class Outcome:
     found_fp16: bool
     counted: float
     fp16: int
-    nominal_budget: float
+    tier_budget: float
 
 
 def needle_prompts(
@@ -106,7 +106,7 @@ def ask(
 
 
 def _find(served: ServedModel, prompt: Prompt, needle: NeedlePrompt, method: Method) -> tuple[bool, float, float]:
-    """Return whether the needle is found, the counted bytes, and the nominal budget."""
+    """Return whether the needle is found, the counted bytes, and the tier budget."""
     with served.receive(method, prompt) as (context, sent):
         first = prompt.captured.first_token
         if needle.question_ids:
@@ -118,7 +118,7 @@ def _find(served: ServedModel, prompt: Prompt, needle: NeedlePrompt, method: Met
             text = served.loaded.tokenizer.decode(tokens, skip_special_tokens=True)
             if _WHOLE_NUMBER.search(text):
                 break
-    return needle.is_answered_by(text), sent.counted, sent.nominal_budget
+    return needle.is_answered_by(text), sent.counted, sent.tier_budget
 
 
 def row(method: Method, outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def row(method: Method, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "total": len(outcomes),
         "found_fp16": sum(one.found_fp16 for one in outcomes),
         "by_depth": [_at_depth(depth, outcomes) for depth in sorted({one.depth for one in outcomes})],
-        "budget_nominal": sum(one.nominal_budget for one in outcomes) / len(outcomes),
+        "budget_nominal": sum(one.tier_budget for one in outcomes) / len(outcomes),
         "scorer": method.scorer,
         "scope": method.scope,
     }

@@ -26,7 +26,7 @@ class WindowScore:
         agreed: number of tokens for which both have the same most likely next token.
         counted: counted bytes.
         fp16: bytes of the same KV at FP16.
-        nominal_budget: the paper's mean cost per token.
+        tier_budget: the paper's mean cost per token.
     """
 
     tokens: int
@@ -36,7 +36,7 @@ class WindowScore:
     agreed: int
     counted: float
     fp16: int
-    nominal_budget: float
+    tier_budget: float
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Summary:
         kl: mean KL per token, in nats.
         kl_ci: its confidence interval; None for a single window.
         top1_agreement: share of the tokens with the same most likely next token.
-        budget_counted: counted bytes ÷ bytes at FP16.
-        budget_nominal: mean nominal budget of the windows.
+        byte_budget: counted bytes ÷ bytes at FP16.
+        tier_budget: mean tier budget of the windows.
     """
 
     windows: int
@@ -64,8 +64,8 @@ class Summary:
     kl: float
     kl_ci: list[float] | None
     top1_agreement: float
-    budget_counted: float
-    budget_nominal: float
+    byte_budget: float
+    tier_budget: float
 
 
 def summarize(scores: Sequence[WindowScore]) -> Summary:
@@ -99,8 +99,8 @@ def summarize(scores: Sequence[WindowScore]) -> Summary:
         kl=float(mean_kl(everything)),
         kl_ci=_interval(mean_kl(drawn)) if len(scores) > 1 else None,
         top1_agreement=float(columns["agreed"].sum() / tokens),
-        budget_counted=float(columns["counted"].sum() / columns["fp16"].sum()),
-        budget_nominal=float(columns["nominal_budget"].mean()),
+        byte_budget=float(columns["counted"].sum() / columns["fp16"].sum()),
+        tier_budget=float(columns["tier_budget"].mean()),
     )
 
 
@@ -111,8 +111,8 @@ def quality_row(method: "MethodName", scores: Sequence[WindowScore]) -> dict[str
         "policy": method.policy,
         "codec": method.codec,
         "budget_target": method.budget,
-        "budget_nominal": summary.budget_nominal,
-        "budget_counted": summary.budget_counted,
+        "budget_nominal": summary.tier_budget,
+        "budget_counted": summary.byte_budget,
         "ppl": summary.ppl,
         "ppl_fp16": summary.ppl_fp16,
         "ppl_delta_pct": summary.ppl_delta_pct,

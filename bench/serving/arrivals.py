@@ -35,12 +35,12 @@ class Recording:
     Attributes:
         begin: the message that opens the stream.
         rest: the chunks, then End.
-        budget_counted: bytes of all messages ÷ FP16 bytes of the KV.
+        byte_budget: bytes of all messages ÷ FP16 bytes of the KV.
     """
 
     begin: Request
     rest: tuple[Request, ...]
-    budget_counted: float
+    byte_budget: float
 
 
 @torch.inference_mode()

@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
                     arguments.pause_tokens,
                     on_arrival,
                 )
-                rows.append(_row(plan, arguments.arriving_tokens, arriving.budget_counted, measured))
+                rows.append(_row(plan, arguments.arriving_tokens, arriving.byte_budget, measured))
     if arguments.json != STDOUT:
         results_console().print(arrivals_table(rows))
     if arguments.json is not None:

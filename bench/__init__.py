@@ -1,1 +1,1 @@
-"""Measurements of quality and speed."""
+"""Measure quality and speed, each against baselines in the same run."""

@@ -1,4 +1,4 @@
-"""The `spectrumkv-bench` command. Each command is a module with `add_parser`, which registers it."""
+"""Run the `spectrumkv-bench` command. Each of its commands is a module whose `add_parser` registers it."""
 
 import argparse
 import sys
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 from spectrumkv.bench.codec import codec_command, coding_command
 from spectrumkv.bench.link import link_command
-from spectrumkv.bench.models import key_bias_command, shaped_model_command
+from spectrumkv.bench.models import commands as model_commands
 from spectrumkv.bench.quality import niah_command, quality_command
-from spectrumkv.bench.report import goals_command, plot_command
-from spectrumkv.bench.serving import arrivals_command, serve_command, startup_command
+from spectrumkv.bench.report import goals, plot
+from spectrumkv.bench.serving import arrivals_command, serve_command, startup
 from spectrumkv.bench.transfer import transfer_command
 from spectrumkv.client.cli.runner import command_parser, run_command, status_and_message
 
 COMMANDS = (
-    quality_command, niah_command, plot_command, goals_command, key_bias_command, shaped_model_command,
-    codec_command, coding_command, transfer_command, serve_command, arrivals_command, startup_command, link_command,
+    quality_command, niah_command, plot, goals, model_commands, codec_command, coding_command, transfer_command,
+    serve_command, arrivals_command, startup, link_command,
 )  # fmt: skip
 
 
@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status; see `run_command`."""
+    """Return the exit status of one command; see `run_command`."""
     return run_command(build_parser(), arguments, lambda error, _: status_and_message(error))
 
 

@@ -1,9 +1,11 @@
-"""The Python client and the `spectrumkv` command."""
+"""Talk to a SpectrumKV server: the Python client, and in `cli` the `spectrumkv` command.
+
+Importing the client loads neither torch nor transformers.
+"""
 
 from spectrumkv.client.client import CompletionStream, SpectrumClient
-from spectrumkv.client.completion import Completion, TokenEvent, Usage
+from spectrumkv.client.completion import Completion, Timings, TokenEvent, Usage
 from spectrumkv.client.request import KvChoice, Message, Request, Sampling, TokenIds
-from spectrumkv.client.timings import Timings
 
 __all__ = [
     "Completion",

@@ -1,4 +1,4 @@
-"""The Python client of a SpectrumKV server.
+"""Connect to a SpectrumKV server, send requests, and read their tokens as they arrive.
 
 with SpectrumClient("127.0.0.1:50051") as client:
     stream = client.generate("The capital of France is", sampling=Sampling(max_tokens=8))
@@ -15,9 +15,9 @@ from typing import Any
 
 import grpc
 
+from spectrumkv.client import readiness
 from spectrumkv.client.argument_types import check_type
 from spectrumkv.client.completion import Completion, Finished, TokenEvent
-from spectrumkv.client.local import readiness
 from spectrumkv.client.request import KvChoice, Prompt, Request, Sampling
 from spectrumkv.common.errors import (
     DeadlineExceededError,
@@ -38,13 +38,13 @@ ServerInfo = prefill_pb2.PrefillServiceGetServerInfoResponse | decode_pb2.Decode
 
 
 class CompletionStream:
-    """The tokens of one request as they arrive; `result` has the whole completion.
+    """Iterate over the tokens of one request as they arrive; `result` returns the whole completion.
 
     Args:
         call: the running RPC.
         sent: when the request was sent, by `time.perf_counter`.
-        timeout: seconds that the call has, for the error.
-        address: the server, for the error.
+        timeout: the deadline of the call in seconds, which error messages name.
+        address: the server, which error messages name.
     """
 
     def __init__(self, call: Any, sent: float, timeout: float, address: str) -> None:
@@ -59,11 +59,12 @@ class CompletionStream:
         return self
 
     def __next__(self) -> TokenEvent:
-        """Wait for the next token.
+        """Return the next token, after waiting for it.
 
         Raises:
-            SpectrumKVError: the server ended the request with an error (its class tells the status), or the
-                stream breaks the protocol.
+            SpectrumKVError: the server ended the request with an error (the class corresponds to the status), or
+                its answer breaks the protocol.
+            InternalError: the server sent more after the end of the answer.
         """
         while True:
             response = self._receive()
@@ -72,14 +73,15 @@ class CompletionStream:
                 raise InternalError("the server sent more after the result")
             if response.WhichOneof("message") == "token":
                 return self._accept(TokenEvent.from_proto(response.token, arrived))
-            # The status of the RPC follows; only with it the completion is known to be good.
+            # The completion is good only if the RPC then ends with status OK.
             self._finished = Finished.from_proto(response.finished, arrived)
 
     def result(self) -> Completion:
-        """Wait for the rest and return the whole completion.
+        """Return the whole completion, after waiting for the remaining tokens.
 
         Raises:
-            SpectrumKVError: as iteration does.
+            SpectrumKVError: see `__next__`.
+            InternalError: the stream was read before, and ended without a result.
         """
         for _ in self:
             pass
@@ -88,7 +90,7 @@ class CompletionStream:
         return Completion(tuple(self._tokens), self._finished)
 
     def cancel(self) -> None:
-        """End the request; both services free what it held. Without effect once it is over."""
+        """Cancel the request, so that both services free its memory. A request that has ended is left as it is."""
         self._call.cancel()
 
     def __enter__(self) -> "CompletionStream":
@@ -117,7 +119,7 @@ class CompletionStream:
                     "allow more time or ask for fewer tokens"
                 ) from error
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                # A prefill service of this release has the method, and passes no such status of a worker's on.
+                # A prefill service of this release implements the method, and never forwards this status of a worker.
                 raise FailedPreconditionError(
                     f"{self._address} is no prefill service of this release, perhaps a decode service or another "
                     f"program ({error.details()}); name the prefill service"
@@ -132,19 +134,21 @@ class CompletionStream:
 
 
 class SpectrumClient:
-    """A connection to one server; safe to share between threads, closed by `with` or `close`.
+    """Hold a connection to one server; threads may share it, and `with` or `close` ends it.
 
     Args:
-        address: "host:port" of a prefill service (`server_info` works on a decode service too). Or numeric addresses
-            of several, separated by commas: each request then goes to one that serves, and to another one where that
-            is lost before the first token.
-        security: how the server is verified and what it is shown; plaintext to this machine by default.
+        address: "host:port" of a prefill service (`server_info` works on a decode service too), or numeric addresses
+            of several, separated by commas. Each request then goes to a service that is up, and is sent to another
+            one if that fails before the first token.
+        security: how the server is verified and which credentials it is sent; by default plaintext, to this machine
+            only.
 
-    Once it is closed, what asks the server raises FailedPreconditionError, and what waits for it CancelledError.
+    After `close`, methods that call the server raise FailedPreconditionError, and a wait that is still running raises
+    CancelledError.
 
     Raises:
-        InvalidArgumentError: the address is none, a certificate or token cannot be used, or plaintext would leave
-            this machine.
+        InvalidArgumentError: the address is malformed, a certificate or token cannot be used, or plaintext would
+            leave this machine.
     """
 
     def __init__(self, address: str, security: ChannelSecurity = ChannelSecurity()) -> None:  # noqa: B008  # frozen
@@ -165,7 +169,7 @@ class SpectrumClient:
         self.close()
 
     def close(self) -> None:
-        """Hang up; requests still running are cancelled."""
+        """Close the connection; requests that are still running are cancelled."""
         self._closed = True
         self._channel.close()
 
@@ -184,16 +188,19 @@ class SpectrumClient:
 
         Args:
             prompt: text, messages, or token ids.
-            sampling: how tokens are chosen.
-            kv: how the KV cache travels from prefill to decode.
-            model: the name that the server must serve under; None takes what there is.
-            request_id: named in both services' logs; made up by the server where None.
+            sampling: how tokens are sampled.
+            kv: how the KV cache is sent from prefill to decode.
+            model: the name of the model that the server must serve; None accepts any.
+            request_id: identifies the request in both services' logs; None lets the server draw one.
             timeout: seconds until the whole request ends with DeadlineExceededError.
             trace: the trace that the request is part of; both services log its id.
 
+        Returns:
+            The stream of tokens.
+
         Raises:
-            InvalidArgumentError: an argument is of another type, or a text that UTF-8 cannot carry. What the server
-                refuses, the stream raises.
+            InvalidArgumentError: an argument has another type, or is a text that UTF-8 cannot encode. If the server
+                refuses the request, the stream raises the error.
         """
         request = Request(prompt=prompt, sampling=sampling, kv=kv, model=model, request_id=request_id)
         return self.send(request, timeout, trace)
@@ -204,7 +211,20 @@ class SpectrumClient:
         timeout: float = DEFAULT_TIMEOUT_SECONDS,
         trace: TraceContext = TraceContext(),  # noqa: B008  # frozen
     ) -> CompletionStream:
-        """As `generate`, for a request that is put together already."""
+        """Send a request and return the stream of its completion.
+
+        Args:
+            request: what `generate` builds from its arguments.
+            timeout: seconds until the whole request ends with DeadlineExceededError.
+            trace: the trace that the request is part of; both services log its id.
+
+        Returns:
+            The stream of tokens.
+
+        Raises:
+            InvalidArgumentError: the timeout is not a number.
+            FailedPreconditionError: the client is closed.
+        """
         check_type("timeout", timeout, float)
         message = request.to_proto()
         with self._while_open():
@@ -213,10 +233,17 @@ class SpectrumClient:
         return CompletionStream(call, sent, timeout, self.address)
 
     def server_info(self, timeout: float = INFO_TIMEOUT_SECONDS) -> ServerInfo:
-        """Ask what the server serves, whichever of the two services it is.
+        """Ask a prefill or decode service which model it serves, and how.
+
+        Args:
+            timeout: seconds until each of at most two calls is given up.
+
+        Returns:
+            The answer of the prefill or decode service.
 
         Raises:
-            SpectrumKVError: the server cannot be reached, or is neither.
+            NotFoundError: the server is neither a prefill nor a decode service.
+            SpectrumKVError: the server cannot be reached.
         """
         prefill_info: prefill_pb2.PrefillServiceGetServerInfoResponse
         decode_info: decode_pb2.DecodeServiceGetServerInfoResponse
@@ -241,7 +268,7 @@ class SpectrumClient:
             raise error_from_rpc(error) from error
 
     def is_serving(self, timeout: float = INFO_TIMEOUT_SECONDS) -> bool:
-        """Whether the server's standard health check says SERVING.
+        """Return whether the server's standard health check says SERVING.
 
         Raises:
             SpectrumKVError: the server cannot be reached or has no health service.
@@ -253,14 +280,14 @@ class SpectrumClient:
         """Wait until the server's standard health service says SERVING, through its `Watch` stream.
 
         Raises:
-            DeadlineExceededError: it did not in `timeout` seconds.
-            CancelledError: the client was closed meanwhile.
+            DeadlineExceededError: the server was not ready within `timeout` seconds.
+            CancelledError: the client was closed during the wait.
         """
         readiness.wait_until_serving(self._channel, self.address, timeout)
 
     @contextmanager
     def _while_open(self) -> Iterator[None]:
-        """Say in a sentence that the client is closed: gRPC raises ValueError for a call on a closed channel."""
+        """Turn the ValueError that gRPC raises for a call on a closed channel into FailedPreconditionError."""
         try:
             yield
         except ValueError as error:

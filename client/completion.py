@@ -1,9 +1,10 @@
-"""What a caller gets: tokens as they arrive, and the whole completion at the end."""
+"""Hold what a caller gets: tokens as they arrive, the whole completion, and how long it took."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
-from spectrumkv.client.timings import Timings
 from spectrumkv.v1 import generation_pb2, kv_pb2, prefill_pb2
 
 # Keys in JSON of the fields that have another name there.
@@ -12,7 +13,7 @@ USAGE_KEYS = {"byte_budget": "budget_counted", "tier_budget": "budget_nominal"}
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token and its log-probability under the model, before temperature and filters."""
+    """Hold a token and its log-probability under the model, before temperature and filters."""
 
     token_id: int
     logprob: float
@@ -20,15 +21,15 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One generated token.
+    """Describe one generated token.
 
     Args:
         index: 0, 1, 2, … within the completion.
         token_id: the token.
-        text: text that is certain with this token; may be empty.
-        logprob: log-probability of the token, where it was asked for.
-        top_logprobs: the most likely tokens, where they were asked for.
-        arrived_seconds: when it arrived, after the request was sent.
+        text: the text that this token completes; it may be empty.
+        logprob: log-probability of the token; None where the request did not ask for it.
+        top_logprobs: the most likely tokens; empty where the request did not ask for them.
+        arrived_seconds: when the token arrived, in seconds after the request was sent.
     """
 
     index: int
@@ -40,7 +41,7 @@ class TokenEvent:
 
     @classmethod
     def from_proto(cls, token: generation_pb2.Token, arrived_seconds: float) -> "TokenEvent":
-        """Read the message."""
+        """Return the content of the protobuf message."""
         return cls(
             index=token.index,
             token_id=token.token_id,
@@ -53,7 +54,7 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class TierUsage:
-    """What one tier ("fp16", "int8", "int4", "drop", "native") took: prompt tokens and bytes."""
+    """Count the prompt tokens and the bytes of one tier ("fp16", "int8", "int4", "drop", "native")."""
 
     tier: str
     tokens: float
@@ -62,7 +63,7 @@ class TierUsage:
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What the request used and how long it took by the server's clock; `generation.proto` says each field."""
+    """Count what the request used, by the server's clock; `generation.proto` documents each field."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -82,7 +83,7 @@ class Usage:
 
     @classmethod
     def from_proto(cls, usage: generation_pb2.Usage) -> "Usage":
-        """Read the message."""
+        """Return the content of the protobuf message."""
         tiers = tuple(TierUsage(tier_label(one.tier), one.tokens, one.bytes) for one in usage.tiers)
         plain = (name for name in cls.__dataclass_fields__ if name != "tiers")
         return cls(tiers=tiers, **{name: getattr(usage, name) for name in plain})
@@ -94,12 +95,12 @@ class Usage:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of a completion.
+    """Describe the end of a completion.
 
     Args:
         finish_reason: "stop" or "length".
         usage: what the request used.
-        arrived_seconds: when it arrived, after the request was sent.
+        arrived_seconds: when the end arrived, in seconds after the request was sent.
     """
 
     finish_reason: str
@@ -108,7 +109,7 @@ class Finished:
 
     @classmethod
     def from_proto(cls, finished: prefill_pb2.GenerateFinished, arrived_seconds: float) -> "Finished":
-        """Read the message."""
+        """Return the content of the protobuf message."""
         reason = generation_pb2.FinishReason.Name(finished.finish_reason)
         return cls(
             finish_reason=reason.removeprefix("FINISH_REASON_").lower(),
@@ -118,40 +119,90 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Timings:
+    """Hold the latencies of one request in milliseconds, by the definitions that serving benchmarks share.
+
+    The clock starts when the client sends the request. A latency is None where the completion has too few
+    tokens for it.
+
+    Args:
+        ttft_ms: time to first token.
+        tpot_ms: time per output token after the first: (E2EL − TTFT) ÷ (n − 1).
+        itl_ms: inter-token latencies, the n − 1 gaps between tokens, the hand-off first.
+        e2el_ms: end-to-end latency: the time until the whole answer has arrived.
+        handoff_ms: hand-off: the time from the first token (prefill's) to the second token (decode's).
+    """
+
+    ttft_ms: float | None
+    tpot_ms: float | None
+    itl_ms: tuple[float, ...]
+    e2el_ms: float
+    handoff_ms: float | None
+
+    @classmethod
+    def from_arrivals(cls, arrivals: Sequence[float], ended: float) -> "Timings":
+        """Return all latencies, computed from the times at which tokens arrived.
+
+        Args:
+            arrivals: when each token arrived, in seconds after the request was sent, ascending.
+            ended: when the end of the answer arrived, on the same clock.
+
+        Raises:
+            ValueError: the times do not ascend, or one lies before the request.
+        """
+        moments = [0.0, *arrivals, ended]
+        if any(later < earlier for earlier, later in pairwise(moments)):
+            raise ValueError(f"arrivals must ascend from 0 to the end; got {moments[1:]}")
+        gaps = tuple((later - earlier) * 1000.0 for earlier, later in pairwise(arrivals))
+        return cls(
+            ttft_ms=arrivals[0] * 1000.0 if arrivals else None,
+            tpot_ms=(ended - arrivals[0]) * 1000.0 / len(gaps) if gaps else None,
+            itl_ms=gaps,
+            e2el_ms=ended * 1000.0,
+            handoff_ms=gaps[0] if gaps else None,
+        )
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Return the rate of generation after the first token: the inverse of TPOT."""
+        return 1000.0 / self.tpot_ms if self.tpot_ms else None
+
+
+@dataclass(frozen=True)
 class Completion:
-    """A finished completion."""
+    """Hold a finished completion."""
 
     tokens: tuple[TokenEvent, ...]
     finished: Finished
 
     @property
     def text(self) -> str:
-        """The whole answer."""
+        """Return the whole answer."""
         return "".join(token.text for token in self.tokens)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """The generated tokens."""
+        """Return the ids of the generated tokens."""
         return tuple(token.token_id for token in self.tokens)
 
     @property
     def finish_reason(self) -> str:
-        """ "stop" or "length"."""
+        """Return why generation ended: "stop" or "length"."""
         return self.finished.finish_reason
 
     @property
     def usage(self) -> Usage:
-        """What the request used, by the server's reckoning."""
+        """Return what the request used, as the server counted it."""
         return self.finished.usage
 
     @property
     def timings(self) -> Timings:
-        """Latencies by the client's clock."""
+        """Return the latencies by the client's clock."""
         arrivals = [token.arrived_seconds for token in self.tokens]
         return Timings.from_arrivals(arrivals, self.finished.arrived_seconds)
 
     def as_json(self) -> dict[str, Any]:
-        """Return text, tokens, usage and timings; log-probabilities where they were asked for."""
+        """Return text, tokens, usage and timings, and log-probabilities where the request asked for them."""
         logprobs = [
             {
                 "token_id": token.token_id,

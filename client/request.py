@@ -1,4 +1,4 @@
-"""What a caller asks for: the prompt, how tokens are chosen, and how the KV cache travels."""
+"""Describe what a caller asks for: the prompt, how tokens are sampled, and how the KV cache is sent."""
 
 import reprlib
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ def _check_unsigned(name: str, value: int | None, maximum: int) -> None:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; `role` is "system", "user" or "assistant".
+    """Hold one turn of a conversation; `role` is "system", "user" or "assistant".
 
     Raises:
-        InvalidArgumentError: one of them is no text that UTF-8 can carry.
+        InvalidArgumentError: `role` or `content` is not text, or UTF-8 cannot encode it.
     """
 
     role: str
@@ -35,10 +35,10 @@ class Message:
 
 @dataclass(frozen=True)
 class TokenIds:
-    """A prompt that is tokenized already.
+    """Hold a prompt that is tokenized already.
 
     Raises:
-        InvalidArgumentError: an id is no whole number or does not fit into 32 bits.
+        InvalidArgumentError: an id is not a whole number, or does not fit into 32 bits.
     """
 
     ids: tuple[int, ...]
@@ -49,17 +49,17 @@ class TokenIds:
             _check_unsigned("a token id of the prompt", token_id, _MAX_UINT32)
 
 
-# Text is tokenized as it stands; messages are rendered with the model's own chat template.
+# The server tokenizes a text as it is, and renders messages with the model's own chat template.
 Prompt = str | Sequence[Message] | TokenIds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen. None takes the server's default; `generation.proto` states meanings and ranges.
+    """Say how tokens are sampled. None takes the server's default; `generation.proto` documents fields and ranges.
 
     Raises:
-        InvalidArgumentError: a value is of another type, or cannot be carried (negative or too large). Ranges are
-            the server's to check.
+        InvalidArgumentError: a value has another type, or does not fit the message (negative or too large). The
+            server checks the ranges.
     """
 
     max_tokens: int | None = None
@@ -82,16 +82,16 @@ class Sampling:
             _check_unsigned("stop_token_ids", token_id, _MAX_UINT32)
 
     def to_proto(self) -> generation_pb2.SamplingParams:
-        """Return the message; what is None stays unset."""
+        """Return the protobuf message; a field that is None stays unset."""
         return generation_pb2.SamplingParams(**given(self))
 
 
 @dataclass(frozen=True, kw_only=True)
 class KvChoice:
-    """How the KV cache crosses the network. None takes the server's default.
+    """Say how the KV cache is sent from prefill to decode. None takes the server's default.
 
     Raises:
-        InvalidArgumentError: a value is of another type. What it may be is the server's to check.
+        InvalidArgumentError: a value has another type. The server checks which values it allows.
     """
 
     budget: float | None = None
@@ -104,34 +104,34 @@ class KvChoice:
         check_fields(self)
 
     def to_proto(self) -> prefill_pb2.KvOptions:
-        """Return the message; what is None stays unset."""
+        """Return the protobuf message; a field that is None stays unset."""
         return prefill_pb2.KvOptions(**given(self))
 
 
 def given(choices: Sampling | KvChoice) -> dict[str, Any]:
-    """Return the fields that ask for something, by name."""
+    """Return the fields that are set, by name."""
     values = {one.name: getattr(choices, one.name) for one in fields(choices)}
-    return {name: value for name, value in values.items() if _asks(value)}
+    return {name: value for name, value in values.items() if _is_set(value)}
 
 
-def _asks(value: object) -> bool:
-    """Zero asks for something (greedy, say); None, nothing listed and a switch left alone do not."""
+def _is_set(value: object) -> bool:
+    """Return whether a value is set: zero is (temperature 0 is greedy); None, False and an empty list are not."""
     return bool(value) if isinstance(value, bool | tuple | list) else value is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One call of `PrefillService.Generate`.
+    """Describe one call of `PrefillService.Generate`.
 
     Args:
         prompt: text, messages, or token ids.
-        sampling: how tokens are chosen.
-        kv: how the KV cache travels.
-        model: the name that the server must serve under; None takes what there is.
-        request_id: named in both services' logs; made up by the server where None.
+        sampling: how tokens are sampled.
+        kv: how the KV cache is sent.
+        model: the name of the model that the server must serve; None accepts any.
+        request_id: identifies the request in both services' logs; None lets the server draw one.
 
     Raises:
-        InvalidArgumentError: one of these is of another type, or a text that UTF-8 cannot carry.
+        InvalidArgumentError: an argument has another type, or is a text that UTF-8 cannot encode.
     """
 
     prompt: Prompt
@@ -145,7 +145,7 @@ class Request:
         check_fields(self, but=("prompt",))
 
     def to_proto(self) -> prefill_pb2.GenerateRequest:
-        """Return the message."""
+        """Return the protobuf message."""
         message = prefill_pb2.GenerateRequest(
             request_id=self.request_id or "",
             sampling=self.sampling.to_proto(),
@@ -155,7 +155,7 @@ class Request:
         if isinstance(self.prompt, str):
             message.text = self.prompt
         elif isinstance(self.prompt, TokenIds):
-            message.token_ids.SetInParent()  # an empty prompt is the server's to refuse
+            message.token_ids.SetInParent()  # the server refuses an empty prompt
             message.token_ids.ids.extend(self.prompt.ids)
         else:
             message.chat.SetInParent()
@@ -164,7 +164,7 @@ class Request:
         return message
 
     def as_json(self) -> dict[str, Any]:
-        """Return what was asked for, without what was left to the server."""
+        """Return the request, without the fields that are left to the server."""
         prompt: dict[str, Any]
         if isinstance(self.prompt, str):
             prompt = {"text": self.prompt}

@@ -1,7 +1,5 @@
-"""What coding a real prompt's KV costs beside computing the prompt, in time and in processor time."""
+"""Measure what encoding and decoding a real prompt's KV takes beside computing the prompt, in two kinds of time."""
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,6 +9,7 @@ import torch
 
 from spectrumkv.bench.methods.served_model import ServedModel
 from spectrumkv.bench.methods.wire_method import WireMethod
+from spectrumkv.bench.timing import Durations
 from spectrumkv.common.concurrency.threads import use_one_thread
 from spectrumkv.prefill_server.tuning.needle.prompt import needle_prompt
 from spectrumkv.prefill_server.tuning.replay import CapturedPrompt
@@ -19,34 +18,8 @@ OnStep = Callable[[str], object]
 
 
 @dataclass
-class Durations:
-    """How long one thing took, round by round.
-
-    Attributes:
-        seconds: on the clock.
-        processor_seconds: of all cores.
-    """
-
-    seconds: list[float] = field(default_factory=list)
-    processor_seconds: list[float] = field(default_factory=list)
-
-    def add(self, work: Callable[[], Any]) -> Any:
-        """Do it, time it, and return what it returns."""
-        started, processor_started = time.perf_counter(), time.process_time()
-        result = work()
-        self.seconds.append(time.perf_counter() - started)
-        self.processor_seconds.append(time.process_time() - processor_started)
-        return result
-
-    @property
-    def medians(self) -> tuple[float, float]:
-        """Of both, the first round left out, which warms up."""
-        return statistics.median(self.seconds[1:]), statistics.median(self.processor_seconds[1:])
-
-
-@dataclass
 class Coding:
-    """A method, and how long it took to encode and to decode."""
+    """Hold a method, and how long it took to encode and to decode."""
 
     method: WireMethod
     encode: Durations = field(default_factory=Durations)
@@ -56,14 +29,14 @@ class Coding:
 def measure(
     served: ServedModel, methods: Sequence[WireMethod], tokens: int, rounds: int, on_step: OnStep
 ) -> list[dict[str, Any]]:
-    """Compute one prompt and code its KV by every method, in turn, again and again.
+    """Compute one prompt, and encode and decode its KV by every method, in turn, in every round.
 
     Args:
         served: the model.
         methods: at least one.
-        tokens: of the prompt, at most.
-        rounds: rounds that count; one before them does not.
-        on_step: told in words what was done.
+        tokens: largest number of tokens of the prompt.
+        rounds: rounds that count; one round before them warms up.
+        on_step: called after each round with a text that says which round it was.
 
     Returns:
         A row for each method.
@@ -73,7 +46,7 @@ def measure(
     """
     prompt = needle_prompt(served.loaded.tokenizer, tokens, depth=0.5, needle_index=0)
     prefill, codings = Durations(), [Coding(method) for method in methods]
-    # As in the services, the model has all cores and what codes has one.
+    # As in the services, the model runs on all cores and the codec on one.
     cores = torch.get_num_threads()
     with ThreadPoolExecutor(1, initializer=use_one_thread) as coder:
         for number in range(rounds + 1):

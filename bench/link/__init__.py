@@ -1,1 +1,1 @@
-"""Hand-off against bandwidth over a shaped link."""
+"""Measure hand-offs against bandwidth over a shaped link."""

@@ -1,4 +1,4 @@
-"""`spectrumkv-bench link`: hand-offs between network namespaces over a shaped link; root on Linux only."""
+"""Run `spectrumkv-bench link`: measure hand-offs between network namespaces over a shaped link (root on Linux)."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from spectrumkv.bench.flags.destinations import check_destinations
-from spectrumkv.bench.flags.method_flags import add_model_flags
-from spectrumkv.bench.report.tables import results_console
-from spectrumkv.client.cli.json_output import STDOUT
+from spectrumkv.bench.flags import add_json_flag, add_model_flags, given_options
+from spectrumkv.bench.report.console import progress, results_console
+from spectrumkv.bench.report.results import check_destinations, load_average, write_speed_result
+from spectrumkv.client.cli.output import STDOUT
 from spectrumkv.common.service.config import PrefillConfig
 
 DEFAULT_RATES = (20.0, 200.0, 1000.0, 10000.0)
@@ -20,12 +20,12 @@ TIMELINE_RATE = 200.0
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Register the command."""
+    """Add the command to the parser."""
     parser = subparsers.add_parser(
         "link",
         help="hand-off against bandwidth, over a shaped link (root on Linux)",
-        description="Put the two services into network namespaces of their own, join them by a veth pair shaped with "
-        "tc tbf, and send the same prompt at FP16 without and with overlap, at 0.5 and at 0.3.",
+        description="Start the two services in network namespaces of their own, join these by a veth pair that tc "
+        "tbf shapes, and send the same prompt at FP16 without and with overlap, at 0.5 and at 0.3.",
         allow_abbrev=False,
     )
     group = parser.add_argument_group("requests")
@@ -47,7 +47,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     add_model_flags(parser)
     group = parser.add_argument_group("output")
-    group.add_argument("--json", metavar="FILE", help="write the rows as JSON ('-': stdout, instead of the table)")
+    add_json_flag(group)
     group.add_argument("--plot", metavar="FILE", help="draw TTFT and hand-off against bandwidth (.png, .svg or .pdf)")
     group.add_argument(
         "--timeline",
@@ -58,30 +58,30 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do it.
+    """Measure, show, write and draw.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
-        SpectrumKVError: this is no place for namespaces, or a service or a request failed.
+        SpectrumKVError: namespaces cannot be made here, or a service or a request failed.
     """
-    # Loading torch takes seconds, which --help need not pay.
-    from spectrumkv.bench.link import measure as link
-    from spectrumkv.bench.link import network as link_network
-    from spectrumkv.bench.report.progress import progress
-    from spectrumkv.bench.report.speed_result import load_average, write_speed_result
+    # Loading torch takes seconds, so --help does without.
+    from spectrumkv.bench.link.measure import measure
+    from spectrumkv.bench.link.network import check_privileges
     from spectrumkv.client.local.running_pair import stopped_by_sigterm
 
     check_destinations(arguments)
-    link_network.check_privileges()
+    check_privileges()
     load_before = load_average()
-    options = {name: getattr(arguments, name) for name in ("model", "device", "dtype", "int4")}
-    given = {name: value for name, value in options.items() if value is not None}
+    options = given_options(arguments, "model", "device", "dtype", "int4")
     with stopped_by_sigterm(), progress(len(arguments.rates), Console(stderr=True)) as on_rate:
-        model, rows = link.measure(
+        model, rows = measure(
             arguments.rates,
             arguments.random_input_len,
             arguments.random_output_len,
             arguments.rounds,
-            given,
+            options,
             on_rate,
         )
     if arguments.json != STDOUT:
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def link_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the table for people."""
+    """Return the table of the rows."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
     table.add_column("Mb/s", justify="right")
     table.add_column("setting")
@@ -121,21 +121,21 @@ def link_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['handoff_ratio_to_sequential']:.3f}",
             f"{row['itl_ms']:.0f}",
         )
-    table.caption = "wire: frames ÷ bandwidth; floor: what of it outlasts the request's prefill, and one ITL"
+    table.caption = "wire: frames ÷ bandwidth; floor: the part of the wire after the request's prefill, and one ITL"
     return table
 
 
 def _setting(row: Mapping[str, Any]) -> str:
-    """The setting, and the codecs that were used where the policy's name does not say them."""
+    """Return the setting, with the codecs that were used if they differ from the policy's name."""
     codecs = ", ".join(row["codecs"])
     return row["setting"] if codecs == row["policy"] else f"{row['setting']} ({codecs})"
 
 
 def parse_rates(text: str) -> tuple[float, ...]:
-    """Read "20,200".
+    """Return the rates in a text such as "20,200".
 
     Raises:
-        argparse.ArgumentTypeError: something in it is no number from 1 to 100 000.
+        argparse.ArgumentTypeError: a rate is not a number from 1 to 100000.
     """
     try:
         rates = tuple(float(part) for part in text.split(","))
@@ -147,12 +147,12 @@ def parse_rates(text: str) -> tuple[float, ...]:
 
 
 def _draw(arguments: argparse.Namespace, rows: Sequence[Mapping[str, Any]], model: str) -> None:
-    from spectrumkv.bench.link import plots as link_plots
+    from spectrumkv.bench.link import plots
 
     prompt = f"{model}, {arguments.random_input_len} tokens"
     if arguments.plot is not None:
-        link_plots.draw_bandwidths(rows, arguments.plot, prompt)
+        plots.draw_bandwidths(rows, arguments.plot, prompt)
     if arguments.timeline is not None:
         rate = TIMELINE_RATE if TIMELINE_RATE in arguments.rates else arguments.rates[0]
         shown = [row for row in rows if row["rate_mbps"] == rate]
-        link_plots.draw_timeline(shown, arguments.timeline, f"{prompt}, {rate:g} Mb/s")
+        plots.draw_timeline(shown, arguments.timeline, f"{prompt}, {rate:g} Mb/s")

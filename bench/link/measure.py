@@ -1,4 +1,4 @@
-"""Hand-offs over links of known bandwidth: what of a transfer shows between the first token and the second."""
+"""Measure hand-offs over links of known bandwidth: how much of a transfer delays the second token."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +18,10 @@ SETTINGS = (
     Setting("0.5", SpectralCodec.name, 0.5, "layer"),
     Setting("0.3", SpectralCodec.name, 0.3, "layer"),
 )
-# What Ethernet carries of TCP with timestamps at an MTU of 1500, and the frame around it. The shaper counts frames.
+# Bytes of TCP payload (with timestamps, at an MTU of 1500) in an Ethernet frame, and of the frame. The shaper counts
+# frames.
 SEGMENT_BYTES, FRAME_BYTES = 1448, 1514
-# The KV is on the wire from the moment that this share of its bytes has left: Begin comes long before.
+# The wire time starts when this share of the KV's bytes has left, because Begin leaves long before the KV.
 WIRE_STARTS_SHARE = 0.01
 
 
@@ -32,21 +33,22 @@ def measure(
     options: Mapping[str, str],
     on_rate: Callable[[str], None],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Send the same prompt over links of each bandwidth at every setting, in turn.
+    """Send the same prompt over a link of each bandwidth at every setting, in turn.
 
     Args:
-        megabits: bandwidths in 10^6 bits a second.
+        megabits: bandwidths in 10^6 bits per second.
         prompt_tokens: length of the prompt.
-        output_tokens: tokens to generate, 3 or more: a hand-off and at least one gap after it.
+        output_tokens: tokens to generate, 3 or more, so that at least one gap follows the hand-off.
         rounds: rounds at each bandwidth.
-        options: flags of the services.
-        on_rate: called after each bandwidth with what has been done.
+        options: options of the services.
+        on_rate: called after each bandwidth with a text that names it.
 
     Returns:
         The served model's description, and a row for each bandwidth and setting.
 
     Raises:
-        SpectrumKVError: there is no way to make the link, or a service or a request failed.
+        InvalidArgumentError: a number is out of its range.
+        SpectrumKVError: the link cannot be made, or a service or a request failed.
     """
     for name, value, least in (
         ("--random-input-len", prompt_tokens, 1),
@@ -84,7 +86,7 @@ def rate_rows(megabits: float, prompt_tokens: int, observed: Sequence[Mapping[st
     Args:
         megabits: the bandwidth.
         prompt_tokens: length of the prompt.
-        observed: `link_requests.Observed` as JSON, of all settings.
+        observed: `requests.Observed` as JSON, of all settings.
     """
     rows = [
         _row(megabits, prompt_tokens, setting, [one for one in observed if one["setting"] == setting.name])
@@ -97,10 +99,10 @@ def rate_rows(megabits: float, prompt_tokens: int, observed: Sequence[Mapping[st
 
 
 def timeline(observed: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """When each stage of a request began and ended, in seconds after it was sent.
+    """Return when each stage of a request began and ended, in seconds after it was sent.
 
     Args:
-        observed: `link_requests.Observed` as JSON.
+        observed: `requests.Observed` as JSON.
 
     Returns:
         "prefill" (until the first token), "wire" (KV on the link), "handoff" (first to second token), "decode".
@@ -130,7 +132,7 @@ def _row(
     itl_ms = statistics.median(gaps) * 1000.0
     requests = [_request(one, megabits, itl_ms) for one in observed]
     medians = {name: statistics.median(one[name] for one in requests) for name in requests[0]}
-    # The request whose hand-off is the median one (the lower of two).
+    # The request with the median hand-off (the lower of two).
     typical = sorted(observed, key=_handoff_seconds)[(len(observed) - 1) // 2]
     return {
         "rate_mbps": megabits,
@@ -151,7 +153,7 @@ def _row(
 
 
 def _request(observed: Mapping[str, Any], megabits: float, itl_ms: float) -> dict[str, float]:
-    """What one request took, and the floor under its hand-off: what of the wire outlasts its prefill, and one ITL."""
+    """Return the times of a request and the floor of its hand-off: the wire time after its prefill, and one ITL."""
     handoff_ms = _handoff_seconds(observed) * 1000.0
     stages = {f"{name}_ms": observed["stages"][name] * 1000.0 for name in ("prefill", "encode", "transfer")}
     payload_ms = observed["kv_bytes_sent"] * 8 / (megabits * 1e6) * 1000.0

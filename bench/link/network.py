@@ -1,7 +1,7 @@
-"""Two network namespaces joined by one shaped link; made for as long as a block runs, Linux and root only.
+"""Join two network namespaces by a shaped link for as long as a block runs; on Linux, as root.
 
-Everything in here touches only namespaces of its own making. Their names hold the process id, so two benches do not
-meet; what a killed bench leaves behind is listed by `ip netns list` and goes with `ip netns delete NAME`.
+This module changes only namespaces that it made itself. Their names have the process id, so two benches do not
+collide. `ip netns list` lists what a killed bench leaves behind, and `ip netns delete NAME` deletes it.
 """
 
 import os
@@ -14,49 +14,49 @@ from dataclasses import dataclass
 
 from spectrumkv.common.errors import FailedPreconditionError, InternalError
 
-# Addresses that are reserved for documentation (RFC 5737) and routed nowhere.
+# These addresses are reserved for documentation (RFC 5737) and are not routed.
 PREFILL_HOST = "192.0.2.1"
 DECODE_HOST = "192.0.2.2"
 PREFIX_BITS = 30
 LINK = "link0"
 
-# A token bucket needs room for what the kernel hands over at once: a segment of 64 KiB several times over, and at
-# high rates what passes between two turns of its timer.
+# A token bucket needs room for what the kernel sends at once: several segments of 64 KiB, and at high rates the bytes
+# between two ticks of its timer.
 LEAST_BURST_BYTES = 256 << 10
 BURST_SECONDS = 0.002
-# Longest time that a packet waits in the shaper before the sender is told to slow down.
+# Longest time that a packet may wait in the shaper; later packets are dropped, which slows the sender down.
 QUEUE_LATENCY = "50ms"
 
 
 @dataclass(frozen=True)
 class Namespace:
-    """A network namespace of our own.
+    """Hold a network namespace that the bench made.
 
     Attributes:
-        name: as `ip netns` knows it.
+        name: its name in `ip netns`.
     """
 
     name: str
 
     def command(self, *words: str) -> tuple[str, ...]:
-        """Return the command that runs `words` inside; the process that starts it becomes the program."""
+        """Return the command that runs the program `words` inside; `ip` replaces its own process by the program."""
         return (_tool("ip"), "netns", "exec", self.name, *words)
 
 
 @dataclass(frozen=True)
 class ShapedLink:
-    """A prefill and a decode namespace, each with one end of a link.
+    """Hold a prefill and a decode namespace, each with one end of a link.
 
     Attributes:
-        prefill: has `PREFILL_HOST`.
-        decode: has `DECODE_HOST`.
+        prefill: the namespace of `PREFILL_HOST`.
+        decode: the namespace of `DECODE_HOST`.
     """
 
     prefill: Namespace
     decode: Namespace
 
     def shape(self, bits_per_second: float) -> None:
-        """Limit both directions to a rate from now on.
+        """Limit both directions to a rate, in bits per second.
 
         Raises:
             InternalError: the kernel refuses the token bucket filter.
@@ -70,10 +70,10 @@ class ShapedLink:
 
 
 def check_privileges() -> None:
-    """Refuse to start where namespaces cannot be made.
+    """Check that namespaces can be made here.
 
     Raises:
-        FailedPreconditionError: this is not Linux, not root, or `ip` and `tc` are missing.
+        FailedPreconditionError: the system is not Linux, the user is not root, or `ip` or `tc` is missing.
     """
     if sys.platform != "linux":
         raise FailedPreconditionError(f"the link bench needs Linux's network namespaces; this is {sys.platform}")
@@ -85,17 +85,20 @@ def check_privileges() -> None:
 
 @contextmanager
 def shaped_link() -> Iterator[ShapedLink]:
-    """Make both namespaces and the link, unshaped at first; delete them at the end, whatever happened.
+    """Make both namespaces and the link, which is not shaped yet; delete them at the end, also after an error.
+
+    Yields:
+        The link.
 
     Raises:
         FailedPreconditionError: see `check_privileges`.
-        InternalError: the kernel refuses one of them.
+        InternalError: the kernel refuses a namespace or the link.
     """
     check_privileges()
     with ExitStack() as made:
         prefill = made.enter_context(_namespace(f"spectrumkv-prefill-{os.getpid()}"))
         decode = made.enter_context(_namespace(f"spectrumkv-decode-{os.getpid()}"))
-        # Both ends are born inside, so that nothing ever shows in the machine's own namespace.
+        # Both ends are created inside, so that the machine's own namespace never has them.
         _run(
             *(_tool("ip"), "link", "add", LINK, "netns", prefill.name),
             *("type", "veth", "peer", "name", LINK, "netns", decode.name),
@@ -116,7 +119,7 @@ def _namespace(name: str) -> Iterator[Namespace]:
     try:
         yield Namespace(name)
     finally:
-        # The link's ends go with their namespaces.
+        # Deleting a namespace deletes its end of the link.
         _run(_tool("ip"), "netns", "delete", name)
 
 

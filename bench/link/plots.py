@@ -1,20 +1,25 @@
-"""Plots of the link bench: latencies against bandwidth, and one request's stages."""
+"""Draw the results of the link bench: latencies against bandwidth, and the stages of one request."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.bench.report.plot import save
 
 MARKERS = "sod^"
 STAGE_COLOURS = {"prefill": "tab:blue", "wire": "tab:orange", "handoff": "tab:red", "decode": "tab:green"}
 BAR_HEIGHT = 0.38
+DOTS_PER_INCH = 110
 
 Rows = Sequence[Mapping[str, Any]]
 
 
 def draw_bandwidths(rows: Rows, path: str, title: str) -> None:
-    """Draw TTFT and hand-off against bandwidth, a curve for each setting, with the hand-off's floor dotted.
+    """Draw TTFT and hand-off against bandwidth, a curve for each setting, and the hand-off's floor as a dotted line.
+
+    Args:
+        rows: the rows.
+        path: file of the plot.
+        title: title of the plot.
 
     Raises:
         InvalidArgumentError: the file cannot be written.
@@ -36,7 +41,7 @@ def draw_bandwidths(rows: Rows, path: str, title: str) -> None:
                 axes.plot(rates, floors, ls=":", color=line.get_color(), lw=1)
                 axes.set_yscale("log")
         if key == "ttft_ms":
-            # After the last curve: a limit stops the axis from growing.
+            # Set after the last curve, because a limit stops the axis from growing.
             axes.set_ylim(bottom=0)
         axes.set_xscale("log")
         axes.set_xlabel("link, Mb/s")
@@ -44,16 +49,16 @@ def draw_bandwidths(rows: Rows, path: str, title: str) -> None:
         axes.grid(visible=True, alpha=0.3, which="both")
     axes.legend(title="dotted: floor with overlap", fontsize="small", title_fontsize="small")
     figure.suptitle(title)
-    _save(figure, path)
+    save(figure, path, DOTS_PER_INCH)
 
 
 def draw_timeline(rows: Rows, path: str, title: str) -> None:
     """Draw the stages of one request of each row, one above the other.
 
     Args:
-        rows: of one bandwidth.
-        path: where to.
-        title: of the plot.
+        rows: the rows of one bandwidth.
+        path: file of the plot.
+        title: title of the plot.
 
     Raises:
         InvalidArgumentError: the file cannot be written.
@@ -64,7 +69,7 @@ def draw_timeline(rows: Rows, path: str, title: str) -> None:
     axes = figure.subplots()
     for place, row in enumerate(rows):
         for stage, (start, end) in row["timeline"].items():
-            # Computing above, the wire and what it holds up below.
+            # Computing is drawn above, the wire and the hand-off below.
             offset = -BAR_HEIGHT / 2 if stage in ("prefill", "decode") else BAR_HEIGHT / 2
             label = stage if place == 0 else None
             axes.barh(
@@ -81,16 +86,9 @@ def draw_timeline(rows: Rows, path: str, title: str) -> None:
     axes.grid(visible=True, axis="x", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=len(STAGE_COLOURS), fontsize="small")
     axes.set_title(title)
-    _save(figure, path)
+    save(figure, path, DOTS_PER_INCH)
 
 
 def _share(stage: str) -> float:
-    """Of a bar's height: the hand-off is drawn narrower, on top of the wire that it waits for."""
+    """Return the share of a bar's height: the hand-off is narrower, on top of the wire that it waits for."""
     return 0.4 if stage == "handoff" else 1.0
-
-
-def _save(figure: Any, path: str) -> None:
-    try:
-        figure.savefig(Path(path), dpi=110)
-    except OSError as error:
-        raise InvalidArgumentError(f"cannot write {path}: {error.strerror}; name another file") from error

@@ -1,4 +1,4 @@
-"""What runs inside the prefill namespace: sends one prompt after another and watches tokens and the wire.
+"""Run inside the prefill namespace: send one prompt after another, and record tokens and bytes on the link.
 
 `main` reads an `Errand` as JSON from standard input and writes a list of `Observed` as JSON to standard output.
 """
@@ -18,6 +18,7 @@ import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 from spectrumkv.bench.link.network import LINK
+from spectrumkv.bench.report.results import describe_served_model
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from spectrumkv.common.errors import InternalError
@@ -31,12 +32,12 @@ SCRAPE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Setting:
-    """A way to send KV.
+    """Name a way to send KV.
 
     Attributes:
-        name: in rows and plots.
-        policy: of the request.
-        budget: of the request; None is the policy's own.
+        name: its name in rows and plots.
+        policy: the policy of the request.
+        budget: the budget of the request; None is the policy's own.
         scope: "model" sends nothing before the last layer has run.
     """
 
@@ -46,24 +47,24 @@ class Setting:
     scope: str
 
     def choice(self) -> KvChoice:
-        """What a request asks for."""
+        """Return the KV choice of a request."""
         return KvChoice(policy=self.policy, budget=self.budget, scope=self.scope)
 
 
 @dataclass(frozen=True)
 class Errand:
-    """What to send.
+    """Say what to send.
 
     Attributes:
         server: the prefill service, "host:port".
         decode: the decode service, "host:port".
         metrics: prefill's address for Prometheus, "host:port".
-        ready_seconds: how long both services may take until they serve.
+        ready_seconds: seconds until both services must be ready.
         settings: sent in turn, in every round.
         rounds: rounds that count; one more warms up.
         prompt_tokens: length of the prompt.
         output_tokens: tokens to generate.
-        seed: of the prompt.
+        seed: seed of the random prompt.
     """
 
     server: str
@@ -77,30 +78,30 @@ class Errand:
     seed: int
 
     def to_json(self) -> str:
-        """Write it."""
+        """Return the errand as JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Errand":
-        """Read it."""
+        """Return the errand that a JSON text describes."""
         content = json.loads(text)
         return cls(**content | {"settings": tuple(Setting(**one) for one in content["settings"])})
 
 
 @dataclass(frozen=True)
 class Observed:
-    """One request, in seconds after it was sent.
+    """Record one request. Times are in seconds after the request was sent.
 
     Attributes:
-        setting: its name.
-        round: from 0.
-        arrivals: of its tokens.
-        ended: the end of its answer.
-        stages: by name, what prefill's metrics say that it spent in "queue", "prefill", "encode" and "transfer".
-        wire: pairs of a moment and the bytes that had left through the link by then.
-        kv_bytes_sent: serialized towards decode.
-        budget_counted: that, relative to FP16.
-        codec: what coded it, which prefill may choose by what the link takes.
+        setting: name of its setting.
+        round: its round, from 0.
+        arrivals: arrival times of its tokens.
+        ended: when its answer ended.
+        stages: seconds spent in "queue", "prefill", "encode" and "transfer", from prefill's metrics.
+        wire: pairs of a time and the bytes that had left through the link by then.
+        kv_bytes_sent: serialized bytes sent to decode.
+        budget_counted: these bytes relative to FP16.
+        codec: the codec; prefill may choose it by the link's bandwidth.
     """
 
     setting: str
@@ -115,7 +116,7 @@ class Observed:
 
 
 def main() -> None:
-    """Do the errand."""
+    """Do the errand on standard input, and write what was observed to standard output."""
     exit_on_error(lambda: _do(Errand.from_json(sys.stdin.read())))
 
 
@@ -126,14 +127,7 @@ def _do(errand: Errand) -> None:
             client.wait_until_serving(errand.ready_seconds)
         info: Any = prefill.server_info()
         observed = list(_observe(prefill, errand, _prompt(errand, info.model.vocab_size)))
-    model = {
-        "name": info.model_name,
-        "architecture": info.model.architecture,
-        "weights_digest": info.model.weights_digest,
-        "dtype": info.model.dtype,
-        "device": info.device,
-    }
-    json.dump({"model": model, "observed": [asdict(one) for one in observed]}, sys.stdout)
+    json.dump({"model": describe_served_model(info), "observed": [asdict(one) for one in observed]}, sys.stdout)
 
 
 def _prompt(errand: Errand, vocab_size: int) -> TokenIds:
@@ -143,7 +137,7 @@ def _prompt(errand: Errand, vocab_size: int) -> TokenIds:
 
 def _observe(client: SpectrumClient, errand: Errand, prompt: TokenIds) -> Iterator[Observed]:
     sampling = Sampling(max_tokens=errand.output_tokens, temperature=0.0, ignore_eos=True)
-    # The first prompt warms up, whatever its setting.
+    # The first request warms up; its setting does not matter.
     client.generate(prompt, sampling=sampling, kv=errand.settings[-1].choice()).result()
     for number in range(errand.rounds):
         for setting in errand.settings:
@@ -166,7 +160,7 @@ def _observe(client: SpectrumClient, errand: Errand, prompt: TokenIds) -> Iterat
 
 
 def _stage_seconds(metrics: str) -> dict[str, float]:
-    """Seconds that all requests so far spent in each stage of prefill."""
+    """Return the seconds that all requests so far spent in each stage of prefill."""
     with urlopen(f"http://{metrics}/metrics", timeout=SCRAPE_SECONDS) as response:
         text = response.read().decode()
     return {
@@ -179,7 +173,7 @@ def _stage_seconds(metrics: str) -> dict[str, float]:
 
 @contextmanager
 def _sampled_wire() -> Iterator[list[tuple[float, int]]]:
-    """Collect moments of `time.perf_counter` and bytes sent through the link while the block runs."""
+    """Yield a growing list of samples of `time.perf_counter` and of the bytes sent through the link."""
     samples = [(time.perf_counter(), _bytes_sent())]
     over = threading.Event()
 
@@ -197,7 +191,7 @@ def _sampled_wire() -> Iterator[list[tuple[float, int]]]:
 
 
 def _bytes_sent() -> int:
-    """Bytes that left through the link in this process's namespace; see proc_net(5)."""
+    """Return the bytes that left through the link in this process's namespace; see proc_net(5)."""
     for line in Path("/proc/net/dev").read_text(encoding="ascii").splitlines():
         name, _, counters = line.partition(":")
         if name.strip() == LINK:
@@ -206,7 +200,7 @@ def _bytes_sent() -> int:
 
 
 def _changes(samples: Sequence[tuple[float, int]], sent: float) -> tuple[tuple[float, int], ...]:
-    """Moments after the request was sent and bytes since the first sample; samples amid a standstill left out."""
+    """Return times after the request was sent and bytes since the first sample, without samples amid equal ones."""
     first = samples[0][1]
     neighbours = zip(samples[:-2], samples[1:-1], samples[2:], strict=True)
     return tuple(

@@ -1,4 +1,4 @@
-"""Both services, each in its own namespace, and errands run beside prefill."""
+"""Run both services, each in its own namespace, and do errands beside prefill."""
 
 import json
 import subprocess
@@ -7,29 +7,29 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from spectrumkv.bench.link import requests
 from spectrumkv.bench.link.network import DECODE_HOST, Namespace, ShapedLink
 from spectrumkv.bench.link.requests import Errand
-from spectrumkv.client.local.pair_config import DECODE_MODULE, PREFILL_MODULE, ServiceLaunch
-from spectrumkv.client.local.service_process import ServiceProcess
+from spectrumkv.client.local.pair_config import DECODE_MODULE, PREFILL_MODULE
+from spectrumkv.client.local.service_process import ServiceLaunch, ServiceProcess
 from spectrumkv.common.errors import UnavailableError
 from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.service.config import Address, DecodeConfig, PrefillConfig
 
-# Inside namespaces of our own every port is free.
+# Every port is free inside the bench's own namespaces.
 DECODE = Address(DECODE_HOST, DecodeConfig.listen.port)
 PREFILL = PrefillConfig.listen
 PREFILL_METRICS = PrefillConfig.metrics_listen
-REQUESTS_MODULE = "spectrumkv.bench.link.measure.requests"
 STOP_SECONDS = 40.0
-# Nobody but the two services can reach these namespaces.
+# Only the two services can reach these namespaces.
 SECURITY = ChannelSecurity(allow_plaintext=True)
 
 
 class LinkedServices:
-    """A running decode and a running prefill service on the two ends of a link.
+    """Hold a running decode and a running prefill service on the two ends of a link.
 
     Args:
-        link: where they run.
+        link: the link and its namespaces.
     """
 
     def __init__(self, link: ShapedLink) -> None:
@@ -38,16 +38,19 @@ class LinkedServices:
         self._errand: subprocess.Popen[str] | None = None
 
     def started(self, launch: ServiceLaunch) -> ServiceProcess:
-        """Start a service; if it ends by itself, so does the errand that is being run."""
+        """Start a service; if it ends by itself, the running errand is stopped."""
         return ServiceProcess(launch, on_line=lambda line: None, on_exit=self._note_end)
 
     def run(self, errand: Errand) -> dict[str, Any]:
-        """Run an errand in the prefill namespace; return its "model" and what it "observed".
+        """Do an errand in the prefill namespace; return its "model" and what it "observed".
+
+        Returns:
+            The served "model" and the list "observed".
 
         Raises:
             UnavailableError: a service ended, or the errand failed.
         """
-        command = self._link.prefill.command(sys.executable, "-m", REQUESTS_MODULE)
+        command = self._link.prefill.command(sys.executable, "-m", requests.__name__)
         with subprocess.Popen(  # noqa: S603  # our own interpreter and module
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as self._errand:
@@ -59,7 +62,7 @@ class LinkedServices:
         if self._errand.returncode:
             if self._ended:
                 raise self._ended[0].death()
-            raise UnavailableError("the requests inside the namespace failed; their error is on standard error")
+            raise UnavailableError("the requests inside the namespace failed; standard error has their error")
         result: dict[str, Any] = json.loads(output)
         return result
 
@@ -74,11 +77,14 @@ class LinkedServices:
 
 @contextmanager
 def linked_services(link: ShapedLink, options: Mapping[str, str]) -> Iterator[LinkedServices]:
-    """Start both services, and stop them with the block; errands wait until they serve.
+    """Start both services, and stop them with the block; errands wait until the services are ready.
 
     Args:
-        link: where they run.
-        options: flags of prefill by name and value; decode gets those that it knows too.
+        link: the link and its namespaces.
+        options: options of prefill; decode gets those that it shares.
+
+    Yields:
+        The services.
     """
     services = LinkedServices(link)
     with ExitStack() as running:

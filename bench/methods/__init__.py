@@ -1,1 +1,1 @@
-"""What quality benches compare: policies as they are served, and how a run selects them."""
+"""Select and run the methods that benches compare: policies as they are served, and baselines."""

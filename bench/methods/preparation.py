@@ -1,13 +1,14 @@
-"""From a command's flags to a model that is ready to be measured, and the methods to measure."""
+"""Prepare a measurement: turn a command's flags into a model in both roles and the methods to run on it."""
 
 import argparse
 from dataclasses import dataclass
 
 from rich.console import Console
 
+from spectrumkv.bench.methods.method import Method
 from spectrumkv.bench.methods.selection import Choice, MethodSelector
-from spectrumkv.bench.methods.served_model import Method, ServedModel
-from spectrumkv.bench.peers.quanto_extension import QUANTO, expect_extension
+from spectrumkv.bench.methods.served_model import ServedModel
+from spectrumkv.bench.peers.quanto import QUANTO, expect_extension
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.model.load import LoadedModel, choose_device
@@ -20,11 +21,11 @@ from spectrumkv.prefill_server.verdict import ProbeVerdict
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a bench that compares methods needs.
+    """Hold what a bench of methods needs.
 
     Attributes:
         served: the model.
-        methods: at least one.
+        methods: the methods, at least one.
     """
 
     served: ServedModel
@@ -32,11 +33,11 @@ class Prepared:
 
 
 def check_peers(choice: Choice, device: str) -> None:
-    """Look, before a model is loaded, whether the peers that are to be measured can run.
+    """Check, before a model is loaded, that the chosen baselines can run.
 
     Args:
-        choice: of methods.
-        device: as `--device` has it.
+        choice: the chosen methods.
+        device: the value of `--device`.
 
     Raises:
         SpectrumKVError: there is no such device, or quanto's kernels cannot be loaded now.
@@ -46,16 +47,19 @@ def check_peers(choice: Choice, device: str) -> None:
 
 
 def prepare(loaded: LoadedModel, choice: Choice, arguments: argparse.Namespace, tokens: int) -> Prepared:
-    """Settle the probe's verdict as a prefill service would, make room, and choose methods.
+    """Get the basis and the probe's verdict as a prefill service would, make a pool, and select the methods.
 
     Args:
         loaded: the model.
-        choice: of methods.
-        arguments: with the flags of `add_method_flags`.
-        tokens: most tokens of a prompt and what follows it.
+        choice: the chosen methods.
+        arguments: values of the flags of `add_method_flags`.
+        tokens: largest number of tokens of a prompt and what follows it.
+
+    Returns:
+        The model in both roles, and the methods.
 
     Raises:
-        InvalidArgumentError: the flags do not fit together or the model.
+        InvalidArgumentError: the flags contradict each other, or do not fit the model.
     """
     console = Console(stderr=True, highlight=False)
     if tokens > loaded.context_length:

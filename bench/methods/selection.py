@@ -1,14 +1,14 @@
-"""From names, budgets, codecs and scorers to the list of methods that a bench runs."""
+"""Select the methods that a bench runs, from the names, budgets, codecs and scorers of its flags."""
 
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
-from spectrumkv.bench.flags.method_flags import DEFAULT_BUDGETS
-from spectrumkv.bench.methods.served_model import Method
+from spectrumkv.bench.flags import DEFAULT, DEFAULT_BUDGETS
+from spectrumkv.bench.methods.method import Method
 from spectrumkv.bench.methods.wire_method import WireMethod, is_fixed
-from spectrumkv.bench.peers import pdtrim, quantized_cache  # noqa: F401  # they register their baselines
+from spectrumkv.bench.peers import pdtrim, quanto  # noqa: F401  # they register their baselines
 from spectrumkv.bench.peers.baselines import BaselineMethod, baselines
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.codecs.base import codecs
@@ -22,17 +22,17 @@ from spectrumkv.prefill_server.transfer.plan import SCOPES, KvPlan
 from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import prefill_pb2
 
-ALL, DEFAULT = "all", "default"
+ALL = "all"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One name of `--policies`.
+    """Hold one name of `--policies`.
 
     Attributes:
-        name: of a policy or baseline, or "default".
-        codec: named with it; empty where not.
-        asked_for: by its own name and not through "all".
+        name: the name of a policy or baseline, or "default".
+        codec: the codec after the colon; empty without one.
+        asked_for: whether the flag has the name itself, and not only "all".
     """
 
     name: str
@@ -42,15 +42,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the flags ask for; see `add_method_flags`.
+    """Hold the values of the flags of `add_method_flags`.
 
     Attributes:
         entries: policies and baselines.
-        budgets: None where the flag was not given.
-        codecs: for entries that name none; an empty name is the servers' default.
+        budgets: None if the flag was not given.
+        codecs: the codecs of entries without a codec; an empty name is the servers' default.
         scorers: an empty name is the servers' default.
         scopes: an empty name is the servers' default.
-        seed: of what is drawn.
+        seed: seed of random draws.
     """
 
     entries: tuple[Entry, ...]
@@ -62,7 +62,7 @@ class Choice:
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> "Choice":
-        """Read the flags.
+        """Return the choice that the flags of `add_method_flags` describe.
 
         Raises:
             InvalidArgumentError: a name is unknown, or needs an extra that is not installed.
@@ -74,7 +74,7 @@ class Choice:
         if unknown := [scope for scope in arguments.scope if scope and scope not in SCOPES]:
             raise InvalidArgumentError(f"unknown scope {unknown[0]!r}; valid: {', '.join(SCOPES)}")
         if arguments.seed < 0:
-            raise InvalidArgumentError(f"--seed is {arguments.seed}; it must not be negative")
+            raise InvalidArgumentError(f"--seed is {arguments.seed}; allowed: 0 or more")
         return cls(
             entries=tuple(_entries(arguments.policies)),
             budgets=arguments.budgets,
@@ -85,45 +85,45 @@ class Choice:
         )
 
     def runs_on(self, module: str) -> bool:
-        """Whether a baseline among the entries runs on a module that an optional extra brings, and that is there."""
+        """Return whether an entry is a baseline that needs this module of an optional extra, which is installed."""
         chosen = [baselines.get(entry.name) for entry in self.entries if entry.name in baselines]
         return any(one.requires == module and one.installed for one in chosen)
 
 
 @dataclass
 class Selection:
-    """The methods, in order and without doubles, and what was left out.
+    """Hold the selected methods, in order and without duplicates, and what was left out.
 
     Attributes:
-        methods: to run.
-        notes: sentences about what is left out and why.
+        methods: the methods to run.
+        notes: sentences that say what is left out, and why.
     """
 
     methods: list[Method] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def add(self, method: Method) -> None:
-        """Append a method unless it is there."""
+        """Append a method unless it is already selected."""
         if all(_identity(method) != _identity(one) for one in self.methods):
             self.methods.append(method)
 
     def note(self, sentence: str) -> None:
-        """Say what is left out, once."""
+        """Note what is left out, once."""
         if sentence not in self.notes:
             self.notes.append(sentence)
 
 
 @dataclass(frozen=True)
 class MethodSelector:
-    """Turns a choice into methods.
+    """Turn a choice into methods.
 
     Attributes:
-        choice: what the flags ask for.
+        choice: the values of the flags.
         config: the servers' defaults.
-        verdict: what the probe found.
-        spec: the model's.
-        metrics: told of every byte.
-        basis: the model's, for codecs that need one.
+        verdict: the probe's verdict on the model.
+        spec: the model's spec.
+        metrics: counts every byte.
+        basis: the model's basis, for codecs that need one.
     """
 
     choice: Choice
@@ -137,8 +137,8 @@ class MethodSelector:
         """Return the methods.
 
         Raises:
-            InvalidArgumentError: a policy asked for by name cannot keep to any of the budgets, or its codec cannot
-                write it.
+            InvalidArgumentError: a policy that is asked for by name cannot keep any of the budgets, or its codec
+                cannot encode its tiers.
         """
         selection = Selection()
         for entry in self.choice.entries:
@@ -190,7 +190,7 @@ class MethodSelector:
             if least <= budget <= most:
                 yield budget
             else:
-                selection.note(f"{name} at {budget:g} is left out: it keeps to budgets from {least:g} to {most:g}")
+                selection.note(f"{name} at {budget:g} is left out: its budgets go from {least:g} to {most:g}")
 
     def _wire_method(self, options: prefill_pb2.KvOptions, budget: float | None) -> WireMethod:
         asked = prefill_pb2.KvOptions()
@@ -214,7 +214,7 @@ def _entries(names: Sequence[str]) -> Iterator[Entry]:
 def _check_name(name: str, codec: str) -> None:
     if name in baselines:
         if codec:
-            raise InvalidArgumentError(f"baseline {name!r} has a codec of its own; leave :{codec} away")
+            raise InvalidArgumentError(f"baseline {name!r} has its own codec; leave out :{codec}")
         if not baselines.get(name).installed:
             raise InvalidArgumentError(f"baseline {name!r} cannot run: {_missing(name)}")
         return

@@ -1,10 +1,11 @@
-"""The product's own way: a plan, the messages that prefill would send, and the receiver of decode."""
+"""Send KV as the services do: by a plan, in the messages that prefill would send, into the receiver of decode."""
 
 from dataclasses import dataclass
 
 import torch
 
-from spectrumkv.bench.methods.served_model import Prompt, SentBytes
+from spectrumkv.bench.methods.method import Prompt, SentBytes
+from spectrumkv.bench.models.synthetic_prompt import REQUEST_ID
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.kv.policies import BudgetKind, Policy, TierRequest
 from spectrumkv.common.kv.tiers import mean_tier_cost
@@ -18,24 +19,22 @@ from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline
 from spectrumkv.prefill_server.transfer.plan import KvPlan
 from spectrumkv.v1 import decode_pb2
 
-# As long as the identifiers that the prefill service draws.
-REQUEST_ID = "0" * 32
-# On as many tokens a policy shows whether its budget changes anything.
+# With this many tokens, a policy's tiers show whether its budget changes anything.
 TRIAL_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class WireMethod:
-    """A plan, carried out; see `Method`.
+    """Carry out a plan; see `Method`.
 
-    Every message is serialized and parsed again, as gRPC would. Counted are the serialized bytes of all of them:
-    Begin, chunks and End.
+    Every message is serialized and parsed again, as gRPC does. The serialized bytes of all messages count: Begin,
+    chunks and End.
 
     Attributes:
-        plan: how the KV is scored, tiered and coded.
-        spec: the model's, for Begin.
-        chunk_bytes: payload at which a chunk leaves.
-        metrics: told of every byte.
+        plan: how the KV is scored, tiered and encoded.
+        spec: the model's spec, for Begin.
+        chunk_bytes: payload bytes at which a chunk is sent.
+        metrics: counts every byte.
     """
 
     plan: KvPlan
@@ -45,34 +44,37 @@ class WireMethod:
 
     @property
     def policy(self) -> str:
-        """The policy's name."""
+        """Return the policy's name."""
         return self.plan.policy.name
 
     @property
     def codec(self) -> str:
-        """The codec's name."""
+        """Return the codec's name."""
         return self.plan.codec.name
 
     @property
     def scorer(self) -> str:
-        """The scorer's name; empty where the policy looks at no scores."""
+        """Return the scorer's name; empty if the policy uses no scores."""
         return self.plan.scorer if self.plan.policy.needs_scores else ""
 
     @property
     def scope(self) -> str:
-        """Whether layers are tiered one by one or together."""
+        """Return "layer" if each layer has its own tiers, or "model"."""
         return self.plan.scope
 
     @property
     def budget(self) -> float:
-        """The plan's."""
+        """Return the plan's budget."""
         return self.plan.budget
 
     def send(self, prompt: Prompt, pool: KvPool, allocation: Allocation) -> SentBytes:
         """See `Method.send`.
 
+        Returns:
+            What sending took.
+
         Raises:
-            SpectrumKVError: the KV cannot be coded, or what arrived is not what was sent.
+            SpectrumKVError: the KV cannot be encoded, or differs after the transfer.
         """
         pipeline = KvPipeline(self._begin(prompt), self.plan, pool.geometry, self.chunk_bytes, self.metrics)
         for layer in prompt.captured.layers:
@@ -98,7 +100,7 @@ class WireMethod:
 
 
 def is_fixed(policy: Policy) -> bool:
-    """Whether a policy does the same at its least and at its largest budget, so that one run says it all."""
+    """Return whether a policy gives the same tiers at its smallest and largest budget, so that one run suffices."""
     if policy.budget_kind is BudgetKind.BYTES:
         return False
     scores = torch.linspace(0.0, 1.0, TRIAL_TOKENS)

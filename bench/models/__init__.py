@@ -1,1 +1,1 @@
-"""Models and bases made for benches."""
+"""Make models, caches and bases for benches."""

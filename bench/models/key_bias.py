@@ -1,13 +1,13 @@
-"""The key-bias model: the default model's function, computed with key biases as large as those that INT4 breaks on.
+"""Make the key-bias model: it computes what the default model does, with key biases so large that INT4 fails.
 
-Qwen2.5's keys have biases of norm 600 in the first layer and 900 in the last; one channel of such a key sets the
-scale at which a quantizer rounds the others to zero. No model that has them is small enough for a test, so this one
-is made. A key bias in rotary pairs that hardly turn adds nearly the same to a query's logits for all keys, and
-softmax takes that away: the model computes what it computed before, from other keys.
+Qwen2.5's keys have biases of norm 600 in the first layer and 900 in the last. One channel of such a key sets the
+scale, at which a quantizer rounds the other channels to zero. No model with such biases is small enough for a test,
+so this one is made. A key bias in rotary pairs that hardly turn adds nearly the same number to a query's logits for
+all keys, and softmax cancels it, so the model computes the same as before from other keys.
 
-Against a query q, the bias b of a key at position n counts as (R(n)ᵀ q) · b, where R is the rotary embedding. The b
-for which this varies least over the keys that q attends to is the last eigenvector of the covariance of R(n)ᵀ q, in
-the slowest pairs, over attention and over the queries of the project's own prose.
+The bias b of a key at position n adds (R(n)ᵀ q) · b to the logit of a query q, where R is the rotary embedding. The b
+for which this varies least over the keys that q attends to is the eigenvector with the smallest eigenvalue of the
+covariance of R(n)ᵀ q in the slowest pairs, weighted by attention, over the queries of the project's own prose.
 """
 
 import logging
@@ -31,15 +31,15 @@ from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME
 from spectrumkv.prefill_server.tuning.needle.haystack import haystack
 from spectrumkv.prefill_server.tuning.replay import capture_prompt
 
-# Raised whenever another model would be built than before.
+# Increase this when a change builds another model than before.
 BUILD = 1
 # Rotary pairs that may carry a bias.
 SLOWEST_PAIRS = 8
-# The queries that are looked at are the last ones of a prompt.
+# The observed queries are the last ones of a prompt.
 PROSE_TOKENS = 2048
 OBSERVED_QUERIES = 256
 QUERIES_AT_ONCE = 128
-# What llama's configuration shares with Qwen2's.
+# Settings that llama's configuration shares with Qwen2's.
 SHARED_SETTINGS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
@@ -51,12 +51,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BiasNorms:
-    """Norms of a layer's key bias, over all its KV heads.
+    """Hold the norms of a layer's key bias over all its KV heads.
 
     Attributes:
-        first: in the first layer.
-        middle: in the layers between.
-        last: in the last layer.
+        first: norm in the first layer.
+        middle: norm in the layers between.
+        last: norm in the last layer.
     """
 
     first: float = 600.0
@@ -64,15 +64,15 @@ class BiasNorms:
     last: float = 900.0
 
     def of_layer(self, layer: int, layers: int) -> float:
-        """Return the norm in one of `layers` layers."""
+        """Return the norm in layer `layer` of `layers`."""
         return self.first if layer == 0 else self.last if layer == layers - 1 else self.middle
 
 
 def key_bias_model_directory() -> Path:
-    """The key-bias model's directory (538 MB), built from the default model when it is first asked for.
+    """Return the directory of the key-bias model (538 MB); the first call builds it from the default model.
 
     Raises:
-        FailedPreconditionError: the default model cannot be had, or there is no room.
+        FailedPreconditionError: the default model cannot be loaded, or the disk is full.
     """
     source = embedded_model_directory()
     name = f"{EMBEDDED_MODEL_NAME.lower()}-key-bias-{BUILD}"
@@ -88,12 +88,12 @@ def build_key_bias_model(source: Path, directory: Path, norms: BiasNorms) -> Non
     """Write a Qwen2 model that computes nearly what a llama model does.
 
     Args:
-        source: the llama model's directory.
-        directory: exists and is empty.
-        norms: of the key biases; query and value biases are zero.
+        source: directory of the llama model.
+        directory: an empty directory.
+        norms: norms of the key biases; query and value biases are zero.
 
     Raises:
-        FailedPreconditionError: the model is no llama, or has biases already.
+        FailedPreconditionError: the model is not a llama, or has biases already.
     """
     logger.info("giving key biases to the model in %s", source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True).eval()
@@ -112,14 +112,17 @@ def build_key_bias_model(source: Path, directory: Path, norms: BiasNorms) -> Non
 
 
 def find_key_biases(model: PreTrainedModel, token_ids: Sequence[int], norms: BiasNorms) -> list[torch.Tensor]:
-    """Return each layer's key bias, float32 `[kv_heads · head_dim]`.
+    """Return each layer's key bias.
 
-    They are whole numbers: a last bit that differs between machines does not make two models of them.
+    Biases are rounded to whole numbers, so that machines whose last bits differ make the same model.
 
     Args:
-        model: a llama. Its attention is switched to the prefill service's.
-        token_ids: of text like what the model will read.
-        norms: of the biases, before they are rounded.
+        model: a llama model; its attention is switched to the prefill service's.
+        token_ids: tokens of a text like those that the model will read.
+        norms: norms of the biases before rounding.
+
+    Returns:
+        A bias for each layer, float32 `[kv_heads · head_dim]`.
     """
     model.set_attn_implementation(ATTENTION_NAME)
     frequencies = model.model.rotary_emb.inv_freq[-SLOWEST_PAIRS:].double()
@@ -128,7 +131,7 @@ def find_key_biases(model: PreTrainedModel, token_ids: Sequence[int], norms: Bia
 
 
 def _key_bias(layer: LayerCapture, frequencies: torch.Tensor, norm: float) -> torch.Tensor:
-    """One layer's key bias; heads share the norm so that the bias changes the attention of each as much."""
+    """Return one layer's key bias; heads share the norm so that it changes the attention of each equally."""
     kv_heads, _, head_dim = layer.keys.shape
     slowest = [torch.arange(half - SLOWEST_PAIRS, half) for half in (head_dim // 2, head_dim)]
     steadiest = [
@@ -144,7 +147,7 @@ def _key_bias(layer: LayerCapture, frequencies: torch.Tensor, norm: float) -> to
 def _steadiest_direction(
     queries: torch.Tensor, attended: torch.Tensor, frequencies: torch.Tensor
 ) -> tuple[torch.Tensor, float]:
-    """The unit vector whose product with queries, turned back by a key's position, varies least over the keys.
+    """Return the unit vector whose product with queries, turned back by a key's position, varies least over the keys.
 
     Args:
         queries: `[m, 2 · pairs]`, after their rotary embedding.
@@ -152,7 +155,7 @@ def _steadiest_direction(
         frequencies: radians per token, `[pairs]`.
 
     Returns:
-        float64 `[2 · pairs]`, and the standard deviation of that product.
+        The vector, float64 `[2 · pairs]`, and the standard deviation of that product.
     """
     angles = torch.arange(attended.shape[1], dtype=torch.float64)[:, None] * frequencies
     covariance = torch.zeros(queries.shape[1], queries.shape[1], dtype=torch.float64)
@@ -162,17 +165,24 @@ def _steadiest_direction(
             [low * angles.cos() + high * angles.sin(), high * angles.cos() - low * angles.sin()], dim=-1
         )
         mean = weights.double()[:, None] @ turned
-        spread = ((turned - mean) * weights.double().sqrt()[..., None]).flatten(0, 1)
-        covariance += spread.T @ spread
+        deviations = ((turned - mean) * weights.double().sqrt()[..., None]).flatten(0, 1)
+        covariance += deviations.T @ deviations
     variances, directions = torch.linalg.eigh(covariance / len(queries))
     steadiest = directions[:, 0]
-    # Either sign would do, and libraries differ in which they give.
+    # Both signs are right; fix one, because libraries differ.
     steadiest = steadiest * steadiest[steadiest.abs().argmax()].sign()
     return steadiest, float(variances[0].clamp_min(torch.finfo(torch.float64).tiny).sqrt())
 
 
 def attention_weights(layer: LayerCapture) -> torch.Tensor:
-    """How the observed queries weight the tokens: `[kv_heads, query_heads per KV head · w, n]`."""
+    """Return how the observed queries of a layer weight its tokens.
+
+    Args:
+        layer: the layer, with w observed queries and n tokens.
+
+    Returns:
+        Attention weights, `[kv_heads, query_heads per KV head · w, n]`.
+    """
     kv_heads, tokens, head_dim = layer.keys.shape
     logits = layer.queries.reshape(kv_heads, -1, head_dim) @ layer.keys.transpose(1, 2) * layer.scaling
     window = layer.queries.shape[1]
@@ -191,6 +201,6 @@ def _prose(source: Path) -> list[int]:
 def _qwen2_config(config: PretrainedConfig) -> Qwen2Config:
     if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
         raise FailedPreconditionError(f"a model of type {config.model_type!r} cannot be given key biases as a Qwen2")
-    # 16 bits would not hold the keys: at 500, bfloat16 tells only every second number apart.
+    # 16 bits are too few for such keys: at 500, bfloat16 has only every second whole number.
     shared = {name: getattr(config, name) for name in SHARED_SETTINGS}
     return Qwen2Config(**shared, head_dim=head_dim(config), architectures=["Qwen2ForCausalLM"], dtype=torch.float32)

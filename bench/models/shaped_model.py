@@ -1,4 +1,4 @@
-"""Models with the shape of well-known ones and random weights, for speed where no weights can be had."""
+"""Write models with the shape of well-known ones and random weights, to measure speed without their weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ VOCABULARY = 49152
 
 
 def _mistral_7b() -> PretrainedConfig:
-    """Mistral 7B (arXiv 2310.06825, table 1) without its sliding window, like its later versions."""
+    """Return Mistral 7B's configuration (arXiv 2310.06825, table 1), like later versions without a sliding window."""
     return MistralConfig(
         vocab_size=VOCABULARY,
         hidden_size=4096,
@@ -37,14 +37,14 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {"mistral-7b": _mistral_7b}
 
 
 def write_shaped_model(shape: str, directory: Path) -> None:
-    """Write a model in bfloat16, made on a GPU where there is one.
+    """Write a model in bfloat16, made on a GPU if there is one.
 
     Args:
         shape: a name in `SHAPES`.
-        directory: created; it must not exist.
+        directory: the directory to create; it must not exist.
 
     Raises:
-        InvalidArgumentError: there is no such shape, or the directory exists.
+        InvalidArgumentError: the shape is unknown, or the directory exists.
     """
     if shape not in SHAPES:
         raise InvalidArgumentError(f"unknown shape {shape!r}; valid: {', '.join(SHAPES)}")

@@ -1,1 +1,1 @@
-"""Baselines from elsewhere: quanto, PDTrim, kvpress."""
+"""Run baselines from elsewhere: quanto, PDTrim, kvpress."""

@@ -1,7 +1,7 @@
-"""What is measured beside the product's policies without being part of it: the registry of bench-only baselines.
+"""Register baselines: methods that are measured beside the services' policies and not part of the services.
 
-Baselines send no messages. Their bytes follow from a formula that each one states; none of them counts framing,
-which favours them. A baseline is a function that puts a prompt's KV into the slots, registered by name.
+Baselines send no messages. The docstring of each one states how its bytes are counted; none counts framing, which
+favours them. A baseline is a function that writes a prompt's KV into the slots, registered by name.
 """
 
 from collections.abc import Callable
@@ -10,26 +10,26 @@ from importlib.util import find_spec
 
 import torch
 
-from spectrumkv.bench.methods.served_model import Prompt, SentBytes
+from spectrumkv.bench.methods.method import Prompt, SentBytes
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.registry import Registry
 from spectrumkv.decode_server.kv_pool import Allocation, KvPool
 
+# Writes a prompt's KV at a budget into the slots, and returns what that took.
 Send = Callable[[Prompt, KvPool, Allocation, float], SentBytes]
-"""Puts a prompt's KV at a budget into the slots and says what that took."""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A way to send KV that is only measured.
+    """Describe a way to send KV that is only measured.
 
     Attributes:
-        name: as `--policies` and rows give it.
-        codec: what it writes, in rows.
-        min_budget: least budget that it can keep to.
-        max_budget: largest; the same as the least where it has one setting only.
-        requires: module that an optional extra brings; None for none.
-        run: does it.
+        name: its name in `--policies` and rows.
+        codec: its codec in rows.
+        min_budget: smallest budget that it can keep.
+        max_budget: largest budget; it equals the smallest if there is only one setting.
+        requires: module of an optional extra that it needs; None if it needs none.
+        run: writes the KV into the slots.
     """
 
     name: str
@@ -41,13 +41,13 @@ class Baseline:
 
     @property
     def fixed(self) -> bool:
-        """Whether it has one setting only."""
+        """Return whether it has only one setting."""
         return self.min_budget == self.max_budget
 
     @property
     def installed(self) -> bool:
-        """Whether the module that it needs is there."""
-        # Looking for a module inside a package imports the package, which may be what is not there.
+        """Return whether the module that it needs is installed."""
+        # Looking for a module inside a package imports the package, which may itself be missing.
         package = (self.requires or "").partition(".")[0]
         return self.requires is None or (find_spec(package) is not None and find_spec(self.requires) is not None)
 
@@ -55,12 +55,11 @@ class Baseline:
         """Check a budget.
 
         Raises:
-            InvalidArgumentError: it is out of range.
+            InvalidArgumentError: the budget is out of range.
         """
         if not self.min_budget <= budget <= self.max_budget:
             raise InvalidArgumentError(
-                f"baseline {self.name!r} cannot keep to budget {budget}; "
-                f"allowed is from {self.min_budget} to {self.max_budget}"
+                f"baseline {self.name!r} cannot keep budget {budget}; allowed: {self.min_budget} to {self.max_budget}"
             )
 
 
@@ -82,7 +81,7 @@ def baseline(
 
 @dataclass(frozen=True)
 class BaselineMethod:
-    """A baseline at one budget; see `Method`."""
+    """Run a baseline at one budget; see `Method`."""
 
     baseline: Baseline
     budget: float
@@ -91,12 +90,12 @@ class BaselineMethod:
 
     @property
     def policy(self) -> str:
-        """The baseline's name."""
+        """Return the baseline's name."""
         return self.baseline.name
 
     @property
     def codec(self) -> str:
-        """What it writes."""
+        """Return the baseline's codec."""
         return self.baseline.codec
 
     def send(self, prompt: Prompt, pool: KvPool, allocation: Allocation) -> SentBytes:
@@ -105,15 +104,18 @@ class BaselineMethod:
 
 
 def coded_bytes(elements: int, bits: int, groups: int) -> float:
-    """Bytes of `elements` codes of `bits` bits and of `groups` 16-bit numbers beside them."""
+    """Return the bytes of `elements` codes of `bits` bits and of `groups` 16-bit numbers beside them."""
     return elements * bits / 8 + groups * 2
 
 
 @baseline("uniform-int3", codec="int3", min_budget=3 / 16)
 def uniform_int3(prompt: Prompt, pool: KvPool, allocation: Allocation, budget: float) -> SentBytes:
-    """Every token at symmetric INT3 (−3 … 3), a float16 scale for each token in each KV head.
+    """Quantize every token symmetrically to INT3 (−3 … 3), with a float16 scale for each token in each KV head.
 
-    Bytes: 3 bits an element and 16 bits a scale.
+    Bytes: 3 bits for each element and 16 bits for each scale.
+
+    Returns:
+        The counted bytes and the tier budget.
     """
     counted = 0.0
     for layer in prompt.captured.layers:
@@ -125,7 +127,7 @@ def uniform_int3(prompt: Prompt, pool: KvPool, allocation: Allocation, budget: f
 
 
 def _rounded_symmetric(states: torch.Tensor, largest: int) -> torch.Tensor:
-    """Quantize `[…, head_dim]` symmetrically by the absolute maximum of each row, and back."""
+    """Quantize `[…, head_dim]` symmetrically by the absolute maximum of each row, and dequantize it."""
     scales = (states.float().abs().amax(dim=-1, keepdim=True) / largest).half().float()
     # A row of zeros has scale 0 and stays zero.
     codes = (states.float() / scales.clamp(min=torch.finfo(torch.float16).tiny)).round().clamp(-largest, largest)

@@ -1,11 +1,11 @@
-"""NVIDIA's kvpress on the windows of `spectrumkv-bench quality`, writing the same rows: `make bench-peers`.
+"""Run NVIDIA's kvpress on the windows of `spectrumkv-bench quality`, and write the same rows: `make bench-peers`.
 
-kvpress pins an older transformers than SpectrumKV runs on, so this is a program of its own for an environment of its
-own. It shares windows, scores and rows with the bench, and nothing that depends on transformers' version.
+kvpress pins an older transformers than SpectrumKV needs, so this program runs in an environment of its own. It shares
+windows, scores and rows with the bench, and imports nothing that depends on transformers' version.
 
-A press selects tokens for each KV head when a prompt has run, by its own code. What it keeps is rounded to 16 bits,
-as the reference is; tokens keep their positions. Counted are 16 bits for each element kept; which tokens these are
-and framing are not counted, which favours the presses.
+A press selects tokens for each KV head after a prompt has run, by its own code. The selected states are rounded to 16
+bits, like the reference, and tokens keep their positions. Each kept element counts 16 bits; neither the selection nor
+framing is counted, which favours the presses.
 """
 
 import argparse
@@ -21,28 +21,24 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from spectrumkv.bench.flags.destinations import check_destinations
-from spectrumkv.bench.flags.method_flags import DEFAULT_BUDGETS, add_output_flags, parse_budgets
-from spectrumkv.bench.methods.rows import quality_row
+from spectrumkv.bench.flags import DEFAULT_BUDGETS, add_output_flags, parse_budgets
 from spectrumkv.bench.quality.quality_command import add_text_flags, quality_table
-from spectrumkv.bench.quality.scoring import WindowScore
-from spectrumkv.bench.quality.texts import load_text
-from spectrumkv.bench.quality.windows import Window, cut, text_digest
-from spectrumkv.bench.report import plots
-from spectrumkv.bench.report.meta import write_result
-from spectrumkv.bench.report.progress import progress
-from spectrumkv.bench.report.tables import results_console
-from spectrumkv.client.cli.json_output import STDOUT
+from spectrumkv.bench.quality.scoring import WindowScore, quality_row
+from spectrumkv.bench.quality.texts import Window, cut, load_text, text_digest
+from spectrumkv.bench.report import plot
+from spectrumkv.bench.report.console import progress, results_console
+from spectrumkv.bench.report.results import check_destinations, write_result
+from spectrumkv.client.cli.output import STDOUT
 from spectrumkv.common.errors import FailedPreconditionError, SpectrumKVError
 from spectrumkv.common.model.directory import find_model, tokenizer_class
 from spectrumkv.common.model.spec import weights_digest
 from spectrumkv.common.model.support import layer_attention
 from spectrumkv.prefill_server.tuning.divergence import compare
 
+# Keys and values of one layer, `[1, kv_heads, k, head_dim]` each, keys after RoPE.
 LayerKv = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values of one layer, `[1, kv_heads, k, head_dim]` each, keys after RoPE."""
 
-# With the settings that each press has by itself.
+# Each press runs with its default settings.
 PRESSES = {
     "kvpress-snapkv": SnapKVPress,
     "kvpress-expected-attention": ExpectedAttentionPress,
@@ -53,7 +49,7 @@ PRESSES = {
 
 @dataclass(frozen=True)
 class PressMethod:
-    """A press at one budget; what `quality_row` needs to know of a method."""
+    """Name a press at one budget, as `quality_row` needs it."""
 
     policy: str
     budget: float
@@ -65,7 +61,16 @@ class PressMethod:
 
 @torch.inference_mode()
 def score_window(model: PreTrainedModel, window: Window, methods: Sequence[PressMethod]) -> list[WindowScore]:
-    """Prefill a window's context once, and measure every press on it."""
+    """Prefill a window's context once, and score every press on it.
+
+    Args:
+        model: the model.
+        window: the window.
+        methods: the presses.
+
+    Returns:
+        A score for each press.
+    """
     exact: list[LayerKv] = []
     pressed: list[list[LayerKv]] = [[] for _ in methods]
     with presses_applied(model, methods, exact, pressed):
@@ -85,7 +90,7 @@ def score_window(model: PreTrainedModel, window: Window, methods: Sequence[Press
                 agreed=distance.agreed,
                 counted=counted,
                 fp16=fp16,
-                nominal_budget=counted / fp16,
+                tier_budget=counted / fp16,
             )
         )
     return scores
@@ -95,13 +100,13 @@ def score_window(model: PreTrainedModel, window: Window, methods: Sequence[Press
 def presses_applied(
     model: PreTrainedModel, methods: Sequence[PressMethod], exact: list[LayerKv], pressed: list[list[LayerKv]]
 ) -> Iterator[None]:
-    """Let every press see every layer of the prompt that runs in the block, without changing the prompt's own cache.
+    """Apply every press to every layer of the prompt that runs in the block, without changing the prompt's own cache.
 
     Args:
-        model: runs the prompt.
+        model: the model that runs the prompt.
         methods: the presses.
-        exact: gets each layer's KV.
-        pressed: for each press, gets what it keeps of each layer.
+        exact: receives each layer's KV.
+        pressed: receives, for each press, what it keeps of each layer.
     """
 
     def hook(module: torch.nn.Module, arguments: Any, options: dict[str, Any], output: Any) -> None:
@@ -116,14 +121,14 @@ def presses_applied(
         for method in methods:
             method.press.post_init_from_model(model)
         for layer in model.model.layers:
-            # kvpress does the same for presses that need to rotate queries.
+            # kvpress sets this too, for presses that rotate queries.
             layer.self_attn.rotary_emb = model.model.rotary_emb
             hooks.callback(layer.self_attn.register_forward_hook(hook, with_kwargs=True).remove)
         yield
 
 
 def _read(model: PreTrainedModel, kv: Sequence[LayerKv], window: Window) -> torch.Tensor:
-    """Logits `[m, vocab]` of the tokens that follow the context, over this KV rounded to 16 bits."""
+    """Return the logits `[m, vocab]` of the tokens that follow the context, over this KV rounded to 16 bits."""
     cache = DynamicCache()
     half = torch.float16 if model.dtype == torch.float32 else model.dtype
     for layer, (keys, values) in enumerate(kv):
@@ -141,7 +146,7 @@ def _bytes(kv: Sequence[LayerKv]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, show and write; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m spectrumkv.bench.kvpress_peers", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m spectrumkv.bench.peers.kvpress_peers", description=__doc__)
     add_text_flags(parser)
     parser.add_argument("--budgets", type=parse_budgets, default=DEFAULT_BUDGETS, metavar="NUMBERS")
     parser.add_argument("--model", metavar="NAME", help="local directory or hub name (default: the embedded model)")
@@ -166,9 +171,7 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     model = model.eval().to(device)
     if any(layer.sliding_window or layer.softcap for layer in layer_attention(model.config)):
-        raise FailedPreconditionError(
-            f"{name} has sliding windows or capped logits, which kvpress's selection of tokens does not go with"
-        )
+        raise FailedPreconditionError(f"{name} has sliding windows or capped logits, which kvpress does not support")
     windows = cut(
         tokenizer_class(directory).from_pretrained(directory), text,
         arguments.context, arguments.scored, arguments.skip_windows, arguments.windows,
@@ -197,7 +200,7 @@ def _run(arguments: argparse.Namespace) -> None:
         }
         write_result(arguments.json, arguments, rows, described)
     if arguments.plot is not None:
-        plots.draw_quality(rows, arguments.plot, name)
+        plot.draw_quality(rows, arguments.plot, name)
 
 
 if __name__ == "__main__":

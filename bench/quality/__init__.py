@@ -1,1 +1,1 @@
-"""Quality of the received KV: perplexity, KL, needles."""
+"""Measure the quality of received KV: perplexity, KL, needles."""

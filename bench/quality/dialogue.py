@@ -1,7 +1,7 @@
-"""Dialogues for `--text dialogue`: the project's own questions, answered by the default model, kept in the cache.
+"""Make the dialogues of `--text dialogue`: the default model answers the project's questions, the cache keeps them.
 
-They are plain text with a name before each turn, so that every model reads the same. The answers are drawn at a fixed
-seed; other processors draw others, and `meta.args.text_sha256` tells them apart.
+Dialogues are plain text with a name before each turn, so that every model reads the same text. The answers are
+sampled at a fixed seed. Another processor may sample other answers; `meta.args.text_sha256` tells them apart.
 """
 
 import logging
@@ -14,7 +14,7 @@ import torch
 from spectrumkv.common.model.cache import build_once, cache_directory
 from spectrumkv.common.model.load import LoadedModel, load_model
 
-# Raised whenever other dialogues would be made than before.
+# Increase this when a change makes other dialogues than before.
 BUILD = 1
 FILE = "dialogues.txt"
 SEED = 0
@@ -59,21 +59,23 @@ TURNS = 4
 
 @dataclass(frozen=True)
 class Turn:
-    """What one of the two said."""
+    """Hold what one of the two speakers said."""
 
     role: str
     content: str
 
 
 def dialogues() -> str:
-    """Return the dialogues, made (some minutes on a CPU) when they are first asked for.
+    """Return the dialogues; the first call makes them, which takes some minutes on a CPU.
 
     Raises:
-        FailedPreconditionError: the default model cannot be had, or the cache cannot be written to.
+        FailedPreconditionError: the default model cannot be loaded, or the cache cannot be written.
     """
 
     def build(directory: Path) -> None:
-        logging.getLogger(__name__).info("making %d dialogues with the default model, some minutes", len(OPENINGS))
+        logging.getLogger(__name__).info(
+            "making %d dialogues with the default model, which takes some minutes", len(OPENINGS)
+        )
         held = hold(load_model(), OPENINGS, TURNS, ANSWER_TOKENS)
         (directory / FILE).write_text("\n\n".join(map(transcript, held)), encoding="utf-8")
 
@@ -87,10 +89,13 @@ def hold(loaded: LoadedModel, openings: Sequence[str], turns: int, answer_tokens
     """Hold a dialogue for each opening, all of them at once.
 
     Args:
-        loaded: answers; its tokenizer has a chat template.
-        openings: the first questions.
+        loaded: the model that answers; its tokenizer has a chat template.
+        openings: the first question of each dialogue.
         turns: questions in each dialogue.
-        answer_tokens: most tokens of an answer.
+        answer_tokens: largest number of tokens of an answer.
+
+    Returns:
+        The turns of each dialogue.
     """
     held = [[Turn("user", opening)] for opening in openings]
     for turn in range(turns):

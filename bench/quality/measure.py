@@ -1,27 +1,33 @@
-"""Quality as it is served: exact prefill, received KV, next tokens scored over it, teacher-forced."""
+"""Measure quality as the services run: prefill exactly, receive the KV, score the next tokens over it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from spectrumkv.bench.methods.rows import describe, quality_row
-from spectrumkv.bench.methods.served_model import ExactFp16, Method, ServedModel
-from spectrumkv.bench.quality.scoring import WindowScore
-from spectrumkv.bench.quality.windows import Window
+from spectrumkv.bench.methods.method import ExactFp16, Method, describe
+from spectrumkv.bench.methods.served_model import ServedModel
+from spectrumkv.bench.quality.scoring import WindowScore, quality_row
+from spectrumkv.bench.quality.texts import Window
 from spectrumkv.prefill_server.tuning.divergence import compare
 
+# Called after each prefill, reference and method with a text that says what was done.
 OnStep = Callable[[str], None]
-"""Told in words what has just been done; once for each prefill, reference and method."""
 
 
 def steps(windows: int, methods: int) -> int:
-    """How often `measure` calls `on_step`."""
+    """Return how often `measure` calls `on_step`."""
     return windows * (methods + 2)
 
 
 def measure(
     served: ServedModel, windows: Sequence[Window], methods: Sequence[Method], on_step: OnStep
 ) -> list[dict[str, Any]]:
-    """Measure methods on the same windows, each of which is prefilled exactly once.
+    """Measure methods on the same windows; each window is prefilled exactly and once.
+
+    Args:
+        served: the model.
+        windows: the windows.
+        methods: the methods.
+        on_step: called after each step with a text that says what was done.
 
     Returns:
         A row for each method, in their order.
@@ -59,7 +65,7 @@ def score_window(
                 agreed=distance.agreed,
                 counted=sent.counted,
                 fp16=fp16,
-                nominal_budget=sent.nominal_budget,
+                tier_budget=sent.tier_budget,
             )
         )
         on_step(f"window {window.index}: {describe(method)}")

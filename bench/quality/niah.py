@@ -1,4 +1,4 @@
-"""Needle in a haystack as it is served: exact prefill, received KV, a greedy answer over it."""
+"""Ask for a needle in a haystack as the services run: prefill exactly, receive the KV, answer greedily over it."""
 
 import re
 from collections.abc import Sequence
@@ -7,28 +7,28 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from spectrumkv.bench.methods.rows import describe
-from spectrumkv.bench.methods.served_model import ExactFp16, Method, Prompt, ServedModel
+from spectrumkv.bench.methods.method import ExactFp16, Method, Prompt, describe
+from spectrumkv.bench.methods.served_model import ServedModel
 from spectrumkv.bench.quality.measure import OnStep
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.prefill_server.tuning.needle.prompt import NeedlePrompt, needle_prompt
 
 ANSWER_TOKENS = 16
-# A number and what ends it: more tokens cannot change the verdict.
+# Once the text has a number and what ends it, more tokens cannot change the verdict.
 _WHOLE_NUMBER = re.compile(r"\d[\d,]*[^\d,]")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One method's answer to one question.
+    """Judge one method's answer to one question.
 
     Attributes:
-        depth: of the needle, from 0 to 1.
-        found: whether the answer has it.
+        depth: depth of the needle, from 0 to 1.
+        found: whether the answer has the needle.
         found_fp16: whether the answer over exact FP16 KV has it.
-        counted: bytes sent.
+        counted: counted bytes.
         fp16: bytes of the same KV at FP16.
-        nominal_budget: the paper's.
+        tier_budget: the paper's mean cost per token.
     """
 
     depth: float
@@ -36,20 +36,27 @@ class Outcome:
     found_fp16: bool
     counted: float
     fp16: int
-    nominal_budget: float
+    tier_budget: float
 
 
 def needle_prompts(
     tokenizer: PreTrainedTokenizerFast, context: int, depths: int, needles: int, question: str
 ) -> list[NeedlePrompt]:
-    """Return `needles` prompts for each of `depths` depths, spread evenly and away from the ends; no two alike.
+    """Return `needles` prompts for each of `depths` depths, evenly spaced between the ends; all prompts differ.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        context: tokens of prompt and question.
+        depths: number of depths.
+        needles: number of needles at each depth.
+        question: "prompt" or "late": whether the question is in the prompt or follows it.
 
     Raises:
         InvalidArgumentError: a number is out of its range, or the haystack does not fit the context.
     """
     for name, value in (("depths", depths), ("needles", needles)):
         if value < 1:
-            raise InvalidArgumentError(f"--{name} is {value}; it must be at least 1")
+            raise InvalidArgumentError(f"--{name} is {value}; allowed: 1 or more")
     return [
         needle_prompt(tokenizer, context, (place + 1) / (depths + 1), place * needles + one, question)
         for place in range(depths)
@@ -60,7 +67,13 @@ def needle_prompts(
 def measure(
     served: ServedModel, prompts: Sequence[NeedlePrompt], methods: Sequence[Method], on_step: OnStep
 ) -> list[dict[str, Any]]:
-    """Put the same questions over every method's KV; each prompt is prefilled exactly once.
+    """Ask the same questions over every method's KV; each prompt is prefilled exactly and once.
+
+    Args:
+        served: the model.
+        prompts: the prompts.
+        methods: the methods.
+        on_step: called after each step with a text that says what was done.
 
     Returns:
         A row for each method, in their order.
@@ -78,7 +91,7 @@ def measure(
 def ask(
     served: ServedModel, number: int, needle: NeedlePrompt, methods: Sequence[Method], on_step: OnStep
 ) -> list[Outcome]:
-    """Put one question over every method's KV; see `measure`."""
+    """Ask one question over every method's KV; see `measure`."""
     name = f"prompt {number}, needle at {needle.depth:.0%}"
     prompt = served.prefill(needle.token_ids)
     on_step(f"{name}: prefill")
@@ -93,7 +106,7 @@ def ask(
 
 
 def _find(served: ServedModel, prompt: Prompt, needle: NeedlePrompt, method: Method) -> tuple[bool, float, float]:
-    """Whether the needle is found, the bytes sent, and the nominal budget."""
+    """Return whether the needle is found, the counted bytes, and the tier budget."""
     with served.receive(method, prompt) as (context, sent):
         first = prompt.captured.first_token
         if needle.question_ids:
@@ -105,11 +118,11 @@ def _find(served: ServedModel, prompt: Prompt, needle: NeedlePrompt, method: Met
             text = served.loaded.tokenizer.decode(tokens, skip_special_tokens=True)
             if _WHOLE_NUMBER.search(text):
                 break
-    return needle.is_answered_by(text), sent.counted, sent.nominal_budget
+    return needle.is_answered_by(text), sent.counted, sent.tier_budget
 
 
 def row(method: Method, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Return a method's row: the keys that others script against, then more."""
+    """Return a method's row, whose keys are stable."""
     return {
         "policy": method.policy,
         "codec": method.codec,
@@ -119,7 +132,7 @@ def row(method: Method, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "total": len(outcomes),
         "found_fp16": sum(one.found_fp16 for one in outcomes),
         "by_depth": [_at_depth(depth, outcomes) for depth in sorted({one.depth for one in outcomes})],
-        "budget_nominal": sum(one.nominal_budget for one in outcomes) / len(outcomes),
+        "budget_nominal": sum(one.tier_budget for one in outcomes) / len(outcomes),
         "scorer": method.scorer,
         "scope": method.scope,
     }

@@ -1,4 +1,4 @@
-"""`spectrumkv-bench niah`: needles found over received KV, at counted bytes."""
+"""Run `spectrumkv-bench niah`: count the needles that are found over received KV, at counted bytes."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -7,25 +7,26 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from spectrumkv.bench.flags.destinations import check_destinations
-from spectrumkv.bench.flags.method_flags import add_method_flags, add_model_flags, add_output_flags
-from spectrumkv.bench.report.tables import method_cells, results_console, results_table
-from spectrumkv.client.cli.json_output import STDOUT
+from spectrumkv.bench.flags import add_method_flags, add_model_flags, add_output_flags
+from spectrumkv.bench.report.console import method_cells, methods_table, progress, results_console
+from spectrumkv.bench.report.plot import draw_niah
+from spectrumkv.bench.report.results import check_destinations, describe_model, write_result
+from spectrumkv.client.cli.output import STDOUT
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Register the command."""
+    """Add the command to the parser."""
     parser = subparsers.add_parser(
         "niah",
         help="needles found in a haystack over received KV, at counted bytes",
         description="Hide a fact at each depth of a long prompt, prefill it exactly and once, send its KV by every "
-        "method as the services would, and ask for the fact over what was received.",
+        "method as the services would, and ask for the fact over the received KV.",
         allow_abbrev=False,
     )
     group = parser.add_argument_group("haystack")
     for name, default, what in (
         ("context", 2048, "tokens of prompt and question"),
-        ("depths", 19, "depths of the needle, evenly spread"),
+        ("depths", 19, "depths of the needle, evenly spaced"),
         ("needles", 5, "needles at each depth"),
     ):
         group.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
@@ -33,28 +34,28 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--question",
         default="prompt",
         metavar="WHERE",
-        help="'prompt': in the prompt; 'late': decode sees it only after the KV was sent (default: %(default)s)",
+        help="'prompt': question in the prompt; 'late': question after the KV was sent (default: %(default)s)",
     )
     add_method_flags(parser)
     add_model_flags(parser)
-    add_output_flags(parser, "draw what is found by depth and budget")
+    add_output_flags(parser, "draw the needles found by depth and budget")
     parser.set_defaults(run=run, parser=parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do it.
+    """Measure, show and write.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
         SpectrumKVError: the haystack, the model or a method cannot be used.
     """
-    # Loading torch and transformers takes seconds, which --help need not pay.
+    # Loading torch and transformers takes seconds, so --help does without.
     from spectrumkv.bench.methods.preparation import check_peers, prepare
     from spectrumkv.bench.methods.selection import Choice
     from spectrumkv.bench.quality import measure as quality
     from spectrumkv.bench.quality import niah
-    from spectrumkv.bench.report import plots
-    from spectrumkv.bench.report.meta import describe_model, write_result
-    from spectrumkv.bench.report.progress import progress
     from spectrumkv.common.model.load import load_model
 
     check_destinations(arguments)
@@ -72,13 +73,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         write_result(arguments.json, arguments, rows, describe_model(loaded))
     if arguments.plot is not None:
-        plots.draw_niah(rows, arguments.plot, f"{loaded.name}, question: {arguments.question}")
+        draw_niah(rows, arguments.plot, f"{loaded.name}, question: {arguments.question}")
     return 0
 
 
 def niah_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the table for people."""
-    table = results_table(("target", "counted", "found", "FP16 finds", "of"))
+    """Return the table of the rows."""
+    table = methods_table(("target", "counted", "found", "FP16 finds", "of"))
     table.add_column("found by depth")
     for row in rows:
         table.add_row(

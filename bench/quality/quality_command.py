@@ -1,4 +1,4 @@
-"""`spectrumkv-bench quality`: perplexity, KL and agreement against counted bytes."""
+"""Run `spectrumkv-bench quality`: measure perplexity, KL and agreement against counted bytes."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -8,19 +8,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from spectrumkv.bench.flags.destinations import check_destinations
-from spectrumkv.bench.flags.method_flags import add_method_flags, add_model_flags, add_output_flags
-from spectrumkv.bench.report.tables import WIDE_COLUMNS, method_cells, results_console, results_table
-from spectrumkv.client.cli.json_output import STDOUT
+from spectrumkv.bench.flags import add_method_flags, add_model_flags, add_output_flags
+from spectrumkv.bench.report.console import WIDE_COLUMNS, method_cells, methods_table, progress, results_console
+from spectrumkv.bench.report.plot import draw_quality
+from spectrumkv.bench.report.results import check_destinations, describe_model, write_result
+from spectrumkv.client.cli.output import STDOUT
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Register the command."""
+    """Add the command to the parser."""
     parser = subparsers.add_parser(
         "quality",
         help="perplexity, KL and top-1 agreement over received KV, at counted bytes",
         description="Prefill the context of each window exactly and once; send its KV by every method as the "
-        "services would; read the scored tokens over what was received; compare with exact FP16 KV.",
+        "services would; read the scored tokens over the received KV; compare with exact FP16 KV.",
         allow_abbrev=False,
     )
     add_text_flags(parser)
@@ -38,32 +39,31 @@ def add_text_flags(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="TEXT",
-        help="a file of UTF-8 text; 'code': Python's standard library; 'dialogue': made by the default model",
+        help="a file of UTF-8 text; 'code': Python's standard library; 'dialogue': answers of the default model",
     )
     for name, default, what in (
         ("context", 1792, "tokens of each prompt"),
         ("scored", 256, "tokens scored after each prompt"),
         ("windows", 24, "windows to measure; 0 is all"),
-        ("skip-windows", 0, "windows at the text's start that are left out"),
+        ("skip-windows", 0, "windows to skip at the start of the text"),
     ):
         group.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do it.
+    """Measure, show and write.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
         SpectrumKVError: the text, the model or a method cannot be used.
     """
-    # Loading torch and transformers takes seconds, which --help need not pay.
+    # Loading torch and transformers takes seconds, so --help does without.
     from spectrumkv.bench.methods.preparation import check_peers, prepare
     from spectrumkv.bench.methods.selection import Choice
-    from spectrumkv.bench.quality import measure as quality
-    from spectrumkv.bench.quality.texts import load_text
-    from spectrumkv.bench.quality.windows import cut, text_digest
-    from spectrumkv.bench.report import plots
-    from spectrumkv.bench.report.meta import describe_model, write_result
-    from spectrumkv.bench.report.progress import progress
+    from spectrumkv.bench.quality.measure import measure, steps
+    from spectrumkv.bench.quality.texts import cut, load_text, text_digest
     from spectrumkv.common.model.load import load_model
 
     check_destinations(arguments)
@@ -76,26 +76,26 @@ def run(arguments: argparse.Namespace) -> int:
         loaded.tokenizer, text, arguments.context, arguments.scored, arguments.skip_windows, arguments.windows
     )
     prepared = prepare(loaded, choice, arguments, arguments.context + arguments.scored)
-    with progress(quality.steps(len(windows), len(prepared.methods)), Console(stderr=True)) as on_step:
-        rows = quality.measure(prepared.served, windows, prepared.methods, on_step)
+    with progress(steps(len(windows), len(prepared.methods)), Console(stderr=True)) as on_step:
+        rows = measure(prepared.served, windows, prepared.methods, on_step)
     if arguments.json != STDOUT:
         console = results_console()
         console.print(quality_table(rows, intervals=console.width >= WIDE_COLUMNS))
     if arguments.json is not None:
         write_result(arguments.json, arguments, rows, describe_model(loaded))
     if arguments.plot is not None:
-        plots.draw_quality(rows, arguments.plot, loaded.name)
+        draw_quality(rows, arguments.plot, loaded.name)
     return 0
 
 
 def quality_table(rows: Sequence[Mapping[str, Any]], intervals: bool) -> Table:
-    """Return the table for people.
+    """Return the table of the rows.
 
     Args:
-        rows: at least one.
-        intervals: whether there is room for confidence intervals.
+        rows: the rows, at least one.
+        intervals: whether to show confidence intervals.
     """
-    table = results_table(
+    table = methods_table(
         ("target", "counted", "Δ ppl %", *(("95 %",) * intervals), "KL", *(("95 %",) * intervals), "top-1")
     )
     for row in rows:

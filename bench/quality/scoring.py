@@ -1,9 +1,14 @@
-"""How far the distributions over received KV are from those over exact KV, window by window, with its error."""
+"""Summarize how far predictions over received KV are from those over exact KV, with confidence intervals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+# Not imported at run time: the bench of kvpress runs on another transformers than the services.
+if TYPE_CHECKING:
+    from spectrumkv.bench.methods.method import MethodName
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -11,17 +16,17 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class WindowScore:
-    """One method in one window.
+    """Score one method on one window.
 
     Attributes:
-        tokens: scored tokens.
+        tokens: number of scored tokens.
         nll: their negative log-likelihood, summed, in nats.
         nll_fp16: the same over exact FP16 KV.
         kl: Kullback–Leibler divergence of the method's distributions from those over FP16 KV, summed, in nats.
-        agreed: tokens where both have the same most likely next token.
-        counted: bytes sent.
+        agreed: number of tokens for which both have the same most likely next token.
+        counted: counted bytes.
         fp16: bytes of the same KV at FP16.
-        nominal_budget: the paper's.
+        tier_budget: the paper's mean cost per token.
     """
 
     tokens: int
@@ -31,24 +36,24 @@ class WindowScore:
     agreed: int
     counted: float
     fp16: int
-    nominal_budget: float
+    tier_budget: float
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One method over all windows.
+    """Summarize one method over all windows.
 
     Attributes:
-        windows: how many.
-        ppl: perplexity.
+        windows: number of windows.
+        ppl: perplexity over received KV.
         ppl_fp16: perplexity over exact FP16 KV.
         ppl_delta_pct: by how many per cent the first exceeds the second.
         ppl_delta_pct_ci: its confidence interval; None for a single window.
-        kl: mean per token, in nats.
+        kl: mean KL per token, in nats.
         kl_ci: its confidence interval; None for a single window.
-        top1_agreement: share of the tokens.
-        budget_counted: bytes sent by bytes at FP16.
-        budget_nominal: mean of the windows'.
+        top1_agreement: share of the tokens with the same most likely next token.
+        byte_budget: counted bytes ÷ bytes at FP16.
+        tier_budget: mean tier budget of the windows.
     """
 
     windows: int
@@ -59,15 +64,16 @@ class Summary:
     kl: float
     kl_ci: list[float] | None
     top1_agreement: float
-    budget_counted: float
-    budget_nominal: float
+    byte_budget: float
+    tier_budget: float
 
 
 def summarize(scores: Sequence[WindowScore]) -> Summary:
-    """Put the windows together, at least one.
+    """Return the summary of the scores of at least one window.
 
-    Intervals are 95 % percentile bootstraps over windows: neighbouring tokens depend on each other, windows hardly.
-    A window is drawn with both its log-likelihoods, so that what makes a text hard cancels in the difference.
+    Intervals are 95 % percentile bootstraps over windows, because neighbouring tokens depend on each other and
+    windows hardly do. A window is drawn with both of its log-likelihoods, so that the difficulty of the text cancels
+    in the difference.
     """
     columns = {
         name: np.array([getattr(one, name) for one in scores], dtype=np.float64)
@@ -93,9 +99,31 @@ def summarize(scores: Sequence[WindowScore]) -> Summary:
         kl=float(mean_kl(everything)),
         kl_ci=_interval(mean_kl(drawn)) if len(scores) > 1 else None,
         top1_agreement=float(columns["agreed"].sum() / tokens),
-        budget_counted=float(columns["counted"].sum() / columns["fp16"].sum()),
-        budget_nominal=float(columns["nominal_budget"].mean()),
+        byte_budget=float(columns["counted"].sum() / columns["fp16"].sum()),
+        tier_budget=float(columns["tier_budget"].mean()),
     )
+
+
+def quality_row(method: "MethodName", scores: Sequence[WindowScore]) -> dict[str, Any]:
+    """Return a method's row of `quality`, whose keys are stable."""
+    summary = summarize(scores)
+    return {
+        "policy": method.policy,
+        "codec": method.codec,
+        "budget_target": method.budget,
+        "budget_nominal": summary.tier_budget,
+        "budget_counted": summary.byte_budget,
+        "ppl": summary.ppl,
+        "ppl_fp16": summary.ppl_fp16,
+        "ppl_delta_pct": summary.ppl_delta_pct,
+        "kl": summary.kl,
+        "top1_agreement": summary.top1_agreement,
+        "windows": summary.windows,
+        "ppl_delta_pct_ci": summary.ppl_delta_pct_ci,
+        "kl_ci": summary.kl_ci,
+        "scorer": method.scorer,
+        "scope": method.scope,
+    }
 
 
 def _interval(resampled: np.ndarray) -> list[float]:

@@ -1,12 +1,16 @@
-"""The texts that quality is measured on: a file, or one of the kinds that every installation has."""
+"""Read the texts that quality is measured on, and cut them into windows of context and scored tokens."""
 
+import hashlib
 import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from spectrumkv.bench.quality.windows import read_text
+from spectrumkv.common.errors import InvalidArgumentError
 
 CODE, DIALOGUE = "code", "dialogue"
-# Tokenizing more takes longer than anybody measures on it; WikiText-2's test split is as long.
+# Length of the code text: that of WikiText-2's test split. Tokenizing more would only take longer.
 CODE_CHARACTERS = 1_250_000
 
 
@@ -14,16 +18,17 @@ def load_text(name: Path) -> str:
     """Return a text.
 
     Args:
-        name: "code", "dialogue", or a file of UTF-8 text. A file of one of these names needs its folder before it.
+        name: "code", "dialogue", or a file of UTF-8 text. A file that is named "code" or "dialogue" needs its folder
+            before the name.
 
     Raises:
-        InvalidArgumentError: there is no such file, or it is not UTF-8.
+        InvalidArgumentError: the file cannot be read, or it is not UTF-8.
         FailedPreconditionError: the dialogues cannot be made.
     """
     if str(name) == CODE:
         return standard_library()
     if str(name) == DIALOGUE:
-        # Only making them needs a model.
+        # Only dialogues need a model.
         from spectrumkv.bench.quality.dialogue import dialogues
 
         return dialogues()
@@ -31,7 +36,7 @@ def load_text(name: Path) -> str:
 
 
 def standard_library() -> str:
-    """The sources of the running Python's standard library, module after module by name, up to a length.
+    """Return the sources of Python's standard library, module after module by name, up to `CODE_CHARACTERS`.
 
     Another release of Python has other sources; `meta.args.text_sha256` tells them apart.
     """
@@ -43,3 +48,101 @@ def standard_library() -> str:
         sources.append(path.read_text(encoding="utf-8"))
         length += len(sources[-1])
     return "\n\n".join(sources)[:CODE_CHARACTERS]
+
+
+class Tokenizer(Protocol):
+    """Describe what is needed of a tokenizer."""
+
+    bos_token_id: int | None
+
+    def encode(self, text: str, *, add_special_tokens: bool = ..., verbose: bool = ...) -> list[int]:
+        """Turn text into tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class Window:
+    """Hold a piece of text as the services would see it.
+
+    Attributes:
+        index: index of the window, from 0 at the start of the text.
+        context: the prompt.
+        following: tokens that are read over the received KV.
+        targets: the token after each of `following`, which that one predicts.
+
+    The first of `following` is the token after the prompt. Prefill predicts it over exact KV, so it is no target.
+    """
+
+    index: int
+    context: tuple[int, ...]
+    following: tuple[int, ...]
+    targets: tuple[int, ...]
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file.
+
+    Raises:
+        InvalidArgumentError: the file cannot be read, or it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidArgumentError(f"--text {path}: {error.strerror}; name a file of UTF-8 text") from error
+    except UnicodeDecodeError as error:
+        raise InvalidArgumentError(f"--text {path} is not UTF-8: {error}") from error
+
+
+def text_digest(text: str) -> str:
+    """Return the SHA-256 of the text in UTF-8, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cut(tokenizer: Tokenizer, text: str, context: int, scored: int, skip: int, count: int) -> list[Window]:
+    """Cut a text into windows of `context` + `scored` tokens, one after another.
+
+    A window's last target is the first token of the next window's context. If the tokenizer puts a
+    beginning-of-sequence token before a text, that token replaces the first token of every context.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        text: the whole text.
+        context: tokens of each prompt.
+        scored: tokens scored in each window.
+        skip: windows to skip at the start of the text.
+        count: how many windows to return; 0 is all.
+
+    Returns:
+        The windows.
+
+    Raises:
+        InvalidArgumentError: a number is out of its range, or the text has no such windows.
+    """
+    for name, value, least in (("context", context, 2), ("scored", scored, 1), ("skip-windows", skip, 0)):
+        if value < least:
+            raise InvalidArgumentError(f"--{name} is {value}; allowed: {least} or more")
+    if count < 0:
+        raise InvalidArgumentError(f"--windows is {count}; allowed: 1 or more, or 0 for all")
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    available = max(0, (len(ids) - 1) // (context + scored))
+    wanted = count or available - skip
+    if wanted < 1 or skip + wanted > available:
+        raise InvalidArgumentError(
+            f"the text has {len(ids)} tokens, that is {available} windows of {context} + {scored}; "
+            f"--skip-windows {skip} --windows {count} asks for others"
+        )
+    begin = _begins_with(tokenizer)
+    return [_window(ids, index, context, scored, begin) for index in range(skip, skip + wanted)]
+
+
+def _begins_with(tokenizer: Tokenizer) -> int | None:
+    """Return the beginning-of-sequence token if the tokenizer puts one before a text, else None."""
+    first = tokenizer.encode("a", add_special_tokens=True)[0]
+    return first if first == tokenizer.bos_token_id else None
+
+
+def _window(ids: Sequence[int], index: int, context: int, scored: int, begin: int | None) -> Window:
+    start = index * (context + scored)
+    middle, end = start + context, start + context + scored
+    prompt = ids[start:middle] if begin is None else [begin, *ids[start + 1 : middle]]
+    return Window(index, tuple(prompt), tuple(ids[middle:end]), tuple(ids[middle + 1 : end + 1]))

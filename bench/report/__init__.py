@@ -1,1 +1,1 @@
-"""Results: tables, plots, goals, where a run took place."""
+"""Show and write results, draw them, and compare them with the goals."""

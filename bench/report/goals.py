@@ -1,31 +1,40 @@
-"""What the project means to reach at each counted budget, and whether rows of `quality` reach it."""
+"""Run `spectrumkv-bench goals`: compare runs of `quality` with the project's goal at each counted budget."""
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
+from spectrumkv.bench.report.console import results_console
+from spectrumkv.bench.report.quality_runs import read_comparable
+from spectrumkv.bench.report.results import check_destinations, write_result
+from spectrumkv.client.cli.output import STDOUT
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.service.config import PrefillConfig
 
 Row = Mapping[str, Any]
 
-# A budget is met from this share of it up, and never exceeded.
+# A method meets a budget if it uses at least this share of it, and never more than all of it.
 LEAST_USE = 0.99
 MET, WITHIN_ERROR, MISSED = "met", "within error", "missed"
-# Policies are compared with as the paper has them.
+# Reference policies run with the scorer and codec of the paper.
 REFERENCE_SCORERS = ("", "attention")
 REFERENCE_CODEC = "absmax"
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is to be reached at a budget.
+    """State the goal at a budget.
 
     Attributes:
-        budget: counted.
-        delta_pct: most Δ perplexity, in per cent.
-        kl_ratio: most KL, as a multiple of the reference's.
-        reference: policy that is compared with.
-        reference_budget: at which target.
+        budget: the counted budget.
+        delta_pct: largest Δ perplexity, in per cent.
+        kl_ratio: largest KL, as a multiple of the reference's.
+        reference: the reference policy.
+        reference_budget: the target budget of the reference.
     """
 
     budget: float
@@ -48,12 +57,12 @@ GOALS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """A goal and what a method reached.
+    """Compare a method's row with a goal.
 
     Attributes:
         goal: the goal.
         row: the method's row.
-        reference: the row that it is compared with; None where the run has none.
+        reference: the row of the reference; None if the run has none.
         better: rows of other methods with less KL at the same or fewer counted bytes.
     """
 
@@ -64,12 +73,12 @@ class Outcome:
 
     @property
     def budget_verdict(self) -> str:
-        """Whether the budget is used up and not exceeded."""
+        """Return whether the method uses the budget and does not exceed it."""
         return MET if LEAST_USE <= self.row["budget_counted"] / self.goal.budget <= 1 else MISSED
 
     @property
     def delta_verdict(self) -> str:
-        """Whether Δ perplexity is small enough, or its confidence interval reaches down to where it is."""
+        """Return whether Δ perplexity meets the goal, or the lower end of its confidence interval does."""
         if self.row["ppl_delta_pct"] <= self.goal.delta_pct:
             return MET
         interval = self.row["ppl_delta_pct_ci"]
@@ -77,17 +86,17 @@ class Outcome:
 
     @property
     def kl_ratio(self) -> float | None:
-        """KL as a multiple of the reference's; None without a reference."""
+        """Return KL as a multiple of the reference's; None without a reference."""
         return None if self.reference is None else self.row["kl"] / self.reference["kl"]
 
     @property
     def kl_verdict(self) -> str | None:
-        """Whether KL is small enough; None without a reference."""
+        """Return whether KL meets the goal; None without a reference."""
         ratio = self.kl_ratio
         return None if ratio is None else MET if ratio <= self.goal.kl_ratio else MISSED
 
     def to_row(self) -> dict[str, Any]:
-        """Return it with the keys that others script against."""
+        """Return the row of the result file, whose keys are stable."""
         return {
             "policy": self.row["policy"],
             "codec": self.row["codec"],
@@ -108,16 +117,87 @@ class Outcome:
         }
 
 
-def judge(rows: Sequence[Row], policy: str, codec: str) -> list[Outcome]:
-    """Hold a method's rows against the goals at their budgets.
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the parser."""
+    parser = subparsers.add_parser(
+        "goals",
+        help="compare runs of quality with the goal at each counted budget",
+        description="Compare a method's rows with the goals: bytes, Δ perplexity, KL as a multiple of a reference's "
+        "in the same windows, and whether any other method has less KL at no more bytes.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("results", nargs="+", type=Path, metavar="FILE", help="result file of quality")
+    parser.add_argument(
+        "--policy",
+        default=PrefillConfig.policy,
+        metavar="NAME",
+        help="the method, optionally with a codec after a colon (default: %(default)s)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON ('-': stdout, instead of the table)")
+    parser.set_defaults(run=run, parser=parser)
 
-    Args:
-        rows: of runs on the same windows.
-        policy: the method's.
-        codec: the method's; empty is any.
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compare, show and write.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
-        InvalidArgumentError: the method has no row at any of the goals' budgets, or several at one.
+        SpectrumKVError: a result cannot be read, the runs are not comparable, or they do not include the method.
+    """
+    check_destinations(arguments)
+    results = read_comparable(arguments.results)
+    policy, _, codec = arguments.policy.partition(":")
+    outcomes = judge([row for result in results for row in result["rows"]], policy, codec)
+    if arguments.json != STDOUT:
+        results_console().print(goals_table(outcomes, arguments.policy))
+    if arguments.json is not None:
+        write_result(arguments.json, arguments, [one.to_row() for one in outcomes], results[0]["meta"]["model"])
+    return 0
+
+
+def goals_table(outcomes: Sequence[Outcome], method: str) -> Table:
+    """Return the table of the outcomes."""
+    table = Table(title=f"{method}, {outcomes[0].row['windows']} windows")
+    for heading in ("budget", "counted", "Δ ppl %", "95 %", "KL", "KL ÷ reference's", "less KL at no more bytes"):
+        table.add_column(heading)
+    for one in outcomes:
+        interval = one.row["ppl_delta_pct_ci"]
+        table.add_row(
+            f"{one.goal.budget:g}",
+            f"{one.row['budget_counted']:.4f}: {one.budget_verdict}",
+            f"{one.row['ppl_delta_pct']:+.3f}, goal {one.goal.delta_pct:+g}: {one.delta_verdict}",
+            "" if interval is None else f"{interval[0]:+.3f} … {interval[1]:+.3f}",
+            f"{one.row['kl']:.2e}",
+            _against_reference(one),
+            ", ".join(f"{row['policy']} at {row['budget_counted']:.3f}" for row in one.better) or "none",
+        )
+    return table
+
+
+def _against_reference(outcome: Outcome) -> str:
+    goal = outcome.goal
+    name = f"{goal.reference} at {goal.reference_budget:g}"
+    if outcome.kl_ratio is None:
+        return f"{name}: not measured"
+    return f"{_fraction(outcome.kl_ratio)} of {name}, goal {_fraction(goal.kl_ratio)}: {outcome.kl_verdict}"
+
+
+def _fraction(ratio: float) -> str:
+    return f"1/{1 / ratio:.3g}" if 0 < ratio < 1 else f"{ratio:.3g}"
+
+
+def judge(rows: Sequence[Row], policy: str, codec: str) -> list[Outcome]:
+    """Return the comparison of a method's rows with the goals at their budgets.
+
+    Args:
+        rows: rows of runs on the same windows.
+        policy: the method's policy.
+        codec: the method's codec; empty is any.
+
+    Raises:
+        InvalidArgumentError: the method has no row at any goal's budget, or several rows at one.
     """
     ours = [row for row in rows if row["policy"] == policy and codec in ("", row["codec"])]
     outcomes = []
@@ -136,7 +216,7 @@ def judge(rows: Sequence[Row], policy: str, codec: str) -> list[Outcome]:
 
 
 def _reference(rows: Sequence[Row], goal: Goal) -> Row | None:
-    """The reference's row; where a run has it in several settings, the best of them."""
+    """Return the reference's row; if there are several, the one with the least KL."""
     found = [
         row
         for row in rows
@@ -149,7 +229,7 @@ def _reference(rows: Sequence[Row], goal: Goal) -> Row | None:
 
 
 def _better(rows: Sequence[Row], ours: Sequence[Row], row: Row) -> tuple[Row, ...]:
-    """Other methods' rows that have less KL at no more bytes."""
+    """Return the rows of other methods that have less KL at no more bytes."""
     return tuple(
         one
         for one in rows

@@ -1,1 +1,1 @@
-"""Speed of serving: TTFT, TPOT, ITL, arrivals, start-up."""
+"""Measure the speed of serving: TTFT, TPOT, ITL, arrivals, start-up."""

@@ -1,7 +1,7 @@
-"""The baseline of serving: the same model in one process of transformers, started for as long as a block runs.
+"""Serve by one process of transformers, the baseline of `serve`; the process runs for as long as a block does.
 
-Requests and tokens cross as lines of JSON over the process's standard input and output, which costs less than the
-gRPC that clients of SpectrumKV pay for.
+Requests and tokens are lines of JSON on the process's standard input and output, which is cheaper than the gRPC
+between SpectrumKV and its clients.
 """
 
 import json
@@ -17,18 +17,18 @@ from typing import Any
 from spectrumkv.bench.serving.load import Answer
 from spectrumkv.common.errors import UnavailableError
 
-# A line with the moment it arrived, or None where the process ended.
+# A line and the time of its arrival; None is the end of the process.
 Line = tuple[dict[str, Any], float] | None
 
 
 class AggregatedSystem:
-    """A running process of transformers; see `System`.
+    """Hold a running process of transformers; see `System`.
 
     Args:
-        process: runs `spectrumkv.bench.serve_aggregated_process` with pipes.
+        process: runs `spectrumkv.bench.serving.aggregated_process` with pipes.
 
     Raises:
-        UnavailableError: it ended before it was ready.
+        UnavailableError: the process ended before it was ready.
     """
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
@@ -70,7 +70,7 @@ class AggregatedSystem:
             generated.append(content["token_id"])
 
     def close(self) -> None:
-        """End the process at once; what it still computes nobody waits for."""
+        """Kill the process; nobody waits for what it still computes."""
         self._process.kill()
         self._reader.join()
 
@@ -110,14 +110,17 @@ def aggregated_process(
     """Start the baseline, wait until its model is loaded, and end it with the block.
 
     Args:
-        model: as `load_model` takes it.
-        device: likewise.
-        dtype: likewise.
-        max_batch: requests that it may put into one batch.
-        max_tokens: longest prompt plus completion, refused early where the model cannot hold it.
+        model: see `load_model`.
+        device: see `load_model`.
+        dtype: see `load_model`.
+        max_batch: largest number of requests in a batch.
+        max_tokens: tokens of the longest prompt plus completion; the process ends if the context is shorter.
+
+    Yields:
+        The system.
 
     Raises:
-        UnavailableError: it ended instead.
+        UnavailableError: the process ended before it was ready.
     """
     started_with = {
         "model": model,

@@ -1,4 +1,4 @@
-"""The process behind `serve_aggregated`: transformers' `generate`, in batches as requests wait."""
+"""Run the process behind `aggregated`: transformers' `generate`, on a batch of the waiting requests at a time."""
 
 import json
 import math
@@ -14,32 +14,32 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation import BaseStreamer
 
-from spectrumkv.bench.report.meta import describe_model
+from spectrumkv.bench.report.results import describe_model
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.model.load import load_model
 from spectrumkv.common.service.process import exit_on_error
 
-# How long a batch that is not full waits for requests sent at the same moment.
+# How long a batch that is not full waits for requests that are sent at the same time.
 GATHER_SECONDS = 0.01
-# Masked wherever it stands.
+# The attention mask hides this token everywhere.
 PADDING = 0
 
 
 @dataclass(frozen=True)
 class WaitingRequest:
-    """A request that was read: its number, its prompt, and how many tokens it wants."""
+    """Hold a request: its number, its prompt, and how many tokens to generate."""
 
     id: int
     token_ids: tuple[int, ...]
     output_tokens: int
 
 
-# None is the end of all requests.
+# None marks the end of all requests.
 Waiting = queue.Queue[WaitingRequest | None]
 
 
 class LineStreamer(BaseStreamer):  # type: ignore[misc]  # transformers is not followed
-    """Writes each token of a batch as a line while `generate` runs.
+    """Write each token of a batch as a line while `generate` runs.
 
     Args:
         batch: the requests, in the order of the rows.
@@ -50,7 +50,7 @@ class LineStreamer(BaseStreamer):  # type: ignore[misc]  # transformers is not f
         self._step = -1
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the prompts first, `[batch, n]`, then a token for each row, `[batch]`."""
+        """Write a token for each row, `[batch]`; skip the first call, which has the prompts, `[batch, n]`."""
         self._step += 1
         if self._step == 0:
             return
@@ -62,18 +62,18 @@ class LineStreamer(BaseStreamer):  # type: ignore[misc]  # transformers is not f
         sys.stdout.flush()
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: every token is already written."""
 
 
 def main() -> None:
-    """Load the model, say so, and serve requests until standard input ends."""
+    """Load the model, write its description, and serve requests until standard input ends."""
     exit_on_error(_serve)
 
 
 def _serve() -> None:
     options: dict[str, Any] = json.loads(sys.argv[1])
     max_batch, max_tokens = int(options.pop("max_batch")), int(options.pop("max_tokens"))
-    # What users of transformers alone have.
+    # Users of transformers alone have no packed weights.
     loaded = load_model(options["model"], options["device"], options["dtype"], packed=False)
     if max_tokens > loaded.context_length:
         raise InvalidArgumentError(
@@ -97,7 +97,7 @@ def _read(waiting: Waiting) -> None:
 
 
 def _gather(waiting: Waiting, max_batch: int) -> list[WaitingRequest]:
-    """Take what waits, and for a moment what comes; nothing at the end of all requests."""
+    """Return the waiting requests and those that soon follow; an empty batch is the end of all requests."""
     batch: list[WaitingRequest] = []
     until = math.inf
     while len(batch) < max_batch:

@@ -1,4 +1,4 @@
-"""What running streams notice of a long prompt's KV that arrives beside them."""
+"""Measure how a long prompt's KV that arrives at decode delays the tokens of running streams."""
 
 import itertools
 import statistics
@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from prometheus_client import CollectorRegistry
 
-from spectrumkv.bench.codec.measure import Cache
-from spectrumkv.bench.transfer.kv import captures
+from spectrumkv.bench.models.synthetic_prompt import REQUEST_ID, SyntheticCache, layer_captures
 from spectrumkv.common.errors import DataLossError, InternalError, SpectrumKVError
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.rpc.decode_methods import open_decode_stream
@@ -32,43 +31,43 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Recording:
-    """A Decode stream's requests, ready to be sent as often as wanted.
+    """Hold the requests of a Decode stream, which can be sent repeatedly.
 
     Attributes:
-        begin: opens the stream.
-        rest: chunks, then End.
-        budget_counted: bytes of all of them ÷ FP16 bytes of the KV.
+        begin: the message that opens the stream.
+        rest: the chunks, then End.
+        byte_budget: bytes of all messages ÷ FP16 bytes of the KV.
     """
 
     begin: Request
     rest: tuple[Request, ...]
-    budget_counted: float
+    byte_budget: float
 
 
 @torch.inference_mode()
 def record(
-    spec: kv_pb2.ModelSpec, cache: Cache, plan: KvPlan, window: int, chunk_bytes: int, max_tokens: int | None
+    spec: kv_pb2.ModelSpec, cache: SyntheticCache, plan: KvPlan, window: int, chunk_bytes: int, max_tokens: int | None
 ) -> Recording:
-    """Record what prefill would send for a prompt with this KV.
+    """Return a recording of what prefill would send for a prompt with this KV.
 
     Args:
-        spec: of the decode service's model, whose geometry the cache has.
+        spec: spec of the decode service's model, whose geometry the cache has.
         cache: keys and values of the prompt.
-        plan: how they are scored, tiered and coded.
-        window: observed queries; shorter prompts show as many as they have.
-        chunk_bytes: payload of a chunk.
-        max_tokens: what decode is to generate, the first token included; None says that the first token was the last.
+        plan: how they are scored, tiered and encoded.
+        window: queries that scorers observe; a shorter prompt has fewer.
+        chunk_bytes: payload of a chunk, in bytes.
+        max_tokens: tokens to generate, the first included; None ends the request with its first token.
     """
     params = SamplingParams(max_tokens=max_tokens or 1, ignore_eos=True, seed=0)
     begin = decode_pb2.Begin(
-        request_id="0" * 32,
+        request_id=REQUEST_ID,
         model=spec,
         codec=plan.codec_id,
         prompt_token_ids=[FIRST_TOKEN] * cache.tokens,
         sampling=params.to_proto(),
     )
     pipeline = KvPipeline(begin, plan, cache.geometry, chunk_bytes, Metrics(CollectorRegistry()))
-    for capture in captures(cache, cache.geometry.kv_heads, min(window, cache.tokens)):
+    for capture in layer_captures(cache, cache.geometry.kv_heads, min(window, cache.tokens)):
         pipeline.put_layer(capture)
     pipeline.put_first_token(FirstToken(FIRST_TOKEN, finished=max_tokens is None))
     messages = tuple(pipeline.messages())
@@ -78,10 +77,10 @@ def record(
 
 @dataclass
 class RunningStreams:
-    """Streams that generate, and when each of their tokens arrived.
+    """Hold streams that generate, and the times at which their tokens arrived.
 
     Attributes:
-        arrived: monotonic times of each stream's tokens, ascending.
+        arrived: ascending times (`time.monotonic`) of each stream's tokens.
     """
 
     arrived: list[list[float]]
@@ -89,7 +88,7 @@ class RunningStreams:
     _failure: SpectrumKVError | None = None
 
     def follow(self, stream: int, responses: Iterator[ArrivedResponse]) -> None:
-        """Take a stream's answers until it ends."""
+        """Note the time of each token of a stream until the stream ends."""
         try:
             for response in responses:
                 if isinstance(response, DataLossError):
@@ -105,7 +104,7 @@ class RunningStreams:
             self._end(error)
 
     def wait_for_tokens(self, more: int) -> None:
-        """Wait until every stream has this many tokens more than now.
+        """Wait until every stream has generated this many more tokens.
 
         Raises:
             SpectrumKVError: a stream ended.
@@ -119,7 +118,7 @@ class RunningStreams:
                 raise self._failure
 
     def gaps(self) -> list[Interval]:
-        """When each gap between two tokens of a stream began and ended."""
+        """Return the begin and end of each gap between two tokens of a stream."""
         return [gap for times in self.arrived for gap in itertools.pairwise(times)]
 
     def _end(self, why: SpectrumKVError) -> None:
@@ -130,7 +129,16 @@ class RunningStreams:
 
 @contextmanager
 def running_streams(channel: grpc.Channel, recording: Recording, count: int) -> Iterator[RunningStreams]:
-    """Start streams that generate for as long as the block runs."""
+    """Run streams that generate during the block.
+
+    Args:
+        channel: the connection to a decode service.
+        recording: what each stream sends.
+        count: number of streams.
+
+    Yields:
+        The streams.
+    """
     streams, open_stream = RunningStreams([[] for _ in range(count)]), open_decode_stream(channel)
     calls = [open_stream(iter((recording.begin, *recording.rest)), timeout=None) for _ in range(count)]
     followers = [
@@ -148,10 +156,14 @@ def running_streams(channel: grpc.Channel, recording: Recording, count: int) -> 
 
 
 def arrive(channel: grpc.Channel, recording: Recording) -> Interval:
-    """Send a recording that ends with its first token; return when its KV began to leave and was all verified.
+    """Send a recording that ends with its first token; return when sending began and when decode had verified all KV.
+
+    Returns:
+        Both times, by `time.monotonic`.
 
     Raises:
-        SpectrumKVError: decode refused it.
+        InternalError: decode generated although the request had ended.
+        SpectrumKVError: decode refused the request.
     """
     admitted = threading.Event()
 
@@ -166,7 +178,7 @@ def arrive(channel: grpc.Channel, recording: Recording) -> Interval:
         started = time.monotonic()
         admitted.set()
         for _ in call:
-            raise InternalError("decode answered to KV whose generation had ended")
+            raise InternalError("decode answered a request that ended with its first token")
         return started, time.monotonic()
     except grpc.RpcError as error:
         raise error_from_rpc(error) from error
@@ -184,16 +196,19 @@ def measure(
     pause_tokens: int,
     on_arrival: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Let KV arrive again and again beside running streams; return what their tokens show of it.
+    """Send KV to decode repeatedly while streams generate; return the gaps between their tokens.
 
     Args:
-        channel: to a decode service.
-        running: what the streams begin with; they must last for the whole measurement.
-        arriving: what arrives.
-        streams: how many run.
-        arrivals: how often it arrives.
+        channel: the connection to a decode service.
+        running: the request of each stream, which must last for the whole measurement.
+        arriving: the request whose KV arrives.
+        streams: number of streams.
+        arrivals: number of arrivals.
         pause_tokens: tokens of each stream between two arrivals.
-        on_arrival: called after each arrival.
+        on_arrival: called after each arrival with a text that says which one it was.
+
+    Returns:
+        The columns of a row.
     """
     intervals = []
     with running_streams(channel, running, streams) as generating:

@@ -1,63 +1,66 @@
-"""`spectrumkv-bench arrivals`: tokens of running streams while a long prompt's KV arrives beside them."""
+"""Run `spectrumkv-bench arrivals`: time the tokens of running streams while a long prompt's KV arrives."""
 
 import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from spectrumkv.bench.flags.destinations import check_destinations
-from spectrumkv.bench.flags.kv_flags import add_kv_flags, kv_choices
-from spectrumkv.bench.flags.method_flags import add_model_flags
-from spectrumkv.bench.report.tables import results_console
-from spectrumkv.client.cli.json_output import STDOUT
+from spectrumkv.bench.flags import add_json_flag, add_kv_flags, add_model_flags, given_options, kv_choices
+from spectrumkv.bench.report.console import plain_table, progress, results_console
+from spectrumkv.bench.report.results import (
+    check_destinations,
+    describe_served_model,
+    load_average,
+    write_speed_result,
+)
+from spectrumkv.client.cli.output import STDOUT
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.service.config import PrefillConfig
 
-# Tokens that a stream may make while one arrival lasts, beside the pause; more would be a stall of another kind.
+# Upper bound of the tokens that a stream generates during one arrival.
 TOKENS_PER_ARRIVAL = 64
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Register the command."""
+    """Add the command to the parser."""
     parser = subparsers.add_parser(
         "arrivals",
         help="tokens of running streams while a long prompt's KV arrives",
         description="Start both services, let streams generate on decode, send it the recorded KV of a long prompt "
-        "now and then, and compare the gaps between tokens meanwhile with those in between.",
+        "repeatedly, and compare the gaps between tokens during arrivals with those in between.",
         allow_abbrev=False,
     )
     for name, default, what in (
-        ("streams", 4, "streams that run"),
-        ("running-tokens", 64, "prompt tokens of each"),
+        ("streams", 4, "running streams"),
+        ("running-tokens", 64, "prompt tokens of each stream"),
         ("arriving-tokens", 2048, "prompt tokens of the KV that arrives"),
-        ("arrivals", 20, "how often it arrives, for each policy and budget"),
+        ("arrivals", 20, "arrivals for each policy and budget"),
         ("pause-tokens", 8, "tokens of each stream between two arrivals"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
     add_kv_flags(parser, policies=("native", "default"), budgets=(0.3,))
     add_model_flags(parser)
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON ('-': stdout, instead of the table)")
+    add_json_flag(parser)
     parser.set_defaults(run=run, parser=parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do it.
+    """Measure, show and write.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
-        SpectrumKVError: a flag is wrong, a service does not start, or decode refuses the KV.
+        InvalidArgumentError: a flag is wrong.
+        SpectrumKVError: a service does not start, or decode refuses the KV.
     """
-    # Loading torch takes seconds, which --help need not pay.
+    # Loading torch takes seconds, so --help does without.
     import torch
 
-    from spectrumkv.bench.codec.measure import Cache
-    from spectrumkv.bench.models.synthetic_basis import synthetic_basis
-    from spectrumkv.bench.report.progress import progress
-    from spectrumkv.bench.report.speed_result import load_average, write_speed_result
+    from spectrumkv.bench.models.synthetic_prompt import SyntheticCache, synthetic_basis
     from spectrumkv.bench.serving import arrivals
-    from spectrumkv.bench.serving.serve_command import describe_served_model
     from spectrumkv.client.client import SpectrumClient
     from spectrumkv.client.local.pair_config import FREE_PORTS
     from spectrumkv.client.local.running_pair import running_pair, stopped_by_sigterm
@@ -70,10 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_destinations(arguments)
     if min(arguments.streams, arguments.arrivals, arguments.pause_tokens) < 1:
-        raise InvalidArgumentError("--streams, --arrivals and --pause-tokens must each be at least 1")
+        raise InvalidArgumentError("--streams, --arrivals and --pause-tokens must each be 1 or more")
     load_before = load_average()
-    given = {name: getattr(arguments, name) for name in ("model", "device", "dtype")}
-    options = {**FREE_PORTS, "int4": "on", **{name: value for name, value in given.items() if value is not None}}
+    options = {**FREE_PORTS, "int4": "on", **given_options(arguments, "model", "device", "dtype")}
     config = build(PrefillConfig, {})
     choices = [choice.to_proto() for choice in kv_choices(arguments)]
     rows = []
@@ -84,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         spec = info.model
         geometry = KvGeometry(spec.layers, spec.kv_heads, spec.head_dim, getattr(torch, spec.dtype))
         short, long = (
-            Cache.random(geometry, tokens, torch.device("cpu"))
+            SyntheticCache.random(geometry, tokens, torch.device("cpu"))
             for tokens in (arguments.running_tokens, arguments.arriving_tokens)
         )
         basis = synthetic_basis(geometry)
@@ -93,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         lasting = (arguments.arrivals + 2) * (arguments.pause_tokens + TOKENS_PER_ARRIVAL)
         steps = len(plans) * arguments.arrivals
         with open_channel(address) as channel, progress(steps, Console(stderr=True)) as on_arrival:
-            # Whichever plan needs it; a worker keeps it.
+            # Some plan may need the basis; a decode service keeps it.
             begin_basis(channel, basis, timeout=None)[0].result()
             for plan in plans:
                 running, arriving = (
@@ -109,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
                     arguments.pause_tokens,
                     on_arrival,
                 )
-                rows.append(_row(plan, arguments.arriving_tokens, arriving.budget_counted, measured))
+                rows.append(_row(plan, arguments.arriving_tokens, arriving.byte_budget, measured))
     if arguments.json != STDOUT:
         results_console().print(arrivals_table(rows))
     if arguments.json is not None:
@@ -132,12 +134,11 @@ def _row(plan: Any, tokens: int, counted: float, measured: Mapping[str, Any]) ->
 
 
 def arrivals_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the table for people."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
-    for heading in ("policy", "codec"):
-        table.add_column(heading)
-    for heading in ("counted", "arrival ms", "ITL ms", "p99", "arriving: ITL", "p99", "p99 ÷ undisturbed"):
-        table.add_column(heading, justify="right")
+    """Return the table of the rows."""
+    table = plain_table(
+        ("policy", "codec"),
+        ("counted", "arrival ms", "ITL ms", "p99", "arriving: ITL", "p99", "p99 ÷ undisturbed"),
+    )
     for row in rows:
         table.add_row(
             row["policy"],
@@ -150,5 +151,5 @@ def arrivals_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['p99_arrival_itl_ms']:.1f}",
             f"{row['p99_itl_ratio']:.2f}",
         )
-    table.caption = "gaps between tokens of running streams, in between and while KV arrives"
+    table.caption = "gaps between tokens of running streams, between arrivals and during them"
     return table

@@ -1,4 +1,4 @@
-"""Offers requests to a serving system at a rate, and keeps what each of them saw."""
+"""Offer requests to a serving system at a rate, and keep the answer of each."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -8,20 +8,20 @@ from typing import Protocol
 
 import numpy as np
 
-from spectrumkv.client.timings import Timings
+from spectrumkv.client.completion import Timings
 from spectrumkv.common.errors import InvalidArgumentError, SpectrumKVError
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a system did for one request.
+    """Hold a system's answer to one request.
 
     Attributes:
         arrivals: when each token arrived, in seconds after the request was sent.
-        ended: when the end of the answer arrived.
-        kv_bytes_sent: bytes that its KV cache took between processes; 0 where it never left one.
-        kv_fp16_bytes: the same KV cache at 16 bits an element.
-        token_ids: the tokens, where the system tells.
+        ended: when the end of the answer arrived, on the same clock.
+        kv_bytes_sent: bytes that sending the KV cache took; 0 if it stayed in one process.
+        kv_fp16_bytes: bytes of the same KV cache at 16 bits per element.
+        token_ids: the tokens; empty if the system does not report them.
     """
 
     arrivals: tuple[float, ...]
@@ -32,7 +32,7 @@ class Answer:
 
 
 class System(Protocol):
-    """Something that serves requests."""
+    """Describe a system that serves requests."""
 
     def complete(self, token_ids: Sequence[int], output_tokens: int) -> Answer:
         """Generate exactly `output_tokens` tokens greedily after a prompt; called from many threads.
@@ -45,13 +45,13 @@ class System(Protocol):
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests and when they come.
+    """Hold requests and their arrival times.
 
     Attributes:
         prompts: token ids of each request.
         output_tokens: tokens that each request generates, 1 or more.
-        arrivals: when each request comes, in seconds after the start, ascending.
-        max_concurrency: requests that run at once; more wait, and their clocks stand still while they do.
+        arrivals: when each request arrives, in seconds after the start, ascending.
+        max_concurrency: requests that run at once; the others wait, and their clocks start when they are sent.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -82,16 +82,16 @@ class Workload:
         vocab_size: int,
         seed: int,
     ) -> "Workload":
-        """Draw prompts of random tokens, as `vllm bench serve --dataset-name random` does.
+        """Return prompts of random tokens, drawn as `vllm bench serve --dataset-name random` does.
 
         Args:
-            prompts: how many.
-            input_tokens: length of each.
-            output_tokens: tokens that each generates.
-            rate: requests a second, their gaps exponentially distributed; None is all at once.
+            prompts: number of prompts.
+            input_tokens: length of each prompt.
+            output_tokens: tokens that each request generates.
+            rate: requests per second, with exponentially distributed gaps; None is all at once.
             max_concurrency: requests that run at once; None is all.
-            vocab_size: tokens are drawn evenly below it.
-            seed: of all that is drawn.
+            vocab_size: token ids are drawn uniformly below it.
+            seed: seed of all draws.
 
         Raises:
             InvalidArgumentError: a number is below 1.
@@ -109,13 +109,13 @@ class Workload:
 
 @dataclass(frozen=True)
 class Served:
-    """One request that was offered.
+    """Hold one request that was offered.
 
     Attributes:
-        started: when it was sent, in seconds after the start of the load.
+        started: when the request was sent, in seconds after the start of the load.
         prompt_tokens: length of its prompt.
-        answer: None where it failed.
-        error: why it failed; None where it did not.
+        answer: the answer; None if the request failed.
+        error: why the request failed; None if it did not.
     """
 
     started: float
@@ -125,7 +125,11 @@ class Served:
 
     @property
     def timings(self) -> Timings:
-        """Latencies by the client's clock; of a request that did not fail."""
+        """Return the latencies, by the client's clock, of a request that did not fail.
+
+        Raises:
+            ValueError: the request failed.
+        """
         if self.answer is None:
             raise ValueError("a failed request has no timings")
         return Timings.from_arrivals(self.answer.arrivals, self.answer.ended)
@@ -133,7 +137,7 @@ class Served:
 
 @dataclass(frozen=True)
 class LoadResult:
-    """What a load came to: its requests, and the seconds from its start to its last end."""
+    """Hold the requests of a load, and the seconds from its start to the end of its last request."""
 
     served: tuple[Served, ...]
     duration: float
@@ -144,8 +148,11 @@ def offer(workload: Workload, system: System, on_done: Callable[[], None] = lamb
 
     Args:
         workload: the requests.
-        system: who serves them.
-        on_done: called when a request is over, from its thread.
+        system: the system that serves them.
+        on_done: called from a request's thread when the request has ended.
+
+    Returns:
+        The requests with their answers, and the duration.
     """
     began = time.perf_counter()
 

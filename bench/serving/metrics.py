@@ -1,4 +1,4 @@
-"""From requests to one row: the keys of `vllm bench serve`, and what a hand-off adds to them."""
+"""Compute a row from requests: the keys of `vllm bench serve`, and those of the hand-off."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,30 +7,30 @@ from typing import Any
 import numpy as np
 
 from spectrumkv.bench.serving.load import Answer, LoadResult
-from spectrumkv.client.timings import Timings
+from spectrumkv.client.completion import Timings
 from spectrumkv.common.errors import InvalidArgumentError
 
-# What a goodput may bound, and where timings have it.
+# Metrics that a goodput may bound, and their fields in `Timings`.
 GOODPUT_METRICS = {"ttft": "ttft_ms", "tpot": "tpot_ms", "e2el": "e2el_ms"}
 LATENCIES = ("ttft", "tpot", "itl", "e2el", "handoff")
 
 
 @dataclass(frozen=True)
 class Goodput:
-    """Bounds in milliseconds that a good request keeps.
+    """Hold the bounds, in milliseconds, of a good request.
 
     Attributes:
-        bounds: by "ttft", "tpot" or "e2el".
+        bounds: the bounds by metric: "ttft", "tpot" or "e2el".
     """
 
     bounds: Mapping[str, float]
 
     @classmethod
     def parse(cls, texts: Sequence[str]) -> "Goodput":
-        """Read "ttft:500", "tpot:50", ….
+        """Return the bounds in texts such as "ttft:500" and "tpot:50".
 
         Raises:
-            InvalidArgumentError: one of them is no such bound.
+            InvalidArgumentError: a text is not such a bound.
         """
         bounds = {}
         for text in texts:
@@ -42,7 +42,7 @@ class Goodput:
         return cls(bounds)
 
     def kept_by(self, timings: Timings) -> bool:
-        """Whether a request keeps all bounds; one of a single token has no TPOT to exceed."""
+        """Return whether a request keeps all bounds; a request of a single token has no TPOT and keeps that bound."""
         return all((getattr(timings, GOODPUT_METRICS[name]) or 0.0) <= limit for name, limit in self.bounds.items())
 
 
@@ -50,8 +50,8 @@ def metrics_row(rounds: Sequence[LoadResult], goodput: Goodput) -> dict[str, Any
     """Return the metrics of one system.
 
     Args:
-        rounds: the loads that it served, one after another; their requests are pooled and their durations added.
-        goodput: bounds of a good request; without any, `request_goodput` is None.
+        rounds: the loads that it served, one after another; requests are pooled and durations added.
+        goodput: bounds of a good request; without bounds, `request_goodput` is None.
     """
     served = [one for result in rounds for one in result.served]
     done = [one for one in served if one.answer is not None]
@@ -90,11 +90,11 @@ def metrics_row(rounds: Sequence[LoadResult], goodput: Goodput) -> dict[str, Any
 
 
 def add_ratios_to_baseline(rows: Sequence[dict[str, Any]], baseline: str) -> None:
-    """Give every row its TTFT and its throughputs divided by the baseline's, and its hand-off by its own ITL.
+    """Add to every row its TTFT and throughputs divided by the baseline's, and its hand-off divided by its own ITL.
 
     Args:
-        rows: of one run.
-        baseline: the `system` of the row to compare with; without one the ratios to it are None.
+        rows: the rows of one run.
+        baseline: the `system` of the baseline's row; without such a row the ratios to it are None.
     """
     against = next((row for row in rows if row["system"] == baseline), None)
     for row in rows:
@@ -123,7 +123,7 @@ def _statistics(name: str, samples: Sequence[float]) -> dict[str, float | None]:
 
 
 def _decode_throughput(rounds: Sequence[LoadResult]) -> float | None:
-    """Tokens after the first of each request ÷ the seconds in which some request was past its first token."""
+    """Return the tokens after each request's first ÷ the seconds in which some request was past its first token."""
     tokens, seconds = 0, 0.0
     for result in rounds:
         spans = [_decode_span(one.started, one.answer) for one in result.served if one.answer is not None]
@@ -136,5 +136,5 @@ def _decode_throughput(rounds: Sequence[LoadResult]) -> float | None:
 
 
 def _decode_span(started: float, answer: Answer) -> tuple[float, float, int]:
-    """First and last token on the load's clock, and how many tokens came after the first."""
+    """Return the times of the first and last token on the load's clock, and the number of tokens after the first."""
     return started + answer.arrivals[0], started + answer.arrivals[-1], len(answer.arrivals) - 1

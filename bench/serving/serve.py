@@ -1,4 +1,4 @@
-"""The same requests through the two services and through one process, in turn, in one run."""
+"""Offer the same requests to the two services and to one process, in turn, in one run."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ SPECTRUMKV, AGGREGATED = "spectrumkv", "aggregated"
 
 
 class SpectrumSystem:
-    """A running pair of services, and how requests want their KV sent; see `System`.
+    """Serve requests by a running pair of services; see `System`.
 
     Args:
-        client: of the prefill service.
-        kv: how the KV cache travels.
+        client: connected to the prefill service.
+        kv: how the KV cache is sent.
     """
 
     def __init__(self, client: SpectrumClient, kv: KvChoice) -> None:
@@ -40,11 +40,11 @@ class SpectrumSystem:
 
 @dataclass(frozen=True)
 class Contender:
-    """A system under a name.
+    """Name a system in rows.
 
     Attributes:
-        columns: `system` and what else tells its row apart.
-        system: who serves.
+        columns: `system` and the other columns that identify its row.
+        system: the system.
     """
 
     columns: dict[str, Any]
@@ -52,7 +52,7 @@ class Contender:
 
 
 def spectrum_contender(client: SpectrumClient, kv: KvChoice) -> Contender:
-    """The pair, its KV sent like this."""
+    """Return the pair, which sends its KV as `kv` says."""
     columns = {
         "system": SPECTRUMKV,
         "policy": kv.policy,
@@ -65,7 +65,7 @@ def spectrum_contender(client: SpectrumClient, kv: KvChoice) -> Contender:
 
 
 def aggregated_contender(system: System) -> Contender:
-    """The one process, whose KV goes nowhere."""
+    """Return the one process, which sends no KV."""
     columns = dict.fromkeys(("policy", "budget_target", "scorer", "codec", "scope"))
     return Contender({"system": AGGREGATED} | columns, system)
 
@@ -79,14 +79,17 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Offer the workload to each contender in turn, in every round; return a row for each.
 
-    While one serves, the others are idle. Before the first round each serves one request that does not count.
+    While one serves, the others are idle. Before the first round each serves one request, which does not count.
 
     Args:
         workload: the requests of one round.
-        contenders: who serves.
-        rounds: how often.
+        contenders: the systems.
+        rounds: number of rounds.
         goodput: bounds of a good request.
-        on_request: called with what has been done, after each request that counts.
+        on_request: called after each request that counts with a text that says which it was.
+
+    Returns:
+        A row for each contender.
     """
     for contender in contenders:
         contender.system.complete(workload.prompts[0], workload.output_tokens)

@@ -1,63 +1,66 @@
-"""`spectrumkv-bench serve`: latencies and throughput of the pair, beside one process of transformers."""
+"""Run `spectrumkv-bench serve`: measure latencies and throughput of the pair, beside one process of transformers."""
 
 import argparse
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from spectrumkv.bench.flags.destinations import check_destinations
-from spectrumkv.bench.flags.kv_flags import add_kv_flags, kv_choices
-from spectrumkv.bench.flags.method_flags import add_model_flags
-from spectrumkv.bench.report.tables import results_console
-from spectrumkv.client.cli.json_output import STDOUT
+from spectrumkv.bench.flags import add_json_flag, add_kv_flags, add_model_flags, given_options, kv_choices
+from spectrumkv.bench.report.console import plain_table, progress, results_console
+from spectrumkv.bench.report.results import (
+    check_destinations,
+    describe_served_model,
+    load_average,
+    write_speed_result,
+)
+from spectrumkv.client.cli.output import STDOUT
 from spectrumkv.common.service.config import DecodeConfig, PrefillConfig
 
 if TYPE_CHECKING:
     from spectrumkv.bench.serving.serve import Contender
-    from spectrumkv.client.client import ServerInfo, SpectrumClient
+    from spectrumkv.client.client import SpectrumClient
 
 BASELINES = ("aggregated", "none")
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Register the command."""
+    """Add the command to the parser."""
     parser = subparsers.add_parser(
         "serve",
         help="latencies and throughput, beside one process of transformers",
         description="Start both services on this machine and one process of transformers, offer the same requests to "
-        "each in turn, and report what clients see, by the definitions of `vllm bench serve`.",
+        "each in turn, and report the latencies that clients see, by the definitions of `vllm bench serve`.",
         allow_abbrev=False,
     )
     group = parser.add_argument_group("requests")
     for name, default, what in (
         ("num-prompts", 8, "requests of a round"),
         ("random-input-len", 1024, "tokens of each prompt"),
-        ("random-output-len", 32, "tokens that each generates"),
-        ("max-concurrency", 1, "requests at once; 0 is all"),
+        ("random-output-len", 32, "tokens that each request generates"),
+        ("max-concurrency", 1, "requests that run at once; 0 is all"),
         ("rounds", 3, "how often each system serves the requests"),
-        ("seed", 0, "of prompts and arrivals"),
+        ("seed", 0, "seed of prompts and arrivals"),
     ):
         group.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
     group.add_argument(
         "--request-rate",
         type=parse_rate,
         metavar="R",
-        help="requests a second, at random moments; inf is all at once (default: inf)",
+        help="requests per second, at random times; inf is all at once (default: inf)",
     )
     group.add_argument(
         "--goodput",
         nargs="+",
         default=[],
         metavar="BOUND",
-        help="what a good request keeps: ttft:MS, tpot:MS, e2el:MS",
+        help="bounds of a good request: ttft:MS, tpot:MS, e2el:MS",
     )
     parser.add_argument(
-        "--baseline", choices=BASELINES, default="aggregated", help="what to compare with (default: %(default)s)"
+        "--baseline", choices=BASELINES, default="aggregated", help="system to compare with (default: %(default)s)"
     )
     add_kv_flags(parser, policies=("native", "default"), budgets=(0.3,))
     add_model_flags(parser)
@@ -69,21 +72,22 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--kv-memory",
         default=str(DecodeConfig.kv_memory),
         metavar="BYTES",
-        help="memory for KV slots, such as 4GiB (default: %(default)s)",
+        help="memory of the KV pool, such as 4GiB (default: %(default)s)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON ('-': stdout, instead of the table)")
+    add_json_flag(parser)
     parser.set_defaults(run=run, parser=parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do it.
+    """Measure, show and write.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
         SpectrumKVError: a flag is wrong, or a system does not start.
     """
-    # Loading torch takes seconds, which --help need not pay.
-    from spectrumkv.bench.report.progress import progress
-    from spectrumkv.bench.report.speed_result import load_average, write_speed_result
+    # Loading torch takes seconds, so --help does without.
     from spectrumkv.bench.serving.load import Workload
     from spectrumkv.bench.serving.metrics import Goodput
     from spectrumkv.bench.serving.serve import measure
@@ -116,13 +120,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def serve_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the table for people."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
-    table.add_column("system")
-    for heading in ("counted", "TTFT ms", "÷ baseline", "hand-off ms", "÷ ITL", "ITL ms", "p99", "TPOT ms"):
-        table.add_column(heading, justify="right")
-    for heading in ("tokens/s", "decoding", "failed"):
-        table.add_column(heading, justify="right")
+    """Return the table of the rows."""
+    latencies = ("TTFT ms", "÷ baseline", "hand-off ms", "÷ ITL", "ITL ms", "p99", "TPOT ms")
+    table = plain_table(("system",), ("counted", *latencies, "tokens/s", "decoding", "failed"))
     for row in rows:
         named = (row["system"], row["policy"], row["budget_target"])
         cells = [
@@ -139,26 +139,15 @@ def serve_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             str(row["failed"]),
         ]
         table.add_row(Text(" ".join(str(one) for one in named if one is not None)), *cells)
-    table.caption = "medians of all requests; decoding: tokens/s after each request's first"
+    table.caption = "medians of all requests; decoding: tokens/s after each request's first token"
     return table
 
 
-def describe_served_model(info: "ServerInfo") -> dict[str, Any]:
-    """What the services said of their model, by the names of `describe_model`."""
-    return {
-        "name": info.model_name,
-        "architecture": info.model.architecture,
-        "weights_digest": info.model.weights_digest,
-        "dtype": info.model.dtype,
-        "device": info.device,
-    }
-
-
 def parse_rate(text: str) -> float | None:
-    """Read a number of requests a second; None is "inf".
+    """Return the number of requests per second in a text; None stands for "inf".
 
     Raises:
-        argparse.ArgumentTypeError: it is neither.
+        argparse.ArgumentTypeError: the text is neither.
     """
     if text == "inf":
         return None
@@ -167,7 +156,7 @@ def parse_rate(text: str) -> float | None:
     except ValueError:
         rate = 0.0
     if not 0 < rate < 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a positive number of requests a second, or inf")
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a positive number of requests per second, or inf")
     return rate
 
 
@@ -180,8 +169,7 @@ def _start_pair(arguments: argparse.Namespace, running: ExitStack) -> "SpectrumC
     from spectrumkv.client.local.pair_config import FREE_PORTS
     from spectrumkv.client.local.running_pair import running_pair
 
-    options = {name: getattr(arguments, name) for name in ("model", "device", "dtype", "int4", "kv_memory")}
-    given = {name: value for name, value in options.items() if value is not None}
+    given = given_options(arguments, "model", "device", "dtype", "int4", "kv_memory")
     pair = running.enter_context(running_pair({**FREE_PORTS, **given}))
     return running.enter_context(SpectrumClient(pair.address))
 

@@ -1,1 +1,1 @@
-"""Speed of the transfer between two processes, beside raw TCP and raw gRPC."""
+"""Measure the speed of a transfer between two processes, beside raw TCP and raw gRPC."""

@@ -1,4 +1,4 @@
-"""A synthetic prompt's KV through the product's own pipeline, stream and receiver."""
+"""Send a synthetic prompt's KV through the services' own pipeline, stream and receiver."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ import grpc
 import torch
 from prometheus_client import CollectorRegistry
 
-from spectrumkv.bench.codec.measure import Cache
+from spectrumkv.bench.models.synthetic_prompt import REQUEST_ID, SyntheticCache
 from spectrumkv.common.errors import DataLossError, InternalError, InvalidArgumentError
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.base import KvEncoder, codecs, needed_basis
@@ -31,11 +31,11 @@ from spectrumkv.v1 import decode_pb2
 
 
 class ReceivingServicer:
-    """The receiving half of the decode service: admits, verifies, dequantizes into slots, and generates nothing.
+    """Serve the receiving half of the decode service: admit, verify and decode into the pool, but generate nothing.
 
     Args:
-        pool: where KV goes.
-        metrics: told of every byte, as in the service.
+        pool: the pool that receives the KV.
+        metrics: counts every byte, as in the service.
     """
 
     def __init__(self, pool: KvPool, metrics: Metrics) -> None:
@@ -46,7 +46,7 @@ class ReceivingServicer:
     def Decode(  # noqa: N802  # gRPC's spelling
         self, requests: Iterator[ArrivedRequest], context: grpc.ServicerContext
     ) -> Iterator[decode_pb2.DecodeResponse]:
-        """Answer Admitted, and Finished once all KV is in the slots and verified."""
+        """Answer Admitted, and then Finished when all KV is verified and in the pool."""
         begin = _expect(next(requests), "begin").begin
         tokens = len(begin.prompt_token_ids)
         codec = codecs.get(begin.codec.name)
@@ -65,14 +65,14 @@ class ReceivingServicer:
     def PutBasis(  # noqa: N802  # gRPC's spelling
         self, request_iterator: Iterator[decode_pb2.PutBasisRequest], context: grpc.ServicerContext
     ) -> decode_pb2.PutBasisResponse:
-        """Keep the basis that the cache is coded in."""
+        """Keep the basis that the cache is encoded with."""
         self._bases.receive(request_iterator)
         return decode_pb2.PutBasisResponse()
 
     def GetServerInfo(  # noqa: N802  # gRPC's spelling
         self, request: decode_pb2.DecodeServiceGetServerInfoRequest, context: grpc.ServicerContext
     ) -> decode_pb2.DecodeServiceGetServerInfoResponse:
-        """Tell the version and the slots."""
+        """Return the version and the slots."""
         return decode_pb2.DecodeServiceGetServerInfoResponse(
             version=version("spectrumkv"), slots_total=self._pool.slots, slots_used=self._pool.used
         )
@@ -80,10 +80,10 @@ class ReceivingServicer:
 
 @dataclass(frozen=True)
 class Sending:
-    """One transfer.
+    """Measure one transfer.
 
     Attributes:
-        seconds: from the layers in memory until all of them lie verified in the slots.
+        seconds: from the layers in memory until all of their KV is verified and in the pool.
         sent: what the pipeline counted.
     """
 
@@ -92,14 +92,14 @@ class Sending:
 
 
 class KvSender:
-    """Sends one synthetic prompt's KV over and over, each time on a Decode stream of its own.
+    """Send one synthetic prompt's KV repeatedly, each time on a new Decode stream.
 
     Args:
-        channel: to a server with a `ReceivingServicer`.
-        captures: what each layer shows.
-        plan: how the KV is scored, tiered and coded.
-        cache: whose layers the captures show.
-        chunk_bytes: payload at which a chunk leaves.
+        channel: the connection to a server with a `ReceivingServicer`.
+        captures: what each layer of the cache shows.
+        plan: how the KV is scored, tiered and encoded.
+        cache: the cache.
+        chunk_bytes: payload bytes at which a chunk is sent.
     """
 
     def __init__(
@@ -107,17 +107,17 @@ class KvSender:
         channel: grpc.Channel,
         captures: list[LayerCapture],
         plan: KvPlan,
-        cache: Cache,
+        cache: SyntheticCache,
         chunk_bytes: int,
     ) -> None:
         self._open: Any = open_decode_stream(channel)
         if plan.codec.needs_basis:
             begin_basis(channel, needed_basis(plan.codec, plan.basis), timeout=None)[0].result()
-        self._observations = captures
+        self._captures = captures
         self._plan = plan
         self._geometry = cache.geometry
         self._begin = decode_pb2.Begin(
-            request_id="0" * 32,
+            request_id=REQUEST_ID,
             codec=plan.codec_id,
             prompt_token_ids=[0] * cache.tokens,
         )
@@ -125,23 +125,27 @@ class KvSender:
         self._metrics = Metrics(CollectorRegistry())
 
     def send(self) -> Sending:
-        """Send all layers at once, as fast as they are taken.
+        """Send all layers as fast as the receiver takes them.
+
+        Returns:
+            The time of the transfer and what was sent.
 
         Raises:
-            SpectrumKVError: the receiver refused them.
+            InternalError: the receiver breaks the protocol.
+            SpectrumKVError: the receiver refused the KV.
         """
         pipeline = KvPipeline(self._begin, self._plan, self._geometry, self._chunk_bytes, self._metrics)
         call = self._open(pipeline.messages(), timeout=None)
         try:
-            # Decode admits before prefill computes, so this is not part of the hand-off.
+            # Decode admits a request before prefill computes, so the wait for it is not part of the hand-off.
             _intact(next(call))
             started = time.perf_counter()
-            for capture in self._observations:
+            for capture in self._captures:
                 pipeline.put_layer(capture)
             pipeline.put_first_token(FirstToken(0, finished=False))
             _intact(next(call))
             sending = Sending(time.perf_counter() - started, pipeline.sent)
-            # The slots are free for the next transfer when the stream has ended.
+            # The pool is free for the next transfer when the stream has ended.
             for _ in call:
                 raise InternalError("the receiver answered more than twice")
             return sending
@@ -153,8 +157,8 @@ class KvSender:
 
 
 @dataclass(frozen=True)
-class _SettledEncoder:
-    """Codes layers at tiers that are known; see `KvEncoder`."""
+class _KnownTiersEncoder:
+    """Encode layers at tiers that are known; see `KvEncoder`."""
 
     encoder: TieredEncoder
     tiers: tuple[torch.Tensor, ...]
@@ -166,30 +170,30 @@ class _SettledEncoder:
 
 @dataclass(frozen=True)
 class TieredPlan(KvPlan):
-    """A plan whose tiers are settled.
+    """Describe a plan whose tiers are known before the transfer.
 
     Attributes:
-        tiers: of each layer's tokens, uint8 `[n]` per layer.
+        tiers: the tiers of each layer's tokens, uint8 `[n]` per layer.
     """
 
     tiers: tuple[torch.Tensor, ...] = ()
 
     def encoder(self, geometry: KvGeometry, tokens: int, framing_bytes: int) -> KvEncoder:
         """See `KvPlan.encoder`."""
-        return _SettledEncoder(_tiered_encoder(self, geometry, tokens), self.tiers)
+        return _KnownTiersEncoder(_tiered_encoder(self, geometry, tokens), self.tiers)
 
 
 def tiered(plan: KvPlan, layers: Sequence[LayerCapture], geometry: KvGeometry) -> TieredPlan:
-    """Settle a plan's tiers, each layer's by its own scores.
+    """Return a plan with the tiers that each layer's own scores give.
 
     Args:
-        plan: of a policy that gives tokens tiers.
+        plan: a plan whose policy gives tokens tiers.
         layers: what each layer shows.
-        geometry: of the cache.
+        geometry: the geometry of the cache.
     """
-    settled = {field.name: getattr(plan, field.name) for field in fields(plan)} | {"scope": "layer"}
-    encoder = _tiered_encoder(KvPlan(**settled), geometry, layers[0].tokens)
-    return TieredPlan(**settled, tiers=tuple(encoder.allocation.tiers(layer) for layer in layers))
+    values = {field.name: getattr(plan, field.name) for field in fields(plan)} | {"scope": "layer"}
+    encoder = _tiered_encoder(KvPlan(**values), geometry, layers[0].tokens)
+    return TieredPlan(**values, tiers=tuple(encoder.allocation.tiers(layer) for layer in layers))
 
 
 def _tiered_encoder(plan: KvPlan, geometry: KvGeometry, tokens: int) -> TieredEncoder:
@@ -199,41 +203,11 @@ def _tiered_encoder(plan: KvPlan, geometry: KvGeometry, tokens: int) -> TieredEn
     return encoder
 
 
-def captures(cache: Cache, query_heads: int, window: int) -> list[LayerCapture]:
-    """What the layers of a cache show, with random queries.
-
-    Args:
-        cache: keys and values.
-        query_heads: a multiple of the KV heads.
-        window: how many of the last queries are shown.
-
-    Raises:
-        InvalidArgumentError: the heads or the window do not fit the cache.
-    """
-    geometry = cache.geometry
-    if not 1 <= window <= cache.tokens:
-        raise InvalidArgumentError(f"--window is {window}; allowed: 1 to --tokens, {cache.tokens}")
-    generator = torch.Generator().manual_seed(2)
-    shape = (query_heads, window, geometry.head_dim)
-    return [
-        LayerCapture(
-            queries=torch.randn(shape, generator=generator).to(cache.device, geometry.native_dtype),
-            keys=keys,
-            values=values,
-            scaling=geometry.head_dim**-0.5,
-            softcap=None,
-            sliding_window=None,
-            layer=layer,
-        )
-        for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True))
-    ]
-
-
 def _expect(message: ArrivedRequest, kind: str) -> decode_pb2.DecodeRequest:
     if isinstance(message, DataLossError):
         raise message
     if isinstance(message, KvChunk) or message.WhichOneof("message") != kind:
-        raise InvalidArgumentError(f"the stream has something else where {kind} was due")
+        raise InvalidArgumentError(f"the stream has another message where {kind} was due")
     return message
 
 

@@ -1,4 +1,4 @@
-"""How fast a KV cache gets from one process into the slots of another, against its FP16 bytes over plain TCP."""
+"""Measure how fast a KV cache gets from one process into the pool of another, against its FP16 bytes over TCP."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from spectrumkv.bench.codec.interleaving import interleaved_medians
-from spectrumkv.bench.codec.measure import Cache
+from spectrumkv.bench.models.synthetic_prompt import SyntheticCache
+from spectrumkv.bench.timing import interleaved_medians
 from spectrumkv.bench.transfer.kv import KvSender, Sending, tiered
-from spectrumkv.bench.transfer.raw_grpc import RawSender
-from spectrumkv.bench.transfer.raw_tcp import TcpSender
+from spectrumkv.bench.transfer.raw import RawSender, TcpSender
 from spectrumkv.bench.transfer.receiver import ReceiverAddresses, receiving_process
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.policies import BudgetKind
@@ -20,14 +19,14 @@ from spectrumkv.common.security import ChannelSecurity, TlsFiles
 from spectrumkv.prefill_server.transfer.plan import KvPlan
 
 TCP, GRPC, SPECTRUMKV = "raw-tcp-fp16", "grpc-fp16", "spectrumkv"
-# Without scores and tiers, which prefill has at hand when it encodes.
+# Path without scoring and tiering: the tiers are known before the clock starts.
 TIERED = "spectrumkv-tiered"
-# The last two over mutual TLS.
+# Suffix of the paths over gRPC when they use mutual TLS.
 MUTUAL_TLS = "-mutual-tls"
 
 
 class _KvPath:
-    """A plan's transfers, remembered."""
+    """Send by a plan, and keep the measured transfers."""
 
     def __init__(self, sender: KvSender) -> None:
         self._sender = sender
@@ -40,7 +39,7 @@ class _KvPath:
 
 
 def measure(
-    cache: Cache,
+    cache: SyntheticCache,
     captures: list[LayerCapture],
     plans: Sequence[KvPlan],
     chunk_bytes: int,
@@ -50,19 +49,22 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Send a cache to another process by every path in turn; return a row for each path.
 
-    Raw TCP and gRPC start from the bytes of FP16 tensors and end with them in the receiver's memory. Path
-    `spectrumkv` starts from what the model's layers show and ends with verified KV in the slots: scoring, tiering,
-    encoding, checksums and decoding are in its time. `spectrumkv-tiered` has the tiers already: what is left is
-    encoding, checksums and decoding.
+    Raw TCP and gRPC start from the bytes of FP16 tensors and end with these bytes in the receiver's memory. Path
+    `spectrumkv` starts from what the model's layers show and ends with verified KV in the pool, so its time includes
+    scoring, tiering, encoding, checksums and decoding. Path `spectrumkv-tiered` knows the tiers, so its time includes
+    only encoding, checksums and decoding.
 
     Args:
-        cache: what is sent.
-        captures: what its layers show; see `transfer_kv.captures`.
+        cache: the cache that is sent.
+        captures: what its layers show; see `layer_captures`.
         plans: how path `spectrumkv` sends it.
-        chunk_bytes: payload of a message, on both paths over gRPC.
+        chunk_bytes: payload of a message, in bytes, on all paths over gRPC.
         rounds: rounds that count.
-        on_round: called after each round.
-        tls: certificate, key and authority of both ends; with them, the paths over gRPC go over mutual TLS too.
+        on_round: called after each round with a text that says which round it was.
+        tls: certificate, key and authority of both ends; with them, the paths over gRPC run over mutual TLS too.
+
+    Returns:
+        A row for each path.
     """
     message = _fp16_bytes(cache)
     with ExitStack() as open_paths:
@@ -90,7 +92,7 @@ def measure(
         for number, ((name, plan), path) in enumerate(zip(everything, paths[suffix], strict=True)):
             sent = path.transfers[-1].sent
             row = _row(name + suffix, medians[name + suffix, number], sent.message_bytes, len(message))
-            # The first transfer warms up.
+            # The first transfer warms up and does not count.
             encoding = statistics.median(one.sent.encode_seconds for one in path.transfers[1:])
             rows.append(row | _plan_columns(plan) | {"score_and_encode_seconds": encoding})
     for row in rows:
@@ -100,12 +102,12 @@ def measure(
 
 
 def _has_tiers(plan: KvPlan) -> bool:
-    """Whether its policy gives tokens tiers by their scores, so that scoring can be left out."""
+    """Return whether a plan's policy gives tokens tiers by their scores, so that scoring can be left out."""
     return plan.policy.needs_scores and plan.policy.budget_kind is BudgetKind.TIER_COST
 
 
 def _compare_with_plaintext(rows: list[dict[str, Any]]) -> None:
-    """Say of each row over mutual TLS which share of plaintext's speed it has."""
+    """Add to each row over mutual TLS its speed divided by that over plaintext."""
     plaintext = {_contender(row): row["fp16_equivalent_gbps"] for row in rows if MUTUAL_TLS not in row["path"]}
     for row in rows:
         if MUTUAL_TLS in row["path"]:
@@ -116,8 +118,8 @@ def _contender(row: dict[str, Any]) -> tuple[Any, ...]:
     return (row["path"].removesuffix(MUTUAL_TLS), row["policy"], row["budget_target"], row["codec"])
 
 
-def _fp16_bytes(cache: Cache) -> memoryview:
-    """The whole cache at 16 bits an element, in one piece of memory."""
+def _fp16_bytes(cache: SyntheticCache) -> memoryview:
+    """Return the whole cache at 16 bits an element, in one contiguous buffer."""
     half = cache.geometry.half_dtype
     states = torch.stack([torch.stack(pair) for pair in zip(cache.keys, cache.values, strict=True)]).to(half)
     return states.cpu().contiguous().view(torch.uint8).numpy().data.cast("B")

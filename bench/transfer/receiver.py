@@ -1,4 +1,4 @@
-"""The receiving process of the transfer bench; `receiving_process` starts it, `main` is what it runs."""
+"""Run the receiving process of the transfer bench: `receiving_process` starts it, and it runs `main`."""
 
 import json
 import subprocess
@@ -15,8 +15,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from spectrumkv.bench.transfer.kv import ReceivingServicer
-from spectrumkv.bench.transfer.raw_grpc import RawTransferServicer, add_raw_transfer_servicer
-from spectrumkv.bench.transfer.raw_tcp import TcpReceiver
+from spectrumkv.bench.transfer.raw import RawTransferServicer, TcpReceiver, add_raw_transfer_servicer
 from spectrumkv.common.errors import UnavailableError
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.rpc.decode_methods import SERVICE_NAME, add_decode_servicer
@@ -32,12 +31,12 @@ STREAMS = 4
 
 @dataclass(frozen=True)
 class ReceiverAddresses:
-    """Where the receiving process listens.
+    """Hold the addresses that the receiving process listens on.
 
     Attributes:
-        tcp: a `TcpReceiver`.
-        grpc: a server with a `RawTransferServicer` and a `ReceivingServicer`.
-        grpc_tls: the same over mutual TLS; None where there are no certificates.
+        tcp: the address of a `TcpReceiver`.
+        grpc: the address of a server with a `RawTransferServicer` and a `ReceivingServicer`.
+        grpc_tls: the address of the same server over mutual TLS; None without certificates.
     """
 
     tcp: Address
@@ -47,13 +46,21 @@ class ReceiverAddresses:
 
 @contextmanager
 def receiving_process(geometry: KvGeometry, tokens: int, tls: TlsFiles | None = None) -> Iterator[ReceiverAddresses]:
-    """Start a process that receives KV caches of this shape; end it with the segment.
+    """Start a process that receives KV caches of this shape; end it with the block.
+
+    Args:
+        geometry: the shape of the caches.
+        tokens: tokens of each cache.
+        tls: certificate, key and authority; with them, the process listens over mutual TLS too.
+
+    Yields:
+        The addresses of the process.
 
     Raises:
-        UnavailableError: it ended instead of listening.
+        UnavailableError: the process ended before it listened.
     """
-    process = subprocess.Popen(
-        [sys.executable, "-m", "spectrumkv.bench.transfer.receiver"],
+    process = subprocess.Popen(  # noqa: S603  # our own interpreter and module
+        [sys.executable, "-m", __name__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -61,12 +68,12 @@ def receiving_process(geometry: KvGeometry, tokens: int, tls: TlsFiles | None = 
     try:
         yield _addresses(process, _described(geometry, tokens, tls))
     finally:
-        # The end of its standard input is the end of the process, also where we die ourselves.
+        # The process ends when its standard input does, so it also ends if this process is killed.
         process.communicate()
 
 
 def main() -> None:
-    """Read the cache's shape from standard input, write the ports to standard output, receive until input ends."""
+    """Read the caches' shape from standard input, write the ports to standard output, receive until input ends."""
     described: dict[str, Any] = json.loads(sys.stdin.readline())
     tokens, tls = int(described.pop("tokens")), described.pop("tls")
     geometry = KvGeometry(**described | {"native_dtype": getattr(torch, described["native_dtype"])})

@@ -1,20 +1,18 @@
-"""`spectrumkv-bench transfer`: a KV cache from process to process, against its FP16 bytes over plain TCP."""
+"""Run `spectrumkv-bench transfer`: send a KV cache from process to process, against its FP16 bytes over plain TCP."""
 
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from spectrumkv.bench.flags.destinations import check_destinations
-from spectrumkv.bench.flags.geometry_flags import add_geometry_flags, geometry_from
-from spectrumkv.bench.flags.kv_flags import add_kv_flags, kv_choices
-from spectrumkv.bench.report.tables import results_console
-from spectrumkv.client.cli.json_output import STDOUT
+from spectrumkv.bench.flags import add_geometry_flags, add_json_flag, add_kv_flags, geometry_from, kv_choices
+from spectrumkv.bench.report.console import plain_table, progress, results_console
+from spectrumkv.bench.report.results import check_destinations, load_average, write_speed_result
+from spectrumkv.client.cli.output import STDOUT
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.service.config import PrefillConfig
 
@@ -23,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Register the command."""
+    """Add the command to the parser."""
     parser = subparsers.add_parser(
         "transfer",
-        help="speed of the way from process to process, against raw TCP",
+        help="speed of a transfer from process to process, against raw TCP",
         description="Send a synthetic prompt's KV over loopback into the slots of another process: its FP16 bytes "
         "over plain TCP and over gRPC, and through the product's own pipeline and receiver; report medians.",
         allow_abbrev=False,
@@ -39,7 +37,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         type=int,
         default=PrefillConfig.window,
         metavar="N",
-        help="observed queries (default: %(default)s)",
+        help="queries that scorers observe (default: %(default)s)",
     )
     group.add_argument(
         "--chunk-bytes",
@@ -52,26 +50,25 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     for name, what in (("cert", "a certificate for 127.0.0.1"), ("key", "its key"), ("ca", "its authority")):
         tls.add_argument(f"--tls-{name}", type=Path, metavar="FILE", help=f"PEM file of {what}")
     add_kv_flags(parser, policies=("fp16", "adaptive", "default"), budgets=(0.5, 0.3))
-    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="rounds (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON ('-': stdout, instead of the table)")
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="rounds that count (default: %(default)s)")
+    add_json_flag(parser)
     parser.set_defaults(run=run, parser=parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do it.
+    """Measure, show and write.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
         SpectrumKVError: the geometry or a policy cannot be used.
     """
-    # Loading torch takes seconds, which --help need not pay.
+    # Loading torch takes seconds, so --help does without.
     import torch
 
-    from spectrumkv.bench.codec.measure import Cache
-    from spectrumkv.bench.models.synthetic_basis import synthetic_basis
-    from spectrumkv.bench.report.progress import progress
-    from spectrumkv.bench.report.speed_result import load_average, write_speed_result
+    from spectrumkv.bench.models.synthetic_prompt import SyntheticCache, layer_captures, synthetic_basis
     from spectrumkv.bench.transfer import measure as transfer
-    from spectrumkv.bench.transfer.kv import captures
     from spectrumkv.common.service.config import build
     from spectrumkv.prefill_server.transfer.plan import KvPlan
     from spectrumkv.prefill_server.verdict import ProbeVerdict
@@ -79,12 +76,12 @@ def run(arguments: argparse.Namespace) -> int:
     check_destinations(arguments)
     tls = _tls_files(arguments)
     load_before = load_average()
-    cache = Cache.random(geometry_from(arguments), arguments.tokens, torch.device("cpu"))
+    cache = SyntheticCache.random(geometry_from(arguments), arguments.tokens, torch.device("cpu"))
     config = build(PrefillConfig, {"chunk_bytes": arguments.chunk_bytes, "window": arguments.window})
     basis = synthetic_basis(cache.geometry)
     verdict = ProbeVerdict.from_flag("on", cache.geometry.layers)
     plans = [KvPlan.resolve(choice.to_proto(), config, verdict, 0, basis) for choice in kv_choices(arguments)]
-    layers = captures(cache, arguments.query_heads, config.window)
+    layers = layer_captures(cache, arguments.query_heads, config.window)
     with progress(arguments.rounds + 1, Console(stderr=True)) as on_round:
         rows = transfer.measure(cache, layers, plans, config.chunk_bytes, arguments.rounds, on_round, tls)
     if arguments.json != STDOUT:
@@ -95,10 +92,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _tls_files(arguments: argparse.Namespace) -> "TlsFiles | None":
-    """The files of both ends.
+    """Return the TLS files of both ends; None if none is given.
 
     Raises:
-        InvalidArgumentError: some are given and some are not.
+        InvalidArgumentError: only some of the files are given.
     """
     from spectrumkv.common.security import TlsFiles
 
@@ -106,17 +103,16 @@ def _tls_files(arguments: argparse.Namespace) -> "TlsFiles | None":
     if not any(files):
         return None
     if not all(files):
-        raise InvalidArgumentError("mutual TLS needs --tls-cert, --tls-key and --tls-ca, all three")
+        raise InvalidArgumentError("mutual TLS needs all three of --tls-cert, --tls-key and --tls-ca")
     return TlsFiles(*files)
 
 
 def transfer_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the table for people."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
-    for heading in ("path", "policy", "codec"):
-        table.add_column(heading)
-    for heading in ("target", "counted", "FP16-eq. GB/s", "÷ raw TCP", "÷ plaintext", "seconds", "of that encoding"):
-        table.add_column(heading, justify="right")
+    """Return the table of the rows."""
+    table = plain_table(
+        ("path", "policy", "codec"),
+        ("target", "counted", "FP16-eq. GB/s", "÷ raw TCP", "÷ plaintext", "seconds", "of that encoding"),
+    )
     for row in rows:
         encoding, of_plaintext = row["score_and_encode_seconds"], row["ratio_to_plaintext"]
         table.add_row(

@@ -1,1 +1,1 @@
-"""The `spectrumkv` command, a file for each of its commands."""
+"""Run the `spectrumkv` command; each of its commands is a file."""

@@ -1,4 +1,4 @@
-"""`spectrumkv demo`: one long prompt, three budgets, side by side."""
+"""Run `spectrumkv demo`: send one long prompt at three budgets and compare."""
 
 import argparse
 from collections import deque
@@ -18,17 +18,17 @@ from spectrumkv.common.errors import SpectrumKVError
 
 QUESTION = "Who was the first keeper of the lighthouse?"
 MAX_TOKENS = 48
-# Budgets, and the policy of each; None leaves it to the server.
+# Budgets with the policy of each; None leaves the policy to the server.
 RUNS: tuple[tuple[float, str | None], ...] = ((1.0, "fp16"), (0.5, None), (0.3, None))
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Register the command."""
+    """Add the command to the parser."""
     parser = subparsers.add_parser(
         "demo",
         help="start both services, send a long prompt at three budgets, compare",
         description="Start both services on free ports, ask one question about a long document at three "
-        "KV budgets, print the answers and what they cost, and stop.",
+        "KV budgets, print the answers and what they used, and stop both.",
         allow_abbrev=False,
     )
     parser.add_argument("--model", metavar="NAME", help="local directory or hub name (default: the embedded model)")
@@ -36,19 +36,22 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do it.
+    """Start both services, ask the question at each budget, and print the comparison.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
-        SpectrumKVError: a service could not be started or refused a request.
+        SpectrumKVError: a service could not be started, or refused a request.
     """
     out = Console(highlight=False, soft_wrap=True)
     options = dict(FREE_PORTS) | ({"model": arguments.model} if arguments.model else {})
-    out.print("starting a decode and a prefill service; the first time this takes minutes")
+    out.print("starting a decode and a prefill service; the first start takes minutes")
     log = DemoLog()
     with stopped_by_sigterm(), running_pair(options, log.add) as pair, SpectrumClient(pair.address) as client:
         log.be_quiet()
         out.print(f"both are ready: prefill at {pair.prefill.address}, decode at {pair.decode.address}")
-        out.print(f"the question about a long document: {QUESTION}")
+        out.print(f"question about a long document: {QUESTION}")
         try:
             completions = [(budget, _ask(out, client, budget, policy)) for budget, policy in RUNS]
         except SpectrumKVError:
@@ -59,9 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class DemoLog:
-    """Shows what the services log until they are ready, so that nobody waits before a silent screen.
+    """Show what the services log until they are ready, so that the screen is not silent for minutes.
 
-    Later lines are kept and shown only if something goes wrong.
+    Later lines are kept, and shown only after an error.
     """
 
     def __init__(self) -> None:
@@ -69,24 +72,24 @@ class DemoLog:
         self._kept: deque[tuple[str, str]] = deque(maxlen=KEPT_LINES)
 
     def add(self, name: str, line: str) -> None:
-        """Take a line of a service's log."""
+        """Show or keep a line of a service's log."""
         if self._quiet:
             self._kept.append((name, line))
         else:
             show_log_line(name, line)
 
     def be_quiet(self) -> None:
-        """Keep what follows."""
+        """Keep the lines that follow instead of showing them."""
         self._quiet = True
 
     def show_kept(self) -> None:
-        """Show the last lines that were kept."""
+        """Show the kept lines."""
         for name, line in tuple(self._kept):
             show_log_line(name, line)
 
 
 def document() -> str:
-    """Return the long text that the demo asks about."""
+    """Return the document that the demo asks about."""
     return (files("spectrumkv.client.cli") / "demo_document.txt").read_text(encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""`spectrumkv info`: what a server serves, its choices and defaults, and whether it is ready."""
+"""Run `spectrumkv info`: show what a server serves, its choices and defaults, and whether it is ready."""
 
 import argparse
 from collections.abc import Iterator
@@ -6,11 +6,9 @@ from itertools import chain
 
 from rich.console import Console
 
-from spectrumkv.client.cli import connection_flags, generation_flags
-from spectrumkv.client.cli.json_output import STDOUT, message_as_json, write_json
-from spectrumkv.client.cli.output_file import check_writable
-from spectrumkv.client.cli.probe_table import probe_summary, probe_tables
-from spectrumkv.client.cli.tables import facts_table
+from spectrumkv.client.cli import flags
+from spectrumkv.client.cli.output import STDOUT, check_writable, message_as_json, write_json
+from spectrumkv.client.cli.tables import facts_table, probe_summary, probe_tables
 from spectrumkv.client.client import ServerInfo
 from spectrumkv.v1 import decode_pb2, prefill_pb2
 
@@ -22,30 +20,33 @@ BUDGET_KINDS = {
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Register the command."""
+    """Add the command to the parser."""
     parser = subparsers.add_parser(
         "info",
         help="show what a server serves",
         description="Show what a prefill or decode server serves; exit with status 0 only if it is ready.",
         allow_abbrev=False,
     )
-    connection_flags.add_connection_flags(parser)
+    flags.add_connection_flags(parser)
+    parser.add_argument("--wait", type=flags.parse_seconds, metavar="SECONDS", help="wait until the server is ready")
     parser.add_argument(
-        "--wait", type=generation_flags.parse_seconds, metavar="SECONDS", help="wait until it is ready"
+        "--json", metavar="FILE", help="write the result as JSON ('-': to stdout, instead of the tables)"
     )
-    parser.add_argument("--json", metavar="FILE", help="write it as JSON ('-': stdout, instead of the tables)")
     parser.set_defaults(run=run, parser=parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do it.
+    """Show what a server serves.
+
+    Returns:
+        The exit status: 0 if the server is ready, else 1.
 
     Raises:
-        SpectrumKVError: the result could not be written, or the server cannot be reached, is none of ours, or is not
-            ready in time.
+        SpectrumKVError: the result cannot be written, or the server cannot be reached, is not a SpectrumKV server, or
+            is not ready in time.
     """
     check_writable("--json", arguments.json)
-    with connection_flags.connect(arguments) as client:
+    with flags.connect(arguments) as client:
         if arguments.wait is not None:
             client.wait_until_serving(arguments.wait)
         serving = client.is_serving()

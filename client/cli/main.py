@@ -1,4 +1,4 @@
-"""The `spectrumkv` command. Each command is a module with `add_parser`, which registers it."""
+"""Run the `spectrumkv` command. Each of its commands is a module whose `add_parser` registers it."""
 
 import argparse
 import sys
@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status; see `run_command`."""
+    """Return the exit status of one command; see `run_command`."""
     return run_command(build_parser(), arguments, _sentence)
 
 

@@ -1,4 +1,4 @@
-"""`spectrumkv probe`: find the strongest safe setting for a model, whatever was found before."""
+"""Run `spectrumkv probe`: find the smallest safe budget for a model, even if a verdict is kept already."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from spectrumkv.client.cli.json_output import STDOUT, message_as_json, write_json
-from spectrumkv.client.cli.output_file import check_writable
-from spectrumkv.client.cli.probe_table import probe_summary, probe_tables
+from spectrumkv.client.cli.output import STDOUT, check_writable, message_as_json, write_json
+from spectrumkv.client.cli.tables import probe_summary, probe_tables
 from spectrumkv.common.service.config import SCORE_WINDOW, ServerConfig
 
 if TYPE_CHECKING:
@@ -17,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Register the command."""
+    """Add the command to the parser."""
     parser = subparsers.add_parser(
         "probe",
-        help="find out how strongly a model's KV may be coded",
+        help="find the smallest budget that is safe for a model's KV",
         description="Ask a model for needles in long prompts, and have it predict prose, over KV at INT4 and at a "
-        "sweep of budgets; keep the verdict for the prefill service's next starts. Exits with status 0 whatever it "
-        "says.",
+        "sweep of budgets; keep the verdict for the prefill service's next starts. Exit with status 0 whatever the "
+        "verdict.",
         allow_abbrev=False,
     )
     parser.add_argument("--model", metavar="NAME", help="local directory or hub name (default: the embedded model)")
@@ -32,24 +31,31 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         parser.add_argument(
             f"--{name}", default=default, metavar="NAME", help=f"one of {choices} (default: {default})"
         )
-    parser.add_argument("--codec", default="absmax", metavar="NAME", help="writes INT4 (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write it as JSON ('-': stdout, instead of the table)")
+    parser.add_argument(
+        "--codec", default="absmax", metavar="NAME", help="codec that encodes INT4 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the result as JSON ('-': to stdout, instead of the tables)"
+    )
     parser.set_defaults(run=run, parser=parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do it.
+    """Probe the model, and keep and show the verdict.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
-        SpectrumKVError: the result could not be written, the model cannot be loaded or probed, or the codec is
-            unknown or has no INT4.
+        SpectrumKVError: the result cannot be written, the model cannot be loaded or probed, or the codec is unknown
+            or has no INT4.
     """
     check_writable("--json", arguments.json)
-    # Loading torch and transformers takes seconds, which the other commands need not pay.
+    # Loading torch and transformers takes seconds, so the other commands do without.
     from spectrumkv.common.kv.codecs.base import codecs
     from spectrumkv.common.model.load import load_model
 
-    # An unknown codec is refused before the model is loaded.
+    # Refuse an unknown codec before the model is loaded.
     codec = codecs.get(arguments.codec)
     loaded = load_model(arguments.model, arguments.device, arguments.dtype)
     verdict = _probe(loaded, codec.name)

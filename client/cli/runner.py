@@ -1,4 +1,4 @@
-"""What every command line of the project does alike: commands that register themselves, errors, exit statuses."""
+"""Run a command line: let commands register themselves, print errors as sentences, choose the exit status."""
 
 import argparse
 import os
@@ -9,24 +9,24 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from spectrumkv.client.cli.standard_output import OutputError, named_output
+from spectrumkv.client.cli.output import OutputError, named_output
 from spectrumkv.common.errors import SpectrumKVError
 
 EXIT_ERROR = 1
-# What shells report for a program that SIGINT ended.
+# Shells report this status for a program that SIGINT ended.
 EXIT_INTERRUPTED = 130
 
 
 class Command(Protocol):
-    """A module with one command; its parser sets `run`, which takes the arguments and returns the exit status."""
+    """Describe a module with a command; its parser sets `run`, which takes the arguments and returns the status."""
 
     def add_parser(self, subparsers: Any) -> None:
-        """Register the command."""
+        """Add the command to the parser."""
         ...
 
 
 def command_parser(program: str, description: str, commands: Iterable[Command]) -> argparse.ArgumentParser:
-    """Return the parser of a whole command line."""
+    """Return the parser of a command line with these commands."""
     parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"{program} {version('spectrumkv')}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -44,8 +44,11 @@ def run_command(
 
     Args:
         parser: from `command_parser`.
-        arguments: None takes the process's own.
-        sentence: what is written to stderr about an error.
+        arguments: the words of the command line; None takes those of the process.
+        sentence: returns the line that is written to stderr about an error.
+
+    Returns:
+        The exit status.
     """
     parsed = parser.parse_args(arguments)
     try:
@@ -58,7 +61,7 @@ def run_command(
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has enough.
+        # The reader of our output has closed the pipe.
         _drop_output()
         return EXIT_ERROR
     except OutputError as error:
@@ -68,10 +71,10 @@ def run_command(
 
 
 def _drop_output() -> None:
-    """Let standard output lead nowhere: Python would complain once more when it flushes at exit."""
+    """Redirect standard output to the null device, so that the flush at exit does not fail once more."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def status_and_message(error: SpectrumKVError) -> str:
-    """What is said of any error."""
+    """Return the status and the message of an error as a line of text."""
     return f"{error.code}: {error.message}"

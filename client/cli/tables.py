@@ -1,4 +1,4 @@
-"""What a completion used, as a table for people."""
+"""Format what a completion used and what a probe found as tables."""
 
 from collections.abc import Iterable, Iterator
 
@@ -7,17 +7,17 @@ from rich.table import Table
 from rich.text import Text
 
 from spectrumkv.client.completion import Completion, Usage
+from spectrumkv.v1 import prefill_pb2
 
 NOT_MEASURED = "–"
-# Policies whose budget is kept in bytes on the wire (`Policy.budget_kind`, which could not be asked without
-# loading torch).
+# Policies whose budget counts bytes on the wire (`Policy.budget_kind`; reading that would load torch).
 COUNTED_POLICIES = frozenset({"spectral"})
-# By how much counted bytes may exceed the budget asked for before that is worth a note.
+# Fraction by which counted bytes may exceed the requested budget before the table explains it.
 NOTED_EXCESS = 0.01
 
 
 def facts_table(facts: Iterable[tuple[str, str]]) -> Table:
-    """Return a table of names and values, which may hold anything: brackets are not taken for markup."""
+    """Return a table of names and values, in which brackets are text and not markup."""
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in facts:
         table.add_row(Text(name), Text(value))
@@ -28,13 +28,13 @@ def usage_table(completion: Completion, budget_asked: float | None) -> Table:
     """Return the table that `spectrumkv generate` prints after the text.
 
     Args:
-        completion: what came of the request.
-        budget_asked: the budget that the request named; None where it left that to the server.
+        completion: the completion of the request.
+        budget_asked: the budget that the request named; None if it left the budget to the server.
     """
     usage, timings = completion.usage, completion.timings
     tokens = f"{usage.prompt_tokens} + {usage.completion_tokens} tokens ({completion.finish_reason})"
     server_ttft = usage.ttft_seconds * 1000.0
-    # 0 says that there was no second token.
+    # It is 0 if there was no second token.
     server_handoff = usage.handoff_seconds * 1000.0 if usage.handoff_seconds else None
     return facts_table(
         [
@@ -54,14 +54,14 @@ def usage_table(completion: Completion, budget_asked: float | None) -> Table:
 
 
 def _budget(usage: Usage) -> tuple[str, str]:
-    """The nominal cost says nothing of a budget that is counted."""
+    """Return the budget's line; the nominal cost is left out for policies whose budget counts bytes."""
     if usage.policy in COUNTED_POLICIES:
         return "budget counted", f"{usage.byte_budget:.3f}"
     return "budget counted (nominal)", f"{usage.byte_budget:.3f} ({usage.tier_budget:.3f})"
 
 
 def _budget_notes(usage: Usage, asked: float | None) -> Iterator[tuple[str, str]]:
-    """Why more was sent than was asked for."""
+    """Yield a line that explains why more bytes were sent than the budget allows."""
     if asked is None or usage.byte_budget <= asked * (1.0 + NOTED_EXCESS):
         return
     if usage.policy in COUNTED_POLICIES:
@@ -71,10 +71,10 @@ def _budget_notes(usage: Usage, asked: float | None) -> Iterator[tuple[str, str]
 
 
 def comparison_table(completions: Iterable[tuple[float, Completion]]) -> Table:
-    """Return one row per completion, for the same prompt sent at several budgets.
+    """Return a table with a row per completion of the same prompt, sent at several budgets.
 
     Args:
-        completions: the budget that was asked for, and what came of it.
+        completions: the requested budget and the completion, in pairs.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
     table.add_column("budget", justify="right")
@@ -98,10 +98,66 @@ def comparison_table(completions: Iterable[tuple[float, Completion]]) -> Table:
 
 
 def number(value: float | None) -> str:
-    """Format what may not have been measured, with one decimal."""
+    """Return a number with one decimal, or a dash for None, a value that was not measured."""
     return NOT_MEASURED if value is None else f"{value:,.1f}"
 
 
 def milliseconds(value: float | None) -> str:
-    """Format a latency with its unit."""
+    """Return a latency with its unit, or a dash for None, a value that was not measured."""
     return NOT_MEASURED if value is None else f"{value:,.1f} ms"
+
+
+def probe_tables(verdict: prefill_pb2.ProbeVerdict) -> Iterator[Table]:
+    """Yield a table of the settings that the probe tried, and one of the answers that decided on INT4.
+
+    A verdict that comes from a flag has neither.
+    """
+    if verdict.settings:
+        yield _settings_table(verdict)
+    if verdict.trials:
+        yield _trials_table(verdict)
+
+
+def probe_summary(verdict: prefill_pb2.ProbeVerdict) -> str:
+    """Return the verdict on INT4 in a sentence."""
+    allowed = "allowed" if verdict.int4_allowed else "not allowed"
+    return f"{allowed} ({verdict.source}): {verdict.reason}"
+
+
+def _settings_table(verdict: prefill_pb2.ProbeVerdict) -> Table:
+    table = Table(title="settings against exact KV", title_justify="left")
+    for heading in ("policy", "codec", "budget", "needles found", "KL, nats a token", "Δ perplexity %", "safe"):
+        table.add_column(heading)
+    for one in verdict.settings:
+        table.add_row(
+            one.policy,
+            one.codec,
+            f"{one.budget:g}",
+            f"{one.found} of {one.found_fp16}",
+            f"{one.kl:.1e}",
+            f"{one.ppl_delta_pct:+.3f}",
+            "yes" if one.safe else "no",
+            style="bold" if verdict.HasField("safe_budget") and _is_strongest(one, verdict) else None,
+        )
+    return table
+
+
+def _is_strongest(one: prefill_pb2.ProbedSetting, verdict: prefill_pb2.ProbeVerdict) -> bool:
+    return one.safe and one.budget == verdict.safe_budget
+
+
+def _trials_table(verdict: prefill_pb2.ProbeVerdict) -> Table:
+    table = Table(title="needles over INT4", title_justify="left")
+    for heading in ("prompt tokens", "needle's depth", "found", "found over exact KV", "answer"):
+        table.add_column(heading)
+    for trial in verdict.trials:
+        found, found_fp16 = ("yes" if one else "no" for one in (trial.found, trial.found_fp16))
+        table.add_row(
+            str(trial.prompt_tokens), f"{trial.depth:.0%}", found, found_fp16, Text(_printable(trial.answer))
+        )
+    return table
+
+
+def _printable(answer: str) -> str:
+    """Return an answer without control characters, which could control the terminal."""
+    return "".join(character if character.isprintable() else " " for character in answer)

@@ -1,4 +1,4 @@
-"""`spectrumkv up`: both services on this machine, until Ctrl-C."""
+"""Run `spectrumkv up`: start both services on this machine, and stop them on Ctrl-C."""
 
 import argparse
 from contextlib import suppress
@@ -6,8 +6,8 @@ from dataclasses import fields
 
 from rich.console import Console
 
-from spectrumkv.client.cli import generation_flags
-from spectrumkv.client.cli.connection_flags import DEFAULT_SERVER
+from spectrumkv.client.cli import flags
+from spectrumkv.client.cli.flags import DEFAULT_SERVER
 from spectrumkv.client.cli.runner import EXIT_INTERRUPTED
 from spectrumkv.client.local.pair_config import PairConfig
 from spectrumkv.client.local.running_pair import (
@@ -21,30 +21,33 @@ from spectrumkv.common.service.config import add_flags
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Register the command."""
+    """Add the command to the parser."""
     parser = subparsers.add_parser(
         "up",
         help="start both services on this machine",
-        description="Start a decode and a prefill service; Ctrl-C stops both. Port 0 is any free one.",
+        description="Start a decode and a prefill service; Ctrl-C stops both. Port 0 means any free port.",
         allow_abbrev=False,
     )
     parser.add_argument(
         "--ready-timeout",
-        type=generation_flags.parse_seconds,
+        type=flags.parse_seconds,
         default=READY_TIMEOUT_SECONDS,
         metavar="S",
-        help="seconds that both may take to be ready (default: %(default)g)",
+        help="stop if the services are not ready after S seconds (default: %(default)g)",
     )
     add_flags(parser, PairConfig)
     parser.set_defaults(run=run, parser=parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do it.
+    """Run both services until Ctrl-C.
+
+    Returns:
+        The exit status: 0, or 130 if Ctrl-C cut the start or the stop short.
 
     Raises:
         InvalidArgumentError: an option has a value that is not allowed, or an address is in use.
-        UnavailableError: a service ended; the other is stopped.
+        UnavailableError: a service ended, and the other was stopped.
         DeadlineExceededError: a service was not ready in time.
     """
     given = vars(arguments)
@@ -57,9 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
             with suppress(KeyboardInterrupt):
                 _announce(out, pair)
                 pair.wait_for_death()
-            out.print("stopping; running requests may finish (Ctrl-C again ends them)")
+            out.print("stopping after the running requests (Ctrl-C again ends them)")
     except KeyboardInterrupt:
-        out.print("ended at once" if ready else "stopped before both services were ready")
+        out.print("stopped at once" if ready else "stopped before both services were ready")
         return EXIT_INTERRUPTED
     out.print("both services have stopped")
     return 0

@@ -1,1 +1,1 @@
-"""Starting a pair of services on this machine."""
+"""Start a prefill and a decode service on this machine."""

@@ -1,4 +1,4 @@
-"""The options of both services started together on one machine, and the commands that start them."""
+"""Turn the options of a pair of services into the two commands that start it, and find free ports."""
 
 import errno
 import random
@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import Any
 
+from spectrumkv.client.local.service_process import ServiceLaunch
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.security import ChannelSecurity, TlsFiles
 from spectrumkv.common.security.tls import optional_path
@@ -21,7 +22,7 @@ from spectrumkv.common.service.config import (
 )
 from spectrumkv.common.service.options import option, parse_addresses
 
-# Options as `common.config.build` takes them: names, and values as text (or true and false).
+# Options as `common.service.config.build` takes them: names, and values as text, True or False.
 Options = Mapping[str, Any]
 
 FREE_PORTS: Options = {
@@ -31,10 +32,10 @@ FREE_PORTS: Options = {
     "decode_metrics_listen": "127.0.0.1:0",
 }
 
-# Where port 0 is looked for: below the ports that systems give to connections and to whoever else asks for any (32768
-# upwards on Linux, 49152 on macOS and Windows), for a service listens only seconds after its port was found.
+# Range in which a free port is searched: below the ephemeral ports, which systems assign on request (from 32768 on
+# Linux, from 49152 on macOS and Windows), because a service listens only seconds after its port was found.
 SEARCHED_PORTS = range(20_000, 32_768)
-# Ports that this process has found, and whose services may not listen yet.
+# Ports that this process has found already; their services may not listen yet.
 _found_ports: set[int] = set()
 
 DECODE_MODULE = "spectrumkv.decode_server.main"
@@ -43,14 +44,14 @@ PREFILL_MODULE = "spectrumkv.prefill_server.main"
 
 @dataclass(frozen=True, kw_only=True)
 class PairConfig(PrefillConfig, DecodeConfig):
-    """What `spectrumkv up` is told: every option of both services.
+    """Hold the options of `spectrumkv up`: every option of both services.
 
-    `listen` and `metrics_listen` are prefill's; `decode` says where the one decode service is started. Port
-    0 is any free one.
+    `listen` and `metrics_listen` are prefill's; `decode` is the address on which the one decode service is started.
+    Port 0 means any free port.
 
     Raises:
-        InvalidArgumentError: there is more than one decode address, plaintext that others can reach without
-            `allow_plaintext`, or TLS without the authority of the certificate.
+        InvalidArgumentError: there is more than one decode address, other machines could connect in plaintext
+            without `allow_plaintext`, or TLS is on without the authority of the certificate.
     """
 
     listen: Address = option(  # noqa: RUF009  # it returns a dataclass field
@@ -77,32 +78,11 @@ class PairConfig(PrefillConfig, DecodeConfig):
             )
 
 
-@dataclass(frozen=True)
-class ServiceLaunch:
-    """How one service is started and where it will be found.
-
-    Args:
-        name: "decode" or "prefill".
-        command: the program and its arguments.
-        address: where it will serve.
-        metrics_address: where Prometheus will find it.
-        stop_seconds: how long it may take to stop after SIGTERM.
-        security: how to talk to it.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    address: Address
-    metrics_address: Address
-    stop_seconds: float
-    security: ChannelSecurity
-
-
 def plan_launches(options: Options) -> tuple[ServiceLaunch, ServiceLaunch]:
     """Return how to start decode and prefill, in that order.
 
     Args:
-        options: names of `PairConfig` and their values as text (or true and false).
+        options: names of `PairConfig` and their values as text, True or False.
 
     Raises:
         InvalidArgumentError: a name is unknown or a value is not allowed.
@@ -113,7 +93,7 @@ def plan_launches(options: Options) -> tuple[ServiceLaunch, ServiceLaunch]:
     )
     more = {"decode": str(decode)}
     if pair.token_file is not None and pair.decode_token_file is None:
-        # Both services take the same tokens here.
+        # Both services accept the same tokens here.
         more["decode_token_file"] = pair.token_file
     return (
         _launch("decode", DECODE_MODULE, DecodeConfig, options, decode, decode_metrics, {}),
@@ -133,32 +113,32 @@ def _launch(
     known = {declared.name for declared in fields(config_class)}
     own: dict[str, Any] = {key: value for key, value in options.items() if key in known}
     own |= {"listen": str(address), "metrics_listen": str(metrics_address), **more}
-    # Refuse here what the child would refuse, before anything is started.
+    # Refuse what the child would refuse, before anything is started.
     config = build(config_class, own)
     flags = [
         flag_name(key) if value is True else f"{flag_name(key)}={value}"
         for key, value in own.items()
         if value is not False
     ]
-    # After `grace` the service ends what still runs; closing the process takes a moment more.
+    # After `grace` the service cancels what still runs; leave some time for the process to close.
     command = (sys.executable, "-m", module, *flags)
     return ServiceLaunch(name, command, address, metrics_address, config.grace + 10.0, _security(config))
 
 
 def _security(config: ServerConfig) -> ChannelSecurity:
-    """How this process talks to a service: with the certificate and the tokens that the service has itself."""
+    """Return how this process talks to a service: with the certificate and the tokens of the service itself."""
     tls = TlsFiles.named(config.tls_cert, config.tls_key, config.tls_ca) if config.tls_cert is not None else None
     return ChannelSecurity(tls, optional_path(config.token_file), allow_plaintext=config.allow_plaintext)
 
 
 def _with_ports(addresses: Sequence[Address]) -> list[Address]:
-    """Replace each port 0 by a free port, and make sure that the others are free.
+    """Return the addresses with a free port for each port 0, after checking that the other ports are free.
 
-    Without the second, another server on the port would answer in the place of ours. All ports are held
-    until the last is found, so that none comes twice.
+    If another server used a port, it would answer in the place of ours. All ports are held until the last one is
+    found, so that no port is given out twice.
 
     Raises:
-        InvalidArgumentError: an address cannot be listened on.
+        InvalidArgumentError: a service could not listen on one of the addresses.
     """
     with ExitStack() as held:
         return [_hold(held, address) for address in addresses]
@@ -177,7 +157,7 @@ def _hold(held: ExitStack, address: Address) -> Address:
 
 
 def _hold_any(held: ExitStack, host: str) -> Address:
-    """Find a port that nobody uses and that this process finds only once."""
+    """Return an address with a free port that this process has not found before."""
     start = random.SystemRandom().choice(SEARCHED_PORTS)
     for port in (*range(start, SEARCHED_PORTS.stop), *range(SEARCHED_PORTS.start, start)):
         if port not in _found_ports:

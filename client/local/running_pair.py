@@ -1,4 +1,4 @@
-"""Both services, started for as long as a `with` block runs."""
+"""Start both services, and keep them running for as long as a `with` block runs."""
 
 import signal
 import socket
@@ -11,47 +11,47 @@ from queue import SimpleQueue
 from rich.console import Console
 
 from spectrumkv.client.client import SpectrumClient
-from spectrumkv.client.local.pair_config import FREE_PORTS, Options, ServiceLaunch, plan_launches
-from spectrumkv.client.local.service_process import ServiceProcess
+from spectrumkv.client.local.pair_config import FREE_PORTS, Options, plan_launches
+from spectrumkv.client.local.service_process import ServiceLaunch, ServiceProcess
 from spectrumkv.common.errors import SpectrumKVError
 from spectrumkv.common.security import ChannelSecurity
 
-# The first start downloads nothing but may convert the embedded model, calibrates and probes it.
+# The first start may convert the embedded model, and calibrates and probes it; nothing is downloaded.
 READY_TIMEOUT_SECONDS = 600.0
 
-# Called with a service's name and a line of its log, from another thread.
+# Called from another thread with a service's name and a line of its log.
 LogSink = Callable[[str, str], None]
 
 
 @dataclass(frozen=True)
 class _Ended:
-    """A service's process is over."""
+    """Report that a service's process has ended."""
 
     service: ServiceProcess
 
 
 @dataclass(frozen=True)
 class _Ready:
-    """A service serves, or the wait for it failed."""
+    """Report that a service is ready, or that the wait for it failed."""
 
     error: SpectrumKVError | None
 
 
 @dataclass(frozen=True)
 class _Signalled:
-    """A signal came; its handler runs as soon as the main thread runs."""
+    """Report that a signal arrived, whose handler runs as soon as the main thread does."""
 
 
 _Event = _Ended | _Ready | _Signalled
 
 
 class RunningPair:
-    """Two services that are up.
+    """Hold two services that are ready.
 
     Args:
-        decode: how decode was started.
-        prefill: how prefill was started.
-        events: where the end of either process is reported.
+        decode: how the decode service was started.
+        prefill: how the prefill service was started.
+        events: reports the end of either process.
     """
 
     def __init__(self, decode: ServiceLaunch, prefill: ServiceLaunch, events: "SimpleQueue[_Event]") -> None:
@@ -61,19 +61,19 @@ class RunningPair:
 
     @property
     def address(self) -> str:
-        """Where clients connect: prefill's "host:port"."""
+        """Return the address that clients connect to: prefill's "host:port"."""
         return str(self.prefill.address)
 
     @property
     def security(self) -> ChannelSecurity:
-        """How clients talk to it."""
+        """Return how clients talk to the prefill service."""
         return self.prefill.security
 
     def wait_for_death(self) -> None:
-        """KvSegment until one of the services ends, which it should not.
+        """Block until one of the services ends.
 
         Raises:
-            UnavailableError: names the service and has its last log lines.
+            UnavailableError: a service ended; the message names it and quotes its last log lines.
         """
         while True:
             event = self._events.get()
@@ -96,11 +96,14 @@ def running_pair(
 
     Args:
         options: options of both services by name, as text (see `PairConfig`).
-        on_line: gets each line that a service logs.
-        ready_timeout: seconds that both may take together.
+        on_line: called with each line that a service logs.
+        ready_timeout: seconds until both services must be ready.
+
+    Yields:
+        The running pair.
 
     Raises:
-        InvalidArgumentError: an option is unknown or has a value that is not allowed.
+        InvalidArgumentError: an option is unknown, or its value is not allowed.
         UnavailableError: a service ended before it was ready.
         DeadlineExceededError: a service was not ready in time.
     """
@@ -112,7 +115,7 @@ def running_pair(
 def running_services(
     decode: ServiceLaunch, prefill: ServiceLaunch, on_line: LogSink, ready_timeout: float
 ) -> Iterator[RunningPair]:
-    """As `running_pair`, with the commands given. Prefill stops before the decode service it sends to."""
+    """Yield two services that are started by their commands; see `running_pair`. Prefill stops before decode."""
     events: SimpleQueue[_Event] = SimpleQueue()
     with _woken_by_signals(events), ExitStack() as running:
         for launch in (decode, prefill):
@@ -126,7 +129,7 @@ def running_services(
 
 @contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
-    """Make SIGTERM do in this block what Ctrl-C does: raise KeyboardInterrupt in the main thread."""
+    """Make SIGTERM raise KeyboardInterrupt in the main thread during this block, as Ctrl-C does."""
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -136,10 +139,11 @@ def stopped_by_sigterm() -> Iterator[None]:
 
 @contextmanager
 def _woken_by_signals(events: "SimpleQueue[_Event]") -> Iterator[None]:
-    """Report each signal that Python handles.
+    """Report each signal that Python handles as an event.
 
-    A handler runs in the main thread, and one that is just about to wait for an event would run it only after that
-    event. The operating system's own handler writes to a socket, whose reader is another thread.
+    Python runs a signal's handler in the main thread. If that thread is about to wait for an event, the handler would
+    run only after the event. The interpreter therefore writes each signal to a socket at once, and another thread
+    reads the socket.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -178,7 +182,7 @@ def _started(launch: ServiceLaunch, on_line: LogSink, events: "SimpleQueue[_Even
 
 @contextmanager
 def _watched(launch: ServiceLaunch, timeout: float, events: "SimpleQueue[_Event]") -> Iterator[None]:
-    """Report once when the service is ready; leaving the block calls the wait off."""
+    """Report once when the service is ready; leaving the block ends the wait."""
     client = SpectrumClient(str(launch.address), launch.security)
 
     def wait() -> None:

@@ -1,27 +1,49 @@
-"""One service as a child process: its log, its end, and how it is stopped."""
+"""Run one service as a child process: say how to start it, follow its log, notice its end, and stop it."""
 
 import subprocess
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from spectrumkv.client.local.pair_config import ServiceLaunch
 from spectrumkv.common.errors import UnavailableError
+from spectrumkv.common.security import ChannelSecurity
+from spectrumkv.common.service.config import Address
 
 KEPT_LINES = 20
 
 
-class ServiceProcess:
-    """A running service.
+@dataclass(frozen=True)
+class ServiceLaunch:
+    """Describe how one service is started and where clients find it.
 
-    It gets a process group of its own, so that Ctrl-C reaches only the parent, which then stops the services
-    in order.
+    Args:
+        name: "decode" or "prefill".
+        command: the program and its arguments.
+        address: where the service listens for gRPC.
+        metrics_address: where the service listens for Prometheus.
+        stop_seconds: how long the service may take to stop after SIGTERM.
+        security: how clients talk to the service.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    address: Address
+    metrics_address: Address
+    stop_seconds: float
+    security: ChannelSecurity
+
+
+class ServiceProcess:
+    """Hold a running service.
+
+    The service gets a process group of its own, so that Ctrl-C reaches only the parent, which then stops the
+    services in order.
 
     Args:
         launch: what to start.
-        on_line: called with each line of its log, without the line's end, from another thread.
-        on_exit: called once with this object when the process has ended and its log is read, from another
-            thread.
+        on_line: called from another thread with each line of the service's log, without the newline.
+        on_exit: called once from another thread with this object, when the process has ended and its log is read.
     """
 
     def __init__(
@@ -47,20 +69,20 @@ class ServiceProcess:
         self._follower.start()
 
     def stop(self) -> None:
-        """Ask the service to end (SIGTERM), wait for as long as it may take, then kill it."""
+        """Send SIGTERM, wait for at most `launch.stop_seconds`, then kill the service."""
         try:
             self._process.terminate()
             self._process.wait(self.launch.stop_seconds)
         except subprocess.TimeoutExpired:
             self._on_line(f"still running {self.launch.stop_seconds:g} s after SIGTERM; killed")
         finally:
-            # Also where a second Ctrl-C cut the wait short. It does nothing to a process that is over.
+            # A second Ctrl-C may have cut the wait short. Killing a process that has ended does nothing.
             self._process.kill()
             self._process.wait()
             self._follower.join()
 
     def death(self) -> UnavailableError:
-        """Return the error that says how the process ended and what it said last."""
+        """Return the error that says how the process ended, with the last lines of its log."""
         status = self._process.wait()
         how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
         said = "\n".join(f"  {line}" for line in self._last_lines) or "  (nothing)"

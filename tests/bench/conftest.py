@@ -1,10 +1,11 @@
 from collections.abc import Callable
+from importlib.resources import files
 
 import pytest
 
 from spectrumkv.bench.methods.served_model import ServedModel
 from spectrumkv.bench.methods.wire_method import WireMethod
-from spectrumkv.bench.models.synthetic_basis import synthetic_basis
+from spectrumkv.bench.models.synthetic_prompt import synthetic_basis
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.common.service.config import PrefillConfig, build
 from spectrumkv.prefill_server.transfer.plan import KvPlan
@@ -14,6 +15,8 @@ from tests.tiny_models import tiny_model
 
 CAPACITY = 160
 WINDOW = 16
+# A text that is long enough for a few small windows.
+TEXT = (files("spectrumkv.prefill_server.tuning.needle") / "haystack.txt").read_text(encoding="utf-8")[:6000]
 
 MakeMethod = Callable[..., WireMethod]
 

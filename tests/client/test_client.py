@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -212,3 +214,13 @@ def test_server_info_of_a_stranger():
         pytest.raises(errors.NotFoundError, match="neither"),
     ):
         client.server_info()
+
+
+def test_importing_the_client_loads_no_heavy_library():
+    code = (
+        "import sys, spectrumkv.client\n"
+        "heavy = {'torch', 'transformers', 'numba', 'triton', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

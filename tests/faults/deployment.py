@@ -21,7 +21,8 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from spectrumkv.client.client import SpectrumClient
-from spectrumkv.client.local.pair_config import FREE_PORTS, ServiceLaunch, plan_launches
+from spectrumkv.client.local.pair_config import FREE_PORTS, plan_launches
+from spectrumkv.client.local.service_process import ServiceLaunch
 from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.service.config import Address
 from tests.common.security.certificates import Authority

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from spectrumkv.client.client import SpectrumClient
-from spectrumkv.client.local.pair_config import ServiceLaunch, plan_launches
+from spectrumkv.client.local.pair_config import plan_launches
+from spectrumkv.client.local.service_process import ServiceLaunch
 from spectrumkv.client.request import Sampling, TokenIds
 from spectrumkv.common.errors import SpectrumKVError, UnavailableError
 from tests.processes.conftest import options

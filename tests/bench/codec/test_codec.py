@@ -6,13 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from spectrumkv.bench.codec import quanto as codec_quanto
-from spectrumkv.bench.codec.interleaving import interleaved_medians
-from spectrumkv.bench.codec.kernels import kernels_under_test
-from spectrumkv.bench.codec.measure import MIXED, Cache, RegisteredCodec, measure, registered_codecs
-from spectrumkv.bench.codec.quanto import QuantoCodec, add_ratios_to_quanto
+from spectrumkv.bench.codec.measure import measure
+from spectrumkv.bench.codec.under_test import (
+    MIXED,
+    QuantoCodec,
+    RegisteredCodec,
+    add_ratios_to_quanto,
+    kernels_under_test,
+    quantizers,
+    registered_codecs,
+)
 from spectrumkv.bench.main import main
-from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.bench.models.synthetic_prompt import SyntheticCache
 from spectrumkv.common.kv.codecs.tiered import tier_codecs
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier
@@ -24,15 +29,15 @@ TOLERANCE = 0.5
 
 
 @pytest.fixture(scope="module")
-def cache() -> Cache:
-    return Cache.random(GEOMETRY, 37, torch.device("cpu"))
+def cache() -> SyntheticCache:
+    return SyntheticCache.random(GEOMETRY, 37, torch.device("cpu"))
 
 
-def one_at_a_time(cache: Cache) -> list[RegisteredCodec]:
+def one_at_a_time(cache: SyntheticCache) -> list[RegisteredCodec]:
     return [one for one in registered_codecs(cache) if isinstance(one, RegisteredCodec)]
 
 
-def test_every_codec_is_measured_at_every_tier(cache: Cache) -> None:
+def test_every_codec_is_measured_at_every_tier(cache: SyntheticCache) -> None:
     measured = {(one.codec, one.tier) for one in registered_codecs(cache)}
     for name, codec in tier_codecs().items():
         tiers = codec.tiers - {Tier.DROP}
@@ -40,7 +45,7 @@ def test_every_codec_is_measured_at_every_tier(cache: Cache) -> None:
         assert ((name, MIXED) in measured) == (len(tiers) > 1)
 
 
-def test_what_is_timed_writes_every_slot(cache: Cache) -> None:
+def test_what_is_timed_writes_every_slot(cache: SyntheticCache) -> None:
     for one in one_at_a_time(cache):
         for slots in one.slots:
             slots.fill_(torch.nan)
@@ -52,12 +57,12 @@ def test_what_is_timed_writes_every_slot(cache: Cache) -> None:
             torch.testing.assert_close(values, cache.values[layer], atol=TOLERANCE, rtol=0)
 
 
-def test_caches_lie_in_memory_as_models_leave_them(cache: Cache) -> None:
+def test_caches_lie_in_memory_as_models_leave_them(cache: SyntheticCache) -> None:
     assert cache.keys[0].shape == (3, 37, 10)
     assert cache.keys[0].stride() == (10, 30, 1)
 
 
-def test_rates_and_ratios_belong_together(cache: Cache) -> None:
+def test_rates_and_ratios_belong_together(cache: SyntheticCache) -> None:
     rows = measure(cache, [*registered_codecs(cache), *kernels_under_test(cache)], 2, lambda done: None)
     for row in rows:
         for direction in ("encode", "decode"):
@@ -80,32 +85,10 @@ def test_ratios_to_quanto_are_by_tier() -> None:
 @pytest.mark.parametrize("tier", [Tier.INT4, Tier.INT8])
 def test_quanto_does_the_same_work(tier: Tier) -> None:
     pytest.importorskip("optimum.quanto")
-    cache = Cache.random(KvGeometry(1, 1, 64, torch.float32), 64, torch.device("cpu"))
-    coded = codec_quanto.quantizers[tier](cache.keys[0])
+    cache = SyntheticCache.random(KvGeometry(1, 1, 64, torch.float32), 64, torch.device("cpu"))
+    coded = quantizers[tier](cache.keys[0])
     torch.testing.assert_close(coded.dequantize().view(cache.keys[0].shape), cache.keys[0], atol=TOLERANCE, rtol=0)
     QuantoCodec(tier, cache).encode()
-
-
-def test_the_first_round_does_not_count() -> None:
-    calls: list[str] = []
-    seconds = iter([100.0, 1.0, 3.0, 2.0])
-
-    def operation() -> float:
-        calls.append("timed")
-        return next(seconds)
-
-    def other() -> float:
-        calls.append("other")
-        return 0.0
-
-    medians = interleaved_medians({"timed": operation, "other": other}, 3)
-    assert medians == {"timed": 2.0, "other": 0.0}
-    assert calls == ["timed", "other"] * 4
-
-
-def test_no_rounds_are_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match="--rounds is 0"):
-        interleaved_medians({}, 0)
 
 
 def test_the_command_writes_rows(tmp_path: Path) -> None:

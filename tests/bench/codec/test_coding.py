@@ -30,6 +30,6 @@ def test_shares_are_those_of_the_times(tmp_path: Path) -> None:
 
 def test_what_encodes_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*ARGUMENTS, "--policies", "uniform-int3"]) == 1
-    assert "--policies names baselines only" in capsys.readouterr().err
+    assert "--policies names only baselines" in capsys.readouterr().err
     assert main(["coding", "--rounds", "0"]) == 1
     assert "--rounds is 0; allowed: 1 or more" in capsys.readouterr().err

@@ -3,12 +3,12 @@ import argparse
 import pytest
 from prometheus_client import CollectorRegistry
 
-from spectrumkv.bench.flags.method_flags import DEFAULT_BUDGETS, add_method_flags
+from spectrumkv.bench.flags import DEFAULT_BUDGETS, add_method_flags
 from spectrumkv.bench.methods.selection import Choice, MethodSelector, Selection
 from spectrumkv.bench.methods.wire_method import WireMethod, is_fixed
-from spectrumkv.bench.models.synthetic_basis import synthetic_basis
+from spectrumkv.bench.models.synthetic_prompt import synthetic_basis
 from spectrumkv.bench.peers.baselines import Baseline, baselines
-from spectrumkv.bench.peers.quanto_extension import QUANTO
+from spectrumkv.bench.peers.quanto import QUANTO
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.policies import BudgetKind, policies
 from spectrumkv.common.model.load import LoadedModel
@@ -60,8 +60,8 @@ def test_the_help_says_of_which_policies_budgets_are_bytes() -> None:
     add_method_flags(parser)
     said = " ".join(parser.format_help().split())
     counted = ", ".join(name for name in policies if policies.get(name).budget_kind is BudgetKind.BYTES)
-    assert f"for policy {counted} all bytes that are sent" in said
-    assert "for policies of tiers and baselines the mean cost per token" in said
+    assert f"Policy {counted} counts all bytes sent" in said
+    assert "other policies and baselines count the mean cost per token" in said
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_the_same_method_is_measured_once(tiny_llama: LoadedModel) -> None:
 def test_what_is_left_out_is_said(tiny_llama: LoadedModel) -> None:
     selection = select(tiny_llama, "--policies", "greedy", "--budgets", "0.5,0.1")
     assert spelled(selection) == [("greedy", 0.5)]
-    assert selection.notes == ["greedy at 0.1 is left out: it keeps to budgets from 0.25 to 1"]
+    assert selection.notes == ["greedy at 0.1 is left out: its budgets go from 0.25 to 1"]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_what_is_left_out_is_said(tiny_llama: LoadedModel) -> None:
     [
         (["--policies", "best"], "unknown policy 'best'; valid: all, default, spectral"),
         (["--policies", "greedy:zip"], "unknown codec 'zip'"),
-        (["--policies", "uniform-int3:absmax"], "has a codec of its own"),
+        (["--policies", "uniform-int3:absmax"], "has its own codec"),
         (["--policies", "greedy", "--budgets", "0.1"], "nothing to measure: greedy at 0.1"),
         (["--policies", "greedy", "--codec", "native"], "codec 'native' cannot write policy 'greedy'"),
         (["--codec", "zip"], "unknown codec 'zip'"),

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from spectrumkv.bench.methods.attention import visible
-from spectrumkv.bench.methods.served_model import ExactFp16, Prompt, SentBytes, ServedModel, store_fp16
+from spectrumkv.bench.methods.method import ExactFp16, Prompt, SentBytes, store_fp16
+from spectrumkv.bench.methods.served_model import ServedModel, visible
 from spectrumkv.common.model.load import load_model
 from spectrumkv.decode_server.kv_pool import Allocation, KvPool
 from tests.bench.conftest import CAPACITY, WINDOW, wire_method

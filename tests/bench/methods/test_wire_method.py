@@ -2,7 +2,8 @@
 
 import pytest
 
-from spectrumkv.bench.methods.served_model import ExactFp16, ServedModel
+from spectrumkv.bench.methods.method import ExactFp16
+from spectrumkv.bench.methods.served_model import ServedModel
 from spectrumkv.bench.methods.wire_method import is_fixed
 from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.kv.tiers import Tier
@@ -34,7 +35,7 @@ def test_counted_bytes_are_the_pipelines(served: ServedModel, name: str) -> None
     assert received == sum(messages[1:-1])
     tokens = sum(pipeline.sent.tier_tokens.values())
     nominal = sum(Tier(tier).nominal_cost * count for tier, count in pipeline.sent.tier_tokens.items())
-    assert sent.nominal_budget == pytest.approx(nominal / tokens)
+    assert sent.tier_budget == pytest.approx(nominal / tokens)
 
 
 @pytest.mark.parametrize("name", policies.names())

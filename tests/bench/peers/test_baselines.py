@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from spectrumkv.bench.methods.method import Prompt
 from spectrumkv.bench.methods.selection import Choice  # noqa: F401  # registers all baselines
-from spectrumkv.bench.methods.served_model import Prompt, ServedModel
+from spectrumkv.bench.methods.served_model import ServedModel
 from spectrumkv.bench.peers.baselines import Baseline, BaselineMethod, baselines
 from spectrumkv.bench.peers.pdtrim import best_trim
 from tests.services.test_lossless import random_prompt
@@ -42,7 +43,7 @@ def test_every_slot_is_filled_and_bytes_fit_the_budget(served: ServedModel, prom
     # Scales and zero points come on top of the nominal budget: two numbers for 64 elements at most.
     assert budget - 0.02 <= sent.counted / fp16 <= budget + 2 / 64 + 1e-6
     # What is coded between the tiers counts as the nearest one.
-    assert sent.nominal_budget == pytest.approx(budget, abs=0.02)
+    assert sent.tier_budget == pytest.approx(budget, abs=0.02)
 
 
 def test_int3_is_the_absmax_quantizer(served: ServedModel, prompt: Prompt) -> None:

@@ -7,7 +7,7 @@ import pytest
 from spectrumkv.bench.main import main
 from spectrumkv.bench.report.goals import GOALS, MET, MISSED, WITHIN_ERROR, judge
 from spectrumkv.common.errors import InvalidArgumentError
-from tests.bench.report.test_plot_command import result, write
+from tests.bench.report.test_plot import result, write
 
 
 def row(policy: str, target: float, counted: float, kl: float, **changes: Any) -> dict[str, Any]:

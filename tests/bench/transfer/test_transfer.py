@@ -8,12 +8,12 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from spectrumkv.bench.codec.measure import Cache
-from spectrumkv.bench.flags.kv_flags import kv_choices
+from spectrumkv.bench.flags import kv_choices
 from spectrumkv.bench.main import build_parser, main
-from spectrumkv.bench.transfer.kv import KvSender, ReceivingServicer, captures
+from spectrumkv.bench.models.synthetic_prompt import SyntheticCache, layer_captures
+from spectrumkv.bench.transfer.kv import KvSender, ReceivingServicer
 from spectrumkv.bench.transfer.measure import measure
-from spectrumkv.bench.transfer.raw_tcp import TcpReceiver, TcpSender
+from spectrumkv.bench.transfer.raw import TcpReceiver, TcpSender
 from spectrumkv.client.request import KvChoice
 from spectrumkv.common.errors import InvalidArgumentError, ResourceExhaustedError, UnavailableError
 from spectrumkv.common.kv.geometry import KvGeometry
@@ -40,13 +40,13 @@ def plan(policy: str, budget: float | None = None) -> KvPlan:
 
 
 @pytest.fixture(scope="module")
-def cache() -> Cache:
-    return Cache.random(GEOMETRY, TOKENS, torch.device("cpu"))
+def cache() -> SyntheticCache:
+    return SyntheticCache.random(GEOMETRY, TOKENS, torch.device("cpu"))
 
 
-def test_every_path_between_two_processes(cache: Cache) -> None:
+def test_every_path_between_two_processes(cache: SyntheticCache) -> None:
     plans = [plan("fp16"), plan("adaptive", 0.5), plan("adaptive", 0.3)]
-    rows = measure(cache, captures(cache, 4, 16), plans, CHUNK_BYTES, 2, lambda done: None)
+    rows = measure(cache, layer_captures(cache, 4, 16), plans, CHUNK_BYTES, 2, lambda done: None)
     assert [row["path"] for row in rows] == [
         "raw-tcp-fp16",
         "grpc-fp16",
@@ -68,10 +68,10 @@ def test_every_path_between_two_processes(cache: Cache) -> None:
     assert counted[5:] == pytest.approx(counted[3:5], abs=1e-3)
 
 
-def test_mutual_tls_beside_plaintext(cache: Cache, tmp_path: Path) -> None:
+def test_mutual_tls_beside_plaintext(cache: SyntheticCache, tmp_path: Path) -> None:
     authority = Authority("bench")
     files = authority.issue().write(tmp_path / "tls", authority)
-    rows = measure(cache, captures(cache, 4, 16), [plan("fp16")], CHUNK_BYTES, 2, lambda done: None, files)
+    rows = measure(cache, layer_captures(cache, 4, 16), [plan("fp16")], CHUNK_BYTES, 2, lambda done: None, files)
     assert [row["path"] for row in rows] == [
         "raw-tcp-fp16",
         "grpc-fp16",
@@ -91,7 +91,7 @@ def test_half_of_mutual_tls_is_refused(capsys: pytest.CaptureFixture[str]) -> No
     assert "all three" in capsys.readouterr().err
 
 
-def test_the_kv_lies_in_the_receivers_slots(cache: Cache) -> None:
+def test_the_kv_lies_in_the_receivers_slots(cache: SyntheticCache) -> None:
     metrics = Metrics(CollectorRegistry())
     pool = KvPool(
         GEOMETRY, TOKENS * GEOMETRY.layers * GEOMETRY.native_bytes_per_token_layer, torch.device("cpu"), metrics
@@ -105,7 +105,7 @@ def test_the_kv_lies_in_the_receivers_slots(cache: Cache) -> None:
     server.start()
     try:
         with open_channel(f"127.0.0.1:{port}") as channel:
-            sender = KvSender(channel, captures(cache, 2, 8), plan("native"), cache, CHUNK_BYTES)
+            sender = KvSender(channel, layer_captures(cache, 2, 8), plan("native"), cache, CHUNK_BYTES)
             for _ in range(2):
                 sending = sender.send()
                 assert sending.seconds > 0
@@ -146,9 +146,9 @@ def test_choices_are_policies_at_the_budgets_that_they_keep_to() -> None:
     ]
 
 
-def test_an_observed_window_fits_the_prompt(cache: Cache) -> None:
+def test_an_observed_window_fits_the_prompt(cache: SyntheticCache) -> None:
     with pytest.raises(InvalidArgumentError, match="--window is 101"):
-        captures(cache, 4, TOKENS + 1)
+        layer_captures(cache, 4, TOKENS + 1)
 
 
 def test_an_unknown_policy_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

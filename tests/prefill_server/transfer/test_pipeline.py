@@ -6,7 +6,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from spectrumkv.bench.models.synthetic_basis import synthetic_basis
+from spectrumkv.bench.models.synthetic_prompt import synthetic_basis
 from spectrumkv.common.errors import CancelledError, InvalidArgumentError
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.base import codecs

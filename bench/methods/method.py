@@ -1,0 +1,111 @@
+"""Define what a method is: a way to get a prompt's KV from prefill to decode; and the exact method, the reference."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.decode_server.kv_pool import Allocation, KvPool
+from spectrumkv.prefill_server.tuning.replay import CapturedPrompt
+
+
+class MethodName(Protocol):
+    """Identify a method in results.
+
+    Attributes:
+        policy: name of the policy or baseline.
+        codec: name of the codec.
+        scorer: name of the scorer; empty if the method does not rank tokens.
+        scope: "layer" or "model"; empty for methods without a scope.
+        budget: the target budget.
+    """
+
+    @property
+    def policy(self) -> str: ...  # noqa: D102
+    @property
+    def codec(self) -> str: ...  # noqa: D102
+    @property
+    def scorer(self) -> str: ...  # noqa: D102
+    @property
+    def scope(self) -> str: ...  # noqa: D102
+    @property
+    def budget(self) -> float: ...  # noqa: D102
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """Hold a prompt that the model has run exactly.
+
+    Attributes:
+        token_ids: its tokens.
+        captured: what the layers showed while the model ran it.
+    """
+
+    token_ids: tuple[int, ...]
+    captured: CapturedPrompt
+
+
+@dataclass(frozen=True)
+class SentBytes:
+    """Count what sending a prompt's KV took.
+
+    Attributes:
+        counted: all bytes that the method counts.
+        tier_budget: the paper's mean cost per token, without scales and framing.
+    """
+
+    counted: float
+    tier_budget: float
+
+
+class Method(MethodName, Protocol):
+    """Describe a way to get a prompt's KV from prefill to decode, at one setting."""
+
+    def send(self, prompt: Prompt, pool: KvPool, allocation: Allocation) -> SentBytes:
+        """Write the prompt's KV, as decode would receive it, into the first slots of the allocation.
+
+        Args:
+            prompt: the prompt of n tokens.
+            pool: the pool of the allocation.
+            allocation: at least n slots.
+
+        Returns:
+            What sending took.
+        """
+        ...
+
+
+class ExactFp16:
+    """Round every token's KV to the 16-bit dtype and send no message: the reference of all methods."""
+
+    policy, codec, scorer, scope, budget = "exact", "fp16", "", "", 1.0
+
+    def send(self, prompt: Prompt, pool: KvPool, allocation: Allocation) -> SentBytes:
+        """See `Method.send`."""
+        for layer in prompt.captured.layers:
+            store_fp16(allocation, layer.layer, layer.keys, layer.values, pool.geometry)
+        return SentBytes(pool.geometry.fp16_bytes(len(prompt.token_ids)), 1.0)
+
+
+def store_fp16(
+    allocation: Allocation, layer: int, keys: torch.Tensor, values: torch.Tensor, geometry: KvGeometry
+) -> None:
+    """Write one layer's keys and values, rounded to 16 bits, into the first n slots of an allocation.
+
+    Args:
+        allocation: at least n slots.
+        layer: index of the layer.
+        keys: `[kv_heads, n, head_dim]`.
+        values: like `keys`.
+        geometry: of the model; its half dtype is what the states are rounded to.
+    """
+    tokens = keys.shape[1]
+    allocation.keys(layer, 0, tokens).copy_(keys.to(geometry.half_dtype))
+    allocation.values(layer, 0, tokens).copy_(values.to(geometry.half_dtype))
+
+
+def describe(method: MethodName) -> str:
+    """Return a method in a few words."""
+    scorer = f", {method.scorer}" if method.scorer else ""
+    return f"{method.policy} ({method.codec}{scorer}) at {method.budget:g}"

@@ -32,7 +32,7 @@ class DecodeMetadata:
         self.pool.keys[layer].index_copy_(1, self.newest, key[:, :, 0].transpose(0, 1))
         self.pool.values[layer].index_copy_(1, self.newest, value[:, :, 0].transpose(0, 1))
 
-    def kept(self, layer: int) -> torch.Tensor | None:
+    def keep_mask(self, layer: int) -> torch.Tensor | None:
         """Return which slots attention may look at: bool `[slots]`, False where a token was dropped."""
         return self.pool.kept[layer]
 
@@ -53,11 +53,11 @@ class HostDecodeMetadata(DecodeMetadata):
         firsts = torch.tensor([allocation.start for allocation in allocations])
         return cls(allocations[0].pool, firsts, firsts + torch.tensor(positions), allocations)
 
-    def kept(self, layer: int) -> torch.Tensor | None:
+    def keep_mask(self, layer: int) -> torch.Tensor | None:
         """Return which slots attention may look at, or None where no row has a gap in this layer."""
         if all(allocation.kept(layer) is None for allocation in self.allocations):
             return None
-        return super().kept(layer)
+        return super().keep_mask(layer)
 
 
 def attend_slots(
@@ -97,7 +97,7 @@ def attend_slots(
         query[:, :, 0],
         metadata.pool.keys[layer],
         metadata.pool.values[layer],
-        metadata.kept(layer),
+        metadata.keep_mask(layer),
         metadata.firsts,
         metadata.newest,
         scaling,

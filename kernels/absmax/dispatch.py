@@ -36,13 +36,13 @@ def encode(
             another. `layout.body_layout` says what they have; the length must be theirs.
     """
     if keys.is_cuda:
-        from spectrumkv.kernels.absmax import triton as absmax_triton
+        from spectrumkv.kernels.absmax import triton
 
-        absmax_triton.encode(keys, values, tiers, cuts, bodies)
+        triton.encode(keys, values, tiers, cuts, bodies)
     else:
-        from spectrumkv.kernels.absmax import cpu as absmax_cpu
+        from spectrumkv.kernels.absmax import cpu
 
-        absmax_cpu.encode(keys, values, tiers, cuts, bodies)
+        cpu.encode(keys, values, tiers, cuts, bodies)
 
 
 def decode(
@@ -61,13 +61,13 @@ def decode(
         values: like `keys`, on the same device.
     """
     if keys.is_cuda:
-        from spectrumkv.kernels.absmax import triton as absmax_triton
+        from spectrumkv.kernels.absmax import triton
 
-        absmax_triton.decode(bodies, tiers, cuts, keys, values)
+        triton.decode(bodies, tiers, cuts, keys, values)
     else:
-        from spectrumkv.kernels.absmax import cpu as absmax_cpu
+        from spectrumkv.kernels.absmax import cpu
 
-        absmax_cpu.decode(bodies, tiers, cuts, keys, values)
+        cpu.decode(bodies, tiers, cuts, keys, values)
 
 
 def prepare(dtype: torch.dtype) -> None:
@@ -78,9 +78,9 @@ def prepare(dtype: torch.dtype) -> None:
     Args:
         dtype: of the states that will be coded.
     """
-    from spectrumkv.kernels.absmax import cpu as absmax_cpu
+    from spectrumkv.kernels.absmax import cpu
 
-    absmax_cpu.prepare(dtype)
+    cpu.prepare(dtype)
 
 
 def is_finite(data: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -90,6 +90,6 @@ def is_finite(data: torch.Tensor, dtype: torch.dtype) -> bool:
         data: uint8 `[2 m]` on the CPU, contiguous, at any address: the bytes of m elements.
         dtype: of the elements, float16 or bfloat16.
     """
-    from spectrumkv.kernels.absmax import cpu as absmax_cpu
+    from spectrumkv.kernels.absmax import cpu
 
-    return absmax_cpu.is_finite(data, dtype)
+    return cpu.is_finite(data, dtype)

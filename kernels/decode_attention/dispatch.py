@@ -13,7 +13,7 @@ def decode_attention(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    kept: torch.Tensor | None,
+    keep_mask: torch.Tensor | None,
     firsts: torch.Tensor,
     newest: torch.Tensor,
     scaling: float,
@@ -29,8 +29,8 @@ def decode_attention(
             head h reads KV head h // (query_heads / kv_heads).
         keys: in the queries' dtype, `[kv_heads, slots, head_dim]`, contiguous; those of all requests.
         values: like `keys`.
-        kept: bool `[slots]`, False where a token was dropped. None where no row has a dropped token; on a GPU it is
-            always given.
+        keep_mask: bool `[slots]`, False where a token was dropped. None where no row has a dropped token; on a GPU it
+            is always given.
         firsts: int64 `[batch]`, the first slot of each row.
         newest: int64 `[batch]`, its last; that one is kept.
         scaling: factor of query · key before the softmax.
@@ -44,16 +44,20 @@ def decode_attention(
         # Triton takes a while to import, and exists on Linux only.
         from spectrumkv.kernels.decode_attention import triton
 
-        assert kept is not None
-        return triton.decode_attention(queries, keys, values, kept, firsts, newest, scaling, sliding_window, softcap)
+        assert keep_mask is not None
+        return triton.decode_attention(
+            queries, keys, values, keep_mask, firsts, newest, scaling, sliding_window, softcap
+        )
     # numba takes a third of a second to import.
     from spectrumkv.kernels.decode_attention import cpu
 
-    if kept is None and softcap is None and keys.dtype == torch.float32 and cpu.attends(keys.shape[2]):
+    if keep_mask is None and softcap is None and keys.dtype == torch.float32 and cpu.attends(keys.shape[2]):
         few_threads = min(torch.get_num_threads(), keys.shape[0]) < MANY_THREADS
         if few_threads or int((newest - firsts).sum()) < len(firsts) * SHORT_TOKENS:
             return cpu.decode_attention(queries, keys, values, firsts, newest, scaling, sliding_window)
-    return reference.decode_attention(queries, keys, values, kept, firsts, newest, scaling, sliding_window, softcap)
+    return reference.decode_attention(
+        queries, keys, values, keep_mask, firsts, newest, scaling, sliding_window, softcap
+    )
 
 
 def prepare() -> None:

@@ -15,7 +15,7 @@ def decode_attention(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    kept: torch.Tensor | None,
+    keep_mask: torch.Tensor | None,
     firsts: torch.Tensor,
     newest: torch.Tensor,
     scaling: float,
@@ -28,7 +28,7 @@ def decode_attention(
         queries: any float dtype `[batch, query_heads, head_dim]`; see `dispatch.decode_attention`.
         keys: in the queries' dtype, `[kv_heads, slots, head_dim]`.
         values: like `keys`.
-        kept: bool `[slots]`, False where a token was dropped; None where none was.
+        keep_mask: bool `[slots]`, False where a token was dropped; None where none was.
         firsts: int64 `[batch]`, the first slot of each row.
         newest: int64 `[batch]`, its last; that one is kept.
         scaling: factor of query · key before the softmax.
@@ -43,7 +43,7 @@ def decode_attention(
         end = last + 1
         seen = slice(max(first, end - sliding_window) if sliding_window else first, end)
         # A row without dropped tokens needs no mask, which would cost it torch's fastest way.
-        mask = None if kept is None or bool(kept[first:end].all()) else kept[None, seen]
+        mask = None if keep_mask is None or bool(keep_mask[first:end].all()) else keep_mask[None, seen]
         rows.append(_attend(query, keys[:, seen], values[:, seen], mask, scaling, softcap))
     return torch.stack(rows)
 
@@ -52,7 +52,7 @@ def _attend(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    kept: torch.Tensor | None,
+    keep_mask: torch.Tensor | None,
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
@@ -62,11 +62,11 @@ def _attend(
     grouped = query.reshape(kv_heads, -1, head_dim)
     if softcap is None:
         attended = F.scaled_dot_product_attention(
-            grouped[None], keys[None], values[None], attn_mask=kept, scale=scaling
+            grouped[None], keys[None], values[None], attn_mask=keep_mask, scale=scaling
         )[0]
     else:
         logits = soft_cap(grouped @ keys.transpose(1, 2), softcap, scaling=scaling)
-        if kept is not None:
-            logits = logits.masked_fill(~kept, -math.inf)
+        if keep_mask is not None:
+            logits = logits.masked_fill(~keep_mask, -math.inf)
         attended = logits.softmax(dim=-1, dtype=torch.float32).to(values.dtype) @ values
     return attended.reshape(-1, head_dim)

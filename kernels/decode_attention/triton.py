@@ -28,7 +28,7 @@ def _split_kernel(
     queries_ptr: tl.tensor,
     keys_ptr: tl.tensor,
     values_ptr: tl.tensor,
-    kept_ptr: tl.tensor,
+    keep_mask_ptr: tl.tensor,
     firsts_ptr: tl.tensor,
     newest_ptr: tl.tensor,
     partial_ptr: tl.tensor,
@@ -71,7 +71,7 @@ def _split_kernel(
     for at in range(start, stop, block_tokens):
         slot = at + tl.arange(0, block_tokens)
         seen = slot < stop
-        seen &= tl.load(kept_ptr + slot, mask=seen, other=0) != 0
+        seen &= tl.load(keep_mask_ptr + slot, mask=seen, other=0) != 0
         there = seen[:, None] & (element < head_dim)[None, :]
         # What nobody wrote may be NaN: it is not even loaded.
         offset = head.to(tl.int64) * stride_head + slot.to(tl.int64)[:, None] * head_dim + element[None, :]
@@ -125,7 +125,7 @@ def decode_attention(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    kept: torch.Tensor,
+    keep_mask: torch.Tensor,
     firsts: torch.Tensor,
     newest: torch.Tensor,
     scaling: float,
@@ -139,7 +139,7 @@ def decode_attention(
             head h // (query_heads / kv_heads).
         keys: like `queries`, `[kv_heads, slots, head_dim]`, contiguous; those of all requests.
         values: like `keys`.
-        kept: bool `[slots]`, False where a token was dropped.
+        keep_mask: bool `[slots]`, False where a token was dropped.
         firsts: int64 `[batch]`, the first slot of each row.
         newest: int64 `[batch]`, its last; that one is kept.
         scaling: factor of query · key before the softmax.
@@ -161,7 +161,7 @@ def decode_attention(
             queries,
             keys,
             values,
-            kept.view(torch.uint8),
+            keep_mask.view(torch.uint8),
             firsts,
             newest,
             partial,

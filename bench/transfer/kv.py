@@ -115,9 +115,8 @@ class KvSender:
         cache: SyntheticCache,
         chunk_bytes: int,
     ) -> None:
+        self._channel = channel
         self._open: Any = open_decode_stream(channel)
-        if plan.codec.needs_basis:
-            put_basis(channel, needed_basis(plan.codec, plan.basis))
         self._captures = captures
         self._plan = plan
         self._geometry = cache.geometry
@@ -128,6 +127,11 @@ class KvSender:
         )
         self._chunk_bytes = chunk_bytes
         self._metrics = Metrics(CollectorRegistry())
+
+    def put_basis(self) -> None:
+        """Send the plan's basis to the receiver if the codec needs one; call this once before `send`."""
+        if self._plan.codec.needs_basis:
+            put_basis(self._channel, needed_basis(self._plan.codec, self._plan.basis))
 
     def send(self) -> Sending:
         """Send all layers as fast as the receiver takes them.

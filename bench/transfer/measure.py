@@ -78,7 +78,10 @@ def measure(
             address = addresses.grpc_tls if suffix else addresses.grpc
             channel = open_paths.enter_context(open_channel(str(address), security))
             raw[suffix] = RawSender(channel, message, chunk_bytes)
-            paths[suffix] = [_KvPath(KvSender(channel, captures, plan, cache, chunk_bytes)) for _, plan in everything]
+            senders = [KvSender(channel, captures, plan, cache, chunk_bytes) for _, plan in everything]
+            for sender in senders:
+                sender.put_basis()
+            paths[suffix] = [_KvPath(sender) for sender in senders]
             operations[GRPC + suffix, 0] = raw[suffix].send
             operations |= {
                 (everything[number][0] + suffix, number): path for number, path in enumerate(paths[suffix])

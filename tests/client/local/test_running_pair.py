@@ -1,3 +1,4 @@
+import os
 import re
 import signal
 import socket
@@ -28,7 +29,7 @@ ANY_PORTS = [f"--{name.replace('_', '-')}={address}" for name, address in FREE_P
 def fake_services(monkeypatch):
     monkeypatch.setattr(pair_config, "DECODE_MODULE", "fake_service")
     monkeypatch.setattr(pair_config, "PREFILL_MODULE", "fake_service")
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
 
 
 @pytest.fixture

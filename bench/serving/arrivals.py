@@ -1,234 +1,155 @@
 """Measure how a long prompt's KV that arrives at decode delays the tokens of running streams."""
 
-import itertools
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import numpy as np
 import torch
-from prometheus_client import CollectorRegistry
 
-from spectrumkv.bench.models.synthetic_prompt import REQUEST_ID, SyntheticCache, layer_captures
-from spectrumkv.common.errors import DataLossError, InternalError, SpectrumKVError
-from spectrumkv.common.generation.params import SamplingParams
-from spectrumkv.common.rpc.decode_methods import open_decode_stream
-from spectrumkv.common.rpc.decode_stream import ArrivedResponse, Request, serialized_bytes
-from spectrumkv.common.rpc.status import error_from_rpc
-from spectrumkv.common.telemetry.metrics import Metrics
-from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline
+from spectrumkv.bench.models.synthetic_prompt import SyntheticCache, synthetic_basis
+from spectrumkv.bench.serving.decode_streams import Recording, arrive, record, running_streams
+from spectrumkv.client.request import KvChoice
+from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.rpc.decode_methods import begin_basis
+from spectrumkv.common.service.config import PrefillConfig, build
 from spectrumkv.prefill_server.transfer.plan import KvPlan
-from spectrumkv.v1 import decode_pb2, kv_pb2
+from spectrumkv.prefill_server.verdict import ProbeVerdict
+from spectrumkv.v1 import kv_pb2
 
-FIRST_TOKEN = 1
-Interval = tuple[float, float]
+# Upper bound of the tokens that a stream generates during one arrival.
+TOKENS_PER_ARRIVAL = 64
 
 
 @dataclass(frozen=True)
-class Recording:
-    """Hold the requests of a Decode stream, which can be sent repeatedly.
+class ArrivalLoad:
+    """Say how many streams run, and what arrives beside them.
 
     Attributes:
-        begin: the message that opens the stream.
-        rest: the chunks, then End.
-        byte_budget: bytes of all messages ÷ FP16 bytes of the KV.
-    """
-
-    begin: Request
-    rest: tuple[Request, ...]
-    byte_budget: float
-
-
-@torch.inference_mode()
-def record(
-    spec: kv_pb2.ModelSpec, cache: SyntheticCache, plan: KvPlan, window: int, chunk_bytes: int, max_tokens: int | None
-) -> Recording:
-    """Return a recording of what prefill would send for a prompt with this KV.
-
-    Args:
-        spec: spec of the decode service's model, whose geometry the cache has.
-        cache: keys and values of the prompt.
-        plan: how they are scored, tiered and encoded.
-        window: queries that scorers observe; a shorter prompt has fewer.
-        chunk_bytes: payload of a chunk, in bytes.
-        max_tokens: tokens to generate, the first included; None ends the request with its first token.
-    """
-    params = SamplingParams(max_tokens=max_tokens or 1, ignore_eos=True, seed=0)
-    begin = decode_pb2.Begin(
-        request_id=REQUEST_ID,
-        model=spec,
-        codec=plan.codec_id,
-        prompt_token_ids=[FIRST_TOKEN] * cache.tokens,
-        sampling=params.to_proto(),
-    )
-    pipeline = KvPipeline(begin, plan, cache.geometry, chunk_bytes, Metrics(CollectorRegistry()))
-    for capture in layer_captures(cache, cache.geometry.kv_heads, min(window, cache.tokens)):
-        pipeline.put_layer(capture)
-    pipeline.put_first_token(FirstToken(FIRST_TOKEN, finished=max_tokens is None))
-    messages = tuple(pipeline.messages())
-    counted = sum(map(serialized_bytes, messages)) / cache.geometry.fp16_bytes(cache.tokens)
-    return Recording(messages[0], messages[1:], counted)
-
-
-@dataclass
-class RunningStreams:
-    """Hold streams that generate, and the times at which their tokens arrived.
-
-    Attributes:
-        arrived: ascending times (`time.monotonic`) of each stream's tokens.
-    """
-
-    arrived: list[list[float]]
-    _changed: threading.Condition = field(default_factory=threading.Condition)
-    _failure: SpectrumKVError | None = None
-
-    def follow(self, stream: int, responses: Iterator[ArrivedResponse]) -> None:
-        """Note the time of each token of a stream until the stream ends."""
-        try:
-            for response in responses:
-                if isinstance(response, DataLossError):
-                    raise response
-                if response.WhichOneof("message") == "token":
-                    with self._changed:
-                        self.arrived[stream].append(time.monotonic())
-                        self._changed.notify_all()
-            self._end(InternalError("a stream ended before the measurement did"))
-        except grpc.RpcError as error:
-            self._end(error_from_rpc(error))
-        except SpectrumKVError as error:
-            self._end(error)
-
-    def wait_for_tokens(self, more: int) -> None:
-        """Wait until every stream has generated this many more tokens.
-
-        Raises:
-            SpectrumKVError: a stream ended.
-        """
-        with self._changed:
-            goals = [len(times) + more for times in self.arrived]
-            self._changed.wait_for(
-                lambda: self._failure or all(len(a) >= goal for a, goal in zip(self.arrived, goals, strict=True))
-            )
-            if self._failure is not None:
-                raise self._failure
-
-    def gaps(self) -> list[Interval]:
-        """Return the begin and end of each gap between two tokens of a stream."""
-        return [gap for times in self.arrived for gap in itertools.pairwise(times)]
-
-    def _end(self, why: SpectrumKVError) -> None:
-        with self._changed:
-            self._failure = self._failure or why
-            self._changed.notify_all()
-
-
-@contextmanager
-def running_streams(channel: grpc.Channel, recording: Recording, count: int) -> Iterator[RunningStreams]:
-    """Run streams that generate during the block.
-
-    Args:
-        channel: the connection to a decode service.
-        recording: what each stream sends.
-        count: number of streams.
-
-    Yields:
-        The streams.
-    """
-    streams, open_stream = RunningStreams([[] for _ in range(count)]), open_decode_stream(channel)
-    calls = [open_stream(iter((recording.begin, *recording.rest)), timeout=None) for _ in range(count)]
-    followers = [
-        threading.Thread(target=streams.follow, args=(number, call), daemon=True) for number, call in enumerate(calls)
-    ]
-    try:
-        for follower in followers:
-            follower.start()
-        yield streams
-    finally:
-        for call in calls:
-            call.cancel()
-        for follower in followers:
-            follower.join()
-
-
-def arrive(channel: grpc.Channel, recording: Recording) -> Interval:
-    """Send a recording that ends with its first token; return when sending began and when decode had verified all KV.
-
-    Returns:
-        Both times, by `time.monotonic`.
+        streams: number of streams.
+        running_tokens: prompt tokens of each stream.
+        arriving_tokens: prompt tokens of the KV that arrives.
+        arrivals: number of arrivals.
+        pause_tokens: tokens of each stream between two arrivals.
 
     Raises:
-        InternalError: decode generated although the request had ended.
-        SpectrumKVError: decode refused the request.
+        InvalidArgumentError: a number is below 1.
     """
-    admitted = threading.Event()
 
-    def requests() -> Iterator[Request]:
-        yield recording.begin
-        admitted.wait()
-        yield from recording.rest
+    streams: int
+    running_tokens: int
+    arriving_tokens: int
+    arrivals: int
+    pause_tokens: int
 
-    call = open_decode_stream(channel)(requests(), timeout=None)
-    try:
-        next(call)
-        started = time.monotonic()
-        admitted.set()
-        for _ in call:
-            raise InternalError("decode answered a request that ended with its first token")
-        return started, time.monotonic()
-    except grpc.RpcError as error:
-        raise error_from_rpc(error) from error
-    finally:
-        admitted.set()
-        call.cancel()
+    def __post_init__(self) -> None:
+        if min(self.streams, self.arrivals, self.pause_tokens) < 1:
+            raise InvalidArgumentError("--streams, --arrivals and --pause-tokens must each be 1 or more")
+
+    @property
+    def lasting_tokens(self) -> int:
+        """Return how many tokens a stream must generate to last for the whole measurement."""
+        return (self.arrivals + 2) * (self.pause_tokens + TOKENS_PER_ARRIVAL)
 
 
 def measure(
     channel: grpc.Channel,
+    spec: kv_pb2.ModelSpec,
+    choices: Sequence[KvChoice],
+    load: ArrivalLoad,
+    on_arrival: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Send recorded KV to decode repeatedly while streams generate, once for each choice.
+
+    Args:
+        channel: the connection to a decode service.
+        spec: spec of the decode service's model.
+        choices: how the KV is sent.
+        load: streams and arrivals.
+        on_arrival: called after each arrival with a text that says which one it was.
+
+    Returns:
+        A row for each choice.
+
+    Raises:
+        SpectrumKVError: a choice is not allowed, or decode refuses the KV.
+    """
+    geometry = KvGeometry(spec.layers, spec.kv_heads, spec.head_dim, getattr(torch, spec.dtype))
+    short, long = (
+        SyntheticCache.random(geometry, tokens, torch.device("cpu"))
+        for tokens in (load.running_tokens, load.arriving_tokens)
+    )
+    config = build(PrefillConfig, {})
+    basis = synthetic_basis(geometry)
+    verdict = ProbeVerdict.from_flag("on", geometry.layers)
+    plans = [KvPlan.resolve(choice.to_proto(), config, verdict, 0, basis) for choice in choices]
+    # Some plan may need the basis; a decode service keeps it.
+    begin_basis(channel, basis, timeout=None)[0].result()
+    rows = []
+    for plan in plans:
+        running, arriving = (
+            record(spec, cache, plan, config.window, config.chunk_bytes, max_tokens)
+            for cache, max_tokens in ((short, load.lasting_tokens), (long, None))
+        )
+        rows.append(
+            _row(plan, load, arriving.byte_budget, measure_gaps(channel, running, arriving, load, on_arrival))
+        )
+    return rows
+
+
+def measure_gaps(
+    channel: grpc.Channel,
     running: Recording,
     arriving: Recording,
-    streams: int,
-    arrivals: int,
-    pause_tokens: int,
+    load: ArrivalLoad,
     on_arrival: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Send KV to decode repeatedly while streams generate; return the gaps between their tokens.
+    """Return the columns of a row that come from the gaps between the tokens of running streams.
 
     Args:
         channel: the connection to a decode service.
         running: the request of each stream, which must last for the whole measurement.
         arriving: the request whose KV arrives.
-        streams: number of streams.
-        arrivals: number of arrivals.
-        pause_tokens: tokens of each stream between two arrivals.
+        load: streams and arrivals.
         on_arrival: called after each arrival with a text that says which one it was.
-
-    Returns:
-        The columns of a row.
     """
     intervals = []
-    with running_streams(channel, running, streams) as generating:
-        generating.wait_for_tokens(pause_tokens)
-        settled = time.monotonic()
-        for number in range(arrivals):
-            generating.wait_for_tokens(pause_tokens)
+    with running_streams(channel, running, load.streams) as generating:
+        generating.wait_for_tokens(load.pause_tokens)
+        warm = time.monotonic()
+        for number in range(load.arrivals):
+            generating.wait_for_tokens(load.pause_tokens)
             intervals.append(arrive(channel, arriving))
-            on_arrival(f"arrival {number + 1} of {arrivals}")
+            on_arrival(f"arrival {number + 1} of {load.arrivals}")
         generating.wait_for_tokens(1)
-        gaps = [gap for gap in generating.gaps() if gap[0] >= settled]
+        gaps = [gap for gap in generating.gaps() if gap[0] >= warm]
     touched = [any(start < gap[1] and gap[0] < end for start, end in intervals) for gap in gaps]
     milliseconds = [1000 * (end - start) for start, end in gaps]
     return {
-        "streams": streams,
-        "arrivals": arrivals,
+        "streams": load.streams,
+        "arrivals": load.arrivals,
         "arrival_ms": 1000 * statistics.median(end - start for start, end in intervals),
         **_latencies("undisturbed", [one for one, hit in zip(milliseconds, touched, strict=True) if not hit]),
         **_latencies("arrival", [one for one, hit in zip(milliseconds, touched, strict=True) if hit]),
     }
+
+
+def _row(plan: KvPlan, load: ArrivalLoad, byte_budget: float, measured: Mapping[str, Any]) -> dict[str, Any]:
+    row = {
+        "policy": plan.policy.name,
+        "codec": plan.codec.name,
+        "budget_target": plan.budget,
+        "budget_counted": byte_budget,
+        "arriving_tokens": load.arriving_tokens,
+        **measured,
+    }
+    for name in ("median", "p99"):
+        row[f"{name}_itl_ratio"] = row[f"{name}_arrival_itl_ms"] / row[f"{name}_undisturbed_itl_ms"]
+    return row
 
 
 def _latencies(name: str, gaps: Sequence[float]) -> dict[str, Any]:

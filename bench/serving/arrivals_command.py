@@ -16,11 +16,10 @@ from spectrumkv.bench.report.results import (
     write_speed_result,
 )
 from spectrumkv.client.cli.output import STDOUT
-from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.service.config import PrefillConfig
-
-# Upper bound of the tokens that a stream generates during one arrival.
-TOKENS_PER_ARRIVAL = 64
+from spectrumkv.client.client import SpectrumClient
+from spectrumkv.client.local.pair_config import FREE_PORTS
+from spectrumkv.client.local.running_pair import running_pair, stopped_by_sigterm
+from spectrumkv.common.rpc.channel import open_channel
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -57,80 +56,31 @@ def run(arguments: argparse.Namespace) -> int:
         SpectrumKVError: a service does not start, or decode refuses the KV.
     """
     # Loading torch takes seconds, so --help does without.
-    import torch
-
-    from spectrumkv.bench.models.synthetic_prompt import SyntheticCache, synthetic_basis
-    from spectrumkv.bench.serving import arrivals
-    from spectrumkv.client.client import SpectrumClient
-    from spectrumkv.client.local.pair_config import FREE_PORTS
-    from spectrumkv.client.local.running_pair import running_pair, stopped_by_sigterm
-    from spectrumkv.common.kv.geometry import KvGeometry
-    from spectrumkv.common.rpc.channel import open_channel
-    from spectrumkv.common.rpc.decode_methods import begin_basis
-    from spectrumkv.common.service.config import build
-    from spectrumkv.prefill_server.transfer.plan import KvPlan
-    from spectrumkv.prefill_server.verdict import ProbeVerdict
+    from spectrumkv.bench.serving.arrivals import ArrivalLoad, measure
 
     check_destinations(arguments)
-    if min(arguments.streams, arguments.arrivals, arguments.pause_tokens) < 1:
-        raise InvalidArgumentError("--streams, --arrivals and --pause-tokens must each be 1 or more")
+    load = ArrivalLoad(
+        arguments.streams,
+        arguments.running_tokens,
+        arguments.arriving_tokens,
+        arguments.arrivals,
+        arguments.pause_tokens,
+    )
+    choices = kv_choices(arguments)
     load_before = load_average()
     options = {**FREE_PORTS, "int4": "on", **given_options(arguments, "model", "device", "dtype")}
-    config = build(PrefillConfig, {})
-    choices = [choice.to_proto() for choice in kv_choices(arguments)]
-    rows = []
     with stopped_by_sigterm(), running_pair(options) as pair:
         address = str(pair.decode.address)
         with SpectrumClient(address) as client:
-            info: Any = client.server_info()
-        spec = info.model
-        geometry = KvGeometry(spec.layers, spec.kv_heads, spec.head_dim, getattr(torch, spec.dtype))
-        short, long = (
-            SyntheticCache.random(geometry, tokens, torch.device("cpu"))
-            for tokens in (arguments.running_tokens, arguments.arriving_tokens)
-        )
-        basis = synthetic_basis(geometry)
-        verdict = ProbeVerdict.from_flag("on", geometry.layers)
-        plans = [KvPlan.resolve(choice, config, verdict, 0, basis) for choice in choices]
-        lasting = (arguments.arrivals + 2) * (arguments.pause_tokens + TOKENS_PER_ARRIVAL)
-        steps = len(plans) * arguments.arrivals
+            info = client.server_info()
+        steps = len(choices) * load.arrivals
         with open_channel(address) as channel, progress(steps, Console(stderr=True)) as on_arrival:
-            # Some plan may need the basis; a decode service keeps it.
-            begin_basis(channel, basis, timeout=None)[0].result()
-            for plan in plans:
-                running, arriving = (
-                    arrivals.record(spec, cache, plan, config.window, config.chunk_bytes, max_tokens)
-                    for cache, max_tokens in ((short, lasting), (long, None))
-                )
-                measured = arrivals.measure(
-                    channel,
-                    running,
-                    arriving,
-                    arguments.streams,
-                    arguments.arrivals,
-                    arguments.pause_tokens,
-                    on_arrival,
-                )
-                rows.append(_row(plan, arguments.arriving_tokens, arriving.byte_budget, measured))
+            rows = measure(channel, info.model, choices, load, on_arrival)
     if arguments.json != STDOUT:
         results_console().print(arrivals_table(rows))
     if arguments.json is not None:
         write_speed_result(arguments.json, arguments, rows, describe_served_model(info), load_before)
     return 0
-
-
-def _row(plan: Any, tokens: int, counted: float, measured: Mapping[str, Any]) -> dict[str, Any]:
-    row = {
-        "policy": plan.policy.name,
-        "codec": plan.codec.name,
-        "budget_target": plan.budget,
-        "budget_counted": counted,
-        "arriving_tokens": tokens,
-        **measured,
-    }
-    for name in ("median", "p99"):
-        row[f"{name}_itl_ratio"] = row[f"{name}_arrival_itl_ms"] / row[f"{name}_undisturbed_itl_ms"]
-    return row
 
 
 def arrivals_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -110,9 +110,8 @@ class KvSender:
         cache: SyntheticCache,
         chunk_bytes: int,
     ) -> None:
+        self._channel = channel
         self._open: Any = open_decode_stream(channel)
-        if plan.codec.needs_basis:
-            begin_basis(channel, needed_basis(plan.codec, plan.basis), timeout=None)[0].result()
         self._captures = captures
         self._plan = plan
         self._geometry = cache.geometry
@@ -123,6 +122,12 @@ class KvSender:
         )
         self._chunk_bytes = chunk_bytes
         self._metrics = Metrics(CollectorRegistry())
+
+    def put_basis(self) -> None:
+        """Send the plan's basis to the receiver if the codec needs one; call this once before `send`."""
+        if self._plan.codec.needs_basis:
+            basis = needed_basis(self._plan.codec, self._plan.basis)
+            begin_basis(self._channel, basis, timeout=None)[0].result()
 
     def send(self) -> Sending:
         """Send all layers as fast as the receiver takes them.

@@ -1,8 +1,9 @@
 """Measure how fast a KV cache gets from one process into the pool of another, against its FP16 bytes over TCP."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from spectrumkv.bench.models.synthetic_prompt import SyntheticCache
 from spectrumkv.bench.timing import interleaved_medians
 from spectrumkv.bench.transfer.kv import KvSender, Sending, tiered
 from spectrumkv.bench.transfer.raw import RawSender, TcpSender
-from spectrumkv.bench.transfer.receiver import ReceiverAddresses, receiving_process
+from spectrumkv.bench.transfer.receiver import receiving_process
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.policies import BudgetKind
 from spectrumkv.common.rpc.channel import open_channel
@@ -36,6 +37,43 @@ class _KvPath:
         sending = self._sender.send()
         self.transfers.append(sending)
         return sending.seconds
+
+
+@dataclass(frozen=True)
+class _ChannelPaths:
+    """Hold the paths over one channel.
+
+    Attributes:
+        suffix: suffix of the paths' names; empty for plaintext.
+        raw: sends FP16 bytes.
+        kv: name, plan and path of each plan.
+    """
+
+    suffix: str
+    raw: RawSender
+    kv: list[tuple[str, KvPlan, _KvPath]]
+
+    @property
+    def operations(self) -> dict[tuple[str, int], Callable[[], float]]:
+        """Return the timed operations by the path's name and the plan's number."""
+        sends = {(name + self.suffix, number): path for number, (name, _, path) in enumerate(self.kv)}
+        return {(GRPC + self.suffix, 0): self.raw.send, **sends}
+
+    def rows(self, medians: Mapping[tuple[str, int], float], fp16_bytes: int) -> list[dict[str, Any]]:
+        """Return a row for each path.
+
+        Args:
+            medians: median seconds of the operations.
+            fp16_bytes: bytes of the cache at FP16.
+        """
+        rows = [_row(GRPC + self.suffix, medians[GRPC + self.suffix, 0], self.raw.message_bytes, fp16_bytes)]
+        for number, (name, plan, path) in enumerate(self.kv):
+            sent_bytes = path.transfers[-1].sent.message_bytes
+            row = _row(name + self.suffix, medians[name + self.suffix, number], sent_bytes, fp16_bytes)
+            # The first transfer warms up and does not count.
+            encoding = statistics.median(one.sent.encode_seconds for one in path.transfers[1:])
+            rows.append(row | _plan_columns(plan) | {"score_and_encode_seconds": encoding})
+        return rows
 
 
 def measure(
@@ -67,34 +105,27 @@ def measure(
         A row for each path.
     """
     message = _fp16_bytes(cache)
-    with ExitStack() as open_paths:
-        addresses = open_paths.enter_context(receiving_process(cache.geometry, cache.tokens, tls))
-        operations: dict[tuple[str, int], Callable[[], float]] = {(TCP, 0): _tcp_path(open_paths, addresses, message)}
-        everything = [(SPECTRUMKV, plan) for plan in plans]
-        everything += [(TIERED, tiered(plan, captures, cache.geometry)) for plan in plans if _has_tiers(plan)]
-        securities = {"": ChannelSecurity()} | ({} if tls is None else {MUTUAL_TLS: ChannelSecurity(tls)})
-        raw: dict[str, RawSender] = {}
-        paths: dict[str, list[_KvPath]] = {}
+    all_plans = [(SPECTRUMKV, plan) for plan in plans]
+    all_plans += [(TIERED, tiered(plan, captures, cache.geometry)) for plan in plans if _has_tiers(plan)]
+    securities = {"": ChannelSecurity()} | ({} if tls is None else {MUTUAL_TLS: ChannelSecurity(tls)})
+    with ExitStack() as running:
+        addresses = running.enter_context(receiving_process(cache.geometry, cache.tokens, tls))
+        operations = {(TCP, 0): running.enter_context(TcpSender(addresses.tcp, message))}
+        channels = []
         for suffix, security in securities.items():
             address = addresses.grpc_tls if suffix else addresses.grpc
-            channel = open_paths.enter_context(open_channel(str(address), security))
-            raw[suffix] = RawSender(channel, message, chunk_bytes)
-            paths[suffix] = [_KvPath(KvSender(channel, captures, plan, cache, chunk_bytes)) for _, plan in everything]
-            operations[GRPC + suffix, 0] = raw[suffix].send
-            operations |= {
-                (everything[number][0] + suffix, number): path for number, path in enumerate(paths[suffix])
-            }
+            channel = running.enter_context(open_channel(str(address), security))
+            senders = [KvSender(channel, captures, plan, cache, chunk_bytes) for _, plan in all_plans]
+            for sender in senders:
+                sender.put_basis()
+            paths = [(name, plan, _KvPath(sender)) for (name, plan), sender in zip(all_plans, senders, strict=True)]
+            channels.append(_ChannelPaths(suffix, RawSender(channel, message, chunk_bytes), paths))
+            operations |= channels[-1].operations
         with torch.inference_mode():
             medians = interleaved_medians(operations, rounds, on_round)
     rows = [_row(TCP, medians[TCP, 0], len(message), len(message))]
-    for suffix in securities:
-        rows.append(_row(GRPC + suffix, medians[GRPC + suffix, 0], raw[suffix].message_bytes, len(message)))
-        for number, ((name, plan), path) in enumerate(zip(everything, paths[suffix], strict=True)):
-            sent = path.transfers[-1].sent
-            row = _row(name + suffix, medians[name + suffix, number], sent.message_bytes, len(message))
-            # The first transfer warms up and does not count.
-            encoding = statistics.median(one.sent.encode_seconds for one in path.transfers[1:])
-            rows.append(row | _plan_columns(plan) | {"score_and_encode_seconds": encoding})
+    for one in channels:
+        rows += one.rows(medians, len(message))
     for row in rows:
         row["ratio_to_raw_tcp"] = row["fp16_equivalent_gbps"] / rows[0]["fp16_equivalent_gbps"]
     _compare_with_plaintext(rows)
@@ -123,10 +154,6 @@ def _fp16_bytes(cache: SyntheticCache) -> memoryview:
     half = cache.geometry.half_dtype
     states = torch.stack([torch.stack(pair) for pair in zip(cache.keys, cache.values, strict=True)]).to(half)
     return states.cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
-
-
-def _tcp_path(open_paths: ExitStack, addresses: ReceiverAddresses, message: memoryview) -> Callable[[], float]:
-    return open_paths.enter_context(TcpSender(addresses.tcp, message))
 
 
 def _row(path: str, seconds: float, sent_bytes: int, fp16_bytes: int) -> dict[str, Any]:

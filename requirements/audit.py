@@ -14,7 +14,7 @@ FILES = ("locked.txt", "torch-cuda.txt")
 
 
 def main() -> int:
-    """Print what was found; return 1 where a vulnerability is known, 0 where none is or nothing could be asked."""
+    """Return 1 where a vulnerability is known, 0 where none is or nothing could be asked; print which it was."""
     requirements = [argument for name in FILES for argument in ("-r", str(FOLDER / name))]
     command = [sys.executable, "-m", "pip_audit", "--disable-pip", "--require-hashes", "-f", "json", *requirements]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

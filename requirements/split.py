@@ -16,7 +16,7 @@ HEADER = "# Written by `make lock`; every file is pinned by its SHA-256.\n"
 
 
 def entries(compiled: str) -> list[str]:
-    """Each requirement with its hashes; the comments that say who needs it are left out."""
+    """Return each requirement with its hashes; the comments that say who needs it are left out."""
     lines = [line for line in compiled.splitlines() if not line.lstrip().startswith("#")]
     found: list[str] = []
     for line in lines:
@@ -28,7 +28,7 @@ def entries(compiled: str) -> list[str]:
 
 
 def cpu_torch(wheel: Path) -> str:
-    """The entry of PyTorch's CPU build, pinned to one file: the one for this platform and Python."""
+    """Return the entry of PyTorch's CPU build, pinned to one file: the one for this platform and Python."""
     version = wheel.name.split("-")[1].partition("+")[0]
     hashed = subprocess.run(
         [sys.executable, "-m", "pip", "hash", str(wheel)], check=True, capture_output=True, text=True

@@ -244,7 +244,7 @@ class SpectrumClient:
         Raises:
             NotFoundError: the server is neither a prefill nor a decode service.
             SpectrumKVError: the server cannot be reached.
-        """
+        """  # noqa: DOC501  # the rule wants `error_from_rpc` itself; it makes a SpectrumKVError
         prefill_info: prefill_pb2.PrefillServiceGetServerInfoResponse
         decode_info: decode_pb2.DecodeServiceGetServerInfoResponse
         try:
@@ -287,7 +287,12 @@ class SpectrumClient:
 
     @contextmanager
     def _while_open(self) -> Iterator[None]:
-        """Turn the ValueError that gRPC raises for a call on a closed channel into FailedPreconditionError."""
+        """Turn the ValueError that gRPC raises for a call on a closed channel into FailedPreconditionError.
+
+        Raises:
+            FailedPreconditionError: this client is closed.
+            ValueError: the block raised it for another reason.
+        """
         try:
             yield
         except ValueError as error:

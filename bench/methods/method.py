@@ -82,7 +82,7 @@ class ExactFp16:
     policy, codec, scorer, scope, budget = "exact", "fp16", "", "", 1.0
 
     def send(self, prompt: Prompt, pool: KvPool, allocation: Allocation) -> SentBytes:
-        """See `Method.send`."""
+        """Return what sending took; see `Method.send`."""
         for layer in prompt.captured.layers:
             store_fp16(allocation, layer.layer, layer.keys, layer.values, pool.geometry)
         return SentBytes(pool.geometry.fp16_bytes(len(prompt.token_ids)), 1.0)

@@ -145,7 +145,14 @@ def _bytes(kv: Sequence[LayerKv]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, show and write; return the exit status."""
+    """Measure, show and write.
+
+    Args:
+        arguments: of the command line; None is the process's own.
+
+    Returns:
+        The exit status: 0, or 1 after an error that standard error names.
+    """
     parser = argparse.ArgumentParser(prog="python -m spectrumkv.bench.peers.kvpress_peers", description=__doc__)
     add_text_flags(parser)
     parser.add_argument("--budgets", type=parse_budgets, default=DEFAULT_BUDGETS, metavar="NUMBERS")

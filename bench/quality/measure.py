@@ -45,7 +45,7 @@ def measure(
 def score_window(
     served: ServedModel, window: Window, methods: Sequence[Method], on_step: OnStep
 ) -> list[WindowScore]:
-    """Measure methods on one window; see `measure`."""
+    """Return a score for each method on one window; see `measure`."""
     prompt = served.prefill(window.context)
     on_step(f"window {window.index}: prefill")
     with served.receive(ExactFp16(), prompt) as (context, sent):

@@ -56,17 +56,6 @@ def score_window(
         with served.receive(method, prompt) as (context, sent):
             logits = served.extend(context, window.following)
         distance = compare(logits, reference, window.targets)
-        scores.append(
-            WindowScore(
-                tokens=len(window.targets),
-                nll=distance.nll,
-                nll_fp16=distance.nll_fp16,
-                kl=distance.kl,
-                agreed=distance.agreed,
-                counted=sent.counted,
-                fp16=fp16,
-                tier_budget=sent.tier_budget,
-            )
-        )
+        scores.append(WindowScore.of(distance, len(window.targets), sent.counted, fp16, sent.tier_budget))
         on_step(f"window {window.index}: {describe(method)}")
     return scores

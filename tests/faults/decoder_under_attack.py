@@ -68,7 +68,7 @@ def attack(attempts: int, seed: int) -> Counter[str]:
 
 
 def sound_blocks(chance: random.Random) -> list[tuple[KvSegment, SpectralBody]]:
-    """Blocks of prompts of all lengths at random steps, and their bodies in parts."""
+    """Segments of prompts of all lengths at random steps, and their bodies in parts."""
     found = []
     for tokens in range(1, LONGEST_PROMPT + 1):
         for segment in spectral_blocks(chance, GEOMETRY, basis(), tokens):

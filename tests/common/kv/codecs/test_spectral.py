@@ -28,7 +28,7 @@ def geometry(kv_heads: int = 2, head_dim: int = 16, layers: int = 3) -> KvGeomet
 
 
 def basis_of(shape: KvGeometry, seed: int = 0) -> SpectralBasis:
-    """A basis with random directions and spreads over four decades, as real ones have."""
+    """A basis with random directions and standard deviations over four decades, as real ones have."""
     generator = torch.Generator().manual_seed(seed)
     lead = (shape.layers, 2, shape.kv_heads)
     directions = torch.linalg.qr(torch.randn(*lead, shape.head_dim, shape.head_dim, generator=generator)).Q
@@ -44,7 +44,7 @@ def basis_of(shape: KvGeometry, seed: int = 0) -> SpectralBasis:
 
 
 def capture(basis: SpectralBasis, layer: int, tokens: int, mismatch: float = 1.0, first: int = 0) -> LayerCapture:
-    """A layer whose coefficients have the spreads that the basis says, times `mismatch`."""
+    """A layer whose coefficients have the standard deviations that the basis says, times `mismatch`."""
     generator = torch.Generator().manual_seed(layer)
     _, sides, kv_heads, head_dim = basis.mean.shape
     coefficients = torch.randn(sides, kv_heads, tokens, head_dim, generator=generator)
@@ -96,7 +96,7 @@ def test_an_exception_outside_its_own_stream_is_refused() -> None:
         ),
     ],
 )
-def test_the_spread_decides_the_packing(exponent: float, per_byte: int, limit: int, raw_bits: int) -> None:
+def test_the_std_decides_the_packing(exponent: float, per_byte: int, limit: int, raw_bits: int) -> None:
     packed = packed_streams([7], [exponent])
     assert (packed.per_byte[0], packed.limit[0], packed.raw_bits[0]) == (per_byte, limit, raw_bits)
 

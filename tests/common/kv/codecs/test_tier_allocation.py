@@ -1,4 +1,4 @@
-"""The spectral allocation in whole tiers."""
+"""The spectral bit allocation in whole tiers."""
 
 import pytest
 import torch

@@ -233,13 +233,10 @@ class SpectrumClient:
         return CompletionStream(call, sent, timeout, self.address)
 
     def server_info(self, timeout: float = INFO_TIMEOUT_SECONDS) -> ServerInfo:
-        """Ask a prefill or decode service which model it serves, and how.
+        """Return what a prefill or decode service says of itself: which model it serves, and how.
 
         Args:
             timeout: seconds until each of at most two calls is given up.
-
-        Returns:
-            The answer of the prefill or decode service.
 
         Raises:
             NotFoundError: the server is neither a prefill nor a decode service.

@@ -262,7 +262,7 @@ def test_each_digest_has_its_case_and_each_codec_a_policy() -> None:
 
 
 @pytest.mark.parametrize("pair", pairs())
-def test_blocks_are_what_they_were(pair: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_segments_are_what_they_were(pair: str, monkeypatch: pytest.MonkeyPatch) -> None:
     known = expected("segments", pair)
     with_stored_streams(monkeypatch)
     assert all_block_digests(pair) == known, f"segments of {pair} changed; {ADVICE}"
@@ -279,7 +279,7 @@ def test_responses_and_basis_are_what_they_were() -> None:
     assert basis_of(STREAMED).digest.hex() == expected("others", "basis"), f"a serialized basis changed; {ADVICE}"
 
 
-def test_compressed_blocks_are_what_they_were() -> None:
+def test_compressed_segments_are_what_they_were() -> None:
     if expected("others", "zstandard") != ZSTANDARD:
         pytest.skip(f"the digests are of another Zstandard than {ZSTANDARD}")
     found = all_block_digests("spectral/spectral")

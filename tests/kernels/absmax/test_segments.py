@@ -28,7 +28,7 @@ def row_bytes(tier: int, head_dim: int) -> int:
     cut=st.integers(0, 40),
     address=st.integers(0, 1),
 )
-def test_blocks_on_a_cpu_equal_those_of_the_reference(
+def test_segments_on_a_cpu_equal_those_of_the_reference(
     dtype: torch.dtype, layout: str, kv_heads: int, head_dim: int, tiers: list[int], cut: int, address: int
 ) -> None:
     assert_blocks_agree(absmax_cpu, torch.device("cpu"), dtype, layout, kv_heads, head_dim, tiers, [cut], address)

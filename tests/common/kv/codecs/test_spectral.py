@@ -137,7 +137,7 @@ def test_entropy_coded_symbols_take_about_their_entropy() -> None:
 
 @pytest.mark.parametrize(("kv_heads", "head_dim"), [(1, 64), (3, 80), (2, 128)])
 @pytest.mark.parametrize("tokens", [1, 3, 17, 65, 500])
-def test_a_block_is_exact_up_to_half_a_step(kv_heads: int, head_dim: int, tokens: int) -> None:
+def test_a_segment_is_exact_up_to_half_a_step(kv_heads: int, head_dim: int, tokens: int) -> None:
     shape = geometry(kv_heads, head_dim)
     basis = replace(basis_of(shape), rope_scaling=1.25)
     first = 300

@@ -21,7 +21,7 @@ from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.kernels.spectral import packing as spectral_packing
-from tests.common.kv.codecs.test_spectral import basis_of
+from tests.common.kv.codecs.spectral_prompts import basis_of
 from tests.faults.dialogue import spectral_segments
 from tests.faults.hostile_bodies import BODY_HARMS, harm_body
 from tests.faults.spectral_body import SpectralBody, taken_apart, with_body

@@ -24,7 +24,7 @@ from spectrumkv.common.rpc import decode_stream
 from spectrumkv.decode_server import bases
 from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.v1 import decode_pb2
-from tests.common.kv.codecs.test_spectral import basis_of
+from tests.common.kv.codecs.spectral_prompts import basis_of
 from tests.faults.coverage import fuzz
 from tests.faults.dialogue import spectral_segments
 from tests.faults.report import tell

@@ -4,7 +4,7 @@ The cases come from the registries of codecs and policies: a new one fails here 
 
     python -m tests.common.kv.test_wire_digests
 
-which rewrites the file. What changes a digest that is there takes a new version of the codec: peers could not read it.
+which rewrites the file. What changes a digest that is there takes a new version of the codec, or peers misread it.
 
 Digests must not depend on the processor, so all arithmetic is exact or far from where it would be rounded otherwise:
 

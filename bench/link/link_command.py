@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from spectrumkv.bench.flags import add_json_flag, add_model_flags, given_options
+from spectrumkv.bench.flags import add_json_flag, add_model_flags, add_number_flags, given_options
 from spectrumkv.bench.report.console import progress, results_console
 from spectrumkv.bench.report.results import check_destinations, load_average, write_speed_result
 from spectrumkv.client.cli.output import STDOUT
@@ -36,12 +36,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="NUMBERS",
         help="bandwidths in Mb/s, separated by commas (default: 20,200,1000,10000)",
     )
-    for name, default, what in (
+    add_number_flags(
+        group,
         ("random-input-len", 2048, "tokens of the prompt"),
         ("random-output-len", 16, "tokens to generate"),
         ("rounds", 3, "requests at each bandwidth and setting"),
-    ):
-        group.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
+    )
     group.add_argument(
         "--int4", default=PrefillConfig.int4, metavar="WHEN", help="auto (ask the probe), on, off (default: auto)"
     )

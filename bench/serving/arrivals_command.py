@@ -7,7 +7,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from spectrumkv.bench.flags import add_json_flag, add_kv_flags, add_model_flags, given_options, kv_choices
+from spectrumkv.bench.flags import (
+    add_json_flag,
+    add_kv_flags,
+    add_model_flags,
+    add_number_flags,
+    given_options,
+    kv_choices,
+)
 from spectrumkv.bench.report.console import plain_table, progress, results_console
 from spectrumkv.bench.report.results import (
     check_destinations,
@@ -31,14 +38,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "repeatedly, and compare the gaps between tokens during arrivals with those in between.",
         allow_abbrev=False,
     )
-    for name, default, what in (
+    add_number_flags(
+        parser,
         ("streams", 4, "running streams"),
         ("running-tokens", 64, "prompt tokens of each stream"),
         ("arriving-tokens", 2048, "prompt tokens of the KV that arrives"),
         ("arrivals", 20, "arrivals for each policy and budget"),
         ("pause-tokens", 8, "tokens of each stream between two arrivals"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
+    )
     add_kv_flags(parser, policies=("native", "default"), budgets=(0.3,))
     add_model_flags(parser)
     add_json_flag(parser)

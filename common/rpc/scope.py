@@ -17,6 +17,18 @@ NO_DEADLINE_SECONDS = 10 * 365 * 86400.0
 NOTICE_SECONDS = 1.0
 
 
+@contextmanager
+def cancelled_after(seconds: float, cancel: Callable[[], object]) -> Iterator[None]:
+    """Call `cancel`, on a thread of its own, if the block takes longer than `seconds`."""
+    clock = threading.Timer(seconds, cancel)
+    clock.daemon = True
+    clock.start()
+    try:
+        yield
+    finally:
+        clock.cancel()
+
+
 def deadline_seconds(context: grpc.ServicerContext) -> float | None:
     """Return the seconds that are left until the caller's deadline, or None where it set none."""
     remaining = context.time_remaining()
@@ -108,13 +120,8 @@ class RpcScope:
     @contextmanager
     def within(self, seconds: float) -> Iterator[None]:
         """Cancel the RPC with DEADLINE_EXCEEDED if the block takes longer than `seconds`."""
-        clock = threading.Timer(seconds, self._cancel)
-        clock.daemon = True
-        clock.start()
-        try:
+        with cancelled_after(seconds, self._cancel):
             yield
-        finally:
-            clock.cancel()
 
     def wait_for_end(self, seconds: float) -> None:
         """Wait until the RPC is over, but for no longer than `seconds`."""

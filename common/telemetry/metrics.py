@@ -20,7 +20,6 @@ LATENCY_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0,
     2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
 )  # fmt: skip
-STAGES = ("queue", "prefill", "encode", "transfer", "decode")
 # Label of bytes that belong to no tier: tier maps, segment headers, message framing, Begin and End.
 FRAMING = "framing"
 # Label of the bytes of a codec's basis, which each decode worker gets once.

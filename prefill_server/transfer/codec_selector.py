@@ -2,7 +2,7 @@
 
 Coding runs while the prompt is computed and while earlier bytes travel. Where coding takes no longer than either, its
 quality is free. Where the model and the link are both faster than the coder (a GPU's prefill, a fast network), the
-request would wait for the coder; then the stand-in writes the same allocation.
+request would wait for the coder; then the stand-in writes the same bit allocation.
 """
 
 import statistics

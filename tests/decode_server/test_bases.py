@@ -11,7 +11,7 @@ from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.decode_server.bases import MOST_BASES, BasisStore
 from spectrumkv.v1 import decode_pb2
-from tests.common.kv.codecs.test_spectral import basis_of
+from tests.common.kv.codecs.spectral_prompts import basis_of
 
 GEOMETRY = KvGeometry(layers=3, kv_heads=2, head_dim=16, native_dtype=torch.float32)
 

@@ -111,7 +111,7 @@ class TierCodec(Codec):
             yield self.encode(keys[:, first:end], values[:, first:end], tiers[first:end], geometry)
 
     def encoder(self, request: EncoderRequest) -> KvEncoder:
-        """Make an encoder that writes the policy's tiers, or the whole tiers of another codec's allocation.
+        """Make an encoder that writes the policy's tiers, or another codec's bit allocation in whole tiers.
 
         Args:
             request: the prompt, and how it is to be coded.

@@ -180,18 +180,16 @@ policies: Registry[Policy] = Registry("policy")
 def policy(
     name: str,
     min_budget: float,
-    max_budget: float = 1.0,
     codec: str | None = None,
     needs_scores: bool = True,
     heeds_int4: bool = False,
     token_by_token: bool = False,
 ) -> Callable[[Rule], Rule]:
-    """Return a decorator that registers a rule as a policy.
+    """Return a decorator that registers a rule as a policy, whose largest budget is FP16 for every token.
 
     Args:
         name: see `Policy`, like the others.
         min_budget: a tier budget.
-        max_budget: a tier budget.
         codec: see `Policy`.
         needs_scores: see `Policy`.
         heeds_int4: see `Policy`.
@@ -202,7 +200,7 @@ def policy(
     """
 
     def add(rule: Rule) -> Rule:
-        made = Policy(name, min_budget, max_budget, codec, needs_scores, rule, heeds_int4, token_by_token)
+        made = Policy(name, min_budget, Tier.FP16.nominal_cost, codec, needs_scores, rule, heeds_int4, token_by_token)
         policies.register(name)(made)
         return rule
 

@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.service.config import Address
-from spectrumkv.common.telemetry.metrics import LATENCY_BUCKETS, STAGES, Metrics
+from spectrumkv.common.telemetry.metrics import LATENCY_BUCKETS, Metrics
 
 # Name, type and labels, as operators and dashboards know them.
 METRICS = {
@@ -90,10 +90,6 @@ def test_latency_buckets_rise_from_a_millisecond_to_2560_seconds():
             family = families(exposition(touched(Metrics(CollectorRegistry()))))[name]
             bounds = [float(one.labels["le"]) for one in family.samples if one.name.endswith("_bucket")]
             assert bounds == [*LATENCY_BUCKETS, math.inf]
-
-
-def test_stages_are_those_of_a_request():
-    assert STAGES == ("queue", "prefill", "encode", "transfer", "decode")
 
 
 def test_a_process_exposes_what_it_is_and_what_it_uses():

@@ -1,4 +1,4 @@
-"""A prompt's layers to segments, one after another, within a budget of counted bytes."""
+"""Turns a prompt's layers into segments, one after another, within a budget of counted bytes."""
 
 from collections.abc import Iterator
 

@@ -1,6 +1,6 @@
 """How fine each token is coded relative to the others of its layer, and which tier it is reported under.
 
-Both are what the spectral allocation rests on, whether the spectral codec writes it or a codec of whole tiers.
+Both are what the spectral bit allocation rests on, whether the spectral codec writes it or a codec of whole tiers.
 """
 
 from collections.abc import Mapping

@@ -249,7 +249,7 @@ def test_a_body_may_start_anywhere(name: str, geometry: KvGeometry, offset: int)
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 7])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_blocks_coded_together_are_those_coded_one_by_one(
+def test_segments_coded_together_are_those_coded_one_by_one(
     geometry: KvGeometry, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codec = absmax.AbsmaxCodec()

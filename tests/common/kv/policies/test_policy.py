@@ -6,10 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spectrumkv.bench.methods.method import mean_tier_cost
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.policies import BudgetKind, Policy, TierRequest, policies
 from spectrumkv.common.kv.policies.base import fill, policy
-from spectrumkv.common.kv.tiers import Tier, count_tiers, mean_tier_cost
+from spectrumkv.common.kv.tiers import Tier, count_tiers
 
 LETTERS = {Tier.DROP: ".", Tier.INT4: "4", Tier.INT8: "8", Tier.FP16: "F", Tier.NATIVE: "N"}
 # A policy without a rule leaves tiers to its codec.

@@ -20,7 +20,7 @@ from spectrumkv.common.kv.scoring import scorers
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.security import ChannelSecurity
-from spectrumkv.common.service.config import Address, PrefillConfig
+from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.request_log import check_request_id, current_request
 from spectrumkv.prefill_server.engine import PrefillEngine, PromptResult
@@ -84,8 +84,8 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         current_request().at_end(progress.log_fields)
         with RpcScope(context, self._config.deadline) as scope, self._requests.counted():
             request = self._read(message, progress)
-            for dispatch in self._workers.offer(request.slots, scope):
-                with dispatch, dispatch.open_lease(self._pipeline(request, dispatch.worker.address)) as lease:
+            for dispatch in self._offered(request, scope):
+                with dispatch, dispatch.open_lease(self._pipeline(request, dispatch)) as lease:
                     result = self._run_prompt(request, lease, scope)
                     yield from self._first_token(request, lease, result)
                     yield from self._relay_tokens(request, lease, dispatch)
@@ -152,9 +152,15 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         current_request().note(prompt_tokens=len(token_ids), policy=plan.policy.name)
         return PrefillRequest(request_id, token_ids, params, plan, progress)
 
-    def _pipeline(self, request: PrefillRequest, worker: Address) -> KvPipeline:
+    def _offered(self, request: PrefillRequest, scope: RpcScope) -> Iterator[Dispatch]:
+        """Return decode workers, one after another, until one serves the request."""
+        may_stand_in = self._codec_selector.stand_in(request.plan) is not None
+        return self._workers.offer(request.slots, scope, request.plan.codec.needs_basis, may_stand_in)
+
+    def _pipeline(self, request: PrefillRequest, dispatch: Dispatch) -> KvPipeline:
         """Return a fresh pipeline that sends the request's KV to one worker."""
-        plan = self._codec_selector.select(request.plan, len(request.token_ids), str(worker))
+        worker = str(dispatch.worker.address)
+        plan = self._codec_selector.select(request.plan, len(request.token_ids), worker, dispatch.lacks_basis)
         begin = decode_pb2.Begin(
             request_id=request.request_id,
             model=self._loaded.spec.to_proto(),

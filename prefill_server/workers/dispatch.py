@@ -9,7 +9,6 @@ from spectrumkv.common.errors import (
     SpectrumKVError,
     UnavailableError,
 )
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.prefill_server.transfer.pipeline import KvPipeline
 from spectrumkv.prefill_server.workers.lease import DecodeLease
@@ -42,15 +41,18 @@ class Dispatch:
         worker: the decode worker.
         slots: what the request will reserve.
         scope: the client's RPC.
+        lacks_basis: whether the worker has not received the codec's basis yet.
 
     Attributes:
         worker: the decode worker.
+        lacks_basis: whether the KV must be coded without the codec's basis.
         admitted: whether the worker admitted the request.
         error: why the request goes on to the next worker; None where it does not.
     """
 
-    def __init__(self, worker: DecodeWorker, slots: int, scope: RpcScope) -> None:
+    def __init__(self, worker: DecodeWorker, slots: int, scope: RpcScope, lacks_basis: bool = False) -> None:
         self.worker = worker
+        self.lacks_basis = lacks_basis
         self.admitted = False
         self.error: SpectrumKVError | None = None
         self._slots = slots
@@ -75,11 +77,11 @@ class Dispatch:
         self.admitted = True
         return lease
 
-    def deliver_basis(self, basis: SpectralBasis | None) -> bool:
-        """Send the worker the codec's basis.
+    def wait_for_basis(self, patience: float | None) -> bool:
+        """Wait until the worker has the codec's basis, which it said that it lacks; slots stay held meanwhile.
 
         Args:
-            basis: of the model; None where prefill has none either.
+            patience: seconds that the upload may have taken when the wait ends; None to wait as long as the client.
 
         Returns:
             Whether the worker has the basis now, so that it can be asked again.
@@ -87,15 +89,12 @@ class Dispatch:
         Raises:
             SpectrumKVError: the request ended.
         """
-        if basis is None:
-            return False
         try:
             with self.worker.holding(self._slots):
-                self.worker.basis_upload.deliver(basis, self._deliveries, self._scope)
+                return self.worker.basis_upload.wait(self._deliveries, self._scope, patience)
         except REFUSALS as refusal:
             self.error = refusal.with_traceback(None)
             return False
-        return True
 
     def commit(self) -> None:
         """Say that the client has tokens which only this worker can continue."""

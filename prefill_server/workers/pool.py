@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 # While workers start, or restart one after another, none may be ready when the first request comes or another worker
 # leaves: a request waits for so long until one is. Longer than the pauses between attempts to connect.
 RESTART_SECONDS = 2.0
+# A request whose KV another codec may write waits so long, and no longer than half of its time, for an upload of the
+# codec's basis, counted from the upload's start.
+BASIS_SECONDS = 2.0
 
 
 class WorkerPool:
@@ -36,7 +39,7 @@ class WorkerPool:
         addresses: at least one.
         security: how the channels to the workers are guarded.
         metrics: counts workers passed over and answers that arrive damaged.
-        basis: what the KV is coded in; a worker that lacks it gets it.
+        basis: what the KV is coded in; every worker gets it; None where there is none.
     """
 
     def __init__(
@@ -47,12 +50,13 @@ class WorkerPool:
         basis: SpectralBasis | None = None,
     ) -> None:
         self._metrics = metrics
-        self._basis = basis
         self._changed = threading.Condition()
-        self._workers = [DecodeWorker(address, security, metrics, self.wake) for address in addresses]
+        self._workers = [DecodeWorker(address, security, metrics, self.wake, basis) for address in addresses]
         self._turns = itertools.cycle(range(len(self._workers)))
 
-    def offer(self, slots: int, scope: RpcScope) -> Iterator[Dispatch]:
+    def offer(
+        self, slots: int, scope: RpcScope, needs_basis: bool = False, may_stand_in: bool = False
+    ) -> Iterator[Dispatch]:
         """Offer a request one worker after another, until one serves it.
 
         ```
@@ -65,6 +69,8 @@ class WorkerPool:
         Args:
             slots: what the request will reserve.
             scope: the client's RPC.
+            needs_basis: whether the request's codec needs the basis; workers that have it are then offered first.
+            may_stand_in: whether another codec may write the KV where the upload of the basis takes long.
 
         Yields:
             A dispatch to each worker. Where its block ends without an error of the worker, it is the last one.
@@ -75,27 +81,39 @@ class WorkerPool:
             FailedPreconditionError: no worker could ever serve the request.
             SpectrumKVError: the request ended.
         """
-        selector = WorkerSelector(self, scope)
+        selector = WorkerSelector(self, scope, needs_basis)
         scope.on_end(self.wake)
         current_request().begin_stage("reserve")
         while (worker := selector.next()) is not None:
             dispatch = Dispatch(worker, slots, scope)
             yield dispatch
-            if isinstance(dispatch.error, BasisMissingError) and dispatch.deliver_basis(self._basis):
-                dispatch = Dispatch(worker, slots, scope)
-                yield dispatch
+            if isinstance(dispatch.error, BasisMissingError):
+                patience = min(BASIS_SECONDS, scope.seconds_remaining / 2) if may_stand_in else None
+                delivered = dispatch.wait_for_basis(patience)
+                if delivered or (may_stand_in and isinstance(dispatch.error, BasisMissingError)):
+                    dispatch = Dispatch(worker, slots, scope, lacks_basis=not delivered)
+                    yield dispatch
             if dispatch.error is None:
                 return
             self._pass_over(worker, dispatch.error, dispatch.admitted)
             selector.refused(worker, dispatch.error)
         raise selector.no_worker()
 
-    def ranked(self) -> list[DecodeWorker]:
-        """Return all workers: those that take requests first, then by their free slots, equals in turn."""
+    def ranked(self, needs_basis: bool = False) -> list[DecodeWorker]:
+        """Return all workers: those that take requests first, then by their free slots, equals in turn.
+
+        Args:
+            needs_basis: whether those that have the codec's basis come before those that do not.
+        """
         with self._changed:
             first = next(self._turns)
         in_turn = self._workers[first:] + self._workers[:first]
-        return sorted(in_turn, key=lambda worker: (not worker.accepting, -worker.free_slots))
+
+        def rank(worker: DecodeWorker) -> tuple[bool, bool, int]:
+            lacking = needs_basis and not worker.basis_upload.delivered
+            return not worker.accepting, lacking, -worker.free_slots
+
+        return sorted(in_turn, key=rank)
 
     @property
     def away(self) -> list[Address]:
@@ -139,11 +157,13 @@ class WorkerSelector:
     Args:
         pool: the workers.
         scope: the client's RPC.
+        needs_basis: whether the request's codec needs the basis.
     """
 
-    def __init__(self, pool: WorkerPool, scope: RpcScope) -> None:
+    def __init__(self, pool: WorkerPool, scope: RpcScope, needs_basis: bool) -> None:
         self._pool = pool
         self._scope = scope
+        self._needs_basis = needs_basis
         self._asked: dict[DecodeWorker, int] = {}
         self._refusals: dict[DecodeWorker, SpectrumKVError] = {}
         self._patience = RESTART_SECONDS
@@ -191,9 +211,9 @@ class WorkerSelector:
 
     def _untried(self) -> DecodeWorker | None:
         """Return the best worker that was never asked, even if it seems to take no requests: that may be old news."""
-        return next((worker for worker in self._pool.ranked() if worker not in self._asked), None)
+        return next((worker for worker in self._pool.ranked(self._needs_basis) if worker not in self._asked), None)
 
     def _ready(self) -> DecodeWorker | None:
         """Return the best worker that takes requests and was not asked since it began to take them."""
-        candidates = (worker for worker in self._pool.ranked() if worker.accepting)
+        candidates = (worker for worker in self._pool.ranked(self._needs_basis) if worker.accepting)
         return next((worker for worker in candidates if worker.epoch != self._asked.get(worker)), None)

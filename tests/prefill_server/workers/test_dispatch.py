@@ -32,8 +32,8 @@ class FakeWorker:
     def __init__(self, refusal: SpectrumKVError | None = None) -> None:
         self.held = 0
         self.refusal = refusal
-        self.basis_upload = SimpleNamespace(count=3, deliver=self.deliver)
-        self.delivered: list[int] = []
+        self.basis_upload = SimpleNamespace(count=3, wait=self.wait)
+        self.waited_since: list[int] = []
 
     @contextlib.contextmanager
     def holding(self, slots: int) -> Iterator[None]:
@@ -48,11 +48,12 @@ class FakeWorker:
             raise self.refusal
         return contextlib.nullcontext(self)
 
-    def deliver(self, basis: Any, since: int, scope: Any) -> None:
+    def wait(self, since: int, scope: Any, patience: float | None) -> bool:
         assert self.held == 7
-        self.delivered.append(since)
+        self.waited_since.append(since)
         if self.refusal is not None:
             raise self.refusal
+        return True
 
 
 def dispatch_to(worker: FakeWorker) -> Dispatch:
@@ -107,22 +108,16 @@ def test_an_admitted_request_that_is_refused_later_ends() -> None:
     assert dispatch.error is None
 
 
-def test_the_basis_is_delivered_as_of_before_the_worker_was_asked() -> None:
+def test_the_basis_is_waited_for_as_of_before_the_worker_was_asked() -> None:
     worker = FakeWorker()
     dispatch = dispatch_to(worker)
     worker.basis_upload.count = 4
-    assert dispatch.deliver_basis(cast(Any, object()))
-    assert worker.delivered == [3]
+    assert dispatch.wait_for_basis(None)
+    assert worker.waited_since == [3]
     assert worker.held == 0
 
 
 def test_a_worker_that_refuses_the_basis_is_passed_over() -> None:
     dispatch = dispatch_to(FakeWorker(UnavailableError("gone")))
-    assert not dispatch.deliver_basis(cast(Any, object()))
+    assert not dispatch.wait_for_basis(None)
     assert isinstance(dispatch.error, UnavailableError)
-
-
-def test_without_a_basis_there_is_nothing_to_deliver() -> None:
-    worker = FakeWorker()
-    assert not dispatch_to(worker).deliver_basis(None)
-    assert worker.delivered == []

@@ -85,6 +85,11 @@ class Metrics:
         self.decode_worker_accepting = gauge(
             "decode_worker_accepting", "1 where a decode worker answers and takes requests, otherwise 0.", "worker"
         )
+        self.decode_worker_ejected = gauge(
+            "decode_worker_ejected",
+            "1 where requests avoid a decode worker because it failed several in a row, otherwise 0.",
+            "worker",
+        )
         self.decode_worker_slots_free = gauge(
             "decode_worker_slots_free", "Free KV slots of a decode worker, as far as prefill knows.", "worker"
         )

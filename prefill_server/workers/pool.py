@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from spectrumkv.common.errors import (
     BasisMissingError,
+    DataLossError,
     FailedPreconditionError,
+    InternalError,
     ResourceExhaustedError,
     SpectrumKVError,
     UnavailableError,
@@ -19,7 +21,8 @@ from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.service.config import Address
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.request_log import current_request
-from spectrumkv.prefill_server.workers.dispatch import LOST, Dispatch, refusal_reason
+from spectrumkv.prefill_server.workers.dispatch import Dispatch, pass_over_reason
+from spectrumkv.prefill_server.workers.retry_budget import RetryBudget
 from spectrumkv.prefill_server.workers.worker import DecodeWorker
 
 logger = logging.getLogger(__name__)
@@ -30,6 +33,8 @@ RESTART_SECONDS = 2.0
 # A request whose KV another codec may write waits so long, and no longer than half of its time, for an upload of the
 # codec's basis, counted from the upload's start.
 BASIS_SECONDS = 2.0
+# A request that makes workers fail must not go through all of them.
+MOST_RERUNS = 2
 
 
 class WorkerPool:
@@ -51,6 +56,7 @@ class WorkerPool:
     ) -> None:
         self._metrics = metrics
         self._changed = threading.Condition()
+        self._retry_budget = RetryBudget()
         self._workers = [DecodeWorker(address, security, metrics, self.wake, basis) for address in addresses]
         self._turns = itertools.cycle(range(len(self._workers)))
 
@@ -79,10 +85,12 @@ class WorkerPool:
             ResourceExhaustedError: a worker that could serve the request is full; the delay is the shortest named.
             UnavailableError: a worker cannot be reached, and no other one could ever serve the request.
             FailedPreconditionError: no worker could ever serve the request.
-            SpectrumKVError: the request ended.
+            SpectrumKVError: the request ended; or a worker failed it, and it may not run again.
         """
         selector = WorkerSelector(self, scope, needs_basis)
         scope.on_end(self.wake)
+        self._retry_budget.count_request()
+        reruns = 0
         current_request().begin_stage("reserve")
         while (worker := selector.next()) is not None:
             dispatch = Dispatch(worker, slots, scope)
@@ -97,10 +105,16 @@ class WorkerPool:
                 return
             self._pass_over(worker, dispatch.error, dispatch.admitted)
             selector.refused(worker, dispatch.error)
+            if dispatch.admitted:
+                reruns += 1
+                if reruns > MOST_RERUNS or not self._retry_budget.take():
+                    raise dispatch.error
         raise selector.no_worker()
 
     def ranked(self, needs_basis: bool = False) -> list[DecodeWorker]:
-        """Return all workers: those that take requests first, then by their free slots, equals in turn.
+        """Return workers: those that take requests first, then by their free slots, equals in turn.
+
+        Ejected workers are left out, unless none is left that takes requests.
 
         Args:
             needs_basis: whether those that have the codec's basis come before those that do not.
@@ -108,6 +122,9 @@ class WorkerPool:
         with self._changed:
             first = next(self._turns)
         in_turn = self._workers[first:] + self._workers[:first]
+        sound = [worker for worker in in_turn if not worker.breaker.ejected]
+        if any(worker.accepting for worker in sound):
+            in_turn = sound
 
         def rank(worker: DecodeWorker) -> tuple[bool, bool, int]:
             lacking = needs_basis and not worker.basis_upload.delivered
@@ -119,6 +136,11 @@ class WorkerPool:
     def away(self) -> list[Address]:
         """Workers that do not answer, or take no requests, as far as prefill knows."""
         return [worker.address for worker in self._workers if not worker.accepting]
+
+    @property
+    def ejected(self) -> list[Address]:
+        """Workers that requests avoid because they failed several in a row."""
+        return [worker.address for worker in self._workers if worker.breaker.ejected]
 
     @property
     def any_expected(self) -> bool:
@@ -144,7 +166,7 @@ class WorkerPool:
         """Count and log that a worker did not serve a request, and take in what that says of the worker."""
         what = "a request goes on to another decode worker" if admitted else "a request passes over a decode worker"
         logger.warning("%s: %s", what, error.message)
-        self._metrics.decode_workers_passed_over.labels(LOST if admitted else refusal_reason(error)).inc()
+        self._metrics.decode_workers_passed_over.labels(pass_over_reason(error, admitted)).inc()
         if isinstance(error, UnavailableError):
             worker.lost(leaving=error.retry_after_seconds is not None)
         if admitted:
@@ -196,13 +218,21 @@ class WorkerSelector:
         self._refusals[worker] = error
 
     def no_worker(self) -> SpectrumKVError:
-        """Return an error that sums up why no worker served the request."""
+        """Return an error that sums up why no worker served the request, or says how the last one failed it."""
         refusals = list(self._refusals.values())
-        reasons = "; ".join(refusal.message for refusal in refusals)
+        avoided = [
+            f"decode worker {address} is left alone for a while, since it failed one request after another"
+            for address in self._pool.ejected
+            if address not in {worker.address for worker in self._asked}
+        ]
+        reasons = "; ".join([*(refusal.message for refusal in refusals), *avoided])
         full = [refusal for refusal in refusals if isinstance(refusal, ResourceExhaustedError)]
         if full:
             delay = min(refusal.retry_after_seconds for refusal in full)
             return ResourceExhaustedError(f"no decode worker has room: {reasons}", delay)
+        failures = [refusal for refusal in refusals if isinstance(refusal, InternalError | DataLossError)]
+        if failures:
+            return failures[-1]
         if all(isinstance(refusal, FailedPreconditionError) for refusal in refusals):
             return FailedPreconditionError(f"no decode worker can serve this: {reasons}")
         all_away = all(isinstance(refusal, UnavailableError) for refusal in refusals)

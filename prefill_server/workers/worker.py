@@ -18,6 +18,7 @@ from spectrumkv.common.service.config import Address
 from spectrumkv.common.telemetry.metrics import BASIS, Metrics
 from spectrumkv.prefill_server.transfer.pipeline import KvPipeline
 from spectrumkv.prefill_server.workers.basis_upload import BasisUpload
+from spectrumkv.prefill_server.workers.circuit_breaker import CircuitBreaker
 from spectrumkv.prefill_server.workers.lease import DecodeLease, open_lease
 from spectrumkv.v1 import decode_pb2
 
@@ -54,6 +55,7 @@ class DecodeWorker:
         open_stream: starts a Decode RPC with the worker.
         epoch: how often the worker began to take requests; a refusal says nothing of the next epoch.
         basis_upload: sends the worker the codec's basis.
+        breaker: says whether the worker fails what it admits.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class DecodeWorker:
     ) -> None:
         self.address = address
         self.epoch = 0
+        self.breaker = CircuitBreaker()
         self.channel = open_channel(str(address), security)
         self.open_stream = open_decode_stream(self.channel)
         self._ask_for_room = decode_info_method(self.channel)
@@ -81,6 +84,7 @@ class DecodeWorker:
         self._slots = self._others = self._own = 0
         self._closed, self._due = threading.Event(), threading.Event()
         metrics.decode_worker_accepting.labels(str(address)).set_function(lambda: self.accepting)
+        metrics.decode_worker_ejected.labels(str(address)).set_function(lambda: self.breaker.ejected)
         metrics.decode_worker_slots_free.labels(str(address)).set_function(lambda: self.free_slots)
         self._threads = [
             threading.Thread(target=follow, name=f"{what}-{address}", daemon=True)

@@ -4,6 +4,7 @@ import concurrent.futures
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 
 import grpc
@@ -84,11 +85,12 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         current_request().at_end(progress.log_fields)
         with RpcScope(context, self._config.deadline) as scope, self._requests.counted():
             request = self._read(message, progress)
-            for dispatch in self._offered(request, scope):
-                with dispatch, dispatch.open_lease(self._pipeline(request, dispatch)) as lease:
-                    result = self._run_prompt(request, lease, scope)
-                    yield from self._first_token(request, lease, result)
-                    yield from self._relay_tokens(request, lease, dispatch)
+            with self._stages_counted(request):
+                for dispatch in self._offered(request, scope):
+                    with dispatch, dispatch.open_lease(self._pipeline(request, dispatch)) as lease:
+                        result = self._run_prompt(request, lease, scope)
+                        yield from self._first_token(request, lease, result)
+                        yield from self._relay_tokens(request, lease, dispatch)
             yield self._finished(request, lease, result)
 
     def GetServerInfo(  # noqa: N802  # gRPC's spelling
@@ -152,6 +154,15 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         current_request().note(prompt_tokens=len(token_ids), policy=plan.policy.name)
         return PrefillRequest(request_id, token_ids, params, plan, progress)
 
+    @contextmanager
+    def _stages_counted(self, request: PrefillRequest) -> Iterator[None]:
+        """Count the request once in each stage that it came through, however many workers it went to."""
+        try:
+            yield
+        finally:
+            for stage, seconds in request.stage_seconds.items():
+                self._metrics.request_duration.labels(stage).observe(seconds)
+
     def _offered(self, request: PrefillRequest, scope: RpcScope) -> Iterator[Dispatch]:
         """Return decode workers, one after another, until one serves the request."""
         may_stand_in = self._codec_selector.stand_in(request.plan) is not None
@@ -195,9 +206,9 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             raise lease.failure() or CancelledError("the request ended while its prompt was computed") from None
         record.begin_stage("prefill", time.monotonic() - result.compute_seconds)
         record.begin_stage("hand-off")
-        record.note(queue_seconds=result.queue_seconds, prefill_seconds=result.compute_seconds)
-        self._metrics.request_duration.labels("queue").observe(result.queue_seconds)
-        self._metrics.request_duration.labels("prefill").observe(result.compute_seconds)
+        request.add_to_stage("queue", result.queue_seconds)
+        request.add_to_stage("prefill", result.compute_seconds)
+        record.note(**{f"{stage}_seconds": seconds for stage, seconds in request.stage_seconds.items()})
         return result
 
     def _first_token(

@@ -114,3 +114,18 @@ def test_reruns_are_bounded(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> No
         fleet.ask()
         with pytest.raises(InternalError, match=fleet.broken_name):
             fleet.ask()
+
+
+def test_a_request_that_moves_on_is_counted_once_in_each_stage(fleet: Fleet) -> None:
+    fleet.ask()
+    before = {stage: observed(fleet.metrics, stage) for stage in ("queue", "prefill", "encode", "transfer")}
+    with failing(fleet.broken, RuntimeError("broken")):
+        fleet.ask()
+    assert fleet.passed_over() == 1
+    assert {stage: observed(fleet.metrics, stage) - count for stage, count in before.items()} == dict.fromkeys(
+        before, 1
+    )
+
+
+def observed(metrics: Metrics, stage: str) -> float:
+    return sample(metrics, "request_duration_seconds_count", stage=stage)

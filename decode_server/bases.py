@@ -43,7 +43,7 @@ class BasisStore:
             return self._bases[digest]
 
     def receive(self, pieces: Iterator[ArrivedPiece]) -> int:
-        """Receive a basis in pieces and keep it.
+        """Receive a basis in pieces and keep it, or answer whether it is here already.
 
         Args:
             pieces: as they arrived, in order.
@@ -52,6 +52,7 @@ class BasisStore:
             How many bytes the messages had.
 
         Raises:
+            BasisMissingError: all that was sent is the digest of a basis that is not here.
             DataLossError: a piece is damaged, or the basis has another digest than announced.
             InvalidArgumentError: it is no basis for this model, or is larger than any.
         """
@@ -68,6 +69,9 @@ class BasisStore:
                 raise InvalidArgumentError(
                     f"a codec basis of more than {self._largest} bytes was sent; one for this model is no larger"
                 )
+        if digest and not data:
+            self.get(digest)
+            return taken
         if hashlib.sha256(data).digest() != digest:
             raise DataLossError(f"a codec basis of {len(data)} bytes is not what its digest announces", "basis")
         basis = SpectralBasis.from_bytes(bytes(data))

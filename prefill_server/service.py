@@ -4,6 +4,7 @@ import concurrent.futures
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 
 import grpc
@@ -20,7 +21,7 @@ from spectrumkv.common.kv.scoring import scorers
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.security import ChannelSecurity
-from spectrumkv.common.service.config import Address, PrefillConfig
+from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.request_log import check_request_id, current_request
 from spectrumkv.prefill_server.engine import PrefillEngine, PromptResult
@@ -84,11 +85,12 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         current_request().at_end(progress.log_fields)
         with RpcScope(context, self._config.deadline) as scope, self._requests.counted():
             request = self._read(message, progress)
-            for dispatch in self._workers.offer(request.slots, scope):
-                with dispatch, dispatch.open_lease(self._pipeline(request, dispatch.worker.address)) as lease:
-                    result = self._run_prompt(request, lease, scope)
-                    yield from self._first_token(request, lease, result)
-                    yield from self._relay_tokens(request, lease, dispatch)
+            with self._stages_counted(request):
+                for dispatch in self._offered(request, scope):
+                    with dispatch, dispatch.open_lease(self._pipeline(request, dispatch)) as lease:
+                        result = self._run_prompt(request, lease, scope)
+                        yield from self._first_token(request, lease, result)
+                        yield from self._relay_tokens(request, lease, dispatch)
             yield self._finished(request, lease, result)
 
     def GetServerInfo(  # noqa: N802  # gRPC's spelling
@@ -152,9 +154,24 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         current_request().note(prompt_tokens=len(token_ids), policy=plan.policy.name)
         return PrefillRequest(request_id, token_ids, params, plan, progress)
 
-    def _pipeline(self, request: PrefillRequest, worker: Address) -> KvPipeline:
+    @contextmanager
+    def _stages_counted(self, request: PrefillRequest) -> Iterator[None]:
+        """Count the request once in each stage that it came through, however many workers it went to."""
+        try:
+            yield
+        finally:
+            for stage, seconds in request.stage_seconds.items():
+                self._metrics.request_duration.labels(stage).observe(seconds)
+
+    def _offered(self, request: PrefillRequest, scope: RpcScope) -> Iterator[Dispatch]:
+        """Return decode workers, one after another, until one serves the request."""
+        may_stand_in = self._codec_selector.stand_in(request.plan) is not None
+        return self._workers.offer(request.slots, scope, request.plan.codec.needs_basis, may_stand_in)
+
+    def _pipeline(self, request: PrefillRequest, dispatch: Dispatch) -> KvPipeline:
         """Return a fresh pipeline that sends the request's KV to one worker."""
-        plan = self._codec_selector.select(request.plan, len(request.token_ids), str(worker))
+        worker = str(dispatch.worker.address)
+        plan = self._codec_selector.select(request.plan, len(request.token_ids), worker, dispatch.lacks_basis)
         begin = decode_pb2.Begin(
             request_id=request.request_id,
             model=self._loaded.spec.to_proto(),
@@ -189,9 +206,9 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             raise lease.failure() or CancelledError("the request ended while its prompt was computed") from None
         record.begin_stage("prefill", time.monotonic() - result.compute_seconds)
         record.begin_stage("hand-off")
-        record.note(queue_seconds=result.queue_seconds, prefill_seconds=result.compute_seconds)
-        self._metrics.request_duration.labels("queue").observe(result.queue_seconds)
-        self._metrics.request_duration.labels("prefill").observe(result.compute_seconds)
+        request.add_to_stage("queue", result.queue_seconds)
+        request.add_to_stage("prefill", result.compute_seconds)
+        record.note(**{f"{stage}_seconds": seconds for stage, seconds in request.stage_seconds.items()})
         return result
 
     def _first_token(

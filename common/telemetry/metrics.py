@@ -55,18 +55,28 @@ class Metrics:
             "inter_token_latency_seconds", "Time between two tokens of a request, without the hand-off."
         )
         self.request_duration = histogram(
-            "request_duration_seconds", "Time that a request spent in one stage.", "stage"
+            "request_duration_seconds",
+            "Time that a request spent in one stage; on prefill one observation for a request, however many decode "
+            "workers it went to.",
+            "stage",
         )
         self.kv_bytes_sent = counter(
-            "kv_bytes_sent_total", "Bytes that prefill serialized for decode, by what they carry.", "tier"
+            "kv_bytes_sent_total",
+            "Bytes that prefill serialized for decode, for each attempt of a request, by what they carry.",
+            "tier",
         )
         self.kv_bytes_received = counter(
             "kv_bytes_received_total", "Bytes that decode received from prefill, by what they carry.", "tier"
         )
         self.kv_fp16_equivalent_bytes = counter(
-            "kv_fp16_equivalent_bytes_total", "Bytes of the same KV at 16 bits per element."
+            "kv_fp16_equivalent_bytes_total",
+            "Bytes of the same KV at 16 bits per element, for each attempt of a request.",
         )
-        self.kv_tokens = counter("kv_tokens_total", "Prompt tokens by tier, as a mean over the layers.", "tier")
+        self.kv_tokens = counter(
+            "kv_tokens_total",
+            "Prompt tokens by tier, as a mean over the layers, for each attempt of a request.",
+            "tier",
+        )
         self.requests = counter("requests_total", "Requests that ended, by gRPC status code.", "code")
         self.kv_codec = counter("kv_codec_total", "Requests by the codec of their KV.", "codec")
         self.requests_running = gauge("requests_running", "Requests that the model computes now.")
@@ -83,6 +93,11 @@ class Metrics:
         )
         self.decode_worker_accepting = gauge(
             "decode_worker_accepting", "1 where a decode worker answers and takes requests, otherwise 0.", "worker"
+        )
+        self.decode_worker_ejected = gauge(
+            "decode_worker_ejected",
+            "1 where requests avoid a decode worker because it failed several in a row, otherwise 0.",
+            "worker",
         )
         self.decode_worker_slots_free = gauge(
             "decode_worker_slots_free", "Free KV slots of a decode worker, as far as prefill knows.", "worker"

@@ -70,11 +70,17 @@ class DecodeLease:
         pipeline: makes the messages to send.
         scope: the client's RPC.
         metrics: counts answers that arrive damaged.
+
+    Attributes:
+        worker: the worker's address.
+        pipeline: makes the messages to send.
+        worker_error: the latest error that was the worker's, or the way's to it; None where there was none.
     """
 
     def __init__(self, worker: Address, call: Any, pipeline: KvPipeline, scope: RpcScope, metrics: Metrics) -> None:
         self.worker = worker
         self.pipeline = pipeline
+        self.worker_error: SpectrumKVError | None = None
         self._call = call
         self._scope = scope
         self._metrics = metrics
@@ -156,4 +162,5 @@ class DecodeLease:
 
     def _named(self, error: SpectrumKVError) -> SpectrumKVError:
         error.args = (f"decode worker {self.worker}: {error.message}",)
+        self.worker_error = error
         return error

@@ -45,6 +45,15 @@ def test_the_least_recently_used_one_gives_way() -> None:
         store.get(bases[1].digest)
 
 
+def test_a_digest_alone_asks_whether_the_basis_is_here() -> None:
+    store, basis = BasisStore(GEOMETRY), basis_of(GEOMETRY)
+    question = decode_pb2.PutBasisRequest(digest=basis.digest)
+    with pytest.raises(BasisMissingError, match=basis.digest.hex()[:16]):
+        store.receive(iter([question]))
+    put(store, basis)
+    assert store.receive(iter([question])) == question.ByteSize()
+
+
 def test_what_does_not_match_its_digest_is_data_loss() -> None:
     store, basis = BasisStore(GEOMETRY), basis_of(GEOMETRY)
     damaged = bytearray(basis.serialized)

@@ -30,6 +30,7 @@ METRICS = {
     "spectrumkv_chunks_rejected_total": ("counter", ("reason",)),
     "spectrumkv_decode_workers_passed_over_total": ("counter", ("reason",)),
     "spectrumkv_decode_worker_accepting": ("gauge", ("worker",)),
+    "spectrumkv_decode_worker_ejected": ("gauge", ("worker",)),
     "spectrumkv_decode_worker_slots_free": ("gauge", ("worker",)),
     "spectrumkv_int4_probe_passed": ("gauge", ()),
     "spectrumkv_probe_safe_budget_ratio": ("gauge", ()),
@@ -47,7 +48,11 @@ def touched(metrics: Metrics) -> Metrics:
     metrics.kv_codec.labels("spectral").inc()
     metrics.chunks_rejected.labels("crc").inc()
     metrics.decode_workers_passed_over.labels("full").inc()
-    for worker in (metrics.decode_worker_accepting, metrics.decode_worker_slots_free):
+    for worker in (
+        metrics.decode_worker_accepting,
+        metrics.decode_worker_ejected,
+        metrics.decode_worker_slots_free,
+    ):
         worker.labels("127.0.0.1:50052").set(1)
     return metrics
 

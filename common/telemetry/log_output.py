@@ -23,39 +23,39 @@ MAX_WAITING_LINES = 500
 FLUSH_SECONDS = 1.0
 
 
-class LogOutput(logging.Handler):
-    """Writes each record as a line to a file descriptor, and drops lines instead of waiting.
+class LineOutput:
+    """Writes lines to a file descriptor, and drops them instead of waiting.
 
     Args:
         descriptor: of a file, a pipe, a socket or a terminal; it stays open.
+        formatted: returns the line that reports dropped ones, for a sentence that says how many.
 
     Attributes:
         dropped: how many lines were dropped.
     """
 
-    def __init__(self, descriptor: int) -> None:
-        super().__init__()
+    def __init__(self, descriptor: int, formatted: Callable[[str], str] = str) -> None:
         self._descriptor = descriptor
+        self._formatted = formatted
         self._changed = threading.Condition()
         # The first may be the rest of a line of which a part is written.
         self._waiting: deque[memoryview] = deque()
         self.dropped = 0
         self._told = 0
         self._count: Callable[[int], object] = lambda lines: None
-        threading.Thread(target=self._write_as_room_comes, name="log-output", daemon=True).start()
+        threading.Thread(target=self._write_as_room_comes, name="line-output", daemon=True).start()
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write the record's line if there is room, or else let it wait, or drop it."""
-        try:
-            line = self._formatted(record)
-        except Exception:  # noqa: BLE001  # logging's own handlers treat a record that cannot be formatted so
-            self.handleError(record)
-            return
+    def write_line(self, line: str) -> None:
+        """Write a line if there is room, or else let it wait, or drop it.
+
+        Args:
+            line: without the newline.
+        """
         with self._changed:
             if len(self._waiting) >= MAX_WAITING_LINES:
                 self._drop()
                 return
-            self._waiting.append(memoryview(self._told_of_drops() + line))
+            self._waiting.append(memoryview(self._told_of_drops() + _encoded(line)))
             self._write_what_fits()
             self._changed.notify_all()
 
@@ -70,9 +70,6 @@ class LogOutput(logging.Handler):
         with self._changed:
             self._changed.wait_for(lambda: not self._waiting, FLUSH_SECONDS)
 
-    def _formatted(self, record: logging.LogRecord) -> bytes:
-        return (self.format(record) + "\n").encode("utf-8", "backslashreplace")
-
     def _drop(self) -> None:
         self.dropped += 1
         self._count(1)
@@ -82,8 +79,8 @@ class LogOutput(logging.Handler):
         if self.dropped == self._told:
             return b""
         self._told = self.dropped
-        text = f"{self.dropped} log lines were dropped so far: nobody read them, or they could not be written"
-        return self._formatted(logging.LogRecord(__name__, logging.WARNING, "", 0, text, None, None))
+        sentence = f"{self.dropped} log lines were dropped so far: nobody read them, or they could not be written"
+        return _encoded(self._formatted(sentence))
 
     def _write_what_fits(self) -> bool:
         """Write until there is no room.
@@ -120,11 +117,42 @@ class LogOutput(logging.Handler):
                 self._changed.notify_all()
 
 
+class LogOutput(logging.Handler):
+    """Writes each record as a line, and drops lines instead of waiting.
+
+    Args:
+        descriptor: of a file, a pipe, a socket or a terminal; it stays open.
+
+    Attributes:
+        lines: what the lines go to.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self.lines = LineOutput(descriptor, self._warning)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the record's line if there is room, or else let it wait, or drop it."""
+        try:
+            line = self.format(record)
+        except Exception:  # noqa: BLE001  # logging's own handlers treat a record that cannot be formatted so
+            self.handleError(record)
+        else:
+            self.lines.write_line(line)
+
+    def flush(self) -> None:
+        """Wait until all lines are written, for at most a second."""
+        self.lines.flush()
+
+    def _warning(self, text: str) -> str:
+        return self.format(logging.LogRecord(__name__, logging.WARNING, "", 0, text, None, None))
+
+
 def count_dropped_lines(count: Callable[[int], object]) -> None:
     """Let `count` be called with the number of log lines that this process has dropped, and of each later one."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, LogOutput):
-            handler.count_with(count)
+            handler.lines.count_with(count)
 
 
 def flush_log() -> None:
@@ -140,7 +168,7 @@ def open_log() -> LogOutput:
     threads must not wait. On Linux a pipe is opened a second time as one that never blocks: the flag belongs to the
     opened file, and the first one may be shared with other processes.
     """
-    _occupy_standard_descriptors()
+    occupy_standard_descriptors()
     for descriptor in (STDOUT, STDERR):
         with suppress(OSError):
             if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
@@ -150,7 +178,7 @@ def open_log() -> LogOutput:
     return LogOutput(STDERR)
 
 
-def _occupy_standard_descriptors() -> None:
+def occupy_standard_descriptors() -> None:
     """Open the null device where a standard stream is closed.
 
     Otherwise the next socket that is opened gets its number, and what is meant for standard error goes there.
@@ -158,6 +186,10 @@ def _occupy_standard_descriptors() -> None:
     while (opened := os.open(os.devnull, os.O_RDWR)) <= STDERR:
         pass
     os.close(opened)
+
+
+def _encoded(line: str) -> bytes:
+    return f"{line}\n".encode("utf-8", "backslashreplace")
 
 
 def _has_room(descriptor: int, seconds: float | None) -> bool:

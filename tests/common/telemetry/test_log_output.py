@@ -47,11 +47,11 @@ def test_a_pipe_that_nobody_reads_stops_nobody_and_lines_beyond_the_bound_are_co
     reading, writing = pipe
     output = LogOutput(writing)
     counted = []
-    output.count_with(counted.append)
+    output.lines.count_with(counted.append)
     logged = 2 * MAX_WAITING_LINES
     for number in range(logged):
         output.emit(record(f"{number:99}"))
-    dropped = output.dropped
+    dropped = output.lines.dropped
     assert logged - MAX_WAITING_LINES - 4096 // 100 <= dropped <= logged - MAX_WAITING_LINES
     assert sum(counted) == dropped
     lines = read_lines(reading, "dropped")
@@ -86,9 +86,9 @@ def test_lines_that_cannot_be_written_are_dropped_and_the_writer_rests(number):
     output = LogOutput(writing)
     for _ in range(10):
         output.emit(record("x"))
-    assert output.dropped == 10
+    assert output.lines.dropped == 10
     output.flush()
-    assert output.dropped == 10
+    assert output.lines.dropped == 10
     os.close(writing)
 
 

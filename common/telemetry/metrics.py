@@ -111,6 +111,9 @@ class Metrics:
         self.prompt_tokens_recomputed = counter(
             "prompt_tokens_recomputed_total", "Prompt tokens that decode computed although it had their KV."
         )
+        self.log_lines_dropped = counter(
+            "log_lines_dropped_total", "Log lines that were dropped, because nobody read them or the disk was full."
+        )
         self.build_info = gauge(
             "build_info", "Always 1; its labels say what runs here.", "version", "service", "model"
         )

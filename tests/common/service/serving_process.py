@@ -1,5 +1,6 @@
 """A service in a process of its own, given options as `name=value`. It echoes Decode streams."""
 
+import logging
 import sys
 
 from prometheus_client import CollectorRegistry
@@ -15,9 +16,7 @@ def main() -> None:
     config = build(DecodeConfig, {"listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0"} | options)
     set_up_logging(config.log_level)
     server = make_server(echo, stream="Decode")
-    serve_until_signalled(
-        server, Metrics(CollectorRegistry()), config, stop=lambda: sys.stderr.write("engine stopped\n")
-    )
+    serve_until_signalled(server, Metrics(CollectorRegistry()), config, stop=lambda: logging.info("engine stopped"))
 
 
 if __name__ == "__main__":

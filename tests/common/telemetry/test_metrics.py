@@ -35,6 +35,7 @@ METRICS = {
     "spectrumkv_int4_probe_passed": ("gauge", ()),
     "spectrumkv_probe_safe_budget_ratio": ("gauge", ()),
     "spectrumkv_prompt_tokens_recomputed_total": ("counter", ()),
+    "spectrumkv_log_lines_dropped_total": ("counter", ()),
     "spectrumkv_build_info": ("gauge", ("version", "service", "model")),
 }
 

@@ -60,7 +60,7 @@ def test_a_model_that_computes_no_numbers_is_the_services_fault(
         with (
             caplog.at_level(logging.WARNING),
             broken_layer(llama_pair, layer, value),
-            pytest.raises(InternalError, match="infinite|NaN|finite"),
+            pytest.raises(InternalError, match=r"infinite|NaN|finite"),
         ):
             answer(llama_pair, kv)
         wait_until_nothing_is_held(llama_pair.prefill_metrics, llama_pair.decode_metrics, seconds=10)

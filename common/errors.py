@@ -126,3 +126,7 @@ class InternalError(SpectrumKVError):
     """A defect of SpectrumKV or of the machine."""
 
     code = "INTERNAL"
+
+
+class NotFiniteError(InternalError):
+    """The model computed something infinite or NaN: its weights, its dtype or the machine are at fault."""

@@ -2,16 +2,13 @@
 
 import concurrent.futures
 import time
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from importlib.metadata import version
 
 import grpc
 
-from spectrumkv.common.errors import CancelledError, NotFoundError
-from spectrumkv.common.generation.params import SamplingParams
-from spectrumkv.common.generation.prompt import check_length, read_prompt
+from spectrumkv.common.errors import CancelledError
 from spectrumkv.common.generation.sampling import Sampler
 from spectrumkv.common.generation.text import FinishReason, TextStream, token_message
 from spectrumkv.common.kv.codecs.base import codecs
@@ -23,8 +20,9 @@ from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.telemetry.metrics import Metrics
-from spectrumkv.common.telemetry.request_log import check_request_id, current_request
+from spectrumkv.common.telemetry.request_log import current_request
 from spectrumkv.prefill_server.engine import PrefillEngine, PromptResult
+from spectrumkv.prefill_server.reading import RequestReader
 from spectrumkv.prefill_server.request import FirstResponse, PrefillRequest, Progress, RequestsInService
 from spectrumkv.prefill_server.transfer import CodecSelector, FirstToken, KvPipeline, KvPlan
 from spectrumkv.prefill_server.transfer.plan import SCOPES, default_budget
@@ -63,6 +61,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self._workers = WorkerPool(config.decode, ChannelSecurity.to_decode(config), metrics, basis)
         self._codec_selector = CodecSelector(loaded.geometry)
         self._requests = RequestsInService()
+        self._reader = RequestReader(loaded, config, verdict, basis)
         # A default that no request could use should be found out at start-up.
         KvPlan.resolve(prefill_pb2.KvOptions(), config, verdict, seed=0, basis=basis)
         metrics.int4_probe_passed.set(verdict.int4_allowed)
@@ -83,14 +82,14 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         """
         progress = Progress(arrived_at=time.monotonic())
         current_request().at_end(progress.log_fields)
-        with RpcScope(context, self._config.deadline) as scope, self._requests.counted():
-            request = self._read(message, progress)
-            with self._stages_counted(request):
-                for dispatch in self._offered(request, scope):
-                    with dispatch, dispatch.open_lease(self._pipeline(request, dispatch)) as lease:
-                        result = self._run_prompt(request, lease, scope)
-                        yield from self._first_token(request, lease, result)
-                        yield from self._relay_tokens(request, lease, dispatch)
+        with RpcScope(context, self._config.deadline) as scope, self._requests.counted(), ExitStack() as at_end:
+            request = self._reader.read(message, progress, scope)
+            at_end.callback(self._count_stages, request)
+            for dispatch in self._offered(request, scope):
+                with dispatch, dispatch.open_lease(self._pipeline(request, dispatch)) as lease:
+                    result = self._run_prompt(request, lease, scope)
+                    yield from self._first_token(request, lease, result)
+                    yield from self._relay_tokens(request, lease, dispatch)
             yield self._finished(request, lease, result)
 
     def GetServerInfo(  # noqa: N802  # gRPC's spelling
@@ -121,47 +120,14 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
 
     def stop(self) -> None:
         """End the engine and close the channels to decode workers; call this after the server has drained."""
+        self._reader.stop()
         self._engine.stop()
         self._workers.close()
 
-    def _read(self, message: prefill_pb2.GenerateRequest, progress: Progress) -> PrefillRequest:
-        """Check a request and fill in the defaults.
-
-        Args:
-            message: as the client sent it.
-            progress: starts with the message's arrival.
-
-        Returns:
-            The request, ready to be served.
-
-        Raises:
-            NotFoundError: the request names another model.
-            InvalidArgumentError: request id, prompt, sampling or KV options are not usable.
-            FailedPreconditionError: the codec needs a basis and there is none.
-        """
-        check_request_id(message.request_id)
-        request_id = message.request_id or uuid.uuid4().hex
-        current_request().note(request_id=request_id)
-        loaded = self._loaded
-        if message.model and message.model != loaded.name:
-            raise NotFoundError(f"model {message.model!r} is not served here; this service has {loaded.name!r}")
-        params = SamplingParams.from_proto(message.sampling).with_seed()
-        assert params.seed is not None
-        params.check_vocabulary(loaded.spec.vocab_size)
-        token_ids = read_prompt(message, loaded.tokenizer, loaded.spec.vocab_size)
-        check_length(len(token_ids), params.max_tokens, loaded.context_length)
-        plan = KvPlan.resolve(message.kv, self._config, self._verdict, params.seed, self._basis)
-        current_request().note(prompt_tokens=len(token_ids), policy=plan.policy.name)
-        return PrefillRequest(request_id, token_ids, params, plan, progress)
-
-    @contextmanager
-    def _stages_counted(self, request: PrefillRequest) -> Iterator[None]:
+    def _count_stages(self, request: PrefillRequest) -> None:
         """Count the request once in each stage that it came through, however many workers it went to."""
-        try:
-            yield
-        finally:
-            for stage, seconds in request.stage_seconds.items():
-                self._metrics.request_duration.labels(stage).observe(seconds)
+        for stage, seconds in request.stage_seconds.items():
+            self._metrics.request_duration.labels(stage).observe(seconds)
 
     def _offered(self, request: PrefillRequest, scope: RpcScope) -> Iterator[Dispatch]:
         """Return decode workers, one after another, until one serves the request."""

@@ -111,7 +111,8 @@ class KvEncoder(Protocol):
             Segments; each holds some tokens of a layer.
 
         Raises:
-            InvalidArgumentError: an element is infinite, NaN or too large for its tier.
+            InvalidArgumentError: an element is too large for its tier.
+            NotFiniteError: an element is infinite or NaN.
         """
         ...
 

@@ -57,7 +57,8 @@ class TierCodec(Codec):
             The tokens, coded.
 
         Raises:
-            InvalidArgumentError: an element is infinite, NaN or too large for its tier.
+            InvalidArgumentError: an element is too large for its tier.
+            NotFiniteError: an element is infinite or NaN.
         """
 
     @abstractmethod

@@ -11,7 +11,7 @@ from enum import Enum
 
 import torch
 
-from spectrumkv.common.errors import InternalError, InvalidArgumentError
+from spectrumkv.common.errors import InternalError, InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.registry import Registry
 
@@ -40,7 +40,8 @@ class TierRequest:
         seed: for policies that draw; 0 or more.
 
     Raises:
-        InvalidArgumentError: the scores are no such tensor or not all finite, or the seed is negative.
+        InvalidArgumentError: the scores are no such tensor, or the seed is negative.
+        NotFiniteError: a score is infinite or NaN.
     """
 
     scores: torch.Tensor
@@ -55,7 +56,7 @@ class TierRequest:
             )
         if not self.scores.isfinite().all():
             token = int((~self.scores.isfinite()).nonzero()[0])
-            raise InvalidArgumentError(
+            raise NotFiniteError(
                 f"the score of token {token} is {float(self.scores[token])}; scores must be finite, "
                 "which they are where the model's keys and queries are"
             )

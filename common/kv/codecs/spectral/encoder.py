@@ -65,7 +65,8 @@ class SpectralEncoder:
             Its segments.
 
         Raises:
-            InvalidArgumentError: an element is infinite or NaN.
+            NotFiniteError: an element is infinite or NaN.
+            InvalidArgumentError: an element is too large for the codec.
         """
         classes = self._step_classes(capture)
         layer = self._split(capture, classes)

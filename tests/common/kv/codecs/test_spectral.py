@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectrumkv.common.errors import DataLossError, InvalidArgumentError
+from spectrumkv.common.errors import DataLossError, InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis, angles
 from spectrumkv.common.kv.codecs.spectral.codec import SpectralDecoder
@@ -205,7 +205,7 @@ def test_infinite_states_are_refused() -> None:
     basis = basis_of(shape)
     seen = capture(basis, 0, 40)
     seen.keys[0, 7, 3] = torch.inf
-    with pytest.raises(InvalidArgumentError, match="layer 0"):
+    with pytest.raises(NotFiniteError, match="layer 0"):
         list(encoder_of(basis, shape, 40, 0.4).encode(seen))
 
 

@@ -69,6 +69,9 @@ class Metrics:
         )
         self.kv_tokens = counter("kv_tokens_total", "Prompt tokens by tier, as a mean over the layers.", "tier")
         self.requests = counter("requests_total", "Requests that ended, by gRPC status code.", "code")
+        self.silent_calls_ended = counter(
+            "silent_calls_ended_total", "Calls that were ended before their first message came, by why.", "reason"
+        )
         self.kv_codec = counter("kv_codec_total", "Requests by the codec of their KV.", "codec")
         self.requests_running = gauge("requests_running", "Requests that the model computes now.")
         self.requests_waiting = gauge("requests_waiting", "Admitted requests that wait for the model.")

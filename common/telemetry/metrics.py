@@ -9,11 +9,10 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
-    start_http_server,
 )
 
-from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.service.config import Address
+from spectrumkv.common.telemetry.metrics_server import serve_metrics
 
 # The buckets of vLLM's latency histograms, so that dashboards can compare.
 LATENCY_BUCKETS = (
@@ -115,7 +114,7 @@ class Metrics:
         return metrics
 
     def serve(self, address: Address) -> int:
-        """Answer Prometheus on a thread of its own.
+        """Answer Prometheus on threads of their own.
 
         Args:
             address: the address to listen on; port 0 is any free port.
@@ -126,10 +125,4 @@ class Metrics:
         Raises:
             InvalidArgumentError: the address cannot be bound.
         """
-        try:
-            server, _ = start_http_server(address.port, address.host.strip("[]"), registry=self.registry)
-        except OSError as error:
-            raise InvalidArgumentError(
-                f"cannot serve metrics on {address}: {error.strerror}; is another server using the port?"
-            ) from error
-        return int(server.server_port)
+        return serve_metrics(self.registry, address)

@@ -27,9 +27,6 @@ from spectrumkv.decode_server.receiver import KvReceiver, throttled
 from spectrumkv.decode_server.request import DecodeRequest, admit, check_token_id
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc, kv_pb2
 
-# Prefill sends Begin as soon as it opens a stream. A caller that opens one and sends nothing holds a thread for no
-# longer than this.
-BEGIN_SECONDS = 10.0
 # How many messages may wait to be dequantized on a GPU.
 MESSAGES_AHEAD = 8
 # A basis has up to a few hundred megabytes.
@@ -67,7 +64,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             self._rejections_counted(),
             self._arriving(requests_until_close(requests, scope)) as messages,
         ):
-            begin = self._read_begin(messages, scope)
+            begin = self._read_begin(messages)
             with admit(begin, self._loaded, self._pool, self._bases) as request:
                 yield decode_pb2.DecodeResponse(admitted=decode_pb2.Admitted(slots=request.allocation.capacity))
                 end = self._receive_kv(request, messages)
@@ -143,16 +140,14 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             self._metrics.chunks_rejected.labels(error.reason).inc()
             raise
 
-    def _read_begin(self, messages: Iterator[Request], scope: RpcScope) -> decode_pb2.Begin:
+    def _read_begin(self, messages: Iterator[Request]) -> decode_pb2.Begin:
         """Return Begin, noted in the request's log line.
 
         Raises:
             DataLossError: the stream starts with another message, or Begin is damaged.
-            DeadlineExceededError: Begin did not come in time.
             InvalidArgumentError: a log cannot hold the request's id.
         """
-        with scope.within(BEGIN_SECONDS):
-            message = expect_begin(messages)
+        message = expect_begin(messages)
         begin, size = message.begin, serialized_bytes(message)
         check_request_id(begin.request_id)
         self._metrics.kv_bytes_received.labels(FRAMING).inc(size)

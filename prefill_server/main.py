@@ -53,6 +53,7 @@ def _serve() -> None:
         "spectrumkv.v1.PrefillService",
         threads=config.max_waiting,
         count_ended=lambda code: metrics.requests.labels(code).inc(),
+        count_silent=lambda reason: metrics.silent_calls_ended.labels(reason).inc(),
         reflection_enabled=config.reflection,
         security=ServerSecurity.from_config(config),
     )

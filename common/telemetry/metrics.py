@@ -9,11 +9,10 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
-    start_http_server,
 )
 
-from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.service.config import Address
+from spectrumkv.common.telemetry.metrics_server import serve_metrics
 
 # The buckets of vLLM's latency histograms, so that dashboards can compare.
 LATENCY_BUCKETS = (
@@ -78,6 +77,9 @@ class Metrics:
             "tier",
         )
         self.requests = counter("requests_total", "Requests that ended, by gRPC status code.", "code")
+        self.silent_calls_ended = counter(
+            "silent_calls_ended_total", "Calls that were ended before their first message came, by why.", "reason"
+        )
         self.kv_codec = counter("kv_codec_total", "Requests by the codec of their KV.", "codec")
         self.requests_running = gauge("requests_running", "Requests that the model computes now.")
         self.requests_waiting = gauge("requests_waiting", "Admitted requests that wait for the model.")
@@ -129,7 +131,7 @@ class Metrics:
         return metrics
 
     def serve(self, address: Address) -> int:
-        """Answer Prometheus on a thread of its own.
+        """Answer Prometheus on threads of their own.
 
         Args:
             address: the address to listen on; port 0 is any free port.
@@ -140,10 +142,4 @@ class Metrics:
         Raises:
             InvalidArgumentError: the address cannot be bound.
         """
-        try:
-            server, _ = start_http_server(address.port, address.host.strip("[]"), registry=self.registry)
-        except OSError as error:
-            raise InvalidArgumentError(
-                f"cannot serve metrics on {address}: {error.strerror}; is another server using the port?"
-            ) from error
-        return int(server.server_port)
+        return serve_metrics(self.registry, address)

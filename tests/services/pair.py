@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.request import Sampling, TokenIds
 from spectrumkv.common.kv.allocation import Int4Layers
+from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.common.rpc.decode_methods import add_decode_servicer
 from spectrumkv.common.rpc.server import Server
@@ -92,14 +93,18 @@ def decode_server(model: Path | None, **options: str) -> Iterator[tuple[DecodeSe
 
 @contextlib.contextmanager
 def prefill_server(
-    model: Path | None, decode_ports: list[int], verdict: ProbeVerdict = NOT_PROBED, **options: str
+    model: Path | None,
+    decode_ports: list[int],
+    verdict: ProbeVerdict = NOT_PROBED,
+    basis: SpectralBasis | None = None,
+    **options: str,
 ) -> Iterator[tuple[LoadedModel, Metrics, int]]:
     metrics = Metrics(CollectorRegistry())
     addresses = ",".join(str(Address("127.0.0.1", port)) for port in decode_ports)
     config = build(PrefillConfig, {"listen": "127.0.0.1:0", "decode": addresses, **options})
     loaded = load_model(model and str(model), "cpu", "auto")
     engine = PrefillEngine(loaded, config.window)
-    basis = resolve_basis(loaded, lambda done: None)
+    basis = basis or resolve_basis(loaded, lambda done: None)
     service = PrefillService(loaded, config, metrics, engine, verdict, basis)
     server = Server(
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server,

@@ -5,7 +5,7 @@ import itertools
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ import pytest
 from spectrumkv.client.client import CompletionStream, SpectrumClient
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.model.load import load_model
 from spectrumkv.common.rpc.decode_methods import ArrivedPiece, ask_for_basis
 from spectrumkv.common.rpc.server import UPLOADS
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.prefill_server import service
 from spectrumkv.prefill_server.transfer.codec_selector import ENOUGH, CodecSelector, RunningMedian
+from spectrumkv.prefill_server.tuning.basis_cache import resolve_basis
 from spectrumkv.prefill_server.workers import basis_upload
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc
 from tests.services.pair import decode_server, prefill_server, sample, total
@@ -148,6 +150,27 @@ def test_a_request_goes_to_a_worker_that_has_it(
         assert pair.begin(NAMED).result().usage.decode_worker == f"127.0.0.1:{having_port}"
         assert sample(metrics, "kv_bytes_sent_total", tier="basis") == 0
         uploads.go_on.set()
+
+
+def test_five_kinds_of_prefill_hosts_each_send_theirs_once(tiny_directories: dict[str, Path]) -> None:
+    """Calibration gives other bytes on other machines: here, means that differ by less than any key's noise."""
+    model = tiny_directories["llama"]
+    found = resolve_basis(load_model(str(model), "cpu", "auto"), lambda done: None)
+    with contextlib.ExitStack() as running:
+        _, decode, decode_port = running.enter_context(decode_server(model, kv_memory="64MiB"))
+        pairs = []
+        for kind in range(5):
+            basis = replace(found, mean=found.mean + kind * 1e-6)
+            _, prefill, port = running.enter_context(prefill_server(model, [decode_port], basis=basis))
+            client = running.enter_context(SpectrumClient(f"127.0.0.1:{port}"))
+            pairs.append(SpectralPair(client, prefill, decode, decode_port))
+        for _ in range(3):
+            for pair in pairs:
+                pair.ask()
+        sent = [sample(pair.prefill, "kv_bytes_sent_total", tier="basis") for pair in pairs]
+        assert len(set(sent)) == 1
+        assert sample(decode, "kv_bytes_received_total", tier="basis") == pytest.approx(sum(sent), abs=5 * 40)
+        assert sent[0] < 2 * len(found.serialized)
 
 
 @pytest.mark.slow

@@ -119,7 +119,7 @@ def test_reruns_are_bounded(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_request_that_moves_on_is_counted_once_in_each_stage(fleet: Fleet) -> None:
     fleet.ask()
     before = {stage: observed(fleet.metrics, stage) for stage in ("queue", "prefill", "encode", "transfer")}
-    with failing(fleet.broken, RuntimeError("broken")):
+    with failing(fleet.broken, UnavailableError("the device is lost")):
         fleet.ask()
     assert fleet.passed_over() == 1
     assert {stage: observed(fleet.metrics, stage) - count for stage, count in before.items()} == dict.fromkeys(

@@ -69,13 +69,13 @@ def run(arguments: argparse.Namespace) -> int:
     # Loading torch takes seconds, so --help does without.
     from spectrumkv.bench.link.measure import measure
     from spectrumkv.bench.link.network import check_privileges
-    from spectrumkv.client.local.running_pair import stopped_by_sigterm
+    from spectrumkv.client.local.running_pair import stopped_by_signals
 
     check_destinations(arguments)
     check_privileges()
     load_before = load_average()
     options = given_options(arguments, "model", "device", "dtype", "int4")
-    with stopped_by_sigterm(), progress(len(arguments.rates), Console(stderr=True)) as on_rate:
+    with stopped_by_signals(), progress(len(arguments.rates), Console(stderr=True)) as on_rate:
         model, rows = measure(
             arguments.rates,
             arguments.random_input_len,

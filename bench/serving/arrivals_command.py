@@ -25,7 +25,7 @@ from spectrumkv.bench.report.results import (
 from spectrumkv.client.cli.output import STDOUT
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.local.pair_config import FREE_PORTS
-from spectrumkv.client.local.running_pair import running_pair, stopped_by_sigterm
+from spectrumkv.client.local.running_pair import running_pair, stopped_by_signals
 from spectrumkv.common.rpc.channel import open_channel
 
 
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     choices = kv_choices(arguments)
     load_before = load_average()
     options = {**FREE_PORTS, "int4": "on", **given_options(arguments, "model", "device", "dtype")}
-    with stopped_by_sigterm(), running_pair(options) as pair:
+    with stopped_by_signals(), running_pair(options) as pair:
         address = str(pair.decode.address)
         with SpectrumClient(address) as client:
             info = client.server_info()

@@ -98,12 +98,12 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.bench.serving.load import Workload
     from spectrumkv.bench.serving.metrics import Goodput
     from spectrumkv.bench.serving.serve import measure
-    from spectrumkv.client.local.running_pair import stopped_by_sigterm
+    from spectrumkv.client.local.running_pair import stopped_by_signals
 
     check_destinations(arguments)
     load_before = load_average()
     goodput, choices = Goodput.parse(arguments.goodput), kv_choices(arguments)
-    with stopped_by_sigterm(), ExitStack() as running:
+    with stopped_by_signals(), ExitStack() as running:
         client = _start_pair(arguments, running)
         info: Any = client.server_info()
         workload = Workload.random(

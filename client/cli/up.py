@@ -13,9 +13,9 @@ from spectrumkv.client.local.pair_config import PairConfig
 from spectrumkv.client.local.running_pair import (
     READY_TIMEOUT_SECONDS,
     RunningPair,
+    log_on_stderr,
     running_pair,
-    show_log_line,
-    stopped_by_sigterm,
+    stopped_by_signals,
 )
 from spectrumkv.common.service.config import add_flags
 
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     out = Console(highlight=False, soft_wrap=True)
     ready = False
     try:
-        with stopped_by_sigterm(), running_pair(options, show_log_line, arguments.ready_timeout) as pair:
+        with stopped_by_signals(), running_pair(options, log_on_stderr(), arguments.ready_timeout) as pair:
             ready = True
             with suppress(KeyboardInterrupt):
                 _announce(out, pair)

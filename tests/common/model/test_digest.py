@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 
@@ -30,8 +31,12 @@ def write(directory: Path, *shards: Tensors) -> Path:
     if len(shards) == 1:
         save_file(shards[0], directory / "model.safetensors")
     else:
+        places = {}
         for i, shard in enumerate(shards):
-            save_file(shard, directory / f"model-{i + 1:05}-of-{len(shards):05}.safetensors")
+            file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+            save_file(shard, directory / file)
+            places |= dict.fromkeys(shard, file)
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     return directory
 
 

@@ -21,7 +21,8 @@ from spectrumkv.common.kv.geometry import NATIVE_DTYPES, KvGeometry
 from spectrumkv.common.model.configuration import eos_token_ids, read_config
 from spectrumkv.common.model.directory import find_model, refuse_damage, tokenizer_class
 from spectrumkv.common.model.packed_linear import can_pack, pack_linear_layers
-from spectrumkv.common.model.spec import ModelSpec, rope_digest, tokenizer_digest, weights_digest
+from spectrumkv.common.model.parameters import model_parameters
+from spectrumkv.common.model.spec import ModelSpec, rope_digest, tokenizer_digest, weights_digest, weights_unchanged
 from spectrumkv.common.model.support import LayerAttention, head_dim, layer_attention
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in NATIVE_DTYPES}
@@ -92,14 +93,16 @@ def load_model(
     config = read_config(directory)
     tokenizer = _read_tokenizer(directory, config)
     eos = eos_token_ids(directory, config, tokenizer.eos_token_id)
-    model = _read_weights(directory, config, choose_dtype(dtype, place)).to(place)
+    with weights_unchanged(directory):
+        model = _read_weights(directory, config, choose_dtype(dtype, place)).to(place)
+        digest = weights_digest(directory, model.state_dict().keys())
     if packed and can_pack(model):
         pack_linear_layers(model)
     geometry = KvGeometry(config.num_hidden_layers, config.num_key_value_heads, head_dim(config), model.dtype)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        spec=_describe(directory, config, geometry, tokenizer),
+        spec=_describe(config, geometry, digest, tokenizer, eos),
         name=public_name,
         device=place,
         dtype=model.dtype,
@@ -210,11 +213,15 @@ def _read_tokenizer(directory: Path, config: PretrainedConfig) -> PreTrainedToke
 
 
 def _describe(
-    directory: Path, config: PretrainedConfig, geometry: KvGeometry, tokenizer: PreTrainedTokenizerFast
+    config: PretrainedConfig,
+    geometry: KvGeometry,
+    digest: str,
+    tokenizer: PreTrainedTokenizerFast,
+    eos: frozenset[int],
 ) -> ModelSpec:
     return ModelSpec(
         architecture=config.model_type,
-        weights_digest=weights_digest(directory),
+        weights_digest=digest,
         layers=geometry.layers,
         kv_heads=geometry.kv_heads,
         head_dim=geometry.head_dim,
@@ -223,4 +230,5 @@ def _describe(
         tokenizer_digest=tokenizer_digest(tokenizer),
         vocab_size=config.vocab_size,
         context_length=config.max_position_embeddings,
+        parameters=tuple(sorted(model_parameters(config, eos).items())),
     )

@@ -127,6 +127,11 @@ def test_a_peer_of_another_model_is_refused_by_field(tiny_directories: dict[str,
     ("spoil", "code", "sentence"),
     [
         (lambda begin: begin.model.__setattr__("rope_digest", "0" * 64), "FAILED_PRECONDITION", "rope_digest"),
+        (
+            lambda begin: begin.model.parameters.__setitem__("sliding_window", "7"),
+            "FAILED_PRECONDITION",
+            "sliding_window is none on decode and 7 on prefill",
+        ),
         (lambda begin: begin.codec.__setattr__("version", 9), "FAILED_PRECONDITION", "version 1, prefill 9"),
         (lambda begin: begin.codec.__setattr__("name", "zip"), "FAILED_PRECONDITION", "'zip'.*absmax"),
         (lambda begin: begin.prompt_token_ids.__delitem__(slice(None)), "INVALID_ARGUMENT", "no prompt tokens"),

@@ -38,7 +38,9 @@ class RequestReader:
         self._config = config
         self._verdict = verdict
         self._basis = basis
-        self._prompts = PromptReader(loaded.tokenizer, loaded.spec.vocab_size, loaded.context_length)
+        self._prompts = PromptReader(
+            loaded.tokenizer, loaded.spec.vocab_size, loaded.context_length, config.allow_control_tokens
+        )
         self._long_prompts = ThreadPoolExecutor(LONG_PROMPTS_AT_ONCE, thread_name_prefix="tokenizer")
 
     def read(self, message: prefill_pb2.GenerateRequest, progress: Progress, scope: RpcScope) -> PrefillRequest:

@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from spectrumkv.common.errors import InternalError, InvalidArgumentError
+from spectrumkv.common.generation.control_tokens import ControlTokens, MarkedText
 from spectrumkv.v1 import prefill_pb2
 
 ROLES = ("system", "user", "assistant")
@@ -26,9 +27,18 @@ class PromptReader:
         tokenizer: the model's tokenizer.
         vocab_size: rows of the model's embedding; ids are less than this.
         context_length: length of the model's context in tokens.
+        allow_control_tokens: whether control tokens in the content of chat messages act as such; otherwise they are
+            text like any other.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int, context_length: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        vocab_size: int,
+        context_length: int,
+        allow_control_tokens: bool = False,
+    ) -> None:
+        self._control_tokens = None if allow_control_tokens else ControlTokens(tokenizer)
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._context_length = context_length
@@ -39,8 +49,8 @@ class PromptReader:
         """Turn a request's prompt into token ids.
 
         Text is tokenized as it is, with the special tokens that the tokenizer adds by itself. Chat messages are
-        rendered with the model's own template up to the start of the assistant's answer. Token ids are used as they
-        are.
+        rendered with the model's own template up to the start of the assistant's answer; control tokens in their
+        content are text, unless they are allowed. Token ids are used as they are.
 
         Args:
             request: the request, of which `prompt` is read.
@@ -96,8 +106,39 @@ class PromptReader:
             raise InvalidArgumentError(
                 "this model has no chat template; send the prompt as text or token_ids instead"
             )
-        self._check_bytes(message.content for message in messages)
-        return self._tokenize(_rendered(messages, self._tokenizer), check, add_special_tokens=False)
+        contents = [message.content for message in messages]
+        self._check_bytes(contents)
+        control = self._control_tokens
+        mark = control.choose_mark(contents) if control else None
+        if control is None or mark is None:
+            return self._tokenize(self._rendered(messages, contents), check, add_special_tokens=False)
+        rendered = self._rendered(messages, [control.mark(content, mark) for content in contents])
+        marked = MarkedText.parse(rendered, mark)
+        self._check_size(marked.text, check)
+        return control.tokenize(marked)
+
+    def _rendered(self, messages: Sequence[prefill_pb2.ChatMessage], contents: Sequence[str]) -> str:
+        """Return the text that the model's template makes of the messages' roles with these contents.
+
+        Raises:
+            InvalidArgumentError: the template refuses the messages, or fails.
+        """
+        conversation = [
+            {"role": message.role, "content": content} for message, content in zip(messages, contents, strict=True)
+        ]
+        try:
+            rendered: str = self._tokenizer.apply_chat_template(
+                conversation, add_generation_prompt=True, tokenize=False
+            )
+        except TemplateError as error:
+            raise InvalidArgumentError(f"the model's chat template refuses these messages: {error}") from error
+        except Exception as error:
+            # A template is a program of the model's makers, and fails like one.
+            raise InvalidArgumentError(
+                f"the model's chat template fails on these messages ({type(error).__name__}: {error}); send the "
+                "prompt as text or token_ids instead"
+            ) from error
+        return rendered
 
     def _read_token_ids(self, token_ids: Sequence[int]) -> list[int]:
         if not token_ids:
@@ -113,14 +154,18 @@ class PromptReader:
 
     def _tokenize(self, text: str, check: Callable[[], None], add_special_tokens: bool) -> list[int]:
         """Return the text's tokens, unless there are more than the context holds for certain."""
-        self._check_bytes([text])
-        if len(text) > PIECE_CHARACTERS:
-            self._check_tokens(text, check)
+        self._check_size(text, check)
         # `verbose` would warn about long texts; `check_length` refuses them.
         token_ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
         return token_ids
 
-    def _check_bytes(self, texts: Iterator[str] | Sequence[str]) -> None:
+    def _check_size(self, text: str, check: Callable[[], None]) -> None:
+        """Refuse a text that has more tokens than the context holds for certain, before it is tokenized."""
+        self._check_bytes([text])
+        if len(text) > PIECE_CHARACTERS:
+            self._check_tokens(text, check)
+
+    def _check_bytes(self, texts: Sequence[str]) -> None:
         """Refuse texts that have more bytes than all tokens of the context could have."""
         size = sum(len(text.encode()) for text in texts)
         if size > self._max_bytes:
@@ -168,26 +213,6 @@ def check_length(prompt_tokens: int, max_tokens: int, context_length: int) -> No
         f"the prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}, together "
         f"{prompt_tokens + max_tokens}; the model's context holds {context_length}: {remedy}"
     )
-
-
-def _rendered(messages: Sequence[prefill_pb2.ChatMessage], tokenizer: PreTrainedTokenizerFast) -> str:
-    """Return the text that the model's template makes of the messages; it has the special tokens in it.
-
-    Raises:
-        InvalidArgumentError: the template refuses the messages, or fails.
-    """
-    conversation = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        rendered: str = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise InvalidArgumentError(f"the model's chat template refuses these messages: {error}") from error
-    except Exception as error:
-        # A template is a program of the model's makers, and fails like one.
-        raise InvalidArgumentError(
-            f"the model's chat template fails on these messages ({type(error).__name__}: {error}); send the prompt "
-            "as text or token_ids instead"
-        ) from error
-    return rendered
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -127,6 +127,9 @@ class PrefillConfig(ServerConfig):
         SCORE_WINDOW, "queries at the end of the prompt whose attention is scored", number(1, 4096, int)
     )
     int4: str = option("auto", "whether INT4 is allowed; auto asks the probe", one_of("auto", "on", "off"))
+    allow_control_tokens: bool = option(
+        False, "let control tokens of the model, such as <|im_end|>, act as such in the content of chat messages"
+    )
     max_waiting: int = option(64, "requests that may be in the service at once", number(1, 4096, int))
     chunk_bytes: int = option(512 << 10, "payload bytes at which a chunk is sent", number(1 << 10, 1 << 20, int))
 

@@ -21,9 +21,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "basis",
         help="write a model's codec basis to a file, or take it from one",
-        description="Calibration finds other bytes on other machines, and each kind of prefill host then sends a basis "
-        "of its own to decode. Export the basis on one host, and import the file on the others before their prefill "
-        "service starts.",
+        description="Calibration finds other bytes on other machines, so each kind of prefill host sends decode "
+        "its own basis. Export the basis on one host, and import the file on the others before their prefill service "
+        "starts.",
         allow_abbrev=False,
     )
     actions = parser.add_subparsers(required=True, metavar="ACTION")

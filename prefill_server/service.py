@@ -82,7 +82,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         """
         progress = Progress(arrived_at=time.monotonic())
         current_request().at_end(progress.log_fields)
-        with RpcScope(context, self._config.deadline) as scope, self._requests.counted():
+        with RpcScope(context, self._config.deadline, self._config.max_deadline) as scope, self._requests.counted():
             request = self._read(message, progress)
             for dispatch in self._workers.offer(request.slots, scope):
                 with dispatch, dispatch.open_lease(self._pipeline(request, dispatch.worker.address)) as lease:

@@ -60,7 +60,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         Leaving this function, however that comes, frees everything that the request held.
         """
         with (
-            RpcScope(context, self._config.deadline) as scope,
+            RpcScope(context, self._config.deadline, self._config.max_deadline) as scope,
             self._rejections_counted(),
             self._arriving(requests_until_close(requests, scope)) as messages,
         ):
@@ -82,7 +82,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             DeadlineExceededError: the basis took too long.
             InvalidArgumentError: it is no basis for this model.
         """
-        with RpcScope(context, self._config.deadline) as scope, self._rejections_counted():
+        with RpcScope(context, self._config.deadline, self._config.max_deadline) as scope, self._rejections_counted():
             try:
                 with scope.within(PUT_BASIS_SECONDS):
                     received_bytes = self._bases.receive(request_iterator)

@@ -82,7 +82,8 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         """
         progress = Progress(arrived_at=time.monotonic())
         current_request().at_end(progress.log_fields)
-        with RpcScope(context, self._config.deadline) as scope, self._requests.counted(), ExitStack() as at_end:
+        limits = self._config.deadline, self._config.max_deadline
+        with RpcScope(context, *limits) as scope, self._requests.counted(), ExitStack() as at_end:
             request = self._reader.read(message, progress, scope)
             at_end.callback(self._count_stages, request)
             for dispatch in self._offered(request, scope):

@@ -16,6 +16,7 @@ from spectrumkv.common.errors import (
 from spectrumkv.common.rpc.first_message import Behaviour, SilentCalls
 from spectrumkv.common.rpc.limits import CallLimits, StreamLimit
 from spectrumkv.common.rpc.scope import RpcEnd
+from spectrumkv.common.rpc.stalled_readers import StalledReaders
 from spectrumkv.common.rpc.status import to_status
 from spectrumkv.common.security.tokens import Refusal
 from spectrumkv.common.telemetry.request_log import RequestRecord, set_current_request
@@ -50,7 +51,7 @@ class StatusInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc h
             return None
         if isinstance(handler.stream_stream, Refusal):
             # It takes no place, and waits for nothing.
-            refused = _recorded(handler_call_details, handler.stream_stream, _no_place, self._count_ended)
+            refused = self._recorded(handler_call_details, handler.stream_stream, _no_place)
             return grpc.stream_stream_rpc_method_handler(refused)
         if handler_call_details.method.startswith("/spectrumkv."):
             return _waiting(handler, self._own(handler, handler_call_details), self._limits.silent)
@@ -65,14 +66,36 @@ class StatusInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc h
         if handler.stream_unary:
             return _guard_unary(_limited(handler.stream_unary, self._limits.uploads))
         behaviour = handler.stream_stream or handler.unary_stream
-        return _recorded(details, behaviour, self._limits.requests.hold, self._count_ended)
+        return self._recorded(details, behaviour, self._limits.requests.hold)
 
     def _others(self, handler: Any) -> Behaviour:
         """Return a guarded behaviour of health and reflection."""
         behaviour: Behaviour | None = handler.unary_unary
         return behaviour or _guard_stream(
-            handler.stream_stream or handler.unary_stream, self._limits.watchers.hold, lambda code, error: None
+            handler.stream_stream or handler.unary_stream,
+            self._limits.watchers.hold,
+            self._limits.readers,
+            lambda code, error: None,
         )
+
+    def _recorded(self, details: Any, behaviour: StreamBehaviour, hold: Hold) -> StreamBehaviour:
+        """Return a guarded stream of our own services; its handler finds its trace and its log record."""
+        trace = TraceContext.from_metadata(details.invocation_metadata)
+        service = details.method.split("/")[1].rpartition(".")[2]
+
+        def recorded(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            record = RequestRecord(service, context.peer(), trace)
+            span = RequestSpan(service, trace)
+            set_current_trace(span.trace)
+            set_current_request(record)
+
+            def on_end(code: str, error: SpectrumKVError | None) -> None:
+                self._count_ended(code)
+                record.write(code, error, span)
+
+            return _guard_stream(behaviour, hold, self._limits.readers, on_end)(request, context)
+
+        return recorded
 
 
 def _waiting(handler: Any, behaviour: Behaviour, silent: SilentCalls) -> Any:
@@ -89,34 +112,18 @@ def _no_place(context: grpc.ServicerContext) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def _recorded(details: Any, behaviour: StreamBehaviour, hold: Hold, count_ended: CountEnded) -> StreamBehaviour:
-    """Return a guarded stream of our own services; its handler finds its trace and its log record."""
-    trace = TraceContext.from_metadata(details.invocation_metadata)
-    service = details.method.split("/")[1].rpartition(".")[2]
-
-    def recorded(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-        record = RequestRecord(service, context.peer(), trace)
-        span = RequestSpan(service, trace)
-        set_current_trace(span.trace)
-        set_current_request(record)
-
-        def on_end(code: str, error: SpectrumKVError | None) -> None:
-            count_ended(code)
-            record.write(code, error, span)
-
-        return _guard_stream(behaviour, hold, on_end)(request, context)
-
-    return recorded
-
-
-def _guard_stream(behaviour: StreamBehaviour, hold: Hold, on_end: OnEnd) -> StreamBehaviour:
+def _guard_stream(behaviour: StreamBehaviour, hold: Hold, readers: StalledReaders, on_end: OnEnd) -> StreamBehaviour:
     def guarded(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         end = RpcEnd(context)
+        reader = readers.enter(context)
         try:
             with hold(context):
-                yield from behaviour(request, context)
+                yield from reader.taking(behaviour(request, context))
         except GeneratorExit:
-            on_end(end.error.code, end.error)
+            gone = end.error
+            if reader.stalled:
+                gone = CancelledError(f"the caller took no message for {readers.seconds:g} s")
+            on_end(gone.code, gone)
             raise
         except Exception as error:  # noqa: BLE001  # the boundary where any error must become a status
             # gRPC raises a plain RpcError in a handler that waits for a caller which has gone.
@@ -130,6 +137,8 @@ def _guard_stream(behaviour: StreamBehaviour, hold: Hold, on_end: OnEnd) -> Stre
         else:
             left = None if context.is_active() else end.error
             on_end(left.code if left else "OK", left)
+        finally:
+            readers.leave(reader)
 
     return guarded
 

@@ -15,6 +15,7 @@ from spectrumkv.common.errors import (
     UnimplementedError,
 )
 from spectrumkv.common.rpc.first_message import RETRY_AFTER_SECONDS, SilentCalls
+from spectrumkv.common.rpc.stalled_readers import StalledReaders
 
 
 class StreamLimit:
@@ -119,6 +120,7 @@ class CallLimits:
         watchers: limits all other streams, which are those of health and reflection.
         silent: the calls of SpectrumKV's own services that have not sent a message yet.
         silent_watchers: those of health and reflection.
+        readers: ends streams whose callers take no message.
         watcher_threads: what calls of health and reflection run on, so that nothing else can take their threads.
     """
 
@@ -127,4 +129,5 @@ class CallLimits:
     watchers: StreamLimit
     silent: SilentCalls
     silent_watchers: SilentCalls
+    readers: StalledReaders
     watcher_threads: ThreadPoolExecutor

@@ -15,6 +15,7 @@ from spectrumkv.common.rpc.channel import CHANNEL_OPTIONS, KEEPALIVE_SECONDS
 from spectrumkv.common.rpc.first_message import FIRST_MESSAGE_SECONDS, CountSilent, SilentCalls
 from spectrumkv.common.rpc.interceptor import StatusInterceptor
 from spectrumkv.common.rpc.limits import CallLimits, request_limit, upload_limit, watch_limit
+from spectrumkv.common.rpc.stalled_readers import STALL_SECONDS, StalledReaders
 from spectrumkv.common.security import ServerSecurity
 
 # How many streams may watch health or ask for reflection; each holds a thread.
@@ -92,6 +93,7 @@ class Server:
             watch_limit(WATCHERS),
             SilentCalls(SILENT_CALLS, FIRST_MESSAGE_SECONDS, count_silent),
             SilentCalls(SILENT_WATCHERS, FIRST_MESSAGE_SECONDS, count_silent),
+            StalledReaders(STALL_SECONDS),
             self._watcher_threads,
         )
         self._server = grpc.server(

@@ -76,11 +76,19 @@ class ServerConfig:
     deadline: float = option(
         600.0, "seconds after which a request ends if its caller set no deadline", number(0.001, WEEK_SECONDS)
     )
+    max_deadline: float = option(
+        3600.0, "seconds after which a request ends, however long its caller allows", number(0.001, WEEK_SECONDS)
+    )
     log_level: str = option("info", "least severe level to log", one_of("debug", "info", "warning", "error"))
     log_format: str = option("text", "format of log lines", one_of("text", "json"))
 
     def __post_init__(self) -> None:
         check_certificate_and_key(self.tls_cert, self.tls_key)
+        if self.deadline > self.max_deadline:
+            raise InvalidArgumentError(
+                f"--deadline is {self.deadline:g}, more than --max-deadline allows, which is {self.max_deadline:g}; "
+                "raise that, too"
+            )
         if self.tls_cert is None:
             self._keep_plaintext_here("listen", self.listen, "give --tls-cert and --tls-key")
         # Metrics are always served as plaintext: TLS is for requests only.

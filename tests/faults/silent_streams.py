@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import h2.config
 import h2.connection
 import h2.events
+import h2.settings
 
 TIMEOUT_SECONDS = 20.0
 
@@ -18,12 +19,13 @@ class SilentConnection:
 
     Args:
         address: "host:port" of the server.
+        window: bytes that the server may send on each stream.
 
     Attributes:
         ended: the status of each call that the server has ended, or "reset".
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, window: int = 65535) -> None:
         host, _, port = address.rpartition(":")
         self._authority = address
         self._socket = socket.create_connection((host, int(port)), timeout=TIMEOUT_SECONDS)
@@ -33,16 +35,18 @@ class SilentConnection:
         self.ended: queue.SimpleQueue[str] = queue.SimpleQueue()
         with self._lock:
             self._http.initiate_connection()
+            self._http.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window})
             self._socket.sendall(self._http.data_to_send())
         self._reader = threading.Thread(target=self._read, name="silent-connection", daemon=True)
         self._reader.start()
 
-    def open(self, method: str, data: bytes = b"") -> None:
+    def open(self, method: str, data: bytes = b"", ends: bool = False) -> None:
         """Open one call of a method, "/package.Service/Method".
 
         Args:
             method: the method.
-            data: a part of a message; without it, no message follows the headers.
+            data: a message or a part of one; without it, no message follows the headers.
+            ends: whether nothing follows `data`.
         """
         headers = [
             (":method", "POST"),
@@ -56,7 +60,7 @@ class SilentConnection:
             stream = self._http.get_next_available_stream_id()
             self._http.send_headers(stream, headers)
             if data:
-                self._http.send_data(stream, data)
+                self._http.send_data(stream, data, end_stream=ends)
             self._socket.sendall(self._http.data_to_send())
 
     @property
@@ -116,12 +120,12 @@ class SilentConnection:
 
 
 @contextmanager
-def silent_connections(address: str, count: int) -> Iterator[Sequence[SilentConnection]]:
+def silent_connections(address: str, count: int, window: int = 65535) -> Iterator[Sequence[SilentConnection]]:
     """Hold so many connections."""
     with ExitStack() as held:
         connections = []
         for _ in range(count):
-            connections.append(SilentConnection(address))
+            connections.append(SilentConnection(address, window))
             held.callback(connections[-1].close)
         yield connections
 

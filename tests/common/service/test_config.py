@@ -260,3 +260,9 @@ def test_plaintext_to_decode_workers_elsewhere_must_be_allowed():
 
 def test_clients_cannot_be_verified_without_tls():
     assert "without --tls-cert there is no TLS" in refusal(DecodeConfig, {"tls_ca": "ca.pem"})
+
+
+def test_the_default_deadline_is_no_later_than_the_latest() -> None:
+    with pytest.raises(InvalidArgumentError, match="--deadline is 7200, more than --max-deadline allows"):
+        build(DecodeConfig, {"deadline": "7200"})
+    assert build(DecodeConfig, {"deadline": "7200", "max_deadline": "7200"}).max_deadline == 7200

@@ -156,7 +156,7 @@ def admit(begin: decode_pb2.Begin, loaded: LoadedModel, pool: KvPool, bases: Bas
             allocation=allocation,
             decoder=codec.decoder(loaded.geometry, basis),
             sampler=Sampler(params, begin.prompt_token_ids),
-            text=TextStream(loaded.tokenizer, params, loaded.eos_token_ids),
+            text=TextStream(loaded.tokenizer, params, loaded.eos_token_ids, begin.prompt_token_ids),
         )
 
 

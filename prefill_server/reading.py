@@ -72,6 +72,8 @@ class RequestReader:
         params.check_vocabulary(loaded.spec.vocab_size)
         plan = KvPlan.resolve(message.kv, self._config, self._verdict, params.seed, self._basis)
         token_ids = self._read_prompt(message, scope)
+        if not message.sampling.HasField("max_tokens"):
+            params = params.with_room(loaded.context_length - len(token_ids))
         check_length(len(token_ids), params.max_tokens, loaded.context_length)
         current_request().note(prompt_tokens=len(token_ids), policy=plan.policy.name)
         return PrefillRequest(request_id, token_ids, params, plan, progress)

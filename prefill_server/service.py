@@ -196,7 +196,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
     def _sample_first(self, request: PrefillRequest, result: PromptResult) -> FirstResponse:
         """Return the first token, sampled from the exact KV."""
         sampled = Sampler(request.params, request.token_ids).sample(result.logits, 0)
-        text = TextStream(self._loaded.tokenizer, request.params, self._loaded.eos_token_ids)
+        text = TextStream(self._loaded.tokenizer, request.params, self._loaded.eos_token_ids, request.token_ids)
         delta = text.push(sampled.token_id)
         token = FirstToken(sampled.token_id, delta.finish is not None)
         return FirstResponse(

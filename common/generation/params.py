@@ -73,6 +73,10 @@ class SamplingParams:
         """Return these parameters with a seed: their own, or one from the system's randomness."""
         return self if self.seed is not None else replace(self, seed=secrets.randbits(64))
 
+    def with_room(self, tokens: int) -> "SamplingParams":
+        """Return these parameters with a `max_tokens` of at most `tokens`, and of 1 at least."""
+        return replace(self, max_tokens=max(1, min(self.max_tokens, tokens)))
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse stop token ids that the model can never generate: they belong to another tokenizer.
 

@@ -133,3 +133,8 @@ def test_long_lists_of_a_message_are_refused_before_they_are_copied() -> None:
         SamplingParams.from_proto(many)
     with pytest.raises(InvalidArgumentError, match="stop has 17 strings; allowed: at most 16"):
         SamplingParams.from_proto(generation_pb2.SamplingParams(stop=[""] * 17))
+
+
+@pytest.mark.parametrize(("room", "expected"), [(500, 128), (128, 128), (92, 92), (1, 1), (0, 1), (-9, 1)])
+def test_the_answer_takes_what_room_there_is(room: int, expected: int) -> None:
+    assert SamplingParams().with_room(room).max_tokens == expected

@@ -218,10 +218,10 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         previous_at: float | None = None
         with self._metrics.request_duration.labels("decode").time(), self._recomputation_counted(request):
             for token in self._engine.generate(request, scope):
-                now = time.monotonic()
+                # Not the time at which the caller takes the token: a slow reader makes no token late.
                 if previous_at is not None:
-                    self._metrics.inter_token_latency.observe(now - previous_at)
-                previous_at = now
+                    self._metrics.inter_token_latency.observe(token.made_at - previous_at)
+                previous_at = token.made_at
                 yield decode_pb2.DecodeResponse(token=token_message(token.index, token.sampled, token.text))
         assert token.finish is not None
         finished = decode_pb2.DecodeFinished(

@@ -70,16 +70,17 @@ def ask(loaded: LoadedModel, pool: KvPool, engine: DecodeEngine) -> Callable[[],
 
     def generate() -> list[GeneratedToken]:
         with admit(begin(loaded, max_tokens=MAX_TOKENS), loaded, pool, bases) as request:
-            return list(engine.generate(started(request), OpenScope()))  # type: ignore[arg-type]
+            without_kv(request).start(7)
+            return list(engine.generate(request, OpenScope()))  # type: ignore[arg-type]
 
     return generate
 
 
-def started(request: DecodeRequest) -> DecodeRequest:
+def without_kv(request: DecodeRequest) -> DecodeRequest:
+    """The request with zeros for the KV of its prompt."""
     for layer in range(request.allocation.pool.geometry.layers):
         request.allocation.keys(layer, 0, 5)[:] = 0
         request.allocation.values(layer, 0, 5)[:] = 0
-    request.start(7)
     return request
 
 

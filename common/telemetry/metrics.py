@@ -73,6 +73,9 @@ class Metrics:
         self.requests_running = gauge("requests_running", "Requests that the model computes now.")
         self.requests_waiting = gauge("requests_waiting", "Admitted requests that wait for the model.")
         self.kv_slots_used_ratio = gauge("kv_slots_used_ratio", "Share of the KV slots that requests hold.")
+        self.kv_slots_free_run_ratio = gauge(
+            "kv_slots_free_run_ratio", "Longest run of neighbouring free KV slots, as a share of all slots."
+        )
         self.kv_bytes_resident = gauge("kv_bytes_resident", "Bytes of the KV cache that requests hold.")
         self.chunks_rejected = counter(
             "chunks_rejected_total", "Messages of Decode streams that were refused, by what was wrong.", "reason"

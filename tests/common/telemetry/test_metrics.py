@@ -26,6 +26,7 @@ METRICS = {
     "spectrumkv_requests_running": ("gauge", ()),
     "spectrumkv_requests_waiting": ("gauge", ()),
     "spectrumkv_kv_slots_used_ratio": ("gauge", ()),
+    "spectrumkv_kv_slots_free_run_ratio": ("gauge", ()),
     "spectrumkv_kv_bytes_resident": ("gauge", ()),
     "spectrumkv_chunks_rejected_total": ("counter", ("reason",)),
     "spectrumkv_decode_workers_passed_over_total": ("counter", ("reason",)),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from spectrumkv.common.concurrency.cuda_stream import is_device_lost
 from spectrumkv.common.concurrency.threads import keep_all_cores
 from spectrumkv.common.errors import InternalError, SpectrumKVError, UnavailableError
 from spectrumkv.common.model.load import LoadedModel
@@ -178,7 +179,7 @@ class DecodeEngine:
         for request in batch:
             request.outcomes.put(UnavailableError(f"a decode step failed: {_named(error)}; try another worker"))
         self._failed_in_a_row += 1
-        if isinstance(error, torch.AcceleratorError):
+        if is_device_lost(error):
             self.vitals.fail(f"the device is lost: {_named(error)}")
         elif self._failed_in_a_row == FAILED_STEPS:
             self.vitals.fail(f"{FAILED_STEPS} decode steps failed one after another, the last with {_named(error)}")

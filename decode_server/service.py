@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from importlib.metadata import version
 
 import grpc
-import torch
 
+from spectrumkv.common.concurrency.cuda_stream import is_device_lost
 from spectrumkv.common.concurrency.prefetch_iterator import PrefetchIterator
 from spectrumkv.common.errors import CancelledError, DataLossError, UnavailableError
 from spectrumkv.common.generation.text import token_message
@@ -155,10 +155,13 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
 
         Raises:
             UnavailableError: the device is lost.
+            RuntimeError: something else failed.
         """
         try:
             yield
-        except torch.AcceleratorError as error:
+        except RuntimeError as error:
+            if not is_device_lost(error):
+                raise
             self.vitals.fail(f"the device is lost: {error}")
             raise UnavailableError("this decode worker has lost its device; try another worker") from error
 

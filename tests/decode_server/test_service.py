@@ -52,11 +52,39 @@ def test_a_caller_that_reads_slowly_makes_no_token_late(
     assert 0 < seconds < PAUSE_SECONDS
 
 
-def test_a_device_that_is_lost_while_kv_arrives_is_the_workers_end(service: DecodeService) -> None:
-    def write_kv() -> None:
-        with service._device_watched():
-            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+    ],
+    ids=["torch", "triton"],
+)
+def test_a_device_that_is_lost_while_kv_arrives_is_the_workers_end(
+    service: DecodeService, error: RuntimeError
+) -> None:
     with pytest.raises(UnavailableError, match="has lost its device; try another worker"):
-        write_kv()
-    assert service.vitals.failure == "the device is lost: CUDA error: an illegal memory access was encountered"
+        write_kv(service, error)
+    assert service.vitals.failure == f"the device is lost: {error}"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        ValueError("CUDA error"),
+    ],
+    ids=["torch", "cuda", "triton", "other"],
+)
+def test_a_request_that_finds_no_memory_leaves_the_worker_alone(service: DecodeService, error: Exception) -> None:
+    with pytest.raises(type(error)):
+        write_kv(service, error)
+    assert service.vitals.failure is None
+
+
+def write_kv(service: DecodeService, error: Exception) -> None:
+    """Fail as a handler does that writes received KV to the slots."""
+    with service._device_watched():
+        raise error

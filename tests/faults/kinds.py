@@ -140,7 +140,7 @@ FAULTS = [
         "decode's steps fail",
         _break_decode(sabotage.FAILING_STEP),
         # Three requests, one after another, are served and fail before the worker has had enough.
-        seconds=3 * PROMPTLY,
+        seconds=5 * PROMPTLY,
         unheard="decode",
         recover=_replace_decode,
     ),

@@ -1,6 +1,7 @@
 """The KV cache of the decode service: a pool of slots, which requests reserve before anything is computed."""
 
 import threading
+from collections.abc import Iterator
 from types import TracebackType
 
 import torch
@@ -66,6 +67,7 @@ class KvPool:
         self._metrics = metrics
         self._lock = threading.Lock()
         self._taken: list[Allocation] = []
+        self._publish()
 
     @property
     def spare_slot(self) -> int:
@@ -113,21 +115,26 @@ class KvPool:
                 self._publish()
 
     def _first_fit(self, capacity: int) -> int:
-        start = 0
-        for taken in self._taken:
-            if taken.start - start >= capacity:
+        for start, length in self._free_runs():
+            if length >= capacity:
                 return start
-            start = taken.start + taken.capacity
-        if self.slots - start >= capacity:
-            return start
         free = self.slots - sum(taken.capacity for taken in self._taken)
         raise ResourceExhaustedError(
             f"no run of {capacity} free KV slots; {free} of {self.slots} are free", RETRY_AFTER_SECONDS
         )
 
+    def _free_runs(self) -> Iterator[tuple[int, int]]:
+        """Yield start and length of each run of free slots, empty ones too."""
+        start = 0
+        for taken in self._taken:
+            yield start, taken.start - start
+            start = taken.start + taken.capacity
+        yield start, self.slots - start
+
     def _publish(self) -> None:
         used = sum(taken.capacity for taken in self._taken)
         self._metrics.kv_slots_used_ratio.set(used / self.slots)
+        self._metrics.kv_slots_free_run_ratio.set(max(length for _, length in self._free_runs()) / self.slots)
         self._metrics.kv_bytes_resident.set(used * self.slot_bytes)
 
 

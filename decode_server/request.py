@@ -1,6 +1,7 @@
 """One request on the decode side: what Begin asks for, and how far its generation has come."""
 
 import queue
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -29,12 +30,14 @@ class GeneratedToken:
         sampled: token id and log-probabilities.
         text: may be empty, never splits a character.
         finish: why generation ended; None before the last token.
+        made_at: seconds of the monotonic clock at which the token was chosen.
     """
 
     index: int
     sampled: SampledToken
     text: str
     finish: FinishReason | None
+    made_at: float
 
 
 @dataclass(eq=False, kw_only=True)
@@ -114,7 +117,7 @@ class DecodeRequest:
         sampled = self.sampler.sample(logits, index)
         self.output_token_ids.append(sampled.token_id)
         delta = self.text.push(sampled.token_id)
-        self.outcomes.put(GeneratedToken(index, sampled, delta.text, delta.finish))
+        self.outcomes.put(GeneratedToken(index, sampled, delta.text, delta.finish, time.monotonic()))
         return delta.finish is not None
 
 

@@ -7,8 +7,9 @@ from importlib.metadata import version
 
 import grpc
 
+from spectrumkv.common.concurrency.cuda_stream import is_device_lost
 from spectrumkv.common.concurrency.prefetch_iterator import PrefetchIterator
-from spectrumkv.common.errors import CancelledError, DataLossError
+from spectrumkv.common.errors import CancelledError, DataLossError, UnavailableError
 from spectrumkv.common.generation.text import token_message
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.wire import KvChunk
@@ -40,6 +41,9 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         loaded: the model.
         config: the service's options.
         metrics: the process's metrics.
+
+    Attributes:
+        vitals: say whether the model and its device work.
     """
 
     def __init__(self, loaded: LoadedModel, config: DecodeConfig, metrics: Metrics) -> None:
@@ -47,7 +51,8 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         self._config = config
         self._metrics = metrics
         self._pool = KvPool(loaded.geometry, config.kv_memory, loaded.device, metrics)
-        self._engine = DecodeEngine(loaded, self._pool, config.max_running)
+        self._engine = DecodeEngine(loaded, self._pool, config.max_running, metrics)
+        self.vitals = self._engine.vitals
         self._bases = BasisStore(loaded.geometry)
         metrics.requests_running.set_function(lambda: self._engine.running)
         metrics.requests_waiting.set_function(lambda: self._engine.waiting)
@@ -62,6 +67,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         with (
             RpcScope(context, self._config.deadline, self._config.max_deadline) as scope,
             self._rejections_counted(),
+            self._device_watched(),
             self._arriving(requests_until_close(requests, scope)) as messages,
         ):
             begin = self._read_begin(messages)
@@ -140,6 +146,22 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             self._metrics.chunks_rejected.labels(error.reason).inc()
             raise
 
+    @contextmanager
+    def _device_watched(self) -> Iterator[None]:
+        """Take in the loss of the device, which the thread that writes to the slots may meet before any step does.
+
+        Raises:
+            UnavailableError: the device is lost.
+            RuntimeError: something else failed.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_device_lost(error):
+                raise
+            self.vitals.fail(f"the device is lost: {error}")
+            raise UnavailableError("this decode worker has lost its device; try another worker") from error
+
     def _read_begin(self, messages: Iterator[Request]) -> decode_pb2.Begin:
         """Return Begin, noted in the request's log line.
 
@@ -194,10 +216,10 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         previous_at: float | None = None
         with self._metrics.request_duration.labels("decode").time(), self._recomputation_counted(request):
             for token in self._engine.generate(request, scope):
-                now = time.monotonic()
+                # Not the time at which the caller takes the token: a slow reader makes no token late.
                 if previous_at is not None:
-                    self._metrics.inter_token_latency.observe(now - previous_at)
-                previous_at = now
+                    self._metrics.inter_token_latency.observe(token.made_at - previous_at)
+                previous_at = token.made_at
                 yield decode_pb2.DecodeResponse(token=token_message(token.index, token.sampled, token.text))
         assert token.finish is not None
         finished = decode_pb2.DecodeFinished(

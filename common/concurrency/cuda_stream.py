@@ -25,6 +25,17 @@ def record_event(states: torch.Tensor) -> torch.cuda.Event | None:
     return event
 
 
+def is_device_lost(error: BaseException) -> bool:
+    """Return whether no call to the device will succeed again in this process, as after most errors of CUDA.
+
+    Args:
+        error: what a call raised, of torch or of Triton. Where memory ran out, the device is not lost.
+    """
+    told = str(error)
+    of_device = isinstance(error, torch.AcceleratorError) or told.startswith("Triton Error [CUDA]")
+    return of_device and "out of memory" not in told
+
+
 class KvStream:
     """The CUDA stream of one request's KV.
 

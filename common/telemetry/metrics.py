@@ -84,6 +84,9 @@ class Metrics:
         self.requests_running = gauge("requests_running", "Requests that the model computes now.")
         self.requests_waiting = gauge("requests_waiting", "Admitted requests that wait for the model.")
         self.kv_slots_used_ratio = gauge("kv_slots_used_ratio", "Share of the KV slots that requests hold.")
+        self.kv_slots_free_run_ratio = gauge(
+            "kv_slots_free_run_ratio", "Longest run of neighbouring free KV slots, as a share of all slots."
+        )
         self.kv_bytes_resident = gauge("kv_bytes_resident", "Bytes of the KV cache that requests hold.")
         self.chunks_rejected = counter(
             "chunks_rejected_total", "Messages of Decode streams that were refused, by what was wrong.", "reason"
@@ -110,6 +113,7 @@ class Metrics:
         self.probe_safe_budget = gauge(
             "probe_safe_budget_ratio", "Least byte budget that the probe found safe; 0 where it found none."
         )
+        self.decode_steps = counter("decode_steps_total", "Steps of decode's running batch, by outcome.", "outcome")
         self.prompt_tokens_recomputed = counter(
             "prompt_tokens_recomputed_total", "Prompt tokens that decode computed although it had their KV."
         )

@@ -121,3 +121,20 @@ def test_who_has_the_slots_next_sees_all_of_them() -> None:
         allocation.drop(1, torch.tensor([0, 3]))
         assert not made.keep_mask.all()
     assert made.keep_mask.all()
+
+
+def test_free_slots_in_pieces_show() -> None:
+    made, metrics = pool(20)
+
+    def free_run() -> float | None:
+        return metrics.registry.get_sample_value("spectrumkv_kv_slots_free_run_ratio")
+
+    assert free_run() == 1
+    first, second, third = (made.reserve(5) for _ in range(3))
+    assert free_run() == 5 / 20
+    second.release()
+    assert (made.used, free_run()) == (10, 5 / 20)
+    third.release()
+    assert free_run() == 15 / 20
+    first.release()
+    assert free_run() == 1

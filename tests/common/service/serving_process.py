@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry
 
 from spectrumkv.common.service.config import DecodeConfig, build
 from spectrumkv.common.service.process import exit_on_error, serve_until_signalled, set_up_logging
+from spectrumkv.common.service.vitals import Vitals
 from spectrumkv.common.telemetry.metrics import Metrics
 from tests.common.rpc.scripted import echo, make_server
 
@@ -16,7 +17,13 @@ def main() -> None:
     config = build(DecodeConfig, {"listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0"} | options)
     set_up_logging(config.log_level)
     server = make_server(echo, stream="Decode")
-    serve_until_signalled(server, Metrics(CollectorRegistry()), config, stop=lambda: logging.info("engine stopped"))
+    serve_until_signalled(
+        server,
+        Metrics(CollectorRegistry()),
+        config,
+        stop=lambda: logging.info("engine stopped"),
+        vitals=Vitals(),
+    )
 
 
 if __name__ == "__main__":

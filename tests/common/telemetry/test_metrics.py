@@ -27,6 +27,7 @@ METRICS = {
     "spectrumkv_requests_running": ("gauge", ()),
     "spectrumkv_requests_waiting": ("gauge", ()),
     "spectrumkv_kv_slots_used_ratio": ("gauge", ()),
+    "spectrumkv_kv_slots_free_run_ratio": ("gauge", ()),
     "spectrumkv_kv_bytes_resident": ("gauge", ()),
     "spectrumkv_chunks_rejected_total": ("counter", ("reason",)),
     "spectrumkv_decode_workers_passed_over_total": ("counter", ("reason",)),
@@ -35,6 +36,7 @@ METRICS = {
     "spectrumkv_decode_worker_slots_free": ("gauge", ("worker",)),
     "spectrumkv_int4_probe_passed": ("gauge", ()),
     "spectrumkv_probe_safe_budget_ratio": ("gauge", ()),
+    "spectrumkv_decode_steps_total": ("counter", ("outcome",)),
     "spectrumkv_prompt_tokens_recomputed_total": ("counter", ()),
     "spectrumkv_log_lines_dropped_total": ("counter", ()),
     "spectrumkv_build_info": ("gauge", ("version", "service", "model")),
@@ -51,6 +53,7 @@ def touched(metrics: Metrics) -> Metrics:
     metrics.kv_codec.labels("spectral").inc()
     metrics.chunks_rejected.labels("crc").inc()
     metrics.decode_workers_passed_over.labels("full").inc()
+    metrics.decode_steps.labels("ok").inc()
     for worker in (
         metrics.decode_worker_accepting,
         metrics.decode_worker_ejected,

@@ -21,8 +21,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "basis",
         help="write a model's codec basis to a file, or take it from one",
-        description="Calibration finds other bytes on other machines, and each kind of prefill host then sends decode "
-        "a basis of its own. Export the basis on one host, and import the file on the others before their prefill "
+        description="Calibration finds other bytes on other machines, and each kind of prefill host then sends "
+        "decode a basis of its own. Export the basis on one host, and import the file on the others before their prefill "
         "service starts.",
         allow_abbrev=False,
     )

@@ -6,7 +6,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
+import pytest
 from prometheus_client import CollectorRegistry
 
 from spectrumkv.client.client import SpectrumClient
@@ -139,3 +141,15 @@ def running_pair(
         with pair.client() as client:
             client.generate(TokenIds((5, 6, 7)), sampling=Sampling(max_tokens=2, ignore_eos=True)).result()
         yield pair
+
+
+@contextlib.contextmanager
+def failing_steps(service: DecodeService, error: Exception) -> Iterator[None]:
+    """Have every step of this worker's model fail until the block ends."""
+
+    def fail(rows: object) -> NoReturn:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(service._engine._runner, "logits", fail)
+        yield

@@ -1,22 +1,21 @@
 """A decode worker that admits requests and fails them: they go on elsewhere, and soon none goes there."""
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.completion import Completion
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
-from spectrumkv.common.errors import InternalError, SpectrumKVError, UnavailableError
+from spectrumkv.common.errors import InternalError, UnavailableError
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.service import DecodeService
 from spectrumkv.prefill_server.workers import circuit_breaker, retry_budget
 from spectrumkv.prefill_server.workers.circuit_breaker import FAILURES_TO_EJECT
-from tests.services.pair import decode_server, prefill_server, sample, total
+from tests.services.pair import decode_server, failing_steps, prefill_server, sample, total
 from tests.services.test_lossless import random_prompt
 from tests.waiting import until
 
@@ -61,23 +60,11 @@ def fleet(tiny_directories: dict[str, Path]) -> Iterator[Fleet]:
         yield Fleet(client, metrics, broken, broken_metrics, name, sound)
 
 
-@contextlib.contextmanager
-def failing(service: DecodeService, error: SpectrumKVError | RuntimeError) -> Iterator[None]:
-    """Every step of this worker's model fails."""
-
-    def fail(rows: Any) -> NoReturn:
-        raise error
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(service._engine._runner, "logits", fail)
-        yield
-
-
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: device-side assert"), UnavailableError("device lost")])
 def test_clients_see_nothing_of_a_worker_whose_steps_fail(fleet: Fleet, error: Any) -> None:
     expected = fleet.ask()
     assert expected.usage.decode_worker == fleet.broken_name
-    with failing(fleet.broken, error):
+    with failing_steps(fleet.broken, error):
         for _ in range(20):
             answer = fleet.ask()
             assert answer.token_ids == expected.token_ids
@@ -90,7 +77,7 @@ def test_clients_see_nothing_of_a_worker_whose_steps_fail(fleet: Fleet, error: A
 def test_one_that_works_again_is_found_by_a_trial(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     # An ejection is over at once, and so each request is a trial.
     monkeypatch.setattr(circuit_breaker, "EJECTION_SECONDS", 0.0)
-    with failing(fleet.broken, RuntimeError("broken")):
+    with failing_steps(fleet.broken, RuntimeError("broken")):
         for _ in range(FAILURES_TO_EJECT + 2):
             assert fleet.ask().usage.decode_worker != fleet.broken_name
         assert fleet.passed_over() == FAILURES_TO_EJECT + 2
@@ -100,7 +87,7 @@ def test_one_that_works_again_is_found_by_a_trial(fleet: Fleet, monkeypatch: pyt
 
 
 def test_where_all_fail_the_client_gets_the_error_and_all_are_still_asked(fleet: Fleet) -> None:
-    with failing(fleet.broken, RuntimeError("broken")), failing(fleet.sound, RuntimeError("broken")):
+    with failing_steps(fleet.broken, RuntimeError("broken")), failing_steps(fleet.sound, RuntimeError("broken")):
         for _ in range(2 * FAILURES_TO_EJECT):
             with pytest.raises(InternalError, match="a decode step failed"):
                 fleet.ask()
@@ -110,7 +97,7 @@ def test_where_all_fail_the_client_gets_the_error_and_all_are_still_asked(fleet:
 def test_reruns_are_bounded(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry_budget, "RESERVE", 1)
     monkeypatch.setattr(retry_budget, "SHARE", 0.0)
-    with failing(fleet.broken, RuntimeError("broken")):
+    with failing_steps(fleet.broken, RuntimeError("broken")):
         fleet.ask()
         with pytest.raises(InternalError, match=fleet.broken_name):
             fleet.ask()
@@ -119,7 +106,7 @@ def test_reruns_are_bounded(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_request_that_moves_on_is_counted_once_in_each_stage(fleet: Fleet) -> None:
     fleet.ask()
     before = {stage: observed(fleet.metrics, stage) for stage in ("queue", "prefill", "encode", "transfer")}
-    with failing(fleet.broken, UnavailableError("the device is lost")):
+    with failing_steps(fleet.broken, UnavailableError("the device is lost")):
         fleet.ask()
     assert fleet.passed_over() == 1
     assert {stage: observed(fleet.metrics, stage) - count for stage, count in before.items()} == dict.fromkeys(

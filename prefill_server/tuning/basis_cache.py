@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from spectrumkv.common.errors import FailedPreconditionError
+from spectrumkv.common.errors import ContextTooShortError
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.model.cache import build_once, cache_directory, sha256_of_json
 from spectrumkv.common.model.load import LoadedModel
@@ -30,7 +30,8 @@ def resolve_basis(loaded: LoadedModel, on_excerpt: Callable[[int], None]) -> Spe
         on_excerpt: told the number of excerpts done, of `EXCERPTS`, where the model is calibrated.
 
     Raises:
-        FailedPreconditionError: the model's context is too short, or the cache cannot be written to.
+        ContextTooShortError: the model's context is too short.
+        FailedPreconditionError: the cache cannot be written to.
     """
     key = {"model": asdict(loaded.spec), "calibration": CALIBRATION_VERSION}
 
@@ -50,12 +51,12 @@ def default_excerpts(loaded: LoadedModel) -> list[Excerpt]:
     """Return excerpts from the project's own prose.
 
     Raises:
-        FailedPreconditionError: the model's context is too short.
+        ContextTooShortError: the model's context is too short.
     """
     length = min(CONTEXT_TOKENS + CONTINUATION_TOKENS, loaded.context_length)
     context = length * CONTEXT_TOKENS // (CONTEXT_TOKENS + CONTINUATION_TOKENS)
     if context < FEWEST_CONTEXT_TOKENS:
-        raise FailedPreconditionError(
+        raise ContextTooShortError(
             f"calibration needs a context of {FEWEST_CONTEXT_TOKENS} tokens and more, "
             f"and {loaded.name} has {loaded.context_length}"
         )

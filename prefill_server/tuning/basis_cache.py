@@ -56,9 +56,9 @@ def default_excerpts(loaded: LoadedModel) -> list[Excerpt]:
     length = min(CONTEXT_TOKENS + CONTINUATION_TOKENS, loaded.context_length)
     context = length * CONTEXT_TOKENS // (CONTEXT_TOKENS + CONTINUATION_TOKENS)
     if context < FEWEST_CONTEXT_TOKENS:
+        fewest = -(-FEWEST_CONTEXT_TOKENS * (CONTEXT_TOKENS + CONTINUATION_TOKENS) // CONTEXT_TOKENS)
         raise ContextTooShortError(
-            f"calibration needs a context of {FEWEST_CONTEXT_TOKENS} tokens and more, "
-            f"and {loaded.name} has {loaded.context_length}"
+            f"calibration needs a context of {fewest} tokens and more, and {loaded.name} has {loaded.context_length}"
         )
     text = "".join(haystack(0).sentences)
     ids = torch.tensor(loaded.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)

@@ -28,6 +28,8 @@ from spectrumkv.decode_server.receiver import KvReceiver, throttled
 from spectrumkv.decode_server.request import DecodeRequest, admit, check_token_id
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc, kv_pb2
 
+# Read once: it is a file of its own, which cannot be opened when a process has no file descriptors left.
+_VERSION = version("spectrumkv")
 # How many messages may wait to be dequantized on a GPU.
 MESSAGES_AHEAD = 8
 # A basis has up to a few hundred megabytes.
@@ -103,7 +105,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
     ) -> decode_pb2.DecodeServiceGetServerInfoResponse:
         """Return what is served and how full this worker is."""
         return decode_pb2.DecodeServiceGetServerInfoResponse(
-            version=version("spectrumkv"),
+            version=_VERSION,
             model_name=self._loaded.name,
             model=self._loaded.spec.to_proto(),
             codecs=[kv_pb2.CodecId(name=name, version=codecs.get(name).version) for name in codecs],

@@ -30,6 +30,9 @@ from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.prefill_server.workers import DecodeLease, Dispatch, WorkerPool
 from spectrumkv.v1 import decode_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
 
+# Read once: it is a file of its own, which cannot be opened when a process has no file descriptors left.
+_VERSION = version("spectrumkv")
+
 
 class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
     """Runs prompts, sends their KV to decode workers and relays what they generate.
@@ -99,7 +102,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         """Return what is served, the defaults, and what a request may ask for."""
         config = self._config
         return prefill_pb2.PrefillServiceGetServerInfoResponse(
-            version=version("spectrumkv"),
+            version=_VERSION,
             model_name=self._loaded.name,
             model=self._loaded.spec.to_proto(),
             device=str(self._loaded.device),

@@ -100,7 +100,8 @@ def read_object(file: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise FailedPreconditionError(
-                f"{file} holds {_shown(found)} instead of an object in braces; correct it or fetch the model again"
+                f"cannot read {file.name} of the model in {file.parent}: it holds {_shown(found)} instead of an "
+                "object in braces; correct it or fetch the model again"
             )
         return found
 

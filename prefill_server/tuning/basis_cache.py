@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
+from spectrumkv.common.errors import ContextTooShortError, FailedPreconditionError, InvalidArgumentError
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.model.cache import CACHE_VARIABLE, build_once, cache_directory, sha256_of_json
 from spectrumkv.common.model.load import LoadedModel
@@ -34,7 +34,8 @@ def resolve_basis(loaded: LoadedModel, on_excerpt: Callable[[int], None]) -> Spe
         on_excerpt: told the number of excerpts done, of `EXCERPTS`, where the model is calibrated.
 
     Raises:
-        FailedPreconditionError: the model's context is too short, or the cache cannot be written to.
+        ContextTooShortError: the model's context is too short.
+        FailedPreconditionError: the cache cannot be written to.
     """
     return _build_once(loaded, lambda: calibrate(loaded, default_excerpts(loaded), on_excerpt))
 
@@ -99,14 +100,14 @@ def default_excerpts(loaded: LoadedModel) -> list[Excerpt]:
     """Return excerpts from the project's own prose.
 
     Raises:
-        FailedPreconditionError: the model's context is too short.
+        ContextTooShortError: the model's context is too short.
     """
     length = min(CONTEXT_TOKENS + CONTINUATION_TOKENS, loaded.context_length)
     context = length * CONTEXT_TOKENS // (CONTEXT_TOKENS + CONTINUATION_TOKENS)
     if context < FEWEST_CONTEXT_TOKENS:
-        raise FailedPreconditionError(
-            f"calibration needs a context of {FEWEST_CONTEXT_TOKENS} tokens and more, "
-            f"and {loaded.name} has {loaded.context_length}"
+        fewest = -(-FEWEST_CONTEXT_TOKENS * (CONTEXT_TOKENS + CONTINUATION_TOKENS) // CONTEXT_TOKENS)
+        raise ContextTooShortError(
+            f"calibration needs a context of {fewest} tokens and more, and {loaded.name} has {loaded.context_length}"
         )
     text = "".join(haystack(0).sentences)
     ids = torch.tensor(loaded.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)

@@ -1,7 +1,9 @@
 """Bad input gets the status and the sentence that gRPC's conventions ask for, over real sockets."""
 
 import math
+import os
 import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,6 +156,21 @@ def test_decode_checks_begin(
     assert caught.value.code().name == code
     assert pytest.approx(0) == total(llama_pair.decode_metrics, "kv_bytes_resident")
     assert re.search(sentence, caught.value.details())
+
+
+def test_services_without_file_descriptors_say_what_they_serve(llama_pair: Pair) -> None:
+    with llama_pair.client() as client:
+        before = client.server_info()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                os.dup(0)
+            assert client.server_info() == before
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def generate_on(port: int, max_tokens: int = 8) -> str:

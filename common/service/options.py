@@ -43,6 +43,12 @@ class Address:
         except ValueError:
             return None
 
+    @property
+    def from_here(self) -> "Address":
+        """The address by which this machine reaches what listens here: loopback's where that is every address."""
+        every = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104  # it is compared, not listened on
+        return Address(every.get(self.host, self.host), self.port)
+
     def listener(self) -> socket.socket:
         """Return a socket that listens on this address, as servers do.
 

@@ -11,6 +11,7 @@ import logging
 import os
 import select
 import stat
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -169,6 +170,9 @@ def open_log() -> LogOutput:
     opened file, and the first one may be shared with other processes.
     """
     occupy_standard_descriptors()
+    if sys.stderr is None:
+        # The process was started without one, and libraries count on it.
+        sys.stderr = open(STDERR, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  # it stays open
     for descriptor in (STDOUT, STDERR):
         with suppress(OSError):
             if stat.S_ISFIFO(os.fstat(descriptor).st_mode):

@@ -246,3 +246,12 @@ def test_no_other_writer_waits_for_whoever_reads_standard_error():
             subprocess.run([sys.executable, "-c", code], stderr=log, timeout=WAIT_SECONDS, check=False).returncode
             == 0
         )
+
+
+def test_a_process_without_standard_error_gets_one():
+    code = (
+        "import faulthandler, sys; from spectrumkv.common.service.process import set_up_logging\n"
+        "set_up_logging('info'); faulthandler.enable(); sys.stderr.write('x'); sys.stderr.flush()"
+    )
+    command = ["/bin/sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", code]
+    assert subprocess.run(command, timeout=WAIT_SECONDS, check=False).returncode == 0

@@ -71,6 +71,7 @@ class ServerConfig:
         None, "file of the accepted bearer tokens, one a line; calls need none if not given"
     )
     allow_plaintext: bool = option(False, "allow unencrypted traffic on addresses that other machines can reach")
+    allow_plaintext_metrics: bool = option(False, "allow that for the metrics alone")
     reflection: bool = option(False, "serve gRPC reflection, by which clients list services and messages")
     grace: float = option(30.0, "seconds that running requests may take after SIGTERM", number(0, WEEK_SECONDS))
     deadline: float = option(
@@ -92,7 +93,10 @@ class ServerConfig:
         if self.tls_cert is None:
             self._keep_plaintext_here("listen", self.listen, "give --tls-cert and --tls-key")
         # Metrics are always served as plaintext: TLS is for requests only.
-        self._keep_plaintext_here("metrics_listen", self.metrics_listen, "listen on 127.0.0.1")
+        if not self.allow_plaintext_metrics:
+            self._keep_plaintext_here(
+                "metrics_listen", self.metrics_listen, "listen on 127.0.0.1, pass --allow-plaintext-metrics"
+            )
 
     def _keep_plaintext_here(self, name: str, address: Address, remedy: str) -> None:
         """Refuse an address that other machines can reach by plaintext, unless that is allowed.

@@ -336,3 +336,12 @@ def test_the_default_deadline_is_no_later_than_the_latest() -> None:
     with pytest.raises(InvalidArgumentError, match="--deadline is 7200, more than --max-deadline allows"):
         build(DecodeConfig, {"deadline": "7200"})
     assert build(DecodeConfig, {"deadline": "7200", "max_deadline": "7200"}).max_deadline == 7200
+
+
+def test_plaintext_of_metrics_is_allowed_apart_from_that_of_requests() -> None:
+    for config in (PrefillConfig, DecodeConfig):
+        build(config, {"metrics_listen": "0.0.0.0:9464", "allow_plaintext_metrics": True})
+        with pytest.raises(InvalidArgumentError, match="--listen is 0.0.0.0:50051"):
+            build(config, {"listen": "0.0.0.0:50051", "allow_plaintext_metrics": True})
+    with pytest.raises(InvalidArgumentError, match="--decode is 203.0.113.1:50052"):
+        build(PrefillConfig, {"decode": "203.0.113.1:50052", "allow_plaintext_metrics": True})

@@ -3,6 +3,7 @@
 Why this is neither pydantic, beartype nor typeguard: docs/adr/0112-argument-checks.md.
 """
 
+import math
 import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -13,6 +14,10 @@ from spectrumkv.common.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+
+# Beyond about nine times this, gRPC takes a deadline for one that has passed.
+LONGEST_TIMEOUT_SECONDS = 1e9
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,29 @@ def check_type(name: str, value: object, declared: Any) -> None:
         for text in value:
             if isinstance(text, str):
                 _check_encodable(name, text)
+
+
+def grpc_timeout(seconds: object) -> float | None:
+    """Return a timeout as gRPC takes it.
+
+    Args:
+        seconds: the timeout that a caller passed; infinity is none.
+
+    Returns:
+        The seconds, or None for no timeout.
+
+    Raises:
+        InvalidArgumentError: the timeout is no number, not a number (NaN), not above 0, or finite and too long.
+    """
+    check_type("timeout", seconds, float)
+    number = float(seconds)  # type: ignore[arg-type]  # checked above
+    if number == math.inf:
+        return None
+    if not 0 < number <= LONGEST_TIMEOUT_SECONDS:
+        raise InvalidArgumentError(
+            f"timeout is {number:g}; allowed: seconds above 0, up to {LONGEST_TIMEOUT_SECONDS:g}, or infinity"
+        )
+    return number
 
 
 def check_fields(arguments: "DataclassInstance", but: tuple[str, ...] = ()) -> None:

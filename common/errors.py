@@ -30,6 +30,12 @@ class UnauthenticatedError(SpectrumKVError):
     code = "UNAUTHENTICATED"
 
 
+class PermissionDeniedError(SpectrumKVError):
+    """The caller showed who it is, and may not call this."""
+
+    code = "PERMISSION_DENIED"
+
+
 class NotFoundError(SpectrumKVError):
     """The request names something that this service does not have, such as another model."""
 

@@ -1,8 +1,10 @@
 """Define the flags that commands share: which server, how tokens are sampled, how the KV cache is sent."""
 
 import argparse
+import math
 from pathlib import Path
 
+from spectrumkv.client.argument_types import LONGEST_TIMEOUT_SECONDS
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.request import KvChoice, Sampling
 from spectrumkv.common.errors import InvalidArgumentError
@@ -106,7 +108,7 @@ def parse_token_ids(text: str) -> tuple[int, ...]:
 
 
 def parse_seconds(text: str) -> float:
-    """Return the positive number of seconds in a text.
+    """Return the positive number of seconds in a text; infinity is no limit.
 
     Raises:
         argparse.ArgumentTypeError: the text is not such a number.
@@ -115,8 +117,10 @@ def parse_seconds(text: str) -> float:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not 0.0 < seconds < 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a positive number of seconds")
+    if not (0.0 < seconds <= LONGEST_TIMEOUT_SECONDS or seconds == math.inf):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}; allowed: a positive number of seconds up to {LONGEST_TIMEOUT_SECONDS:g}, or inf for no limit"
+        )
     return seconds
 
 

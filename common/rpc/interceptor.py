@@ -18,6 +18,7 @@ from spectrumkv.common.rpc.limits import CallLimits, StreamLimit
 from spectrumkv.common.rpc.scope import RpcEnd
 from spectrumkv.common.rpc.stalled_readers import StalledReaders
 from spectrumkv.common.rpc.status import to_status
+from spectrumkv.common.security.callers import AllowedCallers, names_of
 from spectrumkv.common.security.tokens import Refusal
 from spectrumkv.common.telemetry.request_log import RequestRecord, set_current_request
 from spectrumkv.common.telemetry.tracing import RequestSpan, TraceContext, set_current_trace
@@ -37,11 +38,13 @@ class StatusInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc h
 
     Args:
         limits: how many calls there may be.
+        callers: who may bring work, by a stream or an upload.
         count_ended: called with the status code's name at the end of each stream that `limits.requests` limits.
     """
 
-    def __init__(self, limits: CallLimits, count_ended: CountEnded) -> None:
+    def __init__(self, limits: CallLimits, callers: AllowedCallers, count_ended: CountEnded) -> None:
         self._limits = limits
+        self._callers = callers
         self._count_ended = count_ended
 
     def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
@@ -64,8 +67,8 @@ class StatusInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc h
         if handler.unary_unary:
             return _guard_unary(handler.unary_unary)
         if handler.stream_unary:
-            return _guard_unary(_limited(handler.stream_unary, self._limits.uploads))
-        behaviour = handler.stream_stream or handler.unary_stream
+            return _guard_unary(self._callers.unary(_limited(handler.stream_unary, self._limits.uploads)))
+        behaviour = self._callers.stream(handler.stream_stream or handler.unary_stream)
         return self._recorded(details, behaviour, self._limits.requests.hold)
 
     def _others(self, handler: Any) -> Behaviour:
@@ -85,6 +88,8 @@ class StatusInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc h
 
         def recorded(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
             record = RequestRecord(service, context.peer(), trace)
+            if names := names_of(context):
+                record.note(caller=names[0])
             span = RequestSpan(service, trace)
             set_current_trace(span.trace)
             set_current_request(record)

@@ -17,6 +17,7 @@ from spectrumkv.common.rpc.interceptor import StatusInterceptor
 from spectrumkv.common.rpc.limits import CallLimits, request_limit, upload_limit, watch_limit
 from spectrumkv.common.rpc.stalled_readers import STALL_SECONDS, StalledReaders
 from spectrumkv.common.security import ServerSecurity
+from spectrumkv.common.security.callers import AllowedCallers
 
 # How many streams may watch health or ask for reflection; each holds a thread.
 WATCHERS = 32
@@ -98,7 +99,10 @@ class Server:
         )
         self._server = grpc.server(
             ThreadPoolExecutor(calls, thread_name_prefix="rpc"),
-            interceptors=(StatusInterceptor(limits, count_ended), *security.interceptors()),
+            interceptors=(
+                StatusInterceptor(limits, AllowedCallers(security.client_names), count_ended),
+                *security.interceptors(),
+            ),
             options=(
                 *_SERVER_OPTIONS,
                 ("grpc.max_concurrent_streams", threads + EXTRA_STREAMS),

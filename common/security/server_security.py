@@ -17,12 +17,14 @@ class ServerSecurity:
     Attributes:
         tls: the server's certificate, and with `verify_clients` the clients' authorities; None serves plaintext.
         verify_clients: refuse clients without a certificate of `tls.ca` (mutual TLS).
+        client_names: a caller's certificate must have one of these names to bring work; with none, any may.
         token_file: the file of accepted bearer tokens; with None calls need no token.
     """
 
     tls: TlsFiles | None = None
     verify_clients: bool = False
     token_file: Path | None = None
+    client_names: frozenset[str] = frozenset()
 
     @classmethod
     def from_config(cls, config: ServerConfig) -> "ServerSecurity":
@@ -39,6 +41,9 @@ class ServerSecurity:
             tls=TlsFiles.named(config.tls_cert, config.tls_key, config.tls_ca) if serves_tls else None,
             verify_clients=config.tls_ca is not None and config.tls_clients == "verified",
             token_file=optional_path(config.token_file),
+            client_names=frozenset(
+                name.strip() for name in (config.tls_client_names or "").split(",") if name.strip()
+            ),
         )
 
     def check(self) -> None:

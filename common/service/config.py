@@ -67,10 +67,14 @@ class ServerConfig:
         "with --tls-ca, whether clients must show a certificate of these authorities",
         one_of("verified", "any"),
     )
+    tls_client_names: str | None = option(
+        None, "names, separated by commas, of which a client's certificate must have one to bring work"
+    )
     token_file: str | None = option(
         None, "file of the accepted bearer tokens, one a line; calls need none if not given"
     )
     allow_plaintext: bool = option(False, "allow unencrypted traffic on addresses that other machines can reach")
+    allow_plaintext_metrics: bool = option(False, "allow that for the metrics alone")
     reflection: bool = option(False, "serve gRPC reflection, by which clients list services and messages")
     grace: float = option(30.0, "seconds that running requests may take after SIGTERM", number(0, WEEK_SECONDS))
     stuck_after: float = option(
@@ -92,10 +96,23 @@ class ServerConfig:
                 f"--deadline is {self.deadline:g}, more than --max-deadline allows, which is {self.max_deadline:g}; "
                 "raise that, too"
             )
+        if self.tls_client_names and not all(name.strip() for name in self.tls_client_names.split(",")):
+            raise InvalidArgumentError(
+                f"--tls-client-names is {self.tls_client_names!r}; allowed: names, separated by commas"
+            )
+        if self.tls_client_names and None in (self.tls_cert, self.tls_ca):
+            raise InvalidArgumentError(
+                "--tls-client-names asks for names in clients' certificates; give --tls-cert, --tls-key and --tls-ca"
+            )
+        if self.tls_client_names and self.tls_clients == "any":
+            raise InvalidArgumentError("--tls-client-names asks for certificates; leave out --tls-clients any")
         if self.tls_cert is None:
             self._keep_plaintext_here("listen", self.listen, "give --tls-cert and --tls-key")
         # Metrics are always served as plaintext: TLS is for requests only.
-        self._keep_plaintext_here("metrics_listen", self.metrics_listen, "listen on 127.0.0.1")
+        if not self.allow_plaintext_metrics:
+            self._keep_plaintext_here(
+                "metrics_listen", self.metrics_listen, "listen on 127.0.0.1, pass --allow-plaintext-metrics"
+            )
 
     def _keep_plaintext_here(self, name: str, address: Address, remedy: str) -> None:
         """Refuse an address that other machines can reach by plaintext, unless that is allowed.

@@ -11,6 +11,7 @@ from spectrumkv.common.errors import (
     CancelledError,
     DataLossError,
     FailedPreconditionError,
+    PermissionDeniedError,
     SpectrumKVError,
     UnauthenticatedError,
     UnavailableError,
@@ -155,8 +156,8 @@ class DecodeLease:
             # Prefill did not cancel, or the scope would have said so: a worker that stops ends its streams like this,
             # and so does `cancelled_after`.
             known = UnavailableError("it did not answer or ended the stream")
-        if isinstance(known, UnauthenticatedError):
-            # The client has no part in the token that prefill sends.
+        if isinstance(known, UnauthenticatedError | PermissionDeniedError):
+            # The client has no part in the token and the certificate that prefill shows.
             known = FailedPreconditionError(f"it refuses prefill: {known.message}")
         return self._named(known)
 

@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 import threading
@@ -224,3 +225,34 @@ def test_importing_the_client_loads_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("timeout", [math.nan, 0, 0.0, -1, -math.inf, 9e9])
+def test_a_timeout_that_is_no_time_is_refused(client, timeout):
+    calls = (
+        lambda: client.generate("x", timeout=timeout),
+        lambda: client.server_info(timeout),
+        lambda: client.is_serving(timeout),
+        lambda: client.wait_until_serving(timeout),
+    )
+    for call in calls:
+        with pytest.raises(errors.InvalidArgumentError, match=r"timeout is .*; allowed: seconds above 0"):
+            call()
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e9])
+def test_a_timeout_without_end_is_one(client, timeout):
+    assert client.generate("x", timeout=timeout).result().tokens
+    assert client.server_info(timeout).version
+    assert client.is_serving(timeout)
+    client.wait_until_serving(timeout)
+
+
+def test_a_limit_of_the_servers_is_told_in_its_own_words(prefill, client):
+    def answer(request, context):
+        yield token(0, "a")
+        raise errors.DeadlineExceededError("the longest that this server allows")
+
+    prefill.answer = answer
+    with pytest.raises(errors.DeadlineExceededError, match="the longest that this server allows"):
+        client.generate("x", timeout=math.inf).result()

@@ -26,7 +26,7 @@ from tests.client.fake_servers import finished, token
         (["generate", "--token-ids", "1,x"], "separated by commas"),
         (["generate", "a", "--seed", "-1"], "seed is -1"),
         (["generate", "a", "--server", "nowhere"], "HOST:PORT"),
-        (["generate", "a", "--timeout", "0"], "positive number of seconds"),
+        *((["generate", "a", "--timeout", text], "positive number of seconds") for text in ("0", "nan", "9e9")),
         (["generate", "--prompt-file", "/does/not/exist"], "/does/not/exist"),
         (["generate", "a\udcffb"], "the prompt has '\\udcff' at character 1, which is not valid text; give UTF-8"),
         (["generate", "a", "--chat", "--system", "\udcff"], "content has '\\udcff' at character 0"),

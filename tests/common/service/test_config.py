@@ -4,6 +4,7 @@ from dataclasses import MISSING, fields
 import pytest
 
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.security import ServerSecurity
 from spectrumkv.common.service.config import (
     Address,
     DecodeConfig,
@@ -266,3 +267,25 @@ def test_the_default_deadline_is_no_later_than_the_latest() -> None:
     with pytest.raises(InvalidArgumentError, match="--deadline is 7200, more than --max-deadline allows"):
         build(DecodeConfig, {"deadline": "7200"})
     assert build(DecodeConfig, {"deadline": "7200", "max_deadline": "7200"}).max_deadline == 7200
+
+
+def test_plaintext_of_metrics_is_allowed_apart_from_that_of_requests() -> None:
+    for config in (PrefillConfig, DecodeConfig):
+        build(config, {"metrics_listen": "0.0.0.0:9464", "allow_plaintext_metrics": True})
+        with pytest.raises(InvalidArgumentError, match=r"--listen is 0\.0\.0\.0:50051"):
+            build(config, {"listen": "0.0.0.0:50051", "allow_plaintext_metrics": True})
+    with pytest.raises(InvalidArgumentError, match=r"--decode is 203\.0\.113\.1:50052"):
+        build(PrefillConfig, {"decode": "203.0.113.1:50052", "allow_plaintext_metrics": True})
+
+
+def test_names_of_clients_need_certificates_to_be_in() -> None:
+    files = {"tls_cert": "cert.pem", "tls_key": "key.pem"}
+    names = {"tls_client_names": "prefill-1, prefill-2"}
+    config = build(DecodeConfig, {**files, "tls_ca": "ca.pem", **names})
+    assert ServerSecurity.from_config(config).client_names == {"prefill-1", "prefill-2"}
+    for more in ({}, files, {**files, "tls_ca": "ca.pem", "tls_clients": "any"}):
+        with pytest.raises(InvalidArgumentError, match="--tls-client-names asks for"):
+            build(DecodeConfig, {**more, **names})
+    for empty in (",", "prefill,", " "):
+        with pytest.raises(InvalidArgumentError, match="allowed: names, separated by commas"):
+            build(DecodeConfig, {**files, "tls_ca": "ca.pem", "tls_client_names": empty})

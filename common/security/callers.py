@@ -1,0 +1,57 @@
+"""Who a caller is by its certificate, and whether it may bring work."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+
+from spectrumkv.common.errors import PermissionDeniedError
+
+_NAMES = ("x509_common_name", "x509_subject_alternative_name")
+
+
+def names_of(context: grpc.ServicerContext) -> tuple[str, ...]:
+    """Return the names of the certificate that a caller showed, its common name first; none where it showed none."""
+    properties = context.auth_context()
+    return tuple(name.decode("utf-8", "replace") for kind in _NAMES for name in properties.get(kind, ()))
+
+
+class AllowedCallers:
+    """Lets those callers bring work whose certificate has one of some names.
+
+    Args:
+        names: the names; with none, every caller may that the server lets connect.
+    """
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self._names = names
+
+    def check(self, context: grpc.ServicerContext) -> None:
+        """Refuse a caller without such a name.
+
+        Raises:
+            PermissionDeniedError: it has none.
+        """
+        if self._names and self._names.isdisjoint(names_of(context)):
+            shown = ", ".join(names_of(context)) or "none"
+            raise PermissionDeniedError(
+                f"this server takes no work from this caller (--tls-client-names); its certificate's names: {shown}"
+            )
+
+    def unary(self, behaviour: Callable[[Any, grpc.ServicerContext], Any]) -> Callable[..., Any]:
+        """Return a handler with one answer that checks its caller first."""
+
+        def checked(requests: Any, context: grpc.ServicerContext) -> Any:
+            self.check(context)
+            return behaviour(requests, context)
+
+        return checked
+
+    def stream(self, behaviour: Callable[[Any, grpc.ServicerContext], Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        """Return a handler with a stream of answers that checks its caller first."""
+
+        def checked(requests: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            self.check(context)
+            yield from behaviour(requests, context)
+
+        return checked

@@ -11,13 +11,21 @@ PEERS := build/peers
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-install: $(VENV)/.installed  ## Create the virtual environment and install the project into it
+# LOCKED=1 takes exactly the files whose hashes are in requirements/, with PyTorch for CUDA as PyPI has it; LOCKED=cpu takes
+# PyTorch's CPU build instead, which pip must find (on PyTorch's own index, say).
+install: $(VENV)/.installed  ## Create the virtual environment and install the project into it (LOCKED=1, LOCKED=cpu)
 
 $(VENV)/.installed: pyproject.toml setup.py $(PROTOS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "SpectrumKV needs Python 3.11 or newer; name one with: make PYTHON=python3.11 …" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifdef LOCKED
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q --require-hashes \
+		-r requirements/locked.txt -r requirements/torch-$(if $(filter cpu,$(LOCKED)),cpu,cuda).txt
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
+else
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -e '.[dev]'
+endif
 	@touch $@
 
 demo: install  ## Start both services on the embedded model, send a long prompt at three budgets
@@ -114,3 +122,28 @@ test-faults-exhaustive: install  ## The same with the longest forms: 20,400 host
 
 soak: install  ## 2,000 mixed requests on four workers, one killed each minute (docs/faults.md; ARGS='--seed 7')
 	$(BIN)/python -m tests.faults.soak $(ARGS)
+
+# Tools that only these targets need have an environment of their own.
+SUPPLY := build/supply
+.PHONY: lock sbom audit
+
+$(SUPPLY)/.installed:
+	test -x $(SUPPLY)/bin/python || $(PYTHON) -m venv $(SUPPLY)
+	$(SUPPLY)/bin/python -m pip install --disable-pip-version-check -q 'uv>=0.8' 'cyclonedx-bom>=7,<8' 'pip-audit>=2.9,<3'
+	@touch $@
+
+lock: $(SUPPLY)/.installed  ## Write requirements/*.txt anew: every dependency at the newest version allowed, with hashes
+	$(SUPPLY)/bin/uv pip compile -q --universal --upgrade --generate-hashes --python-version 3.11 --extra dev \
+		pyproject.toml requirements/build.in -o build/locked.txt
+	rm -rf build/torch-cpu
+	$(SUPPLY)/bin/python -m pip download -q --no-deps -d build/torch-cpu \
+		--extra-index-url https://download.pytorch.org/whl/cpu \
+		"$$(sed -n 's/^torch==\([0-9.]*\).*/torch==\1+cpu/p' build/locked.txt)"
+	$(SUPPLY)/bin/python requirements/split.py build/locked.txt build/torch-cpu/torch-*.whl
+
+sbom: $(SUPPLY)/.installed  ## Write build/sbom.cdx.json, a CycloneDX bill of materials of the locked dependencies
+	cat requirements/locked.txt requirements/torch-cuda.txt > build/requirements.txt
+	$(SUPPLY)/bin/cyclonedx-py requirements build/requirements.txt --pyproject pyproject.toml -o build/sbom.cdx.json
+
+audit: $(SUPPLY)/.installed  ## Look the locked dependencies up among known vulnerabilities
+	$(SUPPLY)/bin/python requirements/audit.py

@@ -20,14 +20,14 @@ NOT_PACKAGED = {"tests", "build", "docs", "docker", "proto"}
 
 
 def top_level_folders() -> dict[str, Path]:
-    """The folder behind each name below `spectrumkv`, relative to the root."""
+    """Return the folder behind each name below `spectrumkv`, relative to the root."""
     found = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
     folders = {name: Path(name) for name in found if name not in NOT_PACKAGED}
     return folders | {"v1": PROTO_ROOT / "spectrumkv" / "v1"}
 
 
 def package_directories() -> dict[str, str]:
-    """The folder of every package, by the name that it is imported under."""
+    """Return the folder of every package, by the name that it is imported under."""
     directories = {}
     for name, folder in top_level_folders().items():
         directories[f"spectrumkv.{name}"] = str(folder)
@@ -37,7 +37,11 @@ def package_directories() -> dict[str, str]:
 
 
 def generate_grpc_code() -> None:
-    """Write `*_pb2.py`, `*_pb2.pyi` and `*_pb2_grpc.py` beside every .proto file."""
+    """Write `*_pb2.py`, `*_pb2.pyi` and `*_pb2_grpc.py` beside every .proto file.
+
+    Raises:
+        SystemExit: protoc refused a file.
+    """
     import grpc_tools
     from grpc_tools import protoc
 

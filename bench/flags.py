@@ -25,6 +25,19 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def add_number_flags(
+    parser: "argparse.ArgumentParser | argparse._ArgumentGroup", *numbers: tuple[str, int, str]
+) -> None:
+    """Add flags that take whole numbers.
+
+    Args:
+        parser: gets the flags.
+        numbers: of each flag the name, the default, and what it counts.
+    """
+    for name, default, what in numbers:
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
+
+
 def given_options(arguments: argparse.Namespace, *names: str) -> dict[str, str]:
     """Return those of the named flags that are set, as options of the services."""
     values = {name: getattr(arguments, name) for name in names}
@@ -148,13 +161,13 @@ def kv_choices(arguments: argparse.Namespace) -> "list[KvChoice]":
 def add_geometry_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that give the shape of a synthetic KV cache; the default is that of the embedded model."""
     group = parser.add_argument_group("the cache's shape (default: the embedded model's)")
-    for name, default, what in (
+    add_number_flags(
+        group,
         ("tokens", 2048, "tokens of the prompt"),
         ("layers", 30, "layers"),
         ("kv-heads", 3, "KV heads of a layer"),
         ("head-dim", 64, "elements of a key in a head"),
-    ):
-        group.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
+    )
     group.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),

@@ -81,7 +81,14 @@ def timed_on_gpu(work: Callable[[], object]) -> Callable[[], float]:
 
 
 def replayed(launches: Sequence[Callable[[], object]]) -> Callable[[], None]:
-    """Capture launches in a CUDA graph; return a function that replays it, so that launching takes almost no time."""
+    """Capture launches in a CUDA graph.
+
+    Args:
+        launches: start kernels on the device; each is called twice, for Triton to compile and for the capture.
+
+    Returns:
+        A function that replays the graph, so that launching takes almost no time.
+    """
     import torch
 
     for launch in launches:
@@ -114,7 +121,7 @@ class Durations:
     processor_seconds: list[float] = field(default_factory=list)
 
     def add(self, work: Callable[[], T]) -> T:
-        """Do `work`, keep the time that it took, and return its result."""
+        """Return the result of `work`, and keep the time that it took."""
         started, processor_started = time.perf_counter(), time.process_time()
         result = work()
         self.seconds.append(time.perf_counter() - started)

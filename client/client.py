@@ -233,18 +233,15 @@ class SpectrumClient:
         return CompletionStream(call, sent, timeout, self.address)
 
     def server_info(self, timeout: float = INFO_TIMEOUT_SECONDS) -> ServerInfo:
-        """Ask a prefill or decode service which model it serves, and how.
+        """Return what a prefill or decode service says of itself: which model it serves, and how.
 
         Args:
             timeout: seconds until each of at most two calls is given up.
 
-        Returns:
-            The answer of the prefill or decode service.
-
         Raises:
             NotFoundError: the server is neither a prefill nor a decode service.
             SpectrumKVError: the server cannot be reached.
-        """
+        """  # noqa: DOC501  # the rule wants `error_from_rpc` itself; it makes a SpectrumKVError
         prefill_info: prefill_pb2.PrefillServiceGetServerInfoResponse
         decode_info: decode_pb2.DecodeServiceGetServerInfoResponse
         try:
@@ -287,7 +284,12 @@ class SpectrumClient:
 
     @contextmanager
     def _while_open(self) -> Iterator[None]:
-        """Turn the ValueError that gRPC raises for a call on a closed channel into FailedPreconditionError."""
+        """Turn the ValueError that gRPC raises for a call on a closed channel into FailedPreconditionError.
+
+        Raises:
+            FailedPreconditionError: this client is closed.
+            ValueError: the block raised it for another reason.
+        """
         try:
             yield
         except ValueError as error:

@@ -25,7 +25,7 @@ def is_serving(channel: grpc.Channel, timeout: float) -> bool:
 
     Raises:
         SpectrumKVError: the server cannot be reached or has no health service.
-    """
+    """  # noqa: DOC501  # the rule wants `error_from_rpc` itself; it makes a SpectrumKVError
     try:
         response = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout)
     except grpc.RpcError as error:
@@ -48,7 +48,7 @@ def wait_until_serving(channel: grpc.Channel, address: str, timeout: float) -> N
         DeadlineExceededError: the server is not ready in time; the message names its last status.
         CancelledError: the channel was closed during the wait.
         SpectrumKVError: the server has no health service.
-    """
+    """  # noqa: DOC501  # the rule wants `error_from_rpc` itself; it makes a SpectrumKVError
     deadline = time.monotonic() + timeout
     last_status = ""
     while True:
@@ -70,7 +70,11 @@ def wait_until_serving(channel: grpc.Channel, address: str, timeout: float) -> N
 
 
 def _why_no_answer(channel: grpc.Channel) -> str:
-    """Ask once without `wait_for_ready`: a call that waits for a connection never learns why there is none."""
+    """Ask once without `wait_for_ready`: a call that waits for a connection never learns why there is none.
+
+    Returns:
+        The reason in a few words, for an error message.
+    """
     try:
         is_serving(channel, REASON_SECONDS)
     except SpectrumKVError as error:

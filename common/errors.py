@@ -42,6 +42,10 @@ class FailedPreconditionError(SpectrumKVError):
     code = "FAILED_PRECONDITION"
 
 
+class ContextTooShortError(FailedPreconditionError):
+    """The model takes too few tokens to be calibrated or probed."""
+
+
 class BasisMissingError(FailedPreconditionError):
     """The receiver lacks the codec basis that Begin names; the sender can send it (`PutBasis`) and try again."""
 
@@ -126,3 +130,7 @@ class InternalError(SpectrumKVError):
     """A defect of SpectrumKV or of the machine."""
 
     code = "INTERNAL"
+
+
+class NotFiniteError(InternalError):
+    """The model computed something infinite or NaN: its weights, its dtype or the machine are at fault."""

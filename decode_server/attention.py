@@ -15,7 +15,7 @@ ATTENTION_NAME = "spectrumkv_decode"
 
 @dataclass(frozen=True, eq=False)
 class DecodeMetadata:
-    """Says where the requests of one decode step have their cache, in tensors that the device reads.
+    """Say where the requests of one decode step have their cache, in tensors that the device reads.
 
     Attributes:
         pool: has the slots.
@@ -45,7 +45,7 @@ class DecodeMetadata:
 
 @dataclass(frozen=True, eq=False)
 class HostDecodeMetadata(DecodeMetadata):
-    """The same on a CPU, where it is known which rows have no dropped tokens.
+    """Describe a step on a CPU, where it is known which rows have no dropped tokens.
 
     Attributes:
         allocations: one for each row of the batch.
@@ -55,7 +55,15 @@ class HostDecodeMetadata(DecodeMetadata):
 
     @classmethod
     def of(cls, allocations: Sequence[Allocation], positions: Sequence[int]) -> "HostDecodeMetadata":
-        """Look up the slots of at least one row, each with the position of the token that this step reads."""
+        """Look up where each row's slots begin and end.
+
+        Args:
+            allocations: of at least one row, all from one pool.
+            positions: of the token that this step reads, one for each row.
+
+        Returns:
+            The metadata of one step, on the host.
+        """
         firsts = torch.tensor([allocation.start for allocation in allocations])
         return cls(allocations[0].pool, firsts, firsts + torch.tensor(positions), allocations)
 

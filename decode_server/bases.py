@@ -3,32 +3,47 @@
 import hashlib
 import logging
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 
-from spectrumkv.common.errors import BasisMissingError, DataLossError, InvalidArgumentError
+from spectrumkv.common.errors import (
+    BasisMissingError,
+    DataLossError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+)
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.rpc.decode_methods import ArrivedPiece
 
 logger = logging.getLogger(__name__)
 
-# A worker serves one model, so it gets one basis, and a second one while prefill workers are upgraded.
-MOST_BASES = 4
+# Prefill services on machines of different kinds find different bases for the same model, unless one of them is
+# published to all: so many bytes of bases are kept, and as many as four bases of a large model take.
+STORE_BYTES = 64 << 20
+FEWEST_BASES = 4
+# Requests that use bases end sooner or later.
+RETRY_SECONDS = 1.0
+# A basis is kept with the inverse of its transform, which is all but its whole size.
+KEPT_RATIO = 2
 
 
 class BasisStore:
-    """Holds bases by their digest; the least recently used one is dropped when there are too many.
+    """Holds bases by their digest, in a bounded number of bytes; the one longest out of use gives way.
 
     Args:
         geometry: shape and dtype of the model's cache.
+        most_bytes: what all bases together may take; none for `STORE_BYTES`, or the bytes of four bases.
     """
 
-    def __init__(self, geometry: KvGeometry) -> None:
+    def __init__(self, geometry: KvGeometry, most_bytes: int | None = None) -> None:
         self._geometry = geometry
         self._largest = SpectralBasis.largest_bytes(geometry)
+        self._most_bytes = most_bytes or max(STORE_BYTES, FEWEST_BASES * KEPT_RATIO * self._largest)
         self._lock = threading.Lock()
         self._bases: OrderedDict[bytes, SpectralBasis] = OrderedDict()
+        self._users: Counter[bytes] = Counter()
 
     def get(self, digest: bytes) -> SpectralBasis:
         """Return the basis of a digest.
@@ -37,13 +52,26 @@ class BasisStore:
             BasisMissingError: no prefill worker has sent it yet.
         """
         with self._lock:
-            if digest not in self._bases:
-                raise BasisMissingError(f"codec basis {digest.hex()[:16]} is not known here; send it with PutBasis")
-            self._bases.move_to_end(digest)
-            return self._bases[digest]
+            return self._found(digest)
+
+    @contextmanager
+    def hold(self, digest: bytes) -> Iterator[SpectralBasis]:
+        """Yield the basis of a digest, which is not dropped until the block ends.
+
+        Raises:
+            BasisMissingError: no prefill worker has sent it yet.
+        """
+        with self._lock:
+            basis = self._found(digest)
+            self._users[digest] += 1
+        try:
+            yield basis
+        finally:
+            with self._lock:
+                self._users[digest] -= 1
 
     def receive(self, pieces: Iterator[ArrivedPiece]) -> int:
-        """Receive a basis in pieces and keep it.
+        """Receive a basis in pieces and keep it, or answer whether it is here already.
 
         Args:
             pieces: as they arrived, in order.
@@ -52,8 +80,10 @@ class BasisStore:
             How many bytes the messages had.
 
         Raises:
+            BasisMissingError: all that was sent is the digest of a basis that is not here.
             DataLossError: a piece is damaged, or the basis has another digest than announced.
             InvalidArgumentError: it is no basis for this model, or is larger than any.
+            ResourceExhaustedError: requests use all bases that are here, and there is no room for one more.
         """
         digest, data, taken = b"", bytearray(), 0
         for piece in pieces:
@@ -68,17 +98,51 @@ class BasisStore:
                 raise InvalidArgumentError(
                     f"a codec basis of more than {self._largest} bytes was sent; one for this model is no larger"
                 )
+        if digest and not data:
+            self.get(digest)
+            return taken
         if hashlib.sha256(data).digest() != digest:
             raise DataLossError(f"a codec basis of {len(data)} bytes is not what its digest announces", "basis")
         basis = SpectralBasis.from_bytes(bytes(data))
         basis.check_fits(self._geometry)
         # Inverted now, so that a transform which cannot be is refused before any KV is sent in it.
         _ = basis.synthesis
-        with self._lock:
-            # A basis that is here already stays, with its inverse.
-            self._bases.setdefault(digest, basis)
-            self._bases.move_to_end(digest)
-            while len(self._bases) > MOST_BASES:
-                self._bases.popitem(last=False)
+        self._keep(digest, basis)
         logger.info("received codec basis %s, %d bytes", digest.hex()[:16], len(data))
         return taken
+
+    def _found(self, digest: bytes) -> SpectralBasis:
+        if digest not in self._bases:
+            raise BasisMissingError(f"codec basis {digest.hex()[:16]} is not known here; send it with PutBasis")
+        self._bases.move_to_end(digest)
+        return self._bases[digest]
+
+    def _keep(self, digest: bytes, basis: SpectralBasis) -> None:
+        """Keep a basis, in the place of some that nobody uses where there is no room.
+
+        Raises:
+            ResourceExhaustedError: all others are in use.
+        """
+        with self._lock:
+            if digest in self._bases:
+                # It stays, with its inverse.
+                self._bases.move_to_end(digest)
+                return
+            room = self._most_bytes - _kept_bytes(basis)
+            unused = [one for one in self._bases if not self._users[one]]
+            while self._bases and sum(map(_kept_bytes, self._bases.values())) > room:
+                if not unused:
+                    raise ResourceExhaustedError(
+                        f"{len(self._bases)} codec bases are in use, as many as have room here; publish one basis to "
+                        "all prefill services with `spectrumkv basis export` and `import`",
+                        RETRY_SECONDS,
+                    )
+                dropped = unused.pop(0)
+                del self._bases[dropped]
+                logger.info("dropped codec basis %s, which was not in use", dropped.hex()[:16])
+            self._bases[digest] = basis
+
+
+def _kept_bytes(basis: SpectralBasis) -> int:
+    """Return what a basis takes here: its tensors, of which the inverse is as large as the transform."""
+    return KEPT_RATIO * basis.analysis.nbytes

@@ -36,6 +36,7 @@ def _serve() -> None:
         SERVICE_NAME,
         threads=config.max_streams,
         count_ended=lambda code: metrics.requests.labels(code).inc(),
+        count_silent=lambda reason: metrics.silent_calls_ended.labels(reason).inc(),
         reflection_enabled=config.reflection,
         security=ServerSecurity.from_config(config),
     )

@@ -3,7 +3,7 @@
 import queue
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -147,17 +147,19 @@ def admit(begin: decode_pb2.Begin, loaded: LoadedModel, pool: KvPool, bases: Bas
         raise InvalidArgumentError("Begin has no prompt tokens")
     check_token_id("Begin has", max(begin.prompt_token_ids), loaded.spec.vocab_size)
     codec = codecs.get(begin.codec.name)
-    basis = bases.get(begin.codec.basis_digest) if codec.needs_basis else None
     params = SamplingParams.from_proto(begin.sampling)
     check_length(len(begin.prompt_token_ids), params.max_tokens, loaded.context_length)
-    with pool.reserve(len(begin.prompt_token_ids) + params.max_tokens) as allocation:
+    with (
+        bases.hold(begin.codec.basis_digest) if codec.needs_basis else nullcontext() as basis,
+        pool.reserve(len(begin.prompt_token_ids) + params.max_tokens) as allocation,
+    ):
         yield DecodeRequest(
             request_id=begin.request_id,
             prompt_token_ids=begin.prompt_token_ids,
             allocation=allocation,
             decoder=codec.decoder(loaded.geometry, basis),
             sampler=Sampler(params, begin.prompt_token_ids),
-            text=TextStream(loaded.tokenizer, params, loaded.eos_token_ids),
+            text=TextStream(loaded.tokenizer, params, loaded.eos_token_ids, begin.prompt_token_ids),
         )
 
 

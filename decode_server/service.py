@@ -28,9 +28,8 @@ from spectrumkv.decode_server.receiver import KvReceiver, throttled
 from spectrumkv.decode_server.request import DecodeRequest, admit, check_token_id
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc, kv_pb2
 
-# Prefill sends Begin as soon as it opens a stream. A caller that opens one and sends nothing holds a thread for no
-# longer than this.
-BEGIN_SECONDS = 10.0
+# Read once: it is a file of its own, which cannot be opened when a process has no file descriptors left.
+_VERSION = version("spectrumkv")
 # How many messages may wait to be dequantized on a GPU.
 MESSAGES_AHEAD = 8
 # A basis has up to a few hundred megabytes.
@@ -68,12 +67,12 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         Leaving this function, however that comes, frees everything that the request held.
         """
         with (
-            RpcScope(context, self._config.deadline) as scope,
+            RpcScope(context, self._config.deadline, self._config.max_deadline) as scope,
             self._rejections_counted(),
             self._device_watched(),
             self._arriving(requests_until_close(requests, scope)) as messages,
         ):
-            begin = self._read_begin(messages, scope)
+            begin = self._read_begin(messages)
             with admit(begin, self._loaded, self._pool, self._bases) as request:
                 yield decode_pb2.DecodeResponse(admitted=decode_pb2.Admitted(slots=request.allocation.capacity))
                 end = self._receive_kv(request, messages)
@@ -91,7 +90,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             DeadlineExceededError: the basis took too long.
             InvalidArgumentError: it is no basis for this model.
         """
-        with RpcScope(context, self._config.deadline) as scope, self._rejections_counted():
+        with RpcScope(context, self._config.deadline, self._config.max_deadline) as scope, self._rejections_counted():
             try:
                 with scope.within(PUT_BASIS_SECONDS):
                     received_bytes = self._bases.receive(request_iterator)
@@ -106,7 +105,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
     ) -> decode_pb2.DecodeServiceGetServerInfoResponse:
         """Return what is served and how full this worker is."""
         return decode_pb2.DecodeServiceGetServerInfoResponse(
-            version=version("spectrumkv"),
+            version=_VERSION,
             model_name=self._loaded.name,
             model=self._loaded.spec.to_proto(),
             codecs=[kv_pb2.CodecId(name=name, version=codecs.get(name).version) for name in codecs],
@@ -165,16 +164,14 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             self.vitals.fail(f"the device is lost: {error}")
             raise UnavailableError("this decode worker has lost its device; try another worker") from error
 
-    def _read_begin(self, messages: Iterator[Request], scope: RpcScope) -> decode_pb2.Begin:
+    def _read_begin(self, messages: Iterator[Request]) -> decode_pb2.Begin:
         """Return Begin, noted in the request's log line.
 
         Raises:
             DataLossError: the stream starts with another message, or Begin is damaged.
-            DeadlineExceededError: Begin did not come in time.
             InvalidArgumentError: a log cannot hold the request's id.
         """
-        with scope.within(BEGIN_SECONDS):
-            message = expect_begin(messages)
+        message = expect_begin(messages)
         begin, size = message.begin, serialized_bytes(message)
         check_request_id(begin.request_id)
         self._metrics.kv_bytes_received.labels(FRAMING).inc(size)

@@ -4,8 +4,13 @@ import logging
 import sys
 
 from spectrumkv.common.concurrency.threads import use_one_thread
+from spectrumkv.common.errors import ContextTooShortError
+from spectrumkv.common.kv.allocation import Int4Layers
+from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.codecs.spectral import codec as spectral
-from spectrumkv.common.model.load import load_model
+from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.policies import policies
+from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.common.rpc.server import Server
 from spectrumkv.common.security import ChannelSecurity, ServerSecurity
 from spectrumkv.common.service import config as configuration
@@ -21,6 +26,7 @@ from spectrumkv.prefill_server.service import PrefillService
 from spectrumkv.prefill_server.transfer.plan import check_defaults
 from spectrumkv.prefill_server.tuning.basis_cache import EXCERPTS, resolve_basis
 from spectrumkv.prefill_server.tuning.probe.probe import resolve_verdict
+from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import prefill_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -44,8 +50,7 @@ def _serve() -> None:
     attention_scores.prepare()
     metrics = Metrics.for_process("prefill", loaded.name)
     engine = PrefillEngine(loaded, config.window)
-    basis = resolve_basis(loaded, lambda done: logger.info("calibrated on excerpt %d of %d", done, EXCERPTS))
-    verdict = resolve_verdict(loaded, engine, basis, config.int4, logger.info)
+    basis, verdict = tune(loaded, engine, config)
     service = PrefillService(loaded, config, metrics, engine, verdict, basis)
     server = Server(
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server,
@@ -53,11 +58,43 @@ def _serve() -> None:
         "spectrumkv.v1.PrefillService",
         threads=config.max_waiting,
         count_ended=lambda code: metrics.requests.labels(code).inc(),
+        count_silent=lambda reason: metrics.silent_calls_ended.labels(reason).inc(),
         reflection_enabled=config.reflection,
         security=ServerSecurity.from_config(config),
     )
     use_one_thread()
     serve_until_signalled(server, metrics, config, service.stop, engine.vitals)
+
+
+def tune(
+    loaded: LoadedModel, engine: PrefillEngine, config: PrefillConfig
+) -> tuple[SpectralBasis | None, ProbeVerdict]:
+    """Calibrate and probe the model, unless earlier starts did.
+
+    Args:
+        loaded: the model.
+        engine: runs the model.
+        config: of the service.
+
+    Returns:
+        The basis, and how strongly KV may be coded. Where the model's context is too short for either and the default
+        policy needs no basis, the basis may be None, and INT4 is off: requests for a policy that needs the basis are
+        refused.
+
+    Raises:
+        ContextTooShortError: the model's context is too short, and the default policy needs a basis.
+        FailedPreconditionError: the cache cannot be written to.
+    """
+    basis = None
+    try:
+        basis = resolve_basis(loaded, lambda done: logger.info("calibrated on excerpt %d of %d", done, EXCERPTS))
+        return basis, resolve_verdict(loaded, engine, basis, config.int4, logger.info)
+    except ContextTooShortError as error:
+        if codecs.get(policies.get(config.policy).codec or config.codec).needs_basis:
+            raise
+        logger.warning("%s; INT4 is off%s", error, "" if basis else ", and policies that need a basis are refused")
+        reason = f"nothing was probed: {error}"
+        return basis, ProbeVerdict(Int4Layers.nowhere(loaded.geometry.layers), "flag", reason)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ class PrefillRequest:
         progress: how far the request came.
         first: the first token, once it is sampled: every worker gets the same one, and the client gets it once.
         finish: why the generation ended; None before it did.
+        stage_seconds: what the request spent in the stages "queue" and "prefill", on all workers together.
 
     Raises:
         InvalidArgumentError: id, prompt or seed are missing.
@@ -91,6 +92,7 @@ class PrefillRequest:
     progress: Progress
     first: FirstResponse | None = field(default=None, init=False)
     finish: generation_pb2.FinishReason | None = field(default=None, init=False)
+    stage_seconds: dict[str, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         if not self.request_id:
@@ -104,6 +106,10 @@ class PrefillRequest:
     def slots(self) -> int:
         """Slots that decode will reserve for the request."""
         return len(self.token_ids) + self.params.max_tokens
+
+    def add_to_stage(self, stage: str, seconds: float) -> None:
+        """Add time that the request spent in a stage, once more where it ran before on another worker."""
+        self.stage_seconds[stage] = self.stage_seconds.get(stage, 0.0) + seconds
 
     def usage(self, plan: KvPlan, sent: SentKv, geometry: KvGeometry, decode_worker: str) -> generation_pb2.Usage:
         """Return what the request used, once it is finished.

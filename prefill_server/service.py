@@ -2,15 +2,13 @@
 
 import concurrent.futures
 import time
-import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 from importlib.metadata import version
 
 import grpc
 
-from spectrumkv.common.errors import CancelledError, NotFoundError
-from spectrumkv.common.generation.params import SamplingParams
-from spectrumkv.common.generation.prompt import check_length, read_prompt
+from spectrumkv.common.errors import CancelledError
 from spectrumkv.common.generation.sampling import Sampler
 from spectrumkv.common.generation.text import FinishReason, TextStream, token_message
 from spectrumkv.common.kv.codecs.base import codecs
@@ -20,16 +18,20 @@ from spectrumkv.common.kv.scoring import scorers
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.security import ChannelSecurity
-from spectrumkv.common.service.config import Address, PrefillConfig
+from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.telemetry.metrics import Metrics
-from spectrumkv.common.telemetry.request_log import check_request_id, current_request
+from spectrumkv.common.telemetry.request_log import current_request
 from spectrumkv.prefill_server.engine import PrefillEngine, PromptResult
+from spectrumkv.prefill_server.reading import RequestReader
 from spectrumkv.prefill_server.request import FirstResponse, PrefillRequest, Progress, RequestsInService
 from spectrumkv.prefill_server.transfer import CodecSelector, FirstToken, KvPipeline, KvPlan
 from spectrumkv.prefill_server.transfer.plan import SCOPES, default_budget
 from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.prefill_server.workers import DecodeLease, Dispatch, WorkerPool
 from spectrumkv.v1 import decode_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
+
+# Read once: it is a file of its own, which cannot be opened when a process has no file descriptors left.
+_VERSION = version("spectrumkv")
 
 
 class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
@@ -62,6 +64,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self._workers = WorkerPool(config.decode, ChannelSecurity.to_decode(config), metrics, basis)
         self._codec_selector = CodecSelector(loaded.geometry)
         self._requests = RequestsInService()
+        self._reader = RequestReader(loaded, config, verdict, basis)
         # A default that no request could use should be found out at start-up.
         KvPlan.resolve(prefill_pb2.KvOptions(), config, verdict, seed=0, basis=basis)
         metrics.int4_probe_passed.set(verdict.int4_allowed)
@@ -82,10 +85,12 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         """
         progress = Progress(arrived_at=time.monotonic())
         current_request().at_end(progress.log_fields)
-        with RpcScope(context, self._config.deadline) as scope, self._requests.counted():
-            request = self._read(message, progress)
-            for dispatch in self._workers.offer(request.slots, scope):
-                with dispatch, dispatch.open_lease(self._pipeline(request, dispatch.worker.address)) as lease:
+        limits = self._config.deadline, self._config.max_deadline
+        with RpcScope(context, *limits) as scope, self._requests.counted(), ExitStack() as at_end:
+            request = self._reader.read(message, progress, scope)
+            at_end.callback(self._count_stages, request)
+            for dispatch in self._offered(request, scope):
+                with dispatch, dispatch.open_lease(self._pipeline(request, dispatch)) as lease:
                     result = self._run_prompt(request, lease, scope)
                     yield from self._first_token(request, lease, result)
                     yield from self._relay_tokens(request, lease, dispatch)
@@ -97,7 +102,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         """Return what is served, the defaults, and what a request may ask for."""
         config = self._config
         return prefill_pb2.PrefillServiceGetServerInfoResponse(
-            version=version("spectrumkv"),
+            version=_VERSION,
             model_name=self._loaded.name,
             model=self._loaded.spec.to_proto(),
             device=str(self._loaded.device),
@@ -119,42 +124,24 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
 
     def stop(self) -> None:
         """End the engine and close the channels to decode workers; call this after the server has drained."""
+        self._reader.stop()
         self._engine.stop()
         self._workers.close()
 
-    def _read(self, message: prefill_pb2.GenerateRequest, progress: Progress) -> PrefillRequest:
-        """Check a request and fill in the defaults.
+    def _count_stages(self, request: PrefillRequest) -> None:
+        """Count the request once in each stage that it came through, however many workers it went to."""
+        for stage, seconds in request.stage_seconds.items():
+            self._metrics.request_duration.labels(stage).observe(seconds)
 
-        Args:
-            message: as the client sent it.
-            progress: starts with the message's arrival.
+    def _offered(self, request: PrefillRequest, scope: RpcScope) -> Iterator[Dispatch]:
+        """Return decode workers, one after another, until one serves the request."""
+        may_stand_in = self._codec_selector.stand_in(request.plan) is not None
+        return self._workers.offer(request.slots, scope, request.plan.codec.needs_basis, may_stand_in)
 
-        Returns:
-            The request, ready to be served.
-
-        Raises:
-            NotFoundError: the request names another model.
-            InvalidArgumentError: request id, prompt, sampling or KV options are not usable.
-            FailedPreconditionError: the codec needs a basis and there is none.
-        """
-        check_request_id(message.request_id)
-        request_id = message.request_id or uuid.uuid4().hex
-        current_request().note(request_id=request_id)
-        loaded = self._loaded
-        if message.model and message.model != loaded.name:
-            raise NotFoundError(f"model {message.model!r} is not served here; this service has {loaded.name!r}")
-        params = SamplingParams.from_proto(message.sampling).with_seed()
-        assert params.seed is not None
-        params.check_vocabulary(loaded.spec.vocab_size)
-        token_ids = read_prompt(message, loaded.tokenizer, loaded.spec.vocab_size)
-        check_length(len(token_ids), params.max_tokens, loaded.context_length)
-        plan = KvPlan.resolve(message.kv, self._config, self._verdict, params.seed, self._basis)
-        current_request().note(prompt_tokens=len(token_ids), policy=plan.policy.name)
-        return PrefillRequest(request_id, token_ids, params, plan, progress)
-
-    def _pipeline(self, request: PrefillRequest, worker: Address) -> KvPipeline:
+    def _pipeline(self, request: PrefillRequest, dispatch: Dispatch) -> KvPipeline:
         """Return a fresh pipeline that sends the request's KV to one worker."""
-        plan = self._codec_selector.select(request.plan, len(request.token_ids), str(worker))
+        worker = str(dispatch.worker.address)
+        plan = self._codec_selector.select(request.plan, len(request.token_ids), worker, dispatch.lacks_basis)
         begin = decode_pb2.Begin(
             request_id=request.request_id,
             model=self._loaded.spec.to_proto(),
@@ -189,9 +176,9 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             raise lease.failure() or CancelledError("the request ended while its prompt was computed") from None
         record.begin_stage("prefill", time.monotonic() - result.compute_seconds)
         record.begin_stage("hand-off")
-        record.note(queue_seconds=result.queue_seconds, prefill_seconds=result.compute_seconds)
-        self._metrics.request_duration.labels("queue").observe(result.queue_seconds)
-        self._metrics.request_duration.labels("prefill").observe(result.compute_seconds)
+        request.add_to_stage("queue", result.queue_seconds)
+        request.add_to_stage("prefill", result.compute_seconds)
+        record.note(**{f"{stage}_seconds": seconds for stage, seconds in request.stage_seconds.items()})
         return result
 
     def _first_token(
@@ -212,7 +199,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
     def _sample_first(self, request: PrefillRequest, result: PromptResult) -> FirstResponse:
         """Return the first token, sampled from the exact KV."""
         sampled = Sampler(request.params, request.token_ids).sample(result.logits, 0)
-        text = TextStream(self._loaded.tokenizer, request.params, self._loaded.eos_token_ids)
+        text = TextStream(self._loaded.tokenizer, request.params, self._loaded.eos_token_ids, request.token_ids)
         delta = text.push(sampled.token_id)
         token = FirstToken(sampled.token_id, delta.finish is not None)
         return FirstResponse(

@@ -23,8 +23,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from spectrumkv.bench.models.shaped_model import copy_tokenizer
 from spectrumkv.common.model.cache import build_once, cache_directory
-from spectrumkv.common.model.embedded import check_model_files, copy_tokenizer
+from spectrumkv.common.model.embedded import check_model_files
 
 VOCABULARY = 49152
 SLIDING_WINDOW = 32

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from spectrumkv.bench.flags import add_json_flag, add_model_flags, given_options
+from spectrumkv.bench.flags import add_json_flag, add_model_flags, add_number_flags, given_options
 from spectrumkv.bench.report.console import progress, results_console
 from spectrumkv.bench.report.results import check_destinations, load_average, write_speed_result
 from spectrumkv.client.cli.output import STDOUT
@@ -36,12 +36,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="NUMBERS",
         help="bandwidths in Mb/s, separated by commas (default: 20,200,1000,10000)",
     )
-    for name, default, what in (
+    add_number_flags(
+        group,
         ("random-input-len", 2048, "tokens of the prompt"),
         ("random-output-len", 16, "tokens to generate"),
         ("rounds", 3, "requests at each bandwidth and setting"),
-    ):
-        group.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
+    )
     group.add_argument(
         "--int4", default=PrefillConfig.int4, metavar="WHEN", help="auto (ask the probe), on, off (default: auto)"
     )
@@ -69,13 +69,13 @@ def run(arguments: argparse.Namespace) -> int:
     # Loading torch takes seconds, so --help does without.
     from spectrumkv.bench.link.measure import measure
     from spectrumkv.bench.link.network import check_privileges
-    from spectrumkv.client.local.running_pair import stopped_by_sigterm
+    from spectrumkv.client.local.running_pair import stopped_by_signals
 
     check_destinations(arguments)
     check_privileges()
     load_before = load_average()
     options = given_options(arguments, "model", "device", "dtype", "int4")
-    with stopped_by_sigterm(), progress(len(arguments.rates), Console(stderr=True)) as on_rate:
+    with stopped_by_signals(), progress(len(arguments.rates), Console(stderr=True)) as on_rate:
         model, rows = measure(
             arguments.rates,
             arguments.random_input_len,

@@ -191,7 +191,11 @@ def _sampled_wire() -> Iterator[list[tuple[float, int]]]:
 
 
 def _bytes_sent() -> int:
-    """Return the bytes that left through the link in this process's namespace; see proc_net(5)."""
+    """Return the bytes that left through the link in this process's namespace; see proc_net(5).
+
+    Raises:
+        InternalError: the namespace has no link of that name.
+    """
     for line in Path("/proc/net/dev").read_text(encoding="ascii").splitlines():
         name, _, counters = line.partition(":")
         if name.strip() == LINK:

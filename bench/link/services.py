@@ -38,7 +38,7 @@ class LinkedServices:
         self._errand: subprocess.Popen[str] | None = None
 
     def started(self, launch: ServiceLaunch) -> ServiceProcess:
-        """Start a service; if it ends by itself, the running errand is stopped."""
+        """Return a service that was just started; if it ends by itself, the running errand is stopped."""
         return ServiceProcess(launch, on_line=lambda line: None, on_exit=self._note_end)
 
     def run(self, errand: Errand) -> dict[str, Any]:

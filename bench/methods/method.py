@@ -1,11 +1,13 @@
 """Define what a method is: a way to get a prompt's KV from prefill to decode; and the exact method, the reference."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.decode_server.kv_pool import Allocation, KvPool
 from spectrumkv.prefill_server.tuning.replay import CapturedPrompt
 
@@ -59,6 +61,19 @@ class SentBytes:
     tier_budget: float
 
 
+def mean_tier_cost(tokens: Mapping[Tier, int]) -> float:
+    """Average the tokens' tier cost: the SpectrumKV paper's normalized budget b, as it came out.
+
+    Args:
+        tokens: how many there are at each tier.
+
+    Returns:
+        From 0, where all are dropped, to 1; 0 where there are none.
+    """
+    total = sum(tokens.values())
+    return sum(tier.nominal_cost * count for tier, count in tokens.items()) / total if total else 0.0
+
+
 class Method(MethodName, Protocol):
     """Describe a way to get a prompt's KV from prefill to decode, at one setting."""
 
@@ -82,7 +97,7 @@ class ExactFp16:
     policy, codec, scorer, scope, budget = "exact", "fp16", "", "", 1.0
 
     def send(self, prompt: Prompt, pool: KvPool, allocation: Allocation) -> SentBytes:
-        """See `Method.send`."""
+        """Return what sending took; see `Method.send`."""
         for layer in prompt.captured.layers:
             store_fp16(allocation, layer.layer, layer.keys, layer.values, pool.geometry)
         return SentBytes(pool.geometry.fp16_bytes(len(prompt.token_ids)), 1.0)

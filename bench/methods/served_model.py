@@ -58,7 +58,14 @@ class ServedModel:
         loaded.model.set_attn_implementation(ATTENTION_NAME)
 
     def prefill(self, token_ids: Sequence[int]) -> Prompt:
-        """Run a prompt once; every method then sends the KV of this one forward pass."""
+        """Run a prompt once; every method then sends the KV of this one forward pass.
+
+        Args:
+            token_ids: the prompt, at least one token.
+
+        Returns:
+            The prompt with the queries, keys and values of every layer.
+        """
         captured = capture_prompt(self.loaded.model, token_ids, min(self._window, len(token_ids)))
         return Prompt(tuple(token_ids), captured)
 
@@ -181,7 +188,11 @@ def _attend(
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Compute attention in float32, so that differences come from the KV; shapes are `attend`'s without the batch."""
+    """Compute attention in float32, so that differences come from the KV; shapes are `attend`'s without the batch.
+
+    Returns:
+        What each query reads, `[queries, query_heads, head_dim]` in the query's dtype.
+    """
     kv_heads, tokens, head_dim = keys.shape
     query_heads, queries, _ = query.shape
     # Query heads that share a KV head are rows of one matrix, so grouped-query attention repeats no keys.

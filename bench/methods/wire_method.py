@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from spectrumkv.bench.methods.method import Prompt, SentBytes
+from spectrumkv.bench.methods.method import Prompt, SentBytes, mean_tier_cost
 from spectrumkv.bench.models.synthetic_prompt import REQUEST_ID
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.kv.policies import BudgetKind, Policy, TierRequest
-from spectrumkv.common.kv.tiers import mean_tier_cost
 from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.model.spec import ModelSpec
 from spectrumkv.common.rpc.decode_stream import Request, deserialize_request, serialize_request

@@ -1,5 +1,6 @@
 """Write models with the shape of well-known ones and random weights, to measure speed without their weights."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, MistralConfig, PretrainedConfig
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.model.embedded import copy_tokenizer
+from spectrumkv.common.model.embedded import TOKENIZER_FILES, embedded_model_directory
 
 # The embedded model's tokenizer has more tokens than Mistral's.
 VOCABULARY = 49152
@@ -57,3 +58,14 @@ def write_shaped_model(shape: str, directory: Path) -> None:
         model = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=torch.bfloat16)
     model.save_pretrained(directory)
     copy_tokenizer(directory)
+
+
+def copy_tokenizer(directory: Path) -> None:
+    """Give a model in `directory` the default model's tokenizer and chat template.
+
+    Raises:
+        FailedPreconditionError: see `embedded_model_directory`.
+    """
+    source = embedded_model_directory()
+    for file in TOKENIZER_FILES:
+        shutil.copy(source / file, directory)

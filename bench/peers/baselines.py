@@ -99,7 +99,7 @@ class BaselineMethod:
         return self.baseline.codec
 
     def send(self, prompt: Prompt, pool: KvPool, allocation: Allocation) -> SentBytes:
-        """See `Method.send`."""
+        """Return what sending took; see `Method.send`."""
         return self.baseline.run(prompt, pool, allocation, self.budget)
 
 
@@ -127,7 +127,7 @@ def uniform_int3(prompt: Prompt, pool: KvPool, allocation: Allocation, budget: f
 
 
 def _rounded_symmetric(states: torch.Tensor, largest: int) -> torch.Tensor:
-    """Quantize `[…, head_dim]` symmetrically by the absolute maximum of each row, and dequantize it."""
+    """Return `[…, head_dim]` quantized symmetrically by the absolute maximum of each row, dequantized to float32."""
     scales = (states.float().abs().amax(dim=-1, keepdim=True) / largest).half().float()
     # A row of zeros has scale 0 and stays zero.
     codes = (states.float() / scales.clamp(min=torch.finfo(torch.float16).tiny)).round().clamp(-largest, largest)

@@ -81,18 +81,7 @@ def score_window(model: PreTrainedModel, window: Window, methods: Sequence[Press
     for kept in pressed:
         distance = compare(_read(model, kept, window), reference, window.targets)
         counted = _bytes(kept)
-        scores.append(
-            WindowScore(
-                tokens=len(window.targets),
-                nll=distance.nll,
-                nll_fp16=distance.nll_fp16,
-                kl=distance.kl,
-                agreed=distance.agreed,
-                counted=counted,
-                fp16=fp16,
-                tier_budget=counted / fp16,
-            )
-        )
+        scores.append(WindowScore.of(distance, len(window.targets), counted, fp16, tier_budget=counted / fp16))
     return scores
 
 
@@ -145,7 +134,14 @@ def _bytes(kv: Sequence[LayerKv]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, show and write; return the exit status."""
+    """Measure, show and write.
+
+    Args:
+        arguments: of the command line; None is the process's own.
+
+    Returns:
+        The exit status: 0, or 1 after an error that standard error names.
+    """
     parser = argparse.ArgumentParser(prog="python -m spectrumkv.bench.peers.kvpress_peers", description=__doc__)
     add_text_flags(parser)
     parser.add_argument("--budgets", type=parse_budgets, default=DEFAULT_BUDGETS, metavar="NUMBERS")

@@ -40,25 +40,33 @@ PER_TOKEN, PER_CHANNEL = 0, -1
 
 @baseline("quanto-4bit", codec="quanto", min_budget=0.25, requires=QUANTO)
 def quanto_4bit(prompt: Prompt, pool: KvPool, allocation: Allocation, budget: float) -> SentBytes:
-    """Quantize to 4 bits, grouped along the token: the default settings of QuantizedCache."""
+    """Return what sending 4 bits took, grouped along the token: the default settings of QuantizedCache."""
     return _send(prompt, allocation, bits=4, axis_key=PER_TOKEN)
 
 
 @baseline("quanto-2bit", codec="quanto", min_budget=0.125, requires=QUANTO)
 def quanto_2bit(prompt: Prompt, pool: KvPool, allocation: Allocation, budget: float) -> SentBytes:
-    """Quantize to 2 bits, grouped along the token: otherwise the default settings of QuantizedCache."""
+    """Return what sending 2 bits took, grouped along the token: otherwise the default settings of QuantizedCache."""
     return _send(prompt, allocation, bits=2, axis_key=PER_TOKEN)
 
 
 @baseline("quanto-4bit-kivi", codec="quanto", min_budget=0.25, requires=QUANTO)
 def quanto_4bit_kivi(prompt: Prompt, pool: KvPool, allocation: Allocation, budget: float) -> SentBytes:
-    """Quantize to 4 bits, keys grouped along the channel (KIVI, Liu et al. 2024, arXiv 2402.02750, section 3)."""
+    """Quantize to 4 bits, keys grouped along the channel (KIVI, Liu et al. 2024, arXiv 2402.02750, section 3).
+
+    Returns:
+        The counted bytes and the tier budget.
+    """
     return _send(prompt, allocation, bits=4, axis_key=PER_CHANNEL)
 
 
 @baseline("quanto-2bit-kivi", codec="quanto", min_budget=0.125, requires=QUANTO)
 def quanto_2bit_kivi(prompt: Prompt, pool: KvPool, allocation: Allocation, budget: float) -> SentBytes:
-    """Quantize to 2 bits, keys grouped along the channel (KIVI, Liu et al. 2024, arXiv 2402.02750, section 3)."""
+    """Quantize to 2 bits, keys grouped along the channel (KIVI, Liu et al. 2024, arXiv 2402.02750, section 3).
+
+    Returns:
+        The counted bytes and the tier budget.
+    """
     return _send(prompt, allocation, bits=2, axis_key=PER_CHANNEL)
 
 
@@ -80,7 +88,7 @@ def _send(prompt: Prompt, allocation: Allocation, bits: int, axis_key: int) -> S
 
 
 def _whole_groups(states: torch.Tensor) -> torch.Tensor:
-    """Repeat the last token until the tokens fill whole groups, as quanto requires; the copies do not count."""
+    """Return the states with the last token repeated to whole groups, as quanto requires; the copies do not count."""
     missing = -states.shape[1] % GROUP_SIZE
     return F.pad(states, (0, 0, 0, missing), mode="replicate") if missing else states.contiguous()
 

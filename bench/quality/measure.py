@@ -45,7 +45,7 @@ def measure(
 def score_window(
     served: ServedModel, window: Window, methods: Sequence[Method], on_step: OnStep
 ) -> list[WindowScore]:
-    """Measure methods on one window; see `measure`."""
+    """Return a score for each method on one window; see `measure`."""
     prompt = served.prefill(window.context)
     on_step(f"window {window.index}: prefill")
     with served.receive(ExactFp16(), prompt) as (context, sent):
@@ -56,17 +56,6 @@ def score_window(
         with served.receive(method, prompt) as (context, sent):
             logits = served.extend(context, window.following)
         distance = compare(logits, reference, window.targets)
-        scores.append(
-            WindowScore(
-                tokens=len(window.targets),
-                nll=distance.nll,
-                nll_fp16=distance.nll_fp16,
-                kl=distance.kl,
-                agreed=distance.agreed,
-                counted=sent.counted,
-                fp16=fp16,
-                tier_budget=sent.tier_budget,
-            )
-        )
+        scores.append(WindowScore.of(distance, len(window.targets), sent.counted, fp16, sent.tier_budget))
         on_step(f"window {window.index}: {describe(method)}")
     return scores

@@ -91,7 +91,7 @@ def measure(
 def ask(
     served: ServedModel, number: int, needle: NeedlePrompt, methods: Sequence[Method], on_step: OnStep
 ) -> list[Outcome]:
-    """Ask one question over every method's KV; see `measure`."""
+    """Return what each method's KV made of one question; see `measure`."""
     name = f"prompt {number}, needle at {needle.depth:.0%}"
     prompt = served.prefill(needle.token_ids)
     on_step(f"{name}: prefill")

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from spectrumkv.bench.flags import add_method_flags, add_model_flags, add_output_flags
+from spectrumkv.bench.flags import add_method_flags, add_model_flags, add_number_flags, add_output_flags
 from spectrumkv.bench.report.console import method_cells, methods_table, progress, results_console
 from spectrumkv.bench.report.plot import draw_niah
 from spectrumkv.bench.report.results import check_destinations, describe_model, write_result
@@ -24,12 +24,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         allow_abbrev=False,
     )
     group = parser.add_argument_group("haystack")
-    for name, default, what in (
+    add_number_flags(
+        group,
         ("context", 2048, "tokens of prompt and question"),
         ("depths", 19, "depths of the needle, evenly spaced"),
         ("needles", 5, "needles at each depth"),
-    ):
-        group.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
+    )
     group.add_argument(
         "--question",
         default="prompt",

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from spectrumkv.bench.flags import add_method_flags, add_model_flags, add_output_flags
+from spectrumkv.bench.flags import add_method_flags, add_model_flags, add_number_flags, add_output_flags
 from spectrumkv.bench.report.console import WIDE_COLUMNS, method_cells, methods_table, progress, results_console
 from spectrumkv.bench.report.plot import draw_quality
 from spectrumkv.bench.report.results import check_destinations, describe_model, write_result
@@ -41,13 +41,13 @@ def add_text_flags(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="a file of UTF-8 text; 'code': Python's standard library; 'dialogue': answers of the default model",
     )
-    for name, default, what in (
+    add_number_flags(
+        group,
         ("context", 1792, "tokens of each prompt"),
         ("scored", 256, "tokens scored after each prompt"),
         ("windows", 24, "windows to measure; 0 is all"),
         ("skip-windows", 0, "windows to skip at the start of the text"),
-    ):
-        group.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

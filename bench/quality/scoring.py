@@ -9,6 +9,7 @@ import numpy as np
 # Not imported at run time: the bench of kvpress runs on another transformers than the services.
 if TYPE_CHECKING:
     from spectrumkv.bench.methods.method import MethodName
+    from spectrumkv.prefill_server.tuning.divergence import Distance
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -37,6 +38,11 @@ class WindowScore:
     counted: float
     fp16: int
     tier_budget: float
+
+    @classmethod
+    def of(cls, distance: "Distance", tokens: int, counted: float, fp16: int, tier_budget: float) -> "WindowScore":
+        """Return the score of a window whose predictions are so far from those over exact KV."""
+        return cls(tokens, distance.nll, distance.nll_fp16, distance.kl, distance.agreed, counted, fp16, tier_budget)
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ def _share(row: Mapping[str, Any], key: str) -> list[float]:
 
 
 def _curves(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
-    """Group rows by method; a method's label has only the parts that differ between methods."""
+    """Return the rows of each method by its label, which has only the parts that differ between methods."""
     told_apart = [key for key in ("codec", "scorer", "scope") if len({row[key] for row in rows if row[key]}) > 1]
     curves = defaultdict(list)
     for row in rows:
@@ -177,7 +177,11 @@ def _errors(points: Rows, key: str) -> list[list[float]] | None:
 
 
 def _figure_class() -> Any:
-    """Return matplotlib's `Figure`, which needs no display and picks its backend by the file it is saved to."""
+    """Return matplotlib's `Figure`, which needs no display and picks its backend by the file it is saved to.
+
+    Raises:
+        FailedPreconditionError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

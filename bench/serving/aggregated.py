@@ -49,7 +49,7 @@ class AggregatedSystem:
         self._reader.start()
 
     def complete(self, token_ids: Sequence[int], output_tokens: int) -> Answer:
-        """See `System.complete`.
+        """Return the tokens and the times of their arrival; see `System.complete`.
 
         Raises:
             UnavailableError: the process ended.

@@ -7,7 +7,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from spectrumkv.bench.flags import add_json_flag, add_kv_flags, add_model_flags, given_options, kv_choices
+from spectrumkv.bench.flags import (
+    add_json_flag,
+    add_kv_flags,
+    add_model_flags,
+    add_number_flags,
+    given_options,
+    kv_choices,
+)
 from spectrumkv.bench.report.console import plain_table, progress, results_console
 from spectrumkv.bench.report.results import (
     check_destinations,
@@ -18,7 +25,7 @@ from spectrumkv.bench.report.results import (
 from spectrumkv.client.cli.output import STDOUT
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.local.pair_config import FREE_PORTS
-from spectrumkv.client.local.running_pair import running_pair, stopped_by_sigterm
+from spectrumkv.client.local.running_pair import running_pair, stopped_by_signals
 from spectrumkv.common.rpc.channel import open_channel
 
 
@@ -31,14 +38,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "repeatedly, and compare the gaps between tokens during arrivals with those in between.",
         allow_abbrev=False,
     )
-    for name, default, what in (
+    add_number_flags(
+        parser,
         ("streams", 4, "running streams"),
         ("running-tokens", 64, "prompt tokens of each stream"),
         ("arriving-tokens", 2048, "prompt tokens of the KV that arrives"),
         ("arrivals", 20, "arrivals for each policy and budget"),
         ("pause-tokens", 8, "tokens of each stream between two arrivals"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
+    )
     add_kv_flags(parser, policies=("native", "default"), budgets=(0.3,))
     add_model_flags(parser)
     add_json_flag(parser)
@@ -69,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     choices = kv_choices(arguments)
     load_before = load_average()
     options = {**FREE_PORTS, "int4": "on", **given_options(arguments, "model", "device", "dtype")}
-    with stopped_by_sigterm(), running_pair(options) as pair:
+    with stopped_by_signals(), running_pair(options) as pair:
         address = str(pair.decode.address)
         with SpectrumClient(address) as client:
             info = client.server_info()

@@ -26,7 +26,7 @@ class SpectrumSystem:
         self._kv = kv
 
     def complete(self, token_ids: Sequence[int], output_tokens: int) -> Answer:
-        """See `System.complete`."""
+        """Return the tokens and the times of their arrival; see `System.complete`."""
         sampling = Sampling(max_tokens=output_tokens, temperature=0.0, ignore_eos=True)
         completion = self._client.generate(TokenIds(tuple(token_ids)), sampling=sampling, kv=self._kv).result()
         return Answer(

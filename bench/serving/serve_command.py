@@ -9,7 +9,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from spectrumkv.bench.flags import add_json_flag, add_kv_flags, add_model_flags, given_options, kv_choices
+from spectrumkv.bench.flags import (
+    add_json_flag,
+    add_kv_flags,
+    add_model_flags,
+    add_number_flags,
+    given_options,
+    kv_choices,
+)
 from spectrumkv.bench.report.console import plain_table, progress, results_console
 from spectrumkv.bench.report.results import (
     check_destinations,
@@ -37,15 +44,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         allow_abbrev=False,
     )
     group = parser.add_argument_group("requests")
-    for name, default, what in (
+    add_number_flags(
+        group,
         ("num-prompts", 8, "requests of a round"),
         ("random-input-len", 1024, "tokens of each prompt"),
         ("random-output-len", 32, "tokens that each request generates"),
         ("max-concurrency", 1, "requests that run at once; 0 is all"),
         ("rounds", 3, "how often each system serves the requests"),
         ("seed", 0, "seed of prompts and arrivals"),
-    ):
-        group.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
+    )
     group.add_argument(
         "--request-rate",
         type=parse_rate,
@@ -91,12 +98,12 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.bench.serving.load import Workload
     from spectrumkv.bench.serving.metrics import Goodput
     from spectrumkv.bench.serving.serve import measure
-    from spectrumkv.client.local.running_pair import stopped_by_sigterm
+    from spectrumkv.client.local.running_pair import stopped_by_signals
 
     check_destinations(arguments)
     load_before = load_average()
     goodput, choices = Goodput.parse(arguments.goodput), kv_choices(arguments)
-    with stopped_by_sigterm(), ExitStack() as running:
+    with stopped_by_signals(), ExitStack() as running:
         client = _start_pair(arguments, running)
         info: Any = client.server_info()
         workload = Workload.random(

@@ -96,6 +96,7 @@ def seconds_to_ready(options: Mapping[str, str]) -> float:
 
     Raises:
         UnavailableError: the process ended before it was ready.
+        RuntimeError: the process has no pipe to read from, which `subprocess` never does.
     """
     flags = [f"{flag_name(name)}={value}" for name, value in {**FREE_PORTS, **options}.items()]
     started = time.monotonic()

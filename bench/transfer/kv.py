@@ -46,7 +46,11 @@ class ReceivingServicer:
     def Decode(  # noqa: N802  # gRPC's spelling
         self, requests: Iterator[ArrivedRequest], context: grpc.ServicerContext
     ) -> Iterator[decode_pb2.DecodeResponse]:
-        """Answer Admitted, and then Finished when all KV is verified and in the pool."""
+        """Receive the KV of one request.
+
+        Yields:
+            Admitted when the slots are reserved, and Finished when all KV is verified and in the pool.
+        """
         begin = _expect(next(requests), "begin").begin
         tokens = len(begin.prompt_token_ids)
         codec = codecs.get(begin.codec.name)
@@ -65,7 +69,7 @@ class ReceivingServicer:
     def PutBasis(  # noqa: N802  # gRPC's spelling
         self, request_iterator: Iterator[decode_pb2.PutBasisRequest], context: grpc.ServicerContext
     ) -> decode_pb2.PutBasisResponse:
-        """Keep the basis that the cache is encoded with."""
+        """Return an empty answer after keeping the basis that the cache is encoded with."""
         self._bases.receive(request_iterator)
         return decode_pb2.PutBasisResponse()
 
@@ -138,7 +142,7 @@ class KvSender:
         Raises:
             InternalError: the receiver breaks the protocol.
             SpectrumKVError: the receiver refused the KV.
-        """
+        """  # noqa: DOC501  # the rule wants `error_from_rpc` itself; it makes a SpectrumKVError
         pipeline = KvPipeline(self._begin, self._plan, self._geometry, self._chunk_bytes, self._metrics)
         call = self._open(pipeline.messages(), timeout=None)
         try:
@@ -184,7 +188,7 @@ class TieredPlan(KvPlan):
     tiers: tuple[torch.Tensor, ...] = ()
 
     def encoder(self, geometry: KvGeometry, tokens: int, framing_bytes: int) -> KvEncoder:
-        """See `KvPlan.encoder`."""
+        """Return an encoder that asks no policy; see `KvPlan.encoder`."""
         return _KnownTiersEncoder(_tiered_encoder(self, geometry, tokens), self.tiers)
 
 

@@ -30,7 +30,11 @@ class RawTransferServicer:
         self._buffer = memoryview(bytearray(message_bytes))
 
     def Receive(self, requests: Iterator[KvChunk], context: grpc.ServicerContext) -> Iterator[bytes]:  # noqa: N802
-        """Answer once when the stream is open, and once when the buffer is full."""
+        """Copy each chunk's bytes into the buffer.
+
+        Yields:
+            An empty message when the stream is open, and one when the buffer is full.
+        """
         yield EMPTY
         filled = 0
         while filled < len(self._buffer):
@@ -77,7 +81,7 @@ class RawSender:
         Raises:
             InternalError: the receiver breaks the protocol.
             SpectrumKVError: the stream ended early.
-        """
+        """  # noqa: DOC501  # the rule wants `error_from_rpc` itself; it makes a SpectrumKVError
         go = threading.Event()
         call = self._open(self._requests(go))
         try:
@@ -132,7 +136,7 @@ class TcpReceiver:
                     connection.sendall(RECEIVED)
 
     def _receive(self, connection: socket.socket) -> bool:
-        """Fill the buffer; return whether the sender is still there."""
+        """Return whether the sender was there until the buffer was full."""
         filled = 0
         while filled < len(self.buffer):
             received = connection.recv_into(self.buffer[filled:])

@@ -11,7 +11,7 @@ from spectrumkv.client.cli.tables import comparison_table
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.completion import Completion
 from spectrumkv.client.local.pair_config import FREE_PORTS
-from spectrumkv.client.local.running_pair import running_pair, show_log_line, stopped_by_sigterm
+from spectrumkv.client.local.running_pair import log_on_stderr, running_pair, stopped_by_signals
 from spectrumkv.client.local.service_process import KEPT_LINES
 from spectrumkv.client.request import KvChoice, Message, Sampling
 from spectrumkv.common.errors import SpectrumKVError
@@ -44,20 +44,21 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         SpectrumKVError: a service could not be started, or refused a request.
     """
-    out = Console(highlight=False, soft_wrap=True)
+    out = Console(highlight=False, markup=False, soft_wrap=True)
     options = dict(FREE_PORTS) | ({"model": arguments.model} if arguments.model else {})
     out.print("starting a decode and a prefill service; the first start takes minutes")
     log = DemoLog()
-    with stopped_by_sigterm(), running_pair(options, log.add) as pair, SpectrumClient(pair.address) as client:
-        log.be_quiet()
-        out.print(f"both are ready: prefill at {pair.prefill.address}, decode at {pair.decode.address}")
-        out.print(f"question about a long document: {QUESTION}")
-        try:
+    try:
+        with stopped_by_signals(), running_pair(options, log.add) as pair, SpectrumClient(pair.address) as client:
+            log.be_quiet()
+            out.print(f"both are ready: prefill at {pair.prefill.address}, decode at {pair.decode.address}")
+            out.print(f"question about a long document: {QUESTION}")
             completions = [(budget, _ask(out, client, budget, policy)) for budget, policy in RUNS]
-        except SpectrumKVError:
-            log.show_kept()
-            raise
-        Console().print(comparison_table(completions))
+    except SpectrumKVError:
+        # Now that the services have stopped, all that they said is read.
+        log.show_kept()
+        raise
+    Console().print(comparison_table(completions))
     return 0
 
 
@@ -68,6 +69,7 @@ class DemoLog:
     """
 
     def __init__(self) -> None:
+        self._show = log_on_stderr()
         self._quiet = False
         self._kept: deque[tuple[str, str]] = deque(maxlen=KEPT_LINES)
 
@@ -76,7 +78,7 @@ class DemoLog:
         if self._quiet:
             self._kept.append((name, line))
         else:
-            show_log_line(name, line)
+            self._show(name, line)
 
     def be_quiet(self) -> None:
         """Keep the lines that follow instead of showing them."""
@@ -85,7 +87,7 @@ class DemoLog:
     def show_kept(self) -> None:
         """Show the kept lines."""
         for name, line in tuple(self._kept):
-            show_log_line(name, line)
+            self._show(name, line)
 
 
 def document() -> str:

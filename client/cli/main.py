@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from spectrumkv.client.cli import basis as basis_command
 from spectrumkv.client.cli import check as check_command
 from spectrumkv.client.cli import demo as demo_command
 from spectrumkv.client.cli import generate as generate_command
@@ -13,7 +14,7 @@ from spectrumkv.client.cli import up as up_command
 from spectrumkv.client.cli.runner import command_parser, run_command, status_and_message
 from spectrumkv.common.errors import SpectrumKVError, UnreachableError
 
-COMMANDS = (generate_command, info_command, check_command, probe_command, up_command, demo_command)
+COMMANDS = (generate_command, info_command, check_command, probe_command, basis_command, up_command, demo_command)
 
 
 def build_parser() -> argparse.ArgumentParser:

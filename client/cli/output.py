@@ -1,10 +1,13 @@
 """Write JSON to files or standard output, check files before the work starts, and name output errors."""
 
+import codecs
+import errno
 import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -34,16 +37,20 @@ def write_json(content: dict[str, Any], destination: str) -> None:
     Raises:
         InvalidArgumentError: the file cannot be written.
     """
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     if destination == STDOUT:
-        sys.stdout.write(text)
+        # Where standard output is not UTF-8, escapes say the same.
+        sys.stdout.write(_as_text(content, escaped=codecs.lookup(sys.stdout.encoding).name != "utf-8"))
         return
     try:
-        Path(destination).write_text(text, encoding="utf-8")
+        Path(destination).write_text(_as_text(content, escaped=False), encoding="utf-8")
     except OSError as error:
         raise InvalidArgumentError(
             f"--json {destination}: {error.strerror}; name a file that can be written"
         ) from error
+
+
+def _as_text(content: dict[str, Any], escaped: bool) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=escaped) + "\n"
 
 
 def _field(message: Message, field: Any) -> Any:
@@ -104,6 +111,15 @@ def _problem(destination: str) -> str | None:
     return None if os.access(place, needed) else "it may not be written"
 
 
+def show_any_character() -> None:
+    """Let standard output show "?" for characters that its encoding lacks, as standard error shows escapes.
+
+    An answer may hold any character, and a terminal's encoding may be ASCII.
+    """
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 class OutputError(OSError):
     """Report that standard output cannot be written, for example because its disk is full."""
 
@@ -115,10 +131,8 @@ def named_output() -> Iterator[None]:
     If the reader of a pipe has closed it, the error stays a BrokenPipeError.
     """
     # It is None if the process was started without standard output.
-    if sys.stdout is None:
-        yield
-        return
-    with redirect_stdout(cast("TextIO", _NamedOutput(sys.stdout))):
+    output = _NamedOutput(sys.stdout) if sys.stdout is not None else _ClosedOutput()
+    with redirect_stdout(cast("TextIO", output)):
         yield
         sys.stdout.flush()
 
@@ -139,6 +153,21 @@ class _NamedOutput:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class _ClosedOutput:
+    """Stand in for a standard output that the process was started without: writing fails."""
+
+    encoding = "utf-8"
+
+    def write(self, text: str) -> int:
+        raise OutputError(errno.EBADF, os.strerror(errno.EBADF))
+
+    def flush(self) -> None:
+        """Do nothing: there is nothing to flush."""
+
+    def isatty(self) -> bool:
+        return False
 
 
 @contextmanager

@@ -4,13 +4,15 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Any, Protocol
 
 from rich.console import Console
 
-from spectrumkv.client.cli.output import OutputError, named_output
+from spectrumkv.client.cli.output import OutputError, named_output, show_any_character
 from spectrumkv.common.errors import SpectrumKVError
+from spectrumkv.common.telemetry.log_output import occupy_standard_descriptors
 
 EXIT_ERROR = 1
 # Shells report this status for a program that SIGINT ended.
@@ -50,13 +52,14 @@ def run_command(
     Returns:
         The exit status.
     """
+    occupy_standard_descriptors()
+    show_any_character()
     parsed = parser.parse_args(arguments)
     try:
         with named_output():
             return int(parsed.run(parsed))
     except SpectrumKVError as error:
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        console.print(sentence(error, parsed), markup=False)
+        _complain(sentence(error, parsed))
         return EXIT_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -66,13 +69,20 @@ def run_command(
         return EXIT_ERROR
     except OutputError as error:
         _drop_output()
-        sys.stderr.write(f"standard output cannot be written: {error.strerror}; send it elsewhere or make room\n")
+        _complain(f"standard output cannot be written: {error.strerror}; send it elsewhere or make room")
         return EXIT_ERROR
+
+
+def _complain(line: str) -> None:
+    # Nobody is left to tell where standard error cannot be written either.
+    with suppress(OSError):
+        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(line)
 
 
 def _drop_output() -> None:
     """Redirect standard output to the null device, so that the flush at exit does not fail once more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def status_and_message(error: SpectrumKVError) -> str:

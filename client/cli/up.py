@@ -1,10 +1,9 @@
 """Run `spectrumkv up`: start both services on this machine, and stop them on Ctrl-C."""
 
 import argparse
+import shlex
 from contextlib import suppress
 from dataclasses import fields
-
-from rich.console import Console
 
 from spectrumkv.client.cli import flags
 from spectrumkv.client.cli.flags import DEFAULT_SERVER
@@ -13,11 +12,12 @@ from spectrumkv.client.local.pair_config import PairConfig
 from spectrumkv.client.local.running_pair import (
     READY_TIMEOUT_SECONDS,
     RunningPair,
+    log_on_stderr,
     running_pair,
-    show_log_line,
-    stopped_by_sigterm,
+    stopped_by_signals,
 )
 from spectrumkv.common.service.config import add_flags
+from spectrumkv.common.telemetry.log_output import STDOUT, LineOutput
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -52,25 +52,40 @@ def run(arguments: argparse.Namespace) -> int:
     """
     given = vars(arguments)
     options = {one.name: given[one.name] for one in fields(PairConfig) if one.name in given}
-    out = Console(highlight=False, soft_wrap=True)
+    out = LineOutput(STDOUT)
     ready = False
     try:
-        with stopped_by_sigterm(), running_pair(options, show_log_line, arguments.ready_timeout) as pair:
+        with stopped_by_signals(), running_pair(options, log_on_stderr(), arguments.ready_timeout) as pair:
             ready = True
             with suppress(KeyboardInterrupt):
                 _announce(out, pair)
                 pair.wait_for_death()
-            out.print("stopping after the running requests (Ctrl-C again ends them)")
+            out.write_line("stopping after the running requests (Ctrl-C again ends them)")
     except KeyboardInterrupt:
-        out.print("stopped at once" if ready else "stopped before both services were ready")
+        out.write_line("stopped at once" if ready else "stopped before both services were ready")
         return EXIT_INTERRUPTED
-    out.print("both services have stopped")
-    return 0
+    else:
+        out.write_line("both services have stopped")
+        return 0
+    finally:
+        out.flush()
 
 
-def _announce(out: Console, pair: RunningPair) -> None:
+def _announce(out: LineOutput, pair: RunningPair) -> None:
     for launch in (pair.decode, pair.prefill):
         metrics = f"http://{launch.metrics_address}/metrics"
-        out.print(f"{launch.name} serves on {launch.address}, metrics at {metrics}")
-    server = "" if pair.address == DEFAULT_SERVER else f" --server {pair.address}"
-    out.print(f'ready; try: spectrumkv generate{server} --chat "Why is the sky blue?"   (Ctrl-C stops both)')
+        out.write_line(f"{launch.name} serves on {launch.address}, metrics at {metrics}")
+    words = " ".join(["spectrumkv generate", *map(shlex.quote, _connection_flags(pair))])
+    out.write_line(f'ready; try: {words} --chat "Why is the sky blue?"   (Ctrl-C stops both)')
+
+
+def _connection_flags(pair: RunningPair) -> list[str]:
+    """Return the flags with which this machine's clients reach the pair."""
+    security, address = pair.security, pair.prefill.address.from_here
+    flags = [] if str(address) == DEFAULT_SERVER else ["--server", str(address)]
+    if security.tls is not None:
+        files = {"--tls-ca": security.tls.ca, "--tls-cert": security.tls.cert, "--tls-key": security.tls.key}
+        flags += [word for flag, path in files.items() if path is not None for word in (flag, str(path))]
+    elif not address.is_loopback:
+        flags.append("--allow-plaintext")
+    return flags if security.token_file is None else [*flags, "--token-file", str(security.token_file)]

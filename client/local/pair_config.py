@@ -157,7 +157,11 @@ def _hold(held: ExitStack, address: Address) -> Address:
 
 
 def _hold_any(held: ExitStack, host: str) -> Address:
-    """Return an address with a free port that this process has not found before."""
+    """Return an address with a free port that this process has not found before.
+
+    Raises:
+        OSError: no port is free, or the host is none of this machine's.
+    """
     start = random.SystemRandom().choice(SEARCHED_PORTS)
     for port in (*range(start, SEARCHED_PORTS.stop), *range(SEARCHED_PORTS.start, start)):
         if port not in _found_ports:

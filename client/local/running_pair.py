@@ -1,5 +1,6 @@
 """Start both services, and keep them running for as long as a `with` block runs."""
 
+import atexit
 import signal
 import socket
 import threading
@@ -8,13 +9,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
 
-from rich.console import Console
-
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.local.pair_config import FREE_PORTS, Options, plan_launches
 from spectrumkv.client.local.service_process import ServiceLaunch, ServiceProcess
 from spectrumkv.common.errors import SpectrumKVError
 from spectrumkv.common.security import ChannelSecurity
+from spectrumkv.common.telemetry.log_output import STDERR, LineOutput
 
 # The first start may convert the embedded model, and calibrates and probes it; nothing is downloaded.
 READY_TIMEOUT_SECONDS = 600.0
@@ -81,9 +81,11 @@ class RunningPair:
                 raise event.service.death()
 
 
-def show_log_line(name: str, line: str) -> None:
-    """Write a service's log line to stderr, marked with the service's name."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"{name:>7} | {line}", markup=False)
+def log_on_stderr() -> LogSink:
+    """Return what writes a service's log line to stderr, marked with the service's name, and never waits."""
+    output = LineOutput(STDERR)
+    atexit.register(output.flush)
+    return lambda name, line: output.write_line(f"{name:>7} | {line}")
 
 
 @contextmanager
@@ -128,13 +130,20 @@ def running_services(
 
 
 @contextmanager
-def stopped_by_sigterm() -> Iterator[None]:
-    """Make SIGTERM raise KeyboardInterrupt in the main thread during this block, as Ctrl-C does."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def stopped_by_signals() -> Iterator[None]:
+    """Make SIGTERM and SIGHUP raise KeyboardInterrupt in the main thread during this block, as Ctrl-C does.
+
+    SIGHUP says that the terminal is gone. It stays ignored where it is ignored, as under nohup.
+    """
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in previous.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

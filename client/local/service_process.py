@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from spectrumkv.common.errors import UnavailableError
 from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.service.config import Address
+from spectrumkv.common.service.tied import tied
 
 KEPT_LINES = 20
 
@@ -38,11 +39,13 @@ class ServiceProcess:
     """Hold a running service.
 
     The service gets a process group of its own, so that Ctrl-C reaches only the parent, which then stops the
-    services in order.
+    services in order. A parent that is killed stops nothing: the service then stops by itself, because its standard
+    input ends.
 
     Args:
         launch: what to start.
-        on_line: called from another thread with each line of the service's log, without the newline.
+        on_line: called from another thread with each line of the service's log, without the newline. It must not
+            wait for anybody, since the service's end is noticed after its last line.
         on_exit: called once from another thread with this object, when the process has ended and its log is read.
     """
 
@@ -57,8 +60,8 @@ class ServiceProcess:
         self._on_exit = on_exit
         self._last_lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._process = subprocess.Popen(  # noqa: S603  # our own interpreter and modules
-            launch.command,
-            stdin=subprocess.DEVNULL,
+            tied(launch.command, launch.stop_seconds),
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             encoding="utf-8",
@@ -80,6 +83,8 @@ class ServiceProcess:
             self._process.kill()
             self._process.wait()
             self._follower.join()
+            if self._process.stdin is not None:
+                self._process.stdin.close()
 
     def death(self) -> UnavailableError:
         """Return the error that says how the process ended, with the last lines of its log."""

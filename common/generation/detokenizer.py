@@ -1,10 +1,12 @@
 """Turns token ids into text, one token at a time.
 
-The pieces put together are the text that decoding all ids at once gives.
+The pieces put together are the text that decoding all ids at once gives, as the continuation of a prompt.
 """
 
 import re
+from collections.abc import Container, Sequence
 
+from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
@@ -12,6 +14,9 @@ from spectrumkv.common.errors import InternalError
 
 # A single byte, as vocabularies with byte fallback (SentencePiece) write it.
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+# The prompt's last tokens among which one with a text of its own is looked for.
+TOKENS_LOOKED_AT = 64
 
 
 class Detokenizer:
@@ -21,6 +26,9 @@ class Detokenizer:
     `tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)`, and no piece splits
     a character. Special tokens, and ids that the tokenizer does not know, have no text.
 
+    Decoders of SentencePiece take away the space before the first word of a text. An answer is no text of its own,
+    and its space separates it from the prompt: it is decoded after a token of the prompt that has text.
+
     `tokenizers.decoders.DecodeStream` does this where text only grows at its end. Byte fallback is the exception: a
     run of byte tokens is text if all of it is valid UTF-8, and otherwise one U+FFFD per byte, so that a single bad
     byte changes the text of the bytes before it (and DecodeStream raises or differs from `decode`). Therefore such a
@@ -28,16 +36,23 @@ class Detokenizer:
 
     Args:
         tokenizer: the model's tokenizer.
+        prompt_token_ids: what the tokens continue; nothing where they are a text of their own.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt_token_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
         added = self._tokenizer.get_added_tokens_decoder()
-        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._special = {token_id: token.content for token_id, token in added.items() if token.special}
+        self._before = _last_with_text(self._tokenizer, self._special, prompt_token_ids)
+        self._text_before = self._decoded(self._before)
+        self._stream = DecodeStream(ids=self._before, skip_special_tokens=True)
         self._token_ids: list[int] = []
         self._bytes: list[int] = []
         self._returned = ""
+
+    def special_token_ids(self, texts: Sequence[str]) -> frozenset[int]:
+        """Return the ids of those special tokens that are written as one of `texts`."""
+        return frozenset(token_id for token_id, content in self._special.items() if content in texts)
 
     def push(self, token_id: int) -> str:
         """Take the next token.
@@ -72,7 +87,7 @@ class Detokenizer:
         Raises:
             InternalError: all tokens together have another text than the pieces that were returned.
         """
-        text: str = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
+        text = self._decoded([*self._before, *self._token_ids]).removeprefix(self._text_before)
         if not text.startswith(self._returned):
             raise InternalError(
                 f"the tokenizer decodes {len(self._token_ids)} tokens to another text than it gave one by one"
@@ -80,3 +95,19 @@ class Detokenizer:
         rest = text[len(self._returned) :]
         self._returned = text
         return rest
+
+    def _decoded(self, token_ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
+
+
+def _last_with_text(tokenizer: Tokenizer, special: Container[int], prompt_token_ids: Sequence[int]) -> list[int]:
+    """Return the last token of the prompt that has a text of its own; none where none of the last ones has."""
+    for token_id in reversed(prompt_token_ids[-TOKENS_LOOKED_AT:]):
+        token = tokenizer.id_to_token(token_id)
+        if token is None or token_id in special or BYTE_TOKEN.fullmatch(token):
+            continue
+        text = tokenizer.decode([token_id], skip_special_tokens=True)
+        if text and "\ufffd" not in text:
+            return [token_id]
+    return []

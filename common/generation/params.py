@@ -73,6 +73,10 @@ class SamplingParams:
         """Return these parameters with a seed: their own, or one from the system's randomness."""
         return self if self.seed is not None else replace(self, seed=secrets.randbits(64))
 
+    def with_room(self, tokens: int) -> "SamplingParams":
+        """Return these parameters with a `max_tokens` of at most `tokens`, and of 1 at least."""
+        return replace(self, max_tokens=max(1, min(self.max_tokens, tokens)))
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse stop token ids that the model can never generate: they belong to another tokenizer.
 
@@ -98,6 +102,9 @@ class SamplingParams:
         Raises:
             InvalidArgumentError: a value is not allowed.
         """
+        # Before they are copied: a message has room for millions.
+        _check_count("stop", len(message.stop), "strings", MAX_STOP_STRINGS)
+        _check_count("stop_token_ids", len(message.stop_token_ids), "ids", MAX_STOP_TOKENS)
         given = {name: getattr(message, name) for name in OPTIONAL_FIELDS if message.HasField(name)}
         return cls(
             stop=tuple(message.stop),
@@ -135,11 +142,15 @@ def _check_number(name: str, value: object, minimum: float, maximum: float) -> N
         raise _refusal(name, value, f"a number from {minimum:g} to {maximum:g}")
 
 
+def _check_count(name: str, count: int, of_what: str, maximum: int) -> None:
+    if count > maximum:
+        raise InvalidArgumentError(f"{name} has {count} {of_what}; allowed: at most {maximum}")
+
+
 def _check_stop(stop: Iterable[object]) -> None:
     if not isinstance(stop, tuple):
         raise _refusal("stop", stop, "a tuple of strings")
-    if len(stop) > MAX_STOP_STRINGS:
-        raise InvalidArgumentError(f"stop has {len(stop)} strings; allowed: at most {MAX_STOP_STRINGS}")
+    _check_count("stop", len(stop), "strings", MAX_STOP_STRINGS)
     for place, string in enumerate(stop):
         if not isinstance(string, str) or not string:
             raise _refusal(f"stop[{place}]", string, "a string of at least one character")
@@ -154,7 +165,6 @@ def _check_stop(stop: Iterable[object]) -> None:
 def _check_stop_tokens(token_ids: Iterable[object]) -> None:
     if not isinstance(token_ids, frozenset):
         raise _refusal("stop_token_ids", token_ids, "a frozenset of token ids")
-    if len(token_ids) > MAX_STOP_TOKENS:
-        raise InvalidArgumentError(f"stop_token_ids has {len(token_ids)} ids; allowed: at most {MAX_STOP_TOKENS}")
+    _check_count("stop_token_ids", len(token_ids), "ids", MAX_STOP_TOKENS)
     for token_id in token_ids:
         _check_whole("a stop token id", token_id, 0, UINT32_MAX)

@@ -1,54 +1,191 @@
-"""Turns the prompt of a request into the token ids that the model reads."""
+"""Turns the prompt of a request into the token ids that the model reads.
 
-from collections.abc import Sequence
+A prompt that cannot fit into the model's context is refused before the work that would show it: bytes and messages
+are bounded first, and the tokens of a long text are counted piece by piece.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from spectrumkv.common.errors import InternalError, InvalidArgumentError
+from spectrumkv.common.generation.control_tokens import ControlTokens, MarkedText
 from spectrumkv.v1 import prefill_pb2
 
 ROLES = ("system", "user", "assistant")
+# A text of so many characters is tokenized at once, a longer one after its tokens were counted in such pieces.
+PIECE_CHARACTERS = 16 << 10
+# A text cut into pieces may have a few tokens more for each cut.
+TOKENS_PER_CUT = 16
 
 
-def read_prompt(
-    request: prefill_pb2.GenerateRequest, tokenizer: PreTrainedTokenizerFast, vocab_size: int
-) -> list[int]:
-    """Turn a request's prompt into token ids.
-
-    Text is tokenized as it is, with the special tokens that the tokenizer adds by itself. Chat messages are rendered
-    with the model's own template up to the start of the assistant's answer. Token ids are used as they are.
+class PromptReader:
+    """Turns prompts into token ids, with work and memory bounded by the model's context.
 
     Args:
-        request: the request, of which `prompt` is read.
         tokenizer: the model's tokenizer.
         vocab_size: rows of the model's embedding; ids are less than this.
-
-    Returns:
-        The token ids, at least one.
-
-    Raises:
-        InvalidArgumentError: the request has no prompt, or one that the model cannot read.
-        InternalError: the tokenizer gave an id that the model does not have.
+        context_length: length of the model's context in tokens.
+        allow_control_tokens: whether control tokens in the content of chat messages act as such; otherwise they are
+            text like any other.
     """
-    kind = request.WhichOneof("prompt")
-    if kind == "text":
-        token_ids = _read_text(request.text, tokenizer)
-    elif kind == "chat":
-        token_ids = _read_chat(request.chat.messages, tokenizer)
-    elif kind == "token_ids":
-        return _read_token_ids(request.token_ids.ids, vocab_size)
-    else:
-        raise InvalidArgumentError("the request has no prompt; set one of text, chat and token_ids")
-    if not token_ids:
-        raise InvalidArgumentError("the prompt has no tokens; a prompt has at least one")
-    # On a GPU an id beyond the embedding would end the process, not just the request.
-    if max(token_ids) >= vocab_size:
-        raise InternalError(
-            f"the tokenizer gave token id {max(token_ids)}, but the model's vocabulary has {vocab_size}; "
-            "the tokenizer belongs to another model"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        vocab_size: int,
+        context_length: int,
+        allow_control_tokens: bool = False,
+    ) -> None:
+        self._control_tokens = None if allow_control_tokens else ControlTokens(tokenizer)
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._context_length = context_length
+        # No text that fits has more bytes. UTF-8 of a token is at least as long as what the token stands for.
+        self._max_bytes = context_length * max(len(token.encode()) for token in tokenizer.get_vocab())
+
+    def read(self, request: prefill_pb2.GenerateRequest, check: Callable[[], None] = lambda: None) -> list[int]:
+        """Turn a request's prompt into token ids.
+
+        Text is tokenized as it is, with the special tokens that the tokenizer adds by itself. Chat messages are
+        rendered with the model's own template up to the start of the assistant's answer; control tokens in their
+        content are text, unless they are allowed. Token ids are used as they are.
+
+        Args:
+            request: the request, of which `prompt` is read.
+            check: called between pieces of the work; raises an error where nobody waits for the prompt any more.
+
+        Returns:
+            The token ids, at least one.
+
+        Raises:
+            InvalidArgumentError: the request has no prompt, one that the model cannot read, or one that is longer
+                than the model's context for certain; `check_length` compares exactly.
+            InternalError: the tokenizer gave an id that the model does not have.
+        """
+        kind = request.WhichOneof("prompt")
+        if kind == "text":
+            token_ids = self._read_text(request.text, check)
+        elif kind == "chat":
+            token_ids = self._read_chat(request.chat.messages, check)
+        elif kind == "token_ids":
+            return self._read_token_ids(request.token_ids.ids)
+        else:
+            raise InvalidArgumentError("the request has no prompt; set one of text, chat and token_ids")
+        if not token_ids:
+            raise InvalidArgumentError("the prompt has no tokens; a prompt has at least one")
+        # On a GPU an id beyond the embedding would end the process, not just the request.
+        if max(token_ids) >= self._vocab_size:
+            raise InternalError(
+                f"the tokenizer gave token id {max(token_ids)}, but the model's vocabulary has {self._vocab_size}; "
+                "the tokenizer belongs to another model"
+            )
+        return token_ids
+
+    def _read_text(self, text: str, check: Callable[[], None]) -> list[int]:
+        # A tokenizer that starts every text with a token of its own would make a prompt out of nothing.
+        if not text:
+            raise InvalidArgumentError("the prompt's text is empty; a prompt has at least one token")
+        return self._tokenize(text, check, add_special_tokens=True)
+
+    def _read_chat(self, messages: Sequence[prefill_pb2.ChatMessage], check: Callable[[], None]) -> list[int]:
+        if not messages:
+            raise InvalidArgumentError("chat has no messages; send one at least")
+        if len(messages) > self._context_length:
+            raise InvalidArgumentError(
+                f"chat has {len(messages)} messages; the model's context holds {self._context_length} tokens: send "
+                "fewer messages"
+            )
+        for place, message in enumerate(messages):
+            if message.role not in ROLES:
+                raise InvalidArgumentError(
+                    f"chat message {place} has the role {message.role[:40]!r}; allowed: {', '.join(ROLES)}"
+                )
+        if not self._tokenizer.chat_template:
+            raise InvalidArgumentError(
+                "this model has no chat template; send the prompt as text or token_ids instead"
+            )
+        contents = [message.content for message in messages]
+        self._check_bytes(contents)
+        control = self._control_tokens
+        mark = control.choose_mark(contents) if control else None
+        if control is None or mark is None:
+            return self._tokenize(self._rendered(messages, contents), check, add_special_tokens=False)
+        rendered = self._rendered(messages, [control.mark(content, mark) for content in contents])
+        marked = MarkedText.parse(rendered, mark)
+        self._check_size(marked.text, check)
+        return control.tokenize(marked)
+
+    def _rendered(self, messages: Sequence[prefill_pb2.ChatMessage], contents: Sequence[str]) -> str:
+        """Return the text that the model's template makes of the messages' roles with these contents.
+
+        Raises:
+            InvalidArgumentError: the template refuses the messages, or fails.
+        """
+        conversation = [
+            {"role": message.role, "content": content} for message, content in zip(messages, contents, strict=True)
+        ]
+        try:
+            rendered: str = self._tokenizer.apply_chat_template(
+                conversation, add_generation_prompt=True, tokenize=False
+            )
+        except TemplateError as error:
+            raise InvalidArgumentError(f"the model's chat template refuses these messages: {error}") from error
+        except Exception as error:
+            # A template is a program of the model's makers, and fails like one.
+            raise InvalidArgumentError(
+                f"the model's chat template fails on these messages ({type(error).__name__}: {error}); send the "
+                "prompt as text or token_ids instead"
+            ) from error
+        return rendered
+
+    def _read_token_ids(self, token_ids: Sequence[int]) -> list[int]:
+        if not token_ids:
+            raise InvalidArgumentError("token_ids is empty; a prompt has at least one token")
+        if len(token_ids) > self._context_length:
+            raise self._too_long(f"{len(token_ids)} tokens")
+        for place, token_id in enumerate(token_ids):
+            if token_id >= self._vocab_size:
+                raise InvalidArgumentError(
+                    f"token_ids[{place}] is {token_id}; allowed: 0 to {self._vocab_size - 1}, the model's vocabulary"
+                )
+        return list(token_ids)
+
+    def _tokenize(self, text: str, check: Callable[[], None], add_special_tokens: bool) -> list[int]:
+        """Return the text's tokens, unless there are more than the context holds for certain."""
+        self._check_size(text, check)
+        # `verbose` would warn about long texts; `check_length` refuses them.
+        token_ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
+        return token_ids
+
+    def _check_size(self, text: str, check: Callable[[], None]) -> None:
+        """Refuse a text that has more tokens than the context holds for certain, before it is tokenized."""
+        self._check_bytes([text])
+        if len(text) > PIECE_CHARACTERS:
+            self._check_tokens(text, check)
+
+    def _check_bytes(self, texts: Sequence[str]) -> None:
+        """Refuse texts that have more bytes than all tokens of the context could have."""
+        size = sum(len(text.encode()) for text in texts)
+        if size > self._max_bytes:
+            raise self._too_long(f"{size} bytes, where no text that fits has more than {self._max_bytes}")
+
+    def _check_tokens(self, text: str, check: Callable[[], None]) -> None:
+        """Refuse a text whose pieces have clearly more tokens than the context, at the piece that shows it."""
+        tokens, allowed = 0, self._context_length
+        for piece in _pieces(text):
+            check()
+            tokens += len(self._tokenizer(piece, add_special_tokens=False, verbose=False).input_ids)
+            allowed += TOKENS_PER_CUT
+            if tokens > allowed:
+                raise self._too_long(f"more than {self._context_length} tokens")
+        check()
+
+    def _too_long(self, size: str) -> InvalidArgumentError:
+        return InvalidArgumentError(
+            f"the prompt has {size}; the model's context holds {self._context_length} tokens: shorten the prompt"
         )
-    return token_ids
 
 
 def check_length(prompt_tokens: int, max_tokens: int, context_length: int) -> None:
@@ -78,42 +215,13 @@ def check_length(prompt_tokens: int, max_tokens: int, context_length: int) -> No
     )
 
 
-def _read_text(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    # A tokenizer that starts every text with a token of its own would make a prompt out of nothing.
-    if not text:
-        raise InvalidArgumentError("the prompt's text is empty; a prompt has at least one token")
-    # `verbose` would warn about long texts; `check_length` refuses them.
-    token_ids: list[int] = tokenizer(text, verbose=False).input_ids
-    return token_ids
-
-
-def _read_chat(messages: Sequence[prefill_pb2.ChatMessage], tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    if not messages:
-        raise InvalidArgumentError("chat has no messages; send one at least")
-    for place, message in enumerate(messages):
-        if message.role not in ROLES:
-            raise InvalidArgumentError(
-                f"chat message {place} has the role {message.role!r}; allowed: {', '.join(ROLES)}"
-            )
-    if not tokenizer.chat_template:
-        raise InvalidArgumentError("this model has no chat template; send the prompt as text or token_ids instead")
-    conversation = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        # The template writes the special tokens itself.
-        token_ids: list[int] = tokenizer.apply_chat_template(
-            conversation, add_generation_prompt=True, return_dict=False
-        )
-    except TemplateError as error:
-        raise InvalidArgumentError(f"the model's chat template refuses these messages: {error}") from error
-    return token_ids
-
-
-def _read_token_ids(token_ids: Sequence[int], vocab_size: int) -> list[int]:
-    if not token_ids:
-        raise InvalidArgumentError("token_ids is empty; a prompt has at least one token")
-    for place, token_id in enumerate(token_ids):
-        if token_id >= vocab_size:
-            raise InvalidArgumentError(
-                f"token_ids[{place}] is {token_id}; allowed: 0 to {vocab_size - 1}, the model's vocabulary"
-            )
-    return list(token_ids)
+def _pieces(text: str) -> Iterator[str]:
+    """Yield the text in pieces of at most `PIECE_CHARACTERS`, cut before a space where there is one."""
+    start = 0
+    while start < len(text):
+        end = start + PIECE_CHARACTERS
+        if end < len(text):
+            space = text.rfind(" ", start + 1, end)
+            end = space if space > 0 else end
+        yield text[start:end]
+        start = end

@@ -20,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from spectrumkv.common.errors import InternalError, InvalidArgumentError
+from spectrumkv.common.errors import InvalidArgumentError, NotFiniteError
 from spectrumkv.common.generation.params import SamplingParams
 
 __all__ = ["SampledToken", "Sampler", "SamplingParams", "TokenLogprob", "uniform"]
@@ -111,7 +111,7 @@ class Sampler:
             The token, with log-probabilities if the request asks for them.
 
         Raises:
-            InternalError: a logit is infinite or NaN.
+            NotFiniteError: a logit is infinite or NaN.
             ValueError: `logits` has another shape.
         """
         row = _checked(logits, index)
@@ -158,7 +158,7 @@ def _checked(logits: torch.Tensor, index: int) -> torch.Tensor:
 
     Raises:
         ValueError: `logits` is not one row.
-        InternalError: a logit is infinite or NaN.
+        NotFiniteError: a logit is infinite or NaN.
     """
     if logits.dim() != 1 or not len(logits):
         raise ValueError(f"logits have the shape {tuple(logits.shape)}; allowed: one row [vocab]")
@@ -166,7 +166,7 @@ def _checked(logits: torch.Tensor, index: int) -> torch.Tensor:
     # An infinity or NaN always shows in the sum, which is faster than a test of every element.
     if not math.isfinite(float(row.sum())):
         broken = int((~row.isfinite()).sum())
-        raise InternalError(
+        raise NotFiniteError(
             f"the model's logits for token {index} cannot be used: {broken} of {len(row)} are infinite or NaN"
         )
     return row

@@ -99,20 +99,28 @@ class TextStream:
     A stream that gets the same tokens returns the same deltas, so decode replays the token that prefill sampled. All
     deltas together are the decoded tokens (see `Detokenizer`) up to the first stop string. A token that ends
     generation has no text itself, whether it is special or not. If the last token leaves a character incomplete, the
-    text ends with U+FFFD, as in `tokenizer.decode`.
+    text ends with U+FFFD, as in `tokenizer.decode`. Special tokens have no text, so a stop string that is one of them
+    ends generation at that token.
 
     Args:
         tokenizer: the model's tokenizer.
         params: the sampling parameters, of which max_tokens, stop, stop_token_ids and ignore_eos are read.
         eos_token_ids: the model's end-of-sequence tokens.
+        prompt_token_ids: what the text continues; nothing where it is a text of its own.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, params: SamplingParams, eos_token_ids: frozenset[int]
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        params: SamplingParams,
+        eos_token_ids: frozenset[int],
+        prompt_token_ids: Sequence[int] = (),
     ) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, prompt_token_ids)
         self._stop_strings = StopStrings(params.stop)
-        self._last_token_ids = params.stop_token_ids | (frozenset() if params.ignore_eos else eos_token_ids)
+        self._last_token_ids = params.stop_token_ids | self._detokenizer.special_token_ids(params.stop)
+        if not params.ignore_eos:
+            self._last_token_ids |= eos_token_ids
         self._tokens_left = params.max_tokens
         self._ended = False
 

@@ -1,6 +1,5 @@
 """The precision spectrum: which tiers there are, what they cost, how a map of them is packed."""
 
-from collections.abc import Mapping
 from enum import IntEnum
 
 import numpy as np
@@ -60,19 +59,6 @@ def count_tiers(tiers: torch.Tensor) -> dict[Tier, int]:
     # numpy, as elsewhere in this file: an operation takes a fraction of torch's time over so few bytes.
     counts = np.bincount(tiers.numpy().ravel(), minlength=len(Tier)).tolist()
     return {tier: counts[tier] for tier in Tier}
-
-
-def mean_tier_cost(tokens: Mapping[Tier, int]) -> float:
-    """Average the tokens' tier cost: the SpectrumKV paper's normalized budget b, as it came out.
-
-    Args:
-        tokens: how many there are at each tier.
-
-    Returns:
-        From 0, where all are dropped, to 1; 0 where there are none.
-    """
-    total = sum(tokens.values())
-    return sum(tier.nominal_cost * count for tier, count in tokens.items()) / total if total else 0.0
 
 
 def pack_tier_map(tiers: torch.Tensor) -> bytes:

@@ -52,9 +52,9 @@ def build_once(directory: Path, name: str, build: Callable[[Path], None], read: 
         What `read` returns.
 
     Raises:
-        FailedPreconditionError: the place cannot be written to. Errors of `build` pass through.
+        FailedPreconditionError: the place cannot be read or written to. Errors of `build` pass through.
     """
-    if directory.is_dir():
+    if _is_there(directory):
         try:
             return read(directory)
         except _DAMAGE:
@@ -68,6 +68,14 @@ def build_once(directory: Path, name: str, build: Callable[[Path], None], read: 
                 logger.warning("cannot use %s kept in %s: %s; it is computed again", name, directory, error)
         _build(directory, build)
     return read(directory)
+
+
+def _is_there(directory: Path) -> bool:
+    try:
+        return directory.is_dir()
+    except OSError as error:
+        # A directory above it is another user's.
+        raise _unwritable(directory.parent, error) from error
 
 
 def read_entry(path: Path, name: str, parse: Callable[[str], T]) -> T | None:

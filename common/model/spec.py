@@ -3,9 +3,9 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,14 +14,19 @@ import torch
 from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
 from spectrumkv.common.model.cache import cache_directory, read_entry, sha256_of_json, write_entry
 from spectrumkv.common.model.directory import weight_files
+from spectrumkv.common.model.parameters import rope_parameters
 from spectrumkv.v1 import kv_pb2
 
 # The name of a kept digest in the log.
 _DIGEST = "the digest of the weights"
 _DTYPES = ("float32", "float16", "bfloat16")
+# No more than so many parameters, of so many characters, are taken from another process: a refusal repeats them.
+_MOST_PARAMETERS, _LONGEST_NAME, _LONGEST_VALUE = 64, 64, 4096
+# What a difference shows for a parameter that one side does not have.
+_ABSENT = "not given"
 
 
 class SpecDifference(NamedTuple):
@@ -40,7 +45,8 @@ class ModelSpec:
     """The facts of a model that two processes must agree on before one may use the other's KV cache.
 
     Mirrors `spectrumkv.v1.ModelSpec`. Digests are SHA-256 in hexadecimal; `dtype` is what the model computes
-    in; `context_length` is the longest prompt plus completion in tokens.
+    in; `context_length` is the longest prompt plus completion in tokens; `parameters` are sorted names and values of
+    what else the model computes with, see `model_parameters`.
 
     Raises:
         InvalidArgumentError: a field is missing or cannot be right.
@@ -56,6 +62,7 @@ class ModelSpec:
     tokenizer_digest: str
     vocab_size: int
     context_length: int
+    parameters: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.architecture:
@@ -70,15 +77,42 @@ class ModelSpec:
                 raise InvalidArgumentError(f"the model spec's {name} is {getattr(self, name)}; it must be at least 1")
         if self.dtype not in _DTYPES:
             raise InvalidArgumentError(f"the model spec's dtype is {self.dtype!r}; valid: {', '.join(_DTYPES)}")
+        if (
+            len(self.parameters) > _MOST_PARAMETERS
+            or len(dict(self.parameters)) < len(self.parameters)
+            or any(len(name) > _LONGEST_NAME or len(value) > _LONGEST_VALUE for name, value in self.parameters)
+        ):
+            raise InvalidArgumentError(
+                f"the model spec's parameters have more than {_MOST_PARAMETERS} entries, a name twice, or a name or "
+                f"value of more than {_LONGEST_NAME} or {_LONGEST_VALUE} characters"
+            )
 
     def differences(self, other: "ModelSpec") -> list[SpecDifference]:
-        """Return the fields in which `other` differs, in the order of declaration; none where the two agree."""
-        pairs = ((one.name, getattr(self, one.name), getattr(other, one.name)) for one in fields(self))
-        return [SpecDifference(name, mine, theirs) for name, mine, theirs in pairs if mine != theirs]
+        """Return in what `other` differs; nothing where the two agree.
+
+        Args:
+            other: the spec to compare with.
+
+        Returns:
+            The fields that differ, in the order of declaration, and each of the parameters that differs in the place
+            of `parameters`.
+        """
+        mine, theirs = self._by_name(), other._by_name()
+        return [
+            SpecDifference(name, mine.get(name, _ABSENT), theirs.get(name, _ABSENT))
+            for name in mine | theirs
+            if mine.get(name) != theirs.get(name)
+        ]
+
+    def _by_name(self) -> dict[str, str | int]:
+        plain = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "parameters"}
+        return plain | dict(self.parameters)
 
     def to_proto(self) -> kv_pb2.ModelSpec:
         """Return the message that crosses the network."""
-        return kv_pb2.ModelSpec(**{one.name: getattr(self, one.name) for one in fields(self)})
+        return kv_pb2.ModelSpec(
+            **{one.name: getattr(self, one.name) for one in fields(self)} | {"parameters": dict(self.parameters)}
+        )
 
     @classmethod
     def from_proto(cls, message: kv_pb2.ModelSpec) -> "ModelSpec":
@@ -93,32 +127,60 @@ class ModelSpec:
         Raises:
             InvalidArgumentError: a field is missing or cannot be right.
         """
-        return cls(**{one.name: getattr(message, one.name) for one in fields(cls)})
+        given = {one.name: getattr(message, one.name) for one in fields(cls)}
+        return cls(**given | {"parameters": tuple(sorted(message.parameters.items()))})
 
 
-def weights_digest(directory: Path) -> str:
-    """Return the SHA-256 over names, dtypes, shapes and bytes of all tensors, in hexadecimal.
+def weights_digest(directory: Path, read: Collection[str] | None = None) -> str:
+    """Return the SHA-256 over names, dtypes, shapes and bytes of a model's tensors, in hexadecimal.
 
     The digest does not depend on how the tensors are distributed over files. It is kept in the cache directory under
-    the files' paths, sizes and modification times, so that a restart reads no weights for it.
+    what tells the files from others, so that a restart reads no weights for it.
+
+    Args:
+        directory: holds the safetensors files.
+        read: names of the tensors that the model has; others in the files are left out. None takes all.
+
+    Raises:
+        FailedPreconditionError: there are no safetensors files, or they change as they are read.
+    """
+    with weights_unchanged(directory) as fingerprint:
+        entry = cache_directory() / "digests" / sha256_of_json([fingerprint, None if read is None else sorted(read)])
+        digest = read_entry(entry, _DIGEST, _parse_digest)
+        if digest is not None:
+            return digest
+        digest = _hash_weights(weight_files(directory), read)
+    write_entry(entry, _DIGEST, digest)
+    return digest
+
+
+@contextmanager
+def weights_unchanged(directory: Path) -> Iterator[str]:
+    """Hold the files of a model's weights to what they were until the block ends.
 
     Args:
         directory: holds the safetensors files.
 
+    Yields:
+        What tells the files from others. Whoever replaces a file can give it the same name, size and modification
+        time, but not the same inode or time of change.
+
     Raises:
-        FailedPreconditionError: there are no safetensors files.
+        FailedPreconditionError: there are no safetensors files, or they are others now.
     """
-    files = weight_files(directory)
-    entry = cache_directory() / "digests" / _fingerprint(files)
-    digest = read_entry(entry, _DIGEST, _parse_digest)
-    if digest is None:
-        digest = _hash_weights(files)
-        write_entry(entry, _DIGEST, digest)
-    return digest
+    before = _fingerprint(directory)
+    yield before
+    if _fingerprint(directory) != before:
+        raise FailedPreconditionError(
+            f"the weights in {directory} were changed while they were read; start again when they are complete"
+        )
 
 
-def _fingerprint(files: tuple[Path, ...]) -> str:
-    facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+def _fingerprint(directory: Path) -> str:
+    facts = []
+    for file in weight_files(directory):
+        found = file.stat()
+        facts.append((str(file.resolve()), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
     return sha256_of_json(facts)
 
 
@@ -128,13 +190,14 @@ def _parse_digest(text: str) -> str:
     return text
 
 
-def _hash_weights(files: tuple[Path, ...]) -> str:
+def _hash_weights(files: tuple[Path, ...], read: Collection[str] | None) -> str:
     with ExitStack() as opened, ThreadPoolExecutor() as pool:
         # Tensors are views of the mapped files; hashlib releases the interpreter's lock as it reads them.
         tensors: dict[str, torch.Tensor] = {}
         for path in files:
             file = opened.enter_context(safe_open(path, framework="pt"))
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            names = [name for name in file.keys() if read is None or name in read]  # noqa: SIM118 (not a mapping)
+            tensors |= {name: file.get_tensor(name) for name in names}
         names = sorted(tensors)
         hashes = pool.map(_hash_tensor, (tensors[name] for name in names))
         described = [
@@ -155,8 +218,7 @@ def rope_digest(config: PretrainedConfig, head_dim: int) -> str:
         config: of a supported model.
         head_dim: elements of one key.
     """
-    parameters = {name: value for name, value in config.rope_parameters.items() if value is not None}
-    return sha256_of_json({"head_dim": head_dim, **parameters})
+    return sha256_of_json({"head_dim": head_dim, **rope_parameters(config)})
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:

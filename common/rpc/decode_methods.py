@@ -57,13 +57,31 @@ def begin_basis(channel: grpc.Channel, basis: Basis, timeout: float | None) -> t
         decode_pb2.PutBasisRequest(digest=digest, part=data[start : start + BASIS_PIECE_BYTES])
         for start in range(0, len(data), BASIS_PIECE_BYTES)
     ]
+    return _begin_upload(channel, pieces, timeout), sum(piece.ByteSize() for piece in pieces)
+
+
+def ask_for_basis(channel: grpc.Channel, basis: Basis, timeout: float | None) -> Any:
+    """Ask a decode worker whether it has a codec basis.
+
+    Args:
+        channel: to the worker.
+        basis: the basis.
+        timeout: seconds that the call may take; None is forever.
+
+    Returns:
+        The call, a future of grpc whose `result` raises the status FAILED_PRECONDITION with the details of a missing
+        basis where the worker lacks it.
+    """
+    return _begin_upload(channel, [decode_pb2.PutBasisRequest(digest=basis.digest)], timeout)
+
+
+def _begin_upload(channel: grpc.Channel, pieces: list[decode_pb2.PutBasisRequest], timeout: float | None) -> Any:
     method = channel.stream_unary(
         f"/{SERVICE_NAME}/PutBasis",
         request_serializer=decode_pb2.PutBasisRequest.SerializeToString,
         response_deserializer=decode_pb2.PutBasisResponse.FromString,
     )
-    call = method.future(iter(pieces), timeout=timeout, metadata=current_trace().metadata)
-    return call, sum(piece.ByteSize() for piece in pieces)
+    return method.future(iter(pieces), timeout=timeout, metadata=current_trace().metadata)
 
 
 def decode_info_method(channel: grpc.Channel) -> Callable[..., Any]:

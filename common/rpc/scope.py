@@ -1,5 +1,6 @@
 """Tells a handler when and why its RPC is over."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +14,20 @@ from spectrumkv.common.rpc.status import DEADLINE_MESSAGE
 
 # For a caller that set no deadline, gRPC's synchronous server reports one that is centuries away.
 NO_DEADLINE_SECONDS = 10 * 365 * 86400.0
-# How long a handler may take to notice that the default deadline passed; then its RPC is cancelled.
+# How long a handler may take to notice that a deadline of the server's own passed; then its RPC is cancelled.
 NOTICE_SECONDS = 1.0
+
+
+@contextmanager
+def cancelled_after(seconds: float, cancel: Callable[[], object]) -> Iterator[None]:
+    """Call `cancel`, on a thread of its own, if the block takes longer than `seconds`."""
+    clock = threading.Timer(seconds, cancel)
+    clock.daemon = True
+    clock.start()
+    try:
+        yield
+    finally:
+        clock.cancel()
 
 
 def deadline_seconds(context: grpc.ServicerContext) -> float | None:
@@ -52,7 +65,7 @@ class RpcEnd:
 
     def _reason(self) -> SpectrumKVError:
         remaining = deadline_seconds(self._context)
-        # `RpcScope` sets this code before it cancels an RPC whose default deadline passed.
+        # `RpcScope` sets this code before it cancels an RPC for a deadline of the server's own.
         late = self._context.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         if late or (remaining is not None and remaining <= self._slack):
             return DeadlineExceededError(DEADLINE_MESSAGE)
@@ -65,9 +78,12 @@ class RpcScope:
     Args:
         context: the handler's gRPC context.
         default_seconds: the deadline of a caller that set none.
+        longest_seconds: the deadline of a caller that set a later one.
     """
 
-    def __init__(self, context: grpc.ServicerContext, default_seconds: float) -> None:
+    def __init__(
+        self, context: grpc.ServicerContext, default_seconds: float, longest_seconds: float = math.inf
+    ) -> None:
         self._context = context
         self._end_reason = RpcEnd(context)
         self._lock = threading.Lock()
@@ -76,12 +92,19 @@ class RpcScope:
         self._expired = False
         self._left = False
         self._timer: threading.Timer | None = None
-        remaining = deadline_seconds(context)
-        self._deadline = time.monotonic() + (default_seconds if remaining is None else remaining)
+        given = deadline_seconds(context)
+        too_late = given is not None and given > longest_seconds
+        seconds = min(default_seconds if given is None else given, longest_seconds)
+        self._deadline = time.monotonic() + seconds
+        self._late_message = (
+            f"the request took {longest_seconds:g} s, the longest that this server allows (--max-deadline)"
+            if too_late
+            else DEADLINE_MESSAGE
+        )
         if not context.add_callback(self._end):
             self._ended.set()
-        elif remaining is None:
-            self._start_clock(default_seconds, self._expire)
+        elif given is None or too_late:
+            self._start_clock(seconds, self._expire)
 
     @property
     def seconds_remaining(self) -> float:
@@ -108,13 +131,8 @@ class RpcScope:
     @contextmanager
     def within(self, seconds: float) -> Iterator[None]:
         """Cancel the RPC with DEADLINE_EXCEEDED if the block takes longer than `seconds`."""
-        clock = threading.Timer(seconds, self._cancel)
-        clock.daemon = True
-        clock.start()
-        try:
+        with cancelled_after(seconds, self._cancel):
             yield
-        finally:
-            clock.cancel()
 
     def wait_for_end(self, seconds: float) -> None:
         """Wait until the RPC is over, but for no longer than `seconds`."""
@@ -128,7 +146,7 @@ class RpcScope:
             CancelledError: the caller went away.
         """
         if self._expired or (self.seconds_remaining == 0 and not self._ended.is_set()):
-            raise DeadlineExceededError(DEADLINE_MESSAGE)
+            raise DeadlineExceededError(self._late_message)
         if self.ended:
             raise self._end_reason.error
 

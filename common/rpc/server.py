@@ -1,5 +1,6 @@
 """The one place that makes gRPC servers: thread pools, limits, health, reflection, draining."""
 
+import resource
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,17 +12,31 @@ from grpc_reflection.v1alpha import reflection
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.rpc.channel import CHANNEL_OPTIONS, KEEPALIVE_SECONDS
-from spectrumkv.common.rpc.interceptor import StatusInterceptor, request_limit, upload_limit, watch_limit
+from spectrumkv.common.rpc.first_message import FIRST_MESSAGE_SECONDS, CountSilent, SilentCalls
+from spectrumkv.common.rpc.interceptor import StatusInterceptor
+from spectrumkv.common.rpc.limits import CallLimits, request_limit, upload_limit, watch_limit
+from spectrumkv.common.rpc.stalled_readers import STALL_SECONDS, StalledReaders
 from spectrumkv.common.security import ServerSecurity
 
 # How many streams may watch health or ask for reflection; each holds a thread.
 WATCHERS = 32
 # How many codec bases may arrive at once; a prefill worker sends one once.
 UPLOADS = 4
-# Threads for health checks and GetServerInfo, which must be answered while every other thread serves a stream.
+# Threads for calls that take no place: GetServerInfo, and as many again for health checks, which must be answered
+# while every other thread serves a stream.
 SPARE_THREADS = 8
+# How many calls may have sent headers and no message yet; each holds a thread for as long. Those of health, which
+# need no token, can take none from the others.
+SILENT_CALLS, SILENT_WATCHERS = 256, 64
 # How many RPCs may wait for a thread: bursts of health checks, and of requests that are about to be refused.
 QUEUED_RPCS = 1024
+# How many calls one connection may have beyond those for which there is a place.
+EXTRA_STREAMS = 512
+# A connection on which nothing has been called for so long is closed; a caller's next call opens another.
+IDLE_SECONDS = 300
+# Half of the files that the process may open are left for all else. More connections than this would take more memory
+# than they are worth.
+MAX_CONNECTIONS = 4096
 # For TLS and the first frames of HTTP/2; a caller that connects and sends nothing holds a socket for no longer.
 HANDSHAKE_SECONDS = 10
 
@@ -33,6 +48,7 @@ _SERVER_OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
+    ("grpc.max_connection_idle_ms", IDLE_SECONDS * 1000),
 )
 
 
@@ -46,6 +62,7 @@ class Server:
         threads: how many streams are served at once; each holds a thread, and the server refuses more with
             RESOURCE_EXHAUSTED.
         count_ended: called with the status code's name at the end of every stream.
+        count_silent: called for each call that ends before its first message, as `SilentCalls` does.
         reflection_enabled: whether clients may ask which services and messages there are.
         security: TLS files and the tokens that callers must send.
 
@@ -60,21 +77,34 @@ class Server:
         service_name: str,
         threads: int,
         count_ended: Callable[[str], None],
+        count_silent: CountSilent = lambda reason: None,
         reflection_enabled: bool = False,
         security: ServerSecurity = ServerSecurity(),  # noqa: B008  # frozen
     ) -> None:
         self._service_name = service_name
         self._security = security
         self._requests = request_limit(threads)
-        pool = threads + WATCHERS + UPLOADS + SPARE_THREADS
+        calls = threads + UPLOADS + SPARE_THREADS + SILENT_CALLS
+        watchers = WATCHERS + SPARE_THREADS + SILENT_WATCHERS
+        self._watcher_threads = ThreadPoolExecutor(watchers, thread_name_prefix="health")
+        limits = CallLimits(
+            self._requests,
+            upload_limit(UPLOADS),
+            watch_limit(WATCHERS),
+            SilentCalls(SILENT_CALLS, FIRST_MESSAGE_SECONDS, count_silent),
+            SilentCalls(SILENT_WATCHERS, FIRST_MESSAGE_SECONDS, count_silent),
+            StalledReaders(STALL_SECONDS),
+            self._watcher_threads,
+        )
         self._server = grpc.server(
-            ThreadPoolExecutor(pool, thread_name_prefix="rpc"),
-            interceptors=(
-                StatusInterceptor(self._requests, watch_limit(WATCHERS), upload_limit(UPLOADS), count_ended),
-                *security.interceptors(),
+            ThreadPoolExecutor(calls, thread_name_prefix="rpc"),
+            interceptors=(StatusInterceptor(limits, count_ended), *security.interceptors()),
+            options=(
+                *_SERVER_OPTIONS,
+                ("grpc.max_concurrent_streams", threads + EXTRA_STREAMS),
+                ("grpc.max_allowed_incoming_connections", _connections()),
             ),
-            options=_SERVER_OPTIONS,
-            maximum_concurrent_rpcs=pool + QUEUED_RPCS,
+            maximum_concurrent_rpcs=calls + watchers + QUEUED_RPCS,
         )
         # With the non-blocking `Watch`, the whole server locks up where one watcher leaves while another comes or the
         # status changes (github.com/grpc/grpc/pull/43403).
@@ -134,8 +164,15 @@ class Server:
         self._requests.when_none_left(hurried.set)
         hurried.wait(grace_seconds)
         self._server.stop(0).wait()
+        self._watcher_threads.shutdown(wait=False)
         hurried.set()
 
     def _set_health(self, status: int) -> None:
         for name in ("", self._service_name):
             self._health.set(name, status)
+
+
+def _connections() -> int:
+    """Return how many connections a server takes; beyond them it closes new ones at once."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return min(MAX_CONNECTIONS, files // 2) if files != resource.RLIM_INFINITY else MAX_CONNECTIONS

@@ -28,6 +28,8 @@ class ChannelSecurity:
         named_by: the flag that names `token_file`, for errors.
         allow_plaintext: let plaintext go to other machines too.
         server_name: the name that the server's certificate must be for; None is the name in its address.
+        allow_proxy: connect through the proxy that the environment names (`https_proxy` and its like), except to
+            loopback.
     """
 
     tls: TlsFiles | None = None
@@ -35,10 +37,11 @@ class ChannelSecurity:
     named_by: str = "--token-file"
     allow_plaintext: bool = False
     server_name: str | None = None
+    allow_proxy: bool = True
 
     @classmethod
     def to_decode(cls, config: PrefillConfig) -> "ChannelSecurity":
-        """Return the security of prefill's channels to decode: TLS if `--tls-ca` names decode's authorities.
+        """Return the security of prefill's channels to decode: no proxy, and TLS if `--tls-ca` names authorities.
 
         Args:
             config: prefill's options.
@@ -52,6 +55,7 @@ class ChannelSecurity:
             token_file=optional_path(config.decode_token_file),
             named_by="--decode-token-file",
             allow_plaintext=config.allow_plaintext,
+            allow_proxy=False,
         )
 
     def check(self) -> None:
@@ -77,6 +81,9 @@ class ChannelSecurity:
         """
         token = token_source(self.named_by, self.token_file)
         options = (*options, *target.options)
+        if target.is_loopback or not self.allow_proxy:
+            # gRPC otherwise sends even 127.0.0.1 to the proxy that the environment names, prompt and token with it.
+            options = (*options, ("grpc.enable_http_proxy", 0))
         channel = self._plaintext(target, options) if self.tls is None else self._encrypted(self.tls, target, options)
         return channel if token is None else grpc.intercept_channel(channel, TokenSender(token))
 

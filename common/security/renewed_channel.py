@@ -155,6 +155,7 @@ class _UnaryResponse(_Calls):
         with self._held() as method:
             return method(*arguments, **named)
 
+    # gRPC's interceptors, such as `TokenSender`, make every unary call through this method.
     def with_call(self, *arguments: Any, **named: Any) -> Any:
         with self._held() as method:
             return method.with_call(*arguments, **named)

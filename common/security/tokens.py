@@ -5,6 +5,7 @@ import hmac
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -101,7 +102,7 @@ class TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc ha
         if refusal is None:
             return continuation(handler_call_details)
         # A streaming handler may end a call of any kind without waiting for its request.
-        return grpc.stream_stream_rpc_method_handler(_refuse(refusal))
+        return grpc.stream_stream_rpc_method_handler(Refusal(refusal))
 
     def _refusal(self, metadata: Any) -> UnauthenticatedError | None:
         values = [value for key, value in metadata if key == METADATA_KEY]
@@ -114,11 +115,23 @@ class TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc ha
         return None
 
 
-def _refuse(refusal: UnauthenticatedError) -> Callable[[Any, Any], NoReturn]:
-    def behaviour(requests: Any, context: Any) -> NoReturn:
-        raise refusal
+@dataclass(frozen=True)
+class Refusal:
+    """A handler's behaviour that ends a call before any of its messages is read.
 
-    return behaviour
+    Attributes:
+        error: says why.
+    """
+
+    error: UnauthenticatedError
+
+    def __call__(self, requests: Any, context: grpc.ServicerContext) -> NoReturn:
+        """Refuse the call.
+
+        Raises:
+            UnauthenticatedError: always.
+        """
+        raise self.error
 
 
 TokenSource = Callable[[], str]

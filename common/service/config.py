@@ -79,11 +79,19 @@ class ServerConfig:
     deadline: float = option(
         600.0, "seconds after which a request ends if its caller set no deadline", number(0.001, WEEK_SECONDS)
     )
+    max_deadline: float = option(
+        3600.0, "seconds after which a request ends, however long its caller allows", number(0.001, WEEK_SECONDS)
+    )
     log_level: str = option("info", "least severe level to log", one_of("debug", "info", "warning", "error"))
     log_format: str = option("text", "format of log lines", one_of("text", "json"))
 
     def __post_init__(self) -> None:
         check_certificate_and_key(self.tls_cert, self.tls_key)
+        if self.deadline > self.max_deadline:
+            raise InvalidArgumentError(
+                f"--deadline is {self.deadline:g}, more than --max-deadline allows, which is {self.max_deadline:g}; "
+                "raise that, too"
+            )
         if self.tls_cert is None:
             self._keep_plaintext_here("listen", self.listen, "give --tls-cert and --tls-key")
         # Metrics are always served as plaintext: TLS is for requests only.
@@ -130,6 +138,9 @@ class PrefillConfig(ServerConfig):
         SCORE_WINDOW, "queries at the end of the prompt whose attention is scored", number(1, 4096, int)
     )
     int4: str = option("auto", "whether INT4 is allowed; auto asks the probe", one_of("auto", "on", "off"))
+    allow_control_tokens: bool = option(
+        False, "let control tokens of the model, such as <|im_end|>, act as such in the content of chat messages"
+    )
     max_waiting: int = option(64, "requests that may be in the service at once", number(1, 4096, int))
     chunk_bytes: int = option(512 << 10, "payload bytes at which a chunk is sent", number(1 << 10, 1 << 20, int))
 

@@ -43,17 +43,26 @@ class Address:
         except ValueError:
             return None
 
+    @property
+    def from_here(self) -> "Address":
+        """The address by which this machine reaches what listens here: loopback's where that is every address."""
+        every = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104  # it is compared, not listened on
+        return Address(every.get(self.host, self.host), self.port)
+
     def listener(self) -> socket.socket:
         """Return a socket that listens on this address, as servers do.
 
         Raises:
-            OSError: the address is not this machine's, or is in use.
+            OSError: the address is not this machine's, or is in use; or the name has no address.
         """
-        listener = socket.socket(socket.AF_INET6 if self.host.startswith("[") else socket.AF_INET)
+        found = socket.getaddrinfo(self.host.strip("[]"), self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # A name may have addresses of both kinds, or of IPv6 only.
+        family, *_, address = min(found, key=lambda one: one[0] != socket.AF_INET)
+        listener = socket.socket(family)
         try:
             # A port whose last connections are still in TIME_WAIT counts as free.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((self.host.strip("[]"), self.port))
+            listener.bind(address)
             listener.listen()
         except OSError:
             listener.close()

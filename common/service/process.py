@@ -17,6 +17,7 @@ from spectrumkv.common.rpc.server import Server
 from spectrumkv.common.service.config import ServerConfig
 from spectrumkv.common.service.vitals import Vitals
 from spectrumkv.common.service.watchdog import Watchdog
+from spectrumkv.common.telemetry.log_output import count_dropped_lines, flush_log, open_log
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.request_log import FORMATTERS
 
@@ -35,13 +36,13 @@ LAST_WORDS_SECONDS = 0.5
 
 
 def set_up_logging(level: str, log_format: str = "text") -> None:
-    """Log to stderr, one line for each event.
+    """Log to stderr, one line for each event; nothing ever waits for whoever reads them.
 
     Args:
         level: the least severe level to log.
         log_format: "text" or "json".
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = open_log()
     handler.setFormatter(FORMATTERS[log_format]())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
@@ -71,6 +72,9 @@ def exit_on_error(main: Callable[[], None]) -> None:
         sys.exit(f"error: {error.message}")
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+    finally:
+        # What the exit says comes after the log.
+        flush_log()
 
 
 def keep_one_arena() -> None:
@@ -119,6 +123,7 @@ def serve_until_signalled(
     Raises:
         InvalidArgumentError: the server cannot listen on an address.
     """
+    count_dropped_lines(metrics.log_lines_dropped.inc)
     port = server.bind(str(config.listen))
     metrics_port = metrics.serve(config.metrics_listen)
     signals, wake = _arriving_signals()

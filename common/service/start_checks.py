@@ -1,9 +1,11 @@
 """Finds what is wrong with a service's options before the service loads its model, which takes seconds or minutes."""
 
 import os
+from contextlib import suppress
 
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
 from spectrumkv.common.security import ServerSecurity
+from spectrumkv.common.service import cgroup
 from spectrumkv.common.service.config import Address, ServerConfig, flag_name
 from spectrumkv.kernels.jit.llvm import converts_float16
 
@@ -48,8 +50,12 @@ def _check_address(name: str, address: Address) -> None:
 
 
 def memory_bytes() -> int | None:
-    """Return the machine's memory in bytes; None where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
+    """Return the memory that this process may use in bytes: the machine's, or its container's where that is less.
+
+    Returns:
+        The bytes; None where the system does not say.
+    """
+    known = [cgroup.memory_limit()]
+    with suppress(AttributeError, ValueError, OSError):
+        known.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min((one for one in known if one is not None), default=None)

@@ -9,18 +9,16 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
-    start_http_server,
 )
 
-from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.service.config import Address
+from spectrumkv.common.telemetry.metrics_server import serve_metrics
 
 # The buckets of vLLM's latency histograms, so that dashboards can compare.
 LATENCY_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0,
     2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
 )  # fmt: skip
-STAGES = ("queue", "prefill", "encode", "transfer", "decode")
 # Label of bytes that belong to no tier: tier maps, segment headers, message framing, Begin and End.
 FRAMING = "framing"
 # Label of the bytes of a codec's basis, which each decode worker gets once.
@@ -56,19 +54,32 @@ class Metrics:
             "inter_token_latency_seconds", "Time between two tokens of a request, without the hand-off."
         )
         self.request_duration = histogram(
-            "request_duration_seconds", "Time that a request spent in one stage.", "stage"
+            "request_duration_seconds",
+            "Time that a request spent in one stage; on prefill one observation for a request, however many decode "
+            "workers it went to.",
+            "stage",
         )
         self.kv_bytes_sent = counter(
-            "kv_bytes_sent_total", "Bytes that prefill serialized for decode, by what they carry.", "tier"
+            "kv_bytes_sent_total",
+            "Bytes that prefill serialized for decode, for each attempt of a request, by what they carry.",
+            "tier",
         )
         self.kv_bytes_received = counter(
             "kv_bytes_received_total", "Bytes that decode received from prefill, by what they carry.", "tier"
         )
         self.kv_fp16_equivalent_bytes = counter(
-            "kv_fp16_equivalent_bytes_total", "Bytes of the same KV at 16 bits per element."
+            "kv_fp16_equivalent_bytes_total",
+            "Bytes of the same KV at 16 bits per element, for each attempt of a request.",
         )
-        self.kv_tokens = counter("kv_tokens_total", "Prompt tokens by tier, as a mean over the layers.", "tier")
+        self.kv_tokens = counter(
+            "kv_tokens_total",
+            "Prompt tokens by tier, as a mean over the layers, for each attempt of a request.",
+            "tier",
+        )
         self.requests = counter("requests_total", "Requests that ended, by gRPC status code.", "code")
+        self.silent_calls_ended = counter(
+            "silent_calls_ended_total", "Calls that were ended before their first message came, by why.", "reason"
+        )
         self.kv_codec = counter("kv_codec_total", "Requests by the codec of their KV.", "codec")
         self.requests_running = gauge("requests_running", "Requests that the model computes now.")
         self.requests_waiting = gauge("requests_waiting", "Admitted requests that wait for the model.")
@@ -88,6 +99,11 @@ class Metrics:
         self.decode_worker_accepting = gauge(
             "decode_worker_accepting", "1 where a decode worker answers and takes requests, otherwise 0.", "worker"
         )
+        self.decode_worker_ejected = gauge(
+            "decode_worker_ejected",
+            "1 where requests avoid a decode worker because it failed several in a row, otherwise 0.",
+            "worker",
+        )
         self.decode_worker_slots_free = gauge(
             "decode_worker_slots_free", "Free KV slots of a decode worker, as far as prefill knows.", "worker"
         )
@@ -100,6 +116,9 @@ class Metrics:
         self.decode_steps = counter("decode_steps_total", "Steps of decode's running batch, by outcome.", "outcome")
         self.prompt_tokens_recomputed = counter(
             "prompt_tokens_recomputed_total", "Prompt tokens that decode computed although it had their KV."
+        )
+        self.log_lines_dropped = counter(
+            "log_lines_dropped_total", "Log lines that were dropped, because nobody read them or the disk was full."
         )
         self.build_info = gauge(
             "build_info", "Always 1; its labels say what runs here.", "version", "service", "model"
@@ -116,7 +135,7 @@ class Metrics:
         return metrics
 
     def serve(self, address: Address) -> int:
-        """Answer Prometheus on a thread of its own.
+        """Answer Prometheus on threads of their own.
 
         Args:
             address: the address to listen on; port 0 is any free port.
@@ -127,10 +146,4 @@ class Metrics:
         Raises:
             InvalidArgumentError: the address cannot be bound.
         """
-        try:
-            server, _ = start_http_server(address.port, address.host.strip("[]"), registry=self.registry)
-        except OSError as error:
-            raise InvalidArgumentError(
-                f"cannot serve metrics on {address}: {error.strerror}; is another server using the port?"
-            ) from error
-        return int(server.server_port)
+        return serve_metrics(self.registry, address)

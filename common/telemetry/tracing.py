@@ -8,7 +8,9 @@ Spans are made by hand: the instrumentation packages for gRPC know nothing of st
 prerelease.
 """
 
+import atexit
 import os
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
 TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
+# How long the end of the process waits for the last spans: their collector may be away, and the SDK tries for 30 s.
+LAST_SPANS_SECONDS = 2.0
 EXPORTER_VARIABLE = "OTEL_TRACES_EXPORTER"
 _PROTOCOL_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _ENTRY_POINTS = "opentelemetry_traces_exporter"
@@ -184,10 +188,18 @@ def set_up_spans(service: str) -> None:
             "run pip install 'spectrumkv[otel]'"
         ) from None
     name = os.environ.get("OTEL_SERVICE_NAME", f"spectrumkv-{service}")
-    provider = TracerProvider(resource=Resource.create({"service.name": name}))
+    provider = TracerProvider(resource=Resource.create({"service.name": name}), shutdown_on_exit=False)
     for exporter in named.split(","):
         provider.add_span_processor(BatchSpanProcessor(_exporter(exporter.strip())))
     otel.set_tracer_provider(provider)
+    # The SDK's own exit waits until its exporter has given up.
+    sending = threading.Thread(target=provider.shutdown, name="last-spans", daemon=True)
+    atexit.register(_send_last_spans, sending)
+
+
+def _send_last_spans(sending: threading.Thread) -> None:
+    sending.start()
+    sending.join(LAST_SPANS_SECONDS)
 
 
 def _exporter(name: str) -> "SpanExporter":

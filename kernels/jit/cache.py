@@ -14,6 +14,8 @@ from pathlib import Path
 import platformdirs
 
 CACHE_VARIABLE = "SPECTRUMKV_CACHE"
+# Debian's name for the home of users that have none: nothing can be kept there.
+NO_HOME = Path("/nonexistent")
 # Code that no process has used for so long belongs to another release.
 KEPT_SECONDS = 30 * 86400.0
 _DIGEST = re.compile("[0-9a-f]{16}")
@@ -22,7 +24,14 @@ _DIGEST = re.compile("[0-9a-f]{16}")
 def cache_directory() -> Path:
     """Return the directory named by SPECTRUMKV_CACHE, else the user's cache directory. It need not exist yet."""
     chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen).expanduser().absolute() if chosen else platformdirs.user_cache_path("spectrumkv")
+    if chosen:
+        return Path(os.path.expanduser(chosen)).absolute()
+    try:
+        return platformdirs.user_cache_path("spectrumkv")
+    except RuntimeError:
+        # This user has no home, as in many containers. A directory that all users may write to would not do: what is
+        # kept is code.
+        return NO_HOME / ".cache" / "spectrumkv"
 
 
 def compiled_code_directory(parent: str) -> Path | None:
@@ -46,9 +55,12 @@ def compiled_code_directory(parent: str) -> Path | None:
         return None
     if not os.access(own, os.W_OK):
         return None
-    for other in every.iterdir():
-        # Another process may be quicker.
-        with suppress(FileNotFoundError):
+    # Another process may be quicker, and the directory above may be somebody else's.
+    others: list[Path] = []
+    with suppress(OSError):
+        others = list(every.iterdir())
+    for other in others:
+        with suppress(OSError):
             if _DIGEST.fullmatch(other.name) and time.time() - other.stat().st_mtime > KEPT_SECONDS:
                 shutil.rmtree(other, ignore_errors=True)
     return own

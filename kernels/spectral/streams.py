@@ -2,9 +2,9 @@
 
 Tokens are sorted by step class, and coefficients lie `[rows, n]`, a row for each element of each head: keys' heads,
 then values' heads. So the tokens of one class in one row are neighbours that share a step and a stream, and the loops
-over them have no branches: LLVM makes vector instructions of them. A std class has the rows whose coefficients have
-about the same standard deviation. Rows are visited in an order in which those of one std class are neighbours, a run.
-The integers of a run and a step class go to the stream of the difference of the two classes.
+over them have no branches: LLVM makes vector instructions of them. Rows whose coefficients have about the same
+standard deviation have the same class, and are visited one after another: they are a run. The integers of a run and a
+step class go to the stream of the difference of the two classes.
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ def offsets(row_order: Any, run_start: Any, class_start: Any, stream_of: Any, st
     """Find where the integers of each row and step class start.
 
     Args:
-        row_order: int64 `[rows]`, rows sorted by std class.
+        row_order: int64 `[rows]`, rows sorted by class of standard deviation.
         run_start: int64 `[runs + 1]`, the first index in `row_order` of each run.
         class_start: int64 `[classes + 1]`, the first token of each step class.
         stream_of: int64 `[classes, runs]`.

@@ -2,7 +2,7 @@
 
 Coding runs while the prompt is computed and while earlier bytes travel. Where coding takes no longer than either, its
 quality is free. Where the model and the link are both faster than the coder (a GPU's prefill, a fast network), the
-request would wait for the coder; then the stand-in writes the same allocation.
+request would wait for the coder; then the stand-in writes the same bit allocation.
 """
 
 import statistics
@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from dataclasses import dataclass, field
 
+from spectrumkv.common.kv.codecs.base import Codec
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.prefill_server.transfer.pipeline import SentKv
 from spectrumkv.prefill_server.transfer.plan import KvPlan
@@ -62,21 +63,36 @@ class CodecSelector:
     links: dict[str, RunningMedian] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def select(self, plan: KvPlan, tokens: int, worker: str) -> KvPlan:
+    def stand_in(self, plan: KvPlan) -> Codec | None:
+        """Return the cheaper codec that may write a request's KV within its budget; None where there is none.
+
+        Args:
+            plan: of the request.
+        """
+        stand_in = plan.stand_in
+        if stand_in is None or plan.budget < FRAMING_ROOM * stand_in.least_byte_budget(self.geometry):
+            return None
+        return stand_in
+
+    def select(self, plan: KvPlan, tokens: int, worker: str, lacks_basis: bool = False) -> KvPlan:
         """Settle the codec of a request.
 
         Args:
             plan: with a codec that may be open.
             tokens: of the prompt.
             worker: the decode worker that the KV goes to.
+            lacks_basis: whether that worker has not received the basis yet.
 
         Returns:
             The plan, or the same plan written by the stand-in.
         """
-        stand_in = plan.stand_in
-        if stand_in is None or plan.budget < FRAMING_ROOM * stand_in.least_byte_budget(self.geometry):
+        stand_in = self.stand_in(plan)
+        if stand_in is None:
             return plan
-        reason = self._reason(plan.budget, tokens, worker)
+        if lacks_basis and plan.codec.needs_basis:
+            reason = f"{worker} has not received the codec's basis yet"
+        else:
+            reason = self._reason(plan.budget, tokens, worker)
         return plan.written_by(stand_in, reason) if reason else plan
 
     def _reason(self, byte_budget: float, tokens: int, worker: str) -> str:

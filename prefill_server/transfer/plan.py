@@ -103,7 +103,7 @@ class KvPlan:
 
     @property
     def stand_in(self) -> Codec | None:
-        """Return the cheaper codec that may write the same allocation; None if the request named its codec."""
+        """Return the cheaper codec that may write the same bit allocation; None if the request named its codec."""
         name = self.codec.stand_in
         return codecs.get(name) if name is not None and self.codec_is_open else None
 

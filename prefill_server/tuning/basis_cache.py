@@ -1,16 +1,18 @@
 """Keeps spectral bases between starts: a model is calibrated once."""
 
+import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from spectrumkv.common.errors import FailedPreconditionError
+from spectrumkv.common.errors import ContextTooShortError, FailedPreconditionError, InvalidArgumentError
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.model.cache import build_once, cache_directory, sha256_of_json
+from spectrumkv.common.model.cache import CACHE_VARIABLE, build_once, cache_directory, sha256_of_json
 from spectrumkv.common.model.load import LoadedModel
-from spectrumkv.prefill_server.tuning.calibration import Excerpt, calibrate
+from spectrumkv.prefill_server.tuning.calibration import Excerpt, calibrate, rotary_parameters
 from spectrumkv.prefill_server.tuning.needle.haystack import haystack
 
 # Raised whenever a calibration would find another basis than before.
@@ -20,6 +22,8 @@ CONTEXT_TOKENS, CONTINUATION_TOKENS = 512, 128
 # Shorter excerpts show too few tokens to tell the directions of a head apart.
 FEWEST_CONTEXT_TOKENS = 64
 BASIS_FILE = "basis.safetensors"
+# Machines compute the same frequencies but for the last bits of float32.
+ROTARY_TOLERANCE = 1e-5
 
 
 def resolve_basis(loaded: LoadedModel, on_excerpt: Callable[[int], None]) -> SpectralBasis:
@@ -30,34 +34,80 @@ def resolve_basis(loaded: LoadedModel, on_excerpt: Callable[[int], None]) -> Spe
         on_excerpt: told the number of excerpts done, of `EXCERPTS`, where the model is calibrated.
 
     Raises:
-        FailedPreconditionError: the model's context is too short, or the cache cannot be written to.
+        ContextTooShortError: the model's context is too short.
+        FailedPreconditionError: the cache cannot be written to.
     """
+    return _build_once(loaded, lambda: calibrate(loaded, default_excerpts(loaded), on_excerpt))
+
+
+def keep_basis(loaded: LoadedModel, basis: SpectralBasis) -> Path:
+    """Keep a basis that was found on another machine, so that `resolve_basis` returns it from now on.
+
+    Args:
+        loaded: the model.
+        basis: of this model; it takes the place of the one that is kept.
+
+    Returns:
+        The directory that has it.
+
+    Raises:
+        InvalidArgumentError: the basis is for another model, or has a transform that cannot be undone.
+        FailedPreconditionError: the cache cannot be written to.
+    """
+    basis.check_fits(loaded.geometry)
+    frequencies, scaling = rotary_parameters(loaded.model)
+    same_rotation = torch.allclose(basis.rope_frequencies, frequencies, rtol=ROTARY_TOLERANCE, atol=0.0)
+    if not same_rotation or not math.isclose(basis.rope_scaling, scaling, rel_tol=ROTARY_TOLERANCE):
+        raise InvalidArgumentError(
+            f"the basis is for a model with other rotary frequencies than {loaded.name}; export it for the same model"
+        )
+    # Decode inverts it, and would refuse one that cannot be.
+    _ = basis.synthesis
+    directory = _directory(loaded)
+    if _build_once(loaded, lambda: basis).digest != basis.digest:
+        partial = directory / f"{BASIS_FILE}.{os.getpid()}"
+        try:
+            partial.write_bytes(basis.serialized)
+            os.replace(partial, directory / BASIS_FILE)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise FailedPreconditionError(
+                f"cannot write to {directory}: {error}; make room or name another cache directory in {CACHE_VARIABLE}"
+            ) from error
+    return directory
+
+
+def _directory(loaded: LoadedModel) -> Path:
     key = {"model": asdict(loaded.spec), "calibration": CALIBRATION_VERSION}
+    return cache_directory() / "bases" / sha256_of_json(key)
+
+
+def _build_once(loaded: LoadedModel, find: Callable[[], SpectralBasis]) -> SpectralBasis:
+    """Return the basis that is kept for the model; where there is none, keep the one that `find` returns."""
 
     def build(directory: Path) -> None:
-        basis = calibrate(loaded, default_excerpts(loaded), on_excerpt)
-        (directory / BASIS_FILE).write_bytes(basis.serialized)
+        (directory / BASIS_FILE).write_bytes(find().serialized)
 
     def read(directory: Path) -> SpectralBasis:
         basis = SpectralBasis.from_bytes((directory / BASIS_FILE).read_bytes())
         basis.check_fits(loaded.geometry)
         return basis
 
-    return build_once(cache_directory() / "bases" / sha256_of_json(key), "the model's basis", build, read)
+    return build_once(_directory(loaded), "the model's basis", build, read)
 
 
 def default_excerpts(loaded: LoadedModel) -> list[Excerpt]:
     """Return excerpts from the project's own prose.
 
     Raises:
-        FailedPreconditionError: the model's context is too short.
+        ContextTooShortError: the model's context is too short.
     """
     length = min(CONTEXT_TOKENS + CONTINUATION_TOKENS, loaded.context_length)
     context = length * CONTEXT_TOKENS // (CONTEXT_TOKENS + CONTINUATION_TOKENS)
     if context < FEWEST_CONTEXT_TOKENS:
-        raise FailedPreconditionError(
-            f"calibration needs a context of {FEWEST_CONTEXT_TOKENS} tokens and more, "
-            f"and {loaded.name} has {loaded.context_length}"
+        fewest = -(-FEWEST_CONTEXT_TOKENS * (CONTEXT_TOKENS + CONTINUATION_TOKENS) // CONTEXT_TOKENS)
+        raise ContextTooShortError(
+            f"calibration needs a context of {fewest} tokens and more, and {loaded.name} has {loaded.context_length}"
         )
     text = "".join(haystack(0).sentences)
     ids = torch.tensor(loaded.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)

@@ -1,22 +1,27 @@
 """One decode worker's chance at a request, and whether the request may go on to another worker after it."""
 
+import logging
 from contextlib import ExitStack
 from types import TracebackType
 
 from spectrumkv.common.errors import (
+    DataLossError,
     FailedPreconditionError,
+    InternalError,
     ResourceExhaustedError,
     SpectrumKVError,
     UnavailableError,
 )
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.prefill_server.transfer.pipeline import KvPipeline
 from spectrumkv.prefill_server.workers.lease import DecodeLease
 from spectrumkv.prefill_server.workers.worker import DecodeWorker
 
-# Labels of `decode_workers_passed_over`: of a worker that was lost after it admitted the request, and of refusals.
-LOST = "lost"
+logger = logging.getLogger(__name__)
+
+# Labels of `decode_workers_passed_over`: of a worker that was lost, or failed, after it admitted the request, and of
+# refusals.
+LOST, FAILED = "lost", "failed"
 _REASONS: dict[type[SpectrumKVError], str] = {
     ResourceExhaustedError: "full",
     UnavailableError: "unavailable",
@@ -24,39 +29,53 @@ _REASONS: dict[type[SpectrumKVError], str] = {
 }
 # Errors of one worker that another worker may not have.
 REFUSALS = tuple(_REASONS)
+# Errors of a worker that admitted the request, which count against the worker.
+FAILURES = (InternalError, UnavailableError, DataLossError)
 
 
-def refusal_reason(refusal: SpectrumKVError) -> str:
-    """Return the label of a refusal, which is one of `REFUSALS`."""
-    return next(reason for kind, reason in _REASONS.items() if isinstance(refusal, kind))
+def pass_over_reason(error: SpectrumKVError, admitted: bool) -> str:
+    """Return the label of a worker's error.
+
+    Args:
+        error: one of `REFUSALS`, or one of `FAILURES` where the worker had admitted the request.
+        admitted: whether it had.
+    """
+    if admitted:
+        return LOST if isinstance(error, UnavailableError) else FAILED
+    return next(reason for kind, reason in _REASONS.items() if isinstance(error, kind))
 
 
 class Dispatch:
     """Gives one worker its chance at a request, and records how that ended.
 
     A context manager. While its block runs, the request's slots count as reserved on the worker. The block ends
-    without an error where the worker refuses the request, or is lost before `commit`: the request then goes on to the
-    next worker.
+    without an error where the worker refuses the request, or fails it or is lost before `commit`: the request then
+    goes on to the next worker. The worker's circuit breaker learns how the dispatch ended.
 
     Args:
         worker: the decode worker.
         slots: what the request will reserve.
         scope: the client's RPC.
+        lacks_basis: whether the worker has not received the codec's basis yet.
 
     Attributes:
         worker: the decode worker.
+        lacks_basis: whether the KV must be coded without the codec's basis.
         admitted: whether the worker admitted the request.
         error: why the request goes on to the next worker; None where it does not.
     """
 
-    def __init__(self, worker: DecodeWorker, slots: int, scope: RpcScope) -> None:
+    def __init__(self, worker: DecodeWorker, slots: int, scope: RpcScope, lacks_basis: bool = False) -> None:
         self.worker = worker
+        self.lacks_basis = lacks_basis
         self.admitted = False
         self.error: SpectrumKVError | None = None
         self._slots = slots
         self._scope = scope
         self._deliveries = worker.basis_upload.count
         self._committed = False
+        self._trial = False
+        self._lease: DecodeLease | None = None
         self._held = ExitStack()
 
     def open_lease(self, pipeline: KvPipeline) -> DecodeLease:
@@ -71,15 +90,15 @@ class Dispatch:
         Raises:
             SpectrumKVError: the worker refused the request, or could not be reached.
         """
-        lease = self.worker.open_lease(pipeline, self._scope)
+        self._lease = self.worker.open_lease(pipeline, self._scope)
         self.admitted = True
-        return lease
+        return self._lease
 
-    def deliver_basis(self, basis: SpectralBasis | None) -> bool:
-        """Send the worker the codec's basis.
+    def wait_for_basis(self, patience: float | None) -> bool:
+        """Wait until the worker has the codec's basis, which it said that it lacks; slots stay held meanwhile.
 
         Args:
-            basis: of the model; None where prefill has none either.
+            patience: seconds that the upload may have taken when the wait ends; None to wait as long as the client.
 
         Returns:
             Whether the worker has the basis now, so that it can be asked again.
@@ -87,33 +106,61 @@ class Dispatch:
         Raises:
             SpectrumKVError: the request ended.
         """
-        if basis is None:
-            return False
         try:
             with self.worker.holding(self._slots):
-                self.worker.basis_upload.deliver(basis, self._deliveries, self._scope)
+                return self.worker.basis_upload.wait(self._deliveries, self._scope, patience)
         except REFUSALS as refusal:
             self.error = refusal.with_traceback(None)
             return False
-        return True
 
     def commit(self) -> None:
         """Say that the client has tokens which only this worker can continue."""
-        self._committed = True
+        if not self._committed:
+            self._committed = True
+            self.worker.breaker.generated()
 
     def __enter__(self) -> "Dispatch":
         self._held.enter_context(self.worker.holding(self._slots))
+        self._trial = self.worker.breaker.begin()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         self._held.close()
-        if isinstance(error, REFUSALS) and self._goes_on(error):
+        self._judge(error)
+        if isinstance(error, SpectrumKVError) and self._goes_on(error):
             # The frames that the error came through hold the request and its KV.
             self.error = error.with_traceback(None)
         return self.error is not None
 
+    def _judge(self, error: BaseException | None) -> None:
+        """Tell the worker's circuit breaker what this dispatch says of the worker."""
+        breaker = self.worker.breaker
+        if error is None and self._committed:
+            breaker.succeeded()
+        elif self._worker_failed(error):
+            seconds = breaker.failed()
+            if seconds is not None:
+                logger.warning(
+                    "decode worker %s failed one request after another; others take its requests for %g s",
+                    self.worker.address,
+                    seconds,
+                )
+        elif self._trial:
+            breaker.abandon_trial()
+
+    def _worker_failed(self, error: BaseException | None) -> bool:
+        """Return whether the worker admitted the request and then failed it: neither prefill nor the client did.
+
+        A worker that shuts down in order says when to ask again, and does not fail.
+        """
+        if not isinstance(error, FAILURES) or self._lease is None or error is not self._lease.worker_error:
+            return False
+        return not (isinstance(error, UnavailableError) and error.retry_after_seconds is not None)
+
     def _goes_on(self, error: SpectrumKVError) -> bool:
         """Return whether the request may go on to another worker after this error."""
-        return not self.admitted or (isinstance(error, UnavailableError) and not self._committed)
+        if not self.admitted:
+            return isinstance(error, REFUSALS)
+        return not self._committed and (isinstance(error, UnavailableError) or self._worker_failed(error))

@@ -1,6 +1,5 @@
 """The lease that prefill holds on a decode worker for one request."""
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
@@ -18,7 +17,7 @@ from spectrumkv.common.errors import (
 )
 from spectrumkv.common.rpc.decode_protocol import expect_admitted, expect_no_response, tokens_and_finished
 from spectrumkv.common.rpc.interceptor import as_known_error
-from spectrumkv.common.rpc.scope import RpcScope
+from spectrumkv.common.rpc.scope import RpcScope, cancelled_after
 from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.common.service.config import Address
 from spectrumkv.common.telemetry.metrics import Metrics
@@ -71,11 +70,17 @@ class DecodeLease:
         pipeline: makes the messages to send.
         scope: the client's RPC.
         metrics: counts answers that arrive damaged.
+
+    Attributes:
+        worker: the worker's address.
+        pipeline: makes the messages to send.
+        worker_error: the latest error that was the worker's, or the way's to it; None where there was none.
     """
 
     def __init__(self, worker: Address, call: Any, pipeline: KvPipeline, scope: RpcScope, metrics: Metrics) -> None:
         self.worker = worker
         self.pipeline = pipeline
+        self.worker_error: SpectrumKVError | None = None
         self._call = call
         self._scope = scope
         self._metrics = metrics
@@ -86,7 +91,7 @@ class DecodeLease:
         Raises:
             SpectrumKVError: the worker refused the request, or did not answer in time.
         """
-        with self._errors_named(), self._admission_clock():
+        with self._errors_named(), cancelled_after(ADMISSION_SECONDS, self._call.cancel):
             expect_admitted(self._call)
 
     def responses(self) -> Iterator[decode_pb2.DecodeResponse]:
@@ -141,17 +146,6 @@ class DecodeLease:
             self._metrics.chunks_rejected.labels(error.reason).inc()
             raise self._named(error) from error
 
-    @contextmanager
-    def _admission_clock(self) -> Iterator[None]:
-        """End the stream of a worker that does not answer."""
-        clock = threading.Timer(ADMISSION_SECONDS, self._call.cancel)
-        clock.daemon = True
-        clock.start()
-        try:
-            yield
-        finally:
-            clock.cancel()
-
     def _error(self, error: grpc.RpcError) -> SpectrumKVError:
         self._scope.check()
         if self.pipeline.failure is not None:
@@ -159,7 +153,7 @@ class DecodeLease:
         known = error_from_rpc(error)
         if isinstance(known, CancelledError):
             # Prefill did not cancel, or the scope would have said so: a worker that stops ends its streams like this,
-            # and so does the clock above.
+            # and so does `cancelled_after`.
             known = UnavailableError("it did not answer or ended the stream")
         if isinstance(known, UnauthenticatedError):
             # The client has no part in the token that prefill sends.
@@ -168,4 +162,5 @@ class DecodeLease:
 
     def _named(self, error: SpectrumKVError) -> SpectrumKVError:
         error.args = (f"decode worker {self.worker}: {error.message}",)
+        self.worker_error = error
         return error

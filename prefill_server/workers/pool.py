@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from spectrumkv.common.errors import (
     BasisMissingError,
+    DataLossError,
     FailedPreconditionError,
+    InternalError,
     ResourceExhaustedError,
     SpectrumKVError,
     UnavailableError,
@@ -19,7 +21,8 @@ from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.service.config import Address
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.request_log import current_request
-from spectrumkv.prefill_server.workers.dispatch import LOST, Dispatch, refusal_reason
+from spectrumkv.prefill_server.workers.dispatch import Dispatch, pass_over_reason
+from spectrumkv.prefill_server.workers.retry_budget import RetryBudget
 from spectrumkv.prefill_server.workers.worker import DecodeWorker
 
 logger = logging.getLogger(__name__)
@@ -27,6 +30,11 @@ logger = logging.getLogger(__name__)
 # While workers start, or restart one after another, none may be ready when the first request comes or another worker
 # leaves: a request waits for so long until one is. Longer than the pauses between attempts to connect.
 RESTART_SECONDS = 2.0
+# A request whose KV another codec may write waits so long, and no longer than half of its time, for an upload of the
+# codec's basis, counted from the upload's start.
+BASIS_SECONDS = 2.0
+# A request that makes workers fail must not go through all of them.
+MOST_RERUNS = 2
 
 
 class WorkerPool:
@@ -36,7 +44,7 @@ class WorkerPool:
         addresses: at least one.
         security: how the channels to the workers are guarded.
         metrics: counts workers passed over and answers that arrive damaged.
-        basis: what the KV is coded in; a worker that lacks it gets it.
+        basis: what the KV is coded in; every worker gets it; None where there is none.
     """
 
     def __init__(
@@ -47,12 +55,14 @@ class WorkerPool:
         basis: SpectralBasis | None = None,
     ) -> None:
         self._metrics = metrics
-        self._basis = basis
         self._changed = threading.Condition()
-        self._workers = [DecodeWorker(address, security, metrics, self.wake) for address in addresses]
+        self._retry_budget = RetryBudget()
+        self._workers = [DecodeWorker(address, security, metrics, self.wake, basis) for address in addresses]
         self._turns = itertools.cycle(range(len(self._workers)))
 
-    def offer(self, slots: int, scope: RpcScope) -> Iterator[Dispatch]:
+    def offer(
+        self, slots: int, scope: RpcScope, needs_basis: bool = False, may_stand_in: bool = False
+    ) -> Iterator[Dispatch]:
         """Offer a request one worker after another, until one serves it.
 
         ```
@@ -65,6 +75,8 @@ class WorkerPool:
         Args:
             slots: what the request will reserve.
             scope: the client's RPC.
+            needs_basis: whether the request's codec needs the basis; workers that have it are then offered first.
+            may_stand_in: whether another codec may write the KV where the upload of the basis takes long.
 
         Yields:
             A dispatch to each worker. Where its block ends without an error of the worker, it is the last one.
@@ -73,34 +85,62 @@ class WorkerPool:
             ResourceExhaustedError: a worker that could serve the request is full; the delay is the shortest named.
             UnavailableError: a worker cannot be reached, and no other one could ever serve the request.
             FailedPreconditionError: no worker could ever serve the request.
-            SpectrumKVError: the request ended.
+            SpectrumKVError: the request ended; or a worker failed it, and it may not run again.
         """
-        selector = WorkerSelector(self, scope)
+        selector = WorkerSelector(self, scope, needs_basis)
         scope.on_end(self.wake)
+        self._retry_budget.count_request()
+        reruns = 0
         current_request().begin_stage("reserve")
         while (worker := selector.next()) is not None:
             dispatch = Dispatch(worker, slots, scope)
             yield dispatch
-            if isinstance(dispatch.error, BasisMissingError) and dispatch.deliver_basis(self._basis):
-                dispatch = Dispatch(worker, slots, scope)
-                yield dispatch
+            if isinstance(dispatch.error, BasisMissingError):
+                patience = min(BASIS_SECONDS, scope.seconds_remaining / 2) if may_stand_in else None
+                delivered = dispatch.wait_for_basis(patience)
+                if delivered or (may_stand_in and isinstance(dispatch.error, BasisMissingError)):
+                    dispatch = Dispatch(worker, slots, scope, lacks_basis=not delivered)
+                    yield dispatch
             if dispatch.error is None:
                 return
             self._pass_over(worker, dispatch.error, dispatch.admitted)
             selector.refused(worker, dispatch.error)
+            if dispatch.admitted:
+                reruns += 1
+                if reruns > MOST_RERUNS or not self._retry_budget.take():
+                    raise dispatch.error
         raise selector.no_worker()
 
-    def ranked(self) -> list[DecodeWorker]:
-        """Return all workers: those that take requests first, then by their free slots, equals in turn."""
+    def ranked(self, needs_basis: bool = False) -> list[DecodeWorker]:
+        """Return workers: those that take requests first, then by their free slots, equals in turn.
+
+        Ejected workers are left out, unless none is left that takes requests.
+
+        Args:
+            needs_basis: whether those that have the codec's basis come before those that do not.
+        """
         with self._changed:
             first = next(self._turns)
         in_turn = self._workers[first:] + self._workers[:first]
-        return sorted(in_turn, key=lambda worker: (not worker.accepting, -worker.free_slots))
+        sound = [worker for worker in in_turn if not worker.breaker.ejected]
+        if any(worker.accepting for worker in sound):
+            in_turn = sound
+
+        def rank(worker: DecodeWorker) -> tuple[bool, bool, int]:
+            lacking = needs_basis and not worker.basis_upload.delivered
+            return not worker.accepting, lacking, -worker.free_slots
+
+        return sorted(in_turn, key=rank)
 
     @property
     def away(self) -> list[Address]:
         """Workers that do not answer, or take no requests, as far as prefill knows."""
         return [worker.address for worker in self._workers if not worker.accepting]
+
+    @property
+    def ejected(self) -> list[Address]:
+        """Workers that requests avoid because they failed several in a row."""
+        return [worker.address for worker in self._workers if worker.breaker.ejected]
 
     @property
     def any_expected(self) -> bool:
@@ -126,7 +166,7 @@ class WorkerPool:
         """Count and log that a worker did not serve a request, and take in what that says of the worker."""
         what = "a request goes on to another decode worker" if admitted else "a request passes over a decode worker"
         logger.warning("%s: %s", what, error.message)
-        self._metrics.decode_workers_passed_over.labels(LOST if admitted else refusal_reason(error)).inc()
+        self._metrics.decode_workers_passed_over.labels(pass_over_reason(error, admitted)).inc()
         if isinstance(error, UnavailableError):
             worker.lost(leaving=error.retry_after_seconds is not None)
         if admitted:
@@ -139,11 +179,13 @@ class WorkerSelector:
     Args:
         pool: the workers.
         scope: the client's RPC.
+        needs_basis: whether the request's codec needs the basis.
     """
 
-    def __init__(self, pool: WorkerPool, scope: RpcScope) -> None:
+    def __init__(self, pool: WorkerPool, scope: RpcScope, needs_basis: bool) -> None:
         self._pool = pool
         self._scope = scope
+        self._needs_basis = needs_basis
         self._asked: dict[DecodeWorker, int] = {}
         self._refusals: dict[DecodeWorker, SpectrumKVError] = {}
         self._patience = RESTART_SECONDS
@@ -176,13 +218,21 @@ class WorkerSelector:
         self._refusals[worker] = error
 
     def no_worker(self) -> SpectrumKVError:
-        """Return an error that sums up why no worker served the request."""
+        """Return an error that sums up why no worker served the request, or says how the last one failed it."""
         refusals = list(self._refusals.values())
-        reasons = "; ".join(refusal.message for refusal in refusals)
+        avoided = [
+            f"decode worker {address} is left alone for a while, since it failed one request after another"
+            for address in self._pool.ejected
+            if address not in {worker.address for worker in self._asked}
+        ]
+        reasons = "; ".join([*(refusal.message for refusal in refusals), *avoided])
         full = [refusal for refusal in refusals if isinstance(refusal, ResourceExhaustedError)]
         if full:
             delay = min(refusal.retry_after_seconds for refusal in full)
             return ResourceExhaustedError(f"no decode worker has room: {reasons}", delay)
+        failures = [refusal for refusal in refusals if isinstance(refusal, InternalError | DataLossError)]
+        if failures:
+            return failures[-1]
         if all(isinstance(refusal, FailedPreconditionError) for refusal in refusals):
             return FailedPreconditionError(f"no decode worker can serve this: {reasons}")
         all_away = all(isinstance(refusal, UnavailableError) for refusal in refusals)
@@ -191,9 +241,9 @@ class WorkerSelector:
 
     def _untried(self) -> DecodeWorker | None:
         """Return the best worker that was never asked, even if it seems to take no requests: that may be old news."""
-        return next((worker for worker in self._pool.ranked() if worker not in self._asked), None)
+        return next((worker for worker in self._pool.ranked(self._needs_basis) if worker not in self._asked), None)
 
     def _ready(self) -> DecodeWorker | None:
         """Return the best worker that takes requests and was not asked since it began to take them."""
-        candidates = (worker for worker in self._pool.ranked() if worker.accepting)
+        candidates = (worker for worker in self._pool.ranked(self._needs_basis) if worker.accepting)
         return next((worker for worker in candidates if worker.epoch != self._asked.get(worker)), None)

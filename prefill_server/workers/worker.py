@@ -1,4 +1,4 @@
-"""One decode worker as prefill knows it: whether it takes requests, how much room it has, and how to ask it."""
+"""One decode worker as prefill knows it: whether it takes requests, its room, the basis it has, and how to ask it."""
 
 import logging
 import threading
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.rpc.decode_methods import SERVICE_NAME, decode_info_method, open_decode_stream
 from spectrumkv.common.rpc.scope import RpcScope
@@ -17,6 +18,7 @@ from spectrumkv.common.service.config import Address
 from spectrumkv.common.telemetry.metrics import BASIS, Metrics
 from spectrumkv.prefill_server.transfer.pipeline import KvPipeline
 from spectrumkv.prefill_server.workers.basis_upload import BasisUpload
+from spectrumkv.prefill_server.workers.circuit_breaker import CircuitBreaker
 from spectrumkv.prefill_server.workers.lease import DecodeLease, open_lease
 from spectrumkv.v1 import decode_pb2
 
@@ -38,13 +40,14 @@ _TOO_MANY_WATCHERS = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNIMPL
 
 
 class DecodeWorker:
-    """Follows a decode worker: one thread watches its health, and another asks for its room.
+    """Follows a decode worker: a thread watches its health, one asks for its room, and one sends it the basis.
 
     Args:
         address: where the worker is.
         security: how the channel to the worker is guarded.
         metrics: shows whether the worker takes requests and how many slots are free.
         on_change: called, from any thread, when the worker begins or ceases to take requests.
+        basis: of the model, sent as soon as the worker takes requests; None where there is none.
 
     Attributes:
         address: where the worker is.
@@ -52,19 +55,26 @@ class DecodeWorker:
         open_stream: starts a Decode RPC with the worker.
         epoch: how often the worker began to take requests; a refusal says nothing of the next epoch.
         basis_upload: sends the worker the codec's basis.
+        breaker: says whether the worker fails what it admits.
     """
 
     def __init__(
-        self, address: Address, security: ChannelSecurity, metrics: Metrics, on_change: Callable[[], None]
+        self,
+        address: Address,
+        security: ChannelSecurity,
+        metrics: Metrics,
+        on_change: Callable[[], None],
+        basis: SpectralBasis | None = None,
     ) -> None:
         self.address = address
         self.epoch = 0
+        self.breaker = CircuitBreaker()
         self.channel = open_channel(str(address), security)
         self.open_stream = open_decode_stream(self.channel)
         self._ask_for_room = decode_info_method(self.channel)
         self._metrics = metrics
         self._on_change = on_change
-        self.basis_upload = BasisUpload(address, self.channel, metrics.kv_bytes_sent.labels(BASIS))
+        self.basis_upload = BasisUpload(address, self.channel, basis, metrics.kv_bytes_sent.labels(BASIS))
         self._lock = threading.Lock()
         self._answers = False
         # What its health service says; None where that is unknown.
@@ -74,6 +84,7 @@ class DecodeWorker:
         self._slots = self._others = self._own = 0
         self._closed, self._due = threading.Event(), threading.Event()
         metrics.decode_worker_accepting.labels(str(address)).set_function(lambda: self.accepting)
+        metrics.decode_worker_ejected.labels(str(address)).set_function(lambda: self.breaker.ejected)
         metrics.decode_worker_slots_free.labels(str(address)).set_function(lambda: self.free_slots)
         self._threads = [
             threading.Thread(target=follow, name=f"{what}-{address}", daemon=True)
@@ -140,6 +151,7 @@ class DecodeWorker:
         self._closed.set()
         self._due.set()
         self.channel.close()
+        self.basis_upload.close()
         for thread in self._threads:
             thread.join()
 
@@ -164,6 +176,8 @@ class DecodeWorker:
             changed = self.accepting is not before
             self.epoch += changed and not before
         if changed:
+            if not before:
+                self.basis_upload.request()
             if not self._closed.is_set():
                 logger.info("decode worker %s %s requests", self.address, "takes" if self.accepting else "takes no")
             self._on_change()

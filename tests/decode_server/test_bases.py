@@ -6,12 +6,17 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from spectrumkv.common.errors import BasisMissingError, DataLossError, InvalidArgumentError
+from spectrumkv.common.errors import (
+    BasisMissingError,
+    DataLossError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+)
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.decode_server.bases import MOST_BASES, BasisStore
+from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.v1 import decode_pb2
-from tests.common.kv.codecs.test_spectral import basis_of
+from tests.common.kv.codecs.spectral_prompts import basis_of
 
 GEOMETRY = KvGeometry(layers=3, kv_heads=2, head_dim=16, native_dtype=torch.float32)
 
@@ -33,16 +38,54 @@ def test_a_basis_is_kept_under_its_digest() -> None:
     assert torch.equal(store.get(basis.digest).analysis, basis.analysis)
 
 
+# Of one of these bases with its inverse.
+KEPT_BYTES = 2 * basis_of(GEOMETRY).analysis.nbytes
+
+
 def test_the_least_recently_used_one_gives_way() -> None:
-    store = BasisStore(GEOMETRY)
-    bases = [basis_of(GEOMETRY, seed) for seed in range(MOST_BASES + 1)]
-    for basis in bases[:MOST_BASES]:
+    store = BasisStore(GEOMETRY, most_bytes=4 * KEPT_BYTES)
+    bases = [basis_of(GEOMETRY, seed) for seed in range(5)]
+    for basis in bases[:4]:
         put(store, basis)
     store.get(bases[0].digest)
-    put(store, bases[MOST_BASES])
+    put(store, bases[4])
     store.get(bases[0].digest)
     with pytest.raises(BasisMissingError):
         store.get(bases[1].digest)
+
+
+def test_one_in_use_is_never_dropped() -> None:
+    store = BasisStore(GEOMETRY, most_bytes=2 * KEPT_BYTES)
+    first, second, third = (basis_of(GEOMETRY, seed) for seed in range(3))
+    put(store, first)
+    with store.hold(first.digest) as held:
+        put(store, second)
+        put(store, third)
+        assert torch.equal(store.get(first.digest).analysis, held.analysis)
+        with store.hold(third.digest), pytest.raises(ResourceExhaustedError, match="spectrumkv basis export"):
+            put(store, second)
+        put(store, second)
+    put(store, third)
+    with pytest.raises(BasisMissingError):
+        store.get(first.digest)
+
+
+def test_a_store_has_room_for_the_bases_of_many_kinds_of_prefill_hosts() -> None:
+    store = BasisStore(GEOMETRY)
+    bases = [basis_of(GEOMETRY, seed) for seed in range(12)]
+    for basis in bases:
+        put(store, basis)
+    for basis in bases:
+        store.get(basis.digest)
+
+
+def test_a_digest_alone_asks_whether_the_basis_is_here() -> None:
+    store, basis = BasisStore(GEOMETRY), basis_of(GEOMETRY)
+    question = decode_pb2.PutBasisRequest(digest=basis.digest)
+    with pytest.raises(BasisMissingError, match=basis.digest.hex()[:16]):
+        store.receive(iter([question]))
+    put(store, basis)
+    assert store.receive(iter([question])) == question.ByteSize()
 
 
 def test_what_does_not_match_its_digest_is_data_loss() -> None:

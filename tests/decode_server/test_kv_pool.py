@@ -82,7 +82,7 @@ def test_releasing_twice_frees_nobody_else() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 5)), max_size=40))
-def test_reservations_never_overlap(steps: list[tuple[int, int]]) -> None:
+def test_allocations_never_overlap(steps: list[tuple[int, int]]) -> None:
     made, _ = pool(20)
     held: list[Allocation] = []
     for capacity, release in steps:

@@ -36,14 +36,14 @@ def read_compose(path: Path) -> Any:
 
 
 def interpolate(text: str, environment: Mapping[str, str]) -> str:
-    """Replace `${NAME:-default}` and `${NAME:+replacement}`, which may hold one `${NAME}` themselves."""
+    """Replace `${NAME:-default}` and `${NAME:+replacement}`, which may hold another `${…}` themselves."""
 
     def value(match: re.Match[str]) -> str:
         given = environment.get(match["name"], "")
         inner = interpolate(match["word"] or "", environment)
         return {":-": given or inner, ":+": given and inner, None: given}[match["operator"]]
 
-    return re.sub(r"\$\{(?P<name>\w+)(?:(?P<operator>:[-+])(?P<word>(?:[^{}]|\$\{\w+\})*))?\}", value, text)
+    return re.sub(r"\$\{(?P<name>\w+)(?:(?P<operator>:[-+])(?P<word>(?:[^{}]|\$\{[^{}]*\})*))?\}", value, text)
 
 
 def command(file: str, service: str, **environment: str) -> list[str]:

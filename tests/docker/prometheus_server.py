@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from spectrumkv.common.telemetry.metrics import FRAMING, STAGES, Metrics
+from spectrumkv.common.telemetry.metrics import FRAMING, Metrics
 
 START = 1_700_000_000
 STEPS = 60
@@ -29,8 +29,9 @@ def _serve_one_request(prefill: Metrics, decode: Metrics) -> None:
     prefill.time_to_first_token.observe(0.2)
     prefill.handoff.observe(0.05)
     decode.inter_token_latency.observe(0.02)
-    for stage in STAGES:
-        (decode if stage in ("transfer", "decode") else prefill).request_duration.labels(stage).observe(0.1)
+    for stage in ("queue", "prefill", "encode", "transfer"):
+        prefill.request_duration.labels(stage).observe(0.1)
+    decode.request_duration.labels("decode").observe(0.1)
     for metrics in (prefill, decode):
         metrics.requests.labels("OK").inc()
         metrics.requests_running.set(1)

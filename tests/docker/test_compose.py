@@ -37,7 +37,13 @@ def config(file: str, service: str, **environment: str) -> ServerConfig:
     [({}, "a=4GiB "), ({"K": "8GiB", "M": "q/r"}, "a=8GiB --model=q/r"), ({"K": "", "M": ""}, "a=4GiB ")],
 )
 def test_interpolation_follows_compose(environment: dict[str, str], expected: str) -> None:
-    assert interpolate("a=${K:-4GiB} ${M:+--model=${M}}", environment) == expected
+    assert interpolate("a=${K:-4GiB} ${M:+--model=${M:-}}", environment) == expected
+
+
+def test_compose_warns_of_no_variable_that_is_not_set() -> None:
+    """It does so for each `${NAME}` that says nothing of its absence, inside of another one's replacement, too."""
+    for path in DOCKER.glob("compose*.yaml"):
+        assert re.findall(r"\$\{\w+\}", path.read_text()) == [], path.name
 
 
 def test_plain_compose_up_from_a_clone_finds_the_services() -> None:
@@ -105,7 +111,8 @@ def test_secrets_guard_both_services(file: str) -> None:
 def test_secrets_are_mounted_read_only_and_health_checks_show_them(service: str) -> None:
     definition = read_compose(SECURED)["services"][service]
     (volume,) = definition["volumes"]
-    assert volume.endswith(f":{MOUNTED}:ro")
+    # Of its own: not the other service's key.
+    assert volume.endswith(f"}}/{service}:{MOUNTED}:ro")
     program, *arguments = shlex.split(definition["healthcheck"]["test"])
     parsed = build_parser().parse_args(arguments)
     assert program == "spectrumkv"
@@ -192,6 +199,19 @@ def test_mounted_files_exist_and_volumes_are_declared() -> None:
         for volume in definition["volumes"]:
             source = volume.split(":")[0]
             assert (DOCKER / source).is_dir() if source.startswith(".") else source in compose["volumes"]
+
+
+def test_no_service_can_write_what_another_one_executes() -> None:
+    services = read_compose(COMPOSE_FILES["gpu"])["services"]
+    sources = {name: {volume.split(":")[0] for volume in services[name]["volumes"]} for name in services}
+    writable = [
+        volume.split(":")[0]
+        for definition in services.values()
+        for volume in definition["volumes"]
+        if not volume.endswith(":ro")
+    ]
+    assert len(writable) == len(set(writable))
+    assert sources["prefill"].isdisjoint(sources["decode"])
 
 
 def test_images_of_others_are_pinned() -> None:

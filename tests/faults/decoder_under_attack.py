@@ -21,8 +21,8 @@ from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.kernels.spectral import packing as spectral_packing
-from tests.common.kv.codecs.test_spectral import basis_of
-from tests.faults.dialogue import spectral_blocks
+from tests.common.kv.codecs.spectral_prompts import basis_of
+from tests.faults.dialogue import spectral_segments
 from tests.faults.hostile_bodies import BODY_HARMS, harm_body
 from tests.faults.spectral_body import SpectralBody, taken_apart, with_body
 
@@ -48,7 +48,7 @@ def attack(attempts: int, seed: int) -> Counter[str]:
     """
     chance = random.Random(seed)
     decoder = SpectralDecoder(basis(), GEOMETRY)
-    sound = sound_blocks(chance)
+    sound = sound_segments(chance)
     tried: Counter[str] = Counter(dict.fromkeys(BODY_HARMS, 0))
     for _ in range(attempts):
         segment, parts = chance.choice(sound)
@@ -67,11 +67,11 @@ def attack(attempts: int, seed: int) -> Counter[str]:
     return tried
 
 
-def sound_blocks(chance: random.Random) -> list[tuple[KvSegment, SpectralBody]]:
-    """Blocks of prompts of all lengths at random steps, and their bodies in parts."""
+def sound_segments(chance: random.Random) -> list[tuple[KvSegment, SpectralBody]]:
+    """Segments of prompts of all lengths at random steps, and their bodies in parts."""
     found = []
     for tokens in range(1, LONGEST_PROMPT + 1):
-        for segment in spectral_blocks(chance, GEOMETRY, basis(), tokens):
+        for segment in spectral_segments(chance, GEOMETRY, basis(), tokens):
             transform, data = layer_transforms(basis())[segment.layer], segment.body.numpy().tobytes()
             body = taken_apart(data, segment.tiers.numel(), transform, GEOMETRY)
             assert body.assembled() == data

@@ -67,9 +67,9 @@ def dialogue(chance: random.Random, loaded: LoadedModel, basis: SpectralBasis) -
     writer = ChunkWriter(chance.choice((1, 2000, 1 << 20)))
     chunks: list[KvChunk] = []
     segments = (
-        _tier_blocks(chance, loaded.geometry, codec, tokens)
+        _tier_segments(chance, loaded.geometry, codec, tokens)
         if isinstance(codec, TierCodec)
-        else spectral_blocks(chance, loaded.geometry, basis, tokens)
+        else spectral_segments(chance, loaded.geometry, basis, tokens)
     )
     for segment in segments:
         chunks += [chunk for chunk, _ in writer.add(segment)]
@@ -94,14 +94,14 @@ def _layers(
         yield layer, keys, values
 
 
-def _tier_blocks(chance: random.Random, geometry: KvGeometry, codec: TierCodec, tokens: int) -> Iterator[KvSegment]:
+def _tier_segments(chance: random.Random, geometry: KvGeometry, codec: TierCodec, tokens: int) -> Iterator[KvSegment]:
     for layer, keys, values in _layers(chance, geometry, tokens):
         some = [Tier.NATIVE] if codec.name == "native" else [Tier.DROP, Tier.INT4, Tier.INT8, Tier.FP16]
         tiers = torch.tensor([chance.choice(some) for _ in range(tokens)], dtype=torch.uint8)
         yield KvSegment(layer, 0, tiers, codec.encode(keys, values, tiers, geometry).body)
 
 
-def spectral_blocks(
+def spectral_segments(
     chance: random.Random, geometry: KvGeometry, basis: SpectralBasis, tokens: int
 ) -> Iterator[KvSegment]:
     """Each layer in one or two segments, at random steps."""
@@ -114,7 +114,7 @@ def spectral_blocks(
                 segment = UncodedSegment(
                     layer_transforms(basis)[layer], first, keys[:, first:end], values[:, first:end], classes
                 )
-                yield _spectral_block(segment, geometry, wanted)
+                yield _spectral_segment(segment, geometry, wanted)
 
 
 def _token_classes(chance: random.Random, tokens: int) -> TokenClasses:
@@ -124,7 +124,7 @@ def _token_classes(chance: random.Random, tokens: int) -> TokenClasses:
     return TokenClasses(classes, sinks)
 
 
-def _spectral_block(segment: UncodedSegment, geometry: KvGeometry, wanted: float) -> KvSegment:
+def _spectral_segment(segment: UncodedSegment, geometry: KvGeometry, wanted: float) -> KvSegment:
     body, steps = encode_segment(segment, float(np.float32(wanted)), geometry)
     tiers = token_tiers(class_bits(segment.transform, steps.base), segment.tokens)
     return KvSegment(segment.transform.layer, segment.first, tiers, torch.frombuffer(body, dtype=torch.uint8))

@@ -152,7 +152,7 @@ def _harm_spectral_body(chance: random.Random, one: Dialogue) -> None:
         one.segments[place] = harm_payload(chance, one.segments[place], one.basis, one.geometry)
 
 
-def _harm_blocks(chance: random.Random, one: Dialogue) -> None:
+def _harm_segments(chance: random.Random, one: Dialogue) -> None:
     """Lose, repeat, join, cut or bloat the payloads."""
     kind = chance.randrange(6)
     place = chance.randrange(max(1, len(one.segments)))
@@ -190,8 +190,8 @@ HARMS: tuple[Callable[[random.Random, Dialogue], None], ...] = (
     _harm_spectral_body,
     _harm_spectral_body,
     _harm_spectral_body,
-    _harm_blocks,
-    _harm_blocks,
+    _harm_segments,
+    _harm_segments,
 )
 
 

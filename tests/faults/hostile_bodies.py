@@ -198,13 +198,13 @@ def _harmed_code(chance: random.Random, coded: bytes) -> bytes:
 
 @cache
 def bombs() -> tuple[bytes, ...]:
-    """A few kilobytes each that unpack to 64 MiB, or to nothing in very many segments."""
+    """A few kilobytes each that unpack to 64 MiB, or to nothing in very many blocks of Zstandard."""
     parameters = zstandard.ZstdCompressionParameters.from_level(
         1, format=zstandard.FORMAT_ZSTD1_MAGICLESS, write_content_size=False, write_checksum=False
     )
     zeros = zstandard.ZstdCompressor(compression_params=parameters).compress(bytes(BOMB_BYTES))
     frame = b"\x00\x48"
-    # A segment's header: last or not, kind (0 raw, 1 one byte again and again), size.
+    # A block's header in Zstandard: last or not, kind (0 raw, 1 one byte again and again), size.
     runs = b"".join((size << 3 | 1 << 1).to_bytes(3, "little") + b"\7" for size in [1 << 17] * 500)
     nothing = bytes(3) * 20_000
     return tuple(b"\x01" + one for one in (zeros, frame + runs + b"\1\0\0", frame + nothing + b"\1\0\0"))

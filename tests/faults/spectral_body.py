@@ -106,7 +106,7 @@ def with_body(segment: KvSegment, body: bytes) -> KvSegment:
 
 
 def serialized(segments: Sequence[KvSegment]) -> bytes:
-    """Blocks back to back, as a chunk has them."""
+    """Segments back to back, as a chunk has them."""
     return b"".join(part for segment in segments for part in (segment.header, segment.body.numpy().tobytes()))
 
 

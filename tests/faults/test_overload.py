@@ -1,5 +1,7 @@
 """More requests than fit: refused at once with a delay, no deadlock, and as much done as at the best load."""
 
+import contextlib
+import itertools
 import queue
 import statistics
 import threading
@@ -14,12 +16,14 @@ import pytest
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.local.pair_config import FREE_PORTS
 from spectrumkv.client.local.running_pair import RunningPair, running_pair
-from spectrumkv.client.request import Sampling, TokenIds
+from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from spectrumkv.common.errors import ResourceExhaustedError
+from spectrumkv.decode_server.service import DecodeService
 from tests.faults.report import tell
+from tests.services.pair import decode_server, failing_steps, prefill_server, total
 from tests.services.pair import running_pair as pair_in_process
-from tests.services.pair import total
 from tests.tiny_models import tiny_model
+from tests.waiting import until
 
 SHORT_PROMPT, LONG_PROMPT, COMPLETION = 48, 1500, 48
 MEASURE_SECONDS = 5.0
@@ -173,3 +177,68 @@ def test_a_crowd_is_served_or_told_when_to_come_back() -> None:
         assert total(pair.prefill_metrics, "requests_waiting") == 0
         assert not ask(client).refused
         assert total(pair.decode_metrics, "kv_bytes_resident") == 0
+
+
+SERVED_PROMPTS = [TokenIds(tuple(range(start, start + SHORT_PROMPT))) for start in range(50, 130, 10)]
+SHORT_ANSWER = Sampling(max_tokens=24, ignore_eos=True, temperature=0.0)
+CLIENTS, SLOW_CLIENTS = 10, 1
+# What a slow reader does between two tokens.
+PAUSE_SECONDS = 0.05
+FAILING_SHARE = 0.7
+
+
+@contextlib.contextmanager
+def four_workers() -> Iterator[tuple[list[DecodeService], str]]:
+    """Prefill in front of four decode workers, as sockets of this process."""
+    model = tiny_model("llama")
+    with contextlib.ExitStack() as running:
+        workers = [running.enter_context(decode_server(model, kv_memory="6MiB")) for _ in range(4)]
+        ports = [port for _, _, port in workers]
+        _, metrics, port = running.enter_context(prefill_server(model, ports))
+        until(lambda: total(metrics, "decode_worker_accepting") == len(workers))
+        yield [service for service, _, _ in workers], f"127.0.0.1:{port}"
+
+
+def answers_in(address: str, seconds: float, slow_clients: int) -> list[tuple[int, tuple[int, ...]]]:
+    """Have `CLIENTS` ask one request after another; return which prompt each answer was to, and its tokens."""
+    end = time.monotonic() + seconds
+
+    def work(number: int) -> list[tuple[int, tuple[int, ...]]]:
+        found = []
+        with SpectrumClient(address) as client:
+            for turn in itertools.count(number):
+                if time.monotonic() >= end:
+                    return found
+                which = turn % len(SERVED_PROMPTS)
+                tokens = []
+                kv = KvChoice(policy="fp16")
+                for token in client.generate(SERVED_PROMPTS[which], sampling=SHORT_ANSWER, kv=kv, timeout=60):
+                    tokens.append(token.token_id)
+                    if number < slow_clients:
+                        time.sleep(PAUSE_SECONDS)
+                found.append((which, tuple(tokens)))
+        return found
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        return [one for answers in pool.map(work, range(CLIENTS)) for one in answers]
+
+
+@pytest.mark.slow
+def test_a_failing_worker_of_four_and_slow_readers_cost_little(capsys: pytest.CaptureFixture[str]) -> None:
+    """Goodput is that of the healthy fleet but for a share, and every answer is right: no client sees an error."""
+    with four_workers() as (_, healthy), four_workers() as (workers, harmed), contextlib.ExitStack() as failing:
+        with SpectrumClient(healthy) as client:
+            kv = KvChoice(policy="fp16")
+            expected = [client.generate(one, sampling=SHORT_ANSWER, kv=kv).result() for one in SERVED_PROMPTS]
+        right = {(which, tuple(answer.token_ids)) for which, answer in enumerate(expected)}
+        failing.enter_context(failing_steps(workers[0], RuntimeError("CUDA error: an illegal memory access")))
+        rates: dict[str, list[float]] = {healthy: [], harmed: []}
+        # In turns, so that whatever else the machine does bears on both alike.
+        for _ in range(ROUNDS):
+            for address, slow_clients in ((healthy, 0), (harmed, SLOW_CLIENTS)):
+                answers = answers_in(address, MEASURE_SECONDS, slow_clients)
+                assert set(answers) <= right
+                rates[address].append(len(answers) / MEASURE_SECONDS)
+    peak, goodput = (statistics.median(rates[address]) for address in (healthy, harmed))
+    tell(capsys, f"healthy {peak:.1f} requests/s; one of four workers failing and slow readers {goodput:.1f}/s")
+    assert goodput >= FAILING_SHARE * peak

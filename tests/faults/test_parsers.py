@@ -15,8 +15,7 @@ from spectrumkv.common.kv.codecs import absmax, body, native
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.codecs.spectral import basis as spectral_basis
 from spectrumkv.common.kv.codecs.spectral import codec as spectral_codec
-from spectrumkv.common.kv.codecs.spectral import layout, symbols
-from spectrumkv.common.kv.codecs.spectral import segment_codec as block_codec
+from spectrumkv.common.kv.codecs.spectral import layout, segment_codec, symbols
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import SEGMENT_HEADER, KvSegment
@@ -25,16 +24,16 @@ from spectrumkv.common.rpc import decode_stream
 from spectrumkv.decode_server import bases
 from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.v1 import decode_pb2
-from tests.common.kv.codecs.test_spectral import basis_of
+from tests.common.kv.codecs.spectral_prompts import basis_of
 from tests.faults.coverage import fuzz
-from tests.faults.dialogue import spectral_blocks
+from tests.faults.dialogue import spectral_segments
 from tests.faults.report import tell
 from tests.faults.spectral_body import serialized
 
 GEOMETRY = KvGeometry(layers=2, kv_heads=2, head_dim=8, native_dtype=torch.float32)
 TOKENS = 9
 CODECS = ("absmax", "native", "spectral")
-SPECTRAL = (spectral_basis, block_codec, spectral_codec, layout, symbols, bases)
+SPECTRAL = (spectral_basis, segment_codec, spectral_codec, layout, symbols, bases)
 FILES = [one.__file__ for one in (decode_stream, absmax, body, native, tiers, wire, *SPECTRAL)]
 SHORT_RUN, LONG_RUN = 3000, 60_000
 
@@ -115,7 +114,7 @@ TARGETS = {
         [
             b"\2" + serialized([segment])
             for tokens in (1, 4, TOKENS)
-            for segment in spectral_blocks(random.Random(tokens), GEOMETRY, basis(), tokens)
+            for segment in spectral_segments(random.Random(tokens), GEOMETRY, basis(), tokens)
         ],
     ),
     "bases": (read_basis, [basis().serialized]),

@@ -18,7 +18,7 @@ from spectrumkv.common.errors import DataLossError
 from spectrumkv.common.kv.codecs.spectral.codec import SpectralDecoder
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
 from tests.faults.decoder_under_attack import GEOMETRY, attack, basis
-from tests.faults.dialogue import spectral_blocks
+from tests.faults.dialogue import spectral_segments
 from tests.faults.hostile_bodies import BODY_HARMS, BOMB_BYTES, bombs, lying_frames
 from tests.faults.report import tell
 from tests.faults.spectral_body import taken_apart, with_body
@@ -60,7 +60,7 @@ def test_compiled_loops_stay_within_their_arrays(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize("field", ["classes", "symbols"])
 @pytest.mark.parametrize("code", [*bombs(), *(b"\x01" + frame for frame in lying_frames())])
 def test_a_bomb_is_refused_before_it_takes_memory(field: str, code: bytes) -> None:
-    *_, segment = spectral_blocks(random.Random(3), GEOMETRY, basis(), TOKENS)
+    *_, segment = spectral_segments(random.Random(3), GEOMETRY, basis(), TOKENS)
     transform = layer_transforms(basis())[segment.layer]
     body = taken_apart(segment.body.numpy().tobytes(), segment.tiers.numel(), transform, GEOMETRY)
     if field == "classes":

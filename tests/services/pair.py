@@ -6,12 +6,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
+import pytest
 from prometheus_client import CollectorRegistry
 
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.request import Sampling, TokenIds
 from spectrumkv.common.kv.allocation import Int4Layers
+from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.common.rpc.decode_methods import add_decode_servicer
 from spectrumkv.common.rpc.server import Server
@@ -92,14 +95,18 @@ def decode_server(model: Path | None, **options: str) -> Iterator[tuple[DecodeSe
 
 @contextlib.contextmanager
 def prefill_server(
-    model: Path | None, decode_ports: list[int], verdict: ProbeVerdict = NOT_PROBED, **options: str
+    model: Path | None,
+    decode_ports: list[int],
+    verdict: ProbeVerdict = NOT_PROBED,
+    basis: SpectralBasis | None = None,
+    **options: str,
 ) -> Iterator[tuple[LoadedModel, Metrics, int]]:
     metrics = Metrics(CollectorRegistry())
     addresses = ",".join(str(Address("127.0.0.1", port)) for port in decode_ports)
     config = build(PrefillConfig, {"listen": "127.0.0.1:0", "decode": addresses, **options})
     loaded = load_model(model and str(model), "cpu", "auto")
     engine = PrefillEngine(loaded, config.window)
-    basis = resolve_basis(loaded, lambda done: None)
+    basis = basis or resolve_basis(loaded, lambda done: None)
     service = PrefillService(loaded, config, metrics, engine, verdict, basis)
     server = Server(
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server,
@@ -134,3 +141,15 @@ def running_pair(
         with pair.client() as client:
             client.generate(TokenIds((5, 6, 7)), sampling=Sampling(max_tokens=2, ignore_eos=True)).result()
         yield pair
+
+
+@contextlib.contextmanager
+def failing_steps(service: DecodeService, error: Exception) -> Iterator[None]:
+    """Have every step of this worker's model fail until the block ends."""
+
+    def fail(rows: object) -> NoReturn:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(service._engine._runner, "logits", fail)
+        yield

@@ -1,7 +1,9 @@
 """Bad input gets the status and the sentence that gRPC's conventions ask for, over real sockets."""
 
 import math
+import os
 import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +129,11 @@ def test_a_peer_of_another_model_is_refused_by_field(tiny_directories: dict[str,
     ("spoil", "code", "sentence"),
     [
         (lambda begin: begin.model.__setattr__("rope_digest", "0" * 64), "FAILED_PRECONDITION", "rope_digest"),
+        (
+            lambda begin: begin.model.parameters.__setitem__("sliding_window", "7"),
+            "FAILED_PRECONDITION",
+            "sliding_window is none on decode and 7 on prefill",
+        ),
         (lambda begin: begin.codec.__setattr__("version", 9), "FAILED_PRECONDITION", "version 1, prefill 9"),
         (lambda begin: begin.codec.__setattr__("name", "zip"), "FAILED_PRECONDITION", "'zip'.*absmax"),
         (lambda begin: begin.prompt_token_ids.__delitem__(slice(None)), "INVALID_ARGUMENT", "no prompt tokens"),
@@ -149,6 +156,21 @@ def test_decode_checks_begin(
     assert caught.value.code().name == code
     assert pytest.approx(0) == total(llama_pair.decode_metrics, "kv_bytes_resident")
     assert re.search(sentence, caught.value.details())
+
+
+def test_services_without_file_descriptors_say_what_they_serve(llama_pair: Pair) -> None:
+    with llama_pair.client() as client:
+        before = client.server_info()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                os.dup(0)
+            assert client.server_info() == before
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def generate_on(port: int, max_tokens: int = 8) -> str:

@@ -16,7 +16,7 @@ from tests.tiny_models import ARCHITECTURES
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def pair(request: pytest.FixtureRequest, tiny_directories: dict[str, Path]) -> Iterator[Pair]:
     with pytest.MonkeyPatch.context() as patch:
-        # No less than the capture window.
+        # No less than the score window.
         patch.setitem(chunked_prefill.CHUNK_TOKENS, "cpu", 64)
         with running_pair(tiny_directories[request.param], decode={"kv_memory": "64MiB"}) as running:
             yield running

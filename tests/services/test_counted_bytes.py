@@ -1,4 +1,4 @@
-"""Byte counters equal what a wire hook saw, for every policy, scorer and architecture."""
+"""Byte counters equal what is seen on the wire, for every policy, scorer and architecture."""
 
 import pytest
 

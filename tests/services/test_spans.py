@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -122,3 +123,28 @@ def test_a_process_exports_as_the_standard_variables_say() -> None:
     assert span["context"]["trace_id"] == f"0x{TRACE}"
     assert span["resource"]["attributes"]["service.name"] == "spectrumkv-decode"
     assert span["resource"]["attributes"]["zone"] == "a"
+
+
+@pytest.mark.parametrize("collector", ["away", "silent"])
+def test_a_collector_that_does_not_answer_holds_up_no_end(collector: str) -> None:
+    code = (
+        "from spectrumkv.common.service.process import leave\n"
+        "from spectrumkv.common.telemetry.tracing import RequestSpan, TraceContext, set_up_spans\n"
+        "set_up_spans('decode')\n"
+        "RequestSpan('DecodeService', TraceContext()).end('OK', {}, [])\n"
+        "print('ends', flush=True)\n"
+        "leave()"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        if collector == "away":
+            silent.close()
+        environment = os.environ | {
+            "OTEL_TRACES_EXPORTER": "otlp",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}",
+        }
+        command = [sys.executable, "-c", code]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ends\n"
+            assert process.wait(tracing.LAST_SPANS_SECONDS + 2.0) == 0

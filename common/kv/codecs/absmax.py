@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import torch
 
-from spectrumkv.common.errors import DataLossError, InvalidArgumentError
+from spectrumkv.common.errors import DataLossError, InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.codecs import body as bodies
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.codecs.body import Section
@@ -191,7 +191,8 @@ def _check_sent(
         tiers: uint8 `[n]` on the CPU.
 
     Raises:
-        InvalidArgumentError: an element is infinite, NaN, or too large for the tier of its token.
+        NotFiniteError: an element is infinite or NaN.
+        InvalidArgumentError: an element is too large for the tier of its token.
     """
     for section, floats in zip(layout[:FLOAT_SECTIONS], _floats(body, layout), strict=True):
         if kernels.is_finite(floats, section.dtype):
@@ -204,7 +205,9 @@ def _check_sent(
             bodies.refuse_infinite(name, Tier.FP16, sent[:, kept], section.dtype)
         broken = int((~sides[side].isfinite()).sum())
         largest = torch.finfo(torch.float16).max * FORMATS[section.tier].largest
-        raise InvalidArgumentError(
+        coded = sent[:, (tiers == section.tier).to(sent.device)]
+        kind = InvalidArgumentError if bool(coded.isfinite().all()) else NotFiniteError
+        raise kind(
             f"{name} of {broken} of {sides[side].numel()} token-heads cannot be coded at tier {section.tier.name}: "
             f"they hold an element that is infinite, NaN, or beyond ±{largest:.6g}"
         )

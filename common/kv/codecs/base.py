@@ -111,7 +111,8 @@ class KvEncoder(Protocol):
             Segments; each holds some tokens of a layer.
 
         Raises:
-            InvalidArgumentError: an element is infinite, NaN or too large for its tier.
+            InvalidArgumentError: an element is too large for its tier.
+            NotFiniteError: an element is infinite or NaN.
         """
         ...
 
@@ -144,8 +145,8 @@ class Codec(ABC):
         version: of the layout.
         tiers: that its tokens can have.
         needs_basis: whether both sides need the same `Basis`.
-        stand_in: name of a cheaper codec that may write the same allocation where this one is slower than the link;
-            None where there is none.
+        stand_in: name of a cheaper codec that may write the same bit allocation where this one is slower than the
+            link; None where there is none.
     """
 
     name: str
@@ -165,7 +166,7 @@ class Codec(ABC):
             The encoder.
 
         Raises:
-            FailedPreconditionError: the allocation needs a basis and there is none.
+            FailedPreconditionError: the bit allocation needs a basis and there is none.
             InvalidArgumentError: the codec cannot keep to the budget.
         """
 
@@ -226,7 +227,7 @@ class Codec(ABC):
         return 0.0
 
     def tier_allocation(self, request: EncoderRequest, token_bytes: Mapping[Tier, float]) -> TierAllocation:
-        """Express the codec's own allocation in whole tiers, so that another codec can write it.
+        """Express the codec's own bit allocation in whole tiers, so that another codec can write it.
 
         Args:
             request: the prompt, and a policy with a byte budget whose codec this is.
@@ -236,10 +237,10 @@ class Codec(ABC):
             The allocation.
 
         Raises:
-            FailedPreconditionError: the allocation needs a basis and there is none.
-            InternalError: the codec has no allocation of its own.
+            FailedPreconditionError: the bit allocation needs a basis and there is none.
+            InternalError: the codec has no bit allocation of its own.
         """
-        raise InternalError(f"codec {self.name!r} has no allocation of its own")
+        raise InternalError(f"codec {self.name!r} has no bit allocation of its own")
 
     def basis_digest(self, basis: Basis | None) -> bytes:
         """Return the digest by which Begin names the basis; empty for codecs that need none.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from spectrumkv.common.errors import DataLossError, InternalError, InvalidArgumentError
+from spectrumkv.common.errors import DataLossError, InternalError, InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier
 
@@ -142,7 +142,8 @@ def refuse_infinite(side: str, tier: Tier, states: torch.Tensor, coded_dtype: to
         coded_dtype: dtype of the tier.
 
     Raises:
-        InvalidArgumentError: always.
+        NotFiniteError: some are infinite or NaN to begin with.
+        InvalidArgumentError: all are finite, and some do not fit the dtype.
     """
     broken = int((~states.isfinite()).sum())
     too_large = int((~states.to(coded_dtype).isfinite()).sum()) - broken
@@ -155,6 +156,5 @@ def refuse_infinite(side: str, tier: Tier, states: torch.Tensor, coded_dtype: to
             f"{too_large} do not fit {coded_dtype}, whose range is ±{torch.finfo(coded_dtype).max:.6g}; "
             f"the largest magnitude is {largest:.6g}"
         )
-    raise InvalidArgumentError(
-        f"of {states.numel()} elements of {side} at tier {tier.name}, {' and '.join(problems)}"
-    )
+    kind = NotFiniteError if broken else InvalidArgumentError
+    raise kind(f"of {states.numel()} elements of {side} at tier {tier.name}, {' and '.join(problems)}")

@@ -38,7 +38,8 @@ class NativeCodec(TierCodec):
             The tokens, as they are.
 
         Raises:
-            InvalidArgumentError: a tier is not NATIVE, or an element is infinite or NaN.
+            InvalidArgumentError: a tier is not NATIVE.
+            NotFiniteError: an element is infinite or NaN.
         """
         bodies.check_states(keys, values, tiers, geometry)
         if not _all_native(tiers):

@@ -57,7 +57,8 @@ class TierCodec(Codec):
             The tokens, coded.
 
         Raises:
-            InvalidArgumentError: an element is infinite, NaN or too large for its tier.
+            InvalidArgumentError: an element is too large for its tier.
+            NotFiniteError: an element is infinite or NaN.
         """
 
     @abstractmethod
@@ -111,7 +112,7 @@ class TierCodec(Codec):
             yield self.encode(keys[:, first:end], values[:, first:end], tiers[first:end], geometry)
 
     def encoder(self, request: EncoderRequest) -> KvEncoder:
-        """Make an encoder that writes the policy's tiers, or the whole tiers of another codec's allocation.
+        """Make an encoder that writes the policy's tiers, or another codec's bit allocation in whole tiers.
 
         Args:
             request: the prompt, and how it is to be coded.

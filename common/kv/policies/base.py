@@ -11,7 +11,7 @@ from enum import Enum
 
 import torch
 
-from spectrumkv.common.errors import InternalError, InvalidArgumentError
+from spectrumkv.common.errors import InternalError, InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.registry import Registry
 
@@ -40,7 +40,8 @@ class TierRequest:
         seed: for policies that draw; 0 or more.
 
     Raises:
-        InvalidArgumentError: the scores are no such tensor or not all finite, or the seed is negative.
+        InvalidArgumentError: the scores are no such tensor, or the seed is negative.
+        NotFiniteError: a score is infinite or NaN.
     """
 
     scores: torch.Tensor
@@ -55,7 +56,7 @@ class TierRequest:
             )
         if not self.scores.isfinite().all():
             token = int((~self.scores.isfinite()).nonzero()[0])
-            raise InvalidArgumentError(
+            raise NotFiniteError(
                 f"the score of token {token} is {float(self.scores[token])}; scores must be finite, "
                 "which they are where the model's keys and queries are"
             )
@@ -180,18 +181,16 @@ policies: Registry[Policy] = Registry("policy")
 def policy(
     name: str,
     min_budget: float,
-    max_budget: float = 1.0,
     codec: str | None = None,
     needs_scores: bool = True,
     heeds_int4: bool = False,
     token_by_token: bool = False,
 ) -> Callable[[Rule], Rule]:
-    """Return a decorator that registers a rule as a policy.
+    """Return a decorator that registers a rule as a policy, whose largest budget is FP16 for every token.
 
     Args:
         name: see `Policy`, like the others.
         min_budget: a tier budget.
-        max_budget: a tier budget.
         codec: see `Policy`.
         needs_scores: see `Policy`.
         heeds_int4: see `Policy`.
@@ -202,7 +201,7 @@ def policy(
     """
 
     def add(rule: Rule) -> Rule:
-        made = Policy(name, min_budget, max_budget, codec, needs_scores, rule, heeds_int4, token_by_token)
+        made = Policy(name, min_budget, Tier.FP16.nominal_cost, codec, needs_scores, rule, heeds_int4, token_by_token)
         policies.register(name)(made)
         return rule
 

@@ -1,5 +1,6 @@
 """Builds prompts of an exact length that hide a needle at an exact depth."""
 
+import logging
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.prefill_server.tuning.needle.haystack import Fact, Haystack, fact, haystack
+
+logger = logging.getLogger(__name__)
 
 QUESTION_PLACES = ("prompt", "late")
 
@@ -48,8 +51,8 @@ def needle_prompt(
 ) -> NeedlePrompt:
     """Return a prompt that fills a context with prose and hides one fact in it.
 
-    The prompt is rendered with the model's own chat template where there is one, and otherwise as plain text. Both
-    places of the question give the same tokens, once in one piece and once in two.
+    The prompt is rendered with the model's own chat template where there is one that works, and otherwise as plain
+    text. Both places of the question give the same tokens, once in one piece and once in two.
 
     Args:
         tokenizer: the model's.
@@ -70,10 +73,11 @@ def needle_prompt(
     """
     _check(depth, needle_index, question)
     hidden, prose = fact(needle_index), haystack(needle_index)
+    chat = _renders(tokenizer, hidden)
 
     def tokens(sentences: int) -> list[int]:
-        before, after = _render(tokenizer, prose.first(sentences), hidden, depth)
-        return _encode(tokenizer, before + after)
+        before, after = _render(tokenizer, prose.first(sentences), hidden, depth, chat)
+        return _encode(tokenizer, before + after, chat)
 
     counts = range(1, len(prose.sentences) + 1)
     sentences = bisect_right(counts, context_tokens, key=lambda count: len(tokens(count)))
@@ -86,8 +90,8 @@ def needle_prompt(
             f"the haystack does not fill {context_tokens} tokens; this model makes {len(tokens(sentences))} of it"
         )
     whole = tokens(sentences)
-    before, _ = _render(tokenizer, prose.first(sentences), hidden, depth)
-    cut = len(whole) if question == "prompt" else _common_length(whole, _encode(tokenizer, before))
+    before, _ = _render(tokenizer, prose.first(sentences), hidden, depth, chat)
+    cut = len(whole) if question == "prompt" else _common_length(whole, _encode(tokenizer, before, chat))
     return NeedlePrompt(tuple(whole[:cut]), tuple(whole[cut:]), hidden, depth)
 
 
@@ -100,24 +104,44 @@ def _check(depth: float, needle_index: int, question: str) -> None:
         raise InvalidArgumentError(f"the question is {question!r}; valid: {', '.join(QUESTION_PLACES)}")
 
 
-def _render(tokenizer: PreTrainedTokenizerFast, prose: Haystack, hidden: Fact, depth: float) -> tuple[str, str]:
+def _renders(tokenizer: PreTrainedTokenizerFast, hidden: Fact) -> bool:
+    """Return whether the model has a chat template that takes a question and leaves it as it is."""
+    if tokenizer.chat_template is None:
+        return False
+    try:
+        asked = f"Once.\n\n{hidden.question}"
+        return asked in _rendered(tokenizer, asked)
+    except Exception as error:  # noqa: BLE001  # a template is a program of the model's makers
+        logger.warning(
+            "the model's chat template fails on a question (%s: %s); the prompt is plain text",
+            type(error).__name__,
+            error,
+        )
+        return False
+
+
+def _rendered(tokenizer: PreTrainedTokenizerFast, content: str) -> str:
+    # Qwen3's template takes `enable_thinking=False` to mean an answer at once; other templates ignore it.
+    rendered: str = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    return rendered
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerFast, prose: Haystack, hidden: Fact, depth: float, chat: bool
+) -> tuple[str, str]:
     """Return the text up to the end of the prose, and the rest."""
     asked = f"\n\n{hidden.question}"
     content = prose.text(hidden.sentence, depth) + asked
-    if tokenizer.chat_template is None:
-        text = f"{content}\n"
-    else:
-        # Qwen3's template takes `enable_thinking=False` to mean an answer at once; other templates ignore it.
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
+    text = _rendered(tokenizer, content) if chat else f"{content}\n"
     cut = text.rindex(asked)
     return text[:cut], text[cut:] + hidden.lead
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerFast, text: str, chat: bool) -> list[int]:
     # A chat template writes special tokens such as <s> by itself.
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=tokenizer.chat_template is None)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=not chat)
     return ids
 
 

@@ -49,7 +49,6 @@ def resolve_verdict(
     basis: SpectralBasis,
     mode: str,
     on_progress: OnProgress,
-    codec: str = PROBE_CODEC,
 ) -> ProbeVerdict:
     """Settle how strongly KV may be coded: by the flag, by what an earlier probe found, or by probing now.
 
@@ -59,20 +58,19 @@ def resolve_verdict(
         basis: of the model's spectral codec.
         mode: the value of `--int4`: "on" and "off" settle it, "auto" asks the probe.
         on_progress: called before each step of a probe.
-        codec: name of the codec that writes INT4.
 
     Returns:
         The verdict; its `source` says which of the three it came from.
 
     Raises:
-        InvalidArgumentError: `mode` is none of these, or `codec` is unknown or has no INT4.
+        InvalidArgumentError: `mode` is none of these.
         FailedPreconditionError: the model's context is too short to probe it.
     """
     if mode != "auto":
         return ProbeVerdict.from_flag(mode, loaded.geometry.layers)
-    verdict = read_verdict(verdict_key(loaded, basis, codec))
+    verdict = read_verdict(verdict_key(loaded, basis))
     if verdict is None:
-        verdict = probe_and_keep(loaded, engine, basis, on_progress, codec)
+        verdict = probe_and_keep(loaded, engine, basis, on_progress)
     logger.info("INT4 is %s (%s): %s", "allowed" if verdict.int4_allowed else "off", verdict.source, verdict.reason)
     return verdict
 

@@ -6,7 +6,7 @@ from importlib.resources import files
 
 import torch
 
-from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
+from spectrumkv.common.errors import ContextTooShortError, InvalidArgumentError
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.service.config import SCORE_WINDOW
 from spectrumkv.prefill_server.transfer.plan import KvPlan
@@ -33,13 +33,13 @@ def needle_prompts(loaded: LoadedModel) -> list[NeedlePrompt]:
     """Return the prompts that hide a needle, one for each depth.
 
     Raises:
-        FailedPreconditionError: the model's context is too short.
+        ContextTooShortError: the model's context is too short.
     """
     room = min(PROMPT_TOKENS, loaded.context_length - ANSWER_TOKENS)
     try:
         return [needle_prompt(loaded.tokenizer, room, depth, needle) for needle, depth in enumerate(DEPTHS)]
     except InvalidArgumentError as error:
-        raise FailedPreconditionError(
+        raise ContextTooShortError(
             f"the probe needs a longer context than the {loaded.context_length} tokens of {loaded.name} "
             f"({error.message}); start with --int4 on or --int4 off"
         ) from error

@@ -1,12 +1,15 @@
 """Counted bytes are the serialized bytes of every message, whatever policy and scorer."""
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from spectrumkv.bench.methods.method import ExactFp16
+from spectrumkv.bench.methods.method import ExactFp16, mean_tier_cost
 from spectrumkv.bench.methods.served_model import ServedModel
 from spectrumkv.bench.methods.wire_method import is_fixed
 from spectrumkv.common.kv.policies import policies
-from spectrumkv.common.kv.tiers import Tier
+from spectrumkv.common.kv.tiers import Tier, count_tiers
 from spectrumkv.common.rpc.decode_stream import serialized_bytes
 from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline
 from tests.bench.conftest import wire_method
@@ -53,3 +56,15 @@ def test_the_reference_counts_two_bytes_an_element(served: ServedModel) -> None:
     prompt = served.prefill(random_prompt(CONTEXT))
     with served.receive(ExactFp16(), prompt) as (_, sent):
         assert sent.counted == served.loaded.geometry.fp16_bytes(CONTEXT)
+
+
+@given(st.lists(st.sampled_from(Tier), min_size=1, max_size=70))
+def test_mean_tier_cost_is_that_of_the_tokens(tiers):
+    mean = sum(tier.nominal_cost for tier in tiers) / len(tiers)
+    assert mean_tier_cost(count_tiers(torch.tensor(tiers, dtype=torch.uint8))) == pytest.approx(mean, abs=1e-12)
+
+
+def test_mean_tier_cost_of_several_layers_is_their_mean():
+    tiers = torch.tensor([[Tier.FP16, Tier.DROP], [Tier.INT8, Tier.INT4]], dtype=torch.uint8)
+    assert mean_tier_cost(count_tiers(tiers)) == 0.4375
+    assert mean_tier_cost(dict.fromkeys(Tier, 0)) == 0

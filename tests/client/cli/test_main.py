@@ -1,5 +1,6 @@
 import argparse
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -169,3 +170,60 @@ def test_every_command_is_there(capsys):
         build_parser().parse_args(["--help"])
     shown = capsys.readouterr().out
     assert [name for name in ("generate", "info", "up", "demo") if f"    {name} " not in shown] == []
+
+
+def generate(prefill, *flags, shell="exec", **environment):
+    """Run `spectrumkv generate` in a process, by a shell that may do something first."""
+    command = [sys.executable, "-m", "spectrumkv.client.cli.main", "generate", "x", "--server", prefill.address]
+    return subprocess.run(
+        ["/bin/sh", "-c", f'{shell} "$@"', "sh", *command, *flags],
+        capture_output=True,
+        timeout=30,
+        check=False,
+        env=os.environ | environment,
+    )
+
+
+def smile(request, context):
+    yield token(0, "a 😀 ☃ é")
+    yield finished(1)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", b"a ? ? ?\n"), ("latin-1", b"a ? ? \xe9\n"), ("utf-8", "a 😀 ☃ é\n".encode())]
+)
+def test_an_answer_is_shown_whatever_the_terminal_s_encoding_lacks(prefill, encoding, shown):
+    prefill.answer = smile
+    done = generate(prefill, PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stdout) == (0, shown)
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8", "UTF8", "utf-16"])
+def test_json_loses_no_character_whatever_the_encoding(prefill, encoding, tmp_path):
+    prefill.answer = smile
+    done = generate(prefill, "--json", "-", PYTHONIOENCODING=encoding)
+    assert json.loads(done.stdout.decode(encoding))["text"] == "a 😀 ☃ é"
+    path = tmp_path / "result.json"
+    assert generate(prefill, "--json", str(path), PYTHONIOENCODING=encoding).returncode == 0
+    assert json.loads(path.read_text(encoding="utf-8"))["text"] == "a 😀 ☃ é"
+
+
+@pytest.mark.parametrize("flags", [[], ["--json", "-"]], ids=["text", "json"])
+def test_a_standard_output_that_is_closed_is_one_sentence(prefill, flags):
+    done = generate(prefill, *flags, shell="exec >&-; exec")
+    assert done.returncode == 1
+    said = done.stderr.decode().splitlines()[-1]
+    assert said == "standard output cannot be written: Bad file descriptor; send it elsewhere or make room"
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&-", "<&- 2>&-"])
+def test_other_streams_that_are_closed_change_nothing(prefill, closed):
+    done = generate(prefill, shell=f"exec {closed}; exec")
+    assert (done.returncode, done.stdout) == (0, b"Blue sky!\n")
+
+
+def test_an_error_with_nowhere_to_be_told_still_has_its_status(prefill):
+    for closed in ("2>&-", "2>/dev/full", ">&- 2>&-"):
+        assert generate(prefill, "--server", "127.0.0.1:1", shell=f"exec {closed}; exec").returncode == 1

@@ -163,7 +163,7 @@ def test_any_port_of_an_address_that_is_not_ours():
         plan_launches({**FREE_PORTS, "listen": "203.0.113.1:0", "allow_plaintext": True})
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_up_until_a_signal(signum):
     command = [sys.executable, "-c", UP, "up", "--model=serves", *ANY_PORTS]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -202,9 +202,9 @@ def test_up_names_the_service_that_died(capsys):
     assert "cannot load [the model]" in err
 
 
-def test_demo_compares_three_budgets(capsys):
+def test_demo_compares_three_budgets(capfd):
     assert main(["demo", "--model", "serves"]) == 0
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert out.count("Blue sky!") == 3
     assert "decode | flags:" in err
     assert "stopped cleanly" not in err
@@ -212,8 +212,8 @@ def test_demo_compares_three_budgets(capsys):
         assert shown in out
 
 
-def test_demo_that_fails_shows_the_services_last_words(capsys):
+def test_demo_that_fails_shows_the_services_last_words(capfd):
     assert main(["demo", "--model", "crashes"]) == 1
-    err = capsys.readouterr().err
+    err = capfd.readouterr().err
     assert "prefill | about to crash" in err
     assert "UNAVAILABLE: " in err

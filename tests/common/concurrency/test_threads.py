@@ -51,7 +51,7 @@ print(before, during, threads())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
-def test_what_is_done_apart_leaves_no_threads() -> None:
+def test_work_run_in_a_thread_leaves_no_threads() -> None:
     command, environment = [sys.executable, "-c", THREADS], os.environ | {"OMP_NUM_THREADS": "4"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=100)
     before, during, after = map(int, run.stdout.split())

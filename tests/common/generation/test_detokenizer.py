@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from tokenizers.decoders import DecodeStream
@@ -41,6 +41,21 @@ def test_text_comes_back_and_no_piece_splits_a_character(kind: str, text: str) -
     pieces = pieces_of(tokenizer, token_ids)
     assert "".join(pieces) == decoded(tokenizer, token_ids) == text
     assert "".join(pieces).count("\ufffd") == text.count("\ufffd")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "embedded"])
+@given(text=st.text(st.sampled_from("ab the.中é <\n"), min_size=2, max_size=20), data=st.data())
+def test_an_answer_continues_its_prompt(kind: str, text: str, data: st.DataObject) -> None:
+    tokenizer = tokenizer_of(kind)
+    token_ids = tokenizer(text, add_special_tokens=False).input_ids
+    cut = data.draw(st.integers(0, len(token_ids)))
+    prompt = token_ids[:cut]
+    assume("\ufffd" not in decoded(tokenizer, prompt) and decoded(tokenizer, prompt).strip())
+    # What has no text of its own, at the prompt's end or alone, changes nothing.
+    silent = data.draw(st.sampled_from([[], tokenizer.convert_tokens_to_ids(["<s>"]), [len(tokenizer) + 5]]))
+    detokenizer = Detokenizer(tokenizer, [*prompt, *silent])
+    answer = "".join([*map(detokenizer.push, token_ids[cut:]), detokenizer.flush()])
+    assert decoded(tokenizer, prompt) + answer == decoded(tokenizer, token_ids)
 
 
 def test_a_character_appears_with_its_last_token(byte_level: PreTrainedTokenizerFast) -> None:

@@ -125,3 +125,16 @@ def test_a_message_is_checked_like_any_other_source() -> None:
         SamplingParams.from_proto(generation_pb2.SamplingParams(top_p=math.nan))
     with pytest.raises(InvalidArgumentError, match="max_tokens is 0"):
         SamplingParams.from_proto(generation_pb2.SamplingParams(max_tokens=0))
+
+
+def test_long_lists_of_a_message_are_refused_before_they_are_copied() -> None:
+    many = generation_pb2.SamplingParams(stop_token_ids=[7] * 257)
+    with pytest.raises(InvalidArgumentError, match="stop_token_ids has 257 ids; allowed: at most 256"):
+        SamplingParams.from_proto(many)
+    with pytest.raises(InvalidArgumentError, match="stop has 17 strings; allowed: at most 16"):
+        SamplingParams.from_proto(generation_pb2.SamplingParams(stop=[""] * 17))
+
+
+@pytest.mark.parametrize(("room", "expected"), [(500, 128), (128, 128), (92, 92), (1, 1), (0, 1), (-9, 1)])
+def test_the_answer_takes_what_room_there_is(room: int, expected: int) -> None:
+    assert SamplingParams().with_room(room).max_tokens == expected

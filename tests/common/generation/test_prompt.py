@@ -1,15 +1,25 @@
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from spectrumkv.common.errors import InternalError, InvalidArgumentError
-from spectrumkv.common.generation.prompt import check_length, read_prompt
+from spectrumkv.common.errors import CancelledError, InternalError, InvalidArgumentError
+from spectrumkv.common.generation.prompt import PIECE_CHARACTERS, PromptReader, check_length
 from spectrumkv.v1 import prefill_pb2
 from tests.common.generation.tokenizers_for_tests import byte_level as make_byte_level
 
 VOCAB = 49152
+
+
+CONTEXT = 8192
+
+
+def read_prompt(
+    request_: prefill_pb2.GenerateRequest, tokenizer: PreTrainedTokenizerFast, vocab_size: int
+) -> list[int]:
+    return PromptReader(tokenizer, vocab_size, CONTEXT).read(request_)
 
 
 def text(prompt: str) -> prefill_pb2.GenerateRequest:
@@ -88,6 +98,67 @@ def test_unknown_roles_are_named(role: str, embedded: PreTrainedTokenizerFast) -
         InvalidArgumentError, match=f"chat message 1 has the role '{role}'; allowed: system, user, ass"
     ):
         read_prompt(chat(("user", "y"), (role, "x")), embedded, VOCAB)
+
+
+def test_a_long_text_is_read_like_a_short_one(embedded: PreTrainedTokenizerFast) -> None:
+    for prompt in ("The quick brown fox. " * 1500, "x" * 40_000, "日本" * 3000, " " * 50_000):
+        assert len(prompt) > PIECE_CHARACTERS or "日" in prompt
+        read = PromptReader(embedded, VOCAB, 60_000).read(text(prompt))
+        assert read == embedded(prompt).input_ids
+
+
+def test_a_text_that_just_fits_is_read_and_a_longer_one_is_not(embedded: PreTrainedTokenizerFast) -> None:
+    prompt = "7 " * 20_000
+    tokens = len(embedded(prompt).input_ids)
+    assert len(PromptReader(embedded, VOCAB, tokens).read(text(prompt))) == tokens
+    with pytest.raises(InvalidArgumentError, match=r"has more than 20000 tokens; the model's context holds 20000"):
+        PromptReader(embedded, VOCAB, 20_000).read(text(prompt))
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (
+            text("7" * 4000),
+            r"has 4000 bytes, where no text that fits has more than \d{3,4}; the model's context holds 8",
+        ),
+        (chat(("user", "7" * 2000), ("user", "7" * 2000)), "has 4000 bytes"),
+        (chat(*[("user", "")] * 9), "chat has 9 messages; the model's context holds 8 tokens: send fewer"),
+        (token_ids(*[5] * 9), "has 9 tokens; the model's context holds 8"),
+    ],
+)
+def test_what_cannot_fit_is_refused_before_it_is_tokenized(
+    request_: prefill_pb2.GenerateRequest, message: str, embedded: PreTrainedTokenizerFast, monkeypatch: Any
+) -> None:
+    reader = PromptReader(embedded, VOCAB, 8)
+    monkeypatch.setattr(type(embedded), "__call__", None)
+    with pytest.raises(InvalidArgumentError, match=message):
+        reader.read(request_)
+
+
+def test_reading_ends_where_nobody_waits(embedded: PreTrainedTokenizerFast) -> None:
+    def check() -> None:
+        raise CancelledError("gone")
+
+    with pytest.raises(CancelledError):
+        PromptReader(embedded, VOCAB, 60_000).read(text("x" * 40_000), check)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% if (tools|length) > 0 %}x{% endif %}", "template fails on these messages .TypeError: .*None"),
+        ("{{ messages[0].content + 1 }}", "template fails on these messages .TypeError"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "template fails .* .RecursionError"),
+        ("{{ 1 // 0 }}", "template fails .* .ZeroDivisionError"),
+    ],
+)
+def test_a_template_that_fails_is_a_bad_argument(
+    template: str, message: str, templated: PreTrainedTokenizerFast
+) -> None:
+    templated.chat_template = template
+    with pytest.raises(InvalidArgumentError, match=message):
+        read_prompt(chat(("user", "y")), templated, VOCAB)
 
 
 def test_token_ids_are_taken_as_they_are(embedded: PreTrainedTokenizerFast) -> None:

@@ -165,3 +165,20 @@ def test_finish_reasons_are_those_of_the_protocol() -> None:
         assert FinishReason.from_proto(one.to_proto()) is one
     with pytest.raises(ValueError, match="0 is not a valid FinishReason"):
         FinishReason.from_proto(generation_pb2.FINISH_REASON_UNSPECIFIED)
+
+
+def test_a_stop_string_is_found_at_the_start_of_an_answer(byte_fallback: PreTrainedTokenizerFast) -> None:
+    ids = byte_fallback.convert_tokens_to_ids
+    stream = TextStream(byte_fallback, SamplingParams(stop=(" the",)), frozenset(), ids(["▁a", "b"]))
+    assert stream.push(ids("▁the")) == TextDelta("", STOP)
+    stream = TextStream(byte_fallback, SamplingParams(), frozenset(), ids(["▁a", "b"]))
+    assert stream.push(ids("▁the")) == TextDelta(" the")
+
+
+def test_a_stop_string_that_is_a_special_token_stops_at_it(embedded: PreTrainedTokenizerFast) -> None:
+    end = embedded.convert_tokens_to_ids("<|im_end|>")
+    params = SamplingParams(ignore_eos=True, stop=("never", "<|im_end|>"))
+    assert run(embedded, [*ids_of(embedded, "Hi"), end, 5], params, frozenset({end})) == [
+        TextDelta("Hi"),
+        TextDelta("", STOP),
+    ]

@@ -243,7 +243,7 @@ def test_random_differs_between_seeds_and_layers_and_lies_in_the_unit_interval()
         ({"layer": -1}, "layer is -1"),
     ],
 )
-def test_an_observation_that_does_not_fit_is_refused(change, complaint):
+def test_a_capture_that_does_not_fit_is_refused(change, complaint):
     with pytest.raises(InvalidArgumentError, match=complaint):
         replace(observe()[0], **change)
 

@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 from spectrumkv.common.kv.tiers import (
     Tier,
     count_tiers,
-    mean_tier_cost,
     pack_tier_map,
     tier_map_bytes,
     unpack_tier_map,
@@ -42,17 +41,6 @@ def test_nominal_costs_are_the_papers():
 @given(all_tiers)
 def test_counts_are_exact_and_name_every_tier(tiers):
     assert count_tiers(as_tensor(tiers)) == {tier: tiers.count(tier) for tier in Tier}
-
-
-@given(all_tiers)
-def test_mean_tier_cost_is_that_of_the_tokens(tiers):
-    mean = sum(tier.nominal_cost for tier in tiers) / len(tiers)
-    assert mean_tier_cost(count_tiers(as_tensor(tiers))) == pytest.approx(mean, abs=1e-12)
-
-
-def test_mean_tier_cost_of_several_layers_is_their_mean():
-    assert mean_tier_cost(count_tiers(as_tensor([Tier.FP16, Tier.DROP, Tier.INT8, Tier.INT4]).view(2, 2))) == 0.4375
-    assert mean_tier_cost(dict.fromkeys(Tier, 0)) == 0
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def checked(payload: bytes, sequence: int = 0) -> KvChunk:
     return KvChunk(sequence, crc32c.crc32c(payload), (payload,))
 
 
-def test_a_block_is_laid_out_as_documented() -> None:
+def test_a_segment_is_laid_out_as_documented() -> None:
     tiers = [Tier.FP16, Tier.DROP, Tier.INT8, Tier.INT4, Tier.FP16]
     [chunk], _ = written([segment(7, 11, tiers, b"abcd")])
     # Two bits a token, the first token in the lowest bits: 3, 0, 2, 1 | 3, then a zero byte is not needed
@@ -55,7 +55,7 @@ def test_a_block_is_laid_out_as_documented() -> None:
     assert chunk.payload == expected
 
 
-def test_a_uniform_block_has_no_tier_map() -> None:
+def test_a_uniform_segment_has_no_tier_map() -> None:
     [chunk], _ = written([segment(1, 0, [Tier.INT8] * 3, b"xy")])
     assert chunk.payload == struct.pack("<HBBIII", 1, 1, Tier.INT8, 0, 3, 2) + b"xy"
 

@@ -4,8 +4,7 @@ The cases come from the registries of codecs and policies: a new one fails here 
 
     python -m tests.common.kv.test_wire_digests
 
-which rewrites the file. What changes a digest that is there breaks the contract with peers of the other version:
-raise the codec's version.
+which rewrites the file. What changes a digest that is there takes a new version of the codec, or peers misread it.
 
 Digests must not depend on the processor, so all arithmetic is exact or far from where it would be rounded otherwise:
 
@@ -160,7 +159,7 @@ class Received:
         return self._states.view(torch.uint8).numpy().tobytes()
 
 
-def block_digests(policy: str, codec: str, geometry: KvGeometry) -> dict[str, str]:
+def segment_digests(policy: str, codec: str, geometry: KvGeometry) -> dict[str, str]:
     """Of all segments that the plans make of several prompts, and of what decode writes of them."""
     sent, received = hashlib.sha256(), hashlib.sha256()
     for (name, plan), tokens in ((one, tokens) for one in plans(policy, codec, geometry) for tokens in PROMPTS):
@@ -175,10 +174,10 @@ def block_digests(policy: str, codec: str, geometry: KvGeometry) -> dict[str, st
     return {"sent": sent.hexdigest(), "received": received.hexdigest()}
 
 
-def all_block_digests(pair: str) -> dict[str, dict[str, str]]:
+def all_segment_digests(pair: str) -> dict[str, dict[str, str]]:
     """Of a policy and a codec, by geometry."""
     policy, codec = pair.split("/")
-    return {name: block_digests(policy, codec, geometry) for name, geometry in GEOMETRIES.items()}
+    return {name: segment_digests(policy, codec, geometry) for name, geometry in GEOMETRIES.items()}
 
 
 def stream_digests(policy: str) -> dict[str, str | int]:
@@ -262,10 +261,9 @@ def test_each_digest_has_its_case_and_each_codec_a_policy() -> None:
 
 
 @pytest.mark.parametrize("pair", pairs())
-def test_blocks_are_what_they_were(pair: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = expected("segments", pair)
+def test_segments_are_what_they_were(pair: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with_stored_streams(monkeypatch)
-    assert all_block_digests(pair) == known, f"segments of {pair} changed; {ADVICE}"
+    assert all_segment_digests(pair) == expected("segments", pair), f"segments of {pair} changed; {ADVICE}"
 
 
 @pytest.mark.parametrize("policy", STREAMS)
@@ -279,20 +277,20 @@ def test_responses_and_basis_are_what_they_were() -> None:
     assert basis_of(STREAMED).digest.hex() == expected("others", "basis"), f"a serialized basis changed; {ADVICE}"
 
 
-def test_compressed_blocks_are_what_they_were() -> None:
+def test_compressed_segments_are_what_they_were() -> None:
     if expected("others", "zstandard") != ZSTANDARD:
         pytest.skip(f"the digests are of another Zstandard than {ZSTANDARD}")
-    found = all_block_digests("spectral/spectral")
+    found = all_segment_digests("spectral/spectral")
     assert found == expected("others", "compressed"), f"segments that Zstandard compressed changed; {ADVICE}"
 
 
 def rewrite() -> None:
     """Write the digests of what this machine makes."""
     others = {"responses": response_digest(), "basis": basis_of(STREAMED).digest.hex(), "zstandard": ZSTANDARD}
-    compressed = {"compressed": all_block_digests("spectral/spectral")}
+    compressed = {"compressed": all_segment_digests("spectral/spectral")}
     with pytest.MonkeyPatch.context() as patch:
         with_stored_streams(patch)
-        segments = {pair: all_block_digests(pair) for pair in pairs()}
+        segments = {pair: all_segment_digests(pair) for pair in pairs()}
         streams = {policy: stream_digests(policy) for policy in STREAMS}
     written = {"segments": segments, "streams": streams, "others": others | compressed}
     FILE.write_text(json.dumps(written, indent=1) + "\n")

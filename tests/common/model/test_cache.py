@@ -1,4 +1,6 @@
 import logging
+import os
+import pwd
 import subprocess
 import sys
 import threading
@@ -11,6 +13,7 @@ import pytest
 
 from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.common.model.cache import build_once, cache_directory, read_entry, write_entry
+from spectrumkv.kernels.jit.cache import compiled_code_directory
 
 BUILD_IN_A_PROCESS = """
 import os, sys
@@ -103,6 +106,33 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FailedPreconditionError, match=r"cannot write to .*file.*SPECTRUMKV_CACHE"):
         built(tmp_path / "file" / "model", lambda partial: None)
+
+
+def test_a_user_without_home_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    for variable in ("HOME", "XDG_CACHE_HOME", "SPECTRUMKV_CACHE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert cache_directory().is_relative_to("/nonexistent")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_users_cache_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    built(tmp_path / "private" / "e", lambda partial: (partial / "whole").touch())
+    (tmp_path / "private").chmod(0o700)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(FailedPreconditionError, match=r"cannot write to .*private.*SPECTRUMKV_CACHE"):
+            built(tmp_path / "private" / "e", lambda partial: None)
+        assert read_entry(tmp_path / "private" / "text", "the text", str) is None
+        write_entry(tmp_path / "private" / "text", "the text", "some")
+        assert compiled_code_directory(str(tmp_path / "private")) is None
+    finally:
+        os.seteuid(0)
+    assert "cannot use the text" in caplog.text
+    assert "cannot keep the text" in caplog.text
 
 
 @pytest.mark.parametrize(

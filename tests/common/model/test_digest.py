@@ -1,5 +1,7 @@
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,8 +32,12 @@ def write(directory: Path, *shards: Tensors) -> Path:
     if len(shards) == 1:
         save_file(shards[0], directory / "model.safetensors")
     else:
+        places = {}
         for i, shard in enumerate(shards):
-            save_file(shard, directory / f"model-{i + 1:05}-of-{len(shards):05}.safetensors")
+            file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+            save_file(shard, directory / file)
+            places |= dict.fromkeys(shard, file)
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     return directory
 
 
@@ -72,7 +78,7 @@ def test_weights_are_hashed_once(
     first = weights_digest(directory)
     hashed = []
     genuine = spec._hash_weights
-    monkeypatch.setattr(spec, "_hash_weights", lambda files: hashed.append(files) or genuine(files))
+    monkeypatch.setattr(spec, "_hash_weights", lambda *given: hashed.append(given) or genuine(*given))
     assert weights_digest(directory) == first
     assert hashed == []
 
@@ -93,6 +99,23 @@ def test_changed_files_are_hashed_again(tmp_path: Path, tensors: Tensors) -> Non
     assert file.stat().st_size == before.st_size
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     assert weights_digest(directory) != first
+
+
+def test_files_that_change_while_they_are_read_are_refused(
+    cache: Path, tmp_path: Path, tensors: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = write(tmp_path / "model", tensors)
+    genuine = spec._hash_weights
+
+    def hash_while_somebody_writes(*given: Any) -> str:
+        digest = genuine(*given)
+        save_file(tensors | {"c.bias": torch.tensor(2.25)}, directory / "model.safetensors")
+        return digest
+
+    monkeypatch.setattr(spec, "_hash_weights", hash_while_somebody_writes)
+    with pytest.raises(FailedPreconditionError, match="changed while they were read"):
+        weights_digest(directory)
+    assert not list(cache.glob("digests/*"))
 
 
 def test_a_digest_that_cannot_be_kept_is_still_returned(

@@ -1,3 +1,4 @@
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,7 +76,34 @@ def test_shards_are_found_and_other_weights_left_alone(tmp_path: Path) -> None:
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     for name in [*reversed(names), "consolidated.safetensors", "adapter_model.safetensors"]:
         (tmp_path / name).touch()
+    index = {"weight_map": {f"layer {i}": name for i, name in enumerate(names)}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert [file.name for file in weight_files(tmp_path)] == names
+
+
+def test_what_the_index_names_is_read_and_nothing_else(tmp_path: Path) -> None:
+    names = ["consolidated-00001-of-00002.safetensors", "consolidated-00002-of-00002.safetensors"]
+    for name in [*names, "model-00001-of-00001.safetensors"]:
+        (tmp_path / name).touch()
+    index = tmp_path / "model.safetensors.index.json"
+    with pytest.raises(FailedPreconditionError, match=r"shards of the weights without model\.safe"):
+        weight_files(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a": names[0], "b": names[1]}}))
+    assert [file.name for file in weight_files(tmp_path)] == names
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(FailedPreconditionError, match=f"lacks {names[1]}, which model.safetensors.index.json names"):
+        weight_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 3}}',
+     '{"weight_map": {"a": "../model.safetensors"}}', '{"weight_map": {"a": []}}'],
+)  # fmt: skip
+def test_a_damaged_index_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(FailedPreconditionError, match=r"model\.safetensors\.index\.json"):
+        weight_files(tmp_path)
 
 
 def test_an_unreachable_hub_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,7 @@ def make_server(
     threads: int = 4,
     reflection: bool = False,
     codes: "queue.SimpleQueue[str] | None" = None,
+    count_silent: Callable[[str], None] = lambda reason: None,
 ) -> Server:
     counted = queue.SimpleQueue() if codes is None else codes
     add, servicer, name = (
@@ -103,6 +104,7 @@ def make_server(
         f"spectrumkv.v1.{name}",
         threads=threads,
         count_ended=counted.put,
+        count_silent=count_silent,
         reflection_enabled=reflection,
     )
 

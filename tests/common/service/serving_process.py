@@ -1,5 +1,6 @@
 """A service in a process of its own, given options as `name=value`. It echoes Decode streams."""
 
+import logging
 import sys
 
 from prometheus_client import CollectorRegistry
@@ -20,7 +21,7 @@ def main() -> None:
         server,
         Metrics(CollectorRegistry()),
         config,
-        stop=lambda: sys.stderr.write("engine stopped\n"),
+        stop=lambda: logging.info("engine stopped"),
         vitals=Vitals(),
     )
 

@@ -1,3 +1,4 @@
+import os
 import queue
 import re
 import signal
@@ -5,7 +6,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from spectrumkv.client.local.pair_config import FREE_PORTS, plan_launches
 from spectrumkv.common.errors import FailedPreconditionError, UnavailableError
 from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.common.service.process import exit_on_error
+from spectrumkv.common.telemetry.log_output import MAX_WAITING_LINES
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc
 from tests.common.rpc.scripted import HEALTH, WAIT_SECONDS
 
@@ -25,17 +28,12 @@ ROOT = Path(__file__).parents[3]
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
 
-def start(**options: str) -> "subprocess.Popen[str]":
+def start(log: int = subprocess.PIPE, shell: str = "exec", **options: str) -> "subprocess.Popen[str]":
+    """Start the process by a shell, which may do something first."""
+    command = [sys.executable, "-m", "tests.common.service.serving_process"]
+    given = [f"{key}={value}" for key, value in options.items()]
     return subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "tests.common.service.serving_process",
-            *(f"{key}={value}" for key, value in options.items()),
-        ],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
+        ["/bin/sh", "-c", f'{shell} "$@"', "sh", *command, *given], cwd=ROOT, stderr=log, text=True
     )
 
 
@@ -169,3 +167,91 @@ def test_an_unknown_error_keeps_its_traceback():
 
     with pytest.raises(ZeroDivisionError):
         exit_on_error(main)
+
+
+@contextmanager
+def full_pipe() -> Iterator[int]:
+    """The end to write to of a pipe that is full and that nobody reads."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"\n")
+    os.set_blocking(writing, True)
+    yield writing
+    os.close(writing)
+    os.close(reading)
+
+
+def dropped_lines(metrics_port: int) -> int:
+    with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=WAIT_SECONDS) as answer:
+        return int(float(re.search(rb"^spectrumkv_log_lines_dropped_total (\S+)$", answer.read(), re.M)[1]))
+
+
+def test_a_log_that_nobody_reads_stops_neither_requests_nor_the_end():
+    launch = plan_launches(FREE_PORTS)[0]
+    with full_pipe() as log:
+        process = start(log, listen=str(launch.address), metrics_listen=str(launch.metrics_address), grace="60")
+        try:
+            with open_channel(str(launch.address)) as channel:
+                decode = decode_pb2_grpc.DecodeServiceStub(channel).Decode
+                # Each ends with a line in the log.
+                for number in range(MAX_WAITING_LINES + 100):
+                    wait = {"wait_for_ready": number == 0, "timeout": WAIT_SECONDS}
+                    assert len(list(decode(iter([decode_pb2.DecodeRequest()]), **wait))) == 1
+                assert dropped_lines(launch.metrics_address.port) >= 100
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(WAIT_SECONDS) == 0
+        finally:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize("place", ["a full disk", "a reader that has gone", "nowhere"])
+def test_a_log_that_cannot_be_written_stops_nothing(place):
+    launch = plan_launches(FREE_PORTS)[0]
+    with ExitStack() as opened:
+        if place == "a full disk":
+            log = opened.enter_context(open("/dev/full", "w")).fileno()
+        else:
+            reading, log = os.pipe()
+            os.close(reading)
+            opened.callback(os.close, log)
+        options = {"listen": str(launch.address), "metrics_listen": str(launch.metrics_address)}
+        command = "exec 2>&-; exec" if place == "nowhere" else "exec"
+        process = start(log, shell=command, **options)
+        try:
+            with open_channel(str(launch.address)) as channel:
+                decode = decode_pb2_grpc.DecodeServiceStub(channel).Decode
+                answer = decode(iter([decode_pb2.DecodeRequest()]), wait_for_ready=True, timeout=WAIT_SECONDS)
+                assert len(list(answer)) == 1
+                assert dropped_lines(launch.metrics_address.port) >= (0 if place == "nowhere" else 1)
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(WAIT_SECONDS) == 0
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_no_other_writer_waits_for_whoever_reads_standard_error():
+    """The lines of C libraries, for instance, which know nothing of our handler."""
+    code = (
+        "import os; from spectrumkv.common.service.process import set_up_logging; set_up_logging('info')\n"
+        "try: os.write(2, b'x' * 4096)\n"
+        "except BlockingIOError: os._exit(0)\n"
+        "os._exit(1)"
+    )
+    with full_pipe() as log:
+        assert (
+            subprocess.run([sys.executable, "-c", code], stderr=log, timeout=WAIT_SECONDS, check=False).returncode
+            == 0
+        )
+
+
+def test_a_process_without_standard_error_gets_one():
+    code = (
+        "import faulthandler, sys; from spectrumkv.common.service.process import set_up_logging\n"
+        "set_up_logging('info'); faulthandler.enable(); sys.stderr.write('x'); sys.stderr.flush()"
+    )
+    command = ["/bin/sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", code]
+    assert subprocess.run(command, timeout=WAIT_SECONDS, check=False).returncode == 0

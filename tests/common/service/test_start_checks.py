@@ -5,12 +5,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.security import ChannelSecurity
-from spectrumkv.common.service.config import DecodeConfig, PrefillConfig, build
+from spectrumkv.common.service.config import Address, DecodeConfig, PrefillConfig, build
 from spectrumkv.common.service.process import exit_on_error
 from spectrumkv.common.service.start_checks import check_processor, check_start
 from spectrumkv.kernels.jit import llvm
@@ -36,6 +37,18 @@ def test_an_address_of_another_machine_is_told_from_one_in_use(host: str, reason
     config = build(DecodeConfig, FREE | {"listen": f"{host}:50052", "allow_plaintext": True})
     with pytest.raises(InvalidArgumentError, match=reason):
         check_start(config)
+
+
+def test_a_name_with_an_ipv6_address_only_can_be_listened_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine = socket.getaddrinfo
+
+    def resolved(host: str, *more: Any, **options: Any) -> Any:
+        return genuine("::1" if host == "six.example" else host, *more, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+    check_start(build(DecodeConfig, FREE | {"listen": "six.example:0", "allow_plaintext": True}))
+    with Address("six.example", 0).listener() as listener:
+        assert listener.family == socket.AF_INET6
 
 
 @pytest.mark.parametrize(

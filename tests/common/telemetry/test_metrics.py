@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.service.config import Address
-from spectrumkv.common.telemetry.metrics import LATENCY_BUCKETS, STAGES, Metrics
+from spectrumkv.common.telemetry.metrics import LATENCY_BUCKETS, Metrics
 
 # Name, type and labels, as operators and dashboards know them.
 METRICS = {
@@ -23,6 +23,7 @@ METRICS = {
     "spectrumkv_kv_codec_total": ("counter", ("codec",)),
     "spectrumkv_kv_tokens_total": ("counter", ("tier",)),
     "spectrumkv_requests_total": ("counter", ("code",)),
+    "spectrumkv_silent_calls_ended_total": ("counter", ("reason",)),
     "spectrumkv_requests_running": ("gauge", ()),
     "spectrumkv_requests_waiting": ("gauge", ()),
     "spectrumkv_kv_slots_used_ratio": ("gauge", ()),
@@ -31,11 +32,13 @@ METRICS = {
     "spectrumkv_chunks_rejected_total": ("counter", ("reason",)),
     "spectrumkv_decode_workers_passed_over_total": ("counter", ("reason",)),
     "spectrumkv_decode_worker_accepting": ("gauge", ("worker",)),
+    "spectrumkv_decode_worker_ejected": ("gauge", ("worker",)),
     "spectrumkv_decode_worker_slots_free": ("gauge", ("worker",)),
     "spectrumkv_int4_probe_passed": ("gauge", ()),
     "spectrumkv_probe_safe_budget_ratio": ("gauge", ()),
     "spectrumkv_decode_steps_total": ("counter", ("outcome",)),
     "spectrumkv_prompt_tokens_recomputed_total": ("counter", ()),
+    "spectrumkv_log_lines_dropped_total": ("counter", ()),
     "spectrumkv_build_info": ("gauge", ("version", "service", "model")),
 }
 
@@ -46,11 +49,16 @@ def touched(metrics: Metrics) -> Metrics:
     for counter in (metrics.kv_bytes_sent, metrics.kv_bytes_received, metrics.kv_tokens):
         counter.labels("FP16").inc(3)
     metrics.requests.labels("OK").inc()
+    metrics.silent_calls_ended.labels("time").inc()
     metrics.kv_codec.labels("spectral").inc()
     metrics.chunks_rejected.labels("crc").inc()
     metrics.decode_workers_passed_over.labels("full").inc()
     metrics.decode_steps.labels("ok").inc()
-    for worker in (metrics.decode_worker_accepting, metrics.decode_worker_slots_free):
+    for worker in (
+        metrics.decode_worker_accepting,
+        metrics.decode_worker_ejected,
+        metrics.decode_worker_slots_free,
+    ):
         worker.labels("127.0.0.1:50052").set(1)
     return metrics
 
@@ -93,10 +101,6 @@ def test_latency_buckets_rise_from_a_millisecond_to_2560_seconds():
             family = families(exposition(touched(Metrics(CollectorRegistry()))))[name]
             bounds = [float(one.labels["le"]) for one in family.samples if one.name.endswith("_bucket")]
             assert bounds == [*LATENCY_BUCKETS, math.inf]
-
-
-def test_stages_are_those_of_a_request():
-    assert STAGES == ("queue", "prefill", "encode", "transfer", "decode")
 
 
 def test_a_process_exposes_what_it_is_and_what_it_uses():

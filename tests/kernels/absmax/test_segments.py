@@ -28,10 +28,10 @@ def row_bytes(tier: int, head_dim: int) -> int:
     cut=st.integers(0, 40),
     address=st.integers(0, 1),
 )
-def test_blocks_on_a_cpu_equal_those_of_the_reference(
+def test_segments_on_a_cpu_equal_those_of_the_reference(
     dtype: torch.dtype, layout: str, kv_heads: int, head_dim: int, tiers: list[int], cut: int, address: int
 ) -> None:
-    assert_blocks_agree(absmax_cpu, torch.device("cpu"), dtype, layout, kv_heads, head_dim, tiers, [cut], address)
+    assert_segments_agree(absmax_cpu, torch.device("cpu"), dtype, layout, kv_heads, head_dim, tiers, [cut], address)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
@@ -50,16 +50,16 @@ def test_one_launch_codes_any_mix_of_tiers(
     dtype: torch.dtype, layout: str, kv_heads: int, head_dim: int, tokens: int, cuts: list[int]
 ) -> None:
     tiers = torch.randint(0, 4, (tokens,), generator=torch.Generator().manual_seed(tokens)).tolist()
-    assert_blocks_agree(absmax_triton, DEVICE, dtype, layout, kv_heads, head_dim, tiers, cuts, address=0)
+    assert_segments_agree(absmax_triton, DEVICE, dtype, layout, kv_heads, head_dim, tiers, cuts, address=0)
 
 
 @pytest.mark.parametrize("tier", [0, 1, 2, 3])
 def test_one_launch_codes_one_tier(tier: int) -> None:
     tiers = [tier] * 37
-    assert_blocks_agree(absmax_triton, DEVICE, torch.float16, "slots", 2, 64, tiers, [20], address=0)
+    assert_segments_agree(absmax_triton, DEVICE, torch.float16, "slots", 2, 64, tiers, [20], address=0)
 
 
-def assert_blocks_agree(
+def assert_segments_agree(
     implementation: ModuleType,
     device: torch.device,
     dtype: torch.dtype,

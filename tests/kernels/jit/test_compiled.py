@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,15 @@ from spectrumkv.kernels.jit.compiled import compiled
 def called():
     return number()
 """
+# No file can grow beyond a few bytes, as on a disk that is full.
+FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))"
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda content: content[:40],
+    "empty": lambda content: b"",
+    "zeros": lambda content: bytes(len(content)),
+    "half zeros": lambda content: content[: len(content) // 2] + bytes(len(content) - len(content) // 2),
+    "text": lambda content: b"not code at all",
+}
 RUN = """
 from spectrumkv.kernels.jit.caller import called
 print(called(), sum(called.stats.cache_hits.values()))
@@ -42,11 +52,11 @@ def copied(tmp_path: Path) -> Path:
     return folder
 
 
-def run(copied: Path, **variables: str) -> tuple[int, int]:
+def run(copied: Path, before: str = "", **variables: str) -> tuple[int, int]:
     """What the caller returns in a process of its own, and how much of it was in the cache."""
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"} | variables
     done = subprocess.run(
-        [sys.executable, "-c", RUN],
+        [sys.executable, "-c", before + RUN],
         env=environment | {"PYTHONPATH": str(copied.parents[2])},
         cwd=copied.parents[2],
         capture_output=True,
@@ -76,6 +86,27 @@ def test_where_nothing_can_be_kept_nothing_is(copied: Path, tmp_path: Path, vari
     (copied / "callee.py").write_text(CALLEE.format(number=2))
     assert run(copied, **kept) == (2, 0)
     assert not list(copied.rglob("*.nbi"))
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut", *(pytest.param(name, marks=pytest.mark.slow) for name in DAMAGES if name != "cut")]
+)
+def test_damaged_code_is_compiled_anew(copied: Path, tmp_path: Path, damage: str) -> None:
+    kept = {"SPECTRUMKV_CACHE": str(tmp_path / "kept")}
+    assert run(copied, **kept) == (1, 0)
+    for kind in ("*called*.nbi", "*called*.nbc"):
+        (file,) = (tmp_path / "kept").rglob(kind)
+        file.write_bytes(DAMAGES[damage](file.read_bytes()))
+        assert run(copied, **kept) == (1, 0)
+    assert run(copied, **kept) == (1, 1)
+
+
+def test_a_full_disk_only_costs_time(copied: Path, tmp_path: Path) -> None:
+    kept = {"SPECTRUMKV_CACHE": str(tmp_path / "kept")}
+    assert run(copied, FULL, **kept) == (1, 0)
+    assert not [file for file in (tmp_path / "kept").rglob("*") if ".tmp." in file.name]
+    assert run(copied, **kept) == (1, 0)
+    assert run(copied, **kept) == (1, 1)
 
 
 def test_what_nobody_used_for_long_goes(copied: Path, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_streams_are_laid_out_one_after_another(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_streams_of_a_block_are_packed_each_as_if_alone(seed: int) -> None:
+def test_the_streams_of_a_segment_are_packed_each_as_if_alone(seed: int) -> None:
     generator = np.random.default_rng(seed)
     counts = generator.choice([0, 1, 2, 31, 500], 9)
     codes = np.array([(0, 0, 0), (5, 1, 0), (3, 2, 0), (2, 7, 0), (1, 127, 0), (1, 127, 5)])[

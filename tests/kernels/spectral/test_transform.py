@@ -7,8 +7,7 @@ import torch
 from spectrumkv.common.kv.codecs.spectral.layout import Steps, TokenClasses
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.kernels.spectral.transform import TOKENS
-from tests.common.kv.codecs.plain_spectral import plain_coefficients, plain_states
-from tests.common.kv.codecs.test_spectral import basis_of, geometry
+from tests.common.kv.codecs.spectral_prompts import basis_of, geometry, plain_coefficients, plain_states
 
 
 @pytest.mark.parametrize(("kv_heads", "head_dim"), [(1, 6), (3, 64), (2, 80)])

@@ -13,7 +13,7 @@ from spectrumkv.prefill_server.transfer.pipeline import SentKv
 from spectrumkv.prefill_server.transfer.plan import KvPlan
 from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import prefill_pb2
-from tests.common.kv.codecs.test_spectral import basis_of
+from tests.common.kv.codecs.spectral_prompts import basis_of
 
 SHAPE = KvGeometry(3, 2, 64, torch.float16)
 WORKER = "127.0.0.1:50052"

@@ -58,9 +58,9 @@ def test_a_basis_is_found_for_every_architecture(architecture: str) -> None:
         transform = LayerTransform(basis, capture.layer)
         keys, values = torch.empty_like(capture.keys), torch.empty_like(capture.values)
         classes = TokenClasses(np.full(capture.tokens, LOWEST_CLASS), sinks=0)
-        block = UncodedSegment(transform, 0, capture.keys, capture.values, classes)
+        segment = UncodedSegment(transform, 0, capture.keys, capture.values, classes)
         fine = float(basis.std[capture.layer].min().log2()) - 6
-        body, _ = encode_segment(block, fine, loaded.geometry)
+        body, _ = encode_segment(segment, fine, loaded.geometry)
         decode_segment(transform, memoryview(body), 0, loaded.geometry, keys, values)
         scale = capture.keys.abs().max()
         torch.testing.assert_close(keys / scale, capture.keys / scale, rtol=1e-3, atol=1e-3)

@@ -64,8 +64,8 @@ def test_received_kv_is_the_exact_one_at_the_precision_of_its_tiers(hooked: Load
     received = captured.received_kv(plan, hooked.geometry)
     assert len(received) == hooked.geometry.layers
     for layer, kv in zip(captured.layers, received, strict=True):
-        [block] = plan.encoder(hooked.geometry, layer.tokens, framing_bytes=0).encode(layer)
-        tiers = block.tiers
+        [segment] = plan.encoder(hooked.geometry, layer.tokens, framing_bytes=0).encode(layer)
+        tiers = segment.tiers
         assert count_tiers(tiers)[Tier.INT4] == 80
         steps = torch.where(tiers == Tier.INT4, 1 / 7, 1 / 127)
         for exact, coded in ((layer.keys, kv.keys), (layer.values, kv.values)):

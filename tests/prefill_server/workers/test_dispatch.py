@@ -10,13 +10,17 @@ import pytest
 from spectrumkv.common.errors import (
     BasisMissingError,
     CancelledError,
+    DataLossError,
     FailedPreconditionError,
+    InternalError,
     InvalidArgumentError,
     ResourceExhaustedError,
     SpectrumKVError,
     UnavailableError,
 )
-from spectrumkv.prefill_server.workers.dispatch import Dispatch, refusal_reason
+from spectrumkv.common.service.config import Address
+from spectrumkv.prefill_server.workers.circuit_breaker import FAILURES_TO_EJECT, CircuitBreaker
+from spectrumkv.prefill_server.workers.dispatch import Dispatch, pass_over_reason
 
 REFUSED = [
     (ResourceExhaustedError("full", 1.0), "full"),
@@ -26,14 +30,29 @@ REFUSED = [
 ]
 
 
+class FakeLease(contextlib.nullcontext[None]):
+    """A lease whose errors are the worker's where the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.worker_error: SpectrumKVError | None = None
+
+    def fail(self, error: SpectrumKVError) -> None:
+        self.worker_error = error
+        raise error
+
+
 class FakeWorker:
     """Counts the slots that are held on it, and answers every request alike."""
 
     def __init__(self, refusal: SpectrumKVError | None = None) -> None:
+        self.address = Address("127.0.0.1", 1)
+        self.breaker = CircuitBreaker()
+        self.lease = FakeLease()
         self.held = 0
         self.refusal = refusal
-        self.basis_upload = SimpleNamespace(count=3, deliver=self.deliver)
-        self.delivered: list[int] = []
+        self.basis_upload = SimpleNamespace(count=3, wait=self.wait)
+        self.waited_since: list[int] = []
 
     @contextlib.contextmanager
     def holding(self, slots: int) -> Iterator[None]:
@@ -46,13 +65,14 @@ class FakeWorker:
     def open_lease(self, pipeline: Any, scope: Any) -> Any:
         if self.refusal is not None:
             raise self.refusal
-        return contextlib.nullcontext(self)
+        return self.lease
 
-    def deliver(self, basis: Any, since: int, scope: Any) -> None:
+    def wait(self, since: int, scope: Any, patience: float | None) -> bool:
         assert self.held == 7
-        self.delivered.append(since)
+        self.waited_since.append(since)
         if self.refusal is not None:
             raise self.refusal
+        return True
 
 
 def dispatch_to(worker: FakeWorker) -> Dispatch:
@@ -68,7 +88,7 @@ def test_a_refusal_is_kept_and_the_request_goes_on(refusal: SpectrumKVError, rea
     assert dispatch.error is refusal
     assert not dispatch.admitted
     assert worker.held == 0
-    assert refusal_reason(refusal) == reason
+    assert pass_over_reason(refusal, admitted=False) == reason
 
 
 @pytest.mark.parametrize("error", [InvalidArgumentError("a bad request"), CancelledError("the caller left")])
@@ -107,22 +127,62 @@ def test_an_admitted_request_that_is_refused_later_ends() -> None:
     assert dispatch.error is None
 
 
-def test_the_basis_is_delivered_as_of_before_the_worker_was_asked() -> None:
+@pytest.mark.parametrize(
+    "error", [InternalError("a step failed"), DataLossError("damaged", "crc"), UnavailableError("x")]
+)
+def test_a_request_that_a_worker_fails_before_the_commit_goes_on(error: SpectrumKVError) -> None:
+    worker = FakeWorker()
+    for _ in range(FAILURES_TO_EJECT):
+        assert not worker.breaker.ejected
+        dispatch = dispatch_to(worker)
+        with dispatch, dispatch.open_lease(cast(Any, None)):
+            worker.lease.fail(error)
+        assert dispatch.error is error
+    assert worker.breaker.ejected
+    assert pass_over_reason(error, admitted=True) == ("lost" if isinstance(error, UnavailableError) else "failed")
+
+
+def test_what_the_worker_fails_after_the_commit_counts_against_it_too() -> None:
+    worker = FakeWorker()
+    for _ in range(FAILURES_TO_EJECT):
+        dispatch = dispatch_to(worker)
+        dispatch.commit()
+        with pytest.raises(InternalError), dispatch, dispatch.open_lease(cast(Any, None)):
+            worker.lease.fail(InternalError("a step failed"))
+    assert worker.breaker.ejected
+
+
+@pytest.mark.parametrize(
+    "error", [InternalError("prefill's own"), CancelledError("the caller left"), ResourceExhaustedError("full", 1.0)]
+)
+def test_what_is_not_the_workers_fault_does_not_count_against_it(error: SpectrumKVError) -> None:
+    worker = FakeWorker()
+    for _ in range(2 * FAILURES_TO_EJECT):
+        dispatch = dispatch_to(worker)
+        with pytest.raises(type(error)), dispatch, dispatch.open_lease(cast(Any, None)):
+            raise error
+    assert not worker.breaker.ejected
+
+
+def test_a_worker_that_shuts_down_in_order_does_not_fail() -> None:
+    worker = FakeWorker()
+    for _ in range(2 * FAILURES_TO_EJECT):
+        dispatch = dispatch_to(worker)
+        with dispatch, dispatch.open_lease(cast(Any, None)):
+            worker.lease.fail(UnavailableError("shutting down", 1.0))
+    assert not worker.breaker.ejected
+
+
+def test_the_basis_is_waited_for_as_of_before_the_worker_was_asked() -> None:
     worker = FakeWorker()
     dispatch = dispatch_to(worker)
     worker.basis_upload.count = 4
-    assert dispatch.deliver_basis(cast(Any, object()))
-    assert worker.delivered == [3]
+    assert dispatch.wait_for_basis(None)
+    assert worker.waited_since == [3]
     assert worker.held == 0
 
 
 def test_a_worker_that_refuses_the_basis_is_passed_over() -> None:
     dispatch = dispatch_to(FakeWorker(UnavailableError("gone")))
-    assert not dispatch.deliver_basis(cast(Any, object()))
+    assert not dispatch.wait_for_basis(None)
     assert isinstance(dispatch.error, UnavailableError)
-
-
-def test_without_a_basis_there_is_nothing_to_deliver() -> None:
-    worker = FakeWorker()
-    assert not dispatch_to(worker).deliver_basis(None)
-    assert worker.delivered == []

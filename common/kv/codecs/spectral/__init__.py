@@ -2,11 +2,10 @@
 
 Keys and values are turned into coefficients by a basis that a short calibration finds for each model: the
 Karhunen-Loève transform in the metric of the model's own sensitivity, the Fisher information of what it predicts with
-respect to its KV. A coefficient is a multiple of its token's
-step, important tokens have small steps, and the integers go to an entropy coder in streams of equal standard
-deviation. With one step for all coefficients of a token, every coefficient gets the same distortion as long as its
-variance is above it: reverse water-filling (Cover & Thomas, "Elements of Information Theory", section 13.3.3 of the
-first edition, 10.3.3 of the second).
+respect to its KV. A coefficient is rounded to a multiple of its token's step, important tokens have small steps, and
+the integers go to an entropy coder in streams of equal standard deviation. With one step for all coefficients of a
+token, every coefficient gets the same distortion as long as its variance is above it: reverse water-filling (Cover &
+Thomas, "Elements of Information Theory", section 13.3.3 of the first edition, 10.3.3 of the second).
 
 `importance` decides each token's step relative to the others, `rate` how fine they are together, `layout` which
 symbols share a stream, `transform` makes symbols of tokens, `symbols` makes bytes of symbols, `segment_codec` makes a

@@ -1,4 +1,4 @@
-"""A prompt's layers to segments, one after another, within a budget of counted bytes."""
+"""Turns a prompt's layers into segments, one after another, within a budget of counted bytes."""
 
 from collections.abc import Iterator
 
@@ -65,7 +65,8 @@ class SpectralEncoder:
             Its segments.
 
         Raises:
-            InvalidArgumentError: an element is infinite or NaN.
+            NotFiniteError: an element is infinite or NaN.
+            InvalidArgumentError: an element is too large for the codec.
         """
         classes = self._step_classes(capture)
         layer = self._split(capture, classes)

@@ -1,6 +1,6 @@
 """How fine each token is coded relative to the others of its layer, and which tier it is reported under.
 
-Both are what the spectral allocation rests on, whether the spectral codec writes it or a codec of whole tiers.
+Both are what the spectral bit allocation rests on, whether the spectral codec writes it or a codec of whole tiers.
 """
 
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.errors import NotFiniteError
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.layout import CLASSES_PER_OCTAVE, LOWEST_CLASS, STEP_CLASSES, TokenClasses
@@ -58,11 +58,11 @@ def step_octaves(capture: LayerCapture, basis: SpectralBasis, scorer: str, seed:
         float64 `[n]`, up to a number common to all.
 
     Raises:
-        InvalidArgumentError: keys or queries are infinite or NaN.
+        NotFiniteError: keys or queries are infinite or NaN.
     """
     shares = mean_attention(capture).mean(dim=0).cpu().numpy()
     if not np.isfinite(shares).all():
-        raise InvalidArgumentError(f"keys or queries of layer {capture.layer} are infinite or NaN")
+        raise NotFiniteError(f"keys or queries of layer {capture.layer} are infinite or NaN")
     if scorer != "attention":
         ranking = scorers.get(scorer)(capture, seed).argsort(descending=True, stable=True).cpu().numpy()
         shares[ranking] = np.sort(shares)[::-1]

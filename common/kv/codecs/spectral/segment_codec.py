@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from spectrumkv.common.errors import DataLossError, InvalidArgumentError
+from spectrumkv.common.errors import DataLossError, InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.codecs.spectral.layout import (
     CLASSES_PER_OCTAVE,
     HIGHEST_CLASS,
@@ -82,13 +82,16 @@ def encode_segment(segment: UncodedSegment, base: float, geometry: KvGeometry) -
         The body, and the tokens' steps: coarser than wanted where integers would not have 32 bits.
 
     Raises:
-        InvalidArgumentError: an element is infinite or NaN, or a sink does not fit the 16-bit dtype.
+        NotFiniteError: an element is infinite or NaN.
+        InvalidArgumentError: a sink does not fit the 16-bit dtype, or an element has no step that is fine enough.
     """
     sinks = slice(0, segment.tokens.sinks)
     exact = torch.stack([segment.keys[:, sinks], segment.values[:, sinks]]).to(geometry.half_dtype)
     exact_bytes = exact.view(-1).view(torch.uint8)
     if not is_finite(exact_bytes, geometry.half_dtype):
-        raise InvalidArgumentError(
+        first = segment.keys[:, sinks], segment.values[:, sinks]
+        kind = InvalidArgumentError if all(bool(one.isfinite().all()) for one in first) else NotFiniteError
+        raise kind(
             f"keys or values of the first tokens in layer {segment.transform.layer} do not fit {geometry.half_dtype}"
         )
     coded_classes = compress(segment.tokens.coded)
@@ -115,7 +118,7 @@ def _coded_streams(segment: UncodedSegment, steps: Steps) -> tuple[Steps, list[C
     """Return the steps that were used and the streams of the tokens that have a step.
 
     Raises:
-        InvalidArgumentError: an element is infinite or NaN.
+        NotFiniteError: an element is infinite or NaN.
     """
     if not len(segment.tokens.coded):
         return steps, []
@@ -125,7 +128,7 @@ def _coded_streams(segment: UncodedSegment, steps: Steps) -> tuple[Steps, list[C
         segment.keys[:, sinks:], segment.values[:, sinks:], segment.first + sinks, steps, packed
     )
     if not largest < math.inf:
-        raise InvalidArgumentError(f"keys or values of layer {transform.layer} are infinite or NaN")
+        raise NotFiniteError(f"keys or values of layer {transform.layer} are infinite or NaN")
     finest = _finest_base(largest)
     if steps.base < finest:
         return _coded_streams(segment, Steps(finest, segment.tokens))

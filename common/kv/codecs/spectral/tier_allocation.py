@@ -1,4 +1,4 @@
-"""The spectral allocation in whole tiers: for links that are faster than the entropy coder.
+"""The spectral bit allocation in whole tiers: for links that are faster than the entropy coder.
 
 A token is given the tier that is nearest to the bits that the spectral codec would spend on it, and a `TierCodec`
 writes that. The budget is the same, and so is each token's share of it. The transform and the coder are given up,

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectrumkv.common.errors import DataLossError, InternalError, InvalidArgumentError
+from spectrumkv.common.errors import DataLossError, InternalError, InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.codecs import absmax
 from spectrumkv.common.kv.codecs.tiered import tier_codecs
 from spectrumkv.common.kv.geometry import NATIVE_DTYPES, KvGeometry
@@ -172,7 +172,7 @@ def test_what_is_not_finite_is_refused_at_each_tier(name: str, side: str, poison
         if tier == Tier.DROP:
             codec.encode(states["keys"], states["values"], tiers, geometry)
             continue
-        with pytest.raises(InvalidArgumentError, match=rf"\b{side}\b.*tier {tier.name}\b.*infinite"):
+        with pytest.raises(NotFiniteError, match=rf"\b{side}\b.*tier {tier.name}\b.*infinite"):
             codec.encode(states["keys"], states["values"], tiers, geometry)
 
 
@@ -249,7 +249,7 @@ def test_a_body_may_start_anywhere(name: str, geometry: KvGeometry, offset: int)
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 7])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_blocks_coded_together_are_those_coded_one_by_one(
+def test_segments_coded_together_are_those_coded_one_by_one(
     geometry: KvGeometry, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codec = absmax.AbsmaxCodec()

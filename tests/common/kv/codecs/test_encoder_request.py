@@ -64,5 +64,5 @@ def test_an_allocation_that_needs_a_basis_is_refused_without_one() -> None:
 
 
 def test_a_codec_without_an_allocation_of_its_own_says_so() -> None:
-    with pytest.raises(InternalError, match="'absmax' has no allocation of its own"):
+    with pytest.raises(InternalError, match="'absmax' has no bit allocation of its own"):
         codecs.get("absmax").tier_allocation(IN_BYTES, {})

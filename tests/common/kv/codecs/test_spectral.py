@@ -8,54 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectrumkv.common.errors import DataLossError, InvalidArgumentError
+from spectrumkv.common.errors import DataLossError, InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis, angles
 from spectrumkv.common.kv.codecs.spectral.codec import SpectralDecoder
-from spectrumkv.common.kv.codecs.spectral.encoder import SpectralEncoder
 from spectrumkv.common.kv.codecs.spectral.layout import TokenClasses, expected_bits
 from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment, decode_segment, encode_segment
 from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION, PACKINGS, PackedStreams, compress, decompress
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
-from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier
-from tests.common.kv.codecs.plain_spectral import plain_coefficients, plain_states
-
-
-def geometry(kv_heads: int = 2, head_dim: int = 16, layers: int = 3) -> KvGeometry:
-    return KvGeometry(layers, kv_heads, head_dim, torch.float32)
-
-
-def basis_of(shape: KvGeometry, seed: int = 0) -> SpectralBasis:
-    """A basis with random directions and spreads over four decades, as real ones have."""
-    generator = torch.Generator().manual_seed(seed)
-    lead = (shape.layers, 2, shape.kv_heads)
-    directions = torch.linalg.qr(torch.randn(*lead, shape.head_dim, shape.head_dim, generator=generator)).Q
-    scales = torch.rand(*lead, shape.head_dim, generator=generator).mul(3).exp()
-    return SpectralBasis(
-        mean=torch.randn(*lead, shape.head_dim, generator=generator),
-        analysis=directions * scales[..., None, :],
-        std=torch.rand(*lead, shape.head_dim, generator=generator).mul(9).sub(5).exp().sort(descending=True).values,
-        attention_exponent=torch.ones(shape.layers),
-        rope_frequencies=1e4 ** (-torch.arange(shape.head_dim // 2, dtype=torch.float64) * 2 / shape.head_dim),
-        rope_scaling=1.0,
-    )
-
-
-def capture(basis: SpectralBasis, layer: int, tokens: int, mismatch: float = 1.0, first: int = 0) -> LayerCapture:
-    """A layer whose coefficients have the spreads that the basis says, times `mismatch`."""
-    generator = torch.Generator().manual_seed(layer)
-    _, sides, kv_heads, head_dim = basis.mean.shape
-    coefficients = torch.randn(sides, kv_heads, tokens, head_dim, generator=generator)
-    coefficients *= basis.std[layer][:, :, None] * mismatch
-    keys, values = plain_states(basis, layer, coefficients, first).float()
-    queries = torch.randn(2 * kv_heads, min(tokens, 8), head_dim, generator=generator)
-    return LayerCapture(queries, keys, values, head_dim**-0.5, None, None, layer)
-
-
-def encoder_of(basis: SpectralBasis, shape: KvGeometry, tokens: int, budget: float) -> SpectralEncoder:
-    return SpectralEncoder(basis, shape, tokens, int(budget * shape.fp16_bytes(tokens)), "attention", 0)
+from tests.common.kv.codecs.spectral_prompts import basis_of, capture, encoder_of, geometry, plain_coefficients
 
 
 def packed_streams(lengths: list[int], exponents: list[float]) -> PackedStreams:
@@ -96,7 +59,7 @@ def test_an_exception_outside_its_own_stream_is_refused() -> None:
         ),
     ],
 )
-def test_the_spread_decides_the_packing(exponent: float, per_byte: int, limit: int, raw_bits: int) -> None:
+def test_the_std_decides_the_packing(exponent: float, per_byte: int, limit: int, raw_bits: int) -> None:
     packed = packed_streams([7], [exponent])
     assert (packed.per_byte[0], packed.limit[0], packed.raw_bits[0]) == (per_byte, limit, raw_bits)
 
@@ -137,7 +100,7 @@ def test_entropy_coded_symbols_take_about_their_entropy() -> None:
 
 @pytest.mark.parametrize(("kv_heads", "head_dim"), [(1, 64), (3, 80), (2, 128)])
 @pytest.mark.parametrize("tokens", [1, 3, 17, 65, 500])
-def test_a_block_is_exact_up_to_half_a_step(kv_heads: int, head_dim: int, tokens: int) -> None:
+def test_a_segment_is_exact_up_to_half_a_step(kv_heads: int, head_dim: int, tokens: int) -> None:
     shape = geometry(kv_heads, head_dim)
     basis = replace(basis_of(shape), rope_scaling=1.25)
     first = 300
@@ -242,7 +205,7 @@ def test_infinite_states_are_refused() -> None:
     basis = basis_of(shape)
     seen = capture(basis, 0, 40)
     seen.keys[0, 7, 3] = torch.inf
-    with pytest.raises(InvalidArgumentError, match="layer 0"):
+    with pytest.raises(NotFiniteError, match="layer 0"):
         list(encoder_of(basis, shape, 40, 0.4).encode(seen))
 
 

@@ -11,7 +11,7 @@ import torch
 from spectrumkv.common.kv.codecs.spectral.codec import SpectralDecoder, prepare
 from spectrumkv.common.kv.segment import parse_segment
 from spectrumkv.kernels.spectral import packing, rate, streams, transform
-from tests.common.kv.codecs.test_spectral import basis_of, encoder_of, geometry, capture
+from tests.common.kv.codecs.spectral_prompts import basis_of, encoder_of, geometry, capture
 
 def signatures():
     loops = vars(transform) | vars(streams) | vars(packing) | vars(rate)

@@ -1,4 +1,4 @@
-"""The spectral allocation in whole tiers."""
+"""The spectral bit allocation in whole tiers."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from spectrumkv.common.kv.codecs.spectral.tier_allocation import SpectralTiers
 from spectrumkv.common.kv.codecs.tiered import TieredEncoder, tier_codecs, token_bytes
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier, count_tiers
-from tests.common.kv.codecs.test_spectral import basis_of, capture, geometry
+from tests.common.kv.codecs.spectral_prompts import basis_of, capture, geometry
 
 ABSMAX = tier_codecs()["absmax"]
 

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spectrumkv.bench.methods.method import mean_tier_cost
 from spectrumkv.common.kv.policies import TierRequest, policies
-from spectrumkv.common.kv.tiers import Tier, count_tiers, mean_tier_cost
+from spectrumkv.common.kv.tiers import Tier, count_tiers
 from tests.common.kv.policies.test_policy import SCORES, request, scores_of_prompts, spell
 
 GRID_TOKENS = [*range(1, 42), 100, 257, 1000, 1792, 131072]

@@ -6,10 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.bench.methods.method import mean_tier_cost
+from spectrumkv.common.errors import InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.policies import BudgetKind, Policy, TierRequest, policies
 from spectrumkv.common.kv.policies.base import fill, policy
-from spectrumkv.common.kv.tiers import Tier, count_tiers, mean_tier_cost
+from spectrumkv.common.kv.tiers import Tier, count_tiers
 
 LETTERS = {Tier.DROP: ".", Tier.INT4: "4", Tier.INT8: "8", Tier.FP16: "F", Tier.NATIVE: "N"}
 # A policy without a rule leaves tiers to its codec.
@@ -249,12 +250,22 @@ def test_ranges(name, ends):
         (torch.zeros(0), "at least 1"),
         (torch.zeros(2, 3), r"\[2, 3\]"),
         (torch.zeros(3, dtype=torch.float64), "torch.float64"),
-        (torch.tensor([0.0, math.nan]), "score of token 1 is nan"),
-        (torch.tensor([-math.inf, 0.0]), "score of token 0 is -inf"),
     ],
 )
 def test_scores_that_cannot_be_ranked_are_refused(scores, complaint):
     with pytest.raises(InvalidArgumentError, match=complaint):
+        TierRequest(scores, 0.5, int4_allowed=True, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("scores", "complaint"),
+    [
+        (torch.tensor([0.0, math.nan]), "score of token 1 is nan"),
+        (torch.tensor([-math.inf, 0.0]), "score of token 0 is -inf"),
+    ],
+)
+def test_scores_that_are_no_numbers_are_the_models_fault(scores, complaint):
+    with pytest.raises(NotFiniteError, match=complaint):
         TierRequest(scores, 0.5, int4_allowed=True, seed=0)
 
 

@@ -110,3 +110,20 @@ def test_only_the_first_number_counts(chat: PreTrainedTokenizerFast, answer: str
 def test_what_cannot_be_is_refused(chat: PreTrainedTokenizerFast, arguments: tuple[object, ...], named: str) -> None:
     with pytest.raises(InvalidArgumentError, match=named):
         needle_prompt(chat, *arguments)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if (tools|length) > 0 %}x{% endif %}",
+        "{{ raise_exception('no') }}",
+        "{{ messages[0].content + 1 }}",
+        "{{ messages[0].content | upper }}",
+        "{% for one in",
+    ],
+)
+def test_a_template_that_does_not_work_leaves_plain_text(chat: PreTrainedTokenizerFast, template: str) -> None:
+    broken, plain = copy.deepcopy(chat), copy.deepcopy(chat)
+    broken.chat_template, plain.chat_template = template, None
+    for question in ("prompt", "late"):
+        assert needle_prompt(broken, 777, 0.5, 0, question) == needle_prompt(plain, 777, 0.5, 0, question)

@@ -226,7 +226,7 @@ class BrokenInt4(AbsmaxCodec):
         geometry: KvGeometry,
     ) -> dict[Tier, int]:
         taken = super().decode(body, tiers, keys, values, geometry)
-        # A prompt's layers come in order, each in one block or more, the first of which is written at its start.
+        # A prompt's layers come in order, each in one segment or more, the first of which is written at its start.
         if keys.storage_offset() == 0:
             self._layer = (self._layer + 1) % self._layers
         for states in (keys, values) if self._layer in self._broken else ():

@@ -36,6 +36,6 @@ def test_the_trial_without_some_layers_leaves_the_others_as_they_were(count: int
     encoder = plan.encoder(geometry, tokens, framing_bytes=0)
     for layer in range(layers):
         keys, values, queries = torch.randn(3, 1, tokens, 4, generator=torch.Generator().manual_seed(layer))
-        [block] = encoder.encode(LayerCapture(queries[:, -8:], keys, values, 0.5, None, None, layer))
-        tiers = {tier: number for tier, number in count_tiers(block.tiers).items() if number}
+        [segment] = encoder.encode(LayerCapture(queries[:, -8:], keys, values, 0.5, None, None, layer))
+        tiers = {tier: number for tier, number in count_tiers(segment.tiers).items() if number}
         assert tiers == ({Tier.INT8: 100} if layer < count else {Tier.INT8: 20, Tier.INT4: 80})

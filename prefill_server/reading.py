@@ -1,0 +1,102 @@
+"""Reads requests: checks what they ask for, fills in the defaults, and tokenizes their prompts."""
+
+import concurrent.futures
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+from spectrumkv.common.errors import CancelledError, NotFoundError
+from spectrumkv.common.generation.params import SamplingParams
+from spectrumkv.common.generation.prompt import PIECE_CHARACTERS, PromptReader, check_length
+from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.model.load import LoadedModel
+from spectrumkv.common.rpc.scope import RpcScope
+from spectrumkv.common.service.config import PrefillConfig
+from spectrumkv.common.telemetry.request_log import check_request_id, current_request
+from spectrumkv.prefill_server.request import PrefillRequest, Progress
+from spectrumkv.prefill_server.transfer import KvPlan
+from spectrumkv.prefill_server.verdict import ProbeVerdict
+from spectrumkv.v1 import prefill_pb2
+
+# Long prompts that are tokenized at once; short ones wait for none of them.
+LONG_PROMPTS_AT_ONCE = 2
+
+
+class RequestReader:
+    """Makes requests out of the messages that clients send; what is cheap to check is checked first.
+
+    Args:
+        loaded: the model.
+        config: the service's options.
+        verdict: how strongly KV may be coded where a request leaves that open.
+        basis: of the model, for codecs that need one; None where there is none.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, config: PrefillConfig, verdict: ProbeVerdict, basis: SpectralBasis | None
+    ) -> None:
+        self._loaded = loaded
+        self._config = config
+        self._verdict = verdict
+        self._basis = basis
+        self._prompts = PromptReader(
+            loaded.tokenizer, loaded.spec.vocab_size, loaded.context_length, config.allow_control_tokens
+        )
+        self._long_prompts = ThreadPoolExecutor(LONG_PROMPTS_AT_ONCE, thread_name_prefix="tokenizer")
+
+    def read(self, message: prefill_pb2.GenerateRequest, progress: Progress, scope: RpcScope) -> PrefillRequest:
+        """Check a request and fill in the defaults.
+
+        Args:
+            message: as the client sent it.
+            progress: starts with the message's arrival.
+            scope: of the request; tokenizing ends with it.
+
+        Returns:
+            The request, ready to be served.
+
+        Raises:
+            NotFoundError: the request names another model.
+            InvalidArgumentError: request id, prompt, sampling or KV options are not usable.
+            FailedPreconditionError: the codec needs a basis and there is none.
+            CancelledError: the caller went away.
+            DeadlineExceededError: the deadline passed.
+        """
+        check_request_id(message.request_id)
+        request_id = message.request_id or uuid.uuid4().hex
+        current_request().note(request_id=request_id)
+        loaded = self._loaded
+        if message.model and message.model != loaded.name:
+            raise NotFoundError(f"model {message.model!r} is not served here; this service has {loaded.name!r}")
+        params = SamplingParams.from_proto(message.sampling).with_seed()
+        assert params.seed is not None
+        params.check_vocabulary(loaded.spec.vocab_size)
+        plan = KvPlan.resolve(message.kv, self._config, self._verdict, params.seed, self._basis)
+        token_ids = self._read_prompt(message, scope)
+        if not message.sampling.HasField("max_tokens"):
+            params = params.with_room(loaded.context_length - len(token_ids))
+        check_length(len(token_ids), params.max_tokens, loaded.context_length)
+        current_request().note(prompt_tokens=len(token_ids), policy=plan.policy.name)
+        return PrefillRequest(request_id, token_ids, params, plan, progress)
+
+    def stop(self) -> None:
+        """End the threads; call this when no request is left."""
+        self._long_prompts.shutdown()
+
+    def _read_prompt(self, message: prefill_pb2.GenerateRequest, scope: RpcScope) -> list[int]:
+        """Return the prompt's token ids.
+
+        A long prompt waits until fewer than `LONG_PROMPTS_AT_ONCE` are read, and is left where its request ends.
+
+        Raises:
+            SpectrumKVError: the prompt cannot be read, or the request's time is over.
+            CancelledError: the caller went away.
+        """
+        if message.ByteSize() <= PIECE_CHARACTERS:
+            return self._prompts.read(message, scope.check)
+        reading = self._long_prompts.submit(self._prompts.read, message, scope.check)
+        scope.on_end(reading.cancel)
+        try:
+            return reading.result()
+        except concurrent.futures.CancelledError:
+            scope.check()
+            raise CancelledError("the request ended before its prompt was read") from None

@@ -1,0 +1,108 @@
+"""Whatever stands in a model's files, it loads or is refused in a sentence that names the file."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from spectrumkv.common.errors import FailedPreconditionError
+from spectrumkv.common.model.load import load_model
+from tests.tiny_models import tiny_model
+
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+CONFIG = [
+    *({name: value} for name in ("num_attention_heads", "num_hidden_layers", "hidden_size", "num_key_value_heads")
+      for value in (0, -1, 2.5, "4", [], 10**30)),
+    *({name: value} for name in ("vocab_size", "intermediate_size", "max_position_embeddings", "head_dim")
+      for value in (0, -3, "x", {}, True)),
+    *({"rms_norm_eps": value} for value in (1, 0, -1e-6, "1e-6", [], float("nan"), float("inf"), 10**400)),
+    *({"dtype": value} for value in ("float99", 16, [], "int8", "layers")),
+    *({"rope_parameters": value} for value in (
+        [], 3, "default", {}, {"rope_type": 7}, {"rope_type": []}, {"full_attention": ROPE},
+        *(ROPE | {"rope_theta": value} for value in (0, "x", None, float("nan"))),
+        *({"rope_type": "linear", "rope_theta": 1e4} | more for more in ({}, {"factor": 0}, {"factor": "x"})),
+        *({"rope_type": "yarn", "rope_theta": 1e4} | more for more in ({}, {"factor": []}, {"factor": -1.0})),
+        {"rope_type": "llama3", "rope_theta": 1e4})),
+    *({"hidden_act": value} for value in ("no-such-function", 3, None, [])),
+    *({"architectures": value} for value in (3, [3], "LlamaForCausalLM", ["NoSuchModel"], {})),
+    *({"eos_token_id": value} for value in ("2", 2.0, [[2]], {"a": 1}, -1, 10**9)),
+    {"model_type": 3}, {"model_type": None}, {"model_type": "gemma2"}, {"attention_bias": "yes"},
+    {"quantization_config": 3}, {"quantization_config": {}}, {"tie_word_embeddings": "no"},
+    {"num_key_value_heads": 3},
+    {"auto_map": {"AutoConfig": "code.Config"}}, {"pad_token_id": "x"}, {"bos_token_id": []}, {"use_cache": 7},
+    {"attention_dropout": "x"}, {"is_encoder_decoder": True}, {"transformers_version": 5}, {"pretraining_tp": "x"},
+]  # fmt: skip
+GENERATION = ["[]", "3", "null", "", "{", '{"eos_token_id": "2"}', '{"eos_token_id": [null]}', '{"eos_token_id": {}}',
+              '{"eos_token_id": true}', '{"temperature": "hot"}', '{"max_length": []}', '{"cache_implementation": 7}',
+              '{"do_sample": 3, "num_beams": "x"}', '{"compile_config": 3}', "\0\0\0\0"]  # fmt: skip
+TOKENIZER_CONFIG = ["[]", "3", "null", "", "{", '{"tokenizer_class": "NoSuchTokenizer"}', '{"tokenizer_class": 3}',
+                    '{"tokenizer_class": []}', '{"eos_token": 3}', '{"eos_token": []}',
+                    '{"added_tokens_decoder": []}',
+                    '{"added_tokens_decoder": {"x": 3}}', '{"added_tokens_decoder": {"5": {"content": 3}}}',
+                    '{"model_max_length": "x"}', '{"chat_template": 3}', '{"extra_special_tokens": 3}',
+                    '{"auto_map": 3}', "\xff"]  # fmt: skip
+TOKENIZER = ["[]", "3", "null", "", "{", "{}", '{"model": 3}', '{"model": {"type": "OfTomorrow"}}',
+             '{"model": {"type": "BPE"}}', '{"version": "9.0"}',
+             '{"model": {"type": "BPE", "vocab": [], "merges": 3}}',
+             '{"pre_tokenizer": {"type": "OfTomorrow"}}', '{"decoder": {"type": 3}}', '{"added_tokens": {}}',
+             '{"normalizer": []}', "\0"]  # fmt: skip
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A tiny llama to damage."""
+    return Path(shutil.copytree(tiny_model("llama"), tmp_path / "copied"))
+
+
+def loads_or_names(directory: Path, files: str) -> None:
+    """Load the model and run it, or hold the refusal to name one of the files and a remedy in one line."""
+    try:
+        loaded = load_model(str(directory), "cpu")
+    except FailedPreconditionError as error:
+        refusal = error.message
+    else:
+        assert loaded.model(torch.tensor([[20, 21, 22]])).logits.isfinite().all()
+        return
+    assert re.search(files, refusal), refusal
+    assert re.search(r"correct|fetch|supported|save it|belong together|use |only ", refusal), refusal
+    assert "\n" not in refusal
+
+
+def written_over(file: Path, content: str) -> None:
+    """Put an object's fields over those of a JSON file; any other content replaces the file's."""
+    try:
+        fields = json.loads(content)
+    except ValueError:
+        fields = None
+    if isinstance(fields, dict) and fields:
+        content = json.dumps(json.loads(file.read_text()) | fields)
+    file.write_text(content, encoding="latin-1")
+
+
+@pytest.mark.parametrize("changes", CONFIG, ids=lambda changes: json.dumps(changes)[:60])
+def test_a_field_of_the_configuration(copied: Path, changes: dict[str, object]) -> None:
+    if changes.keys() == {"eos_token_id"}:
+        (copied / "generation_config.json").unlink()
+    written_over(copied / "config.json", json.dumps(changes))
+    loads_or_names(copied, r"config\.json|this model cannot be served")
+
+
+@pytest.mark.parametrize("content", GENERATION)
+def test_a_generation_configuration(copied: Path, content: str) -> None:
+    written_over(copied / "generation_config.json", content)
+    loads_or_names(copied, r"generation_config\.json")
+
+
+@pytest.mark.parametrize("content", TOKENIZER_CONFIG)
+def test_a_tokenizers_configuration(copied: Path, content: str) -> None:
+    written_over(copied / "tokenizer_config.json", content)
+    loads_or_names(copied, r"tokenizer_config\.json|the tokenizer in .*copied")
+
+
+@pytest.mark.parametrize("content", TOKENIZER)
+def test_a_tokenizer(copied: Path, content: str) -> None:
+    written_over(copied / "tokenizer.json", content)
+    loads_or_names(copied, r"tokenizer\.json|the tokenizer in .*copied")

@@ -1,0 +1,147 @@
+"""Calls that say nothing, or only a part of a message."""
+
+import threading
+from collections import Counter
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+
+from spectrumkv.common.rpc import server as rpc
+from spectrumkv.common.rpc.channel import open_channel
+from spectrumkv.v1 import prefill_pb2
+from tests.common.rpc.scripted import HEALTH, WAIT_SECONDS, Served, echo, served
+from tests.faults.silent_streams import fill, silent_connections
+
+GENERATE = "/spectrumkv.v1.PrefillService/Generate"
+INFO = "/spectrumkv.v1.PrefillService/GetServerInfo"
+DECODE = "/spectrumkv.v1.DecodeService/Decode"
+CHECK = "/grpc.health.v1.Health/Check"
+WATCH = "/grpc.health.v1.Health/Watch"
+CANCELLED, RESOURCE_EXHAUSTED = "1", "8"
+# The length of a message of 1,000 bytes, and a few of them.
+PART_OF_A_MESSAGE = b"\0\0\0\x03\xe8abc"
+
+
+class Reasons:
+    """Counts why silent calls were ended."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._changed = threading.Condition()
+
+    def __call__(self, reason: str) -> None:
+        with self._changed:
+            self.counts[reason] += 1
+            self._changed.notify_all()
+
+    def wait_for(self, total: int) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.counts.total() >= total, WAIT_SECONDS), self.counts
+
+
+def check(channel: grpc.Channel) -> bool:
+    stub = rpc.health_pb2_grpc.HealthStub(channel)
+    answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_SECONDS, wait_for_ready=True)
+    return bool(answer.status == HEALTH.SERVING)
+
+
+def assert_all_is_answered(server: Served) -> None:
+    """Ask for everything, over a connection that may have been there before."""
+    assert check(server.channel)
+    assert next(server.watch()).status == HEALTH.SERVING
+    request = prefill_pb2.PrefillServiceGetServerInfoRequest()
+    assert server.prefill.GetServerInfo(request, timeout=WAIT_SECONDS).version == "1"
+    assert [one.token.text for one in server.generate()] == ["yes"]
+
+
+@pytest.mark.parametrize("data", [b"", PART_OF_A_MESSAGE], ids=["nothing", "a part"])
+@pytest.mark.parametrize("method", [GENERATE, INFO, CHECK, WATCH])
+def test_a_silent_call_ends_in_time(monkeypatch: pytest.MonkeyPatch, method: str, data: bytes) -> None:
+    monkeypatch.setattr(rpc, "FIRST_MESSAGE_SECONDS", 0.2)
+    reasons = Reasons()
+    with served(count_silent=reasons) as server, silent_connections(server.address, 1) as [connection]:
+        connection.open(method, data)
+        assert connection.ended.get(timeout=WAIT_SECONDS) == CANCELLED
+        assert reasons.counts == {"time": 1}
+
+
+def test_a_silent_stream_of_requests_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "FIRST_MESSAGE_SECONDS", 0.2)
+    with served(echo, stream="Decode") as server, silent_connections(server.address, 1) as [connection]:
+        connection.open(DECODE)
+        assert connection.ended.get(timeout=WAIT_SECONDS) == CANCELLED
+
+
+@pytest.mark.parametrize("methods", [(CHECK,), (WATCH,), (INFO,), (GENERATE,), (CHECK, WATCH, INFO, GENERATE)])
+def test_a_thousand_silent_calls_take_nothing_from_others(methods: tuple[str, ...]) -> None:
+    reasons = Reasons()
+    with served(count_silent=reasons) as server, silent_connections(server.address, 10) as connections:
+        fill(connections, methods, 100)
+        reasons.wait_for(1000 - rpc.SILENT_CALLS - rpc.SILENT_WATCHERS)
+        assert_all_is_answered(server)
+        with open_channel(server.address) as another:
+            assert check(another)
+        assert reasons.counts["time"] == 0
+
+
+def test_one_connection_cannot_take_all_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = Reasons()
+    monkeypatch.setattr(rpc, "SILENT_CALLS", 16)
+    with served(count_silent=reasons) as server, silent_connections(server.address, 1) as [connection]:
+        fill([connection], (INFO,), 20)
+        reasons.wait_for(12)
+        assert reasons.counts == {"connection": 12}
+        assert [connection.ended.get(timeout=WAIT_SECONDS) for _ in range(12)] == [RESOURCE_EXHAUSTED] * 12
+        assert_all_is_answered(server)
+
+
+def test_silent_calls_of_health_take_no_places_of_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = Reasons()
+    monkeypatch.setattr(rpc, "SILENT_WATCHERS", 4)
+    with served(count_silent=reasons) as server, silent_connections(server.address, 2) as [own, other]:
+        own.open(INFO)
+        fill([other], (CHECK,), 50)
+        reasons.wait_for(48)
+        assert own.open_streams == 1
+        assert_all_is_answered(server)
+
+
+def test_a_call_without_its_message_is_refused() -> None:
+    with served() as server:
+        for call in (server.channel.stream_stream(GENERATE), server.channel.stream_stream(INFO)):
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call(iter(()), timeout=WAIT_SECONDS))
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_message_that_is_none_is_refused() -> None:
+    with served() as server:
+        for method in (GENERATE, INFO, CHECK):
+            with pytest.raises(grpc.RpcError) as caught:
+                list(server.channel.unary_stream(method)(b"\xff", timeout=WAIT_SECONDS))
+            assert caught.value.code() is grpc.StatusCode.INTERNAL
+            assert caught.value.details() == "Exception deserializing request!"
+
+
+def test_a_connection_has_no_more_calls_than_there_is_room_for() -> None:
+    with served(threads=2) as server, silent_connections(server.address, 1) as [connection]:
+        connection.open(INFO)
+        assert check(server.channel)
+        assert connection.stream_limit == 2 + rpc.EXTRA_STREAMS
+
+
+def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "MAX_CONNECTIONS", 8)
+    with served() as server:
+        assert_all_is_answered(server)
+        with silent_connections(server.address, 7) as held:
+            for one in held:
+                one.open(WATCH)
+            with silent_connections(server.address, 1) as [refused]:
+                refused.wait_until_closed()
+            assert_all_is_answered(server)
+            assert all(one.is_connected for one in held)
+        # Those that are free again are given again.
+        with open_channel(server.address) as another:
+            assert check(another)

@@ -1,0 +1,67 @@
+"""What reaches the port of the metrics and is no scrape."""
+
+import contextlib
+import socket
+import threading
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from spectrumkv.common.service.config import Address
+from spectrumkv.common.telemetry import metrics_server
+from spectrumkv.common.telemetry.metrics import Metrics
+from tests.faults.deployment import until
+
+WAIT_SECONDS = 20.0
+
+
+@pytest.fixture
+def port() -> int:
+    return Metrics(CollectorRegistry()).serve(Address("127.0.0.1", 0))
+
+
+def scrape(port: int) -> bool:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=WAIT_SECONDS) as answer:
+        return b"spectrumkv_requests_running" in answer.read()
+
+
+@contextlib.contextmanager
+def half_open(port: int, count: int, data: bytes) -> Iterator[list[socket.socket]]:
+    with contextlib.ExitStack() as held:
+        connections = []
+        for _ in range(count):
+            one = held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=WAIT_SECONDS))
+            one.sendall(data)
+            connections.append(one)
+        yield connections
+
+
+@pytest.mark.parametrize("data", [b"", b"GET /metr", b"GET /metrics HTTP/1.1\r\nX-Slow: "])
+def test_half_open_connections_hold_no_more_threads_than_there_are_for_them(port: int, data: bytes) -> None:
+    before = threading.active_count()
+    with half_open(port, 200, data) as connections:
+        assert scrape(port)
+        for one in connections[: -metrics_server.CONNECTIONS]:
+            assert hung_up(one)
+        until(lambda: threading.active_count() <= before + metrics_server.CONNECTIONS, WAIT_SECONDS, "threads end")
+        assert scrape(port)
+
+
+@pytest.mark.parametrize("data", [b"", b"GET /metrics HTTP/1.1\r\n"])
+def test_a_silent_connection_is_closed_in_time(
+    monkeypatch: pytest.MonkeyPatch, port: int, capfd: pytest.CaptureFixture[str], data: bytes
+) -> None:
+    monkeypatch.setattr(metrics_server, "SILENCE_SECONDS", 0.2)
+    with half_open(port, 1, data) as [one]:
+        assert hung_up(one)
+    assert capfd.readouterr().err == ""
+
+
+def hung_up(connection: socket.socket) -> bool:
+    """Wait until the server closes a connection; it may refuse the part of a request that it has."""
+    with contextlib.suppress(ConnectionResetError):
+        while connection.recv(1 << 16):
+            pass
+    return True

@@ -1,0 +1,69 @@
+"""The locked dependencies are those that pyproject.toml asks for."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "requirements"
+FILES = ("locked.txt", "torch-cpu.txt", "torch-cuda.txt")
+
+
+def locked(name: str) -> dict[str, list[str]]:
+    """Versions of each package in a file; one that depends on Python's version has several."""
+    versions: dict[str, list[str]] = {}
+    for package, version in re.findall(r"^([\w.-]+)(?:\[[\w,-]+\])?==([\w.+]+)", (FOLDER / name).read_text(), re.M):
+        versions.setdefault(package.lower().replace("_", "-"), []).append(version)
+    return versions
+
+
+@pytest.mark.parametrize("torch", ["torch-cpu.txt", "torch-cuda.txt"])
+def test_every_dependency_is_locked_at_a_version_that_is_allowed(torch: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    named = [*project["dependencies"], *(one for group in extras.values() for one in group)]
+    wanted = [Requirement(one) for one in named]
+    versions = locked("locked.txt") | locked(torch)
+    for requirement in wanted:
+        if requirement.name == "spectrumkv":
+            continue
+        found = versions.get(requirement.name.lower().replace("_", "-"), [])
+        assert found, f"{requirement} is not locked; run `make lock`"
+        for version in found:
+            assert requirement.specifier.contains(version), f"{requirement} is locked at {version}; run `make lock`"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_of_a_locked_package_is_pinned_by_its_hash(name: str) -> None:
+    entries = re.split(r"^(?=[\w.-]+(?:\[[\w,-]+\])?==)", (FOLDER / name).read_text(), flags=re.M)[1:]
+    assert entries
+    assert [entry.splitlines()[0] for entry in entries if "--hash=sha256:" not in entry] == []
+
+
+@pytest.mark.parametrize(
+    ("printed", "says", "status"),
+    [
+        ("", "skipped: pip-audit could not ask its database", 0),
+        ('{"dependencies": [{"name": "a", "skip_reason": "x"}]}', "skipped: the vulnerability database answered", 0),
+        ('{"dependencies": [{"name": "a", "version": "1", "vulns": []}]}', "1 of 1 packages looked up, 0 with", 0),
+        ('{"dependencies": [{"name": "a", "version": "1", "vulns": [{"id": "CVE-1"}]}]}', "a 1: CVE-1", 1),
+    ],
+)
+def test_an_audit_that_looked_nothing_up_does_not_pass_for_a_clean_one(
+    tmp_path: Path, printed: str, says: str, status: int
+) -> None:
+    """The script is run with a stand-in for pip-audit that prints what it would."""
+    (tmp_path / "pip_audit.py").write_text(f"print({printed!r})")
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "audit.py")],
+        env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (says in done.stdout, done.returncode) == (True, status), done.stdout + done.stderr

@@ -1,6 +1,7 @@
 """Ends what hangs: finds a model that makes no progress, and bounds how long a process takes to end."""
 
 import faulthandler
+import os
 import sys
 import threading
 import traceback
@@ -28,6 +29,7 @@ class Watchdog:
     def __init__(self, vitals: Vitals, limit_seconds: float) -> None:
         self._vitals = vitals
         self._limit_seconds = limit_seconds
+        self._log = _log_that_does_not_block()
         self._lock = threading.Lock()
         self._ending = False
 
@@ -39,7 +41,7 @@ class Watchdog:
         """End the process with status 1 once `seconds` have passed, all stacks in the log, whatever hangs then."""
         with self._lock:
             self._ending = True
-            faulthandler.dump_traceback_later(seconds, exit=True)
+            faulthandler.dump_traceback_later(seconds, exit=True, file=self._log)
 
     def _watch(self) -> None:
         looks, before = 0, None
@@ -51,7 +53,6 @@ class Watchdog:
             looks = looks + 1 if pulse is not None and pulse == before else 0
             before = pulse
         assert before is not None
-        faulthandler.dump_traceback()
         self._vitals.fail(
             f"the model has made no progress for {self._limit_seconds:g} s (--stuck-after); its thread is at\n"
             f"{_stack_of(before[0])}"
@@ -60,10 +61,21 @@ class Watchdog:
     def _postpone_end(self) -> None:
         with self._lock:
             if not self._ending:
-                faulthandler.dump_traceback_later(LIMITS_WITHOUT_A_LOOK * self._limit_seconds, exit=True)
+                faulthandler.dump_traceback_later(
+                    LIMITS_WITHOUT_A_LOOK * self._limit_seconds, exit=True, file=self._log
+                )
+
+
+def _log_that_does_not_block() -> int:
+    """Return a descriptor of standard error that does not block: a process must end though nobody reads its log."""
+    try:
+        return os.open("/proc/self/fd/2", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)
+    except OSError:
+        # Standard error is a socket, or this is no Linux.
+        return 2
 
 
 def _stack_of(thread: int) -> str:
-    """Return where a thread is; faulthandler shows a hundred threads at most, perhaps without this one."""
+    """Return where a thread is, for the log."""
     frame = sys._current_frames().get(thread)
     return "".join(traceback.format_stack(frame)).rstrip() if frame else "(it has ended)"

@@ -1,5 +1,7 @@
 """A pulse that stands still fails the vitals once; work that beats and idle threads do not."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -47,8 +49,7 @@ def test_only_the_first_failure_counts() -> None:
 
 
 def test_work_that_hangs_is_found_and_its_stack_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("faulthandler.dump_traceback", lambda: None)
-    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda seconds, exit: None)
+    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda seconds, **options: None)
     vitals, failed, release = Vitals(), threading.Event(), threading.Event()
     vitals.on_failure(failed.set)
 
@@ -69,9 +70,8 @@ def test_work_that_hangs_is_found_and_its_stack_is_told(monkeypatch: pytest.Monk
 
 def test_idle_threads_and_work_that_beats_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     looks, failed = threading.Semaphore(0), threading.Event()
-    monkeypatch.setattr("faulthandler.dump_traceback", lambda: None)
     # The watchdog postpones the end of the process once a look.
-    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda seconds, exit: looks.release())
+    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda seconds, **options: looks.release())
     vitals = Vitals()
     Watchdog(vitals, LIMIT_SECONDS).start()
     for _ in range(2 * LOOKS):
@@ -84,3 +84,28 @@ def test_idle_threads_and_work_that_beats_are_left_alone(monkeypatch: pytest.Mon
         # A watchdog ends with what it has found: this one must not outlive the test.
         vitals.on_failure(failed.set)
         assert failed.wait(WAIT_SECONDS)
+
+
+HOLDS_THE_INTERPRETER = """
+import ctypes, os
+from spectrumkv.common.service.vitals import Vitals
+from spectrumkv.common.service.watchdog import Watchdog
+Watchdog(Vitals(), 0.2).start()
+os.set_blocking(2, False)
+try:
+    while True:
+        os.write(2, b"." * 4096)
+except BlockingIOError:
+    os.set_blocking(2, True)
+while True:
+    ctypes.PyDLL(None).pause()
+"""
+
+
+def test_a_process_that_holds_the_interpreter_ends_though_nobody_reads_its_log() -> None:
+    process = subprocess.Popen([sys.executable, "-c", HOLDS_THE_INTERPRETER], stderr=subprocess.PIPE)
+    try:
+        assert process.wait(WAIT_SECONDS) == 1
+    finally:
+        process.kill()
+        process.communicate()

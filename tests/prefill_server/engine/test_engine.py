@@ -153,3 +153,18 @@ def test_a_short_prompt_does_not_wait_for_long_ones_that_wait(llama: PrefillEngi
         assert future.result(60).logits.ndim == 1
     assert order == [3, 200, 300]
     assert llama.waiting == 0
+
+
+@pytest.mark.parametrize("tokens", [30, 100], ids=["in one pass", "in chunks"])
+def test_each_layer_is_progress_and_an_idle_engine_has_no_pulse(tokens: int) -> None:
+    engine = PrefillEngine(load_model(str(tiny_model("llama")), "cpu"), WINDOW, chunk_tokens=20)
+    pulses: list[tuple[int, int] | None] = []
+    try:
+        (ids,) = prompts([tokens])
+        engine.submit(ids, lambda capture: pulses.append(engine.vitals.pulse), streams_chunks=True).result()
+        # The engine's next call runs once the pass has been left.
+        assert engine.submit_call(lambda: engine.vitals.pulse).result() is None
+    finally:
+        engine.stop()
+    assert None not in pulses
+    assert len(set(pulses)) == len(pulses) >= 3

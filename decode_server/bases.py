@@ -77,7 +77,7 @@ class BasisStore:
             pieces: as they arrived, in order.
 
         Returns:
-            How many bytes the messages had.
+            How many bytes the messages had; 0 where they only asked.
 
         Raises:
             BasisMissingError: all that was sent is the digest of a basis that is not here.
@@ -100,7 +100,7 @@ class BasisStore:
                 )
         if digest and not data:
             self.get(digest)
-            return taken
+            return 0
         if hashlib.sha256(data).digest() != digest:
             raise DataLossError(f"a codec basis of {len(data)} bytes is not what its digest announces", "basis")
         basis = SpectralBasis.from_bytes(bytes(data))

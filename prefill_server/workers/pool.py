@@ -138,9 +138,9 @@ class WorkerPool:
         return [worker.address for worker in self._workers if not worker.accepting]
 
     @property
-    def ejected(self) -> list[Address]:
+    def ejected(self) -> list[DecodeWorker]:
         """Workers that requests avoid because they failed several in a row."""
-        return [worker.address for worker in self._workers if worker.breaker.ejected]
+        return [worker for worker in self._workers if worker.breaker.ejected]
 
     @property
     def any_expected(self) -> bool:
@@ -209,6 +209,8 @@ class WorkerSelector:
             self._patience -= time.monotonic() - started
             self._scope.check()
             found = self._ready() or found
+        if found is None:
+            found = self._last_resort()
         if found is not None:
             self._asked[found] = found.epoch
         return found
@@ -221,9 +223,9 @@ class WorkerSelector:
         """Return an error that sums up why no worker served the request, or says how the last one failed it."""
         refusals = list(self._refusals.values())
         avoided = [
-            f"decode worker {address} is left alone for a while, since it failed one request after another"
-            for address in self._pool.ejected
-            if address not in {worker.address for worker in self._asked}
+            f"decode worker {worker.address} is left alone for a while, since it failed one request after another"
+            for worker in self._pool.ejected
+            if worker not in self._asked
         ]
         reasons = "; ".join([*(refusal.message for refusal in refusals), *avoided])
         full = [refusal for refusal in refusals if isinstance(refusal, ResourceExhaustedError)]
@@ -238,6 +240,12 @@ class WorkerSelector:
         all_away = all(isinstance(refusal, UnavailableError) for refusal in refusals)
         problem = "can be reached; start one or name it with --decode" if all_away else "that fits can be reached"
         return UnavailableError(f"no decode worker {problem}: {reasons}")
+
+    def _last_resort(self) -> DecodeWorker | None:
+        """Return an ejected worker where no other could ever serve the request: one that is full may do so later."""
+        if any(isinstance(refusal, ResourceExhaustedError) for refusal in self._refusals.values()):
+            return None
+        return next((one for one in self._pool.ejected if one.accepting and one not in self._asked), None)
 
     def _untried(self) -> DecodeWorker | None:
         """Return the best worker that was never asked, even if it seems to take no requests: that may be old news."""

@@ -19,6 +19,8 @@ from tests.services.pair import decode_server, failing_steps, prefill_server, sa
 from tests.services.test_lossless import random_prompt
 from tests.waiting import until
 
+# Of the tiny llama.
+SLOT_BYTES = 3072
 PROMPT = TokenIds(tuple(random_prompt(100)))
 SAMPLED = Sampling(max_tokens=6, ignore_eos=True, temperature=1.0, seed=5)
 
@@ -49,8 +51,8 @@ class Fleet:
 def fleet(tiny_directories: dict[str, Path]) -> Iterator[Fleet]:
     model = tiny_directories["llama"]
     with (
-        decode_server(model, kv_memory="24MiB") as (broken, broken_metrics, broken_port),
-        decode_server(model, kv_memory="12MiB") as (sound, _, sound_port),
+        decode_server(model, kv_memory=str(1024 * SLOT_BYTES)) as (broken, broken_metrics, broken_port),
+        decode_server(model, kv_memory=str(200 * SLOT_BYTES)) as (sound, _, sound_port),
         prefill_server(model, [broken_port, sound_port]) as (_, metrics, port),
         SpectrumClient(f"127.0.0.1:{port}") as client,
     ):
@@ -84,6 +86,16 @@ def test_one_that_works_again_is_found_by_a_trial(fleet: Fleet, monkeypatch: pyt
     assert fleet.ask().usage.decode_worker == fleet.broken_name
     assert not fleet.ejected
     assert fleet.ask().usage.decode_worker == fleet.broken_name
+
+
+def test_an_ejected_worker_is_asked_where_no_other_could_serve(fleet: Fleet) -> None:
+    with failing_steps(fleet.broken, RuntimeError("broken")):
+        for _ in range(FAILURES_TO_EJECT):
+            fleet.ask()
+    assert fleet.ejected
+    # More slots than the other worker has.
+    answer = fleet.ask(Sampling(max_tokens=300, ignore_eos=True))
+    assert answer.usage.decode_worker == fleet.broken_name
 
 
 def test_where_all_fail_the_client_gets_the_error_and_all_are_still_asked(fleet: Fleet) -> None:

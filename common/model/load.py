@@ -95,7 +95,7 @@ def load_model(
     eos = eos_token_ids(directory, config, tokenizer.eos_token_id)
     with weights_unchanged(directory):
         model = _read_weights(directory, config, choose_dtype(dtype, place)).to(place)
-        digest = weights_digest(directory, model.state_dict().keys())
+        digest = weights_digest(directory, _names_in_files(model))
     if packed and can_pack(model):
         pack_linear_layers(model)
     geometry = KvGeometry(config.num_hidden_layers, config.num_key_value_heads, head_dim(config), model.dtype)
@@ -171,6 +171,12 @@ def _read_weights(directory: Path, config: PretrainedConfig, dtype: torch.dtype 
     model.requires_grad_(False)
     ready: PreTrainedModel = model.eval()
     return ready
+
+
+def _names_in_files(model: PreTrainedModel) -> set[str]:
+    """Return the names that the model's tensors can have in files: with or without the prefix of its lower part."""
+    names, prefix = model.state_dict().keys(), f"{model.base_model_prefix}."
+    return {*names, *(name.removeprefix(prefix) for name in names)}
 
 
 def _check_all_read(directory: Path, outcome: dict[str, Any]) -> None:

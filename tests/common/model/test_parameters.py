@@ -136,6 +136,17 @@ def test_weights_of_the_same_name_size_and_time_are_others(tmp_path: Path) -> No
     assert differences(mine, copy).keys() == {"weights_digest"}
 
 
+def test_weights_without_the_prefix_of_the_lower_part_are_digested(tmp_path: Path) -> None:
+    digests = []
+    for factor in (1, 2):
+        copy = edited(tmp_path / str(factor), "llama")
+        weights = {name.removeprefix("model."): one for name, one in load_file(copy / "model.safetensors").items()}
+        weights["norm.weight"] = weights["norm.weight"] * factor
+        save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+        digests.append(load_model(str(copy), "cpu").spec.weights_digest)
+    assert digests[0] != digests[1]
+
+
 def test_a_tensor_that_the_model_does_not_have_does_not_matter(tmp_path: Path) -> None:
     copy = edited(tmp_path / "model", "llama")
     mine = load_model(str(tiny_model("llama")), "cpu").spec

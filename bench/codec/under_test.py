@@ -14,10 +14,9 @@ import torch
 from spectrumkv.bench.models.synthetic_prompt import SyntheticCache
 from spectrumkv.bench.peers.quanto import GROUP_SIZE
 from spectrumkv.bench.timing import replayed
-from spectrumkv.common.kv.codecs.absmax import TIERS, sections
-from spectrumkv.common.kv.codecs.body import body_bytes
+from spectrumkv.common.kv.codecs.absmax import TIERS
 from spectrumkv.common.kv.codecs.tiered import TierCodec, tier_codecs
-from spectrumkv.common.kv.tiers import Tier, count_tiers
+from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.kernels import absmax
 
 # The tier of rows whose tokens take all tiers of the codec in equal numbers, at random.
@@ -121,7 +120,7 @@ class AbsmaxKernels:
         self.tier = tiers[0].label if len(tiers) == 1 else MIXED
         of_tokens = spread_tiers(tiers, cache.tokens)
         geometry = cache.geometry
-        body = body_bytes(sections(count_tiers(of_tokens), geometry))
+        body = absmax.segment_layout(of_tokens, geometry.kv_heads, geometry.head_dim).bytes
         kept = int((of_tokens != Tier.DROP).sum())
         self.moved_bytes = geometry.layers * (body + kept * geometry.native_bytes_per_token_layer)
         bodies = torch.empty(geometry.layers, body, dtype=torch.uint8, device=cache.device)

@@ -1,12 +1,12 @@
-"""Absmax quantization of keys and values: the one place that picks an implementation by device."""
+"""Absmax quantization of keys and values: picks an implementation by the device that keys and values are on.
+
+`prepare` and `halves_are_finite` have one implementation only, for CPUs: Triton compiles at the first launch, and a
+body is looked at where it lies in memory of the host.
+"""
 
 from collections.abc import Sequence
 
 import torch
-
-from spectrumkv.kernels.absmax.layout import INT4, INT8
-
-__all__ = ["INT4", "INT8", "decode", "encode", "is_finite", "prepare"]
 
 
 def encode(
@@ -83,8 +83,8 @@ def prepare(dtype: torch.dtype) -> None:
     cpu.prepare(dtype)
 
 
-def is_finite(data: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Return whether no element is infinite or NaN.
+def halves_are_finite(data: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Return whether no 16-bit float is infinite or NaN, without a copy where they lie at an odd address.
 
     Args:
         data: uint8 `[2 m]` on the CPU, contiguous, at any address: the bytes of m elements.
@@ -92,4 +92,4 @@ def is_finite(data: torch.Tensor, dtype: torch.dtype) -> bool:
     """
     from spectrumkv.kernels.absmax import cpu
 
-    return cpu.is_finite(data, dtype)
+    return cpu.halves_are_finite(data, dtype)

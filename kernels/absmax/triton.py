@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from spectrumkv.kernels import tiers as tier_codes
 from spectrumkv.kernels.absmax import layout, tiles
 
 # Elements of one program: enough to keep 128 threads busy, few enough to stay in registers.
@@ -22,7 +23,7 @@ COLUMNS = tl.constexpr(tiles.TILE_COLUMNS)
 TIER, ORDER_START = tl.constexpr(tiles.TIER), tl.constexpr(tiles.ORDER_START)
 ROWS, ROW, SECTION_ROWS = tl.constexpr(tiles.ROWS), tl.constexpr(tiles.ROW), tl.constexpr(tiles.SECTION_ROWS)
 ELEMENTS_AT, SCALES_AT = tl.constexpr(tiles.ELEMENTS_AT), tl.constexpr(tiles.SCALES_AT)
-TIER_16BIT, TIER_INT8 = tl.constexpr(layout.TIER_16BIT), tl.constexpr(layout.TIER_INT8)
+TIER_16BIT, TIER_INT8 = tl.constexpr(tier_codes.TIER_16BIT), tl.constexpr(tier_codes.TIER_INT8)
 LARGEST_INT8, LARGEST_INT4 = tl.constexpr(layout.INT8.largest), tl.constexpr(layout.INT4.largest)
 ABSOLUTE_BITS = tl.constexpr(0x7FFFFFFF)
 # 1.5 · 2^23: a float32 next to it has no fractional bits, so adding it rounds half to even.

@@ -19,7 +19,7 @@ from spectrumkv.common.kv.codecs.spectral.layout import (
 from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION, CodedStream, PackedStreams, compress, decompress
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.kernels.absmax import is_finite
+from spectrumkv.kernels.absmax import halves_are_finite
 
 HEADER = struct.Struct("<fHI")
 LENGTHS = np.dtype([("coded", "<u4"), ("exceptions", "<u4")])
@@ -87,7 +87,7 @@ def encode_segment(segment: UncodedSegment, base: float, geometry: KvGeometry) -
     sinks = slice(0, segment.tokens.sinks)
     exact = torch.stack([segment.keys[:, sinks], segment.values[:, sinks]]).to(geometry.half_dtype)
     exact_bytes = exact.view(-1).view(torch.uint8)
-    if not is_finite(exact_bytes, geometry.half_dtype):
+    if not halves_are_finite(exact_bytes, geometry.half_dtype):
         raise InvalidArgumentError(
             f"keys or values of the first tokens in layer {segment.transform.layer} do not fit {geometry.half_dtype}"
         )

@@ -125,24 +125,28 @@ class AbsmaxKernels:
         self.moved_bytes = geometry.layers * (body + kept * geometry.native_bytes_per_token_layer)
         bodies = torch.empty(geometry.layers, body, dtype=torch.uint8, device=cache.device)
         slots = [torch.empty_like(one, memory_format=torch.contiguous_format) for one in (*cache.keys, *cache.values)]
-        cuts = (0, cache.tokens)
+        boundaries = (0, cache.tokens)
         encoded = list(zip(cache.keys, cache.values, bodies, strict=True))
         decoded = list(zip(slots[: geometry.layers], slots[geometry.layers :], bodies, strict=True))
         if cache.device.type == "cuda":
             from spectrumkv.kernels.absmax import triton as absmax_triton
 
-            encoders = [absmax_triton.encoding(keys, values, of_tokens, cuts, body) for keys, values, body in encoded]
-            decoders = [absmax_triton.decoding(body, of_tokens, cuts, keys, values) for keys, values, body in decoded]
+            encoders = [
+                absmax_triton.encoding(keys, values, of_tokens, boundaries, body) for keys, values, body in encoded
+            ]
+            decoders = [
+                absmax_triton.decoding(body, of_tokens, boundaries, keys, values) for keys, values, body in decoded
+            ]
             self.encode, self.decode = replayed(encoders), replayed(decoders)
             return
 
         def encode() -> None:
             for keys, values, body in encoded:
-                absmax.encode(keys, values, of_tokens, cuts, body)
+                absmax.encode(keys, values, of_tokens, boundaries, body)
 
         def decode() -> None:
             for keys, values, body in decoded:
-                absmax.decode(body, of_tokens, cuts, keys, values)
+                absmax.decode(body, of_tokens, boundaries, keys, values)
 
         self.encode, self.decode = encode, decode
 

@@ -23,10 +23,10 @@ _INFINITY_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
 
 
 def encode(
-    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
+    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], bodies: torch.Tensor
 ) -> None:
     """Code segments of tokens; see `dispatch.encode`."""
-    for span, of_tokens, body, layout in _segments(keys, tiers, cuts, bodies):
+    for span, of_tokens, body, layout in _segments(keys, tiers, boundaries, bodies):
         for side, states in enumerate((keys[:, span], values[:, span])):
             source = adjacent(states)
             encode_side = sides.encode_vectors if whole_vectors(source) else sides.encode_side
@@ -34,10 +34,10 @@ def encode(
 
 
 def decode(
-    bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
+    bodies: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> None:
     """Write the tokens of segments; see `dispatch.decode`."""
-    for span, of_tokens, body, layout in _segments(keys, tiers, cuts, bodies):
+    for span, of_tokens, body, layout in _segments(keys, tiers, boundaries, bodies):
         for side, states in enumerate((keys[:, span], values[:, span])):
             with _written(states) as target:
                 decode_side = sides.decode_vectors if streams(target) else sides.decode_side
@@ -45,12 +45,12 @@ def decode(
 
 
 def _segments(
-    keys: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
+    keys: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], bodies: torch.Tensor
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray, BodyLayout]]:
     """Yield for each segment its tokens, their tiers, its body, and the body's layout."""
     heads, _, head_dim = keys.shape
     all_tiers, memory, begin = tiers.numpy(), bodies.numpy(), 0
-    for first, end in pairwise(cuts):
+    for first, end in pairwise(boundaries):
         of_tokens = all_tiers[first:end]
         # The loops take any 16 bits, so it does not matter here which 16-bit dtype this is.
         layout = body_layout(tier_counts(of_tokens), heads, head_dim, torch.float16)

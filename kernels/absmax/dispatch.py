@@ -10,7 +10,7 @@ import torch
 
 
 def encode(
-    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
+    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], bodies: torch.Tensor
 ) -> None:
     """Code segments of tokens, each token at its own tier.
 
@@ -31,22 +31,22 @@ def encode(
         keys: float32, float16 or bfloat16 `[kv_heads, n, head_dim]`, n ≥ 1, any strides, head_dim even.
         values: like `keys`, on the same device.
         tiers: uint8 `[n]` on the CPU, codes of the wire's tier map.
-        cuts: the first token of each segment, rising from 0, and n.
+        boundaries: the first token of each segment, rising from 0, and n.
         bodies: uint8, contiguous, on the device of the keys, written from end to end: the segments' bodies, one after
             another. `layout.body_layout` says what they have; the length must be theirs.
     """
     if keys.is_cuda:
         from spectrumkv.kernels.absmax import triton
 
-        triton.encode(keys, values, tiers, cuts, bodies)
+        triton.encode(keys, values, tiers, boundaries, bodies)
     else:
         from spectrumkv.kernels.absmax import cpu
 
-        cpu.encode(keys, values, tiers, cuts, bodies)
+        cpu.encode(keys, values, tiers, boundaries, bodies)
 
 
 def decode(
-    bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
+    bodies: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> None:
     """Write every token that `encode` coded, and leave the dropped ones as they are.
 
@@ -56,18 +56,18 @@ def decode(
     Args:
         bodies: read; scales must be finite. On a CPU they may lie at an odd address and be read-only.
         tiers: uint8 `[n]` on the CPU.
-        cuts: see `encode`.
+        boundaries: see `encode`.
         keys: float32, float16 or bfloat16 `[kv_heads, n, head_dim]`, any strides, written.
         values: like `keys`, on the same device.
     """
     if keys.is_cuda:
         from spectrumkv.kernels.absmax import triton
 
-        triton.decode(bodies, tiers, cuts, keys, values)
+        triton.decode(bodies, tiers, boundaries, keys, values)
     else:
         from spectrumkv.kernels.absmax import cpu
 
-        cpu.decode(bodies, tiers, cuts, keys, values)
+        cpu.decode(bodies, tiers, boundaries, keys, values)
 
 
 def prepare(dtype: torch.dtype) -> None:

@@ -52,10 +52,10 @@ def dequantize(
 
 
 def encode(
-    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
+    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], bodies: torch.Tensor
 ) -> None:
     """Code segments of tokens; see `dispatch.encode`."""
-    for span, body, index in _segments(keys, tiers, cuts, bodies):
+    for span, body, index in _segments(keys, tiers, boundaries, bodies):
         for side, states in enumerate((keys[:, span], values[:, span])):
             body.floats[side].copy_(states.index_select(1, index[TIER_16BIT]))
             for tier, form in FORMATS.items():
@@ -64,10 +64,10 @@ def encode(
 
 
 def decode(
-    bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
+    bodies: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> None:
     """Write the tokens of segments; see `dispatch.decode`."""
-    for span, body, index in _segments(keys, tiers, cuts, bodies):
+    for span, body, index in _segments(keys, tiers, boundaries, bodies):
         for side, states in enumerate((keys[:, span], values[:, span])):
             states.index_copy_(1, index[TIER_16BIT], body.floats[side].to(states.dtype))
             for tier, form in FORMATS.items():
@@ -76,13 +76,13 @@ def decode(
 
 
 def _segments(
-    states: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
+    states: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], bodies: torch.Tensor
 ) -> Iterator[tuple[slice, BodySections[torch.Tensor], dict[int, torch.Tensor]]]:
     """Yield each segment's tokens, the sections of its body, and the positions in it of each tier's tokens."""
     kv_heads, _, head_dim = states.shape
     half = torch.float16 if states.dtype == torch.float32 else states.dtype
     begin = 0
-    for first, end in pairwise(cuts):
+    for first, end in pairwise(boundaries):
         segment = tiers[first:end]
         layout = segment_layout(segment, kv_heads, head_dim, half)
         body = BodySections(*layout.arrays(bodies[begin : begin + layout.bytes]))

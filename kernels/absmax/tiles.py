@@ -47,13 +47,13 @@ class TileTable:
 
 
 def tiles_of_segments(
-    tiers: np.ndarray, cuts: Sequence[int], kv_heads: int, head_dim: int, tile_rows: int
+    tiers: np.ndarray, boundaries: Sequence[int], kv_heads: int, head_dim: int, tile_rows: int
 ) -> TileTable:
     """Deal out segments whose bodies lie back to back.
 
     Args:
         tiers: uint8 `[n]`, codes of the wire's tier map.
-        cuts: the first token of each segment, rising from 0, and n.
+        boundaries: the first token of each segment, rising from 0, and n.
         kv_heads: of the model.
         head_dim: of the model.
         tile_rows: most tokens of a tile.
@@ -62,7 +62,7 @@ def tiles_of_segments(
         The tiles, segment by segment.
     """
     order, tiles, body_at = [], [], 0
-    for first, end in pairwise(cuts):
+    for first, end in pairwise(boundaries):
         segment = tiers[first:end]
         order.append(np.argsort(segment, kind="stable") + first)
         counts = tier_counts(segment)

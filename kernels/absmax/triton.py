@@ -230,31 +230,31 @@ def _kernel(
 
 
 def encode(
-    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
+    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], bodies: torch.Tensor
 ) -> None:
     """Code segments of tokens; see `dispatch.encode`. CPU tensors work under `TRITON_INTERPRET=1` only."""
-    encoding(keys, values, tiers, cuts, bodies)()
+    encoding(keys, values, tiers, boundaries, bodies)()
 
 
 def decode(
-    bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
+    bodies: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> None:
     """Write the tokens of segments; see `dispatch.decode`. CPU tensors work under `TRITON_INTERPRET=1` only."""
-    decoding(bodies, tiers, cuts, keys, values)()
+    decoding(bodies, tiers, boundaries, keys, values)()
 
 
 def encoding(
-    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
+    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], bodies: torch.Tensor
 ) -> Callable[[], None]:
     """Return what runs `encode` with these arguments: one launch and nothing else, as CUDA graphs want it."""
-    return _prepared(_encode_tile, keys, values, tiers, cuts, bodies)
+    return _prepared(_encode_tile, keys, values, tiers, boundaries, bodies)
 
 
 def decoding(
-    bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
+    bodies: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> Callable[[], None]:
     """Return what runs `decode` with these arguments; see `encoding`."""
-    return _prepared(_decode_tile, keys, values, tiers, cuts, bodies)
+    return _prepared(_decode_tile, keys, values, tiers, boundaries, bodies)
 
 
 def _prepared(
@@ -262,14 +262,14 @@ def _prepared(
     keys: torch.Tensor,
     values: torch.Tensor,
     tiers: torch.Tensor,
-    cuts: Sequence[int],
+    boundaries: Sequence[int],
     bodies: torch.Tensor,
 ) -> Callable[[], None]:
     """Return what runs `code_tile` on every tile, KV head and side."""
     kv_heads, _, head_dim = keys.shape
     padded_half: int = triton.next_power_of_2(head_dim // 2)
     rows = max(1, TILE_ELEMENTS // (2 * padded_half))
-    table = tiles.tiles_of_segments(tiers.numpy(), cuts, kv_heads, head_dim, rows)
+    table = tiles.tiles_of_segments(tiers.numpy(), boundaries, kv_heads, head_dim, rows)
     half = torch.float16 if keys.dtype == torch.float32 else keys.dtype
     floats, scales = bodies.view(half), bodies.view(torch.float16)
     order, rows_of_tiles = table.on(keys.device)

@@ -54,7 +54,7 @@ class AbsmaxCodec(TierCodec):
         keys: torch.Tensor,
         values: torch.Tensor,
         tiers: torch.Tensor,
-        cuts: Sequence[int],
+        boundaries: Sequence[int],
         geometry: KvGeometry,
     ) -> Iterator[EncodedSegment]:
         """Code segments one by one on a CPU, where the first is sent before the last is coded; together on a GPU.
@@ -63,34 +63,34 @@ class AbsmaxCodec(TierCodec):
             keys: the model's dtype `[kv_heads, n, head_dim]`, any strides.
             values: like `keys`, on the same device.
             tiers: uint8 `[n]` on the CPU, values of `Tier`.
-            cuts: the first token of each segment, rising from 0, and n.
+            boundaries: the first token of each segment, rising from 0, and n.
             geometry: shape and dtype of the model's cache.
 
         Yields:
             The segments in order; see `encode`.
         """
         at_once = SEGMENTS_AT_ONCE[keys.device.type]
-        for first in range(0, len(cuts) - 1, at_once):
-            part = cuts[first : first + at_once + 1]
+        for first in range(0, len(boundaries) - 1, at_once):
+            part = boundaries[first : first + at_once + 1]
             span = slice(part[0], part[-1])
-            own_cuts = [cut - part[0] for cut in part]
-            yield from self._encode(keys[:, span], values[:, span], tiers[span], own_cuts, geometry)
+            own_boundaries = [boundary - part[0] for boundary in part]
+            yield from self._encode(keys[:, span], values[:, span], tiers[span], own_boundaries, geometry)
 
     def _encode(
         self,
         keys: torch.Tensor,
         values: torch.Tensor,
         tiers: torch.Tensor,
-        cuts: Sequence[int],
+        boundaries: Sequence[int],
         geometry: KvGeometry,
     ) -> Iterator[EncodedSegment]:
         """Yield all segments, coded in one call of the kernel and brought to the host in one copy."""
         bodies.check_states(keys, values, tiers, geometry)
-        spans = [slice(first, end) for first, end in pairwise(cuts)]
+        spans = [slice(first, end) for first, end in pairwise(boundaries)]
         layouts = [_layout_to_send(tiers[span], geometry) for span in spans]
         sizes = [layout.bytes for layout in layouts]
         on_device = torch.empty(sum(sizes), dtype=torch.uint8, device=keys.device)
-        kernels.encode(keys, values, tiers, cuts, on_device)
+        kernels.encode(keys, values, tiers, boundaries, on_device)
         for span, layout, body in zip(spans, layouts, torch.split(bodies.to_host(on_device), sizes), strict=True):
             # Here and not on the device, which would have to be waited for once more.
             _check_sent(body, layout, {"keys": keys[:, span], "values": values[:, span]}, tiers[span])

@@ -26,8 +26,8 @@ from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.registry import Registry
 
-# What a codec must be able to write for policies that do not name one.
-SPECTRUM = frozenset({Tier.DROP, Tier.INT4, Tier.INT8, Tier.FP16})
+# What policies give tokens. Those that name no codec leave it to one that can write all of these.
+POLICY_TIERS = frozenset({Tier.DROP, Tier.INT4, Tier.INT8, Tier.FP16})
 
 
 class Basis(Protocol):
@@ -144,7 +144,7 @@ class Codec(ABC):
         version: of the layout.
         tiers: that its tokens can have.
         needs_basis: whether both sides need the same `Basis`.
-        stand_in: name of a cheaper codec that may write the same allocation where this one is slower than the link;
+        fallback: name of a cheaper codec that may write the same allocation where this one would hold a request up;
             None where there is none.
     """
 
@@ -152,7 +152,7 @@ class Codec(ABC):
     version: int
     tiers: frozenset[Tier]
     needs_basis: bool = False
-    stand_in: str | None = None
+    fallback: str | None = None
 
     @abstractmethod
     def encoder(self, request: EncoderRequest) -> KvEncoder:
@@ -185,9 +185,14 @@ class Codec(ABC):
         """
 
     @property
-    def writes_spectrum(self) -> bool:
+    def may_hold_up_requests(self) -> bool:
+        """Tell whether coding can be what a request waits for. A codec for which that holds names a fallback."""
+        return self.fallback is not None
+
+    @property
+    def writes_all_tiers(self) -> bool:
         """Tell whether the codec writes every tier that policies give."""
-        return self.tiers >= SPECTRUM
+        return self.tiers >= POLICY_TIERS
 
     def writes(self, policy: Policy) -> bool:
         """Return whether the codec can write what a policy allocates.

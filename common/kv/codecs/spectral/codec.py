@@ -36,7 +36,7 @@ class SpectralCodec(Codec):
     version = 2
     tiers = frozenset({Tier.INT4, Tier.INT8, Tier.FP16})
     needs_basis = True
-    stand_in = "absmax"
+    fallback = "absmax"
 
     def encoder(self, request: EncoderRequest) -> KvEncoder:
         """Make an encoder; see `Codec.encoder`.

@@ -26,7 +26,7 @@ SEGMENTS_AT_ONCE = {"cpu": 1, "cuda": 1024}
 
 
 class AbsmaxCodec(TierCodec):
-    """Code tokens at FP16, INT8 or INT4, or leave them out; see `TierCodec`."""
+    """The codec that writes tokens at FP16, INT8 or INT4, or leaves them out; see `TierCodec`."""
 
     name = "absmax"
     version = 1

@@ -31,7 +31,7 @@ POLICY_TIERS = frozenset({Tier.DROP, Tier.INT4, Tier.INT8, Tier.FP16})
 
 
 class Basis(Protocol):
-    """Carry what both sides of a codec must have in common for one model, such as a transform that was calibrated."""
+    """What both sides of a codec must have in common for one model, such as a transform that was calibrated."""
 
     @property
     def digest(self) -> bytes:
@@ -46,7 +46,7 @@ class Basis(Protocol):
 
 @dataclass(frozen=True)
 class EncoderRequest:
-    """Tell a codec what to encode: one prompt, and how.
+    """One prompt and how to encode it.
 
     Attributes:
         policy: gives tokens their tiers, or leaves them to the codec.
@@ -99,7 +99,7 @@ class EncoderRequest:
 
 
 class KvEncoder(Protocol):
-    """Code the layers of one prompt."""
+    """What codes the layers of one prompt."""
 
     def encode(self, capture: LayerCapture) -> Iterator[KvSegment]:
         """Take the next layer, in the model's order, and yield the segments that are ready.
@@ -117,7 +117,7 @@ class KvEncoder(Protocol):
 
 
 class SegmentDecoder(Protocol):
-    """Decode the segments of one request."""
+    """What decodes the segments of one request."""
 
     def decode(self, segment: KvSegment, keys: torch.Tensor, values: torch.Tensor) -> Mapping[Tier, int]:
         """Write a segment's tokens; leave dropped tokens' elements alone.
@@ -137,7 +137,7 @@ class SegmentDecoder(Protocol):
 
 
 class Codec(ABC):
-    """Make encoders and decoders of one byte layout.
+    """One byte layout, with the encoders and decoders for it.
 
     Attributes:
         name: as requests and Begin give it.
@@ -195,11 +195,7 @@ class Codec(ABC):
         return self.tiers >= POLICY_TIERS
 
     def writes(self, policy: Policy) -> bool:
-        """Return whether the codec can write what a policy allocates.
-
-        Args:
-            policy: any.
-        """
+        """Return whether the codec can write what a policy allocates."""
         return policy.codec == self.name
 
     def check_policy(self, policy: Policy) -> None:
@@ -223,11 +219,7 @@ class Codec(ABC):
         )
 
     def least_byte_budget(self, geometry: KvGeometry) -> float:
-        """Return the least byte budget that the codec can keep to, framing left out; 0 where it meets any.
-
-        Args:
-            geometry: shape and dtype of the model's cache.
-        """
+        """Return the least byte budget that the codec can keep to, framing left out; 0 where it meets any."""
         return 0.0
 
     def tier_allocation(self, request: EncoderRequest, token_bytes: Mapping[Tier, float]) -> TierAllocation:
@@ -245,6 +237,26 @@ class Codec(ABC):
             InternalError: the codec has no allocation of its own.
         """
         raise InternalError(f"codec {self.name!r} has no allocation of its own")
+
+    def parse_basis(self, data: bytes, geometry: KvGeometry) -> Basis:
+        """Read a basis as it travels, and check all that can be wrong with it before KV is coded in it.
+
+        Args:
+            data: what `Basis.serialized` gave on the other side.
+            geometry: shape and dtype of the model's cache.
+
+        Returns:
+            The basis.
+
+        Raises:
+            InvalidArgumentError: it is no basis of this codec, or not one for this model.
+            InternalError: the codec needs no basis.
+        """
+        raise InternalError(f"codec {self.name!r} needs no basis")
+
+    def largest_basis_bytes(self, geometry: KvGeometry) -> int:
+        """Return the most bytes that a serialized basis for a model's cache can have; 0 where none is needed."""
+        return 0
 
     def basis_digest(self, basis: Basis | None) -> bytes:
         """Return the digest by which Begin names the basis; empty for codecs that need none.

@@ -17,7 +17,7 @@ TIERS = frozenset({Tier.NATIVE})
 
 
 class NativeCodec(TierCodec):
-    """Copy tokens; see `TierCodec`. Greedy output from such KV is that of one process."""
+    """The codec that copies tokens; see `TierCodec`. Greedy output from such KV is that of one process."""
 
     name = "native"
     version = 1

@@ -27,7 +27,7 @@ TRIAL_TOKENS = 64
 
 @dataclass(frozen=True)
 class EncodedSegment:
-    """Hold a run of tokens of one layer, coded.
+    """A run of tokens of one layer, coded.
 
     Attributes:
         body: uint8 `[b]` on the CPU, `b` even.
@@ -39,7 +39,7 @@ class EncodedSegment:
 
 
 class TierCodec(Codec):
-    """Turn tensors into bytes and back, at the tier that each token was given."""
+    """A codec that is told each token's tier, and turns tensors into bytes and back at that tier."""
 
     @abstractmethod
     def encode(
@@ -187,7 +187,7 @@ class _TierDecoder:
 
 @dataclass(frozen=True)
 class TieredEncoder:
-    """Code each layer at tiers of its own, as it comes. A `KvEncoder`.
+    """A `KvEncoder` that codes each layer at tiers of its own, as it comes.
 
     Attributes:
         codec: writes the tiers.
@@ -215,7 +215,7 @@ class TieredEncoder:
 
 @dataclass(frozen=True)
 class OneTierEncoder:
-    """Code each token at one tier in all layers, once all layers have come. A `KvEncoder`.
+    """A `KvEncoder` that codes each token at one tier in all layers, once all layers have come.
 
     Attributes:
         codec: writes the tiers.

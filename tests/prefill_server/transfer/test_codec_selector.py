@@ -99,6 +99,18 @@ def test_a_link_that_becomes_slow_brings_the_coder_back() -> None:
     assert choice.select(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
 
 
+def test_what_the_fallback_wrote_teaches_however_short_and_what_was_asked_for_by_name_teaches_nothing() -> None:
+    choice = seen(0.3, 7.0, 0.0)
+    fixed = choice.select(plan(budget=0.3), TOKENS, WORKER)
+    assert fixed.uses_fallback
+    for _ in range(20):
+        choice.observe(plan(budget=0.3, codec="absmax"), TOKENS, WORKER, 60.0, sent(0.1, link=12.0))
+    assert choice.select(plan(budget=0.3), TOKENS, WORKER).uses_fallback
+    for _ in range(20):
+        choice.observe(fixed, TOKENS, WORKER, 0.3, sent(0.01, link=12.0))
+    assert not choice.select(plan(budget=0.3), TOKENS, WORKER).uses_fallback
+
+
 def test_the_fallback_can_be_asked_for_by_name_from_int4_everywhere_up() -> None:
     assert plan(budget=0.4, codec="absmax").codec.name == "absmax"
     with pytest.raises(InvalidArgumentError, match=r"takes 0\.\d+ of FP16 with every token at INT4"):

@@ -31,7 +31,7 @@ LARGEST_SYMBOL = 2.0**30
 
 @dataclass(frozen=True, eq=False)
 class UncodedSegment:
-    """Hold a run of tokens of one layer that is to be coded.
+    """A run of tokens of one layer that is to be coded.
 
     Attributes:
         transform: of the layer.
@@ -193,7 +193,7 @@ def _streams(reader: "_Reader", packed: PackedStreams) -> list[CodedStream]:
 
 
 class _Reader:
-    """Take a body apart, front to back."""
+    """A body that is taken apart, front to back."""
 
     def __init__(self, body: memoryview) -> None:
         self._body = body

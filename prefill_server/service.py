@@ -142,8 +142,8 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
 
     def _offered(self, request: PrefillRequest, scope: RpcScope) -> Iterator[Dispatch]:
         """Return decode workers, one after another, until one serves the request."""
-        may_stand_in = self._codec_selector.stand_in(request.plan) is not None
-        return self._workers.offer(request.slots, scope, request.plan.codec.needs_basis, may_stand_in)
+        may_fall_back = self._codec_selector.fallback(request.plan) is not None
+        return self._workers.offer(request.slots, scope, request.plan.codec.needs_basis, may_fall_back)
 
     def _pipeline(self, request: PrefillRequest, dispatch: Dispatch) -> KvPipeline:
         """Return a fresh pipeline that sends the request's KV to one worker."""

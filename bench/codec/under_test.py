@@ -14,10 +14,9 @@ import torch
 from spectrumkv.bench.models.synthetic_prompt import SyntheticCache
 from spectrumkv.bench.peers.quanto import GROUP_SIZE
 from spectrumkv.bench.timing import replayed
-from spectrumkv.common.kv.codecs.absmax import TIERS, sections
-from spectrumkv.common.kv.codecs.body import body_bytes
+from spectrumkv.common.kv.codecs.absmax import TIERS
 from spectrumkv.common.kv.codecs.tiered import TierCodec, tier_codecs
-from spectrumkv.common.kv.tiers import Tier, count_tiers
+from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.kernels import absmax
 
 # The tier of rows whose tokens take all tiers of the codec in equal numbers, at random.
@@ -121,29 +120,33 @@ class AbsmaxKernels:
         self.tier = tiers[0].label if len(tiers) == 1 else MIXED
         of_tokens = spread_tiers(tiers, cache.tokens)
         geometry = cache.geometry
-        body = body_bytes(sections(count_tiers(of_tokens), geometry))
+        body = absmax.segment_layout(of_tokens, geometry.kv_heads, geometry.head_dim).bytes
         kept = int((of_tokens != Tier.DROP).sum())
         self.moved_bytes = geometry.layers * (body + kept * geometry.native_bytes_per_token_layer)
         bodies = torch.empty(geometry.layers, body, dtype=torch.uint8, device=cache.device)
         slots = [torch.empty_like(one, memory_format=torch.contiguous_format) for one in (*cache.keys, *cache.values)]
-        cuts = (0, cache.tokens)
+        boundaries = (0, cache.tokens)
         encoded = list(zip(cache.keys, cache.values, bodies, strict=True))
         decoded = list(zip(slots[: geometry.layers], slots[geometry.layers :], bodies, strict=True))
         if cache.device.type == "cuda":
             from spectrumkv.kernels.absmax import triton as absmax_triton
 
-            encoders = [absmax_triton.encoding(keys, values, of_tokens, cuts, body) for keys, values, body in encoded]
-            decoders = [absmax_triton.decoding(body, of_tokens, cuts, keys, values) for keys, values, body in decoded]
+            encoders = [
+                absmax_triton.encoding(keys, values, of_tokens, boundaries, body) for keys, values, body in encoded
+            ]
+            decoders = [
+                absmax_triton.decoding(body, of_tokens, boundaries, keys, values) for keys, values, body in decoded
+            ]
             self.encode, self.decode = replayed(encoders), replayed(decoders)
             return
 
         def encode() -> None:
             for keys, values, body in encoded:
-                absmax.encode(keys, values, of_tokens, cuts, body)
+                absmax.encode(keys, values, of_tokens, boundaries, body)
 
         def decode() -> None:
             for keys, values, body in decoded:
-                absmax.decode(body, of_tokens, cuts, keys, values)
+                absmax.decode(body, of_tokens, boundaries, keys, values)
 
         self.encode, self.decode = encode, decode
 

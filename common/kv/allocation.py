@@ -18,7 +18,7 @@ from spectrumkv.common.kv.tiers import Tier
 
 
 class TierAllocation(Protocol):
-    """Decide the tiers of one prompt's tokens, layer by layer."""
+    """What decides the tiers of one prompt's tokens, layer by layer."""
 
     def tiers(self, capture: LayerCapture) -> torch.Tensor:
         """Give the tokens of the next layer their tiers.
@@ -42,7 +42,7 @@ class TierAllocation(Protocol):
 
 @dataclass(frozen=True)
 class Int4Layers:
-    """Name the layers of a model that may be sent at INT4: all but some.
+    """The layers of a model that may be sent at INT4: all but some.
 
     Attributes:
         off: the layers, from 0, that do without.
@@ -106,7 +106,7 @@ def most_without_int4(tier_budget: float, layers: int) -> int:
 
 @dataclass(frozen=True)
 class PolicyTiers:
-    """Give tokens the tiers of a policy, by their scores. A `TierAllocation`.
+    """A `TierAllocation` that gives tokens the tiers of a policy, by their scores.
 
     Attributes:
         policy: gives tokens their tiers.

@@ -10,7 +10,7 @@ from spectrumkv.common.errors import InvalidArgumentError
 
 @dataclass(frozen=True, eq=False)
 class LayerCapture:
-    """Hold what one layer shows of a prompt of `n` tokens.
+    """What one layer shows of a prompt of `n` tokens.
 
     Attributes:
         queries: `[query_heads, w, head_dim]`, any float dtype, after RoPE: those of the last `w` positions,

@@ -11,7 +11,7 @@ NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class KvGeometry:
-    """Describe what one token leaves in the cache of one model.
+    """The shape of one model's KV cache: what a token leaves in it.
 
     Attributes:
         layers: attention layers, each with a KV cache.

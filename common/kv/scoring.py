@@ -69,7 +69,11 @@ def decay(capture: LayerCapture, seed: int) -> torch.Tensor:
 
 @scorers.register("key_norm")
 def key_norm(capture: LayerCapture, seed: int) -> torch.Tensor:
-    """Return minus the mean L2 norm of the token's keys, which needs no attention.
+    """Return minus the mean L2 norm of the token's keys.
+
+    The score itself needs no attention. Under the policy "spectral", the default, attention is computed all the
+    same, since sensitivities were calibrated by it: the scorer says only which token gets the largest share of it,
+    which the next largest, and so on.
 
     The paper names "KV norm" as the stand-in and says no more. Keys of low norm are those that draw attention
     (Devoto et al. 2024, "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", arXiv

@@ -27,7 +27,7 @@ Buffer = bytes | memoryview
 
 @dataclass(frozen=True)
 class KvSegment:
-    """Hold a run of consecutive tokens of one layer, coded.
+    """A run of consecutive tokens of one layer, coded.
 
     Attributes:
         layer: from 0.

@@ -5,18 +5,19 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-from spectrumkv.kernels.absmax import TIER_16BIT, TIER_DROP, TIER_INT4, TIER_INT8
+from spectrumkv.kernels.tiers import TIER_16BIT, TIER_DROP, TIER_INT4, TIER_INT8, TIER_NATIVE, tier_counts
 
-# Values 0 to 3 are the two-bit codes of the wire's tier map (proto/spectrumkv/v1/kv.proto).
+# A tier map has two bits a token (proto/spectrumkv/v1/kv.proto).
 TIER_MAP_BITS = 2
+TIER_MAP_MASK = (1 << TIER_MAP_BITS) - 1
 TOKENS_PER_TIER_MAP_BYTE = 8 // TIER_MAP_BITS
 _TIER_SHIFTS = np.arange(0, 8, TIER_MAP_BITS, dtype=np.uint8)
 # uint8 `[256, 4]`: the four tiers of each byte of a map.
-_TIERS_OF_BYTE = (np.arange(256, dtype=np.uint8)[:, None] >> _TIER_SHIFTS) & 3
+_TIERS_OF_BYTE = (np.arange(256, dtype=np.uint8)[:, None] >> _TIER_SHIFTS) & TIER_MAP_MASK
 
 
 class Tier(IntEnum):
-    """Name the precision that one token's keys and values are sent at.
+    """The precision that one token's keys and values are sent at.
 
     The values are the codes that segments have on the wire; of these a tier map has the first four, in two bits each.
     The protocol's enum counts from 1, because 0 stands for "unspecified" there; `wire_name` is the tier's name in it.
@@ -26,7 +27,7 @@ class Tier(IntEnum):
     INT4 = TIER_INT4
     INT8 = TIER_INT8
     FP16 = TIER_16BIT
-    NATIVE = 4
+    NATIVE = TIER_NATIVE
 
     @property
     def label(self) -> str:
@@ -57,8 +58,7 @@ def count_tiers(tiers: torch.Tensor) -> dict[Tier, int]:
         A count for every tier, 0 included.
     """
     # numpy, as elsewhere in this file: an operation takes a fraction of torch's time over so few bytes.
-    counts = np.bincount(tiers.numpy().ravel(), minlength=len(Tier)).tolist()
-    return {tier: counts[tier] for tier in Tier}
+    return dict(zip(Tier, tier_counts(tiers.numpy().ravel()), strict=True))
 
 
 def pack_tier_map(tiers: torch.Tensor) -> bytes:

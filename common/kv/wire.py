@@ -21,7 +21,7 @@ DIGEST_RECORD = struct.Struct("<III")
 
 @dataclass(frozen=True)
 class KvChunk:
-    """Hold what one KvChunk message carries.
+    """What one KvChunk message carries.
 
     Attributes:
         sequence: 0, 1, 2, … within a request.
@@ -50,7 +50,7 @@ class KvChunk:
 
 @dataclass(frozen=True)
 class ChunkTotals:
-    """Hold what End says of all chunks: how many, their payload bytes, and a SHA-256 over their checksums."""
+    """What End says of all chunks: how many, their payload bytes, and a SHA-256 over their checksums."""
 
     chunks: int
     payload_bytes: int
@@ -58,7 +58,7 @@ class ChunkTotals:
 
 
 class _Tally:
-    """Count and digest chunks, the same way on both sides."""
+    """The count and the digest of chunks, made the same way on both sides."""
 
     def __init__(self) -> None:
         self.chunks = 0
@@ -75,7 +75,7 @@ class _Tally:
 
 
 class ChunkWriter:
-    """Pack segments into numbered, checksummed chunks.
+    """What packs segments into numbered, checksummed chunks.
 
     Small segments share a chunk until it holds `target_bytes`, since a message costs about as much as 64 KiB of
     payload whatever its size. A segment is never split: encoders keep segments near the target.
@@ -137,7 +137,7 @@ class ChunkWriter:
 
 
 class ChunkReader:
-    """Check chunks as they arrive and take them apart.
+    """What checks chunks as they arrive and takes them apart.
 
     Args:
         layers: layers of the model.

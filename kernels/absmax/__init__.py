@@ -4,35 +4,18 @@ The quantizer of the SpectrumKV paper (arXiv 2606.08635), with its layout in byt
 Triton kernels.
 """
 
-from spectrumkv.kernels.absmax.dispatch import decode, encode, is_finite, prepare
-from spectrumkv.kernels.absmax.layout import (
-    FLOAT_SECTIONS,
-    FORMATS,
-    INT4,
-    INT8,
-    TIER_16BIT,
-    TIER_DROP,
-    TIER_INT4,
-    TIER_INT8,
-    CodeFormat,
-    Section,
-    body_layout,
-)
+from spectrumkv.kernels.absmax.dispatch import decode, encode, halves_are_finite, prepare
+from spectrumkv.kernels.absmax.layout import FORMATS, INT4, INT8, CodeFormat, body_layout, segment_layout
 
 __all__ = [
-    "FLOAT_SECTIONS",
     "FORMATS",
     "INT4",
     "INT8",
-    "TIER_16BIT",
-    "TIER_DROP",
-    "TIER_INT4",
-    "TIER_INT8",
     "CodeFormat",
-    "Section",
     "body_layout",
     "decode",
     "encode",
-    "is_finite",
+    "halves_are_finite",
     "prepare",
+    "segment_layout",
 ]

@@ -14,17 +14,19 @@ import torch
 from spectrumkv.kernels.absmax import cpu_sides as sides
 from spectrumkv.kernels.absmax.cpu_rows import greatest_magnitude
 from spectrumkv.kernels.absmax.cpu_vectors import ROW_ELEMENTS, streams, whole_vectors
-from spectrumkv.kernels.absmax.layout import BodyLayout, body_bytes, body_layout, count_tiers
+from spectrumkv.kernels.absmax.layout import body_layout, segment_layout
+from spectrumkv.kernels.body import BodyLayout
 from spectrumkv.kernels.jit.strided import adjacent, flat
+from spectrumkv.kernels.tiers import tier_counts
 
 _INFINITY_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
 
 
 def encode(
-    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
+    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], bodies: torch.Tensor
 ) -> None:
     """Code segments of tokens; see `dispatch.encode`."""
-    for span, of_tokens, body, layout in _segments(keys, tiers, cuts, bodies):
+    for span, of_tokens, body, layout in _segments(keys, tiers, boundaries, bodies):
         for side, states in enumerate((keys[:, span], values[:, span])):
             source = adjacent(states)
             encode_side = sides.encode_vectors if whole_vectors(source) else sides.encode_side
@@ -32,10 +34,10 @@ def encode(
 
 
 def decode(
-    bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
+    bodies: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> None:
     """Write the tokens of segments; see `dispatch.decode`."""
-    for span, of_tokens, body, layout in _segments(keys, tiers, cuts, bodies):
+    for span, of_tokens, body, layout in _segments(keys, tiers, boundaries, bodies):
         for side, states in enumerate((keys[:, span], values[:, span])):
             with _written(states) as target:
                 decode_side = sides.decode_vectors if streams(target) else sides.decode_side
@@ -43,21 +45,21 @@ def decode(
 
 
 def _segments(
-    keys: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
+    keys: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], bodies: torch.Tensor
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray, BodyLayout]]:
     """Yield for each segment its tokens, their tiers, its body, and the body's layout."""
     heads, _, head_dim = keys.shape
     all_tiers, memory, begin = tiers.numpy(), bodies.numpy(), 0
-    for first, end in pairwise(cuts):
+    for first, end in pairwise(boundaries):
         of_tokens = all_tiers[first:end]
         # The loops take any 16 bits, so it does not matter here which 16-bit dtype this is.
-        layout = body_layout(count_tiers(of_tokens), heads, head_dim, torch.float16)
+        layout = body_layout(tier_counts(of_tokens), heads, head_dim, torch.float16)
         yield slice(first, end), of_tokens, memory[begin : begin + layout.bytes], layout
         begin += layout.bytes
 
 
-def is_finite(data: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Return whether no element is infinite or NaN; see `dispatch.is_finite`."""
+def halves_are_finite(data: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Return whether no 16-bit float is infinite or NaN; see `dispatch.halves_are_finite`."""
     return bool(greatest_magnitude(data.numpy()) < _INFINITY_BITS[dtype])
 
 
@@ -76,7 +78,7 @@ def prepare(dtype: torch.dtype) -> None:
     tiers = torch.arange(4, dtype=torch.uint8)
     for head_dim in (2, ROW_ELEMENTS):
         keys, values = torch.ones(2, 1, 4, head_dim, dtype=dtype)
-        body = torch.empty(body_bytes(tiers, 1, head_dim), dtype=torch.uint8)
+        body = torch.empty(segment_layout(tiers, 1, head_dim).bytes, dtype=torch.uint8)
         encode(keys, values, tiers, (0, 4), body)
-        is_finite(body[: 4 * head_dim], torch.float16)
+        halves_are_finite(body[: 4 * head_dim], torch.float16)
         decode(body, tiers, (0, 4), keys, values)

@@ -29,7 +29,7 @@ ZERO, INFINITY = np.float32(0), np.float32(np.inf)
 
 
 @intrinsic
-def sixteen_bits(_: Any, element: Any) -> Any:
+def _sixteen_bits(_: Any, element: Any) -> Any:
     """Return an element at 16 bits: float32 rounded half to even to float16, or to infinity; others as they are."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -40,8 +40,8 @@ def sixteen_bits(_: Any, element: Any) -> Any:
 
 
 @intrinsic
-def element(_: Any, bits: Any, row: Any) -> Any:
-    """Return an element of the row's type from what `sixteen_bits` returned."""
+def _element(_: Any, bits: Any, row: Any) -> Any:
+    """Return an element of the row's type from what `_sixteen_bits` returned."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if row.dtype != types.float32:
@@ -136,7 +136,7 @@ def quantize_row(row: Any, codes: Any, largest: Any, packed: bool) -> Any:
     peak = np.int32(0)
     for i in range(row.size):
         peak = greater_magnitude(peak, to_float32(row[i]))
-    scale = sixteen_bits(float_of(peak) / largest)
+    scale = _sixteen_bits(float_of(peak) / largest)
     divisor = to_float32(scale)
     # Dividing by infinity makes the codes of a zero scale zero.
     divisor = divisor if divisor > ZERO else INFINITY
@@ -170,6 +170,30 @@ def dequantize_row(codes: Any, scale: Any, row: Any, packed: bool) -> None:
     else:
         for i in range(codes.size):
             row[i] = _rounded(np.float32(np.int8(codes[i])) * factor, row)
+
+
+@compiled
+def narrow_row(row: Any, halves: Any) -> None:
+    """Write a row at 16 bits an element.
+
+    Args:
+        row: `[head_dim]`; see the module.
+        halves: uint16 `[head_dim]`, written.
+    """
+    for i in range(row.size):
+        halves[i] = _sixteen_bits(row[i])
+
+
+@compiled
+def widen_row(halves: Any, row: Any) -> None:
+    """Write what `narrow_row` wrote back into a row.
+
+    Args:
+        halves: uint16 `[head_dim]`.
+        row: `[head_dim]`, written; see the module.
+    """
+    for i in range(row.size):
+        row[i] = _element(halves[i], row)
 
 
 @compiled

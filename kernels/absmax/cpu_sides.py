@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spectrumkv.kernels.absmax.cpu_rows import dequantize_row, element, quantize_row, sixteen_bits
+from spectrumkv.kernels.absmax.cpu_rows import dequantize_row, narrow_row, quantize_row, widen_row
 from spectrumkv.kernels.absmax.cpu_vectors import (
     quantize_int4,
     quantize_int8,
@@ -18,22 +18,16 @@ from spectrumkv.kernels.absmax.cpu_vectors import (
     streamed,
     to_float16,
 )
-from spectrumkv.kernels.absmax.layout import (
-    FLOATS,
-    INT4,
-    INT4_CODES,
-    INT4_SCALES,
-    INT8,
-    INT8_CODES,
-    INT8_SCALES,
-    TIER_16BIT,
-    TIER_INT4,
-    TIER_INT8,
-)
+from spectrumkv.kernels.absmax.layout import INT4, INT8, PLACES
 from spectrumkv.kernels.jit.compiled import compiled
 from spectrumkv.kernels.jit.llvm import to_float32
+from spectrumkv.kernels.tiers import TIER_16BIT, TIER_INT4, TIER_INT8
 
 LARGEST_INT8, LARGEST_INT4 = np.float32(INT8.largest), np.float32(INT4.largest)
+# numba picks from a tuple of tuples by numbers that it knows, and by no attribute.
+FLOATS = PLACES.floats
+INT8_CODES, INT8_SCALES = PLACES.coded(INT8)
+INT4_CODES, INT4_SCALES = PLACES.coded(INT4)
 
 
 @compiled
@@ -42,7 +36,7 @@ def section_views(body: Any, offsets: Any, shapes: Any) -> Any:
 
     Args:
         body: uint8 `[b]`.
-        offsets: six numbers; see `layout.BodyLayout`.
+        offsets: six numbers; see `spectrumkv.kernels.body.BodyLayout`.
         shapes: five tuples, likewise.
 
     Returns:
@@ -87,9 +81,7 @@ def encode_side(
             elif tier == TIER_INT8:
                 scales8[side, head, n8] = quantize_row(row, codes8[side, head, n8], LARGEST_INT8, False)
             elif tier == TIER_16BIT:
-                target = halves[side, head, n16]
-                for i in range(head_dim):
-                    target[i] = sixteen_bits(row[i])
+                narrow_row(row, halves[side, head, n16])
         n4 += tier == TIER_INT4
         n8 += tier == TIER_INT8
         n16 += tier == TIER_16BIT
@@ -136,9 +128,7 @@ def decode_side(
             elif tier == TIER_INT8:
                 dequantize_row(codes8[side, head, n8], scales8[side, head, n8], row, False)
             elif tier == TIER_16BIT:
-                source = halves[side, head, n16]
-                for i in range(head_dim):
-                    row[i] = element(source[i], row)
+                widen_row(halves[side, head, n16], row)
         n4 += tier == TIER_INT4
         n8 += tier == TIER_INT8
         n16 += tier == TIER_16BIT

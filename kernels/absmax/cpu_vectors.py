@@ -13,6 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from spectrumkv.kernels.absmax.layout import INT4, INT8
 from spectrumkv.kernels.jit.compiled import intrinsic
 from spectrumkv.kernels.jit.llvm import (
     F32,
@@ -146,13 +147,19 @@ def _encoder(summary: str, largest: float, packed: bool) -> Callable[..., Any]:
     return declared
 
 
-quantize_int8 = _encoder("Code a row at INT8, a byte for each element.", 127.0, packed=False)
-quantize_int4 = _encoder("Code a row at INT4; high nibbles are the row's second half.", 7.0, packed=True)
+quantize_int8 = _encoder("Code a row at INT8, a byte for each element.", float(INT8.largest), packed=False)
+quantize_int4 = _encoder(
+    "Code a row at INT4; high nibbles are the row's second half.", float(INT4.largest), packed=True
+)
 
 
 @intrinsic
 def to_float16(_: Any, states: Any, start: Any, elements: Any, halves: Any) -> Any:
-    """Return code that rounds a row half to even to float16, or to infinity; `halves` may lie at an odd address."""
+    """Round a row half to even to float16, or to infinity; `halves` may lie at an odd address.
+
+    Returns:
+        The intrinsic's type, and what emits its instructions.
+    """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source = pointer_to(context, builder, signature.args[0], *arguments[:2])
@@ -250,7 +257,11 @@ stream_int4 = _decoder("Write INT4 codes times the factor; high nibbles are the 
 
 @intrinsic
 def streamed(_: Any) -> Any:
-    """Return a fence: other threads see what was streamed before they see what this thread stores afterwards."""
+    """Emit a fence: other threads see what was streamed before they see what this thread stores afterwards.
+
+    Returns:
+        The intrinsic's type, and what emits its instructions.
+    """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         builder.fence("seq_cst")

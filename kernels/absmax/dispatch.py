@@ -1,16 +1,16 @@
-"""Absmax quantization of keys and values: the one place that picks an implementation by device."""
+"""Absmax quantization of keys and values: picks an implementation by the device that keys and values are on.
+
+`prepare` and `halves_are_finite` have one implementation only, for CPUs: Triton compiles at the first launch, and a
+body is looked at where it lies in memory of the host.
+"""
 
 from collections.abc import Sequence
 
 import torch
 
-from spectrumkv.kernels.absmax.layout import INT4, INT8
-
-__all__ = ["INT4", "INT8", "decode", "encode", "is_finite", "prepare"]
-
 
 def encode(
-    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
+    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], bodies: torch.Tensor
 ) -> None:
     """Code segments of tokens, each token at its own tier.
 
@@ -31,22 +31,22 @@ def encode(
         keys: float32, float16 or bfloat16 `[kv_heads, n, head_dim]`, n ≥ 1, any strides, head_dim even.
         values: like `keys`, on the same device.
         tiers: uint8 `[n]` on the CPU, codes of the wire's tier map.
-        cuts: the first token of each segment, rising from 0, and n.
+        boundaries: the first token of each segment, rising from 0, and n.
         bodies: uint8, contiguous, on the device of the keys, written from end to end: the segments' bodies, one after
             another. `layout.body_layout` says what they have; the length must be theirs.
     """
     if keys.is_cuda:
         from spectrumkv.kernels.absmax import triton
 
-        triton.encode(keys, values, tiers, cuts, bodies)
+        triton.encode(keys, values, tiers, boundaries, bodies)
     else:
         from spectrumkv.kernels.absmax import cpu
 
-        cpu.encode(keys, values, tiers, cuts, bodies)
+        cpu.encode(keys, values, tiers, boundaries, bodies)
 
 
 def decode(
-    bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
+    bodies: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> None:
     """Write every token that `encode` coded, and leave the dropped ones as they are.
 
@@ -56,18 +56,18 @@ def decode(
     Args:
         bodies: read; scales must be finite. On a CPU they may lie at an odd address and be read-only.
         tiers: uint8 `[n]` on the CPU.
-        cuts: see `encode`.
+        boundaries: see `encode`.
         keys: float32, float16 or bfloat16 `[kv_heads, n, head_dim]`, any strides, written.
         values: like `keys`, on the same device.
     """
     if keys.is_cuda:
         from spectrumkv.kernels.absmax import triton
 
-        triton.decode(bodies, tiers, cuts, keys, values)
+        triton.decode(bodies, tiers, boundaries, keys, values)
     else:
         from spectrumkv.kernels.absmax import cpu
 
-        cpu.decode(bodies, tiers, cuts, keys, values)
+        cpu.decode(bodies, tiers, boundaries, keys, values)
 
 
 def prepare(dtype: torch.dtype) -> None:
@@ -83,8 +83,8 @@ def prepare(dtype: torch.dtype) -> None:
     cpu.prepare(dtype)
 
 
-def is_finite(data: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Return whether no element is infinite or NaN.
+def halves_are_finite(data: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Return whether no 16-bit float is infinite or NaN, without a copy where they lie at an odd address.
 
     Args:
         data: uint8 `[2 m]` on the CPU, contiguous, at any address: the bytes of m elements.
@@ -92,4 +92,4 @@ def is_finite(data: torch.Tensor, dtype: torch.dtype) -> bool:
     """
     from spectrumkv.kernels.absmax import cpu
 
-    return cpu.is_finite(data, dtype)
+    return cpu.halves_are_finite(data, dtype)

@@ -4,21 +4,19 @@ Symmetric absmax quantization, as in the SpectrumKV paper (arXiv 2606.08635): th
 one KV head share the scale `absmax / largest`, and an element becomes the nearest integer multiple of it.
 """
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from typing import Generic, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 
-# The codes of the wire's tier map. A token at TIER_16BIT keeps its elements, in the model's 16-bit dtype.
-TIER_DROP, TIER_INT4, TIER_INT8, TIER_16BIT = range(4)
+from spectrumkv.kernels.body import BodyLayout, Section
+from spectrumkv.kernels.tiers import TIER_16BIT, TIER_INT4, TIER_INT8, tier_counts
 
 
 @dataclass(frozen=True)
 class CodeFormat:
-    """How integer codes are stored.
+    """A format of integer codes.
 
     Attributes:
         bits: width of one code, 8 or 4.
@@ -48,59 +46,45 @@ INT4 = CodeFormat(bits=4, largest=7)
 FORMATS = {TIER_INT8: INT8, TIER_INT4: INT4}
 
 
-@dataclass(frozen=True)
-class Section:
-    """One C-ordered array in a body.
+Each = TypeVar("Each")
+
+
+class BodySections(NamedTuple, Generic[Each]):
+    """One thing for each section of a body: its tensor, its place, its `Section`.
+
+    The order of the fields is the order of the sections in a body, and nothing else states it: what kept its 16
+    bits, then scales, then codes. Index 0 of each section is keys, 1 values. Tokens of a tier are in the order of
+    the segment.
 
     Attributes:
-        tier: the tier whose bytes these are, a code of the wire's tier map.
-        shape: of the array; a dimension may be 0.
-        dtype: of its elements.
+        floats: the model's 16-bit dtype `[2, kv_heads, n16, head_dim]`.
+        int8_scales: float16 `[2, kv_heads, n8]`.
+        int4_scales: float16 `[2, kv_heads, n4]`.
+        int8_codes: int8 `[2, kv_heads, n8, head_dim]`.
+        int4_codes: uint8 `[2, kv_heads, n4, head_dim / 2]`.
     """
 
-    tier: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    floats: Each
+    int8_scales: Each
+    int4_scales: Each
+    int8_codes: Each
+    int4_codes: Each
 
-    @property
-    def bytes(self) -> int:
-        """Length of the array."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-# Where each section stands in a body.
-FLOATS, INT8_SCALES, INT4_SCALES, INT8_CODES, INT4_CODES = range(5)
-# The first sections hold 16-bit floats, elements and scales; the others hold codes.
-FLOAT_SECTIONS = INT8_CODES
+    def coded(self, form: CodeFormat) -> tuple[Each, Each]:
+        """Return what belongs to the codes and to the scales of one format."""
+        if form == INT8:
+            return self.int8_codes, self.int8_scales
+        return self.int4_codes, self.int4_scales
 
 
-@dataclass(frozen=True)
-class BodyLayout:
-    """The sections of a body, back to back.
-
-    Attributes:
-        sections: in the order of `FLOATS` … `INT4_CODES`.
-        offsets: where each section begins, in bytes, and the body's length.
-        shapes: of the sections.
-    """
-
-    sections: tuple[Section, ...]
-    offsets: tuple[int, ...]
-    shapes: tuple[tuple[int, ...], ...]
-
-    @property
-    def bytes(self) -> int:
-        """Length of the body."""
-        return self.offsets[-1]
+# Where each section stands among the sections of a layout.
+PLACES = BodySections(*range(len(BodySections._fields)))
 
 
 # Most layers of a request have the same counts, and making a layout takes a fifth of the time of a short segment.
 @lru_cache(maxsize=1024)
 def body_layout(counts: tuple[int, ...], kv_heads: int, head_dim: int, half: torch.dtype) -> BodyLayout:
-    """Lay out the body of a segment: what kept its 16 bits, then scales, then codes, back to back.
-
-    This is the one place that knows the order. Index 0 of each array is keys, 1 values. Tokens of a tier are in the
-    order of the segment.
+    """Lay out the body of a segment, in the order of `BodySections`.
 
     Args:
         counts: how many of the segment's tokens have each tier, by its code.
@@ -112,84 +96,29 @@ def body_layout(counts: tuple[int, ...], kv_heads: int, head_dim: int, half: tor
         The sections and where they lie.
     """
     n16, n8, n4 = counts[TIER_16BIT], counts[TIER_INT8], counts[TIER_INT4]
-    sections = (
-        Section(TIER_16BIT, (2, kv_heads, n16, head_dim), half),
-        Section(TIER_INT8, (2, kv_heads, n8), torch.float16),
-        Section(TIER_INT4, (2, kv_heads, n4), torch.float16),
-        Section(TIER_INT8, (2, kv_heads, n8, INT8.code_bytes(head_dim)), INT8.dtype),
-        Section(TIER_INT4, (2, kv_heads, n4, INT4.code_bytes(head_dim)), INT4.dtype),
+    return BodyLayout(
+        BodySections(
+            floats=Section(TIER_16BIT, (2, kv_heads, n16, head_dim), half),
+            int8_scales=Section(TIER_INT8, (2, kv_heads, n8), torch.float16),
+            int4_scales=Section(TIER_INT4, (2, kv_heads, n4), torch.float16),
+            int8_codes=Section(TIER_INT8, (2, kv_heads, n8, INT8.code_bytes(head_dim)), INT8.dtype),
+            int4_codes=Section(TIER_INT4, (2, kv_heads, n4, INT4.code_bytes(head_dim)), INT4.dtype),
+        )
     )
-    offsets = tuple(accumulate((section.bytes for section in sections), initial=0))
-    return BodyLayout(sections, offsets, tuple(section.shape for section in sections))
 
 
-def count_tiers(tiers: np.ndarray) -> tuple[int, ...]:
-    """Count the tokens of each tier.
-
-    Args:
-        tiers: uint8 `[n]`, codes of the wire's tier map.
-
-    Returns:
-        A number for each code from `TIER_DROP` to `TIER_16BIT`.
-    """
-    return tuple(np.bincount(tiers, minlength=TIER_16BIT + 1).tolist())
-
-
-def body_bytes(tiers: torch.Tensor, kv_heads: int, head_dim: int) -> int:
-    """Return the length of the body of a segment.
+def segment_layout(
+    tiers: torch.Tensor, kv_heads: int, head_dim: int, half: torch.dtype = torch.float16
+) -> BodyLayout:
+    """Lay out the body of the segment whose tokens have these tiers; see `body_layout`.
 
     Args:
-        tiers: uint8 `[n]` on the CPU, those of its tokens.
+        tiers: uint8 `[n]` on the CPU.
         kv_heads: of the model.
-        head_dim: of the model.
+        head_dim: of the model, even.
+        half: the model's 16-bit dtype; lengths do not depend on it.
 
     Returns:
-        Bytes; they do not depend on which 16-bit dtype the model has.
+        The sections and where they lie.
     """
-    return body_layout(count_tiers(tiers.numpy()), kv_heads, head_dim, torch.float16).bytes
-
-
-@dataclass(frozen=True)
-class BodySections:
-    """The sections of a body as tensors; see `body_layout`.
-
-    Attributes:
-        floats: the model's 16-bit dtype `[2, kv_heads, n16, head_dim]`.
-        int8_scales: float16 `[2, kv_heads, n8]`.
-        int4_scales: float16 `[2, kv_heads, n4]`.
-        int8_codes: int8 `[2, kv_heads, n8, head_dim]`.
-        int4_codes: uint8 `[2, kv_heads, n4, head_dim / 2]`.
-    """
-
-    floats: torch.Tensor
-    int8_scales: torch.Tensor
-    int4_scales: torch.Tensor
-    int8_codes: torch.Tensor
-    int4_codes: torch.Tensor
-
-    @classmethod
-    def of(
-        cls, body: torch.Tensor, tiers: torch.Tensor, kv_heads: int, head_dim: int, half: torch.dtype
-    ) -> "BodySections":
-        """Cut a body into views.
-
-        Args:
-            body: uint8 `[body_bytes]`, at an even address.
-            tiers: uint8 `[n]` on the CPU.
-            kv_heads: of the model.
-            head_dim: of the model.
-            half: the model's 16-bit dtype.
-
-        Returns:
-            Views of `body`.
-        """
-        sections = body_layout(count_tiers(tiers.numpy()), kv_heads, head_dim, half).sections
-        pieces = torch.split(body, [section.bytes for section in sections])
-        views = (one.view(section.dtype).view(section.shape) for one, section in zip(pieces, sections, strict=True))
-        return cls(*views)
-
-    def coded(self, form: CodeFormat) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return codes and scales of one format."""
-        if form == INT8:
-            return self.int8_codes, self.int8_scales
-        return self.int4_codes, self.int4_scales
+    return body_layout(tier_counts(tiers.numpy()), kv_heads, head_dim, half)

@@ -5,15 +5,8 @@ from itertools import pairwise
 
 import torch
 
-from spectrumkv.kernels.absmax.layout import (
-    FLOAT16_MAX,
-    FORMATS,
-    INT8,
-    TIER_16BIT,
-    BodySections,
-    CodeFormat,
-    body_bytes,
-)
+from spectrumkv.kernels.absmax.layout import FLOAT16_MAX, FORMATS, INT8, BodySections, CodeFormat, segment_layout
+from spectrumkv.kernels.tiers import TIER_16BIT
 
 
 def quantize(
@@ -59,10 +52,10 @@ def dequantize(
 
 
 def encode(
-    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
+    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], bodies: torch.Tensor
 ) -> None:
     """Code segments of tokens; see `dispatch.encode`."""
-    for span, body, index in _segments(keys, tiers, cuts, bodies):
+    for span, body, index in _segments(keys, tiers, boundaries, bodies):
         for side, states in enumerate((keys[:, span], values[:, span])):
             body.floats[side].copy_(states.index_select(1, index[TIER_16BIT]))
             for tier, form in FORMATS.items():
@@ -71,10 +64,10 @@ def encode(
 
 
 def decode(
-    bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
+    bodies: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> None:
     """Write the tokens of segments; see `dispatch.decode`."""
-    for span, body, index in _segments(keys, tiers, cuts, bodies):
+    for span, body, index in _segments(keys, tiers, boundaries, bodies):
         for side, states in enumerate((keys[:, span], values[:, span])):
             states.index_copy_(1, index[TIER_16BIT], body.floats[side].to(states.dtype))
             for tier, form in FORMATS.items():
@@ -83,27 +76,36 @@ def decode(
 
 
 def _segments(
-    states: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
-) -> Iterator[tuple[slice, BodySections, dict[int, torch.Tensor]]]:
+    states: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], bodies: torch.Tensor
+) -> Iterator[tuple[slice, BodySections[torch.Tensor], dict[int, torch.Tensor]]]:
     """Yield each segment's tokens, the sections of its body, and the positions in it of each tier's tokens."""
     kv_heads, _, head_dim = states.shape
     half = torch.float16 if states.dtype == torch.float32 else states.dtype
     begin = 0
-    for first, end in pairwise(cuts):
+    for first, end in pairwise(boundaries):
         segment = tiers[first:end]
-        body = bodies[begin : begin + body_bytes(segment, kv_heads, head_dim)]
-        begin += body.numel()
+        layout = segment_layout(segment, kv_heads, head_dim, half)
+        body = BodySections(*layout.arrays(bodies[begin : begin + layout.bytes]))
+        begin += layout.bytes
         index = {tier: torch.nonzero(segment == tier).flatten().to(states.device) for tier in (*FORMATS, TIER_16BIT)}
-        yield slice(first, end), BodySections.of(body, segment, kv_heads, head_dim, half), index
+        yield slice(first, end), body, index
 
 
 def _pack(codes: torch.Tensor) -> torch.Tensor:
-    """Return packed int8 `[..., d]` in -7 … 7 to uint8 `[..., d / 2]`: element j low, element j + d/2 high."""
+    """Pack int8 codes `[..., d]` in -7 … 7 into uint8 `[..., d / 2]`: element j low, element j + d/2 high.
+
+    Returns:
+        The packed codes.
+    """
     low, high = codes.chunk(2, dim=-1)
     return ((low & 0xF) | (high << 4)).view(torch.uint8)
 
 
 def _unpack(packed: torch.Tensor) -> torch.Tensor:
-    """Return what `_pack` packed; right shifts of int8 extend the sign."""
+    """Unpack the codes that `_pack` packed; right shifts of int8 extend the sign.
+
+    Returns:
+        int8 `[..., d]`.
+    """
     signed = packed.view(torch.int8)
     return torch.cat(((signed << 4) >> 4, signed >> 4), dim=-1)

@@ -11,33 +11,22 @@ from itertools import accumulate, pairwise
 import numpy as np
 import torch
 
-from spectrumkv.kernels.absmax.layout import (
-    FLOATS,
-    INT4_CODES,
-    INT4_SCALES,
-    INT8_CODES,
-    INT8_SCALES,
-    TIER_16BIT,
-    TIER_INT4,
-    TIER_INT8,
-    body_layout,
-    count_tiers,
-)
+from spectrumkv.kernels.absmax.layout import FORMATS, PLACES, body_layout
+from spectrumkv.kernels.tiers import TIER_16BIT, tier_counts
 
 # What a tile's row of the table says, in this order; one column is left, so that a row has 32 bytes.
 TILE_COLUMNS = 8
 TIER, ORDER_START, ROWS, ROW, SECTION_ROWS, ELEMENTS_AT, SCALES_AT = range(7)
 # Which sections hold the elements and the scales of a tier. Elements at 16 bits have no scales: any section will do.
 SECTIONS_OF_TIER = {
-    TIER_16BIT: (FLOATS, FLOATS),
-    TIER_INT8: (INT8_CODES, INT8_SCALES),
-    TIER_INT4: (INT4_CODES, INT4_SCALES),
+    TIER_16BIT: (PLACES.floats, PLACES.floats),
+    **{tier: PLACES.coded(form) for tier, form in FORMATS.items()},
 }
 
 
 @dataclass(frozen=True, eq=False)
 class TileTable:
-    """What each program does.
+    """A table that tells each program of a launch what it codes.
 
     Attributes:
         order: int32 `[m]`, tokens, those of a tile side by side.
@@ -58,13 +47,13 @@ class TileTable:
 
 
 def tiles_of_segments(
-    tiers: np.ndarray, cuts: Sequence[int], kv_heads: int, head_dim: int, tile_rows: int
+    tiers: np.ndarray, boundaries: Sequence[int], kv_heads: int, head_dim: int, tile_rows: int
 ) -> TileTable:
     """Deal out segments whose bodies lie back to back.
 
     Args:
         tiers: uint8 `[n]`, codes of the wire's tier map.
-        cuts: the first token of each segment, rising from 0, and n.
+        boundaries: the first token of each segment, rising from 0, and n.
         kv_heads: of the model.
         head_dim: of the model.
         tile_rows: most tokens of a tile.
@@ -73,10 +62,10 @@ def tiles_of_segments(
         The tiles, segment by segment.
     """
     order, tiles, body_at = [], [], 0
-    for first, end in pairwise(cuts):
+    for first, end in pairwise(boundaries):
         segment = tiers[first:end]
         order.append(np.argsort(segment, kind="stable") + first)
-        counts = count_tiers(segment)
+        counts = tier_counts(segment)
         starts = [first + before for before in accumulate(counts, initial=0)]
         # Offsets do not depend on which 16-bit dtype the model has.
         offsets = body_layout(counts, kv_heads, head_dim, torch.float16).offsets

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from spectrumkv.kernels import tiers as tier_codes
 from spectrumkv.kernels.absmax import layout, tiles
 
 # Elements of one program: enough to keep 128 threads busy, few enough to stay in registers.
@@ -22,7 +23,7 @@ COLUMNS = tl.constexpr(tiles.TILE_COLUMNS)
 TIER, ORDER_START = tl.constexpr(tiles.TIER), tl.constexpr(tiles.ORDER_START)
 ROWS, ROW, SECTION_ROWS = tl.constexpr(tiles.ROWS), tl.constexpr(tiles.ROW), tl.constexpr(tiles.SECTION_ROWS)
 ELEMENTS_AT, SCALES_AT = tl.constexpr(tiles.ELEMENTS_AT), tl.constexpr(tiles.SCALES_AT)
-TIER_16BIT, TIER_INT8 = tl.constexpr(layout.TIER_16BIT), tl.constexpr(layout.TIER_INT8)
+TIER_16BIT, TIER_INT8 = tl.constexpr(tier_codes.TIER_16BIT), tl.constexpr(tier_codes.TIER_INT8)
 LARGEST_INT8, LARGEST_INT4 = tl.constexpr(layout.INT8.largest), tl.constexpr(layout.INT4.largest)
 ABSOLUTE_BITS = tl.constexpr(0x7FFFFFFF)
 # 1.5 · 2^23: a float32 next to it has no fractional bits, so adding it rounds half to even.
@@ -229,31 +230,31 @@ def _kernel(
 
 
 def encode(
-    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
+    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], bodies: torch.Tensor
 ) -> None:
     """Code segments of tokens; see `dispatch.encode`. CPU tensors work under `TRITON_INTERPRET=1` only."""
-    encoding(keys, values, tiers, cuts, bodies)()
+    encoding(keys, values, tiers, boundaries, bodies)()
 
 
 def decode(
-    bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
+    bodies: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> None:
     """Write the tokens of segments; see `dispatch.decode`. CPU tensors work under `TRITON_INTERPRET=1` only."""
-    decoding(bodies, tiers, cuts, keys, values)()
+    decoding(bodies, tiers, boundaries, keys, values)()
 
 
 def encoding(
-    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], bodies: torch.Tensor
+    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], bodies: torch.Tensor
 ) -> Callable[[], None]:
     """Return what runs `encode` with these arguments: one launch and nothing else, as CUDA graphs want it."""
-    return _prepared(_encode_tile, keys, values, tiers, cuts, bodies)
+    return _prepared(_encode_tile, keys, values, tiers, boundaries, bodies)
 
 
 def decoding(
-    bodies: torch.Tensor, tiers: torch.Tensor, cuts: Sequence[int], keys: torch.Tensor, values: torch.Tensor
+    bodies: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> Callable[[], None]:
     """Return what runs `decode` with these arguments; see `encoding`."""
-    return _prepared(_decode_tile, keys, values, tiers, cuts, bodies)
+    return _prepared(_decode_tile, keys, values, tiers, boundaries, bodies)
 
 
 def _prepared(
@@ -261,14 +262,14 @@ def _prepared(
     keys: torch.Tensor,
     values: torch.Tensor,
     tiers: torch.Tensor,
-    cuts: Sequence[int],
+    boundaries: Sequence[int],
     bodies: torch.Tensor,
 ) -> Callable[[], None]:
     """Return what runs `code_tile` on every tile, KV head and side."""
     kv_heads, _, head_dim = keys.shape
     padded_half: int = triton.next_power_of_2(head_dim // 2)
     rows = max(1, TILE_ELEMENTS // (2 * padded_half))
-    table = tiles.tiles_of_segments(tiers.numpy(), cuts, kv_heads, head_dim, rows)
+    table = tiles.tiles_of_segments(tiers.numpy(), boundaries, kv_heads, head_dim, rows)
     half = torch.float16 if keys.dtype == torch.float32 else keys.dtype
     floats, scales = bodies.view(half), bodies.view(torch.float16)
     order, rows_of_tiles = table.on(keys.device)

@@ -128,7 +128,11 @@ def _lane_sums(builder: Any, vectors: list[Any]) -> Any:
 
 @intrinsic
 def _dots(_: Any, row: Any, row_start: Any, memory: Any, start: Any, elements: Any, dots: Any, offset: Any) -> Any:
-    """Return code that writes the dot products of one row with the `LANES` rows from `start` in memory on."""
+    """Write the dot products of one row with the `LANES` rows from `start` in memory on.
+
+    Returns:
+        The intrinsic's type, and what emits its instructions.
+    """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         left = pointer_to(context, builder, signature.args[0], *arguments[:2])

@@ -170,7 +170,11 @@ def weigh(weights: Any, memory: Any, start: int, count: int, product: Any) -> No
 def _transpose_square(
     _: Any, matrix: Any, start: Any, stride: Any, transposed: Any, transposed_start: Any, transposed_stride: Any
 ) -> Any:
-    """Return code that transposes `LANES` rows of as many floats; see `exchanged_lanes`."""
+    """Transpose `LANES` rows of as many floats; see `exchanged_lanes`.
+
+    Returns:
+        The intrinsic's type, and what emits its instructions.
+    """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source = pointer_to(context, builder, signature.args[0], *arguments[:2])

@@ -163,7 +163,11 @@ READ, OFTEN, DATA = 0, 3, 1
 
 @intrinsic
 def _fetch_line(_: Any, array: Any, index: Any) -> Any:
-    """Return code that asks for the line of the cache that holds an element, and does not wait for it."""
+    """Ask for the line of the cache that holds an element, and do not wait for it.
+
+    Returns:
+        The intrinsic's type, and what emits its instructions.
+    """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data

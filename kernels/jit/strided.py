@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 # numba has no type for these; the loops know what stands for what (see `llvm.to_float32`).
-_STAND_INS = {torch.float16: torch.uint16, torch.bfloat16: torch.int16, torch.int8: torch.uint8}
+_NUMBA_DTYPES = {torch.float16: torch.uint16, torch.bfloat16: torch.int16, torch.int8: torch.uint8}
 
 
 def array(tensor: torch.Tensor) -> Any:
@@ -21,8 +21,8 @@ def array(tensor: torch.Tensor) -> Any:
     Returns:
         An array of the same shape and memory; uint16 stands for float16, int16 for bfloat16, uint8 for int8.
     """
-    stand_in = _STAND_INS.get(tensor.dtype)
-    return (tensor if stand_in is None else tensor.view(stand_in)).numpy()
+    known = _NUMBA_DTYPES.get(tensor.dtype)
+    return (tensor if known is None else tensor.view(known)).numpy()
 
 
 def adjacent(states: torch.Tensor) -> torch.Tensor:

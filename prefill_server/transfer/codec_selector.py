@@ -1,8 +1,8 @@
-"""Chooses between a policy's own codec and its cheaper stand-in, by what earlier requests took.
+"""Chooses between a policy's own codec and its cheaper fallback, by what earlier requests took.
 
 Coding runs while the prompt is computed and while earlier bytes travel. Where coding takes no longer than either, its
 quality is free. Where the model and the link are both faster than the coder (a GPU's prefill, a fast network), the
-request would wait for the coder; then the stand-in writes the same bit allocation.
+request would wait for the coder; then the fallback writes the same bit allocation.
 """
 
 import statistics
@@ -21,13 +21,13 @@ WORTH_SECONDS = 0.05
 REMEMBERED, ENOUGH = 9, 3
 # The link is the bottleneck if requests wait for it at least this fraction of the time spent on coding.
 LINK_SHARE = 0.1
-# Room for framing: the least budget of the stand-in times this must fit the request's.
+# Room for framing: the least budget of the fallback times this must fit the request's.
 FRAMING_ROOM = 1.02
 
 
 @dataclass
 class RunningMedian:
-    """Keep the median of the latest measurements, in seconds per unit."""
+    """The median of the latest measurements, in seconds per unit."""
 
     measured: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
 
@@ -48,7 +48,7 @@ class RunningMedian:
 
 @dataclass
 class CodecSelector:
-    """Choose the codec of each request, and learn from each.
+    """What chooses the codec of each request by what earlier requests took.
 
     Attributes:
         geometry: shape and dtype of the model's cache.
@@ -63,16 +63,16 @@ class CodecSelector:
     links: dict[str, RunningMedian] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def stand_in(self, plan: KvPlan) -> Codec | None:
+    def fallback(self, plan: KvPlan) -> Codec | None:
         """Return the cheaper codec that may write a request's KV within its budget; None where there is none.
 
         Args:
             plan: of the request.
         """
-        stand_in = plan.stand_in
-        if stand_in is None or plan.budget < FRAMING_ROOM * stand_in.least_byte_budget(self.geometry):
+        fallback = plan.fallback
+        if fallback is None or plan.budget < FRAMING_ROOM * fallback.least_byte_budget(self.geometry):
             return None
-        return stand_in
+        return fallback
 
     def select(self, plan: KvPlan, tokens: int, worker: str, lacks_basis: bool = False) -> KvPlan:
         """Settle the codec of a request.
@@ -84,19 +84,19 @@ class CodecSelector:
             lacks_basis: whether that worker has not received the basis yet.
 
         Returns:
-            The plan, or the same plan written by the stand-in.
+            The plan, or the same plan written by the fallback.
         """
-        stand_in = self.stand_in(plan)
-        if stand_in is None:
+        fallback = self.fallback(plan)
+        if fallback is None:
             return plan
         if lacks_basis and plan.codec.needs_basis:
             reason = f"{worker} has not received the codec's basis yet"
         else:
             reason = self._reason(plan.budget, tokens, worker)
-        return plan.written_by(stand_in, reason) if reason else plan
+        return plan.with_fallback(fallback, reason) if reason else plan
 
     def _reason(self, byte_budget: float, tokens: int, worker: str) -> str:
-        """Return why the stand-in should be used; nothing where it should not."""
+        """Return why the fallback should be used; nothing where it should not."""
         with self._lock:
             coder, prefill = self.coder.seconds, self.prefill.seconds
             link = self.links.get(worker, RunningMedian()).seconds
@@ -114,8 +114,10 @@ class CodecSelector:
     def observe(self, plan: KvPlan, tokens: int, worker: str, prefill_seconds: float, sent: SentKv) -> None:
         """Learn from a request that was sent to the end.
 
-        Nothing is learned where coding took less than `WORTH_SECONDS`: the time per token of a short prompt says
-        nothing of a long one.
+        A request that a slow codec wrote times the coder, the model and the link, if coding took `WORTH_SECONDS` or
+        more: the time per token of a short prompt says nothing of a long one. A request that was given the fallback
+        times the model and the link, however short it is; otherwise nobody would notice that the link became slow.
+        Other requests teach nothing.
 
         Args:
             plan: as it was carried out.
@@ -124,12 +126,12 @@ class CodecSelector:
             prefill_seconds: that the model's forward pass took.
             sent: what left, and the time that took.
         """
-        coded = plan.codec.stand_in is not None
-        if not plan.codec_reason and not (coded and sent.coder_seconds >= WORTH_SECONDS):
+        times_coder = plan.codec.may_hold_up_requests and sent.coder_seconds >= WORTH_SECONDS
+        if not (times_coder or plan.uses_fallback):
             return
         with self._lock:
             self.prefill.add(prefill_seconds, tokens)
-            if coded:
+            if times_coder:
                 self.coder.add(sent.coder_seconds, tokens)
             self.links.setdefault(worker, RunningMedian()).add(_link_seconds(sent), sent.message_bytes)
 

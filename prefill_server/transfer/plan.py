@@ -25,7 +25,7 @@ SCOPES = ("layer", "model")
 
 @dataclass(frozen=True)
 class KvPlan:
-    """Say how one request's KV is scored, tiered and coded.
+    """The way in which one request's KV is scored, tiered and coded.
 
     Attributes:
         policy: gives tokens their tiers.
@@ -37,7 +37,8 @@ class KvPlan:
         seed: for scorers and policies that draw.
         basis: the model's, for codecs that need one; None where there is none.
         codec_is_open: whether the request left the codec to the server.
-        codec_reason: why another codec stands in for the policy's own; empty where none does.
+        uses_fallback: whether the fallback of the policy's own codec writes the plan.
+        codec_reason: why it does, for people; empty where it does not.
     """
 
     policy: Policy
@@ -49,6 +50,7 @@ class KvPlan:
     seed: int
     basis: Basis | None = None
     codec_is_open: bool = False
+    uses_fallback: bool = False
     codec_reason: str = ""
 
     def __post_init__(self) -> None:
@@ -102,19 +104,19 @@ class KvPlan:
         )
 
     @property
-    def stand_in(self) -> Codec | None:
+    def fallback(self) -> Codec | None:
         """Return the cheaper codec that may write the same bit allocation; None if the request named its codec."""
-        name = self.codec.stand_in
+        name = self.codec.fallback
         return codecs.get(name) if name is not None and self.codec_is_open else None
 
-    def written_by(self, codec: Codec, reason: str) -> "KvPlan":
-        """Return the same plan, written by another codec.
+    def with_fallback(self, fallback: Codec, reason: str) -> "KvPlan":
+        """Return the same plan, written by the fallback of its codec.
 
         Args:
-            codec: writes the policy.
+            fallback: see `fallback`.
             reason: for people.
         """
-        return replace(self, codec=codec, codec_reason=reason)
+        return replace(self, codec=fallback, uses_fallback=True, codec_reason=reason)
 
     @property
     def streams_chunks(self) -> bool:
@@ -178,10 +180,10 @@ def check_defaults(config: PrefillConfig) -> None:
             the policy's range.
     """
     codec = codecs.get(config.codec)
-    if not codec.writes_spectrum:
+    if not codec.writes_all_tiers:
         raise InvalidArgumentError(
             f"--codec is {codec.name!r}, which does not write all tiers; it is for policies that name no codec of "
-            f"their own: {', '.join(name for name in codecs if codecs.get(name).writes_spectrum)}"
+            f"their own: {', '.join(name for name in codecs if codecs.get(name).writes_all_tiers)}"
         )
     policy, _, _ = _named(prefill_pb2.KvOptions(), config)
     if config.budget is not None:

@@ -61,7 +61,7 @@ class WorkerPool:
         self._turns = itertools.cycle(range(len(self._workers)))
 
     def offer(
-        self, slots: int, scope: RpcScope, needs_basis: bool = False, may_stand_in: bool = False
+        self, slots: int, scope: RpcScope, needs_basis: bool = False, may_fall_back: bool = False
     ) -> Iterator[Dispatch]:
         """Offer a request one worker after another, until one serves it.
 
@@ -76,7 +76,7 @@ class WorkerPool:
             slots: what the request will reserve.
             scope: the client's RPC.
             needs_basis: whether the request's codec needs the basis; workers that have it are then offered first.
-            may_stand_in: whether another codec may write the KV where the upload of the basis takes long.
+            may_fall_back: whether another codec may write the KV where the upload of the basis takes long.
 
         Yields:
             A dispatch to each worker. Where its block ends without an error of the worker, it is the last one.
@@ -96,9 +96,9 @@ class WorkerPool:
             dispatch = Dispatch(worker, slots, scope)
             yield dispatch
             if isinstance(dispatch.error, BasisMissingError):
-                patience = min(BASIS_SECONDS, scope.seconds_remaining / 2) if may_stand_in else None
+                patience = min(BASIS_SECONDS, scope.seconds_remaining / 2) if may_fall_back else None
                 delivered = dispatch.wait_for_basis(patience)
-                if delivered or (may_stand_in and isinstance(dispatch.error, BasisMissingError)):
+                if delivered or (may_fall_back and isinstance(dispatch.error, BasisMissingError)):
                     dispatch = Dispatch(worker, slots, scope, lacks_basis=not delivered)
                     yield dispatch
             if dispatch.error is None:

@@ -28,7 +28,7 @@ LEAST_FIXED_BUDGET = 0.3
 def coded_as(kv: KvChoice) -> tuple[KvChoice, ...]:
     """Where prefill may choose the codec for `kv` by itself, `kv` with each one named; else `kv`."""
     chosen = kv.policy in (None, "spectral") and (kv.budget or LEAST_FIXED_BUDGET) >= LEAST_FIXED_BUDGET
-    written_by = ("spectral", codecs.get("spectral").stand_in)
+    written_by = ("spectral", codecs.get("spectral").fallback)
     return tuple(replace(kv, codec=codec) for codec in written_by) if chosen else (kv,)
 
 

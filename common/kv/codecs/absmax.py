@@ -5,7 +5,6 @@ proto/spectrumkv/v1/kv.proto and computed in `spectrumkv.kernels.absmax.layout`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -13,12 +12,13 @@ import torch
 from spectrumkv.common.errors import DataLossError, InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.codecs import body as bodies
 from spectrumkv.common.kv.codecs.base import codecs
-from spectrumkv.common.kv.codecs.body import Section
 from spectrumkv.common.kv.codecs.tiered import EncodedSegment, TierCodec
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.tiers import Tier, count_tiers
+from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.kernels import absmax as kernels
-from spectrumkv.kernels.absmax import FLOAT_SECTIONS, FORMATS
+from spectrumkv.kernels.absmax import FORMATS
+from spectrumkv.kernels.body import BodyLayout
+from spectrumkv.kernels.tiers import tier_counts
 
 TIERS = frozenset({Tier.DROP, Tier.INT4, Tier.INT8, Tier.FP16})
 # By device. Offsets of one launch on a GPU have 32 bits, and a segment fits a chunk of 1 MiB.
@@ -26,7 +26,7 @@ SEGMENTS_AT_ONCE = {"cpu": 1, "cuda": 1024}
 
 
 class AbsmaxCodec(TierCodec):
-    """Code tokens at FP16, INT8 or INT4, or leave them out; see `TierCodec`."""
+    """The codec that writes tokens at FP16, INT8 or INT4, or leaves them out; see `TierCodec`."""
 
     name = "absmax"
     version = 1
@@ -54,7 +54,7 @@ class AbsmaxCodec(TierCodec):
         keys: torch.Tensor,
         values: torch.Tensor,
         tiers: torch.Tensor,
-        cuts: Sequence[int],
+        boundaries: Sequence[int],
         geometry: KvGeometry,
     ) -> Iterator[EncodedSegment]:
         """Code segments one by one on a CPU, where the first is sent before the last is coded; together on a GPU.
@@ -63,34 +63,34 @@ class AbsmaxCodec(TierCodec):
             keys: the model's dtype `[kv_heads, n, head_dim]`, any strides.
             values: like `keys`, on the same device.
             tiers: uint8 `[n]` on the CPU, values of `Tier`.
-            cuts: the first token of each segment, rising from 0, and n.
+            boundaries: the first token of each segment, rising from 0, and n.
             geometry: shape and dtype of the model's cache.
 
         Yields:
             The segments in order; see `encode`.
         """
         at_once = SEGMENTS_AT_ONCE[keys.device.type]
-        for first in range(0, len(cuts) - 1, at_once):
-            part = cuts[first : first + at_once + 1]
+        for first in range(0, len(boundaries) - 1, at_once):
+            part = boundaries[first : first + at_once + 1]
             span = slice(part[0], part[-1])
-            own_cuts = [cut - part[0] for cut in part]
-            yield from self._encode(keys[:, span], values[:, span], tiers[span], own_cuts, geometry)
+            own_boundaries = [boundary - part[0] for boundary in part]
+            yield from self._encode(keys[:, span], values[:, span], tiers[span], own_boundaries, geometry)
 
     def _encode(
         self,
         keys: torch.Tensor,
         values: torch.Tensor,
         tiers: torch.Tensor,
-        cuts: Sequence[int],
+        boundaries: Sequence[int],
         geometry: KvGeometry,
     ) -> Iterator[EncodedSegment]:
         """Yield all segments, coded in one call of the kernel and brought to the host in one copy."""
         bodies.check_states(keys, values, tiers, geometry)
-        spans = [slice(first, end) for first, end in pairwise(cuts)]
+        spans = [slice(first, end) for first, end in pairwise(boundaries)]
         layouts = [_layout_to_send(tiers[span], geometry) for span in spans]
-        sizes = [bodies.body_bytes(layout) for layout in layouts]
+        sizes = [layout.bytes for layout in layouts]
         on_device = torch.empty(sum(sizes), dtype=torch.uint8, device=keys.device)
-        kernels.encode(keys, values, tiers, cuts, on_device)
+        kernels.encode(keys, values, tiers, boundaries, on_device)
         for span, layout, body in zip(spans, layouts, torch.split(bodies.to_host(on_device), sizes), strict=True):
             # Here and not on the device, which would have to be waited for once more.
             _check_sent(body, layout, {"keys": keys[:, span], "values": values[:, span]}, tiers[span])
@@ -121,12 +121,12 @@ class AbsmaxCodec(TierCodec):
                 infinite or NaN.
         """
         bodies.check_states(keys, values, tiers, geometry)
-        counts = count_tiers(tiers)
+        counts = tier_counts(tiers.numpy())
         if counts[Tier.NATIVE]:
             raise DataLossError(
                 f"a segment of codec absmax has {counts[Tier.NATIVE]} tokens at tier NATIVE", reason="tier"
             )
-        layout = sections(counts, geometry)
+        layout = _layout(counts, geometry)
         bodies.check_length(body, layout)
         # Before the body moves: looking at a GPU's scales would wait for it.
         _check_received_scales(body, layout)
@@ -137,56 +137,49 @@ class AbsmaxCodec(TierCodec):
 codecs.register(AbsmaxCodec.name)(AbsmaxCodec())
 
 
-def sections(counts: dict[Tier, int], geometry: KvGeometry) -> Sequence[Section]:
-    """Return the layout of a body; see `spectrumkv.kernels.absmax.body_layout`.
+def _layout(counts: tuple[int, ...], geometry: KvGeometry) -> BodyLayout:
+    """Lay out a body; see `spectrumkv.kernels.absmax.layout.body_layout`.
 
     Args:
-        counts: the segment's tokens at each tier.
+        counts: the segment's tokens at each tier, by its code.
         geometry: shape and dtype of the model's cache.
 
     Returns:
-        What kept its 16 bits, then scales, then codes.
+        The layout.
     """
-    return _sections(tuple(counts[tier] for tier in Tier), geometry)
+    return kernels.body_layout(counts, geometry.kv_heads, geometry.head_dim, geometry.half_dtype)
 
 
-@lru_cache(maxsize=1024)
-def _sections(counts: tuple[int, ...], geometry: KvGeometry) -> Sequence[Section]:
-    """Return `sections` for the numbers of tokens of all tiers, in the order of `Tier`."""
-    layout = kernels.body_layout(counts, geometry.kv_heads, geometry.head_dim, geometry.half_dtype)
-    return tuple(Section(Tier(section.tier), section.shape, section.dtype) for section in layout.sections)
-
-
-def _layout_to_send(tiers: torch.Tensor, geometry: KvGeometry) -> Sequence[Section]:
-    """Return the layout of a segment with these tiers.
+def _layout_to_send(tiers: torch.Tensor, geometry: KvGeometry) -> BodyLayout:
+    """Lay out the body of a segment with these tiers.
 
     Args:
         tiers: uint8 `[n]` on the CPU.
         geometry: shape and dtype of the model's cache.
 
     Returns:
-        The sections of its body.
+        The layout.
 
     Raises:
         InvalidArgumentError: the codec does not have one of them.
     """
-    counts = count_tiers(tiers)
+    counts = tier_counts(tiers.numpy())
     if counts[Tier.NATIVE]:
         raise InvalidArgumentError(
             f"{counts[Tier.NATIVE]} tokens are at tier NATIVE, which codec absmax does not have; "
             f"valid: {', '.join(tier.name for tier in sorted(TIERS))}"
         )
-    return sections(counts, geometry)
+    return _layout(counts, geometry)
 
 
 def _check_sent(
-    body: torch.Tensor, layout: Sequence[Section], states: Mapping[str, torch.Tensor], tiers: torch.Tensor
+    body: torch.Tensor, layout: BodyLayout, states: Mapping[str, torch.Tensor], tiers: torch.Tensor
 ) -> None:
     """Refuse elements that their tier cannot hold: they left something infinite or NaN in the body.
 
     Args:
         body: uint8, as it is sent.
-        layout: its sections.
+        layout: of the body.
         states: "keys" and "values" as they came, each `[kv_heads, n, head_dim]`.
         tiers: uint8 `[n]` on the CPU.
 
@@ -194,10 +187,10 @@ def _check_sent(
         NotFiniteError: an element is infinite or NaN.
         InvalidArgumentError: an element is too large for the tier of its token.
     """
-    for section, floats in zip(layout[:FLOAT_SECTIONS], _floats(body, layout), strict=True):
-        if kernels.is_finite(floats, section.dtype):
+    for section, data in zip(layout.sections, layout.split(body), strict=True):
+        if not section.dtype.is_floating_point or kernels.halves_are_finite(data, section.dtype):
             continue
-        sides = floats.clone().view(section.dtype).view(section.shape)
+        sides = data.clone().view(section.dtype).view(section.shape)
         side = 0 if not bodies.is_finite(sides[0]) else 1
         name, sent = list(states.items())[side]
         if section.tier == Tier.FP16:
@@ -208,32 +201,27 @@ def _check_sent(
         coded = sent[:, (tiers == section.tier).to(sent.device)]
         kind = InvalidArgumentError if bool(coded.isfinite().all()) else NotFiniteError
         raise kind(
-            f"{name} of {broken} of {sides[side].numel()} token-heads cannot be coded at tier {section.tier.name}: "
-            f"they hold an element that is infinite, NaN, or beyond ±{largest:.6g}"
+            f"{name} of {broken} of {sides[side].numel()} token-heads cannot be coded at tier "
+            f"{Tier(section.tier).name}: they hold an element that is infinite, NaN, or beyond ±{largest:.6g}"
         )
 
 
-def _check_received_scales(body: torch.Tensor, layout: Sequence[Section]) -> None:
+def _check_received_scales(body: torch.Tensor, layout: BodyLayout) -> None:
     """Refuse a body with scales that are infinite or NaN.
 
     Args:
         body: uint8, as it arrived.
-        layout: its sections.
+        layout: of the body.
 
     Raises:
         DataLossError: with the reason `scale`.
     """
-    for section, floats in zip(layout[:FLOAT_SECTIONS], _floats(body, layout), strict=True):
-        if section.tier != Tier.FP16 and not kernels.is_finite(floats, section.dtype):
-            scales = floats.clone().view(section.dtype)
+    for section, data in zip(layout.sections, layout.split(body), strict=True):
+        is_scale = section.dtype.is_floating_point and section.tier != Tier.FP16
+        if is_scale and not kernels.halves_are_finite(data, section.dtype):
+            scales = data.clone().view(section.dtype)
             broken = int((~scales.isfinite()).sum())
             raise DataLossError(
-                f"{broken} of {scales.numel()} {section.tier.name} scales of a segment are infinite or NaN",
+                f"{broken} of {scales.numel()} {Tier(section.tier).name} scales of a segment are infinite or NaN",
                 reason="scale",
             )
-
-
-def _floats(body: torch.Tensor, layout: Sequence[Section]) -> tuple[torch.Tensor, ...]:
-    """Return the bytes of the sections that hold 16-bit floats: elements and scales, which precede all codes."""
-    sizes = [section.bytes for section in layout]
-    return torch.split(body, [*sizes[:FLOAT_SECTIONS], sum(sizes[FLOAT_SECTIONS:])])[:FLOAT_SECTIONS]

@@ -26,12 +26,12 @@ from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.registry import Registry
 
-# What a codec must be able to write for policies that do not name one.
-SPECTRUM = frozenset({Tier.DROP, Tier.INT4, Tier.INT8, Tier.FP16})
+# What policies give tokens. Those that name no codec leave it to one that can write all of these.
+POLICY_TIERS = frozenset({Tier.DROP, Tier.INT4, Tier.INT8, Tier.FP16})
 
 
 class Basis(Protocol):
-    """Carry what both sides of a codec must have in common for one model, such as a transform that was calibrated."""
+    """What both sides of a codec must have in common for one model, such as a transform that was calibrated."""
 
     @property
     def digest(self) -> bytes:
@@ -46,7 +46,7 @@ class Basis(Protocol):
 
 @dataclass(frozen=True)
 class EncoderRequest:
-    """Tell a codec what to encode: one prompt, and how.
+    """One prompt and how to encode it.
 
     Attributes:
         policy: gives tokens their tiers, or leaves them to the codec.
@@ -99,7 +99,7 @@ class EncoderRequest:
 
 
 class KvEncoder(Protocol):
-    """Code the layers of one prompt."""
+    """What codes the layers of one prompt."""
 
     def encode(self, capture: LayerCapture) -> Iterator[KvSegment]:
         """Take the next layer, in the model's order, and yield the segments that are ready.
@@ -118,7 +118,7 @@ class KvEncoder(Protocol):
 
 
 class SegmentDecoder(Protocol):
-    """Decode the segments of one request."""
+    """What decodes the segments of one request."""
 
     def decode(self, segment: KvSegment, keys: torch.Tensor, values: torch.Tensor) -> Mapping[Tier, int]:
         """Write a segment's tokens; leave dropped tokens' elements alone.
@@ -138,22 +138,22 @@ class SegmentDecoder(Protocol):
 
 
 class Codec(ABC):
-    """Make encoders and decoders of one byte layout.
+    """One byte layout, with the encoders and decoders for it.
 
     Attributes:
         name: as requests and Begin give it.
         version: of the layout.
         tiers: that its tokens can have.
         needs_basis: whether both sides need the same `Basis`.
-        stand_in: name of a cheaper codec that may write the same bit allocation where this one is slower than the
-            link; None where there is none.
+        fallback: name of a cheaper codec that may write the same bit allocation where this one would hold a
+            request up; None where there is none.
     """
 
     name: str
     version: int
     tiers: frozenset[Tier]
     needs_basis: bool = False
-    stand_in: str | None = None
+    fallback: str | None = None
 
     @abstractmethod
     def encoder(self, request: EncoderRequest) -> KvEncoder:
@@ -186,16 +186,17 @@ class Codec(ABC):
         """
 
     @property
-    def writes_spectrum(self) -> bool:
+    def may_hold_up_requests(self) -> bool:
+        """Tell whether coding can be what a request waits for. A codec for which that holds names a fallback."""
+        return self.fallback is not None
+
+    @property
+    def writes_all_tiers(self) -> bool:
         """Tell whether the codec writes every tier that policies give."""
-        return self.tiers >= SPECTRUM
+        return self.tiers >= POLICY_TIERS
 
     def writes(self, policy: Policy) -> bool:
-        """Return whether the codec can write what a policy allocates.
-
-        Args:
-            policy: any.
-        """
+        """Return whether the codec can write what a policy allocates."""
         return policy.codec == self.name
 
     def check_policy(self, policy: Policy) -> None:
@@ -219,11 +220,7 @@ class Codec(ABC):
         )
 
     def least_byte_budget(self, geometry: KvGeometry) -> float:
-        """Return the least byte budget that the codec can keep to, framing left out; 0 where it meets any.
-
-        Args:
-            geometry: shape and dtype of the model's cache.
-        """
+        """Return the least byte budget that the codec can keep to, framing left out; 0 where it meets any."""
         return 0.0
 
     def tier_allocation(self, request: EncoderRequest, token_bytes: Mapping[Tier, float]) -> TierAllocation:
@@ -241,6 +238,26 @@ class Codec(ABC):
             InternalError: the codec has no bit allocation of its own.
         """
         raise InternalError(f"codec {self.name!r} has no bit allocation of its own")
+
+    def parse_basis(self, data: bytes, geometry: KvGeometry) -> Basis:
+        """Read a basis as it travels, and check all that can be wrong with it before KV is coded in it.
+
+        Args:
+            data: what `Basis.serialized` gave on the other side.
+            geometry: shape and dtype of the model's cache.
+
+        Returns:
+            The basis.
+
+        Raises:
+            InvalidArgumentError: it is no basis of this codec, or not one for this model.
+            InternalError: the codec needs no basis.
+        """
+        raise InternalError(f"codec {self.name!r} needs no basis")
+
+    def largest_basis_bytes(self, geometry: KvGeometry) -> int:
+        """Return the most bytes that a serialized basis for a model's cache can have; 0 where none is needed."""
+        return 0
 
     def basis_digest(self, basis: Basis | None) -> bytes:
         """Return the digest by which Begin names the basis; empty for codecs that need none.

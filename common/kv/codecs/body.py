@@ -1,71 +1,21 @@
-"""What the bodies of codecs have in common: sections back to back, in memory of the host.
+"""What codecs do with bodies besides laying them out: bring them to the host, refuse what is wrong with them."""
 
-A codec lists its sections once; encoding and decoding both cut the same body into the same views, so the two
-cannot disagree about an offset.
-"""
-
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
 
 from spectrumkv.common.errors import DataLossError, InternalError, InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier
+from spectrumkv.kernels.body import BodyLayout
 
 
-@dataclass(frozen=True)
-class Section:
-    """Describe one C-ordered array in a body.
-
-    Attributes:
-        tier: the tier whose bytes these are.
-        shape: of the array; a dimension may be 0.
-        dtype: of its elements.
-    """
-
-    tier: Tier
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def bytes(self) -> int:
-        """Count the array's bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def body_bytes(sections: Iterable[Section]) -> int:
-    """Return the bytes of a body of these sections."""
-    return sum(section.bytes for section in sections)
-
-
-def bytes_by_tier(sections: Iterable[Section], tiers: Iterable[Tier]) -> dict[Tier, int]:
-    """Return the bytes that each of `tiers` takes of a body of these sections."""
+def bytes_by_tier(layout: BodyLayout, tiers: Iterable[Tier]) -> dict[Tier, int]:
+    """Return the bytes that each of `tiers` takes of a body."""
     taken = dict.fromkeys(sorted(tiers), 0)
-    for section in sections:
-        taken[section.tier] += section.bytes
+    for section, length in zip(layout.sections, layout.lengths, strict=True):
+        taken[Tier(section.tier)] += length
     return taken
-
-
-def cut(body: torch.Tensor, sections: Sequence[Section]) -> list[torch.Tensor]:
-    """Cut a body into its sections, as views of it wherever its alignment allows.
-
-    Args:
-        body: uint8 `[body_bytes(sections)]`, contiguous.
-        sections: in the order of the layout.
-
-    Returns:
-        A tensor of each section's shape and dtype.
-    """
-    views = []
-    for part, section in zip(torch.split(body, [section.bytes for section in sections]), sections, strict=True):
-        # Torch views bytes as wider elements only at a multiple of their width from the start of their
-        # storage. A body that `encode` made or that arrived in a chunk has its own storage, or none is wider.
-        if part.storage_offset() % section.dtype.itemsize:
-            part = part.clone()
-        views.append(part.view(section.dtype).view(section.shape))
-    return views
 
 
 def to_host(body: torch.Tensor) -> torch.Tensor:
@@ -115,20 +65,19 @@ def check_states(keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, 
             )
 
 
-def check_length(body: torch.Tensor, sections: Sequence[Section]) -> None:
+def check_length(body: torch.Tensor, layout: BodyLayout) -> None:
     """Refuse a body that is cut off, or longer than its tiers explain.
 
     Args:
         body: uint8 `[b]`.
-        sections: that its tiers make.
+        layout: that its tiers make.
 
     Raises:
         DataLossError: with the reason `length`.
     """
-    expected = body_bytes(sections)
-    if body.numel() != expected:
+    if body.numel() != layout.bytes:
         raise DataLossError(
-            f"a segment's body has {body.numel()} bytes; its tier map makes that {expected}", reason="length"
+            f"a segment's body has {body.numel()} bytes; its tier map makes that {layout.bytes}", reason="length"
         )
 
 

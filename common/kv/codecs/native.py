@@ -8,16 +8,16 @@ import torch
 from spectrumkv.common.errors import DataLossError, InvalidArgumentError
 from spectrumkv.common.kv.codecs import body as bodies
 from spectrumkv.common.kv.codecs.base import codecs
-from spectrumkv.common.kv.codecs.body import Section
 from spectrumkv.common.kv.codecs.tiered import EncodedSegment, TierCodec
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier
+from spectrumkv.kernels.body import BodyLayout, Section
 
 TIERS = frozenset({Tier.NATIVE})
 
 
 class NativeCodec(TierCodec):
-    """Copy tokens; see `TierCodec`. Greedy output from such KV is that of one process."""
+    """The codec that copies tokens; see `TierCodec`. Greedy output from such KV is that of one process."""
 
     name = "native"
     version = 1
@@ -46,13 +46,13 @@ class NativeCodec(TierCodec):
             raise InvalidArgumentError(
                 f"codec native has the tier NATIVE only; the segment has tiers {sorted(set(tiers.tolist()))}"
             )
-        layout = sections(tiers.numel(), geometry)
-        device_body = torch.empty(bodies.body_bytes(layout), dtype=torch.uint8, device=keys.device)
-        (both,) = bodies.cut(device_body, layout)
+        layout = body_layout(tiers.numel(), geometry)
+        device_body = torch.empty(layout.bytes, dtype=torch.uint8, device=keys.device)
+        (both,) = layout.arrays(device_body)
         both[0].copy_(keys)
         both[1].copy_(values)
         body = bodies.to_host(device_body)
-        (sent,) = bodies.cut(body, layout)
+        (sent,) = layout.arrays(body)
         for side, states in zip(("keys", "values"), sent, strict=True):
             if not bodies.is_finite(states):
                 bodies.refuse_infinite(side, Tier.NATIVE, states, geometry.native_dtype)
@@ -87,9 +87,9 @@ class NativeCodec(TierCodec):
                 f"a segment of codec native has tiers {sorted(set(tiers.tolist()))}; all must be NATIVE",
                 reason="tier",
             )
-        layout = sections(tiers.numel(), geometry)
+        layout = body_layout(tiers.numel(), geometry)
         bodies.check_length(body, layout)
-        (both,) = bodies.cut(body.to(keys.device), layout)
+        (both,) = layout.arrays(body.to(keys.device))
         keys.copy_(both[0])
         values.copy_(both[1])
         return bodies.bytes_by_tier(layout, TIERS)
@@ -98,10 +98,10 @@ class NativeCodec(TierCodec):
 codecs.register(NativeCodec.name)(NativeCodec())
 
 
-def sections(tokens: int, geometry: KvGeometry) -> list[Section]:
+def body_layout(tokens: int, geometry: KvGeometry) -> BodyLayout:
     """Return the layout of a body of `tokens` tokens: keys, then values."""
     shape = (2, geometry.kv_heads, tokens, geometry.head_dim)
-    return [Section(Tier.NATIVE, shape, geometry.native_dtype)]
+    return BodyLayout((Section(Tier.NATIVE, shape, geometry.native_dtype),))
 
 
 def _all_native(tiers: torch.Tensor) -> bool:

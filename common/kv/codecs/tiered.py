@@ -27,7 +27,7 @@ TRIAL_TOKENS = 64
 
 @dataclass(frozen=True)
 class EncodedSegment:
-    """Hold a run of tokens of one layer, coded.
+    """A run of tokens of one layer, coded.
 
     Attributes:
         body: uint8 `[b]` on the CPU, `b` even.
@@ -39,7 +39,7 @@ class EncodedSegment:
 
 
 class TierCodec(Codec):
-    """Turn tensors into bytes and back, at the tier that each token was given."""
+    """A codec that is told each token's tier, and turns tensors into bytes and back at that tier."""
 
     @abstractmethod
     def encode(
@@ -93,7 +93,7 @@ class TierCodec(Codec):
         keys: torch.Tensor,
         values: torch.Tensor,
         tiers: torch.Tensor,
-        cuts: Sequence[int],
+        boundaries: Sequence[int],
         geometry: KvGeometry,
     ) -> Iterator[EncodedSegment]:
         """Code `n` tokens in several segments, one after another; see `encode`.
@@ -102,13 +102,13 @@ class TierCodec(Codec):
             keys: see `encode`.
             values: see `encode`.
             tiers: see `encode`.
-            cuts: the first token of each segment, rising from 0, and n.
+            boundaries: the first token of each segment, rising from 0, and n.
             geometry: see `encode`.
 
         Yields:
             Each segment, coded.
         """
-        for first, end in pairwise(cuts):
+        for first, end in pairwise(boundaries):
             yield self.encode(keys[:, first:end], values[:, first:end], tiers[first:end], geometry)
 
     def encoder(self, request: EncoderRequest) -> KvEncoder:
@@ -153,7 +153,7 @@ class TierCodec(Codec):
             policy: any.
         """
         free = policy.codec is None or policy.budget_kind is BudgetKind.BYTES
-        return policy.codec == self.name or (free and self.writes_spectrum)
+        return policy.codec == self.name or (free and self.writes_all_tiers)
 
     @property
     def cheapest_tier(self) -> Tier:
@@ -188,7 +188,7 @@ class _TierDecoder:
 
 @dataclass(frozen=True)
 class TieredEncoder:
-    """Code each layer at tiers of its own, as it comes. A `KvEncoder`.
+    """A `KvEncoder` that codes each layer at tiers of its own, as it comes.
 
     Attributes:
         codec: writes the tiers.
@@ -216,7 +216,7 @@ class TieredEncoder:
 
 @dataclass(frozen=True)
 class OneTierEncoder:
-    """Code each token at one tier in all layers, once all layers have come. A `KvEncoder`.
+    """A `KvEncoder` that codes each token at one tier in all layers, once all layers have come.
 
     Attributes:
         codec: writes the tiers.
@@ -259,22 +259,22 @@ def tier_segments(
     Yields:
         The layer's segments.
     """
-    cuts = _segment_cuts(codec, tiers, geometry)
-    coded = codec.encode_segments(capture.keys, capture.values, tiers, cuts, geometry)
-    for (first, end), segment in zip(pairwise(cuts), coded, strict=True):
+    boundaries = _segment_boundaries(codec, tiers, geometry)
+    coded = codec.encode_segments(capture.keys, capture.values, tiers, boundaries, geometry)
+    for (first, end), segment in zip(pairwise(boundaries), coded, strict=True):
         yield KvSegment(capture.layer, capture.first + first, tiers[first:end], segment.body, segment.tier_bytes)
 
 
-def _segment_cuts(codec: TierCodec, tiers: torch.Tensor, geometry: KvGeometry) -> list[int]:
+def _segment_boundaries(codec: TierCodec, tiers: torch.Tensor, geometry: KvGeometry) -> list[int]:
     """Return the first token of each segment, and how many tokens there are."""
     taken = np.array([token_bytes(codec, tier, geometry) if tier in codec.tiers else 0.0 for tier in Tier])
     ends = np.cumsum(taken[tiers.numpy()])
-    cuts, before = [0], 0.0
-    while cuts[-1] < tiers.numel():
+    boundaries, before = [0], 0.0
+    while boundaries[-1] < tiers.numel():
         fitting = int(np.searchsorted(ends, before + MAX_CHUNK_PAYLOAD_BYTES - SEGMENT_OVERHEAD_BYTES, side="right"))
-        cuts.append(min(max(fitting, cuts[-1] + 1), cuts[-1] + MAX_SEGMENT_TOKENS))
-        before = float(ends[cuts[-1] - 1])
-    return cuts
+        boundaries.append(min(max(fitting, boundaries[-1] + 1), boundaries[-1] + MAX_SEGMENT_TOKENS))
+        before = float(ends[boundaries[-1] - 1])
+    return boundaries
 
 
 @lru_cache(maxsize=64)

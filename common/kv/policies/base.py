@@ -17,7 +17,7 @@ from spectrumkv.common.registry import Registry
 
 
 class BudgetKind(Enum):
-    """Name what a budget counts.
+    """What a budget counts.
 
     BYTES: all bytes that are sent ÷ the KV's bytes at FP16, a `byte_budget`.
     TIER_COST: mean cost of the tokens' tiers, scales and framing left out, a `tier_budget`; the SpectrumKV paper's b.
@@ -29,7 +29,7 @@ class BudgetKind(Enum):
 
 @dataclass(frozen=True, eq=False)
 class TierRequest:
-    """Describe a prompt, or one layer of it, to a policy.
+    """A prompt's scores and tier budget, or those of one layer, as a policy sees them.
 
     Attributes:
         scores: float32 `[n]`, n ≥ 1, on any device: higher is more important. Policies that need no scores only
@@ -87,7 +87,7 @@ Rule = Callable[[TierRequest], torch.Tensor]
 
 @dataclass(frozen=True)
 class Policy:
-    """Spend a budget on tokens.
+    """A way to spend a budget on tokens.
 
     Attributes:
         name: as requests give it.

@@ -1,6 +1,7 @@
 """The policy "spectral": a budget in bytes, spent by the codec of that name.
 
-Policy and codec share a name, since neither is of use without the other; `codecs.spectral` says how it decides.
+Policy and codec share a name, since neither is of use without the other; `codecs.spectral` says how it decides. So
+there is nothing here but what a request may ask for. It is a file of its own because every policy is one.
 """
 
 from spectrumkv.common.kv.policies.base import Policy, policies

@@ -4,7 +4,8 @@ from types import ModuleType
 
 import torch
 
-from spectrumkv.kernels.absmax.layout import INT8, TIER_INT4, TIER_INT8, BodySections, CodeFormat, body_bytes
+from spectrumkv.kernels.absmax.layout import INT8, BodySections, CodeFormat, segment_layout
+from spectrumkv.kernels.tiers import TIER_INT4, TIER_INT8
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -46,9 +47,10 @@ def quantized(
     """
     kv_heads, tokens, head_dim = states.shape
     tiers = _tiers(tokens, form)
-    body = torch.full((body_bytes(tiers, kv_heads, head_dim),), 0x5A, dtype=torch.uint8, device=states.device)
+    layout = segment_layout(tiers, kv_heads, head_dim)
+    body = torch.full((layout.bytes,), 0x5A, dtype=torch.uint8, device=states.device)
     implementation.encode(states, states, tiers, (0, tokens), body)
-    codes, scales = BodySections.of(body, tiers, kv_heads, head_dim, torch.float16).coded(form)
+    codes, scales = BodySections(*layout.arrays(body)).coded(form)
     assert torch.equal(codes[0], codes[1])
     return codes[0], scales[0]
 
@@ -59,8 +61,9 @@ def dequantize(
     """Inverse of `quantized`: write all tokens of `states`."""
     kv_heads, tokens, head_dim = states.shape
     tiers = _tiers(tokens, form)
-    body = torch.empty(body_bytes(tiers, kv_heads, head_dim), dtype=torch.uint8, device=states.device)
-    its_codes, its_scales = BodySections.of(body, tiers, kv_heads, head_dim, torch.float16).coded(form)
+    layout = segment_layout(tiers, kv_heads, head_dim)
+    body = torch.empty(layout.bytes, dtype=torch.uint8, device=states.device)
+    its_codes, its_scales = BodySections(*layout.arrays(body)).coded(form)
     its_codes[:], its_scales[:] = codes, scales
     other_side = torch.full_like(states, torch.nan)
     implementation.decode(body, tiers, (0, tokens), states, other_side)

@@ -9,7 +9,7 @@ import torch
 from spectrumkv.kernels.absmax import cpu as absmax_cpu
 from spectrumkv.kernels.absmax import reference as absmax_reference
 from spectrumkv.kernels.absmax.cpu_vectors import VECTOR_BYTES, streams
-from spectrumkv.kernels.absmax.layout import body_bytes
+from spectrumkv.kernels.absmax.layout import segment_layout
 from spectrumkv.kernels.jit.llvm import LANES
 
 HEADS, TOKENS = 3, 37
@@ -17,7 +17,7 @@ HEADS, TOKENS = 3, 37
 REQUEST = """
 import torch
 from spectrumkv.kernels.absmax import cpu as absmax_cpu, cpu_sides as absmax_sides
-from spectrumkv.kernels.absmax.layout import body_bytes
+from spectrumkv.kernels.absmax.layout import segment_layout
 
 def signatures():
     loops = vars(absmax_sides).items()
@@ -28,7 +28,7 @@ prepared = signatures()
 tiers = torch.arange(300, dtype=torch.uint8) % 4
 for head_dim in (64, 80):
     keys, values = torch.randn(2, 300, 3, head_dim).transpose(1, 2)
-    body = torch.empty(body_bytes(tiers, 3, head_dim), dtype=torch.uint8)
+    body = torch.empty(segment_layout(tiers, 3, head_dim).bytes, dtype=torch.uint8)
     absmax_cpu.encode(keys, values, tiers, (0, 300), body)
     slots = torch.empty(2, 3, 600, head_dim)[:, :, 300:]
     absmax_cpu.decode(body, tiers, (0, 300), slots[0], slots[1])
@@ -49,7 +49,7 @@ def decoded(slots: torch.Tensor) -> torch.Tensor:
     head_dim = slots.shape[-1]
     tiers = torch.arange(TOKENS, dtype=torch.uint8) % 4
     states = torch.randn(2, HEADS, TOKENS, head_dim, generator=torch.Generator().manual_seed(head_dim))
-    body = torch.empty(body_bytes(tiers, HEADS, head_dim), dtype=torch.uint8)
+    body = torch.empty(segment_layout(tiers, HEADS, head_dim).bytes, dtype=torch.uint8)
     absmax_reference.encode(states[0], states[1], tiers, (0, TOKENS), body)
     absmax_cpu.decode(body, tiers, (0, TOKENS), slots[0], slots[1])
     wanted = torch.full_like(states, torch.nan)

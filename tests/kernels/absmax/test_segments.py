@@ -37,7 +37,7 @@ def test_segments_on_a_cpu_equal_those_of_the_reference(
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("layout", "kv_heads", "head_dim", "tokens", "cuts"),
+    ("layout", "kv_heads", "head_dim", "tokens", "boundaries"),
     [
         *((layout, 3, 64, 37, [5, 20]) for layout in LAYOUTS),
         ("contiguous", 1, 64, 1, []),
@@ -47,10 +47,10 @@ def test_segments_on_a_cpu_equal_those_of_the_reference(
     ],
 )
 def test_one_launch_codes_any_mix_of_tiers(
-    dtype: torch.dtype, layout: str, kv_heads: int, head_dim: int, tokens: int, cuts: list[int]
+    dtype: torch.dtype, layout: str, kv_heads: int, head_dim: int, tokens: int, boundaries: list[int]
 ) -> None:
     tiers = torch.randint(0, 4, (tokens,), generator=torch.Generator().manual_seed(tokens)).tolist()
-    assert_segments_agree(absmax_triton, DEVICE, dtype, layout, kv_heads, head_dim, tiers, cuts, address=0)
+    assert_segments_agree(absmax_triton, DEVICE, dtype, layout, kv_heads, head_dim, tiers, boundaries, address=0)
 
 
 @pytest.mark.parametrize("tier", [0, 1, 2, 3])
@@ -67,13 +67,13 @@ def assert_segments_agree(
     kv_heads: int,
     head_dim: int,
     tiers: list[int],
-    cuts: list[int],
+    boundaries: list[int],
     address: int,
 ) -> None:
     """Code and decode from and to garbage, in segments that begin at these tokens too, as the reference does."""
     shape = (kv_heads, len(tiers), head_dim)
     given_tiers = torch.tensor(tiers, dtype=torch.uint8)
-    bounds = [0, *(cut for cut in cuts if 0 < cut < len(tiers)), len(tiers)]
+    bounds = [0, *(one for one in boundaries if 0 < one < len(tiers)), len(tiers)]
     size = 2 * kv_heads * sum(row_bytes(tier, head_dim) for tier in tiers)
     pair = [random_states(*shape, dtype, seed).to(device) for seed in (0, 1)]
     bodies, expected = (torch.full((size,), 0x5A, dtype=torch.uint8, device=device) for _ in range(2))
@@ -98,7 +98,7 @@ def assert_segments_agree(
 def test_what_is_not_finite_is_found(dtype: torch.dtype, poison: float) -> None:
     finite = torch.finfo(dtype).max * torch.randint(-1, 2, (67,)).to(dtype)
     data = finite.view(torch.uint8)
-    assert absmax.is_finite(data, dtype)
+    assert absmax.halves_are_finite(data, dtype)
     finite[66] = poison
-    assert not absmax.is_finite(data, dtype)
-    assert absmax.is_finite(data[:0], dtype)
+    assert not absmax.halves_are_finite(data, dtype)
+    assert absmax.halves_are_finite(data[:0], dtype)

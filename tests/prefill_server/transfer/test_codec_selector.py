@@ -1,4 +1,4 @@
-"""The spectral codec is used where it costs no time, and its stand-in where it would hold a request up."""
+"""The spectral codec is used where it costs no time, and its fallback where it would hold a request up."""
 
 import pytest
 import torch
@@ -99,7 +99,19 @@ def test_a_link_that_becomes_slow_brings_the_coder_back() -> None:
     assert choice.select(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
 
 
-def test_the_stand_in_can_be_asked_for_by_name_from_int4_everywhere_up() -> None:
+def test_what_the_fallback_wrote_teaches_however_short_and_what_was_asked_for_by_name_teaches_nothing() -> None:
+    choice = seen(0.3, 7.0, 0.0)
+    fixed = choice.select(plan(budget=0.3), TOKENS, WORKER)
+    assert fixed.uses_fallback
+    for _ in range(20):
+        choice.observe(plan(budget=0.3, codec="absmax"), TOKENS, WORKER, 60.0, sent(0.1, link=12.0))
+    assert choice.select(plan(budget=0.3), TOKENS, WORKER).uses_fallback
+    for _ in range(20):
+        choice.observe(fixed, TOKENS, WORKER, 0.3, sent(0.01, link=12.0))
+    assert not choice.select(plan(budget=0.3), TOKENS, WORKER).uses_fallback
+
+
+def test_the_fallback_can_be_asked_for_by_name_from_int4_everywhere_up() -> None:
     assert plan(budget=0.4, codec="absmax").codec.name == "absmax"
     with pytest.raises(InvalidArgumentError, match=r"takes 0\.\d+ of FP16 with every token at INT4"):
         plan(budget=0.2, codec="absmax").encoder(SHAPE, 100, 0)
@@ -107,7 +119,7 @@ def test_the_stand_in_can_be_asked_for_by_name_from_int4_everywhere_up() -> None
         plan(budget=0.4, codec="native")
 
 
-def test_a_codec_without_a_stand_in_is_never_replaced() -> None:
+def test_a_codec_without_a_fallback_is_never_replaced() -> None:
     tiered = KvPlan.resolve(
         prefill_pb2.KvOptions(policy="adaptive", budget=0.3),
         PrefillConfig(),
@@ -115,12 +127,12 @@ def test_a_codec_without_a_stand_in_is_never_replaced() -> None:
         seed=0,
     )
     assert tiered.codec_is_open
-    assert tiered.stand_in is None
+    assert tiered.fallback is None
     assert seen(0.3, 7.0, 0.0).select(tiered, TOKENS, WORKER) is tiered
 
 
-def test_every_stand_in_is_a_codec_that_writes_the_same_policies() -> None:
+def test_every_fallback_is_a_codec_that_writes_the_same_policies() -> None:
     for name in codecs:
-        if (stand_in := codecs.get(name).stand_in) is not None:
+        if (fallback := codecs.get(name).fallback) is not None:
             written = [one for one in policies if codecs.get(name).writes(policies.get(one))]
-            assert all(codecs.get(stand_in).writes(policies.get(one)) for one in written)
+            assert all(codecs.get(fallback).writes(policies.get(one)) for one in written)

@@ -26,7 +26,7 @@ STD_KEY = "spread"
 
 @dataclass(frozen=True, eq=False)
 class SpectralBasis:
-    """Hold a transform per layer, side (keys, values) and KV head.
+    """A transform for each layer, side (keys, values) and KV head.
 
     With z a key before its rotary embedding, or a value, the coefficients are `(z − mean) @ analysis`; an error
     of one unit in any of them moves the model's output about equally.

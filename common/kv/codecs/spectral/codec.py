@@ -30,13 +30,13 @@ from spectrumkv.common.kv.tiers import Tier
 
 
 class SpectralCodec(Codec):
-    """Code transform coefficients within a budget of counted bytes; see `Codec`."""
+    """The codec that writes transform coefficients within a budget of counted bytes; see `Codec`."""
 
     name = "spectral"
     version = 2
     tiers = frozenset({Tier.INT4, Tier.INT8, Tier.FP16})
     needs_basis = True
-    stand_in = "absmax"
+    fallback = "absmax"
 
     def encoder(self, request: EncoderRequest) -> KvEncoder:
         """Make an encoder; see `Codec.encoder`.
@@ -88,6 +88,29 @@ class SpectralCodec(Codec):
             seed=request.seed,
         )
 
+    def parse_basis(self, data: bytes, geometry: KvGeometry) -> SpectralBasis:
+        """Read a basis and invert its transforms; see `Codec.parse_basis`.
+
+        Args:
+            data: in the format of safetensors.
+            geometry: shape and dtype of the model's cache.
+
+        Returns:
+            The basis, with its inverse, so that a transform which has none is refused here.
+        """
+        basis = SpectralBasis.from_bytes(data)
+        basis.check_fits(geometry)
+        _ = basis.synthesis
+        return basis
+
+    def largest_basis_bytes(self, geometry: KvGeometry) -> int:
+        """Return the most bytes that a serialized basis can have; see `Codec.largest_basis_bytes`.
+
+        Args:
+            geometry: shape and dtype of the model's cache.
+        """
+        return SpectralBasis.largest_bytes(geometry)
+
     def _basis(self, basis: Basis | None) -> SpectralBasis:
         found = needed_basis(self, basis)
         if not isinstance(found, SpectralBasis):
@@ -99,7 +122,7 @@ codecs.register(SpectralCodec.name)(SpectralCodec())
 
 
 class SpectralDecoder:
-    """Decode segments made with one basis. A `SegmentDecoder`.
+    """A `SegmentDecoder` of segments that were made with one basis.
 
     Args:
         basis: the one that Begin names.

@@ -29,7 +29,7 @@ PLANNED_FILL = 0.6
 
 
 class SpectralEncoder:
-    """Code the layers of one prompt in their order. A `KvEncoder`.
+    """A `KvEncoder` that codes the layers of one prompt in their order.
 
     Args:
         basis: of the model.

@@ -29,7 +29,7 @@ CLOSE_ENOUGH = 1e-4
 
 @dataclass(frozen=True, eq=False)
 class TokenClasses:
-    """Tell how fine the tokens of a segment are relative to each other.
+    """How fine the tokens of a segment are relative to each other.
 
     Attributes:
         classes: int64 `[n]`, from LOWEST_CLASS to HIGHEST_CLASS. Sinks have a class as well, which is not used.
@@ -62,7 +62,7 @@ class TokenClasses:
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """Hold the steps of a segment's tokens.
+    """The steps of a segment's tokens.
 
     Attributes:
         base: binary logarithm of the step of class 0; a float32, as the body has it.
@@ -93,7 +93,7 @@ def std_classes(std: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class StreamLayout:
-    """Tell which symbols share a stream in the segments of a layer, from the narrowest stream to the widest.
+    """Which symbols share a stream in the segments of a layer, from the narrowest stream to the widest.
 
     Attributes:
         exponent: float64 `[streams]`, binary logarithm of the standard deviation of a stream's symbols where the step

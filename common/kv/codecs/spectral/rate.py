@@ -37,7 +37,7 @@ AIM = 0.999
 
 @dataclass
 class RateControl:
-    """Spend the byte budget of one request, layer by layer.
+    """What spends the byte budget of one request, layer by layer.
 
     Attributes:
         segment_bytes: for all layers' segments.
@@ -146,7 +146,7 @@ class RateControl:
 
 @dataclass
 class BaseSearch:
-    """Narrow a bracket down to the base step at which the last layer takes what is left of the budget and no more.
+    """A bracket around the base step at which the last layer takes what is left of the budget and no more.
 
     Attributes:
         left_bytes: of the budget.

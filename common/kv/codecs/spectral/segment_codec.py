@@ -19,7 +19,7 @@ from spectrumkv.common.kv.codecs.spectral.layout import (
 from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION, CodedStream, PackedStreams, compress, decompress
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.kernels.absmax import is_finite
+from spectrumkv.kernels.absmax import halves_are_finite
 
 HEADER = struct.Struct("<fHI")
 LENGTHS = np.dtype([("coded", "<u4"), ("exceptions", "<u4")])
@@ -31,7 +31,7 @@ LARGEST_SYMBOL = 2.0**30
 
 @dataclass(frozen=True, eq=False)
 class UncodedSegment:
-    """Hold a run of tokens of one layer that is to be coded.
+    """A run of tokens of one layer that is to be coded.
 
     Attributes:
         transform: of the layer.
@@ -88,7 +88,7 @@ def encode_segment(segment: UncodedSegment, base: float, geometry: KvGeometry) -
     sinks = slice(0, segment.tokens.sinks)
     exact = torch.stack([segment.keys[:, sinks], segment.values[:, sinks]]).to(geometry.half_dtype)
     exact_bytes = exact.view(-1).view(torch.uint8)
-    if not is_finite(exact_bytes, geometry.half_dtype):
+    if not halves_are_finite(exact_bytes, geometry.half_dtype):
         first = segment.keys[:, sinks], segment.values[:, sinks]
         kind = InvalidArgumentError if all(bool(one.isfinite().all()) for one in first) else NotFiniteError
         raise kind(
@@ -196,7 +196,7 @@ def _streams(reader: "_Reader", packed: PackedStreams) -> list[CodedStream]:
 
 
 class _Reader:
-    """Take a body apart, front to back."""
+    """A body that is taken apart, front to back."""
 
     def __init__(self, body: memoryview) -> None:
         self._body = body

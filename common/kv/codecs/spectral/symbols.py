@@ -21,7 +21,7 @@ from spectrumkv.kernels.spectral import packing as kernels
 
 @dataclass(frozen=True)
 class Packing:
-    """Describe how symbols of a stream share bytes.
+    """A way in which the symbols of a stream share bytes.
 
     Attributes:
         per_byte: symbols in one byte; 0 where the stream is not sent at all.
@@ -72,7 +72,7 @@ _COMPRESSION = zstandard.ZstdCompressionParameters.from_level(
 
 
 class _Coders(local):
-    """Keep Zstandard's state of one thread."""
+    """Zstandard's state of one thread."""
 
     def __init__(self) -> None:
         self.compressor = zstandard.ZstdCompressor(compression_params=_COMPRESSION)
@@ -85,7 +85,7 @@ _coders = _Coders()
 
 
 class CodedStream(NamedTuple):
-    """Hold one stream in bytes.
+    """One stream in bytes.
 
     Attributes:
         coded: packed symbols, as `compress` leaves them.
@@ -105,7 +105,7 @@ class CodedStream(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PackedStreams:
-    """Pack the streams of a segment, each in its own way.
+    """The streams of a segment, each packed in its own way.
 
     Attributes:
         start: int64 `[streams + 1]`, where each starts among the segment's symbols.

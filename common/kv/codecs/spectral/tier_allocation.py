@@ -28,7 +28,7 @@ RESOLUTION = 1e-7
 
 
 class SpectralTiers:
-    """Give the tokens of one prompt whole tiers, within a byte budget. A `TierAllocation`.
+    """A `TierAllocation` that gives the tokens of one prompt whole tiers, within a byte budget.
 
     Args:
         basis: of the model.

@@ -29,7 +29,7 @@ from spectrumkv.kernels.spectral.streams import offsets
 
 @dataclass(frozen=True, eq=False)
 class LayerTransform:
-    """Transform the tokens of one layer, with coefficients sorted by class of standard deviation.
+    """The transform of one layer's tokens, with coefficients sorted by class of standard deviation.
 
     A row is one coefficient of one head in all tokens; keys' heads come first.
 

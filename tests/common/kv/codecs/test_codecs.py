@@ -255,10 +255,10 @@ def test_segments_coded_together_are_those_coded_one_by_one(
     codec = absmax.AbsmaxCodec()
     tiers = torch.arange(60, dtype=torch.uint8) % 4
     keys, values = draw_states(geometry, 60, seed=5)
-    cuts = [0, 1, 20, 21, 40, 60]
-    alone = list(codec.encode_segments(keys, values, tiers, cuts, geometry))
+    boundaries = [0, 1, 20, 21, 40, 60]
+    alone = list(codec.encode_segments(keys, values, tiers, boundaries, geometry))
     monkeypatch.setitem(absmax.SEGMENTS_AT_ONCE, "cpu", at_once)
-    together = list(codec.encode_segments(keys, values, tiers, cuts, geometry))
+    together = list(codec.encode_segments(keys, values, tiers, boundaries, geometry))
     assert len(together) == len(alone) == 5
     for one, other in zip(together, alone, strict=True):
         assert torch.equal(one.body, other.body)

@@ -125,9 +125,7 @@ def _guard_stream(behaviour: StreamBehaviour, hold: Hold, readers: StalledReader
             with hold(context):
                 yield from reader.taking(behaviour(request, context))
         except GeneratorExit:
-            gone = end.error
-            if reader.stalled:
-                gone = CancelledError(f"the caller took no message for {readers.seconds:g} s")
+            gone = reader.error or end.error
             on_end(gone.code, gone)
             raise
         except Exception as error:  # noqa: BLE001  # the boundary where any error must become a status

@@ -11,6 +11,8 @@ from typing import Any
 
 import grpc
 
+from spectrumkv.common.errors import CancelledError
+
 STALL_SECONDS = 60.0
 # How often readers are looked at, relative to the time that they have.
 _LOOKS = 10
@@ -23,11 +25,11 @@ class Reader:
         context: the stream's.
 
     Attributes:
-        stalled: whether the stream was ended because its caller took no message.
+        error: says that the stream was ended because its caller took no message; None where it was not.
     """
 
     def __init__(self, context: grpc.ServicerContext) -> None:
-        self.stalled = False
+        self.error: CancelledError | None = None
         self._context = context
         # When the message that waits was handed to gRPC; None while none waits. Written by the handler's thread
         # without a lock, since each token passes here.
@@ -41,12 +43,18 @@ class Reader:
 
         Yields:
             The same.
+
+        Raises:
+            CancelledError: the stream was ended because its caller took no message.
         """
         try:
             for message in messages:
                 self._since = time.monotonic()
                 yield message
                 self._since = None
+                if self.error is not None:
+                    # gRPC may ask for the next message before it tells that the stream has ended.
+                    raise self.error
         finally:
             self._since = None
             if hasattr(messages, "close"):
@@ -55,8 +63,8 @@ class Reader:
     def end_if_stalled(self, seconds: float) -> None:
         """End the stream where a message has waited for longer than `seconds`."""
         since = self._since
-        if since is not None and not self.stalled and time.monotonic() - since > seconds:
-            self.stalled = True
+        if since is not None and self.error is None and time.monotonic() - since > seconds:
+            self.error = CancelledError(f"the caller took no message for {seconds:g} s")
             self._context.cancel()
 
 
@@ -68,7 +76,7 @@ class StalledReaders:
     """
 
     def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+        self._seconds = seconds
         self._changed = threading.Condition()
         self._readers: set[Reader] = set()
         self._watcher: threading.Thread | None = None
@@ -101,7 +109,7 @@ class StalledReaders:
         """Look at the readers again and again; the thread ends when there is none."""
         with self._changed:
             while self._readers:
-                self._changed.wait(self.seconds / _LOOKS)
+                self._changed.wait(self._seconds / _LOOKS)
                 for reader in self._readers:
-                    reader.end_if_stalled(self.seconds)
+                    reader.end_if_stalled(self._seconds)
             self._watcher = None

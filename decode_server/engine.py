@@ -10,11 +10,19 @@ from spectrumkv.common.concurrency.threads import keep_all_cores
 from spectrumkv.common.errors import InternalError, SpectrumKVError, UnavailableError
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.rpc.scope import RpcScope
+from spectrumkv.common.service.vitals import Vitals
+from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.kv_pool import KvPool
 from spectrumkv.decode_server.model_runner import DecodeRow, model_runner
 from spectrumkv.decode_server.request import DecodeRequest, GeneratedToken
 
 logger = logging.getLogger(__name__)
+
+# The worker is broken once so many steps have failed one after another. A request's own fault never fails a step.
+FAILED_STEPS = 3
+# How long `stop` waits for the step that runs.
+STOP_SECONDS = 5.0
+_BROKEN = "this decode worker works no more and ends; try another worker"
 
 
 class DecodeEngine:
@@ -24,15 +32,24 @@ class DecodeEngine:
         loaded: the model; its attention is switched to the slots.
         pool: the slots.
         max_running: requests in one batch; more wait for a place.
+        metrics: count the steps.
+
+    Attributes:
+        vitals: say whether steps make progress. Once they fail, whoever says so, requests get UNAVAILABLE.
     """
 
-    def __init__(self, loaded: LoadedModel, pool: KvPool, max_running: int) -> None:
+    def __init__(self, loaded: LoadedModel, pool: KvPool, max_running: int, metrics: Metrics) -> None:
+        self.vitals = Vitals()
+        self._steps = metrics.decode_steps
+        self._failed_in_a_row = 0
+        self._given_up = False
         self._runner = model_runner(loaded, pool, max_running)
         self._max_running = max_running
         self._changed = threading.Condition()
         self._joined: list[DecodeRequest] = []
         self._in_step: list[DecodeRequest] = []
         self._stopping = False
+        self.vitals.on_failure(self._give_up)
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, name="decode-engine", daemon=True)
         self._thread.start()
@@ -60,7 +77,8 @@ class DecodeEngine:
         Raises:
             CancelledError: the caller went away.
             DeadlineExceededError: the deadline passed.
-            SpectrumKVError: a step failed.
+            UnavailableError: a step failed, or the worker works no more.
+            InternalError: the request's logits are no numbers.
         """
         self._join(request)
         # The error only wakes this thread up; `check` then raises the one that says why the RPC is over.
@@ -87,38 +105,52 @@ class DecodeEngine:
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(STOP_SECONDS)
+        if self._thread.is_alive():
+            self.vitals.fail(f"the decode engine has not stopped within {STOP_SECONDS:g} s")
 
     def _join(self, request: DecodeRequest) -> None:
         with self._changed:
+            if self._given_up:
+                raise UnavailableError(_BROKEN)
             self._joined.append(request)
             self._changed.notify_all()
+
+    def _give_up(self) -> None:
+        with self._changed:
+            self._given_up = True
+            joined, self._joined = self._joined, []
+            self._changed.notify_all()
+        for request in joined:
+            request.outcomes.put(UnavailableError(_BROKEN))
 
     def _leave(self, request: DecodeRequest) -> None:
         with self._changed:
             if request in self._joined:
                 self._joined.remove(request)
-            self._changed.wait_for(lambda: request not in self._in_step)
+            # A step that hangs may touch the slots for ever: no other request gets them, since the process ends.
+            self._changed.wait_for(lambda: request not in self._in_step or self._given_up)
 
     def _run(self) -> None:
         keep_all_cores()
         self._started.set()
+        try:
+            self._run_until_stopped()
+        except BaseException as error:  # without this thread every request would wait for ever
+            logger.critical("the decode engine failed", exc_info=error)
+            self.vitals.fail(f"the decode engine failed: {_named(error)}")
+
+    def _run_until_stopped(self) -> None:
         while batch := self._next_batch():
-            try:
-                finished = self._step(batch)
-            except Exception as error:  # noqa: BLE001  # whatever a step raises ends its requests, not the engine
-                failure = _failure(error)
-                finished = batch
-                for request in batch:
-                    request.outcomes.put(failure)
-            self._end_step(finished)
+            with self.vitals.working():
+                self._end_step(self._advanced(batch))
         for request in self._joined:
             request.outcomes.put(UnavailableError("the decode service is shutting down; try another worker"))
 
     def _next_batch(self) -> list[DecodeRequest]:
         """Return the next batch once there are requests; an empty one says that the engine stops."""
         with self._changed:
-            self._changed.wait_for(lambda: self._joined or self._stopping)
+            self._changed.wait_for(lambda: self._joined or self._stopping or self._given_up)
             self._in_step = [] if self._stopping else self._joined[: self._max_running]
             return self._in_step
 
@@ -127,6 +159,29 @@ class DecodeEngine:
             self._joined = [one for one in self._joined if one not in finished]
             self._in_step = []
             self._changed.notify_all()
+
+    def _advanced(self, batch: list[DecodeRequest]) -> list[DecodeRequest]:
+        """Return the requests that ended: those that are finished, or all where the step failed."""
+        try:
+            finished = self._step(batch)
+        except Exception as error:  # noqa: BLE001  # whatever a step raises ends its requests first of all
+            self._steps.labels("failed").inc()
+            self._take_in_failure(error, batch)
+            return batch
+        self._steps.labels("ok").inc()
+        self._failed_in_a_row = 0
+        return finished
+
+    def _take_in_failure(self, error: Exception, batch: list[DecodeRequest]) -> None:
+        """Tell the requests of a failed step, and say whether the worker can go on at all."""
+        logger.error("a decode step failed", exc_info=error)
+        for request in batch:
+            request.outcomes.put(UnavailableError(f"a decode step failed: {_named(error)}; try another worker"))
+        self._failed_in_a_row += 1
+        if isinstance(error, torch.AcceleratorError):
+            self.vitals.fail(f"the device is lost: {_named(error)}")
+        elif self._failed_in_a_row == FAILED_STEPS:
+            self.vitals.fail(f"{FAILED_STEPS} decode steps failed one after another, the last with {_named(error)}")
 
     @torch.inference_mode()
     def _step(self, batch: list[DecodeRequest]) -> list[DecodeRequest]:
@@ -140,13 +195,17 @@ def _ends(request: DecodeRequest, logits: torch.Tensor) -> bool:
     try:
         return request.advance(logits)
     except Exception as error:  # noqa: BLE001  # its neighbours in the batch must not suffer from it
-        request.outcomes.put(_failure(error))
+        request.outcomes.put(_own_failure(error))
         return True
 
 
-def _failure(error: Exception) -> SpectrumKVError:
-    """Return what callers may know of an error in a step; the log has all of it."""
+def _own_failure(error: Exception) -> SpectrumKVError:
+    """Return what the caller may know of an error in a request's own part of a step; the log has all of it."""
     if isinstance(error, SpectrumKVError):
         return error
-    logger.error("a decode step failed", exc_info=error)
-    return InternalError(f"a decode step failed: {type(error).__name__}: {error}")
+    logger.error("a request failed after a decode step", exc_info=error)
+    return InternalError(f"a decode step failed: {_named(error)}")
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

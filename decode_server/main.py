@@ -40,7 +40,7 @@ def _serve() -> None:
         security=ServerSecurity.from_config(config),
     )
     use_one_thread()
-    serve_until_signalled(server, metrics, config, service.stop)
+    serve_until_signalled(server, metrics, config, service.stop, service.vitals)
 
 
 def _prepared(config: DecodeConfig) -> tuple[DecodeService, Metrics]:

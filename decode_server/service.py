@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from importlib.metadata import version
 
 import grpc
+import torch
 
 from spectrumkv.common.concurrency.prefetch_iterator import PrefetchIterator
-from spectrumkv.common.errors import CancelledError, DataLossError
+from spectrumkv.common.errors import CancelledError, DataLossError, UnavailableError
 from spectrumkv.common.generation.text import token_message
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.wire import KvChunk
@@ -43,6 +44,9 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         loaded: the model.
         config: the service's options.
         metrics: the process's metrics.
+
+    Attributes:
+        vitals: say whether the model and its device work.
     """
 
     def __init__(self, loaded: LoadedModel, config: DecodeConfig, metrics: Metrics) -> None:
@@ -50,7 +54,8 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         self._config = config
         self._metrics = metrics
         self._pool = KvPool(loaded.geometry, config.kv_memory, loaded.device, metrics)
-        self._engine = DecodeEngine(loaded, self._pool, config.max_running)
+        self._engine = DecodeEngine(loaded, self._pool, config.max_running, metrics)
+        self.vitals = self._engine.vitals
         self._bases = BasisStore(loaded.geometry)
         metrics.requests_running.set_function(lambda: self._engine.running)
         metrics.requests_waiting.set_function(lambda: self._engine.waiting)
@@ -65,6 +70,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         with (
             RpcScope(context, self._config.deadline) as scope,
             self._rejections_counted(),
+            self._device_watched(),
             self._arriving(requests_until_close(requests, scope)) as messages,
         ):
             begin = self._read_begin(messages, scope)
@@ -142,6 +148,19 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         except DataLossError as error:
             self._metrics.chunks_rejected.labels(error.reason).inc()
             raise
+
+    @contextmanager
+    def _device_watched(self) -> Iterator[None]:
+        """Take in the loss of the device, which the thread that writes to the slots may meet before any step does.
+
+        Raises:
+            UnavailableError: the device is lost.
+        """
+        try:
+            yield
+        except torch.AcceleratorError as error:
+            self.vitals.fail(f"the device is lost: {error}")
+            raise UnavailableError("this decode worker has lost its device; try another worker") from error
 
     def _read_begin(self, messages: Iterator[Request], scope: RpcScope) -> decode_pb2.Begin:
         """Return Begin, noted in the request's log line.

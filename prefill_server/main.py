@@ -57,7 +57,7 @@ def _serve() -> None:
         security=ServerSecurity.from_config(config),
     )
     use_one_thread()
-    serve_until_signalled(server, metrics, config, service.stop)
+    serve_until_signalled(server, metrics, config, service.stop, engine.vitals)
 
 
 if __name__ == "__main__":

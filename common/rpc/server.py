@@ -111,6 +111,17 @@ class Server:
         self._server.start()
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
+    def refuse(self) -> None:
+        """Report NOT_SERVING, and refuse new requests, from now on."""
+        self._health.enter_graceful_shutdown()
+        self._requests.close()
+
+    def wait_until_quiet(self, seconds: float) -> None:
+        """Wait until no request is left and every caller has its status, but for no longer than `seconds`."""
+        quiet = threading.Event()
+        self._requests.when_none_left(quiet.set)
+        quiet.wait(seconds)
+
     def drain(self, grace_seconds: float, hurried: threading.Event) -> None:
         """Report NOT_SERVING at once, refuse new requests, let running ones finish, and then end those that are left.
 
@@ -118,9 +129,8 @@ class Server:
             grace_seconds: how long running requests may take.
             hurried: when set, running requests are ended at once; it is set when this returns.
         """
-        self._health.enter_graceful_shutdown()
         # The gRPC server stops last: while it stops it answers CANCELLED, which a caller takes for its own cancel.
-        self._requests.close()
+        self.refuse()
         self._requests.when_none_left(hurried.set)
         hurried.wait(grace_seconds)
         self._server.stop(0).wait()

@@ -73,6 +73,9 @@ class ServerConfig:
     allow_plaintext: bool = option(False, "allow unencrypted traffic on addresses that other machines can reach")
     reflection: bool = option(False, "serve gRPC reflection, by which clients list services and messages")
     grace: float = option(30.0, "seconds that running requests may take after SIGTERM", number(0, WEEK_SECONDS))
+    stuck_after: float = option(
+        120.0, "seconds without progress of the model after which the process ends itself", number(1, WEEK_SECONDS)
+    )
     deadline: float = option(
         600.0, "seconds after which a request ends if its caller set no deadline", number(0.001, WEEK_SECONDS)
     )

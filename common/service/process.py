@@ -15,6 +15,8 @@ from typing import NoReturn
 from spectrumkv.common.errors import SpectrumKVError
 from spectrumkv.common.rpc.server import Server
 from spectrumkv.common.service.config import ServerConfig
+from spectrumkv.common.service.vitals import Vitals
+from spectrumkv.common.service.watchdog import Watchdog
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.request_log import FORMATTERS
 
@@ -24,6 +26,12 @@ logger = logging.getLogger(__name__)
 M_ARENA_MAX = -8
 # The exit status that shells report for a program that SIGINT ended.
 EXIT_INTERRUPTED = 130
+# The exit status of a service whose model works no more; a supervisor starts it again.
+EXIT_BROKEN = 1
+# How long a process may take to end once no request is left: stop its threads, send its last spans.
+STOP_SECONDS = 10.0
+# How long a service whose model works no more waits for its callers to get their statuses.
+LAST_WORDS_SECONDS = 0.5
 
 
 def set_up_logging(level: str, log_format: str = "text") -> None:
@@ -46,7 +54,7 @@ def run(serve: Callable[[], None]) -> NoReturn:
     """
     keep_one_arena()
     exit_on_error(serve)
-    leave()
+    leave(0)
 
 
 def exit_on_error(main: Callable[[], None]) -> None:
@@ -76,63 +84,89 @@ def keep_one_arena() -> None:
             ctypes.CDLL("libc.so.6").mallopt(M_ARENA_MAX, 1)
 
 
-def leave() -> NoReturn:
-    """End the process with status 0, after the functions registered with `atexit` and the last log lines.
+def leave(status: int) -> NoReturn:
+    """End the process, after the functions registered with `atexit` and the last log lines.
 
     The libraries' own tear-down is skipped. With it, gRPC's threads aborted the process (SIGABRT, without a message)
     in one of three exits that followed a cancelled request at once.
+
+    Args:
+        status: the exit status.
     """
     atexit._run_exitfuncs()
     logging.shutdown()
-    os._exit(0)
+    os._exit(status)
 
 
-def serve_until_signalled(server: Server, metrics: Metrics, config: ServerConfig, stop: Callable[[], None]) -> None:
-    """Serve until SIGTERM or SIGINT, then drain.
+def serve_until_signalled(
+    server: Server, metrics: Metrics, config: ServerConfig, stop: Callable[[], None], vitals: Vitals
+) -> None:
+    """Serve until SIGTERM or SIGINT, then drain; or until the model works no more, then end the process.
 
     While it drains, the server reports that it is not ready, and running requests finish. Requests that still run
-    after `config.grace` seconds, or at a second signal, are ended.
+    after `config.grace` seconds, or at a second signal, are ended. `STOP_SECONDS` later the process ends in any case.
+
+    Where the model works no more, the server reports that it is not ready, callers get their statuses, and the
+    process ends with status `EXIT_BROKEN`.
 
     Args:
         server: the server, with its services added.
         metrics: the metrics that Prometheus reads.
         config: the addresses and the grace period.
         stop: called when no request is left.
+        vitals: say whether the model works.
 
     Raises:
         InvalidArgumentError: the server cannot listen on an address.
     """
     port = server.bind(str(config.listen))
     metrics_port = metrics.serve(config.metrics_listen)
-    signals = _arriving_signals()
+    signals, wake = _arriving_signals()
+    hurried = threading.Event()
+    watchdog = Watchdog(vitals, config.stuck_after)
+    for told in (server.refuse, hurried.set, wake):
+        vitals.on_failure(told)
     server.start()
+    watchdog.start()
     logger.info(
         "serving on %s:%d, metrics on %s:%d", config.listen.host, port, config.metrics_listen.host, metrics_port
     )
     signals.recv(1)
-    logger.info("draining: no new requests, running ones get %g s", config.grace)
-    hurried = threading.Event()
-    threading.Thread(target=_hurry_at_signal, args=(signals, hurried), name="second-signal", daemon=True).start()
-    server.drain(config.grace, hurried)
-    stop()
+    if vitals.failure is None:
+        logger.info("draining: no new requests, running ones get %g s", config.grace)
+        watchdog.end_within(config.grace + STOP_SECONDS)
+        second_signal = threading.Thread(target=_hurry_at_signal, args=(signals, hurried, watchdog), daemon=True)
+        second_signal.start()
+        server.drain(config.grace, hurried)
+        stop()
+    if vitals.failure is not None:
+        watchdog.end_within(STOP_SECONDS)
+        server.wait_until_quiet(LAST_WORDS_SECONDS)
+        leave(EXIT_BROKEN)
     logger.info("stopped")
 
 
-def _arriving_signals() -> socket.socket:
-    """Return a socket that receives a byte for each SIGTERM and SIGINT from now on.
+def _arriving_signals() -> tuple[socket.socket, Callable[[], None]]:
+    """Return a socket that receives a byte for each SIGTERM and SIGINT from now on, and what sends it one more.
 
     Python runs signal handlers in the main thread only, and not while that thread waits for a lock. The byte is
     written by the interpreter's C handler, which needs no thread.
     """
     arriving, written = socket.socketpair()
     written.setblocking(False)
-    signal.set_wakeup_fd(written.detach())
+    signal.set_wakeup_fd(written.fileno())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: None)
-    return arriving
+
+    def wake() -> None:
+        written.send(b"\0")
+
+    return arriving, wake
 
 
-def _hurry_at_signal(signals: socket.socket, hurried: threading.Event) -> None:
+def _hurry_at_signal(signals: socket.socket, hurried: threading.Event, watchdog: Watchdog) -> None:
     signals.recv(1)
-    logger.info("second signal: running requests are ended")
-    hurried.set()
+    if not hurried.is_set():
+        logger.info("second signal: running requests are ended")
+        watchdog.end_within(STOP_SECONDS)
+        hurried.set()

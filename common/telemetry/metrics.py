@@ -94,6 +94,7 @@ class Metrics:
         self.probe_safe_budget = gauge(
             "probe_safe_budget_ratio", "Least byte budget that the probe found safe; 0 where it found none."
         )
+        self.decode_steps = counter("decode_steps_total", "Steps of decode's running batch, by outcome.", "outcome")
         self.prompt_tokens_recomputed = counter(
             "prompt_tokens_recomputed_total", "Prompt tokens that decode computed although it had their KV."
         )

@@ -11,6 +11,7 @@ from spectrumkv.common.concurrency.threads import keep_all_cores
 from spectrumkv.common.errors import CancelledError
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.model.load import LoadedModel
+from spectrumkv.common.service.vitals import Vitals
 from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME, KvHook
 from spectrumkv.prefill_server.engine.chunked_prefill import CHUNK_TOKENS, ChunkedPrefill, chunk_bounds
 from spectrumkv.prefill_server.engine.prompt_queue import PromptQueue, PromptResult, QueuedPrefill
@@ -30,9 +31,13 @@ class PrefillEngine:
         window: how many of the last queries of each layer the hook gets.
         chunk_tokens: fewest tokens of a long prompt's chunk; None for what suits the device. A chunk is never
             shorter than `window`, so that the last queries are in one chunk.
+
+    Attributes:
+        vitals: say whether passes make progress, layer by layer.
     """
 
     def __init__(self, loaded: LoadedModel, window: int, chunk_tokens: int | None = None) -> None:
+        self.vitals = Vitals()
         self._model = loaded.model
         self._model.set_attn_implementation(ATTENTION_NAME)
         self._device = loaded.device
@@ -91,10 +96,11 @@ class PrefillEngine:
         if not batch:
             return
         try:
-            if batch[0].chunked.is_chunked:
-                self._run_chunk(batch[0])
-            else:
-                self._run_batch(batch)
+            with self.vitals.working():
+                if batch[0].chunked.is_chunked:
+                    self._run_chunk(batch[0])
+                else:
+                    self._run_batch(batch)
         except Exception as error:  # noqa: BLE001  # the prompts' futures carry it
             for prompt in batch:
                 prompt.fail(error)
@@ -131,7 +137,12 @@ class PrefillEngine:
         """Run one pass over the next chunk of a prompt; then others may have their turn."""
         started = time.monotonic()
         chunked = prompt.chunked
-        logits = chunked.run_chunk(self._model, prompt.observe, lambda: not prompt.outcome.done(), self._window)
+
+        def is_wanted() -> bool:
+            self.vitals.beat()
+            return not prompt.outcome.done()
+
+        logits = chunked.run_chunk(self._model, prompt.observe, is_wanted, self._window)
         row = logits.float().cpu()
         prompt.computed_seconds += time.monotonic() - started
         if chunked.tokens_left:
@@ -156,7 +167,7 @@ class PrefillEngine:
             input_ids=ids.to(self._device),
             use_cache=False,
             logits_to_keep=torch.tensor(last, device=self._device),
-            kv_hooks=_hooks(batch),
+            kv_hooks=_hooks(batch, self.vitals.beat),
             lengths=lengths,
             window=self._window,
         ).logits
@@ -168,10 +179,11 @@ class PrefillEngine:
             prompt.succeed(PromptResult(row, started - prompt.submitted, seconds))
 
 
-def _hooks(batch: list[QueuedPrefill]) -> list[KvHook]:
+def _hooks(batch: list[QueuedPrefill], beat: Callable[[], None]) -> list[KvHook]:
     """Return a hook for each prompt; the last one ends the pass where nobody waits for any prompt any more."""
 
     def last_hook(capture: LayerCapture) -> None:
+        beat()
         batch[-1].observe(capture)
         if all(prompt.outcome.done() for prompt in batch):
             raise CancelledError("every request of the pass has ended")

@@ -35,6 +35,7 @@ def _serve_one_request(prefill: Metrics, decode: Metrics) -> None:
         metrics.requests.labels("OK").inc()
         metrics.requests_running.set(1)
     decode.chunks_rejected.labels("crc32c").inc()
+    decode.decode_steps.labels("ok").inc()
     prefill.decode_worker_accepting.labels("decode:1").set(1)
     prefill.decode_worker_slots_free.labels("decode:1").set(1000)
     prefill.decode_workers_passed_over.labels("full").inc()

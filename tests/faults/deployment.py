@@ -38,6 +38,8 @@ SLOT_BYTES = 3 * 2 * 64 * 2 * 4
 PLACES = 2
 READY_SECONDS = 120.0
 SCRAPE_SECONDS = 0.02
+# Long for a step of the tiny model beside everything else, and short enough for a test.
+STUCK_SECONDS = 5.0
 
 
 def long_context_model(directory: Path) -> Path:
@@ -60,11 +62,12 @@ class Service:
     log: Path
     security: ChannelSecurity
     incubator: Incubator
+    switch: Path
     process: ForkedProcess | None = None
 
     def start(self) -> None:
         """Start without waiting."""
-        self.process = self.incubator.start(self.command, self.log)
+        self.process = self.incubator.start(self.command, self.log, self.switch)
 
     def wait_until_serving(self) -> None:
         with SpectrumClient(str(self.address), self.security) as client:
@@ -73,6 +76,18 @@ class Service:
     def send(self, number: signal.Signals) -> None:
         assert self.process is not None
         self.process.send_signal(number)
+
+    def sabotage(self, trouble: str) -> None:
+        """Break the service from inside at its next step (decode) or pass (prefill); see `sabotage`."""
+        # In one piece: the service may look at any moment.
+        written = self.switch.with_suffix(".written")
+        written.write_text(trouble)
+        written.rename(self.switch)
+
+    def wait_for_end(self, seconds: float) -> int:
+        """Wait until the process has ended by itself; return its exit status."""
+        assert self.process is not None
+        return self.process.wait(seconds)
 
     def kill(self) -> None:
         self.send(signal.SIGKILL)
@@ -136,6 +151,7 @@ class Deployment:
         return self.prefill.security
 
     def restart(self, service: Service) -> None:
+        service.switch.unlink(missing_ok=True)
         service.start()
         service.wait_until_serving()
 
@@ -181,6 +197,7 @@ def running_deployment(directory: Path, incubator: Incubator, secured: bool) -> 
         back = running.enter_context(link_to(decode.address.port))
         front = running.enter_context(link_to(prefill.address.port))
         workers = f"--decode={back.address},{small_decode.address}"
+        decode.command = (*decode.command, f"--stuck-after={STUCK_SECONDS:g}")
         prefill.command = (*(flag for flag in prefill.command if not flag.startswith("--decode=")), workers)
         deployment = Deployment(prefill, decode, other_prefill, small_decode, front, back)
         for service in deployment.services:
@@ -194,4 +211,13 @@ def running_deployment(directory: Path, incubator: Incubator, secured: bool) -> 
 def service_of(launch: ServiceLaunch, directory: Path, incubator: Incubator) -> Service:
     command = (sys.executable, *launch.command[1:])
     log = directory / f"{launch.name}-{launch.address.port}.log"
-    return Service(launch.name, command, launch.address, launch.metrics_address, log, launch.security, incubator)
+    return Service(
+        launch.name,
+        command,
+        launch.address,
+        launch.metrics_address,
+        log,
+        launch.security,
+        incubator,
+        log.with_suffix(".switch"),
+    )

@@ -48,17 +48,19 @@ def restart_in_order(service: Service) -> None:
 
 
 @contextlib.contextmanager
-def running_fleet(directory: Path, model: Path, size: int = 2, **options: str) -> Iterator[Fleet]:
-    """Start `size` services of each kind."""
+def running_fleet(
+    directory: Path, model: Path, size: int = 2, prefills: int | None = None, **options: str
+) -> Iterator[Fleet]:
+    """Start `size` decode services, and as many prefill services or `prefills`."""
     launches = [plan_launches({**FREE_PORTS, "model": str(model), "int4": "on", **options}) for _ in range(size)]
     with contextlib.ExitStack() as running:
         incubator = running.enter_context(Incubator())
         decodes = [service_of(decode, directory, incubator) for decode, _ in launches]
-        prefills = [service_of(prefill, directory, incubator) for _, prefill in launches]
+        senders = [service_of(prefill, directory, incubator) for _, prefill in launches[:prefills]]
         workers = "--decode=" + ",".join(str(service.address) for service in decodes)
-        for service in prefills:
+        for service in senders:
             service.command = (*(flag for flag in service.command if not flag.startswith("--decode=")), workers)
-        fleet = Fleet(prefills, decodes)
+        fleet = Fleet(senders, decodes)
         for service in fleet.services:
             service.start()
             running.callback(service.kill)

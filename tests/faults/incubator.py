@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.faults import sabotage
+
 MODULES = ("spectrumkv.prefill_server.main", "spectrumkv.decode_server.main")
 REAP_SECONDS = 0.02
 
@@ -65,13 +67,14 @@ class Incubator:
         self._running: dict[int, ForkedProcess] = {}
         threading.Thread(target=self._listen, daemon=True).start()
 
-    def start(self, command: Sequence[str], log: Path) -> ForkedProcess:
-        """Start `python -m MODULE FLAGS…`, its stderr appended to `log`."""
+    def start(self, command: Sequence[str], log: Path, switch: Path) -> ForkedProcess:
+        """Start `python -m MODULE FLAGS…`, its stderr appended to `log`, open to sabotage by `switch`."""
         module, *flags = command[command.index("-m") + 1 :]
         assert module in MODULES
         assert self._process.stdin is not None
         with self._starting, self._changed:
-            self._process.stdin.write(json.dumps({"module": module, "flags": flags, "log": str(log)}) + "\n")
+            request = {"module": module, "flags": flags, "log": str(log), "switch": str(switch)}
+            self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             assert self._changed.wait_for(lambda: bool(self._started), 120), "the incubator does not answer"
             return self._running[self._started.pop()]
@@ -117,6 +120,7 @@ def _become(request: dict[str, Any]) -> None:
     sys.argv = [request["module"], *request["flags"]]
     code: Any = 1
     try:
+        sabotage.install(Path(request["switch"]))
         importlib.import_module(request["module"]).main()
         code = 0
     except SystemExit as end:

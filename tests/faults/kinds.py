@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from spectrumkv.common.rpc.channel import KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS
+from spectrumkv.common.service.process import EXIT_BROKEN
+from spectrumkv.decode_server.engine import FAILED_STEPS
+from tests.faults import sabotage
 from tests.faults.deployment import Deployment
+from tests.faults.requests import RunningRequest
 
 PROMPTLY = 1.0
 # What nobody can tell from silence is noticed when a ping goes unanswered.
@@ -55,6 +59,25 @@ def _kill(service: str) -> Callable[[Deployment, Any], None]:
         deployment.back.release()
 
     return strike
+
+
+def _break_decode(trouble: str) -> Callable[[Deployment, Any], None]:
+    def strike(deployment: Deployment, victim: Any) -> None:
+        deployment.decode.sabotage(trouble)
+        # Whoever generates next meets it, and more of them until the worker has had enough.
+        for _ in range(FAILED_STEPS):
+            other = RunningRequest(str(deployment.other_prefill.address), 4, 100, security=deployment.security)
+            other.wait_for_end(SILENCE)
+            other.close()
+        deployment.back.release()
+        assert deployment.decode.wait_for_end(SILENCE) == EXIT_BROKEN
+
+    return strike
+
+
+def _replace_decode(deployment: Deployment) -> None:
+    deployment.decode.kill()
+    deployment.restart(deployment.decode)
 
 
 def _cancel(deployment: Deployment, victim: Any) -> None:
@@ -112,6 +135,21 @@ FAULTS = [
         seconds=SILENCE,
         unheard="decode",
         recover=lambda deployment: deployment.decode.send(signal.SIGCONT),
+    ),
+    Fault(
+        "decode's steps fail",
+        _break_decode(sabotage.FAILING_STEP),
+        # Three requests, one after another, are served and fail before the worker has had enough.
+        seconds=3 * PROMPTLY,
+        unheard="decode",
+        recover=_replace_decode,
+    ),
+    Fault(
+        "decode's step hangs",
+        _break_decode(sabotage.FROZEN_STEP),
+        seconds=SILENCE,
+        unheard="decode",
+        recover=_replace_decode,
     ),
     Fault(
         "link client–prefill cut",

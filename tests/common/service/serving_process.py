@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry
 
 from spectrumkv.common.service.config import DecodeConfig, build
 from spectrumkv.common.service.process import exit_on_error, serve_until_signalled, set_up_logging
+from spectrumkv.common.service.vitals import Vitals
 from spectrumkv.common.telemetry.metrics import Metrics
 from tests.common.rpc.scripted import echo, make_server
 
@@ -16,7 +17,11 @@ def main() -> None:
     set_up_logging(config.log_level)
     server = make_server(echo, stream="Decode")
     serve_until_signalled(
-        server, Metrics(CollectorRegistry()), config, stop=lambda: sys.stderr.write("engine stopped\n")
+        server,
+        Metrics(CollectorRegistry()),
+        config,
+        stop=lambda: sys.stderr.write("engine stopped\n"),
+        vitals=Vitals(),
     )
 
 

@@ -33,6 +33,7 @@ METRICS = {
     "spectrumkv_decode_worker_slots_free": ("gauge", ("worker",)),
     "spectrumkv_int4_probe_passed": ("gauge", ()),
     "spectrumkv_probe_safe_budget_ratio": ("gauge", ()),
+    "spectrumkv_decode_steps_total": ("counter", ("outcome",)),
     "spectrumkv_prompt_tokens_recomputed_total": ("counter", ()),
     "spectrumkv_build_info": ("gauge", ("version", "service", "model")),
 }
@@ -47,6 +48,7 @@ def touched(metrics: Metrics) -> Metrics:
     metrics.kv_codec.labels("spectral").inc()
     metrics.chunks_rejected.labels("crc").inc()
     metrics.decode_workers_passed_over.labels("full").inc()
+    metrics.decode_steps.labels("ok").inc()
     for worker in (metrics.decode_worker_accepting, metrics.decode_worker_slots_free):
         worker.labels("127.0.0.1:50052").set(1)
     return metrics

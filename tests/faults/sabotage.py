@@ -1,0 +1,77 @@
+"""Breaks a service from inside: the incubator installs this in its process, and a file switches it on."""
+
+import ctypes
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectrumkv.decode_server.engine import DecodeEngine
+from spectrumkv.decode_server.model_runner import DecodeRow, EagerRunner
+from spectrumkv.prefill_server.engine.engine import PrefillEngine
+
+FAILING_STEP = "failing step"
+LOST_DEVICE = "lost device"
+FROZEN_STEP = "frozen step"
+HELD_INTERPRETER = "held interpreter"
+DEAD_ENGINE = "dead engine"
+FROZEN_PASS = "frozen pass"
+# What the log says once something hangs.
+FROZEN = "sabotage: this thread hangs"
+
+
+def _fail() -> None:
+    raise RuntimeError("injected")
+
+
+def _lose_device() -> None:
+    raise torch.AcceleratorError("CUDA error: injected")
+
+
+def _freeze() -> None:
+    sys.stderr.write(f"{FROZEN}\n")
+    sys.stderr.flush()
+    threading.Event().wait()
+
+
+def _hold_interpreter() -> None:
+    """Wait without end in C, with Python's global lock."""
+    while True:
+        ctypes.PyDLL(None).pause()
+
+
+IN_STEP: dict[str, Callable[[], None]] = {
+    FAILING_STEP: _fail,
+    LOST_DEVICE: _lose_device,
+    FROZEN_STEP: _freeze,
+    HELD_INTERPRETER: _hold_interpreter,
+}
+
+
+def install(switch: Path) -> None:
+    """Have decode's steps and prefill's passes do what the file `switch` says, as long as it exists."""
+    forward, end_step, run_batch = EagerRunner._forward, DecodeEngine._end_step, PrefillEngine._run_batch
+
+    def told() -> str:
+        return switch.read_text() if switch.exists() else ""
+
+    def broken_forward(self: EagerRunner, rows: Sequence[DecodeRow]) -> torch.Tensor:
+        IN_STEP.get(told(), lambda: None)()
+        return forward(self, rows)
+
+    def broken_end_step(self: DecodeEngine, finished: Any) -> None:
+        if told() == DEAD_ENGINE:
+            _fail()
+        end_step(self, finished)
+
+    def broken_run_batch(self: PrefillEngine, batch: Any) -> None:
+        if told() == FROZEN_PASS:
+            _freeze()
+        run_batch(self, batch)
+
+    EagerRunner._forward = broken_forward  # type: ignore[method-assign]
+    DecodeEngine._end_step = broken_end_step  # type: ignore[method-assign]
+    PrefillEngine._run_batch = broken_run_batch  # type: ignore[method-assign]

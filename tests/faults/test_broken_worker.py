@@ -1,0 +1,162 @@
+"""A service whose model fails or hangs says so, tells its callers, and ends; others take over (docs/faults.md)."""
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from spectrumkv.common.errors import UnavailableError
+from spectrumkv.common.rpc.channel import open_channel
+from spectrumkv.common.service.process import EXIT_BROKEN, STOP_SECONDS
+from spectrumkv.common.service.watchdog import LIMITS_WITHOUT_A_LOOK
+from tests.faults import sabotage
+from tests.faults.deployment import Service, until
+from tests.faults.fleet import Fleet, running_fleet
+from tests.faults.requests import RunningRequest
+from tests.tiny_models import tiny_model
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+STUCK_SECONDS = 2.0
+# For two cores that others use, too.
+SLACK_SECONDS = 5.0
+OPTIONS = {"policy": "fp16", "budget": "1", "kv_memory": "64MiB", "grace": "1"}
+LONG = 2000
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """One prefill, two decode workers."""
+    directory = tmp_path_factory.mktemp("broken")
+    options = {**OPTIONS, "stuck_after": f"{STUCK_SECONDS:g}"}
+    with running_fleet(directory, tiny_model("llama"), prefills=1, **options) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def whole_again(fleet: Fleet) -> Iterator[None]:
+    """Start again what a test broke, and wait until prefill knows."""
+    yield
+    for service in fleet.services:
+        if service.switch.exists():
+            service.kill()
+            service.switch.unlink()
+            service.start()
+            service.wait_until_serving()
+    metrics = fleet.prefills[0].metrics
+    until(lambda: metrics()["decode_worker_accepting"] == len(fleet.decodes), 30, "prefill finds its workers")
+
+
+def request(fleet: Fleet, max_tokens: int) -> RunningRequest:
+    return RunningRequest(fleet.addresses, 8, max_tokens)
+
+
+def busy(fleet: Fleet) -> Service:
+    """The worker that generates."""
+    return next(service for service in fleet.decodes if service.held().requests)
+
+
+def log_of(service: Service) -> str:
+    return service.log.read_text(errors="replace")
+
+
+def statuses_until_the_end(watch: Any) -> set[int]:
+    """What the health service still says before the connection is lost."""
+    told = set()
+    with contextlib.suppress(grpc.RpcError):
+        for response in watch:
+            told.add(response.status)
+    assert watch.code() is grpc.StatusCode.UNAVAILABLE
+    return told
+
+
+@pytest.mark.parametrize(
+    ("trouble", "seconds", "sentence"),
+    [
+        (sabotage.FAILING_STEP, 2.0, "3 decode steps failed one after another, the last with RuntimeError: injected"),
+        (sabotage.LOST_DEVICE, 0.0, "the device is lost: AcceleratorError: CUDA error: injected"),
+        (sabotage.DEAD_ENGINE, 0.0, "the decode engine failed: RuntimeError: injected"),
+        (sabotage.FROZEN_STEP, STUCK_SECONDS, "the model has made no progress for 2 s (--stuck-after)"),
+        (sabotage.HELD_INTERPRETER, LIMITS_WITHOUT_A_LOOK * STUCK_SECONDS, "Timeout ("),
+    ],
+)
+def test_a_broken_decode_worker_tells_its_callers_and_ends(
+    fleet: Fleet, trouble: str, seconds: float, sentence: str
+) -> None:
+    running = request(fleet, LONG)
+    running.wait_for_tokens(3)
+    broken = busy(fleet)
+    with open_channel(str(broken.address)) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        broken.sabotage(trouble)
+        running.wait_for_end(seconds + SLACK_SECONDS)
+        assert isinstance(running.error, UnavailableError)
+        while trouble == sabotage.FAILING_STEP and broken.process and broken.process.returncode is None:
+            another = request(fleet, 4)
+            another.wait_for_tokens(4)
+            another.close()
+        assert broken.wait_for_end(seconds + SLACK_SECONDS) == EXIT_BROKEN
+        assert statuses_until_the_end(watch) <= {health_pb2.HealthCheckResponse.NOT_SERVING}
+    running.close()
+    assert sentence in log_of(broken)
+    if trouble in (sabotage.FROZEN_STEP, sabotage.HELD_INTERPRETER):
+        assert "in _step" in log_of(broken), "the stack of the step that hangs"
+    later = request(fleet, 4)
+    later.wait_for_tokens(4)
+    later.close()
+
+
+def test_requests_lose_nothing_to_a_worker_whose_steps_fail(fleet: Fleet) -> None:
+    expected = request(fleet, 4)
+    expected.wait_for_end(30)
+    fleet.decodes[0].sabotage(sabotage.FAILING_STEP)
+
+    def ask(_: int) -> list[int]:
+        asked = request(fleet, 4)
+        asked.wait_for_end(60)
+        asked.close()
+        assert asked.error is None
+        return asked.token_ids
+
+    with ThreadPoolExecutor(4) as clients:
+        answers = list(clients.map(ask, range(48)))
+    assert answers == [expected.token_ids] * 48
+    expected.close()
+    assert fleet.decodes[0].wait_for_end(SLACK_SECONDS) == EXIT_BROKEN
+
+
+def test_a_prefill_whose_pass_hangs_tells_its_callers_and_ends(fleet: Fleet) -> None:
+    (prefill,) = fleet.prefills
+    prefill.sabotage(sabotage.FROZEN_PASS)
+    waiting = request(fleet, 4)
+    waiting.wait_for_end(STUCK_SECONDS + SLACK_SECONDS)
+    waiting.close()
+    assert isinstance(waiting.error, UnavailableError)
+    assert prefill.wait_for_end(SLACK_SECONDS) == EXIT_BROKEN
+    assert "the model has made no progress for 2 s (--stuck-after)" in log_of(prefill)
+    assert "in _freeze" in log_of(prefill)
+
+
+def test_a_process_with_a_step_that_hangs_ends_when_it_is_told_to(tmp_path: Path) -> None:
+    # Nothing else may notice: the watchdog has its default of two minutes.
+    with running_fleet(tmp_path, tiny_model("llama"), size=1, **OPTIONS) as alone:
+        (decode,) = alone.decodes
+        running = request(alone, LONG)
+        running.wait_for_tokens(3)
+        decode.sabotage(sabotage.FROZEN_STEP)
+        until(lambda: sabotage.FROZEN in log_of(decode), 10, "a step hangs")
+        told_at = time.monotonic()
+        decode.send(signal.SIGTERM)
+        assert decode.wait_for_end(float(OPTIONS["grace"]) + STOP_SECONDS + SLACK_SECONDS) == EXIT_BROKEN
+        assert time.monotonic() - told_at >= float(OPTIONS["grace"])
+        running.wait_for_end(SLACK_SECONDS)
+        assert isinstance(running.error, UnavailableError)
+        running.close()

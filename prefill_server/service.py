@@ -25,6 +25,7 @@ from spectrumkv.prefill_server.model_check import ModelCheck
 from spectrumkv.prefill_server.reading import RequestReader
 from spectrumkv.prefill_server.request import FirstResponse, PrefillRequest, Progress, RequestsInService
 from spectrumkv.prefill_server.transfer import CodecSelector, FirstToken, KvPipeline, KvPlan
+from spectrumkv.prefill_server.transfer.kv_memory import KvMemory, KvReservation, default_kv_memory
 from spectrumkv.prefill_server.transfer.plan import SCOPES, default_budget
 from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.prefill_server.workers import DecodeLease, Dispatch, WorkerPool
@@ -67,8 +68,9 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         KvPlan.resolve(prefill_pb2.KvOptions(), config, verdict, seed=0, basis=basis)
         metrics.int4_probe_passed.set(verdict.int4_allowed)
         metrics.probe_safe_budget.set(verdict.safe_budget or 0)
-        metrics.requests_waiting.set_function(lambda: engine.waiting)
-        metrics.requests_running.set_function(lambda: max(0, self._requests.count - engine.waiting))
+        self._kv_memory = KvMemory(config.prefill_kv_memory or default_kv_memory(loaded.device))
+        metrics.requests_waiting.set_function(lambda: self._waiting)
+        metrics.requests_running.set_function(lambda: max(0, self._requests.count - self._waiting))
 
     def Generate(  # noqa: N802  # gRPC's spelling
         self, message: prefill_pb2.GenerateRequest, context: grpc.ServicerContext
@@ -128,6 +130,11 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self._engine.stop()
         self._workers.close()
 
+    @property
+    def _waiting(self) -> int:
+        """How many requests wait for the model, or for memory."""
+        return self._engine.waiting + self._kv_memory.waiting
+
     def _pipeline(self, request: PrefillRequest, worker: Address) -> KvPipeline:
         """Return a fresh pipeline that sends the request's KV to one worker."""
         plan = self._codec_selector.select(request.plan, len(request.token_ids), str(worker))
@@ -138,9 +145,10 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             prompt_token_ids=request.token_ids,
             sampling=request.params.to_proto(),
         )
-        return KvPipeline(
-            begin, plan, self._loaded.geometry, self._config.chunk_bytes, self._metrics, self._loaded.device
-        )
+        geometry = self._loaded.geometry
+        kv_bytes = len(request.token_ids) * geometry.layers * geometry.native_bytes_per_token_layer
+        memory = KvReservation(self._kv_memory, kv_bytes)
+        return KvPipeline(begin, plan, geometry, self._config.chunk_bytes, self._metrics, self._loaded.device, memory)
 
     def _run_prompt(self, request: PrefillRequest, lease: DecodeLease, scope: RpcScope) -> PromptResult:
         """Run the prompt while its KV leaves layer by layer.
@@ -155,6 +163,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         record.note(decode_worker=str(lease.worker))
         record.at_end(pipeline.sent.log_fields)
         record.begin_stage("queue")
+        waited = self._obtain_memory(lease, scope)
         future = self._engine.submit(request.token_ids, pipeline.put_layer, pipeline.plan.streams_chunks)
         scope.on_end(future.cancel)
         lease.on_end(future.cancel)
@@ -165,10 +174,29 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             raise lease.failure() or CancelledError("the request ended while its prompt was computed") from None
         record.begin_stage("prefill", time.monotonic() - result.compute_seconds)
         record.begin_stage("hand-off")
-        record.note(queue_seconds=result.queue_seconds, prefill_seconds=result.compute_seconds)
-        self._metrics.request_duration.labels("queue").observe(result.queue_seconds)
+        record.note(queue_seconds=waited + result.queue_seconds, prefill_seconds=result.compute_seconds)
+        self._metrics.request_duration.labels("queue").observe(waited + result.queue_seconds)
         self._metrics.request_duration.labels("prefill").observe(result.compute_seconds)
         return result
+
+    def _obtain_memory(self, lease: DecodeLease, scope: RpcScope) -> float:
+        """Wait until the prompt's KV has room on prefill.
+
+        Returns:
+            The seconds that this took.
+
+        Raises:
+            CancelledError: the request ended.
+            SpectrumKVError: the worker was lost.
+        """
+        started, memory = time.monotonic(), lease.pipeline.memory
+        assert memory is not None
+        scope.on_end(memory.end)
+        lease.on_end(memory.end)
+        if not memory.obtain():
+            scope.check()
+            raise lease.failure() or CancelledError("the request ended while it waited for memory")
+        return time.monotonic() - started
 
     def _first_token(
         self, request: PrefillRequest, lease: DecodeLease, result: PromptResult

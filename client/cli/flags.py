@@ -28,7 +28,10 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         "--repetition-penalty", type=float, metavar="R", help="divide the logits of tokens already seen by R"
     )
     group.add_argument(
-        "--seed", type=int, metavar="N", help="seed of the sampling; the same seed gives the same tokens"
+        "--seed",
+        type=int,
+        metavar="N",
+        help="seed of the sampling; the same seed gives the same tokens from KV coded the same way",
     )
     group.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="stop before this text (repeatable)"

@@ -134,6 +134,12 @@ class PrefillConfig(ServerConfig):
         False, "let control tokens of the model, such as <|im_end|>, act as such in the content of chat messages"
     )
     max_waiting: int = option(64, "requests that may be in the service at once", number(1, 4096, int))
+    prefill_kv_memory: int | None = option(
+        None,
+        "memory for KV that has not left for decode: a prompt starts when its KV fits; auto, the default, is half of "
+        "the memory where the model runs",
+        or_auto(parse_bytes),
+    )
     chunk_bytes: int = option(512 << 10, "payload bytes at which a chunk is sent", number(1 << 10, 1 << 20, int))
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ from spectrumkv.common.kv.tiers import Tier, count_tiers
 from spectrumkv.common.kv.wire import ChunkTotals, ChunkWriter, KvChunk
 from spectrumkv.common.rpc.decode_stream import Request, serialized_bytes
 from spectrumkv.common.telemetry.metrics import FRAMING, Metrics
+from spectrumkv.prefill_server.transfer.kv_memory import KvReservation
 from spectrumkv.prefill_server.transfer.layer_queue import LayerQueue
 from spectrumkv.prefill_server.transfer.plan import KvPlan
 from spectrumkv.v1 import decode_pb2
@@ -106,8 +107,10 @@ class KvPipeline:
         chunk_bytes: payload at which a chunk leaves; a smaller chunk leaves where no layer waits.
         metrics: counts every byte.
         device: where the layers are.
+        memory: for the prompt's KV; given back once all has left, or the pipeline is cancelled.
 
     Attributes:
+        memory: for the prompt's KV; None where it is not bounded.
         plan: how the KV is scored, tiered and coded.
         sent: what left so far.
         first_token: what prefill sampled; None before it did.
@@ -125,7 +128,9 @@ class KvPipeline:
         chunk_bytes: int,
         metrics: Metrics,
         device: torch.device = CPU,
+        memory: KvReservation | None = None,
     ) -> None:
+        self.memory = memory
         self.sent = SentKv(coded_ahead=device.type == "cuda")
         self._coder_clock = time.monotonic if self.sent.coded_ahead else time.thread_time
         self.first_token: FirstToken | None = None
@@ -171,6 +176,7 @@ class KvPipeline:
         self._layers.close()
         if self._ahead is not None:
             self._ahead.close()
+        self._give_memory_back()
 
     def settle(self) -> None:
         """Wait, after `cancel`, for the segment that is being coded, so that nothing is computed afterwards.
@@ -202,6 +208,12 @@ class KvPipeline:
         except Exception as error:
             self.failure = error
             raise
+        finally:
+            self._give_memory_back()
+
+    def _give_memory_back(self) -> None:
+        if self.memory is not None:
+            self.memory.end()
 
     def _made(self) -> Iterable[Outgoing]:
         if not self.sent.coded_ahead:

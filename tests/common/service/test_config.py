@@ -27,7 +27,8 @@ FLAGS = [(config, declared) for config, declared in OPTIONS if isinstance(declar
 TEXTS = [
     (config, declared)
     for config, declared in OPTIONS
-    if (declared.default is None or isinstance(declared.default, str)) and declared.name != "budget"
+    if (declared.default is None or isinstance(declared.default, str))
+    and declared.name not in ("budget", "prefill_kv_memory")
 ]
 VALUES = [one for one in OPTIONS if one not in FLAGS and one not in TEXTS]
 
@@ -100,6 +101,11 @@ def test_a_budget_may_be_left_to_the_probe():
     assert build(PrefillConfig, {"budget": "auto"}).budget is None
     assert build(PrefillConfig, {"budget": "0.25"}).budget == 0.25
     assert refusal(PrefillConfig, {"budget": "2"}) == "--budget is '2'; allowed: a number from 0.05 to 1, or auto"
+
+
+def test_the_memory_of_prefill_may_be_left_to_it():
+    assert build(PrefillConfig, {"prefill_kv_memory": "auto"}).prefill_kv_memory is None
+    assert build(PrefillConfig, {"prefill_kv_memory": "2GiB"}).prefill_kv_memory == 2 << 30
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from spectrumkv.bench.models.synthetic_prompt import synthetic_basis
-from spectrumkv.common.errors import CancelledError, InvalidArgumentError
+from spectrumkv.common.errors import CancelledError, InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.geometry import KvGeometry
@@ -173,9 +173,9 @@ def test_kv_that_cannot_be_coded_ends_the_stream_with_the_reason() -> None:
     bad = capture(0)
     bad.keys[0, 3, 1] = torch.inf
     one.put_layer(bad)
-    with pytest.raises(InvalidArgumentError, match="keys of 1 of"):
+    with pytest.raises(NotFiniteError, match="keys of 1 of"):
         list(one.messages())
-    assert isinstance(one.failure, InvalidArgumentError)
+    assert isinstance(one.failure, NotFiniteError)
 
 
 def test_policies_and_codecs_that_do_not_fit_are_refused() -> None:

@@ -1,0 +1,100 @@
+"""Prompts share the memory for KV that has not left yet in the order in which they come."""
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+import torch
+
+from spectrumkv.prefill_server.transfer import kv_memory
+from spectrumkv.prefill_server.transfer.kv_memory import KvMemory, KvReservation, default_kv_memory
+from tests.waiting import until
+
+Asked = tuple[KvReservation, "Future[bool]"]
+
+
+def queued(threads: ThreadPoolExecutor, memory: KvMemory, sizes: Sequence[int]) -> list[Asked]:
+    """Ask for memory in this order, each on a thread of its own."""
+    found: list[Asked] = []
+
+    def all_have_asked() -> bool:
+        return memory.waiting == sum(not one.granted for one, _ in found)
+
+    for size in sizes:
+        one = KvReservation(memory, size)
+        found.append((one, threads.submit(one.obtain)))
+        until(all_have_asked)
+    return found
+
+
+def test_what_fits_is_held_at_once_and_the_rest_waits_in_order() -> None:
+    memory = KvMemory(10)
+    with ThreadPoolExecutor(4) as threads:
+        found = queued(threads, memory, [6, 4, 5, 1])
+        assert [one.granted for one, _ in found] == [True, True, False, False]
+        # One byte would fit, but five have waited for longer.
+        found[1][0].end()
+        assert [one.granted for one, _ in found] == [True, True, False, False]
+        found[0][0].end()
+        assert all(future.result(10) for _, future in found[2:])
+        for one, _ in found:
+            one.end()
+    assert memory.waiting == 0
+
+
+def test_a_prompt_larger_than_the_memory_runs_alone() -> None:
+    memory = KvMemory(10)
+    with ThreadPoolExecutor(2) as threads:
+        (small, _), (large, waits) = queued(threads, memory, [1, 25])
+        assert not large.granted
+        small.end()
+        assert waits.result(10)
+        large.end()
+    assert KvReservation(memory, 10).obtain()
+
+
+def test_a_request_that_ends_while_it_waits_holds_nothing() -> None:
+    memory = KvMemory(10)
+    with ThreadPoolExecutor(3) as threads:
+        (first, _), (second, gone), (third, waits) = queued(threads, memory, [6, 10, 4])
+        second.end()
+        assert gone.result(10) is False
+        assert waits.result(10) is True
+        for one in (first, second, third, first):
+            one.end()
+    assert not second.granted
+    assert KvReservation(memory, 10).obtain()
+
+
+def test_a_request_that_ended_before_is_not_served() -> None:
+    memory = KvMemory(10)
+    one = KvReservation(memory, 4)
+    one.end()
+    assert one.obtain() is False
+
+
+def test_many_threads_never_hold_more_than_there_is() -> None:
+    memory, lock, held, most = KvMemory(100), threading.Lock(), 0, 0
+
+    def use(size: int) -> None:
+        nonlocal held, most
+        one = KvReservation(memory, size)
+        assert one.obtain()
+        with lock:
+            held += size
+            most = max(most, held)
+        with lock:
+            held -= size
+        one.end()
+
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(use, [7, 30, 55, 100, 1] * 100))
+    assert 0 < most <= 100
+
+
+def test_the_default_is_half_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_memory, "memory_bytes", lambda: 1 << 30)
+    assert default_kv_memory(torch.device("cpu")) == 1 << 29
+    monkeypatch.setattr(kv_memory, "memory_bytes", lambda: None)
+    assert default_kv_memory(torch.device("cpu")) == 4 << 30

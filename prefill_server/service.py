@@ -22,6 +22,7 @@ from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.request_log import current_request
 from spectrumkv.prefill_server.engine import PrefillEngine, PromptResult
+from spectrumkv.prefill_server.model_check import ModelCheck
 from spectrumkv.prefill_server.reading import RequestReader
 from spectrumkv.prefill_server.request import FirstResponse, PrefillRequest, Progress, RequestsInService
 from spectrumkv.prefill_server.transfer import CodecSelector, FirstToken, KvPipeline, KvPlan
@@ -65,6 +66,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self._workers = WorkerPool(config.decode, ChannelSecurity.to_decode(config), metrics, basis)
         self._codec_selector = CodecSelector(loaded.geometry)
         self._requests = RequestsInService()
+        self._model_check = ModelCheck(loaded, engine)
         self._reader = RequestReader(loaded, config, verdict, basis)
         # A default that no request could use should be found out at start-up.
         KvPlan.resolve(prefill_pb2.KvOptions(), config, verdict, seed=0, basis=basis)
@@ -87,8 +89,12 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         """
         progress = Progress(arrived_at=time.monotonic())
         current_request().at_end(progress.log_fields)
-        limits = self._config.deadline, self._config.max_deadline
-        with RpcScope(context, *limits) as scope, self._requests.counted(), ExitStack() as at_end:
+        with (
+            RpcScope(context, self._config.deadline, self._config.max_deadline) as scope,
+            self._requests.counted(),
+            self._model_check.after_failure(),
+            ExitStack() as at_end,
+        ):
             request = self._reader.read(message, progress, scope)
             at_end.callback(self._count_stages, request)
             for dispatch in self._offered(request, scope):

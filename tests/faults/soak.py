@@ -1,4 +1,4 @@
-"""A long run of everything at once: mixed requests, cancels, killed workers; every greedy answer checked.
+"""A long run of everything at once: mixed requests, cancels, harmed workers; every greedy answer checked.
 
 `python -m tests.faults.soak` is `make soak`; `test_soak.py` runs a short form.
 """
@@ -6,22 +6,24 @@
 import argparse
 import itertools
 import random
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.completion import Completion
 from spectrumkv.client.request import KvChoice, TokenIds
 from spectrumkv.common.errors import CancelledError, ResourceExhaustedError, SpectrumKVError, UnavailableError
-from tests.faults.deployment import NOTHING, Service, until
+from tests.faults import sabotage
+from tests.faults.deployment import NOTHING, STUCK_SECONDS, Service, until
 from tests.faults.fleet import Fleet, running_fleet
-from tests.faults.soak_findings import Findings, Plan, Resources
+from tests.faults.soak_findings import Findings, Harm, Plan, Resources
 from tests.faults.soak_requests import EXACT, QUANTIZED, coded_as, drawn, greedy
 from tests.services.reference import LOGIT_TIE, generate, reference_model, worst_gap
 from tests.services.same_tokens import ALLOWED, disagreement
@@ -34,6 +36,17 @@ CLIENTS = 8
 CANCELLED_SHARE = 0.1
 # Greedy over exact KV, checked against transformers; greedy over quantized KV, checked against a quiet day.
 EXACT_SHARE, QUANTIZED_SHARE = 0.4, 0.3
+# What happens to the last decode and the last prefill in turn.
+KILLED = "killed"
+HARMS = (
+    ("decode", KILLED),
+    ("prefill", KILLED),
+    ("decode", sabotage.FAILING_STEP),
+    ("prefill", sabotage.FROZEN_PASS),
+    ("decode", sabotage.FROZEN_STEP),
+)
+# A worker in trouble ends by itself, if it gets requests; otherwise it is killed after this.
+TROUBLE_SECONDS = STUCK_SECONDS + 15.0
 # Who is told of a dead worker is told within this.
 TOLD_SECONDS = 2.0
 REQUEST_SECONDS = 60.0
@@ -47,7 +60,7 @@ class Soak:
     """Runs a plan on a fleet.
 
     Args:
-        fleet: its last prefill and decode are killed in turn; the others live through it all and are measured.
+        fleet: its last prefill and decode are harmed in turn; the others live through it all and are measured.
         plan: how much.
     """
 
@@ -64,7 +77,7 @@ class Soak:
         self._quiet = self._quiet_answers()
         lasting = [self._fleet.decodes[0], self._fleet.prefills[0]]
         found = []
-        with self._killing():
+        with self._harming():
             for requests in divided(self._plan.requests, QUARTERS):
                 self._load(requests)
                 found.append([self._when_quiet(service) for service in lasting])
@@ -110,26 +123,36 @@ class Soak:
                 outcome.result()
 
     @contextmanager
-    def _killing(self) -> Iterator[None]:
-        """Kill a worker now and then, and start it again."""
+    def _harming(self) -> Iterator[None]:
+        """Kill or break a worker now and then, and start it again."""
         over = threading.Event()
-        victims = itertools.cycle([self._fleet.decodes[-1], self._fleet.prefills[-1]])
+        harms = itertools.cycle(HARMS)
 
-        def kill_until_over() -> None:
-            while not over.wait(self._plan.kill_seconds):
-                victim = next(victims)
-                self.findings.kills.append(time.monotonic())
-                victim.kill()
-                victim.start()
-                victim.wait_until_serving()
+        def harm_until_over() -> None:
+            while not over.wait(self._plan.harm_seconds):
+                kind, what = next(harms)
+                self._harm(self._fleet.decodes[-1] if kind == "decode" else self._fleet.prefills[-1], what)
 
-        with ThreadPoolExecutor(1) as killer:
-            outcome = killer.submit(kill_until_over)
+        with ThreadPoolExecutor(1) as harmer:
+            outcome = harmer.submit(harm_until_over)
             try:
                 yield
             finally:
                 over.set()
             outcome.result()
+
+    def _harm(self, victim: Service, what: str) -> None:
+        harm = Harm(what, time.monotonic())
+        self.findings.harms.append(harm)
+        if what != KILLED:
+            victim.sabotage(what)
+            with suppress(subprocess.TimeoutExpired):
+                victim.wait_for_end(TROUBLE_SECONDS)
+        victim.kill()
+        harm.ended_at = time.monotonic()
+        victim.switch.unlink(missing_ok=True)
+        victim.start()
+        victim.wait_until_serving()
 
     def _send(self, client: SpectrumClient, chance: random.Random) -> None:
         which, tokens = chance.randrange(len(self._prompts)), chance.randint(1, MOST_TOKENS)
@@ -179,13 +202,15 @@ class Soak:
     def _ended(self, error: SpectrumKVError, sent_at: float, may_cancel: bool) -> None:
         """Judge an error: only a cancel, a refusal with a delay, and the loss of a worker may be."""
         now = time.monotonic()
-        killed = any(sent_at - TOLD_SECONDS <= kill <= now for kill in self.findings.kills)
+        harmed = any(
+            harm.began_at <= now and sent_at - TOLD_SECONDS <= harm.ended_at for harm in tuple(self.findings.harms)
+        )
         if isinstance(error, CancelledError) and may_cancel:
             self._count("cancelled")
         elif isinstance(error, ResourceExhaustedError) and error.retry_after_seconds > 0:
             self._count("refused")
-        elif isinstance(error, UnavailableError) and killed:
-            self._count("ended by a kill")
+        elif isinstance(error, UnavailableError) and harmed:
+            self._count("ended by a harm")
         else:
             self._count(error.code)
             self._wrong(f"{error.code}: {error.message}")
@@ -226,17 +251,18 @@ def divided(whole: int, parts: int) -> list[int]:
 
 def soak(plan: Plan, directory: Path) -> Findings:
     """Start two workers of each kind and run the plan."""
-    with running_fleet(directory, tiny_model("llama"), kv_memory="48MiB") as fleet:
+    options = {"kv_memory": "48MiB", "stuck_after": f"{STUCK_SECONDS:g}"}
+    with running_fleet(directory, tiny_model("llama"), **options) as fleet:
         return Soak(fleet, plan).run()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--kill-seconds", type=float, default=60.0)
+    parser.add_argument("--harm-seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     given = parser.parse_args()
-    plan = Plan(given.requests, given.kill_seconds, given.seed)
+    plan = Plan(given.requests, given.harm_seconds, given.seed)
     with tempfile.TemporaryDirectory() as directory:
         findings = soak(plan, Path(directory))
     sys.stdout.write("\n".join([findings.sentence(plan), *findings.wrong, *findings.grown]) + "\n")

@@ -1,6 +1,7 @@
 """How much a soak tries, and what came of it."""
 
 import collections
+import math
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +15,28 @@ class Plan:
 
     Attributes:
         requests: in all; the first quarter is the warm-up.
-        kill_seconds: between two kills.
+        harm_seconds: between two harms.
         seed: of all that is drawn.
     """
 
     requests: int
-    kill_seconds: float
+    harm_seconds: float
     seed: int
+
+
+@dataclass
+class Harm:
+    """What was done to a worker.
+
+    Attributes:
+        what: that it was killed, or the trouble in its process.
+        began_at: by the monotonic clock.
+        ended_at: when the process had ended; infinite until then.
+    """
+
+    what: str
+    began_at: float
+    ended_at: float = math.inf
 
 
 @dataclass
@@ -31,7 +47,7 @@ class Findings:
         outcomes: requests by how they ended.
         wrong: what must not happen, a sentence each.
         grown: services whose memory grew too much. A short soak, which warms up with 75 requests, cannot judge it.
-        kills: when a worker was killed, by the monotonic clock.
+        harms: what was done to workers.
         checked: greedy answers over exact KV compared with one process of transformers.
         checked_quantized: greedy answers over quantized KV compared with what the same request gets on a quiet day.
         growth: of services that were never killed, since the warm-up: resident memory after each later quarter, open
@@ -41,7 +57,7 @@ class Findings:
     outcomes: "collections.Counter[str]" = field(default_factory=collections.Counter)
     wrong: list[str] = field(default_factory=list)
     grown: list[str] = field(default_factory=list)
-    kills: list[float] = field(default_factory=list)
+    harms: list[Harm] = field(default_factory=list)
     checked: int = 0
     checked_quantized: int = 0
     growth: dict[str, str] = field(default_factory=dict)
@@ -49,11 +65,14 @@ class Findings:
 
     def sentence(self, plan: Plan) -> str:
         outcomes = ", ".join(f"{name} {count}" for name, count in sorted(self.outcomes.items()))
+        harms = ", ".join(
+            f"{what} {count}" for what, count in collections.Counter(one.what for one in self.harms).items()
+        )
         growth = "; ".join(f"{name}: {what}" for name, what in self.growth.items())
         return (
             f"soak: {sum(self.outcomes.values())} requests, seed {plan.seed}: {outcomes}; "
             f"{self.checked} greedy answers over exact and {self.checked_quantized} over quantized KV checked, "
-            f"{len(self.kills)} workers killed, {len(self.wrong)} wrong; growth since the first quarter: {growth}"
+            f"workers harmed: {harms}; {len(self.wrong)} wrong; growth since the first quarter: {growth}"
         )
 
 

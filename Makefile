@@ -121,7 +121,7 @@ test-faults-exhaustive: install  ## The same with the longest forms: 20,400 host
 	$(BIN)/python -m pytest tests/faults
 
 soak: install  ## 2,000 mixed requests on four workers, one killed each minute (docs/faults.md; ARGS='--seed 7')
-	$(BIN)/python -m tests.faults.soak $(ARGS)
+	$(BIN)/python -m tests.faults.soak.soak $(ARGS)
 
 # Tools that only these targets need have an environment of their own.
 SUPPLY := build/supply

@@ -1,3 +1,3 @@
 import pytest
 
-pytest.register_assert_rewrite("tests.faults.matrix")
+pytest.register_assert_rewrite("tests.faults.matrix.matrix")

@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 
-from tests.faults.kinds import PROMPT_FAULTS, SILENT_FAULTS
-from tests.faults.phases import PHASES
+from tests.faults.matrix.kinds import PROMPT_FAULTS, SILENT_FAULTS
+from tests.faults.matrix.phases import PHASES
 
 
 @pytest.hookimpl(tryfirst=True)

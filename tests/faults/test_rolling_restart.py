@@ -10,7 +10,7 @@ from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from tests.faults.deployment import NOTHING, until
 from tests.faults.fleet import Fleet, restart_in_order, running_fleet
 from tests.faults.report import tell
-from tests.services.test_lossless import random_prompt
+from tests.services.kv.test_lossless import random_prompt
 from tests.tiny_models import tiny_model
 
 CLIENTS = 4

@@ -24,8 +24,8 @@ from spectrumkv.common.errors import (
 from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.rpc.decode_methods import open_decode_stream
 from spectrumkv.v1 import decode_pb2
+from tests.services.kv.test_lossless import random_prompt
 from tests.services.pair import Pair, decode_server, prefill_server, running_pair, total
-from tests.services.test_lossless import random_prompt
 
 
 def ask(pair: Pair, prompt: Any = "Hello", **options: Any) -> None:

@@ -22,8 +22,8 @@ from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.prefill_server.tuning.basis_cache import resolve_basis
 from spectrumkv.prefill_server.workers import basis_upload
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc
+from tests.services.kv.test_lossless import random_prompt
 from tests.services.pair import decode_server, prefill_server, sample, total
-from tests.services.test_lossless import random_prompt
 from tests.waiting import until
 
 SPECTRAL = KvChoice(policy="spectral", budget=0.4)

@@ -7,9 +7,9 @@ import pytest
 
 from spectrumkv.client.request import KvChoice
 from spectrumkv.prefill_server.engine import chunked_prefill
+from tests.services.kv.test_lossless import greedy, random_prompt
 from tests.services.pair import Pair, running_pair
 from tests.services.reference import assert_same_greedy, reference_model
-from tests.services.test_lossless import greedy, random_prompt
 from tests.tiny_models import ARCHITECTURES
 
 

@@ -5,9 +5,9 @@ import torch
 
 from spectrumkv.client.completion import Completion
 from spectrumkv.client.request import KvChoice, Message, Prompt, Sampling, TokenIds
+from tests.services.kv.test_lossless import random_prompt
 from tests.services.pair import Pair, total
 from tests.services.reference import reference_model
-from tests.services.test_lossless import random_prompt
 
 NATIVE = KvChoice(policy="native")
 

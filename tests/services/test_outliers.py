@@ -15,8 +15,8 @@ from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.service import DecodeService
 from spectrumkv.prefill_server.workers import circuit_breaker, retry_budget
 from spectrumkv.prefill_server.workers.circuit_breaker import FAILURES_TO_EJECT
+from tests.services.kv.test_lossless import random_prompt
 from tests.services.pair import decode_server, failing_steps, prefill_server, sample, total
-from tests.services.test_lossless import random_prompt
 from tests.waiting import until
 
 # Of the tiny llama.

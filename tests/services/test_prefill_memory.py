@@ -11,8 +11,8 @@ import pytest
 from spectrumkv.client.request import Sampling, TokenIds
 from spectrumkv.common.errors import CancelledError
 from spectrumkv.prefill_server.transfer.pipeline import KvPipeline
+from tests.services.kv.test_lossless import random_prompt
 from tests.services.pair import Pair, running_pair, sample, wait_until_nothing_is_held
-from tests.services.test_lossless import random_prompt
 from tests.waiting import until
 
 PROMPT_TOKENS = 200

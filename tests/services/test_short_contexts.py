@@ -4,8 +4,8 @@ import pytest
 
 from spectrumkv.client.request import Sampling, TokenIds
 from spectrumkv.common.errors import InvalidArgumentError
+from tests.services.kv.test_lossless import random_prompt
 from tests.services.pair import Pair
-from tests.services.test_lossless import random_prompt
 
 
 @pytest.mark.parametrize(("prompt_tokens", "answer"), [(2000, 48), (2047, 1), (100, 128)])

@@ -8,8 +8,8 @@ from spectrumkv.bench.methods.served_model import ServedModel, visible
 from spectrumkv.common.model.load import load_model
 from spectrumkv.decode_server.kv_pool import Allocation, KvPool
 from tests.bench.conftest import CAPACITY, WINDOW, wire_method
+from tests.services.kv.test_lossless import random_prompt
 from tests.services.reference import assert_same_greedy, reference_model
-from tests.services.test_lossless import random_prompt
 from tests.tiny_models import ARCHITECTURES, SLIDING_WINDOW, tiny_model
 
 CONTEXT, SCORED = 100, 24

@@ -13,8 +13,8 @@ from spectrumkv.common.kv.tiers import Tier, count_tiers
 from spectrumkv.common.rpc.decode_stream import serialized_bytes
 from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline
 from tests.bench.conftest import wire_method
+from tests.services.kv.test_lossless import random_prompt
 from tests.services.pair import total
-from tests.services.test_lossless import random_prompt
 
 CONTEXT = 60
 

@@ -14,7 +14,7 @@ from spectrumkv.prefill_server.tuning.needle.haystack import haystack
 from spectrumkv.prefill_server.tuning.probe.runner import ProbeProgress, ProbeRunner
 from spectrumkv.prefill_server.tuning.probe.sweep import budget_sweep
 from spectrumkv.prefill_server.verdict import passes
-from tests.services.test_lossless import random_prompt
+from tests.services.kv.test_lossless import random_prompt
 from tests.tiny_models import tiny_model
 
 TOKENS = 48

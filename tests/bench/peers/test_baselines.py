@@ -6,7 +6,7 @@ from spectrumkv.bench.methods.selection import Choice  # noqa: F401  # registers
 from spectrumkv.bench.methods.served_model import ServedModel
 from spectrumkv.bench.peers.baselines import Baseline, BaselineMethod, baselines
 from spectrumkv.bench.peers.pdtrim import best_trim
-from tests.services.test_lossless import random_prompt
+from tests.services.kv.test_lossless import random_prompt
 
 CONTEXT = 130
 

@@ -25,10 +25,10 @@ from spectrumkv.decode_server import bases
 from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.v1 import decode_pb2
 from tests.common.kv.codecs.spectral_prompts import basis_of
-from tests.faults.coverage import fuzz
-from tests.faults.dialogue import spectral_segments
+from tests.faults.damage.coverage import fuzz
+from tests.faults.hostile.dialogue import spectral_segments
+from tests.faults.hostile.spectral_body import serialized
 from tests.faults.report import tell
-from tests.faults.spectral_body import serialized
 
 GEOMETRY = KvGeometry(layers=2, kv_heads=2, head_dim=8, native_dtype=torch.float32)
 TOKENS = 9

@@ -21,10 +21,10 @@ from spectrumkv.common.rpc.channel import MAX_MESSAGE_BYTES, open_channel
 from spectrumkv.common.rpc.server import UPLOADS
 from spectrumkv.prefill_server.tuning.basis_cache import resolve_basis
 from spectrumkv.v1 import decode_pb2
-from tests.faults.damage import METHOD
+from tests.faults.damage.damage import METHOD
 from tests.faults.deployment import until
-from tests.faults.dialogue import dialogue, wire_messages
-from tests.faults.hostile_target import HONEST_PROMPT, PUT_BASIS, STREAMS, Target, status_of
+from tests.faults.hostile.dialogue import dialogue, wire_messages
+from tests.faults.hostile.target import HONEST_PROMPT, PUT_BASIS, STREAMS, Target, status_of
 from tests.faults.report import tell
 from tests.services.pair import running_pair
 from tests.tiny_models import tiny_model

@@ -12,9 +12,9 @@ from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, SEGMENT_HEADER
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.rpc.decode_stream import CHECKSUM_BYTES, append_checksum
-from tests.faults.dialogue import Dialogue, dialogue, make_totals_agree, wire_messages
-from tests.faults.hostile_bodies import harm_payload
-from tests.faults.hostile_requests import EDGES_32, EDGES_64, harm_sampling
+from tests.faults.hostile.bodies import harm_payload
+from tests.faults.hostile.dialogue import Dialogue, dialogue, make_totals_agree, wire_messages
+from tests.faults.hostile.requests import EDGES_32, EDGES_64, harm_sampling
 
 HARMS_AT_MOST = 3
 

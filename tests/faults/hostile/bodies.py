@@ -15,7 +15,7 @@ from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION, compress
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import parse_segment
-from tests.faults.spectral_body import SpectralBody, StreamParts, serialized, taken_apart, with_body
+from tests.faults.hostile.spectral_body import SpectralBody, StreamParts, serialized, taken_apart, with_body
 
 EDGES = (0, 1, 2, 3, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1)
 BASES = (0.0, -0.0, 64.0, -64.0, 64.00001, -65.0, 1e38, -1e38, math.inf, -math.inf, math.nan, 1e-45)

@@ -33,7 +33,7 @@ def random_prompt(length: int, vocabulary: int = 49152, seed: int = 0) -> list[i
 
 def text_prompt(pair: Pair, length: int) -> list[int]:
     """The first tokens of a text that the model has something to say about."""
-    text = (Path(__file__).parents[2] / "prefill_server/tuning/needle/haystack.txt").read_text()
+    text = (Path(__file__).parents[3] / "prefill_server/tuning/needle/haystack.txt").read_text()
     ids: list[int] = pair.prefill.tokenizer(text).input_ids
     start = length % 50
     return ids[start : start + length]

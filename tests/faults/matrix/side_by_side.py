@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tests.faults.deployment import Deployment, running_deployment
 from tests.faults.incubator import Incubator
-from tests.faults.kinds import Fault
-from tests.faults.matrix import inject, reference_of
+from tests.faults.matrix.kinds import Fault
+from tests.faults.matrix.matrix import inject, reference_of
 
 # More would keep two cores busier with requests that must go on than the limits of time allow for.
 LANES = 3

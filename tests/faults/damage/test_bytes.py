@@ -12,7 +12,7 @@ from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from spectrumkv.common.errors import SpectrumKVError
 from spectrumkv.common.telemetry.metrics import Metrics
-from tests.faults.damage import flipped
+from tests.faults.damage.damage import flipped
 from tests.faults.deployment import until
 from tests.faults.link import TOWARDS_CLIENT, TOWARDS_SERVER, Link
 from tests.faults.report import tell

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.report import tell
-from tests.faults.soak import Plan, soak
+from tests.faults.soak.soak import Plan, soak
 
 REQUESTS, HARM_SECONDS = 300, 10.0
 

@@ -10,10 +10,10 @@ import grpc
 from spectrumkv.client.request import Sampling, TokenIds
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.model.load import LoadedModel
-from tests.faults.damage import METHOD
-from tests.faults.hostile import sequence
-from tests.faults.hostile_basis import upload
-from tests.faults.hostile_requests import generate_request
+from tests.faults.damage.damage import METHOD
+from tests.faults.hostile.basis import upload
+from tests.faults.hostile.messages import sequence
+from tests.faults.hostile.requests import generate_request
 from tests.services.pair import Pair, wait_until_nothing_is_held
 
 GENERATE = "/spectrumkv.v1.PrefillService/Generate"

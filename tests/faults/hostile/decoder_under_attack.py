@@ -1,6 +1,6 @@
 """The spectral decoder alone, given bodies made to do harm, thousands a minute.
 
-`python -m tests.faults.decoder_under_attack 2000 7` makes 2,000 attempts with seed 7. With NUMBA_BOUNDSCHECK=1
+`python -m tests.faults.hostile.decoder_under_attack 2000 7` makes 2,000 attempts, seed 7. With NUMBA_BOUNDSCHECK=1
 compiled loops raise IndexError where they would read or write beyond an array; numba's cache does not tell the two
 apart, so that needs a cache directory of its own.
 """
@@ -22,9 +22,9 @@ from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.kernels.spectral import packing as spectral_packing
 from tests.common.kv.codecs.spectral_prompts import basis_of
-from tests.faults.dialogue import spectral_segments
-from tests.faults.hostile_bodies import BODY_HARMS, harm_body
-from tests.faults.spectral_body import SpectralBody, taken_apart, with_body
+from tests.faults.hostile.bodies import BODY_HARMS, harm_body
+from tests.faults.hostile.dialogue import spectral_segments
+from tests.faults.hostile.spectral_body import SpectralBody, taken_apart, with_body
 
 GEOMETRY = KvGeometry(layers=2, kv_heads=2, head_dim=16, native_dtype=torch.float32)
 LONGEST_PROMPT = 40

@@ -6,8 +6,8 @@ from typing import Any
 
 from spectrumkv.common.errors import SpectrumKVError
 from tests.faults.deployment import DECODE_SLOTS, NOTHING, SMALL_SLOTS, Deployment, until
-from tests.faults.kinds import SILENCE, Fault
-from tests.faults.phases import PHASES, Stage
+from tests.faults.matrix.kinds import SILENCE, Fault
+from tests.faults.matrix.phases import PHASES, Stage
 from tests.faults.requests import RequestInProcess, RunningRequest
 
 BYSTANDER_PROMPT, BYSTANDER_TOKENS = 8, 9000

@@ -15,9 +15,9 @@ from spectrumkv.client.completion import Completion
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
 from spectrumkv.prefill_server.engine.prompt_queue import QueuedPrefill
+from tests.services.kv.test_lossless import NATIVE, random_prompt, text_prompt
 from tests.services.pair import Pair, running_pair
 from tests.services.same_tokens import ALLOWED, TOP_LOGPROBS, disagreement, parting
-from tests.services.test_lossless import NATIVE, random_prompt, text_prompt
 
 # The default policy and the codecs that tiers are written by. A codec that is not named may change between two
 # requests, where prefill finds the coder slow, and their answers with it.

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.faults.kinds import PROMPT_FAULTS, SILENT_FAULTS, Fault
-from tests.faults.phases import PHASES
-from tests.faults.side_by_side import LANES, Lane, SideBySide, running_lanes
+from tests.faults.matrix.kinds import PROMPT_FAULTS, SILENT_FAULTS, Fault
+from tests.faults.matrix.phases import PHASES
+from tests.faults.matrix.side_by_side import LANES, Lane, SideBySide, running_lanes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

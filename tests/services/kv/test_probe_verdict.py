@@ -10,8 +10,8 @@ from spectrumkv.common.kv.policies import policies
 from spectrumkv.prefill_server.tuning.probe.probe import verdict_of
 from spectrumkv.prefill_server.verdict import ProbedSetting, ProbeTrial, ProbeVerdict
 from spectrumkv.v1 import prefill_pb2
+from tests.services.kv.test_lossless import random_prompt
 from tests.services.pair import Pair, running_pair, sample
-from tests.services.test_lossless import random_prompt
 from tests.tiny_models import tiny_model
 
 PROMPT_TOKENS = 200

@@ -7,8 +7,8 @@ from spectrumkv.common.kv.policies import BudgetKind, policies
 from spectrumkv.common.kv.scoring import scorers
 from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.prefill_server.verdict import UNPROBED_BUDGET
+from tests.services.kv.test_lossless import random_prompt
 from tests.services.pair import Pair, sample, total
-from tests.services.test_lossless import random_prompt
 
 # Long enough that HTTP/2's own frames and headers, which nobody counts, stay well under 1 %.
 PROMPT_TOKENS = 400

@@ -14,8 +14,8 @@ from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from spectrumkv.common.errors import FailedPreconditionError, UnavailableError
 from spectrumkv.common.telemetry.metrics import Metrics
 from tests.faults.link import TOWARDS_CLIENT, TOWARDS_SERVER, Link, link_to
+from tests.services.kv.test_lossless import random_prompt
 from tests.services.pair import decode_server, prefill_server, sample, total
-from tests.services.test_lossless import random_prompt
 from tests.waiting import until
 
 # 3 KiB a slot of the tiny llama.

@@ -1,6 +1,6 @@
 """A long run of everything at once: mixed requests, cancels, harmed workers; every greedy answer checked.
 
-`python -m tests.faults.soak` is `make soak`; `test_soak.py` runs a short form.
+`python -m tests.faults.soak.soak` is `make soak`; `test_soak.py` runs a short form.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from spectrumkv.common.errors import CancelledError, ResourceExhaustedError, Spe
 from tests.faults import sabotage
 from tests.faults.deployment import NOTHING, STUCK_SECONDS, Service, until
 from tests.faults.fleet import Fleet, running_fleet
-from tests.faults.soak_findings import Findings, Harm, Plan, Resources
-from tests.faults.soak_requests import EXACT, QUANTIZED, coded_as, drawn, greedy
+from tests.faults.soak.findings import Findings, Harm, Plan, Resources
+from tests.faults.soak.requests import EXACT, QUANTIZED, coded_as, drawn, greedy
+from tests.services.kv.test_lossless import random_prompt
 from tests.services.reference import LOGIT_TIE, generate, reference_model, worst_gap
 from tests.services.same_tokens import ALLOWED, disagreement
-from tests.services.test_lossless import random_prompt
 from tests.tiny_models import tiny_model
 
 PROMPT_LENGTHS = (3, 17, 64, 130, 300, 700)

@@ -12,7 +12,7 @@ from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from spectrumkv.common.errors import SpectrumKVError
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.prefill_server.workers import lease as decode_lease
-from tests.faults.damage import DAMAGES, ManInTheMiddle, man_in_the_middle, untouched
+from tests.faults.damage.damage import DAMAGES, ManInTheMiddle, man_in_the_middle, untouched
 from tests.faults.report import tell
 from tests.services.pair import decode_server, prefill_server, total, wait_until_nothing_is_held
 from tests.tiny_models import tiny_model

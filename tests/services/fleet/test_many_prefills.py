@@ -19,8 +19,8 @@ from spectrumkv.common.telemetry.metrics import Metrics
 from tests.common.security.guarded import guarded
 from tests.common.security.test_tls import serving_tls, trusting
 from tests.faults.link import TOWARDS_CLIENT, Link, link_to
+from tests.services.kv.test_lossless import random_prompt
 from tests.services.pair import decode_server, prefill_server, sample, total
-from tests.services.test_lossless import random_prompt
 
 PROMPT = TokenIds(tuple(random_prompt(200)))
 SAMPLING = Sampling(max_tokens=8, ignore_eos=True)

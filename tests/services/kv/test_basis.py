@@ -9,8 +9,8 @@ from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.prefill_server import service
 from spectrumkv.prefill_server.transfer.codec_selector import ENOUGH, CodecSelector, RunningMedian
+from tests.services.kv.test_lossless import random_prompt
 from tests.services.pair import decode_server, prefill_server, sample
-from tests.services.test_lossless import random_prompt
 
 SPECTRAL = KvChoice(policy="spectral", budget=0.4)
 

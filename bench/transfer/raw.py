@@ -30,11 +30,12 @@ class RawTransferServicer:
         self._buffer = memoryview(bytearray(message_bytes))
 
     def Receive(self, requests: Iterator[KvChunk], context: grpc.ServicerContext) -> Iterator[bytes]:  # noqa: N802
-        """Copy each chunk's bytes into the buffer.
+        """Copy each chunk's bytes into the buffer; the first message opens the stream and has none.
 
         Yields:
             An empty message when the stream is open, and one when the buffer is full.
         """
+        next(requests)
         yield EMPTY
         filled = 0
         while filled < len(self._buffer):
@@ -100,6 +101,8 @@ class RawSender:
             call.cancel()
 
     def _requests(self, go: threading.Event) -> Iterator[Request]:
+        # A server lets a handler run only once its call has a message.
+        yield KvChunk(0, 0, (EMPTY,))
         go.wait()
         yield from self._chunks
 

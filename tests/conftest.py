@@ -4,9 +4,10 @@ import signal
 import torch
 from hypothesis import settings
 
-# Who starts the tests in the background of a shell without job control ignores Ctrl-C for all of its children, and
-# the tests that press it would wait for ever.
+# Who starts the tests in the background of a shell without job control ignores SIGINT and SIGQUIT for all of its
+# children, and the tests that send them would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 # Triton reads this when it is first imported, and transformers imports it.
 if not torch.cuda.is_available():

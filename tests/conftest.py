@@ -4,10 +4,11 @@ import signal
 import torch
 from hypothesis import settings
 
-# Who starts the tests in the background of a shell without job control ignores SIGINT and SIGQUIT for all of its
-# children, and the tests that send them would wait for ever.
+# Signals that whoever starts the tests ignores are ignored by all of their children, and tests that send one would wait
+# for ever: a shell without job control ignores SIGINT and SIGQUIT in what it runs in the background, nohup SIGHUP.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+for number in (signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
 
 # Triton reads this when it is first imported, and transformers imports it.
 if not torch.cuda.is_available():

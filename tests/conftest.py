@@ -4,8 +4,8 @@ import signal
 import torch
 from hypothesis import settings
 
-# Signals that whoever starts the tests ignores are ignored by all of their children, and tests that send one would wait
-# for ever: a shell without job control ignores SIGINT and SIGQUIT in what it runs in the background, nohup SIGHUP.
+# What whoever starts the tests ignores is ignored by all of their children, and tests that send such a signal would
+# wait for ever: a shell without job control ignores SIGINT and SIGQUIT in what runs in the background, nohup SIGHUP.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for number in (signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM):
     signal.signal(number, signal.SIG_DFL)

@@ -17,6 +17,8 @@ BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 # The prompt's last tokens among which one with a text of its own is looked for.
 TOKENS_LOOKED_AT = 64
+# What an answer is decoded after where the prompt has no such token.
+ANY_WORD = "a"
 
 
 class Detokenizer:
@@ -44,6 +46,10 @@ class Detokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = {token_id: token.content for token_id, token in added.items() if token.special}
         self._before = _last_with_text(self._tokenizer, self._special, prompt_token_ids)
+        if not self._before and self._decoded(prompt_token_ids).strip():
+            # All of the prompt is single bytes and spaces. Any token with text does, since only being after one counts.
+            word = self._tokenizer.encode(ANY_WORD, add_special_tokens=False).ids
+            self._before = _last_with_text(self._tokenizer, self._special, word)
         self._text_before = self._decoded(self._before)
         self._stream = DecodeStream(ids=self._before, skip_special_tokens=True)
         self._token_ids: list[int] = []

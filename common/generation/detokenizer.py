@@ -47,7 +47,7 @@ class Detokenizer:
         self._special = {token_id: token.content for token_id, token in added.items() if token.special}
         self._before = _last_with_text(self._tokenizer, self._special, prompt_token_ids)
         if not self._before and self._decoded(prompt_token_ids).strip():
-            # All of the prompt is single bytes and spaces. Any token with text does, since only being after one counts.
+            # The prompt is single bytes and spaces. Any token with text does, since only being after one counts.
             word = self._tokenizer.encode(ANY_WORD, add_special_tokens=False).ids
             self._before = _last_with_text(self._tokenizer, self._special, word)
         self._text_before = self._decoded(self._before)

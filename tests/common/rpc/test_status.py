@@ -33,6 +33,8 @@ ERRORS = [
     and error is not errors.UnimplementedError
     # No peer says that it could not be reached.
     and error is not errors.UnreachableError
+    # These are told apart within a process; a peer learns of the kind that they are of.
+    and error not in (errors.ContextTooShortError, errors.NotFiniteError)
 ]
 EXTRA = {ResourceExhaustedError: (2.5,), DataLossError: ("crc",)}
 
@@ -202,6 +204,21 @@ def test_status_details_that_make_no_sense_leave_the_status(details):
     back = error_from_rpc(_Call(None if details is None else (("grpc-status-details-bin", details),)))
     assert isinstance(back, ResourceExhaustedError)
     assert (back.message, back.retry_after_seconds) == ("full", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (errors.ContextTooShortError, errors.FailedPreconditionError),
+        (errors.NotFiniteError, errors.InternalError),
+    ],
+)
+def test_what_only_a_process_tells_apart_crosses_as_the_kind_that_it_is_of(kind, told):
+    with served(raising(kind(SENTENCE))) as server:
+        with pytest.raises(grpc.RpcError) as caught:
+            list(server.generate())
+        error = error_from_rpc(caught.value)
+        assert (type(error), error.message) == (told, SENTENCE)
 
 
 def test_every_error_has_a_status_code_of_its_own():

@@ -178,7 +178,7 @@ def test_the_command_takes_the_flags(
     assert main(command) == 1
     assert "it may expect TLS (give --tls-ca)" in capsys.readouterr().err
     assert main([*command, *flags[2:]]) == 1
-    assert "need TLS; say with --tls-ca" in capsys.readouterr().err
+    assert "need TLS; name the authority with --tls-ca" in capsys.readouterr().err
     monkeypatch.setenv("TRACEPARENT", "no trace")
     assert main([*command, *flags]) == 1
     assert "traceparent is 'no trace'" in capsys.readouterr().err

@@ -40,6 +40,8 @@ def _serve_one_request(prefill: Metrics, decode: Metrics) -> None:
     prefill.decode_worker_accepting.labels("decode:1").set(1)
     prefill.decode_worker_slots_free.labels("decode:1").set(1000)
     prefill.decode_workers_passed_over.labels("full").inc()
+    prefill.decode_worker_ejected.labels("127.0.0.1:50052").set(0)
+    prefill.silent_calls_ended.labels("time").inc()
 
 
 def _history() -> str:

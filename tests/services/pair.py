@@ -144,6 +144,18 @@ def running_pair(
 
 
 @contextlib.contextmanager
+def failing_requests(service: DecodeService, error: Exception) -> Iterator[None]:
+    """Have this worker fail each request that it has admitted, before token 2, until the block ends."""
+
+    def fail(*_: object) -> NoReturn:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(service, "_generate", fail)
+        yield
+
+
+@contextlib.contextmanager
 def failing_steps(service: DecodeService, error: Exception) -> Iterator[None]:
     """Have every step of this worker's model fail until the block ends."""
 

@@ -133,7 +133,7 @@ def test_a_collector_that_does_not_answer_holds_up_no_end(collector: str) -> Non
         "set_up_spans('decode')\n"
         "RequestSpan('DecodeService', TraceContext()).end('OK', {}, [])\n"
         "print('ends', flush=True)\n"
-        "leave()"
+        "leave(0)"
     )
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]

@@ -130,7 +130,10 @@ def test_requests_lose_nothing_to_a_worker_whose_steps_fail(fleet: Fleet) -> Non
         answers = list(clients.map(ask, range(48)))
     assert answers == [expected.token_ids] * 48
     expected.close()
-    assert fleet.decodes[0].wait_for_end(SLACK_SECONDS) == EXIT_BROKEN
+    # Three requests that failed together in one step have it ejected before three steps have failed, which end it.
+    broken = fleet.decodes[0]
+    ejected = fleet.prefills[0].metrics()["decode_worker_ejected"] == 1
+    assert ejected or broken.wait_for_end(SLACK_SECONDS) == EXIT_BROKEN
 
 
 def test_a_prefill_whose_pass_hangs_tells_its_callers_and_ends(fleet: Fleet) -> None:

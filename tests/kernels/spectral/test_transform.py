@@ -20,7 +20,7 @@ def test_symbols_are_rounded_coefficients_and_come_back(kv_heads: int, head_dim:
     coefficients = torch.randn(2, kv_heads, tokens, head_dim, generator=generator) * basis.std[0][:, :, None]
     # As models leave them: token by token.
     keys, values = plain_states(basis, 0, coefficients, first).float().transpose(1, 2).contiguous().transpose(1, 2)
-    classes = TokenClasses(np.random.default_rng(tokens).integers(-6, 4, tokens), sinks=0)
+    classes = TokenClasses(np.random.default_rng(tokens).integers(-12, 4, tokens), sinks=0)
     steps = Steps(-1.0, classes)
     packed = transform.packed(steps)
     symbols, largest = transform.quantize(keys, values, first, steps, packed)

@@ -33,7 +33,7 @@ class SpectralCodec(Codec):
     """The codec that writes transform coefficients within a budget of counted bytes; see `Codec`."""
 
     name = "spectral"
-    version = 2
+    version = 3
     tiers = frozenset({Tier.INT4, Tier.INT8, Tier.FP16})
     needs_basis = True
     fallback = "absmax"

@@ -17,8 +17,8 @@ from spectrumkv.kernels.spectral.rate import LOWEST, PER_OCTAVE
 
 # Classes per octave of step and of standard deviation.
 CLASSES_PER_OCTAVE = 2
-# Step classes around the mean token: three octaves finer, one and a half coarser.
-LOWEST_CLASS, HIGHEST_CLASS = -6, 3
+# Step classes around the mean token: six octaves finer, one and a half coarser.
+LOWEST_CLASS, HIGHEST_CLASS = -12, 3
 STEP_CLASSES = np.arange(LOWEST_CLASS, HIGHEST_CLASS + 1)
 
 # Where the entropy table ends.

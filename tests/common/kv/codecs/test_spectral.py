@@ -107,7 +107,7 @@ def test_a_segment_is_exact_up_to_half_a_step(kv_heads: int, head_dim: int, toke
     first = 300
     seen = capture(basis, layer=1, tokens=tokens, first=first)
     transform = LayerTransform(basis, 1)
-    classes = np.random.default_rng(0).integers(-6, 4, tokens)
+    classes = np.random.default_rng(0).integers(-12, 4, tokens)
     sinks = min(2, tokens)
     segment = UncodedSegment(transform, first, seen.keys, seen.values, TokenClasses(classes, sinks))
     body, steps = encode_segment(segment, -1.5, shape)
@@ -115,7 +115,7 @@ def test_a_segment_is_exact_up_to_half_a_step(kv_heads: int, head_dim: int, toke
     keys, values = torch.full((2, kv_heads, tokens, head_dim), torch.nan)
     read = decode_segment(transform, memoryview(body), first, shape, keys, values)
     assert (read.base, read.tokens.sinks) == (steps.base, sinks) == (-1.5, sinks)
-    assert (read.tokens.coded == classes[sinks:] + 6).all()
+    assert (read.tokens.coded == classes[sinks:] + 12).all()
     assert torch.equal(keys[:, :sinks], seen.keys[:, :sinks].half().float())
     assert torch.equal(values[:, :sinks], seen.values[:, :sinks].half().float())
     error = plain_coefficients(basis, 1, keys, values, first) - plain_coefficients(
@@ -135,8 +135,8 @@ def test_steps_too_fine_for_integers_of_32_bits_are_made_coarser() -> None:
     segment = UncodedSegment(transform, 0, seen.keys, seen.values, TokenClasses(np.zeros(30, np.int64), 1))
     body, steps = encode_segment(segment, -6.0, shape)
     largest = float(plain_coefficients(basis, 0, seen.keys, seen.values, 0).abs().max())
-    # Classes reach three octaves below class 0, and integers 2^30.
-    assert abs(steps.base - (np.log2(largest) - 30 + 3)) < 1e-4
+    # Classes reach six octaves below class 0, and integers 2^30.
+    assert abs(steps.base - (np.log2(largest) - 30 + 6)) < 1e-4
     keys, values = torch.full((2, 2, 30, 16), torch.nan)
     decode_segment(transform, memoryview(body), 0, shape, keys, values)
     torch.testing.assert_close(keys[1, 11], seen.keys[1, 11], rtol=1e-5, atol=0)

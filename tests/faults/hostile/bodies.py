@@ -10,6 +10,7 @@ import numpy as np
 import zstandard
 
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.spectral.coefficients import MOST_CLASSES, ZERO
 from spectrumkv.common.kv.codecs.spectral.layout import STEP_CLASSES
 from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION, compress
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
@@ -79,6 +80,22 @@ def _classes(chance: random.Random, body: SpectralBody) -> None:
 
 def _coded_classes(chance: random.Random, body: SpectralBody) -> None:
     body.classes = _harmed_code(chance, body.classes)
+
+
+def _deviation_bytes(chance: random.Random, body: SpectralBody) -> None:
+    near = body.deviation_bytes + chance.choice((-1, 1))
+    body.deviation_bytes = max(0, chance.choice((near, 0, *EDGES)))
+
+
+def _deviation(chance: random.Random, body: SpectralBody) -> None:
+    """A deviation where there was none, another one, one of classes that are not allowed, or none."""
+    rows = chance.choice((body.rows, body.rows, body.rows, body.rows + 1, 0))
+    classes = [chance.choice((ZERO, ZERO + chance.randint(-MOST_CLASSES, MOST_CLASSES))) for _ in range(rows)]
+    if classes and chance.random() < 0.3:
+        classes[chance.randrange(rows)] = chance.randrange(256)
+    levels = np.array([*classes, *chance.randbytes(rows)], np.uint8)
+    coded = chance.choice((compress(levels), b"\0" + levels.tobytes()))
+    body.deviation = chance.choice((coded, coded, coded, b"", _harmed_code(chance, coded)))
 
 
 def _exact(chance: random.Random, body: SpectralBody) -> None:
@@ -156,6 +173,8 @@ BODY_HARMS: dict[str, BodyHarm] = {
     "length of classes": _class_bytes,
     "classes": _classes,
     "coded classes": _coded_classes,
+    "length of deviation": _deviation_bytes,
+    "deviation": _deviation,
     "sinks' states": _exact,
     "lengths of streams": _lengths,
     "coded symbols": _code,
@@ -164,7 +183,7 @@ BODY_HARMS: dict[str, BodyHarm] = {
     "order of streams": _streams,
     "end": _end,
 }
-LIES_ABOUT_LENGTHS = frozenset({"length of classes", "lengths of streams"})
+LIES_ABOUT_LENGTHS = frozenset({"length of classes", "length of deviation", "lengths of streams"})
 
 
 def _some_stream(chance: random.Random, body: SpectralBody) -> StreamParts:

@@ -125,8 +125,8 @@ def _token_classes(chance: random.Random, tokens: int) -> TokenClasses:
 
 
 def _spectral_segment(segment: UncodedSegment, geometry: KvGeometry, wanted: float) -> KvSegment:
-    body, steps = encode_segment(segment, float(np.float32(wanted)), geometry)
-    tiers = token_tiers(class_bits(segment.transform, steps.base), segment.tokens)
+    body, quantization = encode_segment(segment, float(np.float32(wanted)), geometry)
+    tiers = token_tiers(class_bits(quantization.model, quantization.base), segment.tokens)
     return KvSegment(segment.transform.layer, segment.first, tiers, torch.frombuffer(body, dtype=torch.uint8))
 
 

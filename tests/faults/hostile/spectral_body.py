@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from spectrumkv.common.kv.codecs.spectral.layout import Steps
+from spectrumkv.common.kv.codecs.spectral.coefficients import Quantization
 from spectrumkv.common.kv.codecs.spectral.segment_codec import HEADER, LENGTHS, decode_segment
 from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
@@ -35,30 +35,37 @@ class SpectralBody:
         base: binary logarithm of the step of class 0.
         sinks: how many there are, as the header says.
         class_bytes: length of the coded classes, as the header says.
+        deviation_bytes: length of the deviation, as the header says.
         exact: keys and values of the sinks.
         classes: coded step classes.
+        deviation: coded deviation from the calibrated model.
         lengths: of each stream's coded symbols, and how many exceptions it has, as the body says.
         streams: what follows.
+        rows: how many coefficients a token has.
         end: whatever comes after.
     """
 
     base: float
     sinks: int
     class_bytes: int
+    deviation_bytes: int
     exact: bytes
     classes: bytes
+    deviation: bytes
     lengths: list[tuple[int, int]]
     streams: list[StreamParts]
+    rows: int
     end: bytes = b""
 
     def make_lengths_agree(self) -> None:
         """Make the body say what it holds."""
-        self.class_bytes = len(self.classes)
+        self.class_bytes, self.deviation_bytes = len(self.classes), len(self.deviation)
         self.lengths = [one.lengths for one in self.streams]
 
     def assembled(self) -> bytes:
         """The bytes; of even length, as a segment has them."""
-        parts = [HEADER.pack(self.base, self.sinks & 0xFFFF, self.class_bytes & 0xFFFFFFFF), self.exact, self.classes]
+        lengths = self.class_bytes & 0xFFFFFFFF, self.deviation_bytes & 0xFFFFFFFF
+        parts = [HEADER.pack(self.base, self.sinks & 0xFFFF, *lengths), self.exact, self.classes, self.deviation]
         parts.append((np.array(self.lengths, np.int64) & 0xFFFFFFFF).astype("<u4").tobytes())
         for one in self.streams:
             parts += [one.coded, one.raw, one.exceptions]
@@ -73,22 +80,31 @@ def taken_apart(body: bytes, tokens: int, transform: LayerTransform, geometry: K
         DataLossError: it is not one.
     """
     states = torch.empty(2, geometry.kv_heads, tokens, geometry.head_dim)
-    steps = decode_segment(transform, memoryview(body), 0, geometry, states[0], states[1])
-    base, sinks, class_bytes = HEADER.unpack_from(body)
+    quantization = decode_segment(transform, memoryview(body), 0, geometry, states[0], states[1])
+    base, sinks, class_bytes, deviation_bytes = HEADER.unpack_from(body)
     exact_bytes = 2 * 2 * geometry.kv_heads * sinks * geometry.head_dim
     taker = _Taker(body, HEADER.size)
-    exact, classes = taker.take(exact_bytes), taker.take(class_bytes)
+    exact, classes, deviation = taker.take(exact_bytes), taker.take(class_bytes), taker.take(deviation_bytes)
     lengths: list[tuple[int, int]] = []
     streams: list[StreamParts] = []
     if sinks < tokens:
-        lengths, streams = _streams(taker, steps, transform)
-    return SpectralBody(base, sinks, class_bytes, exact, classes, lengths, streams)
+        lengths, streams = _streams(taker, quantization)
+    return SpectralBody(
+        base,
+        sinks,
+        class_bytes,
+        deviation_bytes,
+        exact,
+        classes,
+        deviation,
+        lengths,
+        streams,
+        geometry.elements_per_token_layer,
+    )
 
 
-def _streams(
-    taker: "_Taker", steps: Steps, transform: LayerTransform
-) -> tuple[list[tuple[int, int]], list[StreamParts]]:
-    raw_bytes = transform.packed(steps).raw_bytes.tolist()
+def _streams(taker: "_Taker", quantization: Quantization) -> tuple[list[tuple[int, int]], list[StreamParts]]:
+    raw_bytes = quantization.packed.raw_bytes.tolist()
     lengths = [
         (int(coded), int(exceptions))
         for coded, exceptions in np.frombuffer(taker.take(len(raw_bytes) * LENGTHS.itemsize), LENGTHS)

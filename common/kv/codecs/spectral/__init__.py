@@ -7,9 +7,10 @@ the integers go to an entropy coder in streams of equal standard deviation. With
 token, every coefficient gets the same distortion as long as its variance is above it: reverse water-filling (Cover &
 Thomas, "Elements of Information Theory", section 13.3.3 of the first edition, 10.3.3 of the second).
 
-`importance` decides each token's step relative to the others, `rate` how fine they are together, `layout` which
-symbols share a stream, `transform` makes symbols of tokens, `symbols` makes bytes of symbols, `segment_codec` makes a
-segment's body of all that, `encoder` goes through a prompt's layers, and `codec` states encoder and decoder.
+`importance` decides each token's step relative to the others, `coefficients` what a segment's coefficients are like,
+`rate` how fine all are together, `layout` which symbols share a stream, `transform` makes symbols of tokens,
+`symbols` makes bytes of symbols, `segment_codec` makes a segment's body of all that, `encoder` goes through a
+prompt's layers, and `codec` states encoder and decoder.
 """
 
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis

@@ -17,10 +17,11 @@ from spectrumkv.common.kv.codecs.base import (
     needed_basis,
 )
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.spectral.coefficients import FEWEST_TOKENS
 from spectrumkv.common.kv.codecs.spectral.encoder import SpectralEncoder
 from spectrumkv.common.kv.codecs.spectral.importance import class_bits, tier_bytes
 from spectrumkv.common.kv.codecs.spectral.layout import TokenClasses
-from spectrumkv.common.kv.codecs.spectral.rate import RateControl
+from spectrumkv.common.kv.codecs.spectral.rate import LayerSymbols, RateControl
 from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment, decode_segment, encode_segment
 from spectrumkv.common.kv.codecs.spectral.tier_allocation import SpectralTiers
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
@@ -153,8 +154,9 @@ class SpectralDecoder:
         if of_each[Tier.DROP] or of_each[Tier.NATIVE]:
             raise DataLossError("codec spectral sends every token, at INT4, INT8 or FP16", "tier")
         body = segment.body.numpy().data
-        steps = decode_segment(transform, body, segment.first_token, self._geometry, keys, values)
-        return tier_bytes(class_bits(transform, steps.base), steps.tokens, segment.tiers, segment.body.numel())
+        found = decode_segment(transform, body, segment.first_token, self._geometry, keys, values)
+        bits = class_bits(found.model, found.base)
+        return tier_bytes(bits, found.tokens, segment.tiers, segment.body.numel())
 
 
 def prepare() -> None:
@@ -175,13 +177,14 @@ def prepare() -> None:
     )
     (transform,) = layer_transforms(basis)
     # A lone token's keys lie in one piece, those of several do not.
-    for tokens in (3, 1):
+    for tokens in (2 * FEWEST_TOKENS, 1):
         # As models leave keys, token by token, and as slots lie, head by head in something larger.
         sent, received = torch.ones(tokens, heads, head_dim).transpose(0, 1), torch.zeros(heads, 2 * tokens, head_dim)
         classes = TokenClasses(np.zeros(tokens, np.int64), sinks=tokens // 2)
-        body, _ = encode_segment(UncodedSegment(transform, 0, sent, sent, classes), 0.0, geometry)
+        segment = UncodedSegment(transform, 0, sent, sent, classes)
+        body, quantization = encode_segment(segment, 0.0, geometry)
         slots = received[:, tokens:]
         decode_segment(transform, memoryview(body), 0, geometry, slots, slots)
-        transform.mean_bits(classes.classes.astype(np.float64))
-        rate = RateControl(segment_bytes=1, basis=basis)
-        rate.expected_bytes(classes.classes, rate.base(classes.classes, 0), 0)
+        class_bits(quantization.model, quantization.base)
+        rate, symbols = RateControl(segment_bytes=1, basis=basis), LayerSymbols.of([segment])
+        rate.expected_bytes(symbols, rate.base(symbols, 0), 0)

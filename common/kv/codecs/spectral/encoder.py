@@ -15,7 +15,7 @@ from spectrumkv.common.kv.codecs.spectral.importance import (
     token_tiers,
 )
 from spectrumkv.common.kv.codecs.spectral.layout import CLASSES_PER_OCTAVE, HIGHEST_CLASS, LOWEST_CLASS, TokenClasses
-from spectrumkv.common.kv.codecs.spectral.rate import BaseSearch, RateControl
+from spectrumkv.common.kv.codecs.spectral.rate import BaseSearch, LayerSymbols, RateControl
 from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment, encode_segment
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
 from spectrumkv.common.kv.geometry import KvGeometry
@@ -68,13 +68,13 @@ class SpectralEncoder:
             NotFiniteError: an element is infinite or NaN.
             InvalidArgumentError: an element is too large for the codec.
         """
-        classes = self._step_classes(capture)
-        layer = self._split(capture, classes)
-        base = self._rate.base(classes[self._sinks :], self._fixed_bytes)
+        layer = self._split(capture, self._step_classes(capture))
+        symbols = LayerSymbols.of(layer)
+        base = self._rate.base(symbols, self._fixed_bytes)
         segments = self._segments(layer, base)
         if self._rate.done == self._geometry.layers - 1:
             segments = self._fit(layer, base, segments)
-        expected = self._rate.expected_bytes(classes[self._sinks :], base, self._fixed_bytes)
+        expected = self._rate.expected_bytes(symbols, base, self._fixed_bytes)
         self._rate.account(_wire_bytes(segments), expected)
         yield from segments
 
@@ -108,13 +108,13 @@ class SpectralEncoder:
         Yields:
             Segments that fit chunks.
         """
-        body, steps = encode_segment(segment, base, self._geometry)
+        body, quantization = encode_segment(segment, base, self._geometry)
         if len(body) + SEGMENT_HEADER.size + tier_map_bytes(segment.length) > MAX_CHUNK_PAYLOAD_BYTES:
             for half in segment.halves():
                 yield from self._code(half, base)
             return
         coded = torch.frombuffer(body, dtype=torch.uint8)
-        bits = class_bits(segment.transform, steps.base)
+        bits = class_bits(quantization.model, quantization.base)
         tiers = token_tiers(bits, segment.tokens)
         shares = tier_bytes(bits, segment.tokens, tiers, len(body))
         yield KvSegment(segment.transform.layer, segment.first, tiers, coded, shares)

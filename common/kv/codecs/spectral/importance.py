@@ -11,8 +11,8 @@ import torch
 from spectrumkv.common.errors import NotFiniteError
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.spectral.coefficients import CoefficientModel
 from spectrumkv.common.kv.codecs.spectral.layout import CLASSES_PER_OCTAVE, LOWEST_CLASS, STEP_CLASSES, TokenClasses
-from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.scoring import SINK_TOKENS, mean_attention, scorers
 from spectrumkv.common.kv.tiers import Tier
@@ -73,17 +73,17 @@ def step_octaves(capture: LayerCapture, basis: SpectralBasis, scorer: str, seed:
     return octaves
 
 
-def class_bits(transform: LayerTransform, base: float) -> np.ndarray:
+def class_bits(model: CoefficientModel, base: float) -> np.ndarray:
     """Estimate the bits an element of tokens of each step class.
 
     Args:
-        transform: of the layer.
+        model: of the coefficients.
         base: binary logarithm of the step of class 0.
 
     Returns:
         float64 `[classes]`, from `LOWEST_CLASS` up.
     """
-    bits: np.ndarray = np.maximum(transform.mean_bits(base + STEP_CLASSES / CLASSES_PER_OCTAVE), LEAST_BITS)
+    bits: np.ndarray = np.maximum(model.mean_bits(base + STEP_CLASSES / CLASSES_PER_OCTAVE), LEAST_BITS)
     return bits
 
 

@@ -60,24 +60,6 @@ class TokenClasses:
         return edges(self.of_each)
 
 
-@dataclass(frozen=True, eq=False)
-class Steps:
-    """The steps of a segment's tokens.
-
-    Attributes:
-        base: binary logarithm of the step of class 0; a float32, as the body has it.
-        tokens: the tokens' classes.
-    """
-
-    base: float
-    tokens: TokenClasses
-
-    @property
-    def of_classes(self) -> np.ndarray:
-        """Return the step of each class: float32 `[classes]`."""
-        return np.exp2(self.base + STEP_CLASSES / CLASSES_PER_OCTAVE).astype(np.float32)
-
-
 def std_classes(std: np.ndarray) -> np.ndarray:
     """Sort coefficients into classes of half octaves.
 

@@ -3,11 +3,12 @@
 All layers should have the same base step, since the basis measures errors of all of them alike: with one distortion
 for all components the distortion at a rate is least (reverse water-filling, Cover & Thomas, "Elements of Information
 Theory", section 13.3.3 of the first edition, 10.3.3 of the second). A prompt's layers leave one by one, though,
-before the later ones are known: the later ones are taken to be like the present one, and the layers that are left
-make up for what came out differently.
+before the later ones are known: the later ones are taken to be like the present one, and to differ as much from their
+calibration, and the layers that are left make up for what came out differently.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -22,6 +23,7 @@ from spectrumkv.common.kv.codecs.spectral.layout import (
     finest_step_within,
     std_classes,
 )
+from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment
 
 # Steps of a layer's mean token are sought from its largest standard deviation / 2^24 to 2^10 times that.
 FINEST, COARSEST = -24.0, 10.0
@@ -35,6 +37,36 @@ MOVE_BEYOND = 0.25
 AIM = 0.999
 
 
+@dataclass(frozen=True, eq=False)
+class LayerSymbols:
+    """What a layer's symbols are like.
+
+    Attributes:
+        tokens: int64 `[classes]`, how many tokens have each step class; sinks are left out.
+        exponents: float64 `[m]`, binary logarithms of standard deviations where the step of class 0 is 1.
+        counts: int64 `[m]`, symbols of each.
+        deviation: octaves by which standard deviations exceed the calibrated ones, in the mean of all coefficients.
+    """
+
+    tokens: np.ndarray
+    exponents: np.ndarray
+    counts: np.ndarray
+    deviation: float
+
+    @classmethod
+    def of(cls, segments: Sequence[UncodedSegment]) -> "LayerSymbols":
+        """Return what the symbols of a layer's segments are like."""
+        tokens = [one.tokens.of_each for one in segments]
+        streams = [one.measured.streams for one in segments]
+        deviations = [0.0 if one.deviation is None else float(one.deviation.classes.mean()) for one in segments]
+        return cls(
+            tokens=np.sum(tokens, axis=0),
+            exponents=np.concatenate([one.exponent for one in streams]),
+            counts=np.concatenate([one.rows @ own for one, own in zip(streams, tokens, strict=True)]),
+            deviation=float(np.mean(deviations)) / CLASSES_PER_OCTAVE,
+        )
+
+
 @dataclass
 class RateControl:
     """What spends the byte budget of one request, layer by layer.
@@ -43,6 +75,8 @@ class RateControl:
         segment_bytes: for all layers' segments.
         basis: of the model.
         correction: actual ÷ expected bytes so far, smoothed; expectations are scaled by it.
+        deviation: octaves by which later layers' standard deviations are taken to exceed the calibrated ones: that of
+            the layers so far, smoothed; None before the first one.
         spent_bytes: by the layers that are done.
         done: how many layers are done.
     """
@@ -52,9 +86,10 @@ class RateControl:
     correction: float = 1.03
     spent_bytes: int = 0
     done: int = 0
+    deviation: float | None = None
     _widest: np.ndarray = field(init=False)
     _rows: np.ndarray = field(init=False)
-    _rows_from: np.ndarray = field(init=False)
+    _rows_after: np.ndarray = field(init=False)
     _lowest: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -64,7 +99,8 @@ class RateControl:
         self._lowest = int(min(one.min() for one in classes))
         width = int(max(one.max() for one in classes)) - self._lowest + 1
         self._rows = np.stack([np.bincount(one - self._lowest, minlength=width) for one in classes])
-        self._rows_from = self._rows[::-1].cumsum(axis=0)[::-1]
+        after = self._rows[::-1].cumsum(axis=0)[::-1][1:]
+        self._rows_after = np.concatenate((after, np.zeros_like(self._rows[:1])))
 
     @property
     def left_bytes(self) -> int:
@@ -86,36 +122,39 @@ class RateControl:
         """Return the largest base step of the next layer."""
         return float(np.float32(self._widest[self.done] + COARSEST))
 
-    def base(self, classes: np.ndarray, fixed_bytes: int) -> float:
+    def base(self, layer: LayerSymbols, fixed_bytes: int) -> float:
         """Find the base step with which this and all later layers together take what is left.
 
         Args:
-            classes: int64 `[n]`, step classes of this layer's tokens, sinks left out.
+            layer: this one.
             fixed_bytes: that a layer takes whatever its steps.
 
         Returns:
             Binary logarithm of the step of class 0, a float32.
         """
-        counts = self._streams(self._rows_from[self.done], classes)
+        self.deviation = layer.deviation if self.deviation is None else (self.deviation + layer.deviation) / 2
+        exponents = np.concatenate((layer.exponents, self._exponents + self.deviation))
+        # A stream is a difference between the classes of rows and of tokens.
+        later = np.convolve(self._rows_after[self.done], layer.tokens[::-1])
         remaining = len(self._rows) - self.done
         aim = self.left_bytes * AIM if remaining > 1 else self.left_bytes - self.may_be_left / 2
         available = 8 * (aim - remaining * fixed_bytes) / self.correction
-        base = finest_step_within(available, self.finest, self.coarsest, self._exponents, counts)
-        return float(np.float32(base))
+        counts = np.concatenate((layer.counts, later))
+        return float(np.float32(finest_step_within(available, self.finest, self.coarsest, exponents, counts)))
 
-    def expected_bytes(self, classes: np.ndarray, base: float, fixed_bytes: int) -> float:
-        """Estimate what this layer takes, before correction.
+    @staticmethod
+    def expected_bytes(layer: LayerSymbols, base: float, fixed_bytes: int) -> float:
+        """Estimate what a layer takes, before correction.
 
         Args:
-            classes: int64 `[n]`, step classes of its tokens, sinks left out.
+            layer: the layer.
             base: binary logarithm of the step of class 0.
             fixed_bytes: that a layer takes whatever its steps.
 
         Returns:
             Bytes.
         """
-        counts = self._streams(self._rows[self.done], classes)
-        return fixed_bytes + expected_bits(self._exponents, base, counts) / 8
+        return fixed_bytes + expected_bits(layer.exponents, base, layer.counts) / 8
 
     @cached_property
     def _exponents(self) -> np.ndarray:
@@ -124,12 +163,6 @@ class RateControl:
         streams = self._rows.shape[1] + HIGHEST_CLASS - LOWEST_CLASS
         exponents: np.ndarray = np.arange(first, first + streams) / CLASSES_PER_OCTAVE
         return exponents
-
-    @staticmethod
-    def _streams(rows: np.ndarray, classes: np.ndarray) -> np.ndarray:
-        """Return the symbols of each stream: a stream is a difference between the classes of rows and of tokens."""
-        tokens = np.bincount(classes - LOWEST_CLASS, minlength=HIGHEST_CLASS - LOWEST_CLASS + 1)
-        return np.convolve(rows, tokens[::-1])
 
     def account(self, actual_bytes: int, expected_bytes: float) -> None:
         """Take note that a layer is done.

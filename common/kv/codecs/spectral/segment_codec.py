@@ -3,25 +3,21 @@
 import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from spectrumkv.common.errors import DataLossError, InvalidArgumentError, NotFiniteError
-from spectrumkv.common.kv.codecs.spectral.layout import (
-    CLASSES_PER_OCTAVE,
-    HIGHEST_CLASS,
-    LOWEST_CLASS,
-    Steps,
-    TokenClasses,
-)
+from spectrumkv.common.kv.codecs.spectral.coefficients import CoefficientModel, Deviation, Quantization
+from spectrumkv.common.kv.codecs.spectral.layout import CLASSES_PER_OCTAVE, HIGHEST_CLASS, LOWEST_CLASS, TokenClasses
 from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION, CodedStream, PackedStreams, compress, decompress
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.kernels.absmax import halves_are_finite
 
-HEADER = struct.Struct("<fHI")
+HEADER = struct.Struct("<fHII")
 LENGTHS = np.dtype([("coded", "<u4"), ("exceptions", "<u4")])
 # Largest magnitude of the binary logarithm of a step.
 LARGEST_BASE = 64.0
@@ -52,6 +48,38 @@ class UncodedSegment:
         """Count the tokens."""
         return self.keys.shape[1]
 
+    @cached_property
+    def coded_states(self) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Return keys and values of the tokens that have a step, and the position of the first of them."""
+        sinks = self.tokens.sinks
+        return self.keys[:, sinks:], self.values[:, sinks:], self.first + sinks
+
+    @cached_property
+    def deviation(self) -> Deviation | None:
+        """Measure how the segment's coefficients differ from the calibrated ones; None where that cannot be told."""
+        return self.transform.deviation(*self.coded_states)
+
+    @cached_property
+    def measured(self) -> CoefficientModel:
+        """Return the best model of the segment's coefficients, whether it is worth sending or not."""
+        calibrated = self.transform.calibrated
+        return calibrated if self.deviation is None else self.deviation.of(calibrated)
+
+    def model(self, base: float) -> tuple[CoefficientModel, bytes]:
+        """Choose the model that the segment is coded with.
+
+        Args:
+            base: binary logarithm of the step of class 0.
+
+        Returns:
+            The model, and the bytes of its deviation: none where the deviation saves less than it takes.
+        """
+        if self.deviation is not None:
+            saved = len(self.tokens.coded) * self.deviation.saved_bits(self.measured, base)
+            if saved > 8 * len(self.deviation.coded):
+                return self.measured, self.deviation.coded
+        return self.transform.calibrated, b""
+
     def halves(self) -> "Iterator[UncodedSegment]":
         """Cut the run in two.
 
@@ -70,7 +98,7 @@ class UncodedSegment:
             )
 
 
-def encode_segment(segment: UncodedSegment, base: float, geometry: KvGeometry) -> tuple[bytearray, Steps]:
+def encode_segment(segment: UncodedSegment, base: float, geometry: KvGeometry) -> tuple[bytearray, Quantization]:
     """Code a run of tokens.
 
     Args:
@@ -79,7 +107,8 @@ def encode_segment(segment: UncodedSegment, base: float, geometry: KvGeometry) -
         geometry: shape and dtype of the model's cache.
 
     Returns:
-        The body, and the tokens' steps: coarser than wanted where integers would not have 32 bits.
+        The body, and how coefficients were quantized: by coarser steps than wanted where integers would not have 32
+        bits.
 
     Raises:
         NotFiniteError: an element is infinite or NaN.
@@ -95,44 +124,42 @@ def encode_segment(segment: UncodedSegment, base: float, geometry: KvGeometry) -
             f"keys or values of the first tokens in layer {segment.transform.layer} do not fit {geometry.half_dtype}"
         )
     coded_classes = compress(segment.tokens.coded)
-    steps, coded = _coded_streams(segment, Steps(base, segment.tokens))
-    if not abs(steps.base) <= LARGEST_BASE:
+    model, deviation = segment.model(base)
+    quantization, coded = _coded_streams(segment, Quantization(base, segment.tokens, model))
+    if not abs(quantization.base) <= LARGEST_BASE:
         raise InvalidArgumentError(
-            f"keys or values of layer {segment.transform.layer} want steps of 2^{steps.base:g}; codec spectral has "
-            f"those from 2^-{LARGEST_BASE:g} to 2^{LARGEST_BASE:g}"
+            f"keys or values of layer {segment.transform.layer} want steps of 2^{quantization.base:g}; codec "
+            f"spectral has those from 2^-{LARGEST_BASE:g} to 2^{LARGEST_BASE:g}"
         )
     lengths = np.array([(len(one.coded), one.exception_count) for one in coded], LENGTHS)
     parts: list[bytes | memoryview] = [
-        HEADER.pack(steps.base, segment.tokens.sinks, len(coded_classes)),
+        HEADER.pack(quantization.base, segment.tokens.sinks, len(coded_classes), len(deviation)),
         exact_bytes.numpy().data,
         coded_classes,
+        deviation,
         lengths.tobytes(),
     ]
     for one in coded:
         parts += one
     parts.append(b"\0" * (sum(map(len, parts)) % 2))
-    return bytearray().join(parts), steps
+    return bytearray().join(parts), quantization
 
 
-def _coded_streams(segment: UncodedSegment, steps: Steps) -> tuple[Steps, list[CodedStream]]:
-    """Return the steps that were used and the streams of the tokens that have a step.
+def _coded_streams(segment: UncodedSegment, wanted: Quantization) -> tuple[Quantization, list[CodedStream]]:
+    """Return how coefficients were quantized and the streams of the tokens that have a step.
 
     Raises:
         NotFiniteError: an element is infinite or NaN.
     """
     if not len(segment.tokens.coded):
-        return steps, []
-    transform, sinks = segment.transform, segment.tokens.sinks
-    packed = transform.packed(steps)
-    symbols, largest = transform.quantize(
-        segment.keys[:, sinks:], segment.values[:, sinks:], segment.first + sinks, steps, packed
-    )
+        return wanted, []
+    symbols, largest = segment.transform.quantize(*segment.coded_states, wanted)
     if not largest < math.inf:
-        raise NotFiniteError(f"keys or values of layer {transform.layer} are infinite or NaN")
+        raise NotFiniteError(f"keys or values of layer {segment.transform.layer} are infinite or NaN")
     finest = _finest_base(largest)
-    if steps.base < finest:
-        return _coded_streams(segment, Steps(finest, segment.tokens))
-    return steps, packed.encode(symbols)
+    if wanted.base < finest:
+        return _coded_streams(segment, replace(wanted, base=finest))
+    return wanted, wanted.packed.encode(symbols)
 
 
 def _finest_base(largest: float) -> float:
@@ -147,7 +174,7 @@ def decode_segment(
     geometry: KvGeometry,
     keys: torch.Tensor,
     values: torch.Tensor,
-) -> Steps:
+) -> Quantization:
     """Decode a run of tokens: the inverse of `encode_segment`.
 
     Args:
@@ -159,13 +186,13 @@ def decode_segment(
         values: like `keys`.
 
     Returns:
-        The tokens' steps.
+        How coefficients were quantized.
 
     Raises:
         DataLossError: the body does not hold what its header says.
     """
     reader, tokens = _Reader(body), keys.shape[1]
-    base, sinks, class_bytes = reader.header()
+    base, sinks, class_bytes, deviation_bytes = reader.header()
     if sinks > tokens:
         raise DataLossError(f"a segment of {tokens} tokens has {sinks} sinks", "malformed")
     shape = (2, geometry.kv_heads, sinks, geometry.head_dim)
@@ -174,16 +201,18 @@ def decode_segment(
     if len(classes) and classes.max() > HIGHEST_CLASS - LOWEST_CLASS:
         raise DataLossError(f"a segment has the step class {classes.max() + LOWEST_CLASS}", "malformed")
     of_tokens = np.concatenate([np.zeros(sinks, np.int64), classes + LOWEST_CLASS])
-    steps = Steps(base, TokenClasses(of_tokens, sinks))
+    model = transform.calibrated
+    if deviation_bytes:
+        model = Deviation.decoded(reader.take(deviation_bytes), len(model.classes)).of(model)
+    quantization = Quantization(base, TokenClasses(of_tokens, sinks), model)
     if sinks:
         states = torch.from_numpy(exact.copy()).view(geometry.half_dtype).view(shape)
         keys[:, :sinks], values[:, :sinks] = states[0], states[1]
     if len(classes):
-        packed = transform.packed(steps)
-        symbols = packed.decode(_streams(reader, packed))
-        transform.dequantize(symbols, packed, first + sinks, steps, keys[:, sinks:], values[:, sinks:])
+        symbols = quantization.packed.decode(_streams(reader, quantization.packed))
+        transform.dequantize(symbols, first + sinks, quantization, keys[:, sinks:], values[:, sinks:])
     reader.finish()
-    return steps
+    return quantization
 
 
 def _streams(reader: "_Reader", packed: PackedStreams) -> list[CodedStream]:
@@ -210,11 +239,11 @@ class _Reader:
         self._position = end
         return taken
 
-    def header(self) -> tuple[float, int, int]:
-        base, sinks, class_bytes = HEADER.unpack(self.take(HEADER.size))
+    def header(self) -> tuple[float, int, int, int]:
+        base, sinks, class_bytes, deviation_bytes = HEADER.unpack(self.take(HEADER.size))
         if not abs(base) <= LARGEST_BASE:
             raise DataLossError(f"a segment's steps have the exponent {base}", "scale")
-        return base, sinks, class_bytes
+        return base, sinks, class_bytes, deviation_bytes
 
     def array(self, count: int, dtype: np.dtype | type) -> np.ndarray:
         return np.frombuffer(self.take(count * np.dtype(dtype).itemsize), dtype)

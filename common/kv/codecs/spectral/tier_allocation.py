@@ -127,7 +127,7 @@ def _thresholds(basis: SpectralBasis) -> tuple[np.ndarray, np.ndarray]:
     int8_from, int4_from = [], []
     for transform in layer_transforms(basis):
         grid = STEP_GRID + float(basis.std[transform.layer].max().log2())
-        bits = transform.mean_bits(grid)
+        bits = transform.calibrated.mean_bits(grid)
         int8_from.append(grid[int(np.argmax(bits <= INT8_BITS))])
         int4_from.append(grid[int(np.argmax(bits <= INT4_BITS))])
     return np.array(int8_from), np.array(int4_from)

@@ -13,23 +13,24 @@ import numpy as np
 import torch
 
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.codecs.spectral.layout import (
-    CLASSES_PER_OCTAVE,
-    Steps,
-    StreamLayout,
-    mean_bits,
-    std_classes,
+from spectrumkv.common.kv.codecs.spectral.coefficients import (
+    FEWEST_TOKENS,
+    CoefficientModel,
+    Deviation,
+    Quantization,
 )
-from spectrumkv.common.kv.codecs.spectral.symbols import PackedStreams
 from spectrumkv.kernels.jit.gemm import padded
 from spectrumkv.kernels.jit.strided import adjacent, flat
 from spectrumkv.kernels.spectral import transform as kernels
-from spectrumkv.kernels.spectral.streams import offsets
+from spectrumkv.kernels.spectral.moments import add_moments
+
+# Tokens at most by which a segment's means and standard deviations are measured: what a loop takes at a time.
+SAMPLE = kernels.TOKENS
 
 
 @dataclass(frozen=True, eq=False)
 class LayerTransform:
-    """The transform of one layer's tokens, with coefficients sorted by class of standard deviation.
+    """The transform of one layer's tokens.
 
     A row is one coefficient of one head in all tokens; keys' heads come first.
 
@@ -42,65 +43,42 @@ class LayerTransform:
     layer: int
 
     @cached_property
-    def _classes(self) -> np.ndarray:
-        """Return the class of each row, in the order side, head, element."""
-        return std_classes(self.basis.std[self.layer].flatten().numpy())
+    def calibrated(self) -> CoefficientModel:
+        """Return what the basis says of the coefficients."""
+        return CoefficientModel.calibrated(self.basis.std[self.layer].flatten().numpy())
 
-    @cached_property
-    def row_order(self) -> np.ndarray:
-        """Sort the rows by rising class, those of one class in the order side, head, element: int64 `[rows]`."""
-        return np.argsort(self._classes, kind="stable")
-
-    @cached_property
-    def run_classes(self) -> np.ndarray:
-        """Return the classes that rows have, rising: int64 `[runs]`."""
-        return np.unique(self._classes)
-
-    @cached_property
-    def run_start(self) -> np.ndarray:
-        """Return where each class starts in `row_order`: int64 `[runs + 1]`."""
-        edges = np.searchsorted(self._classes[self.row_order], self.run_classes)
-        return np.append(edges, len(self.row_order)).astype(np.int64)
-
-    @cached_property
-    def run_rows(self) -> np.ndarray:
-        """Count the rows of each class: int64 `[runs]`."""
-        return np.diff(self.run_start)
-
-    @cached_property
-    def streams(self) -> StreamLayout:
-        """Lay out which symbols share a stream."""
-        return StreamLayout.of(self.run_classes, self.run_rows)
-
-    @cached_property
-    def _run_exponents(self) -> np.ndarray:
-        """Return the binary logarithm of each class's standard deviation: float64 `[runs]`."""
-        return self.run_classes / CLASSES_PER_OCTAVE
-
-    def mean_bits(self, steps: np.ndarray) -> np.ndarray:
-        """Estimate the bits an element that tokens of several steps take.
+    def deviation(self, keys: torch.Tensor, values: torch.Tensor, first: int) -> Deviation | None:
+        """Measure how the coefficients of some tokens differ from the calibrated ones, by `SAMPLE` of them at most.
 
         Args:
-            steps: float64 `[n]`, binary logarithms of the steps.
+            keys: see `quantize`.
+            values: like `keys`.
+            first: position of the first token.
 
         Returns:
-            float64 `[n]`, bits.
+            The deviation; None where the tokens are few, or states are infinite, NaN or too large to be squared.
         """
-        return mean_bits(self._run_exponents, steps, self.run_rows)
-
-    def packed(self, steps: Steps) -> PackedStreams:
-        """Choose how the streams of tokens with these steps are packed.
-
-        Args:
-            steps: of the tokens.
-
-        Returns:
-            A packing for each stream.
-        """
-        return self.streams.packed(steps.tokens.of_each, steps.base)
+        tokens = keys.shape[1]
+        if tokens < FEWEST_TOKENS:
+            return None
+        sample = np.linspace(0, tokens - 1, min(tokens, SAMPLE)).astype(np.int64)
+        sums, squares = np.empty((2, *self._mean.shape))
+        add_moments(
+            flat(adjacent(keys.float())),
+            flat(adjacent(values.float())),
+            sample,
+            self._rotation(first, tokens, 1 / self.basis.rope_scaling),
+            self._mean,
+            self._analysis,
+            sums,
+            squares,
+        )
+        if not np.isfinite(squares).all():
+            return None
+        return Deviation.measured(self.calibrated, sums.ravel(), squares.ravel(), len(sample))
 
     def quantize(
-        self, keys: torch.Tensor, values: torch.Tensor, first: int, steps: Steps, packed: PackedStreams
+        self, keys: torch.Tensor, values: torch.Tensor, first: int, quantization: Quantization
     ) -> tuple[np.ndarray, float]:
         """Compute coefficients in units of their tokens' steps, rounded.
 
@@ -108,24 +86,23 @@ class LayerTransform:
             keys: `[kv_heads, n, head_dim]` on the CPU, after the rotary embedding; of the tokens that have a step.
             values: like `keys`.
             first: position of the first token.
-            steps: of the tokens.
-            packed: see `packed`.
+            quantization: of the tokens.
 
         Returns:
             int32 `[symbols]`, one stream after another, and the largest magnitude of a coefficient: infinite or NaN
             where one is. The symbols of coefficients of 2^31 steps or more are meaningless.
         """
-        symbols = np.empty(packed.start[-1], np.int32)
+        tokens, symbols = quantization.tokens, np.empty(quantization.packed.start[-1], np.int32)
         largest = kernels.analyse(
             flat(adjacent(keys.float())),
             flat(adjacent(values.float())),
-            steps.tokens.order,
+            tokens.order,
             self._rotation(first, keys.shape[1], 1 / self.basis.rope_scaling),
-            self._mean,
+            self._center(quantization.model),
             self._analysis,
-            steps.tokens.start,
-            1 / steps.of_classes,
-            self._offsets(steps, packed),
+            tokens.start,
+            1 / quantization.steps,
+            quantization.offsets,
             symbols,
         )
         return symbols, float(np.int32(largest).view(np.float32))
@@ -133,9 +110,8 @@ class LayerTransform:
     def dequantize(
         self,
         symbols: np.ndarray,
-        packed: PackedStreams,
         first: int,
-        steps: Steps,
+        quantization: Quantization,
         keys: torch.Tensor,
         values: torch.Tensor,
     ) -> None:
@@ -143,22 +119,21 @@ class LayerTransform:
 
         Args:
             symbols: int32 `[symbols]`.
-            packed: see `packed`.
             first: position of the first token.
-            steps: of the tokens.
+            quantization: of the tokens.
             keys: `[kv_heads, n, head_dim]`, any dtype, strides and device.
             values: like `keys`.
         """
         with _written_rows(keys) as key_rows, _written_rows(values) as value_rows:
             kernels.synthesise(
                 symbols,
-                steps.tokens.order,
+                quantization.tokens.order,
                 self._rotation(first, keys.shape[1], self.basis.rope_scaling),
-                self._mean,
+                self._center(quantization.model),
                 self._synthesis,
-                steps.tokens.start,
-                steps.of_classes,
-                self._offsets(steps, packed),
+                quantization.tokens.start,
+                quantization.steps,
+                quantization.offsets,
                 flat(key_rows),
                 flat(value_rows),
             )
@@ -167,11 +142,14 @@ class LayerTransform:
         cosine, sine = self.basis.rotation(first, tokens)
         return cosine.numpy(), sine.numpy(), np.float32(scaling)
 
-    def _offsets(self, steps: Steps, packed: PackedStreams) -> np.ndarray:
-        """Return where the symbols of each step class and row start: int64 `[classes, rows]`."""
-        starts = np.empty((len(steps.tokens.of_each), len(self.row_order)), np.int64)
-        offsets(self.row_order, self.run_start, steps.tokens.start, self.streams.stream_of, packed.start, starts)
-        return starts
+    def _center(self, model: CoefficientModel) -> np.ndarray:
+        """Return the state whose coefficients are the model's means: float32 `[2 · kv_heads, head_dim]`."""
+        if model is self.calibrated:
+            return self._mean
+        heads, head_dim, _ = self._synthesis.shape
+        shift = model.mean.reshape(heads, 1, head_dim) @ self._synthesis[:, :, :head_dim]
+        center: np.ndarray = self._mean + shift[:, 0]
+        return center
 
     @cached_property
     def _mean(self) -> np.ndarray:

@@ -1,10 +1,11 @@
 """Streams of integers to what the entropy coder takes, and back, compiled for CPUs.
 
 A stream's lowest bits are stored apart where they are noise, symbols beyond its limit are stored apart, and the rest
-is packed, several symbols to a byte. All streams of a segment are one call: there are dozens, and most are short.
+is packed: several symbols to a byte, or as gaps. All streams of a segment are one call: there are dozens, and most
+are short. What is packed goes to the entropy coder in frames. A frame holds one stream, or streams that are alike
+without their lowest bits.
 """
 
-import math
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,14 @@ from numba import types
 
 from spectrumkv.kernels.jit.compiled import compiled, intrinsic
 from spectrumkv.kernels.jit.llvm import I32
+from spectrumkv.kernels.spectral.gaps import pack_gaps, unpack_gaps
 
 # Symbols that are looked at together for one beyond the limit.
 LOOKED_AT = 256
 # Bytes times this and shifted by 16 bits are divided by any number up to 255, exactly.
 RECIPROCAL_BITS = 16
+# In place of a number of symbols in a byte: the stream is packed as gaps.
+GAPS = -1
 
 
 @intrinsic
@@ -33,16 +37,17 @@ def _greater_magnitude(_: Any, peak: Any, symbol: Any) -> Any:
 
 
 @compiled
-def split(symbols: Any, limit: int, raw_bits: int, raw: Any, outside: Any) -> int:
+def split(symbols: Any, start: int, limit: int, raw_bits: int, raw: Any, outside: Any) -> int:
     """Take from one stream what does not go through the entropy coder; what remains is within the limit.
 
     Args:
         symbols: int32 `[m]`; replaced by what remains.
+        start: index of the first of them in the segment.
         limit: largest magnitude that may remain.
         raw_bits: lowest bits of each symbol that are stored as they are.
         raw: uint32 `[ceil(m · raw_bits / 32)]`, written: the raw bits of one symbol after another, from bit 0 up.
-        outside: int32 `[m, 2]`, written: index and value of what is beyond the limit without its raw bits, and
-            remains as 0.
+        outside: int32 `[m, 2]`, written: index in the segment and value of what is beyond the limit without its raw
+            bits, and remains as 0.
 
     Returns:
         How many are outside.
@@ -71,7 +76,7 @@ def split(symbols: Any, limit: int, raw_bits: int, raw: Any, outside: Any) -> in
             continue
         for index in range(together.size):
             if abs(together[index]) > limit:
-                outside[found, 0] = first + index
+                outside[found, 0] = start + first + index
                 outside[found, 1] = together[index]
                 found += 1
                 together[index] = 0
@@ -79,23 +84,18 @@ def split(symbols: Any, limit: int, raw_bits: int, raw: Any, outside: Any) -> in
 
 
 @compiled
-def join(symbols: Any, raw_bits: int, raw: Any, outside: Any) -> bool:
+def join(symbols: Any, start: int, raw_bits: int, raw: Any, outside: Any) -> None:
     """Put back what `split` took away.
 
     Args:
         symbols: int32 `[m]`, what went through the entropy coder; written.
+        start: index of the first of them in the segment.
         raw_bits: lowest bits of each symbol that were stored as they are.
         raw: uint32 `[ceil(m · raw_bits / 32)]`.
-        outside: int32 `[e, 2]`, index and value of what was beyond the limit; indices are not trusted.
-
-    Returns:
-        Whether all indices of `outside` lie in the stream; if not, the symbols are of no use.
+        outside: int32 `[e, 2]`, index in the segment and value of what was beyond the limit.
     """
     for number in range(outside.shape[0]):
-        index = outside[number, 0]
-        if index < 0 or index >= symbols.size:
-            return False
-        symbols[index] = outside[number, 1]
+        symbols[outside[number, 0] - start] = outside[number, 1]
     if raw_bits:
         held, held_bits, read = np.uint64(0), np.uint64(0), 0
         mask, width = np.uint64((1 << raw_bits) - 1), np.uint64(raw_bits)
@@ -107,7 +107,6 @@ def join(symbols: Any, raw_bits: int, raw: Any, outside: Any) -> bool:
             symbols[index] = (symbols[index] << raw_bits) | np.int32(held & mask)
             held >>= width
             held_bits -= width
-    return True
 
 
 @compiled
@@ -153,58 +152,6 @@ def unpack(packed: Any, per_byte: int, limit: int, symbols: Any) -> None:
 
 
 @compiled
-def lay_out(
-    counts: Any,
-    exponent: Any,
-    widest: Any,
-    packing_per_byte: Any,
-    packing_limit: Any,
-    widest_without_raw_bits: float,
-    most_raw_bits: int,
-    start: Any,
-    per_byte: Any,
-    limit: Any,
-    raw_bits: Any,
-    raw_bytes: Any,
-    packed_start: Any,
-    raw_start: Any,
-) -> None:
-    """Choose how each stream of a segment is packed, and where everything that becomes of it starts.
-
-    Args:
-        counts: int64 `[streams]`, symbols of each stream.
-        exponent: float64 `[streams]`, binary logarithm of the standard deviation of its symbols.
-        widest: float64 `[packings]`, rising to infinity, the largest exponent of each packing.
-        packing_per_byte: int64 `[packings]`.
-        packing_limit: int64 `[packings]`.
-        widest_without_raw_bits: exponent from which on there are raw bits, one more for each octave.
-        most_raw_bits: how many there may be.
-        start: int64 `[streams + 1]`, written like all others: see `pack_streams`.
-        per_byte: int64 `[streams]`.
-        limit: int64 `[streams]`.
-        raw_bits: int64 `[streams]`.
-        raw_bytes: int64 `[streams]`, length of the raw bits.
-        packed_start: int64 `[streams + 1]`.
-        raw_start: int64 `[streams + 1]`.
-    """
-    start[0] = packed_start[0] = raw_start[0] = 0
-    for stream in range(counts.size):
-        count, packing = counts[stream], 0
-        while exponent[stream] > widest[packing]:
-            packing += 1
-        beyond = math.ceil(exponent[stream] - widest_without_raw_bits)
-        bits = count * min(max(beyond, 0), most_raw_bits)
-        per_byte[stream], limit[stream] = packing_per_byte[packing], packing_limit[packing]
-        raw_bits[stream] = min(max(beyond, 0), most_raw_bits)
-        raw_bytes[stream] = (bits + 7) // 8
-        start[stream + 1] = start[stream] + count
-        together = max(per_byte[stream], 1)
-        packed = (count + together - 1) // together if per_byte[stream] else 0
-        packed_start[stream + 1] = packed_start[stream] + packed
-        raw_start[stream + 1] = raw_start[stream] + (bits + 31) // 32
-
-
-@compiled
 def pack_streams(
     symbols: Any,
     start: Any,
@@ -213,12 +160,12 @@ def pack_streams(
     raw_bits: Any,
     packed: Any,
     packed_start: Any,
+    packed_bytes: Any,
     raw: Any,
     raw_start: Any,
     outside: Any,
-    found: Any,
-) -> None:
-    """Call `split` and `pack` for every stream of a segment.
+) -> int:
+    """Call `split` and `pack` or `pack_gaps` for every stream of a segment.
 
     Args:
         symbols: int32 `[m]`, one stream after another; used up.
@@ -227,44 +174,51 @@ def pack_streams(
         limit: int64 `[streams]`.
         raw_bits: int64 `[streams]`.
         packed: uint8, written.
-        packed_start: int64 `[streams + 1]`, where the bytes of each stream start.
+        packed_start: int64 `[streams]`, where the bytes of each stream start.
+        packed_bytes: int64 `[streams]`, how many there are; of gaps, how many there may be, and written.
         raw: uint32, written.
-        raw_start: int64 `[streams + 1]`, likewise.
-        outside: int32 `[m, 2]`, written from the start of each stream on.
-        found: int64 `[streams]`, written: how many those are.
+        raw_start: int64 `[streams + 1]`, where the raw bits of each stream start.
+        outside: int32 `[m, 2]`, written from the first row on.
+
+    Returns:
+        How many symbols are outside.
     """
+    found = 0
     for stream in range(start.size - 1):
-        own = slice(start[stream], start[stream + 1])
+        own = symbols[start[stream] : start[stream + 1]]
         raw_words = raw[raw_start[stream] : raw_start[stream + 1]]
-        found[stream] = split(symbols[own], limit[stream], raw_bits[stream], raw_words, outside[own])
-        if per_byte[stream]:
-            own_bytes = packed[packed_start[stream] : packed_start[stream + 1]]
-            pack(symbols[own], per_byte[stream], limit[stream], own_bytes)
+        found += split(own, start[stream], limit[stream], raw_bits[stream], raw_words, outside[found:])
+        own_bytes = packed[packed_start[stream] : packed_start[stream] + packed_bytes[stream]]
+        if per_byte[stream] == GAPS:
+            packed_bytes[stream] = pack_gaps(own, own_bytes)
+        elif per_byte[stream]:
+            pack(own, per_byte[stream], limit[stream], own_bytes)
+    return found
 
 
 @compiled
 def unpack_streams(
     packed: Any,
     packed_start: Any,
+    packed_bytes: Any,
     raw: Any,
     raw_start: Any,
     outside: Any,
-    outside_start: Any,
     per_byte: Any,
     limit: Any,
     raw_bits: Any,
     start: Any,
     symbols: Any,
-) -> int:
+) -> bool:
     """Undo `pack_streams`.
 
     Args:
-        packed: uint8, the bytes of one stream after another.
-        packed_start: int64 `[streams + 1]`, where each stream's begin.
-        raw: uint32, likewise.
-        raw_start: int64 `[streams + 1]`.
-        outside: int32 `[e, 2]`, likewise; indices are not trusted.
-        outside_start: int64 `[streams + 1]`.
+        packed: uint8; gaps are not trusted.
+        packed_start: int64 `[streams]`, where each stream's bytes begin.
+        packed_bytes: int64 `[streams]`, how many there are.
+        raw: uint32.
+        raw_start: int64 `[streams + 1]`, where the raw bits of each stream begin.
+        outside: int32 `[e, 2]`, by rising index; indices are not trusted.
         per_byte: int64 `[streams]`.
         limit: int64 `[streams]`.
         raw_bits: int64 `[streams]`.
@@ -272,17 +226,26 @@ def unpack_streams(
         symbols: int32 `[m]`, written.
 
     Returns:
-        The first stream that `join` does not accept, or -1. Where one is not accepted, the symbols are of no use.
+        Whether indices rise and lie in the segment, and gaps in their streams; if not, the symbols are of no use.
     """
+    first, last = 0, -1
     for stream in range(start.size - 1):
         own = symbols[start[stream] : start[stream + 1]]
-        if per_byte[stream]:
-            own_bytes = packed[packed_start[stream] : packed_start[stream + 1]]
+        own_bytes = packed[packed_start[stream] : packed_start[stream] + packed_bytes[stream]]
+        if per_byte[stream] == GAPS:
+            if not unpack_gaps(own_bytes, own):
+                return False
+        elif per_byte[stream]:
             unpack(own_bytes, per_byte[stream], limit[stream], own)
         else:
             own[:] = 0
+        end = first
+        while end < outside.shape[0] and outside[end, 0] < start[stream + 1]:
+            if outside[end, 0] <= last:
+                return False
+            last = outside[end, 0]
+            end += 1
         raw_words = raw[raw_start[stream] : raw_start[stream + 1]]
-        exceptions = outside[outside_start[stream] : outside_start[stream + 1]]
-        if not join(own, raw_bits[stream], raw_words, exceptions):
-            return stream
-    return -1
+        join(own, start[stream], raw_bits[stream], raw_words, outside[first:end])
+        first = end
+    return bool(first == outside.shape[0])

@@ -16,7 +16,7 @@ from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION, compress
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import parse_segment
-from tests.faults.hostile.spectral_body import SpectralBody, StreamParts, serialized, taken_apart, with_body
+from tests.faults.hostile.spectral_body import SpectralBody, serialized, taken_apart, with_body
 
 EDGES = (0, 1, 2, 3, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1)
 BASES = (0.0, -0.0, 64.0, -64.0, 64.00001, -65.0, 1e38, -1e38, math.inf, -math.inf, math.nan, 1e-45)
@@ -107,60 +107,69 @@ def _exact(chance: random.Random, body: SpectralBody) -> None:
 
 
 def _lengths(chance: random.Random, body: SpectralBody) -> None:
-    """A lie about one stream, or bytes that change hands between two fields."""
-    if not body.lengths:
-        return
-    place = chance.randrange(len(body.lengths))
-    coded, exceptions = body.lengths[place]
+    """A lie about one frame or about the exceptions, or bytes that change hands between the two."""
     kind = chance.randrange(4)
     if kind == 0:
-        coded = chance.choice((max(0, coded + chance.choice((-1, 1))), *EDGES))
-    elif kind == 1:
-        exceptions = chance.choice((exceptions + 1, max(0, exceptions - 1), *EDGES))
+        body.exception_count = chance.choice((body.exception_count + 1, max(0, body.exception_count - 1), *EDGES))
+    if not body.lengths or kind == 0:
+        return
+    place = chance.randrange(len(body.lengths))
+    if kind == 1:
+        body.lengths[place] = chance.choice((max(0, body.lengths[place] + chance.choice((-1, 1))), *EDGES))
     elif kind == 2:
         # As many bytes as before, taken for something else.
-        coded, exceptions = max(0, coded - EXCEPTION.itemsize), exceptions + 1
+        body.lengths[place] = max(0, body.lengths[place] - EXCEPTION.itemsize)
+        body.exception_count += 1
     else:
         del body.lengths[place]
+
+
+def _gap_bytes(chance: random.Random, body: SpectralBody) -> None:
+    """Another length of gaps than there are, and gaps that leave their stream."""
+    if not body.gap_bytes:
         return
-    body.lengths[place] = (coded, exceptions)
+    place = chance.randrange(len(body.gap_bytes))
+    length = chance.choice((max(0, body.gap_bytes[place] + chance.choice((-1, 1))), *EDGES))
+    body.gap_bytes[place] = length
+    if length < MANY_EXCEPTIONS and body.frames:
+        gaps = np.frombuffer(chance.choice((chance.randbytes(length), b"\xfc" * length)), np.uint8)
+        body.frames[min(place, len(body.frames) - 1)] = chance.choice((compress(gaps), b"\0" + gaps.tobytes()))
 
 
 def _code(chance: random.Random, body: SpectralBody) -> None:
-    stream = _some_stream(chance, body)
-    stream.coded = _harmed_code(chance, stream.coded)
+    if body.frames:
+        place = chance.randrange(len(body.frames))
+        body.frames[place] = _harmed_code(chance, body.frames[place])
 
 
 def _raw(chance: random.Random, body: SpectralBody) -> None:
-    stream = _some_stream(chance, body)
-    size = max(0, len(stream.raw) + chance.choice((-1, 0, 0, 1, 1000)))
-    stream.raw = chance.choice((chance.randbytes(size), b"\xff" * size, bytes(size)))
+    size = max(0, len(body.raw) + chance.choice((-1, 0, 0, 1, 1000)))
+    body.raw = chance.choice((chance.randbytes(size), b"\xff" * size, bytes(size)))
 
 
 def _exceptions(chance: random.Random, body: SpectralBody) -> None:
-    """Indices beyond the stream and twice the same, values at the edges, very many."""
-    stream = _some_stream(chance, body)
+    """Indices beyond the segment, twice the same or out of order, values at the edges, very many."""
     count = chance.choice((1, 1, 2, 3, 50, MANY_EXCEPTIONS))
     made = np.empty(count, EXCEPTION)
     made["index"] = chance.choice((chance.randrange(200), *EDGES))
     if chance.random() < 0.3:
         made["index"] = np.arange(count)
     made["value"] = chance.choice((0, 1, -1, 2**31 - 1, -(2**31), chance.randrange(-(2**31), 2**31)))
-    stream.exceptions = chance.choice((b"", stream.exceptions)) + made.tobytes()
+    body.exceptions = chance.choice((b"", body.exceptions)) + made.tobytes()
 
 
-def _streams(chance: random.Random, body: SpectralBody) -> None:
-    """A stream lost, twice, or in another's place."""
-    if not body.streams:
+def _frames(chance: random.Random, body: SpectralBody) -> None:
+    """A frame lost, twice, or in another's place."""
+    if not body.frames:
         return
-    place = chance.randrange(len(body.streams))
+    place = chance.randrange(len(body.frames))
     kind = chance.randrange(3)
     if kind == 0:
-        del body.streams[place]
+        del body.frames[place]
     elif kind == 1:
-        body.streams.insert(place, body.streams[place])
+        body.frames.insert(place, body.frames[place])
     else:
-        chance.shuffle(body.streams)
+        chance.shuffle(body.frames)
 
 
 def _end(chance: random.Random, body: SpectralBody) -> None:
@@ -176,22 +185,15 @@ BODY_HARMS: dict[str, BodyHarm] = {
     "length of deviation": _deviation_bytes,
     "deviation": _deviation,
     "sinks' states": _exact,
-    "lengths of streams": _lengths,
+    "lengths of frames": _lengths,
+    "lengths of gaps": _gap_bytes,
     "coded symbols": _code,
     "raw bits": _raw,
     "exceptions": _exceptions,
-    "order of streams": _streams,
+    "order of frames": _frames,
     "end": _end,
 }
-LIES_ABOUT_LENGTHS = frozenset({"length of classes", "length of deviation", "lengths of streams"})
-
-
-def _some_stream(chance: random.Random, body: SpectralBody) -> StreamParts:
-    """One that holds something, more often than not."""
-    full = [one for one in body.streams if len(one.coded) > 1 or one.raw]
-    if full and chance.random() < 0.8:
-        return chance.choice(full)
-    return chance.choice(body.streams) if body.streams else StreamParts(b"", b"", b"")
+LIES_ABOUT_LENGTHS = frozenset({"length of classes", "length of deviation", "lengths of frames"})
 
 
 def _harmed_code(chance: random.Random, coded: bytes) -> bytes:

@@ -83,7 +83,7 @@ def bounds_are_checked() -> bool:
     """Whether a compiled loop that is given too short an array says so."""
     symbols, nothing = np.zeros(100, np.int32), np.zeros(0, np.uint32)
     try:
-        spectral_packing.join(symbols, 8, nothing, np.zeros((0, 2), np.int32))
+        spectral_packing.join(symbols, 0, 8, nothing, np.zeros((0, 2), np.int32))
     except IndexError:
         return True
     return False

@@ -6,25 +6,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from spectrumkv.common.kv.codecs.spectral.coefficients import Quantization
-from spectrumkv.common.kv.codecs.spectral.segment_codec import HEADER, LENGTHS, decode_segment
+from spectrumkv.common.kv.codecs.spectral.segment_codec import HEADER, LENGTH, decode_segment
 from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import KvSegment
-
-
-@dataclass
-class StreamParts:
-    """What a body holds of one stream: coded symbols, raw bits, exceptions."""
-
-    coded: bytes
-    raw: bytes
-    exceptions: bytes
-
-    @property
-    def lengths(self) -> tuple[int, int]:
-        return len(self.coded), len(self.exceptions) // EXCEPTION.itemsize
 
 
 @dataclass
@@ -39,9 +25,14 @@ class SpectralBody:
         exact: keys and values of the sinks.
         classes: coded step classes.
         deviation: coded deviation from the calibrated model.
-        lengths: of each stream's coded symbols, and how many exceptions it has, as the body says.
-        streams: what follows.
+        exception_count: how many exceptions there are, as the body says.
+        gap_bytes: length of each frame of gaps before it was coded.
+        lengths: of each frame, as the body says.
+        frames: coded symbols.
+        raw: raw bits of all streams.
+        exceptions: of all streams.
         rows: how many coefficients a token has.
+        has_streams: whether there is a token that is no sink.
         end: whatever comes after.
     """
 
@@ -52,23 +43,29 @@ class SpectralBody:
     exact: bytes
     classes: bytes
     deviation: bytes
-    lengths: list[tuple[int, int]]
-    streams: list[StreamParts]
+    exception_count: int
+    gap_bytes: list[int]
+    lengths: list[int]
+    frames: list[bytes]
+    raw: bytes
+    exceptions: bytes
     rows: int
+    has_streams: bool
     end: bytes = b""
 
     def make_lengths_agree(self) -> None:
         """Make the body say what it holds."""
         self.class_bytes, self.deviation_bytes = len(self.classes), len(self.deviation)
-        self.lengths = [one.lengths for one in self.streams]
+        self.lengths = [len(one) for one in self.frames]
+        self.exception_count = len(self.exceptions) // EXCEPTION.itemsize
 
     def assembled(self) -> bytes:
         """The bytes; of even length, as a segment has them."""
         lengths = self.class_bytes & 0xFFFFFFFF, self.deviation_bytes & 0xFFFFFFFF
         parts = [HEADER.pack(self.base, self.sinks & 0xFFFF, *lengths), self.exact, self.classes, self.deviation]
-        parts.append((np.array(self.lengths, np.int64) & 0xFFFFFFFF).astype("<u4").tobytes())
-        for one in self.streams:
-            parts += [one.coded, one.raw, one.exceptions]
+        if self.has_streams:
+            numbers = np.array([self.exception_count, *self.gap_bytes, *self.lengths], np.int64)
+            parts += [(numbers & 0xFFFFFFFF).astype("<u4").tobytes(), *self.frames, self.raw, self.exceptions]
         body = b"".join([*parts, self.end])
         return body + b"\0" * (len(body) % 2)
 
@@ -85,35 +82,31 @@ def taken_apart(body: bytes, tokens: int, transform: LayerTransform, geometry: K
     exact_bytes = 2 * 2 * geometry.kv_heads * sinks * geometry.head_dim
     taker = _Taker(body, HEADER.size)
     exact, classes, deviation = taker.take(exact_bytes), taker.take(class_bytes), taker.take(deviation_bytes)
-    lengths: list[tuple[int, int]] = []
-    streams: list[StreamParts] = []
+    packed = quantization.packed
+    gaps, frames = len(packed.gap_streams), len(packed.frame_start) - 1
+    numbers = [0]
     if sinks < tokens:
-        lengths, streams = _streams(taker, quantization)
+        numbers = np.frombuffer(taker.take((1 + gaps + frames) * LENGTH.itemsize), LENGTH).tolist()
+    coded = [taker.take(length) for length in numbers[1 + gaps :]]
+    raw = taker.take(int(packed.raw_start[-1]) * 4)
+    exceptions = taker.take(numbers[0] * EXCEPTION.itemsize)
     return SpectralBody(
-        base,
-        sinks,
-        class_bytes,
-        deviation_bytes,
-        exact,
-        classes,
-        deviation,
-        lengths,
-        streams,
-        geometry.elements_per_token_layer,
+        base=base,
+        sinks=sinks,
+        class_bytes=class_bytes,
+        deviation_bytes=deviation_bytes,
+        exact=exact,
+        classes=classes,
+        deviation=deviation,
+        exception_count=numbers[0],
+        gap_bytes=numbers[1 : 1 + gaps],
+        lengths=numbers[1 + gaps :],
+        frames=coded,
+        raw=raw,
+        exceptions=exceptions,
+        rows=geometry.elements_per_token_layer,
+        has_streams=sinks < tokens,
     )
-
-
-def _streams(taker: "_Taker", quantization: Quantization) -> tuple[list[tuple[int, int]], list[StreamParts]]:
-    raw_bytes = quantization.packed.raw_bytes.tolist()
-    lengths = [
-        (int(coded), int(exceptions))
-        for coded, exceptions in np.frombuffer(taker.take(len(raw_bytes) * LENGTHS.itemsize), LENGTHS)
-    ]
-    streams = [
-        StreamParts(taker.take(coded), taker.take(raw), taker.take(exceptions * EXCEPTION.itemsize))
-        for raw, (coded, exceptions) in zip(raw_bytes, lengths, strict=True)
-    ]
-    return lengths, streams
 
 
 def with_body(segment: KvSegment, body: bytes) -> KvSegment:

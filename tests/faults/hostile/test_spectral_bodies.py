@@ -66,8 +66,7 @@ def test_a_bomb_is_refused_before_it_takes_memory(field: str, code: bytes) -> No
     if field == "classes":
         body.classes = code
     else:
-        for stream in body.streams:
-            stream.coded = code
+        body.frames = [code] * len(body.frames)
     body.make_lengths_agree()
     harmed = with_body(segment, body.assembled())
     states = torch.empty(2, GEOMETRY.kv_heads, segment.tiers.numel(), GEOMETRY.head_dim)

@@ -3,7 +3,7 @@
 All layers should have the same base step, since the basis measures errors of all of them alike: with one distortion
 for all components the distortion at a rate is least (reverse water-filling, Cover & Thomas, "Elements of Information
 Theory", section 13.3.3 of the first edition, 10.3.3 of the second). A prompt's layers leave one by one, though,
-before the later ones are known: the later ones are taken to be like the present one, and to differ as much from their
+before the later ones are known: the later ones are taken to be like those so far, and to differ as much from their
 calibration, and the layers that are left make up for what came out differently.
 """
 
@@ -33,8 +33,8 @@ LEFT_OF_LAYER, LEFT_OF_BUDGET = 0.015, 0.001
 LAST_LAYER_ATTEMPTS = 10
 # Added to the expected move of the base, in octaves, while all bases tried lie on one side of the budget.
 MOVE_BEYOND = 0.25
-# Fraction of the budget that layers before the last one aim at.
-AIM = 0.999
+# Fraction of the budget that layers before the last one aim at: models' last layers differ most from the calibration.
+AIM = 0.99
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +77,7 @@ class RateControl:
         correction: actual ÷ expected bytes so far, smoothed; expectations are scaled by it.
         deviation: octaves by which later layers' standard deviations are taken to exceed the calibrated ones: that of
             the layers so far, smoothed; None before the first one.
+        tokens: int64 `[classes]`, tokens of each step class in the layers so far and in the next, together.
         spent_bytes: by the layers that are done.
         done: how many layers are done.
     """
@@ -87,6 +88,7 @@ class RateControl:
     spent_bytes: int = 0
     done: int = 0
     deviation: float | None = None
+    tokens: np.ndarray = field(default_factory=lambda: np.zeros(HIGHEST_CLASS - LOWEST_CLASS + 1, np.int64))
     _widest: np.ndarray = field(init=False)
     _rows: np.ndarray = field(init=False)
     _rows_after: np.ndarray = field(init=False)
@@ -133,9 +135,11 @@ class RateControl:
             Binary logarithm of the step of class 0, a float32.
         """
         self.deviation = layer.deviation if self.deviation is None else (self.deviation + layer.deviation) / 2
+        self.tokens += layer.tokens
         exponents = np.concatenate((layer.exponents, self._exponents + self.deviation))
-        # A stream is a difference between the classes of rows and of tokens.
-        later = np.convolve(self._rows_after[self.done], layer.tokens[::-1])
+        # A stream is a difference between the classes of rows and of tokens. Of later layers' tokens the classes are
+        # taken to be those of all layers so far.
+        later = np.convolve(self._rows_after[self.done], self.tokens[::-1]) // (self.done + 1)
         remaining = len(self._rows) - self.done
         aim = self.left_bytes * AIM if remaining > 1 else self.left_bytes - self.may_be_left / 2
         available = 8 * (aim - remaining * fixed_bytes) / self.correction

@@ -12,13 +12,13 @@ import torch
 from spectrumkv.common.errors import DataLossError, InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.codecs.spectral.coefficients import CoefficientModel, Deviation, Quantization
 from spectrumkv.common.kv.codecs.spectral.layout import CLASSES_PER_OCTAVE, HIGHEST_CLASS, LOWEST_CLASS, TokenClasses
-from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION, CodedStream, PackedStreams, compress, decompress
+from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION, CodedStreams, PackedStreams, compress, decompress
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.kernels.absmax import halves_are_finite
 
 HEADER = struct.Struct("<fHII")
-LENGTHS = np.dtype([("coded", "<u4"), ("exceptions", "<u4")])
+LENGTH = np.dtype("<u4")
 # Largest magnitude of the binary logarithm of a step.
 LARGEST_BASE = 64.0
 # Integers have 32 bits; some room is left for the rounding of the quotient.
@@ -131,28 +131,26 @@ def encode_segment(segment: UncodedSegment, base: float, geometry: KvGeometry) -
             f"keys or values of layer {segment.transform.layer} want steps of 2^{quantization.base:g}; codec "
             f"spectral has those from 2^-{LARGEST_BASE:g} to 2^{LARGEST_BASE:g}"
         )
-    lengths = np.array([(len(one.coded), one.exception_count) for one in coded], LENGTHS)
     parts: list[bytes | memoryview] = [
         HEADER.pack(quantization.base, segment.tokens.sinks, len(coded_classes), len(deviation)),
         exact_bytes.numpy().data,
         coded_classes,
         deviation,
-        lengths.tobytes(),
     ]
-    for one in coded:
-        parts += one
+    if coded is not None:
+        parts += _serialized(coded)
     parts.append(b"\0" * (sum(map(len, parts)) % 2))
     return bytearray().join(parts), quantization
 
 
-def _coded_streams(segment: UncodedSegment, wanted: Quantization) -> tuple[Quantization, list[CodedStream]]:
-    """Return how coefficients were quantized and the streams of the tokens that have a step.
+def _coded_streams(segment: UncodedSegment, wanted: Quantization) -> tuple[Quantization, CodedStreams | None]:
+    """Return how coefficients were quantized, and the streams of the tokens that have a step if there are any.
 
     Raises:
         NotFiniteError: an element is infinite or NaN.
     """
     if not len(segment.tokens.coded):
-        return wanted, []
+        return wanted, None
     symbols, largest = segment.transform.quantize(*segment.coded_states, wanted)
     if not largest < math.inf:
         raise NotFiniteError(f"keys or values of layer {segment.transform.layer} are infinite or NaN")
@@ -160,6 +158,15 @@ def _coded_streams(segment: UncodedSegment, wanted: Quantization) -> tuple[Quant
     if wanted.base < finest:
         return _coded_streams(segment, replace(wanted, base=finest))
     return wanted, wanted.packed.encode(symbols)
+
+
+def _serialized(coded: CodedStreams) -> Iterator[bytes | memoryview]:
+    """Yield the streams as a body has them: lengths, frames, raw bits, exceptions."""
+    exceptions = len(coded.exceptions) // EXCEPTION.itemsize
+    yield np.array([exceptions, *coded.gap_bytes, *map(len, coded.frames)], LENGTH).tobytes()
+    yield from coded.frames
+    yield coded.raw
+    yield coded.exceptions
 
 
 def _finest_base(largest: float) -> float:
@@ -215,13 +222,13 @@ def decode_segment(
     return quantization
 
 
-def _streams(reader: "_Reader", packed: PackedStreams) -> list[CodedStream]:
-    """Return the streams of a body, each in its three pieces."""
-    lengths = reader.array(len(packed.limit), LENGTHS).tolist()
-    return [
-        CodedStream(reader.take(coded), reader.take(raw_bytes), reader.take(exceptions * EXCEPTION.itemsize))
-        for (coded, exceptions), raw_bytes in zip(lengths, packed.raw_bytes.tolist(), strict=True)
-    ]
+def _streams(reader: "_Reader", packed: PackedStreams) -> CodedStreams:
+    """Return the streams of a body: the inverse of `_serialized`."""
+    gaps, frames = len(packed.gap_streams), len(packed.frame_start) - 1
+    exceptions, *lengths = reader.array(1 + gaps + frames, LENGTH).tolist()
+    coded = [reader.take(length) for length in lengths[gaps:]]
+    raw = reader.take(int(packed.raw_start[-1]) * np.dtype(np.uint32).itemsize)
+    return CodedStreams(lengths[:gaps], coded, raw, reader.take(exceptions * EXCEPTION.itemsize))
 
 
 class _Reader:

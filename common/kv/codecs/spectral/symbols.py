@@ -1,14 +1,14 @@
-"""A stream of integers to bytes: packed so that one byte has several bits of entropy, then coded.
+"""Streams of integers to bytes: packed so that one byte has several bits of entropy, then coded.
 
-The Huffman stage of Zstandard is within a few percent of the entropy of a stream whose symbols are alike and take
-4 bits or more, at a gigabyte a second. Narrow symbols are therefore packed several to a byte first; wide ones give
-up their lowest bits, which are noise, and send those as they are.
+The Huffman stage of Zstandard is within a few percent of the entropy of bytes that are alike and take 4 bits or more,
+at a gigabyte a second. Narrow symbols are therefore packed several to a byte first, the narrowest as gaps between
+those that are not 0; wide ones give up their lowest bits, which are noise, and send those as they are.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
 from threading import local
 from typing import NamedTuple
 
@@ -17,6 +17,8 @@ import zstandard
 
 from spectrumkv.common.errors import DataLossError
 from spectrumkv.kernels.spectral import packing as kernels
+from spectrumkv.kernels.spectral.packing import GAPS
+from spectrumkv.kernels.spectral.stream_layout import lay_out, make_frames
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Packing:
     """A way in which the symbols of a stream share bytes.
 
     Attributes:
-        per_byte: symbols in one byte; 0 where the stream is not sent at all.
+        per_byte: symbols in one byte; `GAPS` where bytes are gaps, 0 where the stream is not sent at all.
         limit: largest magnitude; larger symbols are exceptions, sent separately.
         widest: exponent of two, in steps, of the standard deviation up to which this packing is used.
     """
@@ -42,7 +44,7 @@ class Packing:
 # Limits lie at 5 standard deviations or more: coefficients have heavy tails, and an exception costs 8 bytes.
 PACKINGS = (
     Packing(per_byte=0, limit=0, widest=-4.0),
-    Packing(per_byte=5, limit=1, widest=-1.75),
+    Packing(per_byte=GAPS, limit=1, widest=-1.5),
     Packing(per_byte=3, limit=2, widest=-1.0),
     Packing(per_byte=2, limit=7, widest=0.5),
     Packing(per_byte=1, limit=127, widest=math.inf),
@@ -52,6 +54,9 @@ _PER_BYTE = np.array([one.per_byte for one in PACKINGS], np.int64)
 _LIMITS = np.array([one.limit for one in PACKINGS], np.int64)
 # Exponent of the standard deviation above which the lowest bits are split off.
 WIDEST_WITHOUT_RAW_BITS = 4.5
+# Exponent up to which a stream has a frame of its own. A frame has a table of a hundred bytes, and the wide streams
+# are many and short.
+WIDEST_APART = WIDEST_WITHOUT_RAW_BITS - 1
 # Compiled loops move 32 bits at once; no model has standard deviations beyond 2^28 steps.
 MOST_RAW_BITS = 24
 # First byte of a frame that says nothing of its size: one that does would be given as much memory as it says.
@@ -84,23 +89,20 @@ class _Coders(local):
 _coders = _Coders()
 
 
-class CodedStream(NamedTuple):
-    """One stream in bytes.
+class CodedStreams(NamedTuple):
+    """The streams of a segment in bytes.
 
     Attributes:
-        coded: packed symbols, as `compress` leaves them.
+        gap_bytes: length of each frame of gaps before it was coded; these frames come first.
+        frames: packed symbols, as `compress` leaves them.
         raw: lowest bits.
-        exceptions: of `EXCEPTION`, one after another.
+        exceptions: of `EXCEPTION`, one after another, by rising index.
     """
 
-    coded: bytes | memoryview
+    gap_bytes: Sequence[int]
+    frames: Sequence[bytes | memoryview]
     raw: bytes | memoryview
     exceptions: bytes | memoryview
-
-    @property
-    def exception_count(self) -> int:
-        """Count the exceptions."""
-        return len(self.exceptions) // EXCEPTION.itemsize
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,18 +114,20 @@ class PackedStreams:
         per_byte: int64 `[streams]`, see `Packing`.
         limit: int64 `[streams]`, of what remains without the raw bits.
         raw_bits: int64 `[streams]`, lowest bits of each symbol that are sent as they are.
-        raw_bytes: int64 `[streams]`, length of the lowest bits.
-        packed_start: int64 `[streams + 1]`, where each stream starts among the packed bytes.
         raw_start: int64 `[streams + 1]`, where each stream starts among the 32-bit words of lowest bits.
+        packed_start: int64 `[streams]`, where each stream starts among the packed bytes.
+        packed_bytes: int64 `[streams]`, how many it has there; of gaps, how many it may have.
+        frame_start: int64 `[frames + 1]`, where each frame starts among the packed bytes.
     """
 
     start: np.ndarray
     per_byte: np.ndarray
     limit: np.ndarray
     raw_bits: np.ndarray
-    raw_bytes: np.ndarray
-    packed_start: np.ndarray
     raw_start: np.ndarray
+    packed_start: np.ndarray
+    packed_bytes: np.ndarray
+    frame_start: np.ndarray
 
     @classmethod
     def of(cls, counts: np.ndarray, exponent: np.ndarray) -> "PackedStreams":
@@ -131,25 +135,38 @@ class PackedStreams:
 
         Args:
             counts: int64 `[streams]`, symbols of each.
-            exponent: float64 `[streams]`; the standard deviation of a stream's symbols is 2^exponent.
+            exponent: float64 `[streams]`, rising by half octaves; the standard deviation of a stream's symbols is
+                2^exponent.
 
         Returns:
             The packings.
         """
         streams = len(counts)
-        per_byte, limit, raw_bits, raw_bytes = np.empty((4, streams), np.int64)
-        start, packed_start, raw_start = np.empty((3, streams + 1), np.int64)
-        kernels.lay_out(
+        per_byte, limit, raw_bits, packed_start, packed_bytes = np.empty((5, streams), np.int64)
+        start, raw_start, frame_start = np.empty((3, streams + 1), np.int64)
+        lay_out(
             counts, exponent, _WIDEST, _PER_BYTE, _LIMITS, WIDEST_WITHOUT_RAW_BITS, MOST_RAW_BITS,
-            start, per_byte, limit, raw_bits, raw_bytes, packed_start, raw_start,
+            start, per_byte, limit, raw_bits, raw_start, packed_bytes,
         )  # fmt: skip
-        return cls(start, per_byte, limit, raw_bits, raw_bytes, packed_start, raw_start)
+        frames = make_frames(exponent, WIDEST_APART, packed_bytes, packed_start, frame_start)
+        starts = start, per_byte, limit, raw_bits, raw_start, packed_start, packed_bytes
+        return cls(*starts, frame_start[: frames + 1])
+
+    @cached_property
+    def gap_streams(self) -> np.ndarray:
+        """Return the streams that are sent as gaps: int64 `[gap frames]`. Their frames come first."""
+        return np.flatnonzero((self.per_byte == GAPS) & (self.packed_bytes > 0))
 
     @property
     def _codes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return self.per_byte, self.limit, self.raw_bits
 
-    def encode(self, symbols: np.ndarray) -> list[CodedStream]:
+    def _frame_bytes(self, gap_bytes: Sequence[int]) -> list[int]:
+        """Return the length of each frame before it is coded."""
+        lengths: list[int] = np.diff(self.frame_start).tolist()
+        return [*gap_bytes, *lengths[len(gap_bytes) :]]
+
+    def encode(self, symbols: np.ndarray) -> CodedStreams:
         """Code the streams.
 
         Args:
@@ -158,33 +175,24 @@ class PackedStreams:
         Returns:
             The streams in bytes.
         """
-        packed, raw = np.empty(self.packed_start[-1], np.uint8), np.empty(self.raw_start[-1], "<u4")
-        outside, found = np.empty((len(symbols), 2), "<i4"), np.empty(len(self.limit), np.int64)
-        kernels.pack_streams(
-            symbols, self.start, *self._codes, packed, self.packed_start, raw, self.raw_start, outside, found
+        packed, raw = np.empty(self.frame_start[-1], np.uint8), np.empty(self.raw_start[-1], "<u4")
+        outside, packed_bytes = np.empty((len(symbols), 2), "<i4"), self.packed_bytes.copy()
+        found = kernels.pack_streams(
+            symbols, self.start, *self._codes, packed, self.packed_start, packed_bytes, raw, self.raw_start, outside
         )
-        raw_bytes, exceptions = raw.view(np.uint8).data, outside.reshape(-1).view(np.uint8).data
-        return [
-            CodedStream(
-                compress(packed[first_byte:end_byte]),
-                raw_bytes[raw.itemsize * word :][:raw_length],
-                exceptions[EXCEPTION.itemsize * first :][: EXCEPTION.itemsize * count],
-            )
-            for (first_byte, end_byte), word, raw_length, first, count in zip(
-                pairwise(self.packed_start.tolist()),
-                self.raw_start.tolist()[:-1],
-                self.raw_bytes.tolist(),
-                self.start.tolist()[:-1],
-                found.tolist(),
-                strict=True,
-            )
+        gap_bytes = packed_bytes[self.gap_streams].tolist()
+        frames = [
+            compress(packed[start : start + length])
+            for start, length in zip(self.frame_start.tolist(), self._frame_bytes(gap_bytes), strict=False)
         ]
+        exceptions = outside[:found].reshape(-1).view(np.uint8).data
+        return CodedStreams(gap_bytes, frames, raw.view(np.uint8).data, exceptions)
 
-    def decode(self, streams: Sequence[CodedStream]) -> np.ndarray:
+    def decode(self, coded: CodedStreams) -> np.ndarray:
         """Decode the streams: the inverse of `encode`.
 
         Args:
-            streams: in bytes.
+            coded: in bytes, with as many frames, gap frames and raw bits as there are.
 
         Returns:
             int32 `[m]`, one stream after another.
@@ -193,22 +201,21 @@ class PackedStreams:
             DataLossError: a stream is damaged.
         """
         symbols = np.empty(self.start[-1], np.int32)
-        packed, raw = np.empty(self.packed_start[-1], np.uint8), np.zeros(self.raw_start[-1], "<u4")
-        words = self.raw_start.tolist()
-        for stream, word, (first_byte, end_byte) in zip(
-            streams, words[:-1], pairwise(self.packed_start.tolist()), strict=True
+        packed, packed_bytes = np.empty(self.frame_start[-1], np.uint8), self.packed_bytes.copy()
+        if (np.array(coded.gap_bytes, np.int64) > packed_bytes[self.gap_streams]).any():
+            raise DataLossError("a stream has more gaps than integers", "malformed")
+        packed_bytes[self.gap_streams] = coded.gap_bytes
+        frames = zip(coded.frames, self.frame_start.tolist(), self._frame_bytes(coded.gap_bytes), strict=False)
+        for frame, start, length in frames:
+            packed[start : start + length] = decompress(frame, length)
+        raw = np.frombuffer(coded.raw, "<u4")
+        outside = np.frombuffer(coded.exceptions, "<i4").reshape(-1, 2)
+        if not kernels.unpack_streams(
+            packed, self.packed_start, packed_bytes, raw, self.raw_start, outside, *self._codes, self.start, symbols
         ):
-            packed[first_byte:end_byte] = decompress(stream.coded, end_byte - first_byte)
-            if stream.raw:
-                raw[word:].view(np.uint8)[: len(stream.raw)] = np.frombuffer(stream.raw, np.uint8)
-        outside = np.frombuffer(b"".join(stream.exceptions for stream in streams), "<i4").reshape(-1, 2)
-        outside_start = edges(np.array([stream.exception_count for stream in streams]))
-        damaged = kernels.unpack_streams(
-            packed, self.packed_start, raw, self.raw_start, outside, outside_start, *self._codes, self.start, symbols
-        )
-        if damaged >= 0:
-            symbols_of_stream = self.start[damaged + 1] - self.start[damaged]
-            raise DataLossError(f"an exception lies outside its stream of {symbols_of_stream} symbols", "malformed")
+            raise DataLossError(
+                f"gaps or exceptions of a segment of {len(symbols)} integers lie outside their streams", "malformed"
+            )
         return symbols
 
 

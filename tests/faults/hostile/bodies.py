@@ -75,7 +75,7 @@ def _classes(chance: random.Random, body: SpectralBody) -> None:
     count = max(0, len(body.classes) + chance.choice((-2, -1, 0, 0, 0, 1, 5, 70_000)))
     kinds = chance.choice((len(STEP_CLASSES), len(STEP_CLASSES) + 1, 128, 255))
     classes = np.frombuffer(chance.randbytes(count), np.uint8) % np.uint8(kinds)
-    body.classes = chance.choice((compress(classes), b"\0" + classes.tobytes()))
+    body.classes = chance.choice((compress(classes), classes.tobytes()))
 
 
 def _coded_classes(chance: random.Random, body: SpectralBody) -> None:
@@ -94,7 +94,7 @@ def _deviation(chance: random.Random, body: SpectralBody) -> None:
     if classes and chance.random() < 0.3:
         classes[chance.randrange(rows)] = chance.randrange(256)
     levels = np.array([*classes, *chance.randbytes(rows)], np.uint8)
-    coded = chance.choice((compress(levels), b"\0" + levels.tobytes()))
+    coded = chance.choice((compress(levels), levels.tobytes()))
     body.deviation = chance.choice((coded, coded, coded, b"", _harmed_code(chance, coded)))
 
 
@@ -133,7 +133,7 @@ def _gap_bytes(chance: random.Random, body: SpectralBody) -> None:
     body.gap_bytes[place] = length
     if length < MANY_EXCEPTIONS and body.frames:
         gaps = np.frombuffer(chance.choice((chance.randbytes(length), b"\xfc" * length)), np.uint8)
-        body.frames[min(place, len(body.frames) - 1)] = chance.choice((compress(gaps), b"\0" + gaps.tobytes()))
+        body.frames[min(place, len(body.frames) - 1)] = chance.choice((compress(gaps), gaps.tobytes()))
 
 
 def _code(chance: random.Random, body: SpectralBody) -> None:
@@ -202,7 +202,7 @@ def _harmed_code(chance: random.Random, coded: bytes) -> bytes:
     if kind == 0:
         return b""
     if kind == 1:
-        return bytes((chance.choice((2, 3, 127, 255)),)) + coded[1:]
+        return bytes((chance.choice((1, 2, 3, 127, 255)),)) + coded[1:]
     if kind == 2:
         return coded + chance.choice((b"\0", b"\xff" * 9, chance.randbytes(300)))
     if kind == 3:
@@ -213,7 +213,7 @@ def _harmed_code(chance: random.Random, coded: bytes) -> bytes:
             changed[chance.randrange(1, len(changed))] ^= 1 << chance.randrange(8)
         return bytes(changed)
     if kind == 5:
-        return b"\x01" + chance.choice(lying_frames())
+        return chance.choice(lying_frames())
     return chance.choice(bombs())
 
 
@@ -228,7 +228,7 @@ def bombs() -> tuple[bytes, ...]:
     # A block's header in Zstandard: last or not, kind (0 raw, 1 one byte again and again), size.
     runs = b"".join((size << 3 | 1 << 1).to_bytes(3, "little") + b"\7" for size in [1 << 17] * 500)
     nothing = bytes(3) * 20_000
-    return tuple(b"\x01" + one for one in (zeros, frame + runs + b"\1\0\0", frame + nothing + b"\1\0\0"))
+    return zeros, frame + runs + b"\1\0\0", frame + nothing + b"\1\0\0"
 
 
 @cache

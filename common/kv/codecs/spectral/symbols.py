@@ -41,19 +41,19 @@ class Packing:
         return 2 * self.limit + 1
 
 
-# Limits lie at 5 standard deviations or more: coefficients have heavy tails, and an exception costs 8 bytes.
+# Limits lie at more than 4 standard deviations: coefficients have heavy tails, and an exception costs 8 bytes.
 PACKINGS = (
     Packing(per_byte=0, limit=0, widest=-4.0),
     Packing(per_byte=GAPS, limit=1, widest=-1.5),
     Packing(per_byte=3, limit=2, widest=-1.0),
-    Packing(per_byte=2, limit=7, widest=0.5),
+    Packing(per_byte=2, limit=7, widest=0.75),
     Packing(per_byte=1, limit=127, widest=math.inf),
 )
 _WIDEST = np.array([one.widest for one in PACKINGS])
 _PER_BYTE = np.array([one.per_byte for one in PACKINGS], np.int64)
 _LIMITS = np.array([one.limit for one in PACKINGS], np.int64)
 # Exponent of the standard deviation above which the lowest bits are split off.
-WIDEST_WITHOUT_RAW_BITS = 4.5
+WIDEST_WITHOUT_RAW_BITS = 4.75
 # Exponent up to which a stream has a frame of its own. A frame has a table of a hundred bytes, and the wide streams
 # are many and short.
 WIDEST_APART = WIDEST_WITHOUT_RAW_BITS - 1
@@ -238,10 +238,10 @@ def compress(data: np.ndarray) -> bytes:
         data: uint8 `[n]`.
 
     Returns:
-        At most n + 1 bytes.
+        At most n bytes; n where they are stored.
     """
-    coded = _coders.compressor.compress(data.data) if len(data) else b""
-    return b"\x01" + coded if len(coded) < len(data) else b"\x00" + data.tobytes()
+    coded: bytes = _coders.compressor.compress(data.data) if len(data) else b""
+    return coded if len(coded) < len(data) else data.tobytes()
 
 
 def decompress(coded: bytes | memoryview, size: int) -> np.ndarray:
@@ -257,13 +257,14 @@ def decompress(coded: bytes | memoryview, size: int) -> np.ndarray:
     Raises:
         DataLossError: `coded` is damaged or holds another number of bytes.
     """
+    if len(coded) == size:
+        return np.frombuffer(coded, np.uint8)
+    if len(coded) > size:
+        raise DataLossError(f"{len(coded)} entropy-coded bytes are to hold {size}", "entropy")
     try:
-        if coded[0] == 0:
-            data: bytes | memoryview = coded[1:]
-        else:
-            if coded[1] != PLAIN_FRAME:
-                raise DataLossError(f"an entropy-coded stream has the frame header {coded[1]:#04x}", "entropy")
-            data = _coders.decompressor.decompress(coded[1:], max_output_size=size)
+        if coded[0] != PLAIN_FRAME:
+            raise DataLossError(f"an entropy-coded stream has the frame header {coded[0]:#04x}", "entropy")
+        data = _coders.decompressor.decompress(coded, max_output_size=size)
     except (IndexError, zstandard.ZstdError) as error:
         raise DataLossError(f"an entropy-coded stream is damaged: {error}", "entropy") from error
     if len(data) != size:

@@ -24,8 +24,8 @@ from spectrumkv.kernels.jit.strided import adjacent, flat
 from spectrumkv.kernels.spectral import transform as kernels
 from spectrumkv.kernels.spectral.moments import add_moments
 
-# Tokens at most by which a segment's means and standard deviations are measured: what a loop takes at a time.
-SAMPLE = kernels.TOKENS
+# Tokens at most by which a segment's means and standard deviations are measured: no more than a loop takes at a time.
+SAMPLE = 128
 
 
 @dataclass(frozen=True, eq=False)

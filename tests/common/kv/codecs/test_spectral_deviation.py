@@ -19,7 +19,7 @@ from spectrumkv.common.kv.codecs.spectral.coefficients import (
 from spectrumkv.common.kv.codecs.spectral.layout import TokenClasses
 from spectrumkv.common.kv.codecs.spectral.segment_codec import HEADER, UncodedSegment, decode_segment, encode_segment
 from spectrumkv.common.kv.codecs.spectral.symbols import compress
-from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
+from spectrumkv.common.kv.codecs.spectral.transform import SAMPLE, LayerTransform
 from tests.common.kv.codecs.spectral_prompts import basis_of, capture, encoder_of, geometry, plain_coefficients
 
 SHAPE = geometry(kv_heads=2, head_dim=64, layers=2)
@@ -42,7 +42,7 @@ def segment_of(tokens: int, seed: int = 0, shift: float = 0.7, octaves: float = 
 
 
 def test_a_deviation_is_the_means_and_standard_deviations_of_the_tokens() -> None:
-    segment = segment_of(tokens=202)
+    segment = segment_of(tokens=2 + SAMPLE)
     wanted = plain_coefficients(segment.transform.basis, 0, segment.keys, segment.values, 0)[:, :, 2:]
     std = wanted.std(dim=2, correction=0).flatten().numpy()
     assert segment.deviation is not None
@@ -51,11 +51,11 @@ def test_a_deviation_is_the_means_and_standard_deviations_of_the_tokens() -> Non
     mean = wanted.mean(dim=2).flatten().numpy()
     part = np.exp2(model.classes / 2) / MEAN_PARTS
     # Means within one and a half standard errors of 0 are taken for it.
-    assert (np.abs(model.mean - mean) <= part * 0.86).all()
+    assert (np.abs(model.mean - mean) <= part * 1.1).all()
 
 
 def test_long_segments_are_measured_by_a_sample() -> None:
-    short, long = segment_of(tokens=242), segment_of(tokens=2_000)
+    short, long = segment_of(tokens=2 + SAMPLE), segment_of(tokens=2_000)
     assert short.deviation is not None
     assert long.deviation is not None
     assert np.abs(short.deviation.classes - long.deviation.classes).mean() < 0.5
@@ -107,7 +107,7 @@ def test_a_deviation_survives_its_bytes() -> None:
     back = Deviation.decoded(memoryview(deviation.coded), 96)
     assert (back.classes == deviation.classes).all()
     assert (back.means == deviation.means).all()
-    with pytest.raises(DataLossError, match="instead of"):
+    with pytest.raises(DataLossError, match="hold"):
         Deviation.decoded(memoryview(deviation.coded), 95)
     levels = np.full(2 * 96, ZERO, np.uint8)
     levels[7] = ZERO + MOST_CLASSES + 1

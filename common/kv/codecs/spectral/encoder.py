@@ -14,7 +14,7 @@ from spectrumkv.common.kv.codecs.spectral.importance import (
     tier_bytes,
     token_tiers,
 )
-from spectrumkv.common.kv.codecs.spectral.layout import CLASSES_PER_OCTAVE, HIGHEST_CLASS, LOWEST_CLASS, TokenClasses
+from spectrumkv.common.kv.codecs.spectral.layout import CLASSES_PER_OCTAVE, LOWEST_CLASS, TokenClasses
 from spectrumkv.common.kv.codecs.spectral.rate import BaseSearch, LayerSymbols, RateControl
 from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment, encode_segment
 from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
@@ -22,6 +22,9 @@ from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, SEGMENT_HEADER, KvSegment
 from spectrumkv.common.kv.tiers import tier_map_bytes
 
+# The layout has coarser classes. A token that nothing looked at may be looked at later, though, and is coded as if it
+# were worth a little less than the mean one.
+COARSEST_CLASS = 1
 # Length fields and headers of one segment's streams, about.
 STREAM_OVERHEAD_BYTES = 300
 # Share of a chunk that a segment is planned to fill; what comes out differs.
@@ -96,7 +99,7 @@ class SpectralEncoder:
     def _step_classes(self, capture: LayerCapture) -> np.ndarray:
         """Return the step class of each token: int64 `[n]`."""
         octaves = step_octaves(capture, self._basis, self._scorer, self._seed, self._sinks)
-        classes: np.ndarray = np.clip(np.rint(CLASSES_PER_OCTAVE * octaves), LOWEST_CLASS, HIGHEST_CLASS)
+        classes: np.ndarray = np.clip(np.rint(CLASSES_PER_OCTAVE * octaves), LOWEST_CLASS, COARSEST_CLASS)
         return classes.astype(np.int64)
 
     def _segments(self, layer: list[UncodedSegment], base: float) -> list[KvSegment]:

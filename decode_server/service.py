@@ -21,11 +21,12 @@ from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.service.config import DecodeConfig
 from spectrumkv.common.telemetry.metrics import BASIS, FRAMING, Metrics
 from spectrumkv.common.telemetry.request_log import check_request_id, current_request
+from spectrumkv.decode_server.admission import admit, check_token_id
 from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.decode_server.engine import DecodeEngine
 from spectrumkv.decode_server.kv_pool import KvPool
 from spectrumkv.decode_server.receiver import KvReceiver, throttled
-from spectrumkv.decode_server.request import DecodeRequest, admit, check_token_id
+from spectrumkv.decode_server.request import DecodeRequest
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc, kv_pb2
 
 # Read once: it is a file of its own, which cannot be opened when a process has no file descriptors left.

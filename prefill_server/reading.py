@@ -12,7 +12,8 @@ from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.telemetry.request_log import check_request_id, current_request
-from spectrumkv.prefill_server.request import PrefillRequest, Progress
+from spectrumkv.prefill_server.progress import Progress
+from spectrumkv.prefill_server.request import PrefillRequest
 from spectrumkv.prefill_server.transfer import KvPlan
 from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import prefill_pb2

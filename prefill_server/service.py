@@ -9,8 +9,6 @@ from importlib.metadata import version
 import grpc
 
 from spectrumkv.common.errors import CancelledError
-from spectrumkv.common.generation.sampling import Sampler
-from spectrumkv.common.generation.text import FinishReason, TextStream, token_message
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.policies import Policy, policies
@@ -22,10 +20,12 @@ from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.request_log import current_request
 from spectrumkv.prefill_server.engine import PrefillEngine, PromptResult
+from spectrumkv.prefill_server.first_token import sample_first
 from spectrumkv.prefill_server.model_check import ModelCheck
+from spectrumkv.prefill_server.progress import Progress, RequestsInService
 from spectrumkv.prefill_server.reading import RequestReader
-from spectrumkv.prefill_server.request import FirstResponse, PrefillRequest, Progress, RequestsInService
-from spectrumkv.prefill_server.transfer import CodecSelector, FirstToken, KvPipeline, KvPlan
+from spectrumkv.prefill_server.request import PrefillRequest
+from spectrumkv.prefill_server.transfer import CodecSelector, KvPipeline, KvPlan
 from spectrumkv.prefill_server.transfer.kv_memory import KvMemory, KvReservation, default_kv_memory
 from spectrumkv.prefill_server.transfer.plan import SCOPES, default_budget
 from spectrumkv.prefill_server.verdict import ProbeVerdict
@@ -98,7 +98,8 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             request = self._reader.read(message, progress, scope)
             at_end.callback(self._count_stages, request)
             for dispatch in self._offered(request, scope):
-                with dispatch, dispatch.open_lease(self._pipeline(request, dispatch)) as lease:
+                pipeline = self._pipeline(request, dispatch)
+                with dispatch, dispatch.open_lease(pipeline) as lease:
                     result = self._run_prompt(request, lease, scope)
                     yield from self._first_token(request, lease, result)
                     yield from self._relay_tokens(request, lease, dispatch)
@@ -223,22 +224,13 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         Yields:
             The token, unless the client has it from an earlier dispatch.
         """
-        first = request.first = request.first or self._sample_first(request, result)
-        request.finish = first.finish
-        lease.pipeline.put_first_token(first.token)
+        if request.first is None:
+            request.first = sample_first(self._loaded, request.params, request.token_ids, result.logits)
+            request.finish = request.first.finish
+        lease.pipeline.put_first_token(request.first.token)
         if request.progress.completion_tokens == 0:
-            yield prefill_pb2.GenerateResponse(token=first.message)
-            self._observe_token(request.progress)
-
-    def _sample_first(self, request: PrefillRequest, result: PromptResult) -> FirstResponse:
-        """Return the first token, sampled from the exact KV."""
-        sampled = Sampler(request.params, request.token_ids).sample(result.logits, 0)
-        text = TextStream(self._loaded.tokenizer, request.params, self._loaded.eos_token_ids, request.token_ids)
-        delta = text.push(sampled.token_id)
-        token = FirstToken(sampled.token_id, delta.finish is not None)
-        return FirstResponse(
-            token_message(0, sampled, delta.text), token, (delta.finish or FinishReason.LENGTH).to_proto()
-        )
+            yield prefill_pb2.GenerateResponse(token=request.first.message)
+            request.progress.token_left(self._metrics)
 
     def _relay_tokens(
         self, request: PrefillRequest, lease: DecodeLease, dispatch: Dispatch
@@ -252,21 +244,10 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             dispatch.commit()
             if message.HasField("token"):
                 yield prefill_pb2.GenerateResponse(token=message.token)
-                self._observe_token(request.progress)
+                request.progress.token_left(self._metrics)
             else:
                 request.finish = message.finished.finish_reason
                 request.progress.recomputed_prompt_tokens = message.finished.recomputed_prompt_tokens
-
-    def _observe_token(self, progress: Progress) -> None:
-        now = time.monotonic()
-        progress.completion_tokens += 1
-        if progress.completion_tokens == 1:
-            progress.first_token_at = now
-            self._metrics.time_to_first_token.observe(progress.ttft_seconds)
-        elif progress.completion_tokens == 2:
-            progress.second_token_at = now
-            current_request().begin_stage("decode", now)
-            self._metrics.handoff.observe(progress.handoff_seconds)
 
     def _finished(
         self, request: PrefillRequest, lease: DecodeLease, result: PromptResult

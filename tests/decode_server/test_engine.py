@@ -10,12 +10,13 @@ from prometheus_client import CollectorRegistry
 from spectrumkv.common.errors import InternalError, UnavailableError
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.telemetry.metrics import Metrics
+from spectrumkv.decode_server.admission import admit
 from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.decode_server.engine import FAILED_STEPS, DecodeEngine
 from spectrumkv.decode_server.kv_pool import KvPool
 from spectrumkv.decode_server.model_runner import DecodeRow, EagerRunner
-from spectrumkv.decode_server.request import DecodeRequest, GeneratedToken, admit
-from tests.decode_server.test_request import begin, loaded, pool  # noqa: F401  # fixtures
+from spectrumkv.decode_server.request import DecodeRequest, GeneratedToken
+from tests.decode_server.test_admission import begin, loaded, pool  # noqa: F401  # fixtures
 
 MAX_TOKENS = 5
 

@@ -14,9 +14,9 @@ from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.common.telemetry.metrics import Metrics
+from spectrumkv.decode_server.admission import admit
 from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.decode_server.kv_pool import KvPool
-from spectrumkv.decode_server.request import admit
 from spectrumkv.v1 import decode_pb2, kv_pb2
 from tests.tiny_models import build_tiny_model
 

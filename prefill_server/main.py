@@ -7,8 +7,8 @@ from spectrumkv.common.concurrency.threads import use_one_thread
 from spectrumkv.common.errors import ContextTooShortError
 from spectrumkv.common.kv.allocation import Int4Layers
 from spectrumkv.common.kv.codecs.base import codecs
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.codecs.spectral import codec as spectral
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.common.rpc.server import Server
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Load the model, find its spectral basis and how strongly its KV may be coded, then serve."""
+    """Load the model, find its codec basis and how strongly its KV may be coded, then serve."""
     process.run(_serve)
 
 
@@ -66,9 +66,7 @@ def _serve() -> None:
     serve_until_signalled(server, metrics, config, service.stop, engine.vitals)
 
 
-def tune(
-    loaded: LoadedModel, engine: PrefillEngine, config: PrefillConfig
-) -> tuple[SpectralBasis | None, ProbeVerdict]:
+def tune(loaded: LoadedModel, engine: PrefillEngine, config: PrefillConfig) -> tuple[Basis | None, ProbeVerdict]:
     """Calibrate and probe the model, unless earlier starts did.
 
     Args:

@@ -10,7 +10,7 @@ import grpc
 
 from spectrumkv.common.errors import CancelledError
 from spectrumkv.common.kv.codecs.base import codecs
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.policies import Policy, policies
 from spectrumkv.common.kv.scoring import scorers
 from spectrumkv.common.model.load import LoadedModel
@@ -55,7 +55,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         metrics: Metrics,
         engine: PrefillEngine,
         verdict: ProbeVerdict,
-        basis: SpectralBasis | None,
+        basis: Basis | None,
     ) -> None:
         self._loaded = loaded
         self._config = config

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.allocation import Int4Layers
 from spectrumkv.common.kv.codecs.base import (
-    Basis,
     Codec,
     EncoderRequest,
     KvEncoder,
@@ -13,6 +12,7 @@ from spectrumkv.common.kv.codecs.base import (
     codecs,
     needed_basis,
 )
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies import BudgetKind, Policy, policies
 from spectrumkv.common.kv.scoring import scorers

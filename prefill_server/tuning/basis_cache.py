@@ -1,6 +1,5 @@
-"""Keeps spectral bases between starts: a model is calibrated once."""
+"""Keeps codec bases between starts: a model is calibrated once."""
 
-import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -8,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from spectrumkv.common.errors import ContextTooShortError, FailedPreconditionError, InvalidArgumentError
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.errors import ContextTooShortError, FailedPreconditionError
+from spectrumkv.common.kv.codecs.base import parse_basis
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.model.cache import CACHE_VARIABLE, build_once, cache_directory, sha256_of_json
 from spectrumkv.common.model.load import LoadedModel
-from spectrumkv.prefill_server.tuning.calibration import Excerpt, calibrate, rotary_parameters
+from spectrumkv.prefill_server.tuning.calibration import Excerpt, calibrate, check_rotation
 from spectrumkv.prefill_server.tuning.needle.haystack import haystack
 
 # Raised whenever a calibration would find another basis than before.
@@ -22,11 +22,9 @@ CONTEXT_TOKENS, CONTINUATION_TOKENS = 512, 128
 # Shorter excerpts show too few tokens to tell the directions of a head apart.
 FEWEST_CONTEXT_TOKENS = 64
 BASIS_FILE = "basis.safetensors"
-# Machines compute the same frequencies but for the last bits of float32.
-ROTARY_TOLERANCE = 1e-5
 
 
-def resolve_basis(loaded: LoadedModel, on_excerpt: Callable[[int], None]) -> SpectralBasis:
+def resolve_basis(loaded: LoadedModel, on_excerpt: Callable[[int], None]) -> Basis:
     """Return the model's basis: the one in the cache, or one that is calibrated now and kept there.
 
     Args:
@@ -40,29 +38,22 @@ def resolve_basis(loaded: LoadedModel, on_excerpt: Callable[[int], None]) -> Spe
     return _build_once(loaded, lambda: calibrate(loaded, default_excerpts(loaded), on_excerpt))
 
 
-def keep_basis(loaded: LoadedModel, basis: SpectralBasis) -> Path:
+def keep_basis(loaded: LoadedModel, basis: Basis) -> Path:
     """Keep a basis that was found on another machine, so that `resolve_basis` returns it from now on.
 
     Args:
         loaded: the model.
-        basis: of this model; it takes the place of the one that is kept.
+        basis: that fits the model's cache; it takes the place of the one that is kept.
 
     Returns:
         The directory that has it.
 
     Raises:
-        InvalidArgumentError: the basis is for another model, or has a transform that cannot be undone.
+        InvalidArgumentError: the basis is for another model, or decode could not use it.
         FailedPreconditionError: the cache cannot be written to.
     """
-    basis.check_fits(loaded.geometry)
-    frequencies, scaling = rotary_parameters(loaded.model)
-    same_rotation = torch.allclose(basis.rope_frequencies, frequencies, rtol=ROTARY_TOLERANCE, atol=0.0)
-    if not same_rotation or not math.isclose(basis.rope_scaling, scaling, rel_tol=ROTARY_TOLERANCE):
-        raise InvalidArgumentError(
-            f"the basis is for a model with other rotary frequencies than {loaded.name}; export it for the same model"
-        )
-    # Decode inverts it, and would refuse one that cannot be.
-    _ = basis.synthesis
+    check_rotation(basis, loaded)
+    basis.prepare_decoding()
     directory = _directory(loaded)
     if _build_once(loaded, lambda: basis).digest != basis.digest:
         partial = directory / f"{BASIS_FILE}.{os.getpid()}"
@@ -82,16 +73,14 @@ def _directory(loaded: LoadedModel) -> Path:
     return cache_directory() / "bases" / sha256_of_json(key)
 
 
-def _build_once(loaded: LoadedModel, find: Callable[[], SpectralBasis]) -> SpectralBasis:
+def _build_once(loaded: LoadedModel, find: Callable[[], Basis]) -> Basis:
     """Return the basis that is kept for the model; where there is none, keep the one that `find` returns."""
 
     def build(directory: Path) -> None:
         (directory / BASIS_FILE).write_bytes(find().serialized)
 
-    def read(directory: Path) -> SpectralBasis:
-        basis = SpectralBasis.from_bytes((directory / BASIS_FILE).read_bytes())
-        basis.check_fits(loaded.geometry)
-        return basis
+    def read(directory: Path) -> Basis:
+        return parse_basis((directory / BASIS_FILE).read_bytes(), loaded.geometry)
 
     return build_once(_directory(loaded), "the model's basis", build, read)
 

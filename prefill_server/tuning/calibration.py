@@ -10,6 +10,7 @@ Foundations of Transform Coding", IEEE Signal Processing Magazine 18:5, 2001, se
 How sensitivity grows with a token's attention (`_attention_exponent`) is this project's own measurement.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
+from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.capture import LayerCapture
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.codecs.spectral.basis import SIDES, SpectralBasis, angles, rotate
 from spectrumkv.common.kv.scoring import SINK_TOKENS, mean_attention
 from spectrumkv.common.model.load import LoadedModel
@@ -33,6 +36,8 @@ CONTINUATION_ATTENTION = "spectrumkv_continuation"
 # Weight of a multiple of the identity in the Fisher information, since that is estimated from few tokens: the form of
 # Ledoit and Wolf ("A well-conditioned estimator for large-dimensional covariance matrices", 2004), at a fixed weight.
 SHRINKAGE = 0.05
+# Machines compute the same rotary frequencies but for the last bits of float32.
+ROTARY_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,26 @@ def calibrate(loaded: LoadedModel, excerpts: list[Excerpt], on_excerpt: Callable
     layers = [_layer_basis([sample[layer] for sample in samples]) for layer in range(loaded.geometry.layers)]
     mean, analysis, std, exponent = (torch.stack(list(column)) for column in zip(*layers, strict=True))
     return SpectralBasis(mean, analysis, std, exponent, frequencies, scaling)
+
+
+def check_rotation(basis: Basis, loaded: LoadedModel) -> None:
+    """Refuse a basis that was found for a model of the same shape with other rotary embeddings.
+
+    Args:
+        basis: that fits the model's cache.
+        loaded: the model.
+
+    Raises:
+        InvalidArgumentError: calibration finds no such basis for this model.
+    """
+    if not isinstance(basis, SpectralBasis):
+        raise InvalidArgumentError(f"calibration finds no basis of type {type(basis).__name__}; export another one")
+    frequencies, scaling = rotary_parameters(loaded.model)
+    same_rotation = torch.allclose(basis.rope_frequencies, frequencies, rtol=ROTARY_TOLERANCE, atol=0.0)
+    if not same_rotation or not math.isclose(basis.rope_scaling, scaling, rel_tol=ROTARY_TOLERANCE):
+        raise InvalidArgumentError(
+            f"the basis is for a model with other rotary frequencies than {loaded.name}; export it for the same model"
+        )
 
 
 def rotary_parameters(model: PreTrainedModel) -> tuple[torch.Tensor, float]:

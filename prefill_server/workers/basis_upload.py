@@ -20,7 +20,7 @@ from spectrumkv.common.errors import (
     SpectrumKVError,
     UnavailableError,
 )
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.rpc.decode_methods import ask_for_basis, begin_basis
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.rpc.status import error_from_rpc
@@ -53,9 +53,7 @@ class BasisUpload:
         count: how often the worker was found to have the basis, or got it.
     """
 
-    def __init__(
-        self, worker: Address, channel: grpc.Channel, basis: SpectralBasis | None, sent_bytes: Counter
-    ) -> None:
+    def __init__(self, worker: Address, channel: grpc.Channel, basis: Basis | None, sent_bytes: Counter) -> None:
         self.count = 0
         self._worker = worker
         self._channel = channel
@@ -161,7 +159,7 @@ class BasisUpload:
                 if failure is not None and not self._closed:
                     logger.warning("%s", failure.message)
 
-    def _has(self, basis: SpectralBasis) -> bool:
+    def _has(self, basis: Basis) -> bool:
         """Return whether the worker says that it has the basis.
 
         Raises:
@@ -176,7 +174,7 @@ class BasisUpload:
             return False
         return True
 
-    def _send(self, basis: SpectralBasis) -> None:
+    def _send(self, basis: Basis) -> None:
         """Send the basis once.
 
         Raises:

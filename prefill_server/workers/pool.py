@@ -15,7 +15,7 @@ from spectrumkv.common.errors import (
     SpectrumKVError,
     UnavailableError,
 )
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.service.config import Address
@@ -52,7 +52,7 @@ class WorkerPool:
         addresses: Sequence[Address],
         security: ChannelSecurity,
         metrics: Metrics,
-        basis: SpectralBasis | None = None,
+        basis: Basis | None = None,
     ) -> None:
         self._metrics = metrics
         self._changed = threading.Condition()

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.rpc.decode_methods import SERVICE_NAME, decode_info_method, open_decode_stream
 from spectrumkv.common.rpc.scope import RpcScope
@@ -64,7 +64,7 @@ class DecodeWorker:
         security: ChannelSecurity,
         metrics: Metrics,
         on_change: Callable[[], None],
-        basis: SpectralBasis | None = None,
+        basis: Basis | None = None,
     ) -> None:
         self.address = address
         self.epoch = 0

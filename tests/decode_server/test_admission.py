@@ -12,12 +12,14 @@ from spectrumkv.common.errors import (
 )
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.kv.codecs.base import codecs
+from spectrumkv.common.kv.codecs.spectral.codec import SpectralCodec
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.admission import admit
 from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.decode_server.kv_pool import KvPool
 from spectrumkv.v1 import decode_pb2, kv_pb2
+from tests.common.kv.codecs.spectral_prompts import basis_of
 from tests.tiny_models import build_tiny_model
 
 SLOTS = 64
@@ -92,3 +94,24 @@ def test_a_full_pool_refuses(loaded: LoadedModel, pool: KvPool) -> None:
         admit(begin(loaded, tokens=40), loaded, pool, bases),
     ):
         pass
+
+
+class Twin(SpectralCodec):
+    """Another codec that codes in the same basis."""
+
+    name = "twin"
+    version = 7
+
+
+def test_one_upload_serves_every_codec_that_codes_in_the_basis(
+    loaded: LoadedModel, pool: KvPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codecs, "_choices", dict(codecs._choices))
+    codecs.register(Twin.name)(Twin())
+    bases, basis = BasisStore(loaded.geometry), basis_of(loaded.geometry)
+    bases.receive(iter([decode_pb2.PutBasisRequest(digest=basis.digest, part=basis.serialized)]))
+    for name in (Twin.name, SpectralCodec.name):
+        message = begin(loaded, codec=name)
+        message.codec.basis_digest = codecs.get(name).basis_digest(basis)
+        with admit(message, loaded, pool, bases) as request:
+            assert request.prompt_tokens == 5

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.request import Sampling, TokenIds
 from spectrumkv.common.kv.allocation import Int4Layers
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.common.rpc.decode_methods import add_decode_servicer
 from spectrumkv.common.rpc.server import Server
@@ -98,7 +98,7 @@ def prefill_server(
     model: Path | None,
     decode_ports: list[int],
     verdict: ProbeVerdict = NOT_PROBED,
-    basis: SpectralBasis | None = None,
+    basis: Basis | None = None,
     **options: str,
 ) -> Iterator[tuple[LoadedModel, Metrics, int]]:
     metrics = Metrics(CollectorRegistry())

@@ -20,6 +20,7 @@ import torch
 from spectrumkv.common.errors import FailedPreconditionError, InternalError, InvalidArgumentError
 from spectrumkv.common.kv.allocation import Int4Layers, TierAllocation
 from spectrumkv.common.kv.capture import LayerCapture
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies.base import BudgetKind, Policy
 from spectrumkv.common.kv.segment import KvSegment
@@ -28,20 +29,6 @@ from spectrumkv.common.registry import Registry
 
 # What policies give tokens. Those that name no codec leave it to one that can write all of these.
 POLICY_TIERS = frozenset({Tier.DROP, Tier.INT4, Tier.INT8, Tier.FP16})
-
-
-class Basis(Protocol):
-    """What both sides of a codec must have in common for one model, such as a transform that was calibrated."""
-
-    @property
-    def digest(self) -> bytes:
-        """Return the SHA-256 of `serialized`, by which Begin names the basis."""
-        ...
-
-    @property
-    def serialized(self) -> bytes:
-        """Return the basis as it travels."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -144,7 +131,8 @@ class Codec(ABC):
         name: as requests and Begin give it.
         version: of the layout.
         tiers: that its tokens can have.
-        needs_basis: whether both sides need the same `Basis`.
+        basis_type: of the basis that both sides need; codecs that name the same type share one. None where the codec
+            needs no basis.
         fallback: name of a cheaper codec that may write the same bit allocation where this one would hold a
             request up; None where there is none.
     """
@@ -152,7 +140,7 @@ class Codec(ABC):
     name: str
     version: int
     tiers: frozenset[Tier]
-    needs_basis: bool = False
+    basis_type: type[Basis] | None = None
     fallback: str | None = None
 
     @abstractmethod
@@ -184,6 +172,11 @@ class Codec(ABC):
         Raises:
             FailedPreconditionError: the codec needs a basis and there is none.
         """
+
+    @property
+    def needs_basis(self) -> bool:
+        """Tell whether both sides need the same basis."""
+        return self.basis_type is not None
 
     @property
     def may_hold_up_requests(self) -> bool:
@@ -239,26 +232,6 @@ class Codec(ABC):
         """
         raise InternalError(f"codec {self.name!r} has no bit allocation of its own")
 
-    def parse_basis(self, data: bytes, geometry: KvGeometry) -> Basis:
-        """Read a basis as it travels, and check all that can be wrong with it before KV is coded in it.
-
-        Args:
-            data: what `Basis.serialized` gave on the other side.
-            geometry: shape and dtype of the model's cache.
-
-        Returns:
-            The basis.
-
-        Raises:
-            InvalidArgumentError: it is no basis of this codec, or not one for this model.
-            InternalError: the codec needs no basis.
-        """
-        raise InternalError(f"codec {self.name!r} needs no basis")
-
-    def largest_basis_bytes(self, geometry: KvGeometry) -> int:
-        """Return the most bytes that a serialized basis for a model's cache can have; 0 where none is needed."""
-        return 0
-
     def basis_digest(self, basis: Basis | None) -> bytes:
         """Return the digest by which Begin names the basis; empty for codecs that need none.
 
@@ -295,3 +268,31 @@ def needed_basis(codec: Codec, basis: Basis | None) -> Basis:
             f"codec {codec.name!r} needs a basis, and this service has none for its model; ask for another policy"
         )
     return basis
+
+
+def basis_types() -> tuple[type[Basis], ...]:
+    """Return the types of bases that the registered codecs need, each once."""
+    needed = (codecs.get(name).basis_type for name in codecs)
+    return tuple(dict.fromkeys(one for one in needed if one is not None))
+
+
+def parse_basis(data: bytes, geometry: KvGeometry) -> Basis:
+    """Read a basis that some codec needs; what is in it tells its type.
+
+    Args:
+        data: as it travels.
+        geometry: shape and dtype of the model's cache.
+
+    Returns:
+        The basis.
+
+    Raises:
+        InvalidArgumentError: it is of none of the types, or is not one for this model.
+    """
+    refusals = []
+    for one in basis_types():
+        try:
+            return one.parse(data, geometry)
+        except InvalidArgumentError as refusal:
+            refusals.append(refusal.message)
+    raise InvalidArgumentError("; ".join(refusals) or "no codec needs a basis")

@@ -12,7 +12,8 @@ import torch
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.allocation import PolicyTiers, TierAllocation
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs.base import Basis, Codec, EncoderRequest, KvEncoder, SegmentDecoder, codecs
+from spectrumkv.common.kv.codecs.base import Codec, EncoderRequest, KvEncoder, SegmentDecoder, codecs
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies.base import BudgetKind, Policy
 from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, KvSegment

@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Self
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.geometry import KvGeometry
 
 # Keys and values, in this order, in every tensor with a `side`.
@@ -25,7 +27,7 @@ STD_KEY = "spread"
 
 
 @dataclass(frozen=True, eq=False)
-class SpectralBasis:
+class SpectralBasis(Basis):
     """A transform for each layer, side (keys, values) and KV head.
 
     With z a key before its rotary embedding, or a value, the coefficients are `(z − mean) @ analysis`; an error
@@ -121,9 +123,18 @@ class SpectralBasis:
         """Compute the SHA-256 of the serialized basis."""
         return hashlib.sha256(self.serialized).digest()
 
-    @staticmethod
-    def largest_bytes(geometry: KvGeometry) -> int:
-        """Return the most bytes that a serialized basis for a model's cache can take."""
+    @property
+    def memory_bytes(self) -> int:
+        """Count the bytes of the transform and of its inverse; nothing else is large."""
+        return 2 * self.analysis.nbytes
+
+    def prepare_decoding(self) -> None:
+        """Invert the transform; see `Basis.prepare_decoding`."""
+        _ = self.synthesis
+
+    @classmethod
+    def largest_bytes(cls, geometry: KvGeometry) -> int:
+        """Return the most bytes that a serialized basis can have; see `Basis.largest_bytes`."""
         vectors = geometry.layers * SIDES * geometry.kv_heads * geometry.head_dim
         floats = vectors * (geometry.head_dim + 2) + geometry.layers
         return 4 * floats + 8 * geometry.head_dim + SAFETENSORS_HEADER_BYTES
@@ -159,7 +170,14 @@ class SpectralBasis:
         return tuple(self.rope_frequencies.tolist())
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "SpectralBasis":
+    def parse(cls, data: bytes, geometry: KvGeometry) -> Self:
+        """Return the basis that was read, which fits the model; see `Basis.parse`."""
+        basis = cls.from_bytes(data)
+        basis.check_fits(geometry)
+        return basis
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
         """Read a basis; the inverse of `serialized`.
 
         Args:

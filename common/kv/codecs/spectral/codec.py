@@ -8,7 +8,6 @@ import torch
 from spectrumkv.common.errors import DataLossError, InternalError
 from spectrumkv.common.kv.allocation import TierAllocation
 from spectrumkv.common.kv.codecs.base import (
-    Basis,
     Codec,
     EncoderRequest,
     KvEncoder,
@@ -16,6 +15,7 @@ from spectrumkv.common.kv.codecs.base import (
     codecs,
     needed_basis,
 )
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.encoder import SpectralEncoder
 from spectrumkv.common.kv.codecs.spectral.importance import class_bits, tier_bytes
@@ -35,7 +35,7 @@ class SpectralCodec(Codec):
     name = "spectral"
     version = 2
     tiers = frozenset({Tier.INT4, Tier.INT8, Tier.FP16})
-    needs_basis = True
+    basis_type = SpectralBasis
     fallback = "absmax"
 
     def encoder(self, request: EncoderRequest) -> KvEncoder:
@@ -87,29 +87,6 @@ class SpectralCodec(Codec):
             scorer=request.scorer,
             seed=request.seed,
         )
-
-    def parse_basis(self, data: bytes, geometry: KvGeometry) -> SpectralBasis:
-        """Read a basis and invert its transforms; see `Codec.parse_basis`.
-
-        Args:
-            data: in the format of safetensors.
-            geometry: shape and dtype of the model's cache.
-
-        Returns:
-            The basis, with its inverse, so that a transform which has none is refused here.
-        """
-        basis = SpectralBasis.from_bytes(data)
-        basis.check_fits(geometry)
-        _ = basis.synthesis
-        return basis
-
-    def largest_basis_bytes(self, geometry: KvGeometry) -> int:
-        """Return the most bytes that a serialized basis can have; see `Codec.largest_basis_bytes`.
-
-        Args:
-            geometry: shape and dtype of the model's cache.
-        """
-        return SpectralBasis.largest_bytes(geometry)
 
     def _basis(self, basis: Basis | None) -> SpectralBasis:
         found = needed_basis(self, basis)

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectrumkv.common.errors import DataLossError, InternalError, InvalidArgumentError, NotFiniteError
+from spectrumkv.common.errors import DataLossError, InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs import codecs
+from spectrumkv.common.kv.codecs.base import basis_types, codecs, parse_basis
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis, angles
 from spectrumkv.common.kv.codecs.spectral.codec import SpectralDecoder
 from spectrumkv.common.kv.codecs.spectral.layout import TokenClasses, expected_bits
@@ -249,25 +249,23 @@ def test_a_token_that_is_not_sent_is_refused() -> None:
         decoder.decode(KvSegment(0, 0, tiers, segment.body), states[0], states[1])
 
 
-def test_a_store_needs_nothing_of_a_basis_but_the_codec() -> None:
-    codec, shape = codecs.get("spectral"), geometry()
+def test_a_basis_is_read_without_knowing_its_type() -> None:
+    shape = geometry()
     basis = basis_of(shape)
-    assert len(basis.serialized) <= codec.largest_basis_bytes(shape)
-    assert codec.parse_basis(basis.serialized, shape).digest == basis.digest
+    [kind] = basis_types()
+    assert len(basis.serialized) <= kind.largest_bytes(shape)
+    read = parse_basis(basis.serialized, shape)
+    assert type(read) is codecs.get("spectral").basis_type
+    assert read.digest == basis.digest
+    read.prepare_decoding()
+    assert read.memory_bytes <= 2 * len(basis.serialized)
     with pytest.raises(InvalidArgumentError, match="no spectral basis"):
-        codec.parse_basis(b"nonsense", shape)
+        parse_basis(b"nonsense", shape)
     with pytest.raises(InvalidArgumentError, match="the model has"):
-        codec.parse_basis(basis.serialized, geometry(head_dim=32))
+        parse_basis(basis.serialized, geometry(head_dim=32))
     flat = replace(basis, analysis=torch.zeros_like(basis.analysis))
     with pytest.raises(InvalidArgumentError, match="cannot be undone"):
-        codec.parse_basis(flat.serialized, shape)
-
-
-def test_codecs_without_a_basis_read_none() -> None:
-    for codec in (codecs.get(name) for name in codecs if not codecs.get(name).needs_basis):
-        assert codec.largest_basis_bytes(geometry()) == 0
-        with pytest.raises(InternalError, match="needs no basis"):
-            codec.parse_basis(b"", geometry())
+        parse_basis(flat.serialized, shape).prepare_decoding()
 
 
 @given(first=st.integers(0, 700), tokens=st.integers(1, 700))

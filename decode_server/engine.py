@@ -27,7 +27,7 @@ _BROKEN = "this decode worker works no more and ends; try another worker"
 
 
 class DecodeEngine:
-    """Runs decode steps on a thread of its own.
+    """Runs decode steps on a thread of its own, once started.
 
     Args:
         loaded: the model; its attention is switched to the slots.
@@ -53,6 +53,9 @@ class DecodeEngine:
         self.vitals.on_failure(self._give_up)
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, name="decode-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread, which keeps the cores that torch has now, whatever `use_one_thread` sets later."""
         self._thread.start()
         self._started.wait()
 
@@ -106,7 +109,8 @@ class DecodeEngine:
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        self._thread.join(STOP_SECONDS)
+        if self._thread.is_alive():
+            self._thread.join(STOP_SECONDS)
         if self._thread.is_alive():
             self.vitals.fail(f"the decode engine has not stopped within {STOP_SECONDS:g} s")
 

@@ -40,6 +40,7 @@ def _serve() -> None:
         reflection_enabled=config.reflection,
         security=ServerSecurity.from_config(config),
     )
+    service.start()
     use_one_thread()
     serve_until_signalled(server, metrics, config, service.stop, service.vitals)
 

@@ -116,6 +116,10 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             requests_running=self._engine.running,
         )
 
+    def start(self) -> None:
+        """Start the engine; call this before the server takes requests."""
+        self._engine.start()
+
     def stop(self) -> None:
         """End the engine; call after the server has drained."""
         self._engine.stop()

@@ -50,6 +50,7 @@ def _serve() -> None:
     attention_scores.prepare()
     metrics = Metrics.for_process("prefill", loaded.name)
     engine = PrefillEngine(loaded, config.window)
+    engine.start()
     basis, verdict = tune(loaded, engine, config)
     service = PrefillService(loaded, config, metrics, engine, verdict, basis)
     server = Server(
@@ -63,6 +64,7 @@ def _serve() -> None:
         security=ServerSecurity.from_config(config),
     )
     use_one_thread()
+    service.start()
     serve_until_signalled(server, metrics, config, service.stop, engine.vitals)
 
 

@@ -131,6 +131,10 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             decode_workers_away=[str(address) for address in self._workers.away],
         )
 
+    def start(self) -> None:
+        """Begin to follow the decode workers; call this before the server takes requests."""
+        self._workers.start()
+
     def stop(self) -> None:
         """End the engine and close the channels to decode workers; call this after the server has drained."""
         self._reader.stop()

@@ -85,10 +85,7 @@ def _basis(loaded: LoadedModel, console: Console) -> Basis:
 
 
 def _verdict(loaded: LoadedModel, config: PrefillConfig, basis: Basis, console: Console) -> ProbeVerdict:
-    engine = PrefillEngine(loaded, config.window)
-    try:
+    with PrefillEngine(loaded, config.window) as engine:
         return resolve_verdict(
             loaded, engine, basis, config.int4, lambda step: console.print(str(step), markup=False, style="dim")
         )
-    finally:
-        engine.stop()

@@ -3,7 +3,8 @@
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from types import TracebackType
+from typing import Self, TypeVar
 
 import torch
 
@@ -26,6 +27,8 @@ BATCH_TOKENS = 1024
 class PrefillEngine:
     """Runs the model behind a queue: short prompts first, and none waits for ever (`PromptQueue`).
 
+    A context manager, which starts and stops it.
+
     Args:
         loaded: the model; its attention is switched to the hooked one.
         window: how many of the last queries of each layer the hook gets.
@@ -46,8 +49,20 @@ class PrefillEngine:
         self._chunk_tokens = None if least is None else max(least, window)
         # One thread: the model uses all cores, and a pool of compute threads belongs to the thread calling it.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="prefill-engine")
-        self._executor.submit(keep_all_cores).result()
         self._queue: PromptQueue[QueuedPrefill] = PromptQueue()
+
+    def start(self) -> None:
+        """Start the thread, which keeps the cores that torch has now, whatever `use_one_thread` sets later."""
+        self._executor.submit(keep_all_cores).result()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
 
     def submit(
         self, token_ids: Sequence[int], kv_hook: KvHook, streams_chunks: bool = False

@@ -40,8 +40,8 @@ _TRANSIENT = (UnavailableError, DeadlineExceededError, CancelledError, DataLossE
 class BasisUpload:
     """Sees to it that one decode worker has the model's basis.
 
-    A thread asks the worker whether it has the basis, and sends the basis where it has not: each time that the worker
-    begins to take requests, and each time that a request finds the basis missing.
+    Once started, a thread asks the worker whether it has the basis, and sends the basis where it has not: each time
+    that the worker begins to take requests, and each time that a request finds the basis missing.
 
     Args:
         worker: its address.
@@ -67,7 +67,10 @@ class BasisUpload:
         self._failure: SpectrumKVError | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._deliver, name=f"basis-{worker}", daemon=True)
-        if basis is not None:
+
+    def start(self) -> None:
+        """Start the thread, where there is a basis to send."""
+        if self._basis is not None:
             self._thread.start()
 
     @property
@@ -122,7 +125,7 @@ class BasisUpload:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        if self._basis is not None:
+        if self._thread.is_alive():
             self._thread.join()
 
     def _wake(self) -> None:

@@ -60,6 +60,11 @@ class WorkerPool:
         self._workers = [DecodeWorker(address, security, metrics, self.wake, basis) for address in addresses]
         self._turns = itertools.cycle(range(len(self._workers)))
 
+    def start(self) -> None:
+        """Begin to follow the workers."""
+        for worker in self._workers:
+            worker.start()
+
     def offer(
         self, slots: int, scope: RpcScope, needs_basis: bool = False, may_fall_back: bool = False
     ) -> Iterator[Dispatch]:
@@ -158,7 +163,7 @@ class WorkerPool:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Close all channels."""
+        """Close all channels, and end the threads that follow the workers."""
         for worker in self._workers:
             worker.close()
 

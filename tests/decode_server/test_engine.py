@@ -60,6 +60,7 @@ def metrics() -> Metrics:
 @pytest.fixture
 def engine(steps: Steps, loaded: LoadedModel, pool: KvPool, metrics: Metrics) -> Iterator[DecodeEngine]:  # noqa: F811
     engine = DecodeEngine(loaded, pool, 4, metrics)
+    engine.start()
     yield engine
     engine.stop()
 

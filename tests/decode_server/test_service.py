@@ -30,6 +30,7 @@ def metrics() -> Metrics:
 @pytest.fixture
 def service(loaded: LoadedModel, metrics: Metrics) -> Iterator[DecodeService]:  # noqa: F811
     service = DecodeService(loaded, build(DecodeConfig, {"kv_memory": "1MiB"}), metrics)
+    service.start()
     yield service
     service.stop()
 

@@ -85,6 +85,7 @@ def decode_server(model: Path | None, **options: str) -> Iterator[tuple[DecodeSe
         count_ended=lambda code: metrics.requests.labels(code).inc(),
     )
     port = server.bind(str(config.listen))
+    service.start()
     server.start()
     try:
         yield service, metrics, port
@@ -106,6 +107,7 @@ def prefill_server(
     config = build(PrefillConfig, {"listen": "127.0.0.1:0", "decode": addresses, **options})
     loaded = load_model(model and str(model), "cpu", "auto")
     engine = PrefillEngine(loaded, config.window)
+    engine.start()
     basis = basis or resolve_basis(loaded, lambda done: None)
     service = PrefillService(loaded, config, metrics, engine, verdict, basis)
     server = Server(
@@ -116,6 +118,7 @@ def prefill_server(
         count_ended=lambda code: metrics.requests.labels(code).inc(),
     )
     port = server.bind(str(config.listen))
+    service.start()
     server.start()
     try:
         yield loaded, metrics, port

@@ -4,7 +4,7 @@ with SpectrumClient("127.0.0.1:50051") as client:
     stream = client.generate("The capital of France is", sampling=Sampling(max_tokens=8))
     for event in stream:
         print(event.text, end="", flush=True)
-    print(stream.result().usage.byte_budget)
+    print(stream.result().usage.budget_counted)
 """
 
 import time

@@ -268,7 +268,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self._metrics.request_duration.labels("encode").observe(sent.encode_seconds)
         self._metrics.request_duration.labels("transfer").observe(sent.transfer_seconds)
         self._metrics.kv_codec.labels(plan.codec.name).inc()
-        current_request().note(budget_counted=usage.byte_budget, codec=plan.codec.name)
+        current_request().note(budget_counted=usage.budget_counted, codec=plan.codec.name)
         if plan.codec_reason:
             current_request().note(codec_reason=plan.codec_reason)
         return prefill_pb2.GenerateResponse(

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.allocation import Int4Layers
-from spectrumkv.common.kv.policies import BudgetKind, Policy, policies
+from spectrumkv.common.kv.budget import BudgetKind
+from spectrumkv.common.kv.policies import Policy, policies
 from spectrumkv.v1 import prefill_pb2
 
 TRIALS = 3

@@ -154,7 +154,7 @@ def _observe(client: SpectrumClient, errand: Errand, prompt: TokenIds) -> Iterat
                 stages={stage: after[stage] - before.get(stage, 0.0) for stage in after},
                 wire=_changes(wire, sent),
                 kv_bytes_sent=completion.usage.kv_bytes_sent,
-                budget_counted=completion.usage.byte_budget,
+                budget_counted=completion.usage.budget_counted,
                 codec=completion.usage.codec,
             )
 

@@ -88,8 +88,8 @@ class CheckResult:
                 f"the tiers account for {tier_bytes} of the {usage.kv_bytes_sent} bytes sent",
             ),
             (
-                usage.byte_budget > self.budget_target + BUDGET_SLACK,
-                f"the counted budget is {usage.byte_budget:.3f}; the server's default is {self.budget_target:g}",
+                usage.budget_counted > self.budget_target + BUDGET_SLACK,
+                f"the counted budget is {usage.budget_counted:.3f}; the server's default is {self.budget_target:g}",
             ),
             (
                 not self.kl <= self.max_kl,
@@ -181,7 +181,7 @@ def _as_json(result: CheckResult) -> dict[str, Any]:
         "compared_tokens": len(result.exact.tokens),
         "kl": result.kl,
         "budget_target": result.budget_target,
-        "budget_counted": usage.byte_budget,
+        "budget_counted": usage.budget_counted,
         "kv_bytes_sent": usage.kv_bytes_sent,
         "kv_fp16_bytes": usage.kv_fp16_bytes,
         "recomputed_prompt_tokens": usage.recomputed_prompt_tokens + result.exact.usage.recomputed_prompt_tokens,
@@ -200,7 +200,7 @@ def _show(console: Console, result: CheckResult) -> None:
                 ("policy, codec", f"{usage.policy}, {usage.codec}"),
                 ("tokens before the answers differ", f"{result.agreeing_tokens} of {tokens}"),
                 ("mean KL to exact KV", f"{result.kl:.5f} nats per token"),
-                ("budget counted / default", f"{usage.byte_budget:.3f} / {result.budget_target:g}"),
+                ("budget counted / default", f"{usage.budget_counted:.3f} / {result.budget_target:g}"),
                 ("KV bytes sent / FP16", f"{usage.kv_bytes_sent:,} / {usage.kv_fp16_bytes:,}"),
                 ("prompt tokens recomputed", str(usage.recomputed_prompt_tokens)),
                 ("verdict", "failed" if result.problems else "passed"),

@@ -150,7 +150,7 @@ class KvPipeline:
         self._framing_bytes = metrics.kv_bytes_sent.labels(FRAMING)
         self._fp16_equivalent_bytes = metrics.kv_fp16_equivalent_bytes
         tokens = len(begin.prompt_token_ids)
-        chunks = 1 + int(plan.budget * geometry.fp16_bytes(tokens)) // self._worth_a_chunk
+        chunks = 1 + int(plan.budget.value * geometry.fp16_bytes(tokens)) // self._worth_a_chunk
         framing = _most_begin_bytes(begin) + chunks * CHUNK_ENVELOPE_BYTES + END_BYTES
         self._encoder = plan.encoder(geometry, tokens, framing)
 

@@ -19,10 +19,11 @@ import torch
 
 from spectrumkv.common.errors import FailedPreconditionError, InternalError, InvalidArgumentError
 from spectrumkv.common.kv.allocation import Int4Layers, TierAllocation
+from spectrumkv.common.kv.budget import Budget, BudgetKind
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.policies.base import BudgetKind, Policy
+from spectrumkv.common.kv.policies.base import Policy
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.registry import Registry
@@ -37,8 +38,7 @@ class EncoderRequest:
 
     Attributes:
         policy: gives tokens their tiers, or leaves them to the codec.
-        byte_budget: all bytes that may be sent ÷ the prompt's KV at FP16; None where the policy has a tier budget.
-        tier_budget: mean tier cost per token; None where the policy has a byte budget.
+        budget: what may be spent, of the policy's kind.
         scorer: name of the scorer that ranks tokens.
         scope: "layer" for tiers by each layer's scores, "model" for one tier per token in all layers.
         int4: layers that may be sent at INT4, for policies that heed it.
@@ -54,8 +54,7 @@ class EncoderRequest:
     """
 
     policy: Policy
-    byte_budget: float | None
-    tier_budget: float | None
+    budget: Budget
     scorer: str
     scope: str
     int4: Int4Layers
@@ -67,9 +66,10 @@ class EncoderRequest:
 
     def __post_init__(self) -> None:
         kind = self.policy.budget_kind
-        given = {BudgetKind.BYTES: self.byte_budget, BudgetKind.TIER_COST: self.tier_budget}
-        if [one for one, budget in given.items() if budget is not None] != [kind]:
-            raise InternalError(f"policy {self.policy.name!r} has a budget of kind {kind.value!r} and no other")
+        if self.budget.kind is not kind:
+            raise InternalError(
+                f"policy {self.policy.name!r} has budgets of kind {kind.value!r}, not {self.budget.kind.value!r}"
+            )
         if self.seed < 0:
             raise InvalidArgumentError(f"seed is {self.seed}; it must not be negative")
 
@@ -78,11 +78,11 @@ class EncoderRequest:
         """Compute the bytes that all segments may take, headers and tier maps included.
 
         Raises:
-            InternalError: the policy has no byte budget.
+            InternalError: the budget does not count bytes.
         """
-        if self.byte_budget is None:
-            raise InternalError(f"policy {self.policy.name!r} has no byte budget")
-        return int(self.byte_budget * self.geometry.fp16_bytes(self.tokens)) - self.framing_bytes
+        if self.budget.kind is not BudgetKind.BYTES:
+            raise InternalError(f"the budget of policy {self.policy.name!r} does not count bytes")
+        return int(self.budget.value * self.geometry.fp16_bytes(self.tokens)) - self.framing_bytes
 
 
 class KvEncoder(Protocol):

@@ -11,11 +11,12 @@ import torch
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.allocation import PolicyTiers, TierAllocation
+from spectrumkv.common.kv.budget import BudgetKind
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.base import Codec, EncoderRequest, KvEncoder, SegmentDecoder, codecs
 from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.policies.base import BudgetKind, Policy
+from spectrumkv.common.kv.policies.base import Policy
 from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, KvSegment
 from spectrumkv.common.kv.tiers import Tier
 
@@ -125,10 +126,10 @@ class TierCodec(Codec):
             InvalidArgumentError: the byte budget is less than the codec takes with every token at its cheapest tier.
         """
         geometry = request.geometry
-        if request.tier_budget is not None:
+        if request.budget.kind is BudgetKind.TIER_COST:
             allocation = PolicyTiers(
                 policy=request.policy,
-                tier_budget=request.tier_budget,
+                tier_budget=request.budget.value,
                 scorer=request.scorer,
                 int4=request.int4,
                 seed=request.seed,
@@ -138,7 +139,7 @@ class TierCodec(Codec):
             return (
                 OneTierEncoder(self, geometry, allocation) if of_model else TieredEncoder(self, geometry, allocation)
             )
-        self._check_byte_budget(request)
+        self._check_affordable(request)
         taken = {tier: token_bytes(self, tier, geometry) for tier in self.tiers}
         owner = codecs.get(request.policy.codec or self.name)
         return TieredEncoder(self, geometry, owner.tier_allocation(request, taken))
@@ -169,12 +170,12 @@ class TierCodec(Codec):
         """
         return token_bytes(self, self.cheapest_tier, geometry) / geometry.fp16_bytes_per_layer(1)
 
-    def _check_byte_budget(self, request: EncoderRequest) -> None:
+    def _check_affordable(self, request: EncoderRequest) -> None:
         least = self.least_byte_budget(request.geometry)
-        if request.byte_budget is not None and request.byte_budget < least:
+        if request.budget.value < least:
             raise InvalidArgumentError(
                 f"codec {self.name!r} takes {least:.3f} of FP16 with every token at {self.cheapest_tier.name}, and "
-                f"the budget is {request.byte_budget:g}; ask for more, or leave the codec to the server"
+                f"the budget is {request.budget.value:g}; ask for more, or leave the codec to the server"
             )
 
 

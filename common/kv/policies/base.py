@@ -7,24 +7,13 @@ that `policies` is complete wherever it comes from.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import Enum
 
 import torch
 
 from spectrumkv.common.errors import InternalError, InvalidArgumentError, NotFiniteError
+from spectrumkv.common.kv.budget import Budget, BudgetKind
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.registry import Registry
-
-
-class BudgetKind(Enum):
-    """What a budget counts.
-
-    BYTES: all bytes that are sent ÷ the KV's bytes at FP16, a `byte_budget`.
-    TIER_COST: mean cost of the tokens' tiers, scales and framing left out, a `tier_budget`; the SpectrumKV paper's b.
-    """
-
-    BYTES = "bytes"
-    TIER_COST = "tier_cost"
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +142,22 @@ class Policy:
             allowed = f"exactly {self.max_budget}" if fixed else f"from {self.min_budget} to {self.max_budget}"
             raise InvalidArgumentError(f"policy {self.name!r} cannot keep to budget {budget}; allowed is {allowed}")
 
-    def resolve_budget(self, requested: float | None, server_default: float) -> float:
+    def budget(self, value: float) -> Budget:
+        """Make a budget of this policy's kind.
+
+        Args:
+            value: relative to FP16.
+
+        Returns:
+            The budget.
+
+        Raises:
+            InvalidArgumentError: it is out of this policy's range or not a number.
+        """
+        self.check_budget(value)
+        return Budget(self.budget_kind, value)
+
+    def resolve_budget(self, requested: float | None, server_default: float) -> Budget:
         """Settle the budget of a request.
 
         A budget that was asked for is kept or refused, never changed. The server's default was not chosen with
@@ -170,9 +174,8 @@ class Policy:
             InvalidArgumentError: the requested budget is out of range.
         """
         if requested is None:
-            return min(max(server_default, self.min_budget), self.max_budget)
-        self.check_budget(requested)
-        return requested
+            return self.budget(min(max(server_default, self.min_budget), self.max_budget))
+        return self.budget(requested)
 
 
 policies: Registry[Policy] = Registry("policy")

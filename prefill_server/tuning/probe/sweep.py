@@ -54,9 +54,10 @@ def int4_trial_without(codec: Codec, off: frozenset[int], layers: int) -> KvPlan
 
 
 def _plan(policy: str, budget: float, codec: Codec, int4: Int4Layers, basis: Basis | None) -> KvPlan:
+    chosen = policies.get(policy)
     return KvPlan(
-        policy=policies.get(policy),
-        budget=budget,
+        policy=chosen,
+        budget=chosen.budget(budget),
         scorer="attention",
         codec=codec,
         scope="layer",

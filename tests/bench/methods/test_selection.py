@@ -10,7 +10,8 @@ from spectrumkv.bench.models.synthetic_prompt import synthetic_basis
 from spectrumkv.bench.peers.baselines import Baseline, baselines
 from spectrumkv.bench.peers.quanto import QUANTO
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.kv.policies import BudgetKind, policies
+from spectrumkv.common.kv.budget import BudgetKind
+from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.service.config import PrefillConfig, build
 from spectrumkv.common.telemetry.metrics import Metrics

@@ -6,7 +6,8 @@ from rich.console import Console
 
 from spectrumkv.client.cli.tables import COUNTED_POLICIES, usage_table
 from spectrumkv.client.completion import Completion, Finished, TokenEvent
-from spectrumkv.common.kv.policies import BudgetKind, policies
+from spectrumkv.common.kv.budget import BudgetKind
+from spectrumkv.common.kv.policies import policies
 from tests.client.fake_servers import finished
 
 

@@ -20,7 +20,7 @@ def tier_counts(policy: str, budget: float, int4: Int4Layers, layers: int, scope
     geometry = KvGeometry(layers, 1, 4, torch.float32)
     chosen = policies.get(policy)
     encoder = AbsmaxCodec().encoder(
-        EncoderRequest(chosen, None, budget, "attention", scope, int4, 0, geometry, TOKENS)
+        EncoderRequest(chosen, chosen.budget(budget), "attention", scope, int4, 0, geometry, TOKENS)
     )
     generator = torch.Generator().manual_seed(0)
     counts: list[dict] = [{} for _ in range(layers)]

@@ -21,7 +21,7 @@ def test_a_sound_deployment_is_found_well(llama_pair: Pair) -> None:
     assert 1 <= result.agreeing_tokens <= 32
     assert 0 <= result.kl < 0.5
     assert result.exact.usage.policy == "native"
-    assert result.served.usage.byte_budget < result.exact.usage.byte_budget
+    assert result.served.usage.budget_counted < result.exact.usage.budget_counted
 
 
 def test_the_command_writes_json_and_exits_with_0(llama_pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from spectrumkv.bench.methods.method import mean_tier_cost
 from spectrumkv.common.errors import InvalidArgumentError, NotFiniteError
-from spectrumkv.common.kv.policies import BudgetKind, Policy, TierRequest, policies
+from spectrumkv.common.kv.budget import Budget, BudgetKind
+from spectrumkv.common.kv.policies import Policy, TierRequest, policies
 from spectrumkv.common.kv.policies.base import fill, policy
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 
@@ -197,7 +198,7 @@ def test_a_budget_that_no_policy_takes_is_refused_by_name(name, budget):
 def test_the_ends_of_the_range_are_in_it_and_what_lies_beyond_is_not(name):
     chosen = policies.get(name)
     for budget in (chosen.min_budget, chosen.max_budget):
-        assert chosen.resolve_budget(budget, server_default=0.6) == budget
+        assert chosen.resolve_budget(budget, server_default=0.6) == Budget(BudgetKind.TIER_COST, budget)
     for budget in (math.nextafter(chosen.min_budget, 0), math.nextafter(chosen.max_budget, 2)):
         assert_refused(lambda budget=budget: chosen.check_budget(budget), name, budget, chosen)
 
@@ -213,7 +214,7 @@ def assert_refused(refuse: Callable[[], object], name: str, budget: float, chose
 @given(server_default=st.floats(0.05, 1))
 def test_the_servers_default_is_moved_into_the_range(name, server_default):
     chosen = policies.get(name)
-    resolved = chosen.resolve_budget(None, server_default)
+    resolved = chosen.resolve_budget(None, server_default).value
     nearest = min(
         (server_default, chosen.min_budget, chosen.max_budget),
         key=lambda b: (not chosen.min_budget <= b <= chosen.max_budget, abs(b - server_default)),

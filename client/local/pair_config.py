@@ -128,7 +128,10 @@ def _launch(
 def _security(config: ServerConfig) -> ChannelSecurity:
     """Return how this process talks to a service: with the certificate and the tokens of the service itself."""
     tls = TlsFiles.named(config.tls_cert, config.tls_key, config.tls_ca) if config.tls_cert is not None else None
-    return ChannelSecurity(tls, optional_path(config.token_file), allow_plaintext=config.allow_plaintext)
+    # The service is on this machine, whatever name of the machine it listens on.
+    return ChannelSecurity(
+        tls, optional_path(config.token_file), allow_plaintext=config.allow_plaintext, allow_proxy=False
+    )
 
 
 def _with_ports(addresses: Sequence[Address]) -> list[Address]:

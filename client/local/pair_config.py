@@ -38,8 +38,9 @@ SEARCHED_PORTS = range(20_000, 32_768)
 # Ports that this process has found already; their services may not listen yet.
 _found_ports: set[int] = set()
 
-DECODE_MODULE = "spectrumkv.decode_server.main"
-PREFILL_MODULE = "spectrumkv.prefill_server.main"
+# Run as the services' own commands are, so that they heed the limits of a control group.
+DECODE_MODULE = "spectrumkv.decode_server"
+PREFILL_MODULE = "spectrumkv.prefill_server"
 
 
 @dataclass(frozen=True, kw_only=True)

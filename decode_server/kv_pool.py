@@ -51,7 +51,8 @@ class KvPool:
         there = start_checks.memory_bytes()
         if device.type == "cpu" and there is not None and memory_bytes > there:
             raise FailedPreconditionError(
-                f"--kv-memory is {memory_bytes} bytes, and this machine has {there}, of which the model takes some"
+                f"--kv-memory is {memory_bytes} bytes, and this machine, or the control group of this "
+                f"process, has {there}, of which the model takes some; set it lower"
             )
         # One slot more, which padding rows of a CUDA graph read and write.
         shape = (geometry.layers, geometry.kv_heads, self.slots + 1, geometry.head_dim)

@@ -83,7 +83,6 @@ def tune(loaded: LoadedModel, engine: PrefillEngine, config: PrefillConfig) -> t
 
     Raises:
         ContextTooShortError: the model's context is too short, and the default policy needs a basis.
-        FailedPreconditionError: the cache cannot be written to.
     """
     basis = None
     try:

@@ -6,10 +6,12 @@ an answer that is wrong.
 
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.common.model.directory import refuse_damage
@@ -53,7 +55,7 @@ def read_config(directory: Path) -> PretrainedConfig:
     given = read_object(file)
     _refuse(file, _wrong_numbers(given))
     with refuse_damage(f"config.json of the model in {directory}"):
-        config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config: PretrainedConfig = AutoConfig.for_model(**_with_fractions(given))
         check_supported(config)
         _refuse(file, _contradictions(config))
     return config
@@ -111,6 +113,20 @@ def _refuse(file: Path, reasons: "Iterator[str] | list[str]") -> None:
         raise FailedPreconditionError(
             f"cannot read {file.name} of the model in {file.parent}: {listed}; correct it or fetch the model again"
         )
+
+
+def _with_fractions(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration with 1.0 for 1 where transformers wants a fraction: it refuses 1, which equals it.
+
+    Raises:
+        ValueError: the type of the model is none that transformers knows.
+    """
+    kind = given.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"model_type is {_shown(kind)}, and transformers knows no such model")
+    fractions = {field.name for field in fields(CONFIG_MAPPING[kind]) if field.type in (float, float | None)}
+    whole = {name: value for name, value in given.items() if name in fractions and type(value) is int}
+    return given | {name: float(value) for name, value in whole.items()}
 
 
 def _wrong_numbers(given: dict[str, Any]) -> Iterator[str]:

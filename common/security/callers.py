@@ -1,13 +1,30 @@
-"""Who a caller is by its certificate, and whether it may bring work."""
+"""Who a caller is by its token and its certificate, and whether it may bring work."""
 
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import grpc
 
 from spectrumkv.common.errors import PermissionDeniedError
 
+# What a caller is called that showed neither an accepted token nor a certificate.
+ANONYMOUS = "anonymous"
+
 _NAMES = ("x509_common_name", "x509_subject_alternative_name")
+
+# gRPC runs a call's interceptors and its handler in one context.
+_token_name: ContextVar[str | None] = ContextVar("token_name", default=None)
+
+
+def set_token_name(name: str) -> None:
+    """Set the name of the token that the present call brought."""
+    _token_name.set(name)
+
+
+def caller_name(context: grpc.ServicerContext) -> str:
+    """Return what logs call a caller: its token's name, else its certificate's first one, else "anonymous"."""
+    return _token_name.get() or next(iter(names_of(context)), ANONYMOUS)
 
 
 def names_of(context: grpc.ServicerContext) -> tuple[str, ...]:

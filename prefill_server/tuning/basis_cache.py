@@ -1,5 +1,6 @@
 """Keeps codec bases between starts: a model is calibrated once."""
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -10,10 +11,18 @@ import torch
 from spectrumkv.common.errors import ContextTooShortError, FailedPreconditionError
 from spectrumkv.common.kv.codecs.base import parse_basis
 from spectrumkv.common.kv.codecs.basis import Basis
-from spectrumkv.common.model.cache import CACHE_VARIABLE, build_once, cache_directory, sha256_of_json
+from spectrumkv.common.model.cache import (
+    CACHE_VARIABLE,
+    UnwritableCacheError,
+    build_once,
+    cache_directory,
+    sha256_of_json,
+)
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.prefill_server.tuning.calibration import Excerpt, calibrate, check_rotation
 from spectrumkv.prefill_server.tuning.needle.haystack import haystack
+
+logger = logging.getLogger(__name__)
 
 # Raised whenever a calibration would find another basis than before.
 CALIBRATION_VERSION = 1
@@ -27,15 +36,27 @@ BASIS_FILE = "basis.safetensors"
 def resolve_basis(loaded: LoadedModel, on_excerpt: Callable[[int], None]) -> Basis:
     """Return the model's basis: the one in the cache, or one that is calibrated now and kept there.
 
+    Where the cache cannot be written to, the basis is in memory only, and a warning says so.
+
     Args:
         loaded: the model; where it is calibrated, its attention is switched to prefill's.
         on_excerpt: told the number of excerpts done, of `EXCERPTS`, where the model is calibrated.
 
     Raises:
         ContextTooShortError: the model's context is too short.
-        FailedPreconditionError: the cache cannot be written to.
     """
-    return _build_once(loaded, lambda: calibrate(loaded, default_excerpts(loaded), on_excerpt))
+    found: Basis | None = None
+
+    def find() -> Basis:
+        nonlocal found
+        found = found or calibrate(loaded, default_excerpts(loaded), on_excerpt)
+        return found
+
+    try:
+        return _build_once(loaded, find)
+    except UnwritableCacheError as error:
+        logger.warning("%s; until then each start calibrates the model again", error.message)
+        return find()
 
 
 def keep_basis(loaded: LoadedModel, basis: Basis) -> Path:

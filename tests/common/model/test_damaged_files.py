@@ -4,12 +4,14 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.common.model.load import load_model
+from spectrumkv.common.model.spec import ModelSpec
 from tests.tiny_models import tiny_model
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -92,6 +94,36 @@ def test_a_field_of_the_configuration(copied: Path, changes: dict[str, object]) 
         (copied / "generation_config.json").unlink()
     written_over(copied / "config.json", json.dumps(changes))
     loads_or_names(copied, r"config\.json|this model cannot be served")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("llama", {"rms_norm_eps": 1, "initializer_range": 0, "attention_dropout": 0}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000, "factor": 2}}),
+        ("qwen2", {"rms_norm_eps": 1}),
+        ("qwen3", {"rms_norm_eps": 1}),
+        ("mistral", {"rms_norm_eps": 1}),
+        ("gemma2", {"rms_norm_eps": 1, "attn_logit_softcapping": 50, "final_logit_softcapping": 30}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(value),
+)
+def test_a_whole_number_stands_for_the_same_fraction(
+    tmp_path: Path, architecture: str, changes: dict[str, object]
+) -> None:
+    def spec_with(name: str, fields: dict[str, object]) -> ModelSpec:
+        directory = Path(shutil.copytree(tiny_model(architecture), tmp_path / name))
+        written_over(directory / "config.json", json.dumps(fields))
+        return load_model(str(directory), "cpu").spec
+
+    assert spec_with("whole", changes) == spec_with("fractions", as_fractions(changes))
+
+
+def as_fractions(value: Any) -> Any:
+    """The same with each whole number written as a fraction, such as 1.0."""
+    if isinstance(value, dict):
+        return {name: as_fractions(one) for name, one in value.items()}
+    return float(value) if isinstance(value, int) else value
 
 
 @pytest.mark.parametrize("content", GENERATION)

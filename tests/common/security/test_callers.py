@@ -106,3 +106,16 @@ def test_the_log_names_the_caller(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         server.refusal(caller(tmp_path, "stranger"))
     callers = [record.fields["caller"] for record in caplog.records if record.message == "request ended"]
     assert callers == ["prefill", "stranger"]
+
+
+def test_the_name_of_a_token_comes_before_that_of_a_certificate(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for name, line in (("accepted", "alice:some-token-0123456789"), ("sent", "some-token-0123456789")):
+        (tmp_path / name).write_text(line)
+    with guarded(replace(server_for(tmp_path, "prefill", "stranger"), token_file=tmp_path / "accepted")) as server:
+        server.ask(replace(caller(tmp_path, "prefill"), token_file=tmp_path / "sent"))
+        server.refusal(caller(tmp_path, "stranger"))
+    ends = [record.fields for record in caplog.records if record.message == "request ended"]
+    assert [(one["caller"], one["certificate"]) for one in ends] == [("alice", "prefill"), ("stranger", "stranger")]

@@ -1,6 +1,5 @@
 """Keeps spectral bases between starts: a model is calibrated once."""
 
-import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 
 from spectrumkv.common.errors import ContextTooShortError, FailedPreconditionError, InvalidArgumentError
+from spectrumkv.common.generation.beginning import beginning_token, begun
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.model.cache import CACHE_VARIABLE, build_once, cache_directory, sha256_of_json
 from spectrumkv.common.model.load import LoadedModel
@@ -16,7 +16,7 @@ from spectrumkv.prefill_server.tuning.calibration import Excerpt, calibrate, rot
 from spectrumkv.prefill_server.tuning.needle.haystack import haystack
 
 # Raised whenever a calibration would find another basis than before.
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2
 EXCERPTS = 8
 CONTEXT_TOKENS, CONTINUATION_TOKENS = 512, 128
 # Shorter excerpts show too few tokens to tell the directions of a head apart.
@@ -56,8 +56,8 @@ def keep_basis(loaded: LoadedModel, basis: SpectralBasis) -> Path:
     """
     basis.check_fits(loaded.geometry)
     frequencies, scaling = rotary_parameters(loaded.model)
-    same_rotation = torch.allclose(basis.rope_frequencies, frequencies, rtol=ROTARY_TOLERANCE, atol=0.0)
-    if not same_rotation or not math.isclose(basis.rope_scaling, scaling, rel_tol=ROTARY_TOLERANCE):
+    pairs = ((basis.rope_frequencies, frequencies), (basis.rope_scaling, scaling))
+    if not all(torch.allclose(theirs, ours, rtol=ROTARY_TOLERANCE, atol=0.0) for theirs, ours in pairs):
         raise InvalidArgumentError(
             f"the basis is for a model with other rotary frequencies than {loaded.name}; export it for the same model"
         )
@@ -110,6 +110,8 @@ def default_excerpts(loaded: LoadedModel) -> list[Excerpt]:
             f"calibration needs a context of {fewest} tokens and more, and {loaded.name} has {loaded.context_length}"
         )
     text = "".join(haystack(0).sentences)
-    ids = torch.tensor(loaded.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    ids: list[int] = loaded.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    beginning = beginning_token(loaded.tokenizer)
     starts = range(0, len(ids) - length + 1, max(1, (len(ids) - length) // (EXCERPTS - 1)))
-    return [Excerpt(ids[start : start + length], context) for start in list(starts)[:EXCERPTS]]
+    cut = [begun(ids[start : start + length], beginning) for start in list(starts)[:EXCERPTS]]
+    return [Excerpt(torch.tensor(one), context) for one in cut]

@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.common.model.directory import refuse_damage
-from spectrumkv.common.model.support import check_supported
+from spectrumkv.common.model.support import check_supported, rotary_embeddings
 
 CONFIGURATION = "config.json"
 GENERATION = "generation_config.json"
@@ -148,10 +148,10 @@ def _contradictions(config: PretrainedConfig) -> Iterator[str]:
     heads, kv_heads = getattr(config, "num_attention_heads", 1), getattr(config, "num_key_value_heads", 1)
     if heads % kv_heads:
         yield f"num_attention_heads is {heads}, and num_key_value_heads, {kv_heads}, must divide it"
-    rope = getattr(config, "rope_parameters", None) or {}
-    for name in _ROPE_POSITIVE:
-        if (value := rope.get(name)) is not None and not _is_positive(value):
-            yield f"{name} of the rotary embedding is {_shown(value)}, and it must be a number above 0"
+    for rope in rotary_embeddings(config).values():
+        for name in _ROPE_POSITIVE:
+            if (value := rope.get(name)) is not None and not _is_positive(value):
+                yield f"{name} of the rotary embedding is {_shown(value)}, and it must be a number above 0"
 
 
 def _is_positive(value: object) -> bool:

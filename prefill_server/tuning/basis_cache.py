@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from spectrumkv.common.errors import ContextTooShortError, FailedPreconditionError
+from spectrumkv.common.generation.beginning import beginning_token, begun
 from spectrumkv.common.kv.codecs.base import parse_basis
 from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.model.cache import (
@@ -25,7 +26,7 @@ from spectrumkv.prefill_server.tuning.needle.haystack import haystack
 logger = logging.getLogger(__name__)
 
 # Raised whenever a calibration would find another basis than before.
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2
 EXCERPTS = 8
 CONTEXT_TOKENS, CONTINUATION_TOKENS = 512, 128
 # Shorter excerpts show too few tokens to tell the directions of a head apart.
@@ -120,6 +121,8 @@ def default_excerpts(loaded: LoadedModel) -> list[Excerpt]:
             f"calibration needs a context of {fewest} tokens and more, and {loaded.name} has {loaded.context_length}"
         )
     text = "".join(haystack(0).sentences)
-    ids = torch.tensor(loaded.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    ids: list[int] = loaded.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    beginning = beginning_token(loaded.tokenizer)
     starts = range(0, len(ids) - length + 1, max(1, (len(ids) - length) // (EXCERPTS - 1)))
-    return [Excerpt(ids[start : start + length], context) for start in list(starts)[:EXCERPTS]]
+    cut = [begun(ids[start : start + length], beginning) for start in list(starts)[:EXCERPTS]]
+    return [Excerpt(torch.tensor(one), context) for one in cut]

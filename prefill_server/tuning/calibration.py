@@ -10,7 +10,6 @@ Foundations of Transform Coding", IEEE Signal Processing Magazine 18:5, 2001, se
 How sensitivity grows with a token's attention (`_attention_exponent`) is this project's own measurement.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.codecs.spectral.basis import SIDES, SpectralBasis, angles, rotate
 from spectrumkv.common.kv.scoring import SINK_TOKENS, mean_attention
 from spectrumkv.common.model.load import LoadedModel
+from spectrumkv.common.model.support import rope_prefixes
 from spectrumkv.common.service.config import SCORE_WINDOW
 from spectrumkv.kernels.logits import causal_mask, soft_cap
 from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME
@@ -103,28 +103,32 @@ def check_rotation(basis: Basis, loaded: LoadedModel) -> None:
     if not isinstance(basis, SpectralBasis):
         raise InvalidArgumentError(f"calibration finds no basis of type {type(basis).__name__}; export another one")
     frequencies, scaling = rotary_parameters(loaded.model)
-    same_rotation = torch.allclose(basis.rope_frequencies, frequencies, rtol=ROTARY_TOLERANCE, atol=0.0)
-    if not same_rotation or not math.isclose(basis.rope_scaling, scaling, rel_tol=ROTARY_TOLERANCE):
+    pairs = ((basis.rope_frequencies, frequencies), (basis.rope_scaling, scaling))
+    if not all(torch.allclose(theirs, ours, rtol=ROTARY_TOLERANCE, atol=0.0) for theirs, ours in pairs):
         raise InvalidArgumentError(
             f"the basis is for a model with other rotary frequencies than {loaded.name}; export it for the same model"
         )
 
 
-def rotary_parameters(model: PreTrainedModel) -> tuple[torch.Tensor, float]:
-    """Return a model's rotary frequencies and its factor on keys.
+def rotary_parameters(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rotary frequencies of a model's layers, and their factors on keys.
 
     Args:
-        model: with rotary embeddings.
+        model: of a supported type.
 
     Returns:
-        Frequencies in radians per position, float64 `[head_dim / 2]` on the CPU, and the factor.
+        Frequencies in radians per position, float64 `[layers, head_dim / 2]`, and factors, float64 `[layers]`, both
+        on the CPU.
     """
     rotary = model.model.rotary_emb
-    return rotary.inv_freq.detach().double().cpu(), float(rotary.attention_scaling)
+    prefixes = rope_prefixes(model.config)
+    frequencies = [getattr(rotary, f"{prefix}inv_freq").detach().double().cpu() for prefix in prefixes]
+    scaling = [float(getattr(rotary, f"{prefix}attention_scaling")) for prefix in prefixes]
+    return torch.stack(frequencies), torch.tensor(scaling, dtype=torch.float64)
 
 
 def _observe(
-    loaded: LoadedModel, excerpt: Excerpt, seed: int, frequencies: torch.Tensor, scaling: float
+    loaded: LoadedModel, excerpt: Excerpt, seed: int, frequencies: torch.Tensor, scaling: torch.Tensor
 ) -> Iterator[LayerSample]:
     """Yield what an excerpt shows of each layer, from the first to the last."""
     context = excerpt.token_ids[: excerpt.context].tolist()
@@ -132,13 +136,15 @@ def _observe(
     captures: list[LayerCapture] = list(captured.layers)
     prefix = [(one.keys.clone().requires_grad_(), one.values.clone().requires_grad_()) for one in captures]
     _draw_and_differentiate(loaded, excerpt, prefix, seed)
-    cosine, sine = angles(tuple(frequencies.tolist()), 0, len(context))
-    for capture, (keys, values) in zip(captures, prefix, strict=True):
+    for capture, (keys, values), of_layer, factor in zip(
+        captures, prefix, frequencies.tolist(), scaling.tolist(), strict=True
+    ):
         assert keys.grad is not None
         assert values.grad is not None
-        unrotated = rotate(keys.detach().float().cpu(), cosine, -sine) / scaling
+        cosine, sine = angles(tuple(of_layer), 0, len(context))
+        unrotated = rotate(keys.detach().float().cpu(), cosine, -sine) / factor
         # The chain rule turns the division into a product.
-        unrotated_gradient = rotate(keys.grad.float().cpu(), cosine, -sine) * scaling
+        unrotated_gradient = rotate(keys.grad.float().cpu(), cosine, -sine) * factor
         yield LayerSample(
             states=torch.stack([unrotated, values.detach().float().cpu()])[:, :, SINK_TOKENS:],
             gradients=torch.stack([unrotated_gradient, values.grad.float().cpu()])[:, :, SINK_TOKENS:],

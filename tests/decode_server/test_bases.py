@@ -125,8 +125,8 @@ def test_bases_of_other_models_and_ones_that_cannot_be_undone_are_refused() -> N
     with pytest.raises(InvalidArgumentError, match="cannot be undone"):
         put(store, singular)
     for scaling in (0.0, -1.0, 1e-300, 1e300, math.inf, math.nan):
-        file = load(basis_of(GEOMETRY).serialized) | {"rope_scaling": torch.tensor([scaling], dtype=torch.float64)}
-        data = save(file)
+        factors = torch.tensor([1.0, scaling, 1.0], dtype=torch.float64)
+        data = save(load(basis_of(GEOMETRY).serialized) | {"rope_scaling": factors})
         with pytest.raises(InvalidArgumentError, match="rope_scaling is"):
             store.receive(pieces(data, hashlib.sha256(data).digest()))
     nonsense = b"\xff" * 100

@@ -106,8 +106,8 @@ def basis_of(geometry: KvGeometry) -> SpectralBasis:
         analysis=torch.stack(shuffled).view(*lead, width, width),
         std=(2 * scale).expand(*lead, -1).contiguous(),
         attention_exponent=torch.ones(geometry.layers),
-        rope_frequencies=torch.zeros(width // 2, dtype=torch.float64),
-        rope_scaling=0.5,
+        rope_frequencies=torch.zeros(geometry.layers, width // 2, dtype=torch.float64),
+        rope_scaling=torch.full((geometry.layers,), 0.5, dtype=torch.float64),
     )
 
 

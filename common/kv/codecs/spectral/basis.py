@@ -39,8 +39,9 @@ class SpectralBasis(Basis):
         std: float32 `[layers, 2, kv_heads, head_dim]`, standard deviation of each coefficient.
         attention_exponent: float32 `[layers]`, the power of its mean attention with which a token's sensitivity
             grows.
-        rope_frequencies: float64 `[head_dim / 2]`, radians per position.
-        rope_scaling: factor that the rotary embedding applies to keys besides the rotation.
+        rope_frequencies: float64 `[layers, head_dim / 2]`, radians per position; layers with a sliding window may
+            turn keys otherwise than the others do (Gemma 3, arXiv 2503.19786, section 2).
+        rope_scaling: float64 `[layers]`, factor that the rotary embedding applies to keys besides the rotation.
 
     Raises:
         InvalidArgumentError: shapes do not fit together, an element is not finite, or one is out of range.
@@ -51,7 +52,7 @@ class SpectralBasis(Basis):
     std: torch.Tensor
     attention_exponent: torch.Tensor
     rope_frequencies: torch.Tensor
-    rope_scaling: float
+    rope_scaling: torch.Tensor
 
     def __post_init__(self) -> None:
         layers, _, kv_heads, head_dim = self.mean.shape
@@ -60,11 +61,12 @@ class SpectralBasis(Basis):
             "analysis": (layers, SIDES, kv_heads, head_dim, head_dim),
             "std": (layers, SIDES, kv_heads, head_dim),
             "attention_exponent": (layers,),
-            "rope_frequencies": (head_dim // 2,),
+            "rope_frequencies": (layers, head_dim // 2),
+            "rope_scaling": (layers,),
         }
         for name, shape in shapes.items():
             tensor = getattr(self, name)
-            dtype = torch.float64 if name == "rope_frequencies" else torch.float32
+            dtype = torch.float64 if name.startswith("rope_") else torch.float32
             if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.isfinite().all():
                 raise InvalidArgumentError(
                     f"the basis's {name} is {tensor.dtype} {list(tensor.shape)}; it must be {dtype} {list(shape)} "
@@ -72,10 +74,11 @@ class SpectralBasis(Basis):
                 )
         if not (self.std > 0).all():
             raise InvalidArgumentError("the basis has a coefficient whose standard deviation is not positive")
-        if not 1 / LARGEST_SCALING <= self.rope_scaling <= LARGEST_SCALING:
+        outside = (self.rope_scaling < 1 / LARGEST_SCALING) | (self.rope_scaling > LARGEST_SCALING)
+        if outside.any():
             raise InvalidArgumentError(
-                f"the basis's rope_scaling is {self.rope_scaling}; "
-                f"{1 / LARGEST_SCALING:g} to {LARGEST_SCALING:g} are allowed"
+                f"the basis's rope_scaling is {float(self.rope_scaling[outside][0])} in layer "
+                f"{int(outside.nonzero()[0])}; {1 / LARGEST_SCALING:g} to {LARGEST_SCALING:g} are allowed"
             )
 
     @property
@@ -113,7 +116,7 @@ class SpectralBasis(Basis):
             STD_KEY: self.std,
             "attention_exponent": self.attention_exponent,
             "rope_frequencies": self.rope_frequencies,
-            "rope_scaling": torch.tensor([self.rope_scaling], dtype=torch.float64),
+            "rope_scaling": self.rope_scaling,
         }
         data: bytes = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         return data
@@ -137,7 +140,8 @@ class SpectralBasis(Basis):
         """Return the most bytes that a serialized basis can have; see `Basis.largest_bytes`."""
         vectors = geometry.layers * SIDES * geometry.kv_heads * geometry.head_dim
         floats = vectors * (geometry.head_dim + 2) + geometry.layers
-        return 4 * floats + 8 * geometry.head_dim + SAFETENSORS_HEADER_BYTES
+        doubles = geometry.layers * (geometry.head_dim // 2 + 1)
+        return 4 * floats + 8 * doubles + SAFETENSORS_HEADER_BYTES
 
     def check_fits(self, geometry: KvGeometry) -> None:
         """Check that the basis is one for this model's cache.
@@ -153,21 +157,22 @@ class SpectralBasis(Basis):
         if mine != theirs:
             raise InvalidArgumentError(f"the basis has (layers, KV heads, head_dim) = {mine}; the model has {theirs}")
 
-    def rotation(self, first: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Look up the rotary angles of a run of positions.
+    def rotation(self, layer: int, first: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Look up the rotary angles of a run of positions in one layer.
 
         Args:
+            layer: from 0.
             first: the first position.
             tokens: how many positions.
 
         Returns:
             Cosine and sine, float32 `[tokens, head_dim / 2]` each.
         """
-        return angles(self._frequencies, first, tokens)
+        return angles(self._frequencies[layer], first, tokens)
 
     @cached_property
-    def _frequencies(self) -> tuple[float, ...]:
-        return tuple(self.rope_frequencies.tolist())
+    def _frequencies(self) -> tuple[tuple[float, ...], ...]:
+        return tuple(map(tuple, self.rope_frequencies.tolist()))
 
     @classmethod
     def parse(cls, data: bytes, geometry: KvGeometry) -> Self:
@@ -192,7 +197,7 @@ class SpectralBasis(Basis):
         try:
             tensors = load(data)
             std = tensors.pop(STD_KEY)
-            return cls(**{**tensors, "rope_scaling": float(tensors["rope_scaling"])}, std=std)
+            return cls(**tensors, std=std)
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InvalidArgumentError(f"these {len(data)} bytes are no spectral basis: {error}") from error
 

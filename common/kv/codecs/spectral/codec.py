@@ -147,8 +147,8 @@ def prepare() -> None:
         analysis=torch.eye(head_dim).expand(*lead, -1, -1).contiguous(),
         std=torch.ones(*lead, head_dim),
         attention_exponent=torch.ones(1),
-        rope_frequencies=torch.ones(head_dim // 2, dtype=torch.float64),
-        rope_scaling=1.0,
+        rope_frequencies=torch.ones(1, head_dim // 2, dtype=torch.float64),
+        rope_scaling=torch.ones(1, dtype=torch.float64),
     )
     (transform,) = layer_transforms(basis)
     # A lone token's keys lie in one piece, those of several do not.

@@ -120,7 +120,7 @@ class LayerTransform:
             flat(adjacent(keys.float())),
             flat(adjacent(values.float())),
             steps.tokens.order,
-            self._rotation(first, keys.shape[1], 1 / self.basis.rope_scaling),
+            self._rotation(first, keys.shape[1], 1 / self._rope_scaling),
             self._mean,
             self._analysis,
             steps.tokens.start,
@@ -153,7 +153,7 @@ class LayerTransform:
             kernels.synthesise(
                 symbols,
                 steps.tokens.order,
-                self._rotation(first, keys.shape[1], self.basis.rope_scaling),
+                self._rotation(first, keys.shape[1], self._rope_scaling),
                 self._mean,
                 self._synthesis,
                 steps.tokens.start,
@@ -164,7 +164,7 @@ class LayerTransform:
             )
 
     def _rotation(self, first: int, tokens: int, scaling: float) -> tuple[np.ndarray, np.ndarray, np.float32]:
-        cosine, sine = self.basis.rotation(first, tokens)
+        cosine, sine = self.basis.rotation(self.layer, first, tokens)
         return cosine.numpy(), sine.numpy(), np.float32(scaling)
 
     def _offsets(self, steps: Steps, packed: PackedStreams) -> np.ndarray:
@@ -172,6 +172,10 @@ class LayerTransform:
         starts = np.empty((len(steps.tokens.of_each), len(self.row_order)), np.int64)
         offsets(self.row_order, self.run_start, steps.tokens.start, self.streams.stream_of, packed.start, starts)
         return starts
+
+    @cached_property
+    def _rope_scaling(self) -> float:
+        return float(self.basis.rope_scaling[self.layer])
 
     @cached_property
     def _mean(self) -> np.ndarray:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 
 from spectrumkv.common.errors import DataLossError, InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.capture import LayerCapture
@@ -103,7 +104,7 @@ def test_entropy_coded_symbols_take_about_their_entropy() -> None:
 @pytest.mark.parametrize("tokens", [1, 3, 17, 65, 500])
 def test_a_segment_is_exact_up_to_half_a_step(kv_heads: int, head_dim: int, tokens: int) -> None:
     shape = geometry(kv_heads, head_dim)
-    basis = replace(basis_of(shape), rope_scaling=1.25)
+    basis = basis_of(shape)
     first = 300
     seen = capture(basis, layer=1, tokens=tokens, first=first)
     transform = LayerTransform(basis, 1)
@@ -268,6 +269,21 @@ def test_a_basis_is_read_without_knowing_its_type() -> None:
         parse_basis(flat.serialized, shape).prepare_decoding()
 
 
+@pytest.mark.parametrize(
+    ("name", "rotation"),
+    [
+        # One rotation for all layers, as bases had it before layers could differ.
+        ("rope_frequencies", torch.ones(8, dtype=torch.float64)),
+        ("rope_scaling", torch.ones(1, dtype=torch.float64)),
+        ("rope_frequencies", torch.ones(3, 8)),
+        ("rope_frequencies", torch.full((3, 8), torch.nan, dtype=torch.float64)),
+    ],
+)
+def test_a_basis_has_a_rotation_for_each_layer(name: str, rotation: torch.Tensor) -> None:
+    with pytest.raises(InvalidArgumentError, match=rf"basis's {name} is .*it must be torch.float64 \[3"):
+        SpectralBasis.from_bytes(save(load(basis_of(geometry()).serialized) | {name: rotation}))
+
+
 @given(first=st.integers(0, 700), tokens=st.integers(1, 700))
 def test_angles_are_those_of_the_positions(first: int, tokens: int) -> None:
     frequencies = (1.0, 0.37, 1e-4)
@@ -282,7 +298,8 @@ def test_a_basis_travels() -> None:
     back = SpectralBasis.from_bytes(basis.serialized)
     assert back.digest == basis.digest
     assert torch.equal(back.analysis, basis.analysis)
-    assert back.rope_scaling == basis.rope_scaling
+    assert torch.equal(back.rope_frequencies, basis.rope_frequencies)
+    assert torch.equal(back.rope_scaling, basis.rope_scaling)
     torch.testing.assert_close(
         basis.analysis @ basis.synthesis, torch.eye(16).expand_as(basis.analysis), atol=1e-4, rtol=0
     )

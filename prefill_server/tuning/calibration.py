@@ -148,7 +148,7 @@ def _observe(
         yield LayerSample(
             states=torch.stack([unrotated, values.detach().float().cpu()])[:, :, SINK_TOKENS:],
             gradients=torch.stack([unrotated_gradient, values.grad.float().cpu()])[:, :, SINK_TOKENS:],
-            attention=mean_attention(capture).mean(dim=0).cpu()[SINK_TOKENS:],
+            attention=mean_attention(capture).cpu()[SINK_TOKENS:],
         )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.kv.budget import BUDGET_MEANING
 from spectrumkv.common.service.options import (
     WEEK_SECONDS,
     Address,
@@ -142,8 +143,8 @@ class PrefillConfig(ServerConfig):
     policy: str = option("spectral", "how tokens are assigned to tiers, unless a request says")
     budget: float | None = option(
         None,
-        "bytes sent relative to FP16, unless a request says; auto, the default, is the least budget that the probe "
-        "found safe for the model",
+        f"what KV may cost relative to FP16, unless a request says: {BUDGET_MEANING}; auto, the default, is what the "
+        "probe found safe for the model in the policy's own kind of budget",
         or_auto(number(0.05, 1)),
     )
     scorer: str = option("attention", "how tokens are ranked, unless a request says")

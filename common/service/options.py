@@ -140,7 +140,9 @@ def number(minimum: float, maximum: float = math.inf, kind: type = float) -> Par
         maximum: the largest number that is allowed.
         kind: float or int.
     """
-    bounds = f"at least {minimum:g}" if maximum == math.inf else f"from {minimum:g} to {maximum:g}"
+    # A float in its short form is rounded to six digits.
+    least, most = (str(bound) if isinstance(bound, int) else f"{bound:g}" for bound in (minimum, maximum))
+    bounds = f"at least {least}" if maximum == math.inf else f"from {least} to {most}"
     allowed = f"a {'whole ' if kind is int else ''}number {bounds}"
 
     def parse(text: str) -> Any:

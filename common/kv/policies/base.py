@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from spectrumkv.common.errors import InternalError, InvalidArgumentError, NotFiniteError
-from spectrumkv.common.kv.budget import Budget, BudgetKind
+from spectrumkv.common.kv.budget import Budget, BudgetKind, budget_kind
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.registry import Registry
 
@@ -104,11 +104,15 @@ class Policy:
             raise ValueError(
                 f"policy {self.name!r}: budgets {self.min_budget} to {self.max_budget} are not in (0, 1]"
             )
+        if (self.rule is None) is not (self.budget_kind is BudgetKind.BYTES):
+            raise ValueError(
+                f"policy {self.name!r}: those without a rule, and no others, are listed in common/kv/budget.py"
+            )
 
     @property
     def budget_kind(self) -> BudgetKind:
         """Tell what the policy's budget counts: bytes where its codec spends them, else the cost of its tiers."""
-        return BudgetKind.BYTES if self.rule is None else BudgetKind.TIER_COST
+        return budget_kind(self.name)
 
     def assign(self, request: TierRequest) -> torch.Tensor:
         """Give the tokens their tiers.

@@ -80,6 +80,18 @@ def test_help_says_which_words_and_numbers_there_are(capsys, monkeypatch):
         assert part in shown
 
 
+def test_help_writes_whole_numbers_whole_and_says_what_each_kind_of_budget_counts(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        load(PrefillConfig, ["--help"], "spectrumkv-prefill")
+    shown = capsys.readouterr().out
+    assert "(a whole number from 1024 to 1048576; default: 524288)" in shown
+    assert "e+0" not in shown
+    [budget] = [line for line in shown.splitlines() if line.lstrip().startswith("--budget ")]
+    assert "policy spectral counts all bytes sent" in budget
+    assert "other policies count the mean cost per token" in budget
+
+
 def test_a_worker_is_named_once():
     given = {"decode": "127.0.0.1:1,localhost:2,127.0.0.1:1"}
     assert refusal(PrefillConfig, given) == "--decode names 127.0.0.1:1 more than once; name each worker once"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from spectrumkv.bench.methods.method import mean_tier_cost
 from spectrumkv.common.errors import InvalidArgumentError, NotFiniteError
-from spectrumkv.common.kv.budget import Budget, BudgetKind
+from spectrumkv.common.kv.budget import BYTE_POLICIES, Budget, BudgetKind
 from spectrumkv.common.kv.policies import Policy, TierRequest, policies
 from spectrumkv.common.kv.policies.base import fill, policy
 from spectrumkv.common.kv.tiers import Tier, count_tiers
@@ -295,6 +295,21 @@ def test_a_name_is_taken_once():
 def test_a_policy_with_an_impossible_range_is_refused(ends):
     with pytest.raises(ValueError, match="not in"):
         Policy("odd", *ends, codec=None, needs_scores=False, rule=lambda asked: asked.scores)
+
+
+def test_a_policy_without_a_rule_must_be_in_the_table_that_command_lines_read():
+    with pytest.raises(ValueError, match=r"listed in common/kv/budget\.py"):
+        Policy("odd", 0.1, 1.0, codec="absmax", needs_scores=True, rule=None)
+    with pytest.raises(ValueError, match=r"listed in common/kv/budget\.py"):
+        Policy("spectral", 0.1, 1.0, codec="spectral", needs_scores=True, rule=lambda asked: asked.scores)
+
+
+def test_the_registry_has_the_policies_of_that_table():
+    in_bytes = [name for name in policies if policies.get(name).budget_kind is BudgetKind.BYTES]
+    assert in_bytes == [one.name for one in BYTE_POLICIES]
+    for one in BYTE_POLICIES:
+        assert policies.get(one.name).rule is None
+        assert policies.get(one.name).min_budget == one.min_budget
 
 
 def test_fill_drops_what_no_tier_claims():

@@ -6,9 +6,8 @@ import sys
 from spectrumkv.common.concurrency.threads import use_one_thread
 from spectrumkv.common.errors import ContextTooShortError
 from spectrumkv.common.kv.allocation import Int4Layers
-from spectrumkv.common.kv.codecs.base import codecs
+from spectrumkv.common.kv.codecs.base import codecs, prepare_codecs
 from spectrumkv.common.kv.codecs.basis import Basis
-from spectrumkv.common.kv.codecs.spectral import codec as spectral
 from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.common.rpc.server import Server
@@ -20,7 +19,7 @@ from spectrumkv.common.service.process import serve_until_signalled, set_up_logg
 from spectrumkv.common.service.start_checks import check_start
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.tracing import set_up_spans
-from spectrumkv.kernels import absmax, attention_scores
+from spectrumkv.kernels import attention_scores
 from spectrumkv.prefill_server.engine import PrefillEngine
 from spectrumkv.prefill_server.service import PrefillService
 from spectrumkv.prefill_server.transfer.plan import check_defaults
@@ -45,8 +44,7 @@ def _serve() -> None:
     ChannelSecurity.to_decode(config).check()
     check_defaults(config)
     loaded = load_model(config.model, config.device, config.dtype)
-    absmax.prepare(loaded.geometry.native_dtype)
-    spectral.prepare()
+    prepare_codecs(loaded.geometry)
     attention_scores.prepare()
     metrics = Metrics.for_process("prefill", loaded.name)
     engine = PrefillEngine(loaded, config.window)

@@ -188,8 +188,7 @@ class DecodeConfig(ServerConfig):
     max_running: int = option(32, "requests that generate at once", number(1, 1024, int))
     max_streams: int = option(256, "requests that may hold KV slots at once", number(1, 4096, int))
     spin: bool = option(
-        False,
-        "on CPUs, let the model's threads spin between loops: faster steps if decode has the cores to itself",
+        False, "on CPUs, let the model's threads spin between loops: faster steps if decode has the cores to itself"
     )
 
     def __post_init__(self) -> None:
@@ -212,17 +211,16 @@ def flag_name(option_name: str) -> str:
 def add_flags(parser: argparse.ArgumentParser, config_class: type[ServerConfig]) -> None:
     """Add a flag for every option; a flag that is not given leaves no attribute in the namespace."""
     for declared in fields(config_class):
-        text = str(declared.metadata["help"])
-        name, default = flag_name(declared.name), declared.default
+        name, default, text = flag_name(declared.name), declared.default, str(declared.metadata["help"])
         if isinstance(default, bool):
-            shown = f"{text} (default: {'yes' if default else 'no'})"
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=shown)
+            text += f" (default: {'yes' if default else 'no'})"
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
             continue
         notes = [allowed_by(declared.metadata["parse"])]
         notes += [] if default is None else [f"default: {declared.metadata['shown'] or text_of(default)}"]
-        suffix = "; ".join(filter(None, notes))
-        shown = (f"{text} ({suffix})" if suffix else text).replace("%", "%%")
-        parser.add_argument(name, default=argparse.SUPPRESS, metavar="VALUE", help=shown)
+        if suffix := "; ".join(filter(None, notes)):
+            text = f"{text} ({suffix})"
+        parser.add_argument(name, default=argparse.SUPPRESS, metavar="VALUE", help=text.replace("%", "%%"))
 
 
 def text_of(value: Any) -> str:

@@ -7,13 +7,13 @@ from spectrumkv.common.kv.allocation import Int4Layers
 from spectrumkv.common.kv.budget import Budget, BudgetKind
 from spectrumkv.common.kv.codecs.base import (
     Codec,
-    EncoderRequest,
     KvEncoder,
     SegmentDecoder,
     codecs,
     needed_basis,
 )
 from spectrumkv.common.kv.codecs.basis import Basis
+from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies import Policy, policies
 from spectrumkv.common.kv.scoring import scorers

@@ -32,6 +32,10 @@ class AbsmaxCodec(TierCodec):
     version = 1
     tiers = TIERS
 
+    def prepare(self, geometry: KvGeometry) -> None:
+        """Compile the loops for CPUs; see `Codec.prepare`."""
+        kernels.prepare(geometry.native_dtype)
+
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, geometry: KvGeometry
     ) -> EncodedSegment:

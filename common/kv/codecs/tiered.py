@@ -13,8 +13,9 @@ from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.allocation import PolicyTiers, TierAllocation
 from spectrumkv.common.kv.budget import BudgetKind
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs.base import Codec, EncoderRequest, KvEncoder, SegmentDecoder, codecs
+from spectrumkv.common.kv.codecs.base import Codec, KvEncoder, SegmentDecoder, codecs
 from spectrumkv.common.kv.codecs.basis import Basis
+from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies.base import Policy
 from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, KvSegment
@@ -135,11 +136,15 @@ class TierCodec(Codec):
                 seed=request.seed,
                 layers=geometry.layers,
             )
-            of_model = request.scope == "model"
-            return (
-                OneTierEncoder(self, geometry, allocation) if of_model else TieredEncoder(self, geometry, allocation)
+            if request.scope == "model":
+                return OneTierEncoder(self, geometry, allocation)
+            return TieredEncoder(self, geometry, allocation)
+        least = self.least_byte_budget(geometry)
+        if request.budget.value < least:
+            raise InvalidArgumentError(
+                f"codec {self.name!r} takes {least:.3f} of FP16 with every token at {self.cheapest_tier.name}, and "
+                f"the budget is {request.budget.value:g}; ask for more, or leave the codec to the server"
             )
-        self._check_affordable(request)
         taken = {tier: token_bytes(self, tier, geometry) for tier in self.tiers}
         owner = codecs.get(request.policy.codec or self.name)
         return TieredEncoder(self, geometry, owner.tier_allocation(request, taken))
@@ -169,14 +174,6 @@ class TierCodec(Codec):
             geometry: shape and dtype of the model's cache.
         """
         return token_bytes(self, self.cheapest_tier, geometry) / geometry.fp16_bytes_per_layer(1)
-
-    def _check_affordable(self, request: EncoderRequest) -> None:
-        least = self.least_byte_budget(request.geometry)
-        if request.budget.value < least:
-            raise InvalidArgumentError(
-                f"codec {self.name!r} takes {least:.3f} of FP16 with every token at {self.cheapest_tier.name}, and "
-                f"the budget is {request.budget.value:g}; ask for more, or leave the codec to the server"
-            )
 
 
 @dataclass(frozen=True)

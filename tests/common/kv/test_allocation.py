@@ -7,7 +7,7 @@ from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.allocation import Int4Layers, most_without_int4
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.absmax import AbsmaxCodec
-from spectrumkv.common.kv.codecs.base import EncoderRequest
+from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.kv.tiers import Tier, count_tiers

@@ -9,13 +9,13 @@ from spectrumkv.common.errors import DataLossError, InternalError
 from spectrumkv.common.kv.allocation import TierAllocation
 from spectrumkv.common.kv.codecs.base import (
     Codec,
-    EncoderRequest,
     KvEncoder,
     SegmentDecoder,
     codecs,
     needed_basis,
 )
 from spectrumkv.common.kv.codecs.basis import Basis
+from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.encoder import SpectralEncoder
 from spectrumkv.common.kv.codecs.spectral.importance import class_bits, tier_bytes
@@ -37,6 +37,10 @@ class SpectralCodec(Codec):
     tiers = frozenset({Tier.INT4, Tier.INT8, Tier.FP16})
     basis_type = SpectralBasis
     fallback = "absmax"
+
+    def prepare(self, geometry: KvGeometry) -> None:
+        """Compile the loops for CPUs, which are the same for every shape; see `Codec.prepare`."""
+        prepare()
 
     def encoder(self, request: EncoderRequest) -> KvEncoder:
         """Make an encoder; see `Codec.encoder`.

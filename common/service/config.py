@@ -143,8 +143,8 @@ class PrefillConfig(ServerConfig):
     policy: str = option("spectral", "how tokens are assigned to tiers, unless a request says")
     budget: float | None = option(
         None,
-        f"what KV may cost relative to FP16, unless a request says: {BUDGET_MEANING}; auto, the default, is what the "
-        "probe found safe for the model in the policy's own kind of budget",
+        f"what KV may cost relative to FP16, unless a request says: {BUDGET_MEANING}; auto, the default, is the "
+        "least in bytes that the probe found safe, or a mean cost of 0.3 (more where some layers do without INT4)",
         or_auto(number(0.05, 1)),
     )
     scorer: str = option("attention", "how tokens are ranked, unless a request says")

@@ -128,6 +128,8 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             probe=self._verdict.to_proto(),
             decode_workers=[str(address) for address in config.decode],
             decode_workers_away=[str(address) for address in self._workers.away],
+            decode_workers_ejected=[str(worker.address) for worker in self._workers.ejected],
+            has_chat_template=bool(self._loaded.tokenizer.chat_template),
         )
 
     def stop(self) -> None:

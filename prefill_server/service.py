@@ -97,8 +97,9 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         ):
             request = self._reader.read(message, progress, scope)
             at_end.callback(self._count_stages, request)
-            for dispatch in self._offered(request, scope):
-                pipeline = self._pipeline(request, dispatch)
+            memory = at_end.enter_context(KvReservation(self._kv_memory, self._kv_bytes(request), scope))
+            for dispatch in self._offered(request, memory, scope):
+                pipeline = self._pipeline(request, dispatch, memory)
                 with dispatch, dispatch.open_lease(pipeline) as lease:
                     result = self._run_prompt(request, lease, scope)
                     yield from self._first_token(request, lease, result)
@@ -129,6 +130,8 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             probe=self._verdict.to_proto(),
             decode_workers=[str(address) for address in config.decode],
             decode_workers_away=[str(address) for address in self._workers.away],
+            decode_workers_ejected=[str(worker.address) for worker in self._workers.ejected],
+            has_chat_template=bool(self._loaded.tokenizer.chat_template),
         )
 
     def start(self) -> None:
@@ -151,12 +154,24 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         for stage, seconds in request.stage_seconds.items():
             self._metrics.request_duration.labels(stage).observe(seconds)
 
-    def _offered(self, request: PrefillRequest, scope: RpcScope) -> Iterator[Dispatch]:
-        """Return decode workers, one after another, until one serves the request."""
-        may_fall_back = self._codec_selector.fallback(request.plan) is not None
-        return self._workers.offer(request.slots, scope, request.plan.codec.needs_basis, may_fall_back)
+    def _offered(self, request: PrefillRequest, memory: KvReservation, scope: RpcScope) -> Iterator[Dispatch]:
+        """Yield decode workers, one after another, until one serves the request.
 
-    def _pipeline(self, request: PrefillRequest, dispatch: Dispatch) -> KvPipeline:
+        Whoever waits for memory holds no slots: a worker is chosen once the prompt's KV has room on prefill.
+        """
+        may_fall_back = self._codec_selector.fallback(request.plan) is not None
+        request.add_to_stage("queue", memory.wait())
+        for dispatch in self._workers.offer(request.slots, scope, request.plan.codec.needs_basis, may_fall_back):
+            # Again where a worker was lost to which all of the KV had left.
+            request.add_to_stage("queue", memory.wait())
+            yield dispatch
+
+    def _kv_bytes(self, request: PrefillRequest) -> int:
+        """Return what the prompt's KV takes until it has left."""
+        geometry = self._loaded.geometry
+        return len(request.token_ids) * geometry.layers * geometry.native_bytes_per_token_layer
+
+    def _pipeline(self, request: PrefillRequest, dispatch: Dispatch, memory: KvReservation) -> KvPipeline:
         """Return a fresh pipeline that sends the request's KV to one worker."""
         worker = str(dispatch.worker.address)
         plan = self._codec_selector.select(request.plan, len(request.token_ids), worker, dispatch.lacks_basis)
@@ -167,10 +182,15 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             prompt_token_ids=request.token_ids,
             sampling=request.params.to_proto(),
         )
-        geometry = self._loaded.geometry
-        kv_bytes = len(request.token_ids) * geometry.layers * geometry.native_bytes_per_token_layer
-        memory = KvReservation(self._kv_memory, kv_bytes)
-        return KvPipeline(begin, plan, geometry, self._config.chunk_bytes, self._metrics, self._loaded.device, memory)
+        return KvPipeline(
+            begin,
+            plan,
+            self._loaded.geometry,
+            self._config.chunk_bytes,
+            self._metrics,
+            self._loaded.device,
+            memory,
+        )
 
     def _run_prompt(self, request: PrefillRequest, lease: DecodeLease, scope: RpcScope) -> PromptResult:
         """Run the prompt while its KV leaves layer by layer.
@@ -185,7 +205,6 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         record.note(decode_worker=str(lease.worker))
         record.at_end(pipeline.sent.log_fields)
         record.begin_stage("queue")
-        waited = self._obtain_memory(lease, scope)
         future = self._engine.submit(request.token_ids, pipeline.put_layer, pipeline.plan.streams_chunks)
         scope.on_end(future.cancel)
         lease.on_end(future.cancel)
@@ -196,29 +215,10 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             raise lease.failure() or CancelledError("the request ended while its prompt was computed") from None
         record.begin_stage("prefill", time.monotonic() - result.compute_seconds)
         record.begin_stage("hand-off")
-        request.add_to_stage("queue", waited + result.queue_seconds)
+        request.add_to_stage("queue", result.queue_seconds)
         request.add_to_stage("prefill", result.compute_seconds)
         record.note(**{f"{stage}_seconds": seconds for stage, seconds in request.stage_seconds.items()})
         return result
-
-    def _obtain_memory(self, lease: DecodeLease, scope: RpcScope) -> float:
-        """Wait until the prompt's KV has room on prefill.
-
-        Returns:
-            The seconds that this took.
-
-        Raises:
-            CancelledError: the request ended.
-            SpectrumKVError: the worker was lost.
-        """
-        started, memory = time.monotonic(), lease.pipeline.memory
-        assert memory is not None
-        scope.on_end(memory.end)
-        lease.on_end(memory.end)
-        if not memory.obtain():
-            scope.check()
-            raise lease.failure() or CancelledError("the request ended while it waited for memory")
-        return time.monotonic() - started
 
     def _first_token(
         self, request: PrefillRequest, lease: DecodeLease, result: PromptResult

@@ -9,14 +9,13 @@ from typing import Any
 from rich.console import Console
 
 from spectrumkv.client.cli import flags
-from spectrumkv.client.cli.demo import QUESTION, document
+from spectrumkv.client.cli.demo import prefill_info, question_for
 from spectrumkv.client.cli.output import STDOUT, check_writable, write_json
 from spectrumkv.client.cli.tables import facts_table
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.completion import Completion, TokenEvent
-from spectrumkv.client.request import KvChoice, Message, Sampling
+from spectrumkv.client.request import KvChoice, Sampling
 from spectrumkv.common.errors import FailedPreconditionError
-from spectrumkv.v1 import prefill_pb2
 
 DEFAULT_TIMEOUT_SECONDS = 120.0
 DEFAULT_MAX_KL = 0.5
@@ -221,15 +220,14 @@ def self_check(client: SpectrumClient, timeout: float, max_kl: float) -> CheckRe
         The two answers.
 
     Raises:
-        FailedPreconditionError: the server is not a prefill service, or is not ready.
+        FailedPreconditionError: the server is not a prefill service, or is not ready, or its model's context is too
+            short.
         SpectrumKVError: the server refused or ended a request.
     """
     if not client.is_serving():
         raise FailedPreconditionError(f"{client.address} is not ready")
-    info = client.server_info()
-    if not isinstance(info, prefill_pb2.PrefillServiceGetServerInfoResponse):
-        raise FailedPreconditionError(f"{client.address} is a decode service; name the prefill service before it")
-    prompt = [Message("user", f"{document()[:DOCUMENT_CHARACTERS]}\n\n{QUESTION}")]
+    info = prefill_info(client)
+    prompt = question_for(info, MAX_TOKENS, DOCUMENT_CHARACTERS)
     sampling = Sampling(max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=TOP_LOGPROBS)
     served, exact = (
         client.generate(prompt, sampling=sampling, kv=kv, timeout=timeout).result() for kv in (KvChoice(), EXACT)

@@ -16,8 +16,8 @@ from typing import Any
 
 import grpc
 
-from spectrumkv.common.errors import ResourceExhaustedError
-from spectrumkv.common.rpc.status import to_status
+from spectrumkv.common.errors import DeadlineExceededError, ResourceExhaustedError, SpectrumKVError
+from spectrumkv.common.rpc.status import end_call, to_status
 
 FIRST_MESSAGE_SECONDS = 10.0
 RETRY_AFTER_SECONDS = 1.0
@@ -35,7 +35,8 @@ class _SilentCall:
     context: grpc.ServicerContext
     peer: str
     until: float
-    ended: bool = False
+    # Why this server ended it; None while it has not.
+    error: SpectrumKVError | None = None
 
 
 class SilentCalls:
@@ -112,8 +113,8 @@ class SilentCalls:
         except ResourceExhaustedError as error:
             context.abort_with_status(to_status(error))
         # A call that this server cancels looks to its handler as if the messages had ended.
-        if call.ended:
-            context.abort(grpc.StatusCode.CANCELLED, "the call's first message did not come in time")
+        if call.error is not None:
+            context.abort_with_status(to_status(call.error))
         return message
 
     @contextmanager
@@ -137,7 +138,10 @@ class SilentCalls:
                     RETRY_AFTER_SECONDS,
                 )
             if len(self._waiting) >= self._limit:
-                self._end_oldest("all")
+                sentence = (
+                    "too many calls have sent headers and no message; send each call's message with its headers"
+                )
+                self._end_oldest("all", ResourceExhaustedError(sentence, RETRY_AFTER_SECONDS))
             self._waiting[call] = None
             self._of_peer[call.peer] += 1
             if self._clock is None:
@@ -153,22 +157,24 @@ class SilentCalls:
 
     def _watch(self) -> None:
         """End the calls whose time is up; the thread ends when none waits."""
+        sentence = (
+            f"the call's first message did not come within {self._seconds:g} s of its headers; send it with them"
+        )
         with self._changed:
             while self._waiting:
                 left = next(iter(self._waiting)).until - time.monotonic()
                 if left > 0:
                     self._changed.wait(left)
                     continue
-                self._end_oldest("time")
+                self._end_oldest("time", DeadlineExceededError(sentence))
             self._clock = None
 
-    def _end_oldest(self, reason: str) -> None:
+    def _end_oldest(self, reason: str, error: SpectrumKVError) -> None:
         call = next(iter(self._waiting))
         self._forget(call)
         self._count(reason)
-        call.ended = True
-        # Nothing else wakes a thread of gRPC's that waits for a message; the caller sees CANCELLED.
-        call.context.cancel()
+        call.error = error
+        end_call(call.context, error)
 
 
 def _next_or_none(requests: Iterator[Any], call: _SilentCall) -> Any:
@@ -176,6 +182,6 @@ def _next_or_none(requests: Iterator[Any], call: _SilentCall) -> Any:
         return next(requests, None)
     except grpc.RpcError:
         # Either this server has ended the call, or its caller went away.
-        if not call.ended:
+        if call.error is None:
             raise
         return None

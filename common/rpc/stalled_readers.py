@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 
 from spectrumkv.common.errors import CancelledError
+from spectrumkv.common.rpc.status import end_call
 
 STALL_SECONDS = 60.0
 # How often readers are looked at, relative to the time that they have.
@@ -65,7 +66,7 @@ class Reader:
         since = self._since
         if since is not None and self.error is None and time.monotonic() - since > seconds:
             self.error = CancelledError(f"the caller took no message for {seconds:g} s")
-            self._context.cancel()
+            end_call(self._context, self.error)
 
 
 class StalledReaders:

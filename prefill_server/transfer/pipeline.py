@@ -107,10 +107,9 @@ class KvPipeline:
         chunk_bytes: payload at which a chunk leaves; a smaller chunk leaves where no layer waits.
         metrics: counts every byte.
         device: where the layers are.
-        memory: for the prompt's KV; given back once all has left, or the pipeline is cancelled.
+        memory: for the prompt's KV, which is held; released once all has left. None where it is not bounded.
 
     Attributes:
-        memory: for the prompt's KV; None where it is not bounded.
         plan: how the KV is scored, tiered and coded.
         sent: what left so far.
         first_token: what prefill sampled; None before it did.
@@ -130,7 +129,7 @@ class KvPipeline:
         device: torch.device = CPU,
         memory: KvReservation | None = None,
     ) -> None:
-        self.memory = memory
+        self._memory = memory
         self.sent = SentKv(coded_ahead=device.type == "cuda")
         self._coder_clock = time.monotonic if self.sent.coded_ahead else time.thread_time
         self.first_token: FirstToken | None = None
@@ -176,7 +175,6 @@ class KvPipeline:
         self._layers.close()
         if self._ahead is not None:
             self._ahead.close()
-        self._give_memory_back()
 
     def settle(self) -> None:
         """Wait, after `cancel`, for the segment that is being coded, so that nothing is computed afterwards.
@@ -205,15 +203,11 @@ class KvPipeline:
                 self.sent.link_seconds += now - handed_over
                 if isinstance(message, decode_pb2.DecodeRequest) and message.HasField("end"):
                     self.sent.ended_at = now
+                    if self._memory is not None:
+                        self._memory.release()
         except Exception as error:
             self.failure = error
             raise
-        finally:
-            self._give_memory_back()
-
-    def _give_memory_back(self) -> None:
-        if self.memory is not None:
-            self.memory.end()
 
     def _made(self) -> Iterable[Outgoing]:
         if not self.sent.coded_ahead:

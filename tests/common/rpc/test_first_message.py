@@ -1,7 +1,9 @@
 """Calls that say nothing, or only a part of a message."""
 
+import queue
 import threading
 from collections import Counter
+from collections.abc import Iterator
 
 import grpc
 import pytest
@@ -18,7 +20,7 @@ INFO = "/spectrumkv.v1.PrefillService/GetServerInfo"
 DECODE = "/spectrumkv.v1.DecodeService/Decode"
 CHECK = "/grpc.health.v1.Health/Check"
 WATCH = "/grpc.health.v1.Health/Watch"
-CANCELLED, RESOURCE_EXHAUSTED = "1", "8"
+DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED = "4", "8"
 # The length of a message of 1,000 bytes, and a few of them.
 PART_OF_A_MESSAGE = b"\0\0\0\x03\xe8abc"
 
@@ -62,7 +64,7 @@ def test_a_silent_call_ends_in_time(monkeypatch: pytest.MonkeyPatch, method: str
     reasons = Reasons()
     with served(count_silent=reasons) as server, silent_connections(server.address, 1) as [connection]:
         connection.open(method, data)
-        assert connection.ended.get(timeout=WAIT_SECONDS) == CANCELLED
+        assert connection.ended.get(timeout=WAIT_SECONDS) == DEADLINE_EXCEEDED
         assert reasons.counts == {"time": 1}
 
 
@@ -70,7 +72,38 @@ def test_a_silent_stream_of_requests_ends_in_time(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(rpc, "FIRST_MESSAGE_SECONDS", 0.2)
     with served(echo, stream="Decode") as server, silent_connections(server.address, 1) as [connection]:
         connection.open(DECODE)
-        assert connection.ended.get(timeout=WAIT_SECONDS) == CANCELLED
+        assert connection.ended.get(timeout=WAIT_SECONDS) == DEADLINE_EXCEEDED
+
+
+@pytest.mark.parametrize("method", [GENERATE, CHECK])
+def test_a_silent_caller_is_told_why_its_call_ended(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    monkeypatch.setattr(rpc, "FIRST_MESSAGE_SECONDS", 0.2)
+    ended = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        ended.wait(WAIT_SECONDS)
+        yield from ()
+
+    with served() as server:
+        call = server.channel.stream_stream(method)(nothing(), timeout=WAIT_SECONDS)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call)
+        ended.set()
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert caught.value.details() == (
+        "the call's first message did not come within 0.2 s of its headers; send it with them"
+    )
+
+
+def test_who_gives_way_to_others_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "SILENT_CALLS", 2)
+    ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+    with served() as server, silent_connections(server.address, 3) as held:
+        for one in held:
+            one.ended = ended
+            one.open(INFO)
+        # The one whose headers were there first.
+        assert ended.get(timeout=WAIT_SECONDS) == RESOURCE_EXHAUSTED
 
 
 @pytest.mark.parametrize("methods", [(CHECK,), (WATCH,), (INFO,), (GENERATE,), (CHECK, WATCH, INFO, GENERATE)])

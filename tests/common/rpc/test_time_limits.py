@@ -57,7 +57,9 @@ def test_the_ceiling_holds_for_a_handler_that_waits_for_its_caller():
         next(call)
         assert server.code() == "DEADLINE_EXCEEDED"
         assert not went_on.is_set()
-        call.cancel()
+        error = refusal(call)
+        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "0.2 s, the longest that this server allows (--max-deadline)" in error.details()
 
 
 def test_a_caller_that_reads_nothing_loses_its_place(monkeypatch):
@@ -78,7 +80,9 @@ def test_a_caller_that_reads_nothing_loses_its_place(monkeypatch):
         next(call)
         assert server.code() == "CANCELLED"
         wait(left)
-        call.cancel()
+        error = refusal(call)
+        assert error.code() is grpc.StatusCode.CANCELLED
+        assert error.details() == "the caller took no message for 0.3 s"
         assert [one.token.text for one in server.generate()] == ["short"]
         assert server.code() == "OK"
 

@@ -66,12 +66,14 @@ def fleet(tiny_directories: dict[str, Path]) -> Iterator[Fleet]:
 def test_clients_see_nothing_of_a_worker_that_fails_what_it_admits(fleet: Fleet, error: Any) -> None:
     expected = fleet.ask()
     assert expected.usage.decode_worker == fleet.broken_name
+    assert fleet.client.server_info().decode_workers_ejected == []
     with failing_requests(fleet.broken, error):
         for _ in range(20):
             answer = fleet.ask()
             assert answer.token_ids == expected.token_ids
             assert answer.usage.decode_worker != fleet.broken_name
         assert fleet.ejected
+        assert fleet.client.server_info().decode_workers_ejected == [fleet.broken_name]
     # Not each request tried it first.
     assert fleet.passed_over() == FAILURES_TO_EJECT
 

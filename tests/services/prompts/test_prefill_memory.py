@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,19 @@ def test_prompts_start_as_their_kv_fits(narrow_pair: Pair, link: threading.Event
                 client.generate(TokenIds(tuple(random_prompt(PROMPT_TOKENS))), sampling=FIRST_TOKEN).result().tokens
             )
 
-    with ThreadPoolExecutor(5) as clients:
+    with ThreadPoolExecutor(5) as clients, ExitStack() as at_end:
+        at_end.callback(link.set)
         asked = [clients.submit(ask) for _ in range(5)]
         until(lambda: sample(pair.prefill_metrics, "requests_waiting") == 3)
         until(lambda: sample(pair.prefill_metrics, "requests_running") == 2)
         assert sample(pair.prefill_metrics, "kv_bytes_resident") <= 2 * PROMPT_TOKENS * 3072
+        # Those that wait hold no slots of decode: only two requests do.
+        reserved = 2 * (PROMPT_TOKENS + FIRST_TOKEN.max_tokens) * 3072
+        until(lambda: sample(pair.decode_metrics, "kv_bytes_resident") == reserved)
         with pair.client() as client:
             late = client.generate(TokenIds((5, 6, 7)), sampling=FIRST_TOKEN)
             until(lambda: sample(pair.prefill_metrics, "requests_waiting") == 4)
+            assert sample(pair.decode_metrics, "kv_bytes_resident") == reserved
             late.cancel()
             with pytest.raises(CancelledError):
                 late.result()

@@ -165,7 +165,8 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         geometry = self._loaded.geometry
         kv_bytes = len(request.token_ids) * geometry.layers * geometry.native_bytes_per_token_layer
         memory = KvReservation(self._kv_memory, kv_bytes)
-        return KvPipeline(begin, plan, geometry, self._config.chunk_bytes, self._metrics, self._loaded.device, memory)
+        device, vitals = self._loaded.device, self._engine.vitals
+        return KvPipeline(begin, plan, geometry, self._config.chunk_bytes, self._metrics, device, memory, vitals)
 
     def _run_prompt(self, request: PrefillRequest, lease: DecodeLease, scope: RpcScope) -> PromptResult:
         """Run the prompt while its KV leaves layer by layer.
@@ -272,12 +273,8 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self, request: PrefillRequest, lease: DecodeLease, result: PromptResult
     ) -> prefill_pb2.GenerateResponse:
         """Return the message that ends the request, and learn from what the request took."""
-        sent, plan, tokens, worker = (
-            lease.pipeline.sent,
-            lease.pipeline.plan,
-            len(request.token_ids),
-            str(lease.worker),
-        )
+        sent, plan = lease.pipeline.sent, lease.pipeline.plan
+        tokens, worker = len(request.token_ids), str(lease.worker)
         usage = request.usage(plan, sent, self._loaded.geometry, worker)
         self._codec_selector.observe(plan, tokens, worker, result.compute_seconds, sent)
         self._metrics.request_duration.labels("encode").observe(sent.encode_seconds)

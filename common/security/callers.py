@@ -1,5 +1,6 @@
 """Who a caller is by its certificate, and whether it may bring work."""
 
+import ssl
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,12 +9,28 @@ import grpc
 from spectrumkv.common.errors import PermissionDeniedError
 
 _NAMES = ("x509_common_name", "x509_subject_alternative_name")
+_CERTIFICATE = "x509_pem_cert"
+# How the strings of a certificate may be encoded (X.680, section 41): one, two or four bytes for an ASCII character.
+_ENCODINGS = ("utf-8", "utf-16-be", "utf-32-be")
 
 
 def names_of(context: grpc.ServicerContext) -> tuple[str, ...]:
     """Return the names of the certificate that a caller showed, its common name first; none where it showed none."""
     properties = context.auth_context()
     return tuple(name.decode("utf-8", "replace") for kind in _NAMES for name in properties.get(kind, ()))
+
+
+def _is_cut_off(name: str, context: grpc.ServicerContext) -> bool:
+    """Return whether a name in the caller's certificate goes on after a NUL, at which gRPC ends every name.
+
+    An authority that signs whatever it is asked to could otherwise be made to vouch for any name (CVE-2009-2408).
+    """
+    certificates = [
+        ssl.PEM_cert_to_DER_cert(pem.decode("ascii")) for pem in context.auth_context().get(_CERTIFICATE, ())
+    ]
+    longer = [f"{name}\0".encode(encoding) for encoding in _ENCODINGS]
+    # In DER no string that ends is followed by a zero byte.
+    return any(start in certificate for start in longer for certificate in certificates)
 
 
 class AllowedCallers:
@@ -32,7 +49,9 @@ class AllowedCallers:
         Raises:
             PermissionDeniedError: it has none.
         """
-        if self._names and self._names.isdisjoint(names_of(context)):
+        if self._names and not any(
+            name in self._names and not _is_cut_off(name, context) for name in names_of(context)
+        ):
             shown = ", ".join(names_of(context)) or "none"
             raise PermissionDeniedError(
                 f"this server takes no work from this caller (--tls-client-names); its certificate's names: {shown}"

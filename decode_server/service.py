@@ -197,7 +197,8 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         ) as receiver:
             noted = _noted(messages)
             while isinstance(message := next(noted), KvChunk):
-                receiver.accept(message, serialized_bytes(message))
+                with self.vitals.working():
+                    receiver.accept(message, serialized_bytes(message))
             end = expect_end(message)
             self._metrics.kv_bytes_received.labels(FRAMING).inc(serialized_bytes(message))
             if not end.finished:

@@ -190,6 +190,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             self._metrics,
             self._loaded.device,
             memory,
+            self._engine.vitals,
         )
 
     def _run_prompt(self, request: PrefillRequest, lease: DecodeLease, scope: RpcScope) -> PromptResult:
@@ -257,12 +258,8 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self, request: PrefillRequest, lease: DecodeLease, result: PromptResult
     ) -> prefill_pb2.GenerateResponse:
         """Return the message that ends the request, and learn from what the request took."""
-        sent, plan, tokens, worker = (
-            lease.pipeline.sent,
-            lease.pipeline.plan,
-            len(request.token_ids),
-            str(lease.worker),
-        )
+        sent, plan = lease.pipeline.sent, lease.pipeline.plan
+        tokens, worker = len(request.token_ids), str(lease.worker)
         usage = request.usage(plan, sent, self._loaded.geometry, worker)
         self._codec_selector.observe(plan, tokens, worker, result.compute_seconds, sent)
         self._metrics.request_duration.labels("encode").observe(sent.encode_seconds)

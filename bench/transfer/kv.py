@@ -25,8 +25,9 @@ from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.decode_server.kv_pool import KvPool
 from spectrumkv.decode_server.receiver import KvReceiver
-from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline, SentKv
+from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline
 from spectrumkv.prefill_server.transfer.plan import KvPlan
+from spectrumkv.prefill_server.transfer.sent_kv import SentKv
 from spectrumkv.v1 import decode_pb2
 
 

@@ -16,7 +16,12 @@ from typing import Any
 
 import grpc
 
-from spectrumkv.common.errors import DeadlineExceededError, ResourceExhaustedError, SpectrumKVError
+from spectrumkv.common.errors import (
+    DeadlineExceededError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    SpectrumKVError,
+)
 from spectrumkv.common.rpc.status import end_call, to_status
 
 FIRST_MESSAGE_SECONDS = 10.0
@@ -51,10 +56,12 @@ class SilentCalls:
         seconds: how long each may wait.
         count: called with "connection", "all" or "time" where a call ends for having too many beside it on its
             connection or in all, or for its silence.
+        most_bytes: of a message, in a call of one request; a longer one is refused. None leaves it at gRPC's limit.
     """
 
-    def __init__(self, limit: int, seconds: float, count: CountSilent) -> None:
+    def __init__(self, limit: int, seconds: float, count: CountSilent, most_bytes: int | None = None) -> None:
         self._limit = limit
+        self._most_bytes = most_bytes
         self._of_one_connection = max(1, limit // 2)
         self._seconds = seconds
         self._count = count
@@ -81,6 +88,11 @@ class SilentCalls:
                 context.abort(
                     grpc.StatusCode.INVALID_ARGUMENT, "the call has no request message; it takes exactly one"
                 )
+            if self._most_bytes is not None and len(data) > self._most_bytes:
+                error = InvalidArgumentError(
+                    f"the request has {len(data)} bytes; allowed for this method: at most {self._most_bytes}"
+                )
+                context.abort_with_status(to_status(error))
             try:
                 message = deserialize(data)
             except Exception:  # noqa: BLE001  # what a parser raises is its own affair, and the caller's fault

@@ -26,9 +26,11 @@ UPLOADS = 4
 # Threads for calls that take no place: GetServerInfo, and as many again for health checks, which must be answered
 # while every other thread serves a stream.
 SPARE_THREADS = 8
-# How many calls may have sent headers and no message yet; each holds a thread for as long. Those of health, which
-# need no token, can take none from the others.
-SILENT_CALLS, SILENT_WATCHERS = 256, 64
+# How many calls may have sent headers and no whole message yet; each holds a thread for as long, and what has come of
+# its message. Those of health, which need no token, can take none from the others, and are fewer: 8 MiB each.
+SILENT_CALLS, SILENT_WATCHERS = 256, 16
+# A question about health names a service. Its watch keeps the name for as long as it lasts.
+HEALTH_REQUEST_BYTES = 1024
 # How many RPCs may wait for a thread: bursts of health checks, and of requests that are about to be refused.
 QUEUED_RPCS = 1024
 # How many calls one connection may have beyond those for which there is a place.
@@ -93,7 +95,7 @@ class Server:
             upload_limit(UPLOADS),
             watch_limit(WATCHERS),
             SilentCalls(SILENT_CALLS, FIRST_MESSAGE_SECONDS, count_silent),
-            SilentCalls(SILENT_WATCHERS, FIRST_MESSAGE_SECONDS, count_silent),
+            SilentCalls(SILENT_WATCHERS, FIRST_MESSAGE_SECONDS, count_silent, HEALTH_REQUEST_BYTES),
             StalledReaders(STALL_SECONDS),
             self._watcher_threads,
         )

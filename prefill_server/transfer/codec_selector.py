@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from spectrumkv.common.kv.codecs.base import Codec
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.prefill_server.transfer.pipeline import SentKv
 from spectrumkv.prefill_server.transfer.plan import KvPlan
+from spectrumkv.prefill_server.transfer.sent_kv import SentKv
 
 # A hand-off that is shorter by less is not worth a worse codec, and shorter measurements are noise.
 WORTH_SECONDS = 0.05

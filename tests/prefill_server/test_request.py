@@ -12,8 +12,8 @@ from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.prefill_server.progress import Progress
 from spectrumkv.prefill_server.request import PrefillRequest
-from spectrumkv.prefill_server.transfer.pipeline import SentKv
 from spectrumkv.prefill_server.transfer.plan import KvPlan
+from spectrumkv.prefill_server.transfer.sent_kv import SentKv
 from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import kv_pb2, prefill_pb2
 

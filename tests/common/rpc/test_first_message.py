@@ -148,6 +148,18 @@ def test_a_call_without_its_message_is_refused() -> None:
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
+@pytest.mark.parametrize("ask", ["Check", "Watch"])
+def test_a_question_about_health_is_short(ask: str) -> None:
+    """A watch keeps the name that it asked for, and needs no token."""
+    with served() as server:
+        stub = rpc.health_pb2_grpc.HealthStub(server.channel)
+        question = health_pb2.HealthCheckRequest(service="x" * rpc.HEALTH_REQUEST_BYTES)
+        with pytest.raises(grpc.RpcError) as refused:
+            list(getattr(stub, ask)(question, timeout=WAIT_SECONDS))
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert str(rpc.HEALTH_REQUEST_BYTES) in refused.value.details()
+
+
 def test_a_message_that_is_none_is_refused() -> None:
     with served() as server:
         for method in (GENERATE, INFO, CHECK):

@@ -206,7 +206,12 @@ def test_an_unknown_flag_is_refused(arguments, said):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "cannot be read: No such file"), (b"budget = ", "is not a TOML file"), (b"\xff", "is not a TOML file")],
+    [
+        (None, "cannot be read: No such file"),
+        (b"budget = ", "is not a TOML file"),
+        (b"\xff", "is not a TOML file"),
+        (b"x = " + b"[" * 5000, "is not a TOML file"),
+    ],
 )
 def test_a_file_that_cannot_be_used_is_refused(content, said, tmp_path):
     path = tmp_path / "server.toml"

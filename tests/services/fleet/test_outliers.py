@@ -1,5 +1,6 @@
 """A decode worker that admits requests and fails them: they go on elsewhere, and soon none goes there."""
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from spectrumkv.common.errors import InternalError, UnavailableError
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.service import DecodeService
-from spectrumkv.prefill_server.workers import circuit_breaker, retry_budget
+from spectrumkv.prefill_server.workers import circuit_breaker, lease, retry_budget
 from spectrumkv.prefill_server.workers.circuit_breaker import FAILURES_TO_EJECT
 from tests.services.kv.test_lossless import random_prompt
 from tests.services.pair import decode_server, failing_requests, prefill_server, sample, total
@@ -76,6 +77,19 @@ def test_clients_see_nothing_of_a_worker_that_fails_what_it_admits(fleet: Fleet,
         assert fleet.client.server_info().decode_workers_ejected == [fleet.broken_name]
     # Not each request tried it first.
     assert fleet.passed_over() == FAILURES_TO_EJECT
+
+
+def test_one_that_answers_all_but_requests_is_left_alone(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its health service says SERVING and its room is free, and Begin waits for an answer without end."""
+    monkeypatch.setattr(lease, "ADMISSION_SECONDS", 0.2)
+    hanging = threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(fleet.broken, "_read_begin", lambda messages: hanging.wait())
+        for _ in range(10):
+            assert fleet.ask().usage.decode_worker != fleet.broken_name
+        assert fleet.ejected
+        assert fleet.passed_over() == FAILURES_TO_EJECT
+        hanging.set()
 
 
 def test_one_that_works_again_is_found_by_a_trial(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:

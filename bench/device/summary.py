@@ -60,7 +60,8 @@ def _timeline(rows: Rows) -> list[str]:
 def _streams(rows: Rows) -> list[str]:
     return [
         f"{row['streams']} × {row['contender']}: TTFT {_ms(row['median_ttft_ms'])}, "
-        f"TPOT {_ms(row['median_tpot_ms'])}, ITL {_ms(row['median_itl_ms'])} (p99 {_ms(row['p99_itl_ms'])}), {row['output_throughput']:.1f} tokens/s"
+        f"TPOT {_ms(row['median_tpot_ms'])}, ITL {_ms(row['median_itl_ms'])} (p99 {_ms(row['p99_itl_ms'])}), "
+        f"{row['output_throughput']:.1f} tokens/s"
         for row in rows
     ]
 

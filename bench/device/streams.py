@@ -1,11 +1,13 @@
 """Stage `streams`: serve several numbers of requests at once on one running pair (see bench/serving)."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 from spectrumkv.bench.device.contenders import CONTENDERS, kv_choice
 from spectrumkv.bench.device.report import StageReport
+from spectrumkv.bench.device.scale import Scale
 from spectrumkv.bench.models.shaped_model import shaped_model_directory
 from spectrumkv.bench.report.results import describe_served_model
 from spectrumkv.bench.serving.load import Workload, offer
@@ -17,8 +19,10 @@ from spectrumkv.client.local.running_pair import running_pair
 
 # With fewer streams than this, so many requests are served one after another.
 FEWEST_REQUESTS = 4
-# A level takes about this many times as long as the one before it, which had a quarter of its streams.
+# A level is begun only if this many times what the level before it took is left.
 GROWTH = 3.0
+
+Rows = list[dict[str, Any]]
 
 
 def run(report: StageReport) -> None:
@@ -42,16 +46,27 @@ def run(report: StageReport) -> None:
         info: Any = client.server_info()
         report.model = describe_served_model(info)
         contenders = [spectrum_contender(client, kv_choice(name)) for name in CONTENDERS]
-        needed = 0.0
-        for streams in scale.streams:
-            before = report.seconds_left
-            if before < needed:
-                report.not_run.append(
-                    f"{streams} streams: {before:.0f} s are left, and they would take about {needed:.0f} s"
-                )
-                continue
-            report.add(_serve(contenders, streams, report, info.model.vocab_size))
-            needed = GROWTH * (before - report.seconds_left)
+        serve_levels(report, lambda streams: _serve(contenders, streams, scale, info.model.vocab_size))
+
+
+def serve_levels(report: StageReport, serve: Callable[[int], Rows]) -> None:
+    """Serve one number of streams after another, while there is time.
+
+    Args:
+        report: gets the rows, and what failed or was not run.
+        serve: serves so many streams, and returns a row for each contender.
+
+    Raises:
+        InvalidArgumentError: the report's file cannot be written.
+    """
+    needed = 0.0
+    for streams in report.settings.scale.streams:
+        before = report.seconds_left
+        if before < needed:
+            report.not_run.append(f"{streams} streams: {before:.0f} s are left, and they may take {needed:.0f} s")
+            continue
+        report.add(serve(streams))
+        needed = GROWTH * (before - report.seconds_left)
     report.failures += [
         f"{row['contender']} at {row['streams']} streams: {row['failed']} failed, the first with {row['first_error']}"
         for row in report.rows
@@ -59,8 +74,7 @@ def run(report: StageReport) -> None:
     ]
 
 
-def _serve(contenders: list[Contender], streams: int, report: StageReport, vocab_size: int) -> list[dict[str, Any]]:
-    scale = report.settings.scale
+def _serve(contenders: list[Contender], streams: int, scale: Scale, vocab_size: int) -> Rows:
     workload = Workload.random(
         prompts=max(FEWEST_REQUESTS, streams),
         input_tokens=scale.tokens,

@@ -32,8 +32,15 @@ class MpsDaemon:
         self.environment = environment
 
     def ask(self, question: str) -> str | None:
-        """Return the daemon's answer to a command of its control program; None if no daemon answers."""
-        asked = subprocess.run(  # noqa: S603  # NVIDIA's own program
+        """Return the daemon's answer to a command of its control program; None if no daemon answers in time."""
+        try:
+            asked = self._run(question)
+        except subprocess.TimeoutExpired:
+            return None
+        return asked.stdout.strip() if asked.returncode == 0 else None
+
+    def _run(self, question: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(  # noqa: S603  # NVIDIA's own program
             [PROGRAM],
             input=question + "\n",
             capture_output=True,
@@ -42,7 +49,6 @@ class MpsDaemon:
             timeout=END_SECONDS,
             check=False,
         )
-        return asked.stdout.strip() if asked.returncode == 0 else None
 
     def check_used(self) -> None:
         """Check that some process has used the daemon, which starts a server for the first one.

@@ -1,10 +1,36 @@
-"""Say how large a device check is: a 7B model's shape on a GPU, or a tiny one that only tries the check."""
+"""Say what a device check compares, and how large it is: a 7B model on a GPU, or one that only tries the check."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from spectrumkv.client.request import KvChoice
+
 if TYPE_CHECKING:
     from spectrumkv.common.kv.geometry import KvGeometry
+
+# Ways of sending KV: policies, with the codec that writes them after a colon where it is not the policy's own. A new
+# one joins by its name here.
+CONTENDERS = ("native", "adaptive", "spectral:absmax")
+BUDGET = 0.3
+
+
+def kv_choice(contender: str, budget: float = BUDGET) -> KvChoice:
+    """Return what a request asks for.
+
+    Args:
+        contender: a name like those in `CONTENDERS`.
+        budget: asked for where the policy leaves a choice of budgets.
+
+    Raises:
+        InvalidArgumentError: the policy is unknown.
+    """
+    # Loading torch takes seconds, so --help does without.
+    from spectrumkv.common.kv.policies import policies
+
+    name, _, codec = contender.partition(":")
+    policy = policies.get(name)
+    fixed = policy.min_budget == policy.max_budget
+    return KvChoice(policy=name, codec=codec or None, budget=None if fixed else budget)
 
 
 @dataclass(frozen=True)

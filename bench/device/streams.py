@@ -5,9 +5,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from spectrumkv.bench.device.contenders import CONTENDERS, kv_choice
 from spectrumkv.bench.device.report import StageReport
-from spectrumkv.bench.device.scale import Scale
+from spectrumkv.bench.device.scale import CONTENDERS, Scale, kv_choice
 from spectrumkv.bench.models.shaped_model import shaped_model_directory
 from spectrumkv.bench.report.results import describe_served_model
 from spectrumkv.bench.serving.load import Workload, offer

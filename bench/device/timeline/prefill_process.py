@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 from prometheus_client import CollectorRegistry
 
-from spectrumkv.bench.device.contenders import kv_choice
+from spectrumkv.bench.device.scale import kv_choice
 from spectrumkv.bench.device.timeline.clock import DeviceClock
 from spectrumkv.bench.device.timeline.decode_side import DecodeSide, receiving_process
 from spectrumkv.bench.device.timeline.handoff import Handoff, handoff_row, layer_times
@@ -48,7 +48,7 @@ class TimelineRequest:
         device: "cuda" or "cpu", for both sides.
         tokens: of the prompt.
         rounds: rounds that count.
-        contenders: see `bench.device.contenders`.
+        contenders: see `bench.device.scale`.
     """
 
     model: str

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spectrumkv.bench.device.contenders import CONTENDERS
 from spectrumkv.bench.device.report import StageReport
+from spectrumkv.bench.device.scale import CONTENDERS
 from spectrumkv.bench.device.timeline import prefill_process
 from spectrumkv.bench.device.timeline.mps import mps_daemon
 from spectrumkv.bench.device.timeline.plots import draw_timelines

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from spectrumkv.bench.device import device_check_command
-from spectrumkv.bench.device.contenders import BUDGET, CONTENDERS
 from spectrumkv.bench.device.device_check_command import STAGES
 from spectrumkv.bench.device.report import INCOMPLETE, PASSED
-from spectrumkv.bench.device.scale import TINY
+from spectrumkv.bench.device.scale import BUDGET, CONTENDERS, TINY
 from spectrumkv.bench.device.stage import Outcome, Stage
 from spectrumkv.bench.device.stage_process import MODULES
 from spectrumkv.bench.device.summary import SUMMARIES

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from spectrumkv.bench.device.contenders import CONTENDERS, kv_choice
+from spectrumkv.bench.device.scale import CONTENDERS, kv_choice
 from spectrumkv.bench.device.timeline.clock import DeviceClock
 from spectrumkv.bench.device.timeline.decode_side import LayerArrival
 from spectrumkv.bench.device.timeline.handoff import MOMENTS, Handoff, LayerTimes, handoff_row, layer_times

@@ -12,11 +12,11 @@ from grpc_reflection.v1alpha import reflection
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.rpc.channel import CHANNEL_OPTIONS, KEEPALIVE_SECONDS
-from spectrumkv.common.rpc.connections import ConnectionLimit
-from spectrumkv.common.rpc.first_message import FIRST_MESSAGE_SECONDS, CountSilent, SilentCalls
 from spectrumkv.common.rpc.interceptor import StatusInterceptor
-from spectrumkv.common.rpc.limits import CallLimits, request_limit, upload_limit, watch_limit
-from spectrumkv.common.rpc.stalled_readers import STALL_SECONDS, StalledReaders
+from spectrumkv.common.rpc.limits.calls import CallLimits, request_limit, upload_limit, watch_limit
+from spectrumkv.common.rpc.limits.connections import ConnectionLimit
+from spectrumkv.common.rpc.limits.first_message import FIRST_MESSAGE_SECONDS, CountSilent, SilentCalls
+from spectrumkv.common.rpc.limits.stalled_readers import STALL_SECONDS, StalledReaders
 from spectrumkv.common.security import ServerSecurity
 from spectrumkv.common.security.callers import AllowedCallers
 

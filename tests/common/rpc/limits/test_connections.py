@@ -8,10 +8,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from spectrumkv.common.rpc import connections
 from spectrumkv.common.rpc import server as rpc
 from spectrumkv.common.rpc.channel import open_channel
-from spectrumkv.common.rpc.connections import ConnectionLimit, _counted_under
+from spectrumkv.common.rpc.limits import connections
+from spectrumkv.common.rpc.limits.connections import ConnectionLimit, _counted_under
 from tests.common.rpc.scripted import HEALTH, WAIT_SECONDS, Served, served
 from tests.faults.silent_streams import silent_connections
 from tests.waiting import until

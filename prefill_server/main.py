@@ -60,6 +60,7 @@ def _serve() -> None:
         count_silent=lambda reason: metrics.silent_calls_ended.labels(reason).inc(),
         reflection_enabled=config.reflection,
         security=ServerSecurity.from_config(config),
+        connections_per_address=config.max_connections_per_address,
     )
     use_one_thread()
     service.start()

@@ -13,10 +13,10 @@ from spectrumkv.common.errors import (
     InternalError,
     SpectrumKVError,
 )
-from spectrumkv.common.rpc.first_message import Behaviour, SilentCalls
-from spectrumkv.common.rpc.limits import CallLimits, StreamLimit
+from spectrumkv.common.rpc.limits.calls import CallLimits, StreamLimit
+from spectrumkv.common.rpc.limits.first_message import Behaviour, SilentCalls
+from spectrumkv.common.rpc.limits.stalled_readers import StalledReaders
 from spectrumkv.common.rpc.scope import RpcEnd
-from spectrumkv.common.rpc.stalled_readers import StalledReaders
 from spectrumkv.common.rpc.status import to_status
 from spectrumkv.common.security.callers import AllowedCallers, caller_name, names_of
 from spectrumkv.common.security.tokens import Refusal

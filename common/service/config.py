@@ -76,6 +76,11 @@ class ServerConfig:
     )
     allow_plaintext: bool = option(False, "allow unencrypted traffic on addresses that other machines can reach")
     allow_plaintext_metrics: bool = option(False, "allow that for the metrics alone")
+    max_connections_per_address: int | None = option(
+        None,
+        "connections that one address may have; auto, the default, is half of all that the service takes",
+        or_auto(number(1, 65536, int)),
+    )
     reflection: bool = option(False, "serve gRPC reflection, by which clients list services and messages")
     grace: float = option(30.0, "seconds that running requests may take after SIGTERM", number(0, WEEK_SECONDS))
     stuck_after: float = option(

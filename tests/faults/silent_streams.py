@@ -20,19 +20,22 @@ class SilentConnection:
     Args:
         address: "host:port" of the server.
         window: bytes that the server may send on each stream.
+        source: the caller's own address; "" is the usual one.
 
     Attributes:
         ended: the status of each call that the server has ended, or "reset".
+        answered: set once the server has begun to answer a call.
     """
 
-    def __init__(self, address: str, window: int = 65535) -> None:
+    def __init__(self, address: str, window: int = 65535, source: str = "") -> None:
         host, _, port = address.rpartition(":")
         self._authority = address
-        self._socket = socket.create_connection((host, int(port)), timeout=TIMEOUT_SECONDS)
+        self._socket = socket.create_connection((host, int(port)), TIMEOUT_SECONDS, (source, 0))
         self._http = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
         self._lock = threading.Lock()
         self._told: set[int | None] = set()
         self.ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.answered = threading.Event()
         with self._lock:
             self._http.initiate_connection()
             self._http.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window})
@@ -113,6 +116,7 @@ class SilentConnection:
             if event.stream_id not in self._told:
                 self.ended.put("reset")
         elif isinstance(event, h2.events.TrailersReceived | h2.events.ResponseReceived):
+            self.answered.set()
             status = dict(event.headers or ()).get(b"grpc-status")
             if status is not None:
                 self._told.add(event.stream_id)
@@ -120,12 +124,14 @@ class SilentConnection:
 
 
 @contextmanager
-def silent_connections(address: str, count: int, window: int = 65535) -> Iterator[Sequence[SilentConnection]]:
+def silent_connections(
+    address: str, count: int, window: int = 65535, source: str = ""
+) -> Iterator[Sequence[SilentConnection]]:
     """Hold so many connections."""
     with ExitStack() as held:
         connections = []
         for _ in range(count):
-            connections.append(SilentConnection(address, window))
+            connections.append(SilentConnection(address, window, source))
             held.callback(connections[-1].close)
         yield connections
 

@@ -26,7 +26,7 @@ TEXTS = [
     (config, declared)
     for config, declared in OPTIONS
     if (declared.default is None or isinstance(declared.default, str))
-    and declared.name not in ("budget", "prefill_kv_memory")
+    and declared.name not in ("budget", "prefill_kv_memory", "max_connections_per_address")
 ]
 VALUES = [one for one in OPTIONS if one not in FLAGS and one not in TEXTS]
 
@@ -111,6 +111,12 @@ def test_a_budget_may_be_left_to_the_probe():
     assert build(PrefillConfig, {"budget": "auto"}).budget is None
     assert build(PrefillConfig, {"budget": "0.25"}).budget == 0.25
     assert refusal(PrefillConfig, {"budget": "2"}) == "--budget is '2'; allowed: a number from 0.05 to 1, or auto"
+
+
+def test_the_connections_of_an_address_may_be_left_to_the_service():
+    assert build(DecodeConfig, {"max_connections_per_address": "auto"}).max_connections_per_address is None
+    assert build(DecodeConfig, {"max_connections_per_address": "9"}).max_connections_per_address == 9
+    assert "a whole number from 1 to 65536, or auto" in refusal(DecodeConfig, {"max_connections_per_address": "0"})
 
 
 def test_the_memory_of_prefill_may_be_left_to_it():

@@ -174,19 +174,3 @@ def test_a_connection_has_no_more_calls_than_there_is_room_for() -> None:
         connection.open(INFO)
         assert check(server.channel)
         assert connection.stream_limit == 2 + rpc.EXTRA_STREAMS
-
-
-def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rpc, "MAX_CONNECTIONS", 8)
-    with served() as server:
-        assert_all_is_answered(server)
-        with silent_connections(server.address, 7) as held:
-            for one in held:
-                one.open(WATCH)
-            with silent_connections(server.address, 1) as [refused]:
-                refused.wait_until_closed()
-            assert_all_is_answered(server)
-            assert all(one.is_connected for one in held)
-        # Those that are free again are given again.
-        with open_channel(server.address) as another:
-            assert check(another)

@@ -14,8 +14,8 @@ from spectrumkv.common.errors import (
     UnavailableError,
     UnimplementedError,
 )
-from spectrumkv.common.rpc.first_message import RETRY_AFTER_SECONDS, SilentCalls
-from spectrumkv.common.rpc.stalled_readers import StalledReaders
+from spectrumkv.common.rpc.limits.first_message import RETRY_AFTER_SECONDS, SilentCalls
+from spectrumkv.common.rpc.limits.stalled_readers import StalledReaders
 
 
 class StreamLimit:

@@ -1,5 +1,6 @@
 """Runs prompts through the model, one pass at a time: short prompts share a pass, long ones take several."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,8 @@ from spectrumkv.common.service.vitals import Vitals
 from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME, KvHook
 from spectrumkv.prefill_server.engine.chunked_prefill import CHUNK_TOKENS, ChunkedPrefill, chunk_bounds
 from spectrumkv.prefill_server.engine.prompt_queue import PromptQueue, PromptResult, QueuedPrefill
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -107,9 +110,15 @@ class PrefillEngine:
 
     def _run_next(self) -> None:
         """Run the next pass, if any prompt is left."""
-        batch = self._next_batch()
-        if not batch:
-            return
+        try:
+            if batch := self._next_batch():
+                self._run_pass(batch)
+        except BaseException as error:  # nobody looks at this call's future, and its prompts would wait for ever
+            logger.critical("the prefill engine failed", exc_info=error)
+            self.vitals.fail(f"the prefill engine failed: {type(error).__name__}: {error}")
+
+    def _run_pass(self, batch: list[QueuedPrefill]) -> None:
+        """Run one pass; an error in it ends its prompts."""
         try:
             with self.vitals.working():
                 if batch[0].chunked.is_chunked:

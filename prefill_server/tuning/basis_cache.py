@@ -32,6 +32,8 @@ CONTEXT_TOKENS, CONTINUATION_TOKENS = 512, 128
 # Shorter excerpts show too few tokens to tell the directions of a head apart.
 FEWEST_CONTEXT_TOKENS = 64
 BASIS_FILE = "basis.safetensors"
+# SHA-256 of the basis in hexadecimal digits: no other check finds a number that has changed into another one.
+DIGEST_FILE = "basis.sha256"
 
 
 def resolve_basis(loaded: LoadedModel, on_excerpt: Callable[[int], None]) -> Basis:
@@ -78,16 +80,31 @@ def keep_basis(loaded: LoadedModel, basis: Basis) -> Path:
     basis.prepare_decoding()
     directory = _directory(loaded)
     if _build_once(loaded, lambda: basis).digest != basis.digest:
-        partial = directory / f"{BASIS_FILE}.{os.getpid()}"
-        try:
-            partial.write_bytes(basis.serialized)
-            os.replace(partial, directory / BASIS_FILE)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise FailedPreconditionError(
-                f"cannot write to {directory}: {error}; make room or name another cache directory in {CACHE_VARIABLE}"
-            ) from error
+        _replace(directory, basis)
     return directory
+
+
+def _replace(directory: Path, basis: Basis) -> None:
+    """Put a basis into the place of the one that is kept; a process that is killed here leaves a damaged entry.
+
+    Raises:
+        FailedPreconditionError: the cache cannot be written to.
+    """
+    partial = directory / f"{BASIS_FILE}.{os.getpid()}"
+    try:
+        for name, content in _contents(basis).items():
+            partial.write_bytes(content)
+            os.replace(partial, directory / name)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise FailedPreconditionError(
+            f"cannot write to {directory}: {error}; make room or name another cache directory in {CACHE_VARIABLE}"
+        ) from error
+
+
+def _contents(basis: Basis) -> dict[str, bytes]:
+    """Return the files of a basis's entry by name."""
+    return {BASIS_FILE: basis.serialized, DIGEST_FILE: basis.digest.hex().encode()}
 
 
 def _directory(loaded: LoadedModel) -> Path:
@@ -99,10 +116,14 @@ def _build_once(loaded: LoadedModel, find: Callable[[], Basis]) -> Basis:
     """Return the basis that is kept for the model; where there is none, keep the one that `find` returns."""
 
     def build(directory: Path) -> None:
-        (directory / BASIS_FILE).write_bytes(find().serialized)
+        for name, content in _contents(find()).items():
+            (directory / name).write_bytes(content)
 
     def read(directory: Path) -> Basis:
-        return parse_basis((directory / BASIS_FILE).read_bytes(), loaded.geometry)
+        basis = parse_basis((directory / BASIS_FILE).read_bytes(), loaded.geometry)
+        if (directory / DIGEST_FILE).read_bytes().strip() != basis.digest.hex().encode():
+            raise ValueError(f"{BASIS_FILE} is not what {DIGEST_FILE} announces")
+        return basis
 
     return build_once(_directory(loaded), "the model's basis", build, read)
 

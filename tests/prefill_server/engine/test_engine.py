@@ -163,3 +163,22 @@ def test_each_layer_is_progress_and_an_idle_engine_has_no_pulse(tokens: int) -> 
         assert not engine.submit_call(lambda: engine.vitals.pulses).result()
     beats = [beat for one in pulses for beat in one.values()]
     assert len(set(beats)) == len(beats) == len(pulses) >= 3
+
+
+@pytest.mark.parametrize("method", ["_next_batch", "_run_pass"])
+@pytest.mark.parametrize("error", [RuntimeError("injected"), SystemExit("injected")])
+def test_an_error_outside_of_a_pass_is_the_engines_end(
+    monkeypatch: pytest.MonkeyPatch, method: str, error: BaseException
+) -> None:
+    """Nobody would tell the prompts, which would wait until their deadlines."""
+    engine = PrefillEngine(load_model(str(tiny_model("llama")), "cpu"), WINDOW)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(engine, method, fail)
+    try:
+        engine.submit([1, 2, 3], lambda capture: None)
+    finally:
+        engine.stop()
+    assert engine.vitals.failure == f"the prefill engine failed: {type(error).__name__}: injected"

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -117,9 +118,17 @@ def llama() -> LoadedModel:
     return prepared("llama")
 
 
-@pytest.mark.parametrize("content", [b"", b"not safetensors", None])
+DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
+    "empty": lambda whole: b"",
+    "another file": lambda whole: b"not safetensors",
+    "lost": lambda whole: None,
+    "one bit": lambda whole: whole[:-1] + bytes([whole[-1] ^ 1]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_basis_is_calibrated_again(
-    content: bytes | None,
+    damage: str,
     llama: LoadedModel,
     cache: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -135,6 +144,7 @@ def test_a_damaged_basis_is_calibrated_again(
     monkeypatch.setattr(basis_cache, "calibrate", calibrate_again)
     assert resolve_basis(llama, lambda done: None).digest == found.digest
     (file,) = (cache / "bases").glob(f"*/{basis_cache.BASIS_FILE}")
+    content = DAMAGES[damage](file.read_bytes())
     file.unlink()
     if content is not None:
         file.write_bytes(content)

@@ -14,7 +14,7 @@ from spectrumkv.client.cli.output import STDOUT, check_writable, write_json
 from spectrumkv.client.cli.tables import facts_table
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.completion import Completion, TokenEvent
-from spectrumkv.client.request import KvChoice, Message, Sampling
+from spectrumkv.client.request import KvChoice, Sampling
 from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.v1 import prefill_pb2
 
@@ -229,7 +229,8 @@ def self_check(client: SpectrumClient, timeout: float, max_kl: float) -> CheckRe
     info = client.server_info()
     if not isinstance(info, prefill_pb2.PrefillServiceGetServerInfoResponse):
         raise FailedPreconditionError(f"{client.address} is a decode service; name the prefill service before it")
-    prompt = [Message("user", f"{document()[:DOCUMENT_CHARACTERS]}\n\n{QUESTION}")]
+    # Plain text, which models without a chat template read, too: predictions are compared, not the answer's quality.
+    prompt = f"{document()[:DOCUMENT_CHARACTERS]}\n\n{QUESTION}\n"
     sampling = Sampling(max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=TOP_LOGPROBS)
     served, exact = (
         client.generate(prompt, sampling=sampling, kv=kv, timeout=timeout).result() for kv in (KvChoice(), EXACT)

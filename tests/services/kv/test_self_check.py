@@ -1,6 +1,8 @@
 """`spectrumkv check` finds a deployment well that is, and says what is off with one that is not."""
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.decode_server import receiver
-from tests.services.pair import Pair
+from tests.services.pair import Pair, running_pair
+from tests.tiny_models import tiny_model
 
 
 def test_a_sound_deployment_is_found_well(llama_pair: Pair) -> None:
@@ -53,6 +56,15 @@ def test_kv_that_arrives_wrong_without_a_checksum_noticing_is_found(
     captured = capsys.readouterr()
     assert "have a mean KL of" in captured.err
     assert "failed" in captured.out
+
+
+@pytest.mark.slow
+def test_a_model_that_does_not_chat_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = Path(shutil.copytree(tiny_model("gemma3_text"), tmp_path / "model"))
+    (directory / "chat_template.jinja").unlink()
+    with running_pair(directory) as pair:
+        assert main(["check", "--server", f"127.0.0.1:{pair.prefill_port}"]) == 0
+    assert "passed" in capsys.readouterr().out
 
 
 def test_a_decode_service_is_named_as_such(llama_pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,10 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load, save
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
@@ -117,9 +119,16 @@ def llama() -> LoadedModel:
     return prepared("llama")
 
 
-@pytest.mark.parametrize("content", [b"", b"not safetensors", None])
+def older_layout(basis: SpectralBasis) -> bytes:
+    """The basis as it was when all layers had one rotation."""
+    tensors = load(basis.serialized)
+    rotation = {name: tensors[name][:1] for name in ("rope_frequencies", "rope_scaling")}
+    return save(tensors | rotation | {"rope_frequencies": rotation["rope_frequencies"][0].clone()})
+
+
+@pytest.mark.parametrize("content", [lambda basis: b"", lambda basis: b"not safetensors", None, older_layout])
 def test_a_damaged_basis_is_calibrated_again(
-    content: bytes | None,
+    content: Callable[[SpectralBasis], bytes] | None,
     llama: LoadedModel,
     cache: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -137,7 +146,7 @@ def test_a_damaged_basis_is_calibrated_again(
     (file,) = (cache / "bases").glob(f"*/{basis_cache.BASIS_FILE}")
     file.unlink()
     if content is not None:
-        file.write_bytes(content)
+        file.write_bytes(content(found))
     for _ in range(2):
         assert resolve_basis(llama, lambda done: None).digest == found.digest
     assert len(calibrated) == 2

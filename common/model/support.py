@@ -73,11 +73,11 @@ def _attention_obstacles(config: PretrainedConfig) -> Iterator[str]:
     if layer_types and len(layer_types) != config.num_hidden_layers:
         yield f"its configuration gives {len(layer_types)} layer types for {config.num_hidden_layers} layers"
     if "sliding_attention" in layer_types and not config.sliding_window:
-        yield "it has layers of sliding attention without a window (sliding_window)"
+        yield "it has layers of sliding attention without a window; correct sliding_window in config.json"
     if config.model_type == "mistral" and layer_types:
         yield "it is a Mistral model with layer_types, which transformers ignores"
     if config.model_type == "gemma3_text" and config.attn_logit_softcapping is not None:
-        yield "it is a Gemma 3 model with attn_logit_softcapping, which transformers ignores"
+        yield "its attn_logit_softcapping bounds attention logits, and transformers does so only for gemma2"
     if getattr(config, "use_bidirectional_attention", None):
         yield "its attention is bidirectional, and only causal attention lets a cache be reused"
     for rope in rotary_embeddings(config).values():

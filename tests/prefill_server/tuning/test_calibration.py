@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load, save
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
@@ -118,11 +119,19 @@ def llama() -> LoadedModel:
     return prepared("llama")
 
 
+def older_layout(whole: bytes) -> bytes:
+    """The basis as it was when all layers had one rotation."""
+    tensors = load(whole)
+    rotation = {name: tensors[name][:1] for name in ("rope_frequencies", "rope_scaling")}
+    return save(tensors | rotation | {"rope_frequencies": rotation["rope_frequencies"][0].clone()})
+
+
 DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
     "empty": lambda whole: b"",
     "another file": lambda whole: b"not safetensors",
     "lost": lambda whole: None,
     "one bit": lambda whole: whole[:-1] + bytes([whole[-1] ^ 1]),
+    "older layout": older_layout,
 }
 
 

@@ -11,7 +11,9 @@ from spectrumkv.kernels.fixed_rate.quantizer import (
     POSITION_BITS,
     SEGMENT_BITS,
 )
+from spectrumkv.kernels.fixed_rate.planes import read_planes, write_planes
 from spectrumkv.kernels.jit.compiled import compiled
+from spectrumkv.kernels.jit.llvm import float_of, greater_magnitude
 
 _LARGEST = np.float32(LARGEST_MAGNITUDE)
 _UNITS = np.float32(1 << FRACTION_BITS)
@@ -55,6 +57,7 @@ def pack(
     offset, slope = table
     count, rows = coefficients.shape
     normalized, cell = np.zeros(GROUP_ROWS, np.float32), np.zeros(GROUP_ROWS, np.int32)
+    signs = normalized.view(np.int32)
     found = 0
     for token in range(count):
         line, gain, profile, at = coefficients[token], inverse_gain[tokens[token]], profiles[token], starts[token]
@@ -62,34 +65,48 @@ def pack(
         for group in range(widths.shape[1]):
             first = group * GROUP_ROWS
             own = min(GROUP_ROWS, rows - first)
-            largest = np.float32(0)
             normalized[own:] = 0
             for index in range(own):
-                value = (line[order[first + index]] - mean[first + index]) * inverse_spread[first + index] * gain
-                normalized[index] = value
-                largest = max(largest, abs(value))
+                normalized[index] = line[order[first + index]] - mean[first + index]
+            for index in range(own):
+                normalized[index] = normalized[index] * inverse_spread[first + index] * gain
+            peak = np.int32(0)
+            for index in range(GROUP_ROWS):
+                peak = greater_magnitude(peak, normalized[index])
             limit = limits[profile, group]
-            if largest > limit:
+            if float_of(peak) > limit:
                 for index in range(own):
                     if abs(normalized[index]) > limit:
                         row = order[first + index]
-                        # Rows come by spread; the list has them by number.
-                        place = found
-                        while place > first_escape and escape_index[place - 1] > token * rows + row:
-                            escape_index[place] = escape_index[place - 1]
-                            escape_value[place] = escape_value[place - 1]
-                            place -= 1
-                        escape_index[place] = token * rows + row
-                        escape_value[place] = line[row]
+                        insert(escape_index, escape_value, first_escape, found, token * rows + row, line[row])
                         found += 1
             width = widths[profile, group]
-            if width == 0:
-                continue
-            quantize(normalized, offset[width], slope[width], POSITION_BITS + 1 - width, cell)
-            for plane in range(width):
-                words[at] = plane_of(normalized, cell, width - 1 - plane, plane == 0)
-                at += 1
+            if width:
+                quantize(normalized, offset[width], slope[width], POSITION_BITS + 1 - width, cell)
+                write_planes(signs, cell, width, words, at)
+                at += width
     return found
+
+
+@compiled
+def insert(escape_index: Any, escape_value: Any, first: int, end: int, index: int, value: float) -> None:
+    """Add an escape to those of its token, whose rows come by spread and are listed by number.
+
+    Args:
+        escape_index: uint32, written.
+        escape_value: float32, written.
+        first: the token's first escape.
+        end: where its last one ends.
+        index: of the escape.
+        value: of the escape.
+    """
+    place = end
+    while place > first and escape_index[place - 1] > index:
+        escape_index[place] = escape_index[place - 1]
+        escape_value[place] = escape_value[place - 1]
+        place -= 1
+    escape_index[place] = index
+    escape_value[place] = value
 
 
 @compiled
@@ -97,33 +114,11 @@ def quantize(normalized: Any, offset: Any, slope: Any, shift: int, cell: Any) ->
     """Find the cell of each magnitude of a group; see `reference.cells`."""
     down = np.int32(shift)
     for index in range(GROUP_ROWS):
-        fixed = np.int32(min(abs(normalized[index]), _LARGEST) * _UNITS)
+        cell[index] = np.int32(min(abs(normalized[index]), _LARGEST) * _UNITS)
+    for index in range(GROUP_ROWS):
+        fixed = cell[index]
         segment = fixed >> np.int32(SEGMENT_BITS)
         cell[index] = (offset[segment] + slope[segment] * (fixed & _PLACE)) >> down
-
-
-@compiled
-def plane_of(normalized: Any, cell: Any, place: int, signs: bool) -> Any:
-    """Gather one bit of each row of a group.
-
-    Args:
-        normalized: float32 `[GROUP_ROWS]`, of which the signs are taken.
-        cell: int32 `[GROUP_ROWS]`, of which a bit is taken where it is not signs.
-        place: of that bit.
-        signs: whether the signs are wanted.
-
-    Returns:
-        uint32, bit i of row i.
-    """
-    word = np.uint32(0)
-    if signs:
-        for index in range(GROUP_ROWS):
-            word |= np.uint32(normalized[index] < 0) << np.uint32(index)
-    else:
-        down = np.int32(place)
-        for index in range(GROUP_ROWS):
-            word |= np.uint32((cell[index] >> down) & np.int32(1)) << np.uint32(index)
-    return word
 
 
 @compiled
@@ -143,7 +138,8 @@ def unpack(words: Any, record: Any, scales: Any, tokens: Any, first: int, count:
     widths, profiles, starts = record
     order, mean, spread, gains, level = scales
     rows = order.size
-    entry = np.zeros(GROUP_ROWS, np.int32)
+    entry, value = np.zeros(GROUP_ROWS, np.int32), np.zeros(GROUP_ROWS, np.float32)
+    bits = value.view(np.uint32)
     for index in range(count):
         token = first + index
         line, gain, profile, at = coefficients[index], gains[tokens[token]], profiles[token], starts[token]
@@ -156,14 +152,13 @@ def unpack(words: Any, record: Any, scales: Any, tokens: Any, first: int, count:
                     line[order[row]] = mean[row]
                 continue
             signs = words[at]
-            entry[:] = 1
-            for plane in range(at + 1, at + width):
-                word = words[plane]
-                for row in range(GROUP_ROWS):
-                    entry[row] = (entry[row] << np.int32(1)) | np.int32((word >> np.uint32(row)) & np.uint32(1))
+            read_planes(words, at, width, entry)
             at += width
+            for row in range(GROUP_ROWS):
+                value[row] = level[entry[row]] * gain
+            for row in range(GROUP_ROWS):
+                bits[row] ^= ((signs >> np.uint32(row)) & np.uint32(1)) << np.uint32(31)
             for row in range(own):
-                value = level[entry[row]]
-                if (signs >> np.uint32(row)) & np.uint32(1):
-                    value = -value
-                line[order[begin + row]] = value * gain * spread[begin + row] + mean[begin + row]
+                value[row] = value[row] * spread[begin + row] + mean[begin + row]
+            for row in range(own):
+                line[order[begin + row]] = value[row]

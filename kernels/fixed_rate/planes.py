@@ -41,8 +41,8 @@ def _word(builder: Any, vectors: list[Any]) -> Any:
 def write_planes(_: Any, signs: Any, cell: Any, width: Any, words: Any, start: Any) -> Any:
     """Write the words of a group: a plane of signs, then the cells' bits from the highest to the lowest.
 
-    `signs` and `cell` are int32 `[GROUP_ROWS]`: numbers whose highest bits are the signs, and cells. `words` is uint32,
-    of which `width` elements from `start` on are written.
+    `signs` and `cell` are int32 `[GROUP_ROWS]`: numbers whose highest bits are the signs, and cells. `words` is
+    uint32, of which `width` elements from `start` on are written.
 
     Returns:
         The intrinsic's type, and what emits its instructions.

@@ -5,13 +5,13 @@ from typing import Any
 import numpy as np
 
 from spectrumkv.kernels.fixed_rate.layout import GROUP_ROWS
+from spectrumkv.kernels.fixed_rate.planes import read_planes, write_planes
 from spectrumkv.kernels.fixed_rate.quantizer import (
     FRACTION_BITS,
     LARGEST_MAGNITUDE,
     POSITION_BITS,
     SEGMENT_BITS,
 )
-from spectrumkv.kernels.fixed_rate.planes import read_planes, write_planes
 from spectrumkv.kernels.jit.compiled import compiled
 from spectrumkv.kernels.jit.llvm import float_of, greater_magnitude
 

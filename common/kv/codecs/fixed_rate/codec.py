@@ -7,15 +7,9 @@ import torch
 
 from spectrumkv.common.errors import DataLossError, InternalError
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs.base import (
-    Basis,
-    Codec,
-    EncoderRequest,
-    KvEncoder,
-    SegmentDecoder,
-    codecs,
-    needed_basis,
-)
+from spectrumkv.common.kv.codecs.base import Codec, KvEncoder, SegmentDecoder, codecs, needed_basis
+from spectrumkv.common.kv.codecs.basis import Basis
+from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
 from spectrumkv.common.kv.codecs.fixed_rate.block_codec import decode_block
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
 from spectrumkv.common.kv.codecs.fixed_rate.tiers import tier_bytes
@@ -36,7 +30,11 @@ class FixedRateCodec(Codec):
     name = "fixed_rate"
     version = 1
     tiers = frozenset({Tier.INT4, Tier.INT8, Tier.FP16})
-    needs_basis = True
+    basis_type = SpectralBasis
+
+    def prepare(self, geometry: KvGeometry) -> None:
+        """Compile the loops for CPUs, which are the same for every shape; see `Codec.prepare`."""
+        prepare()
 
     def encoder(self, request: EncoderRequest) -> KvEncoder:
         """Make an encoder; see `Codec.encoder`.
@@ -71,26 +69,6 @@ class FixedRateCodec(Codec):
     def writes(self, policy: Policy) -> bool:
         """Return whether the codec can write what a policy allocates: the bytes of policy "spectral"."""
         return policy.codec == SPECTRAL
-
-    def parse_basis(self, data: bytes, geometry: KvGeometry) -> SpectralBasis:
-        """Read a basis, which is codec "spectral"'s; see `Codec.parse_basis`.
-
-        Args:
-            data: in the format of safetensors.
-            geometry: shape and dtype of the model's cache.
-
-        Returns:
-            The basis.
-        """
-        return self._basis(codecs.get(SPECTRAL).parse_basis(data, geometry))
-
-    def largest_basis_bytes(self, geometry: KvGeometry) -> int:
-        """Return the most bytes that a serialized basis can have; see `Codec.largest_basis_bytes`.
-
-        Args:
-            geometry: shape and dtype of the model's cache.
-        """
-        return SpectralBasis.largest_bytes(geometry)
 
     def _basis(self, basis: Basis | None) -> SpectralBasis:
         found = needed_basis(self, basis)
@@ -151,8 +129,8 @@ def prepare() -> None:
         analysis=torch.eye(head_dim).expand(*lead, -1, -1).contiguous(),
         std=torch.ones(*lead, head_dim),
         attention_exponent=torch.ones(1),
-        rope_frequencies=torch.ones(head_dim // 2, dtype=torch.float64),
-        rope_scaling=1.0,
+        rope_frequencies=torch.ones(1, head_dim // 2, dtype=torch.float64),
+        rope_scaling=torch.ones(1, dtype=torch.float64),
     )
     # A lone token's keys lie in one piece, those of several do not; scales of a block's own need many of them.
     for tokens in (200, 1):

@@ -59,8 +59,9 @@ class LayerTransform:
         return self._transform(first, tokens, self.basis.synthesis[self.layer])
 
     def _transform(self, first: int, tokens: int, matrices: torch.Tensor) -> BlockTransform:
-        cosine, sine = self.basis.rotation(first, tokens)
-        return BlockTransform(cosine, sine, self.basis.rope_scaling, self.basis.mean[self.layer], matrices)
+        cosine, sine = self.basis.rotation(self.layer, first, tokens)
+        scaling = float(self.basis.rope_scaling[self.layer])
+        return BlockTransform(cosine, sine, scaling, self.basis.mean[self.layer], matrices)
 
 
 @lru_cache(maxsize=4)

@@ -21,6 +21,8 @@ from spectrumkv.v1 import decode_pb2
 
 # The share of a core that receiving may use while requests generate: a model's step waits for its slowest thread.
 SHARE_OF_A_CORE = 0.25
+# How many messages may wait to be dequantized on a GPU.
+MESSAGES_AHEAD = 8
 
 
 def throttled(messages: Iterator[Request], wait_until_idle: Callable[[float], object]) -> Iterator[Request]:

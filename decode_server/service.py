@@ -25,14 +25,12 @@ from spectrumkv.decode_server.admission import admit, check_token_id
 from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.decode_server.engine import DecodeEngine
 from spectrumkv.decode_server.kv_pool import KvPool
-from spectrumkv.decode_server.receiver import KvReceiver, throttled
+from spectrumkv.decode_server.receiver import MESSAGES_AHEAD, KvReceiver, throttled
 from spectrumkv.decode_server.request import DecodeRequest
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc, kv_pb2
 
 # Read once: it is a file of its own, which cannot be opened when a process has no file descriptors left.
 _VERSION = version("spectrumkv")
-# How many messages may wait to be dequantized on a GPU.
-MESSAGES_AHEAD = 8
 # A basis has up to a few hundred megabytes.
 PUT_BASIS_SECONDS = 120.0
 

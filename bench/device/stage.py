@@ -5,9 +5,11 @@ A process of its own also gives back the GPU's memory, and survives what a broke
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -32,7 +34,7 @@ class Stage:
     Attributes:
         name: of its module's `run`, its file and its row.
         doing: what it does, for the line of progress.
-        seconds: the most that it may take.
+        seconds: the most that it may take, but at the tiny scale.
         least_seconds: with less than this left it is not begun.
     """
 
@@ -80,7 +82,7 @@ def run_stages(
     Args:
         stages: in the order in which they run.
         command: returns the command of a stage's process.
-        paths: result file of each stage, by its name.
+        paths: result file of each stage, by its name. A stage that measures nothing leaves an earlier one alone.
         tiny: whether the stages run at the tiny scale.
         seconds: that all stages together may take.
         say: shows a line of progress.
@@ -97,9 +99,14 @@ def run_stages(
             reason = f"{max(left, 0):.0f} s are left, and it takes {stage.least_seconds:g} s and more"
             outcome = Outcome(stage.name, NOT_RUN, (reason,))
         else:
-            settings = StageSettings(stage.name, str(paths[stage.name]), tiny, min(stage.seconds, left))
-            say(f"{passed:4.0f} s  {stage.name}: {stage.doing}, at most {settings.seconds:.0f} s")
-            outcome = _run_stage(settings, command(settings))
+            # Tiny stages measure nothing, so that one may take what it needs on a busy machine.
+            most = left if tiny else min(stage.seconds, left)
+            say(f"{passed:4.0f} s  {stage.name}: {stage.doing}, at most {most:.0f} s")
+            with tempfile.TemporaryDirectory() as folder:
+                settings = StageSettings(stage.name, str(Path(folder, paths[stage.name].name)), tiny, most)
+                outcome = _run_stage(settings, command(settings))
+                if outcome.rows:
+                    _keep(Path(folder), paths[stage.name].parent)
         details = "".join(f"\n        {reason}" for reason in outcome.reasons)
         say(f"{time.monotonic() - began:4.0f} s  {stage.name}: {outcome.verdict}{details}")
         outcomes.append(outcome)
@@ -107,8 +114,6 @@ def run_stages(
 
 
 def _run_stage(settings: StageSettings, command: Sequence[str]) -> Outcome:
-    # What an earlier run left would be taken for this one's.
-    Path(settings.path).unlink(missing_ok=True)
     started = time.monotonic()
     with _process(command, settings.tiny) as process:
         status: int | None
@@ -153,6 +158,12 @@ def _process(command: Sequence[str], tiny: bool) -> Iterator["subprocess.Popen[b
             process.wait()
             if process.stdin is not None:
                 process.stdin.close()
+
+
+def _keep(made: Path, results: Path) -> None:
+    """Put what a stage made in the place of an earlier result, which stays where a stage measured nothing."""
+    for file in made.iterdir():
+        shutil.copyfile(file, results / file.name)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

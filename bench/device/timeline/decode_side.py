@@ -30,8 +30,7 @@ from spectrumkv.common.rpc.decode_stream import ArrivedRequest, Request, seriali
 from spectrumkv.common.rpc.server import Server
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.kv_pool import KvPool
-from spectrumkv.decode_server.receiver import KvReceiver
-from spectrumkv.decode_server.service import MESSAGES_AHEAD
+from spectrumkv.decode_server.receiver import MESSAGES_AHEAD, KvReceiver
 from spectrumkv.v1 import decode_pb2
 
 HOST = "127.0.0.1"

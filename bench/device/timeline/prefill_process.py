@@ -1,6 +1,5 @@
-"""Take time lines on the prefill side, in a process of its own: the stage starts it, and it runs `main`."""
+"""Take time lines on the prefill side, in a process of its own: `request.take_timelines` starts it to run `main`."""
 
-import dataclasses
 import json
 import statistics
 import sys
@@ -16,6 +15,8 @@ from spectrumkv.bench.device.timeline.clock import DeviceClock
 from spectrumkv.bench.device.timeline.decode_side import DecodeSide, receiving_process
 from spectrumkv.bench.device.timeline.handoff import Handoff, handoff_row, layer_times
 from spectrumkv.bench.device.timeline.prefill_side import PrefillMarks, WatchedPipeline, WatchedPlan
+from spectrumkv.bench.device.timeline.request import TimelineRequest
+from spectrumkv.bench.models.shaped_model import shaped_model_directory
 from spectrumkv.bench.models.synthetic_prompt import REQUEST_ID
 from spectrumkv.bench.report.results import describe_model
 from spectrumkv.bench.serving.load import Workload
@@ -37,29 +38,6 @@ from spectrumkv.prefill_server.transfer.plan import KvPlan
 from spectrumkv.prefill_server.tuning.basis_cache import resolve_basis
 from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import decode_pb2
-
-
-@dataclasses.dataclass(frozen=True)
-class TimelineRequest:
-    """Say which time lines are taken.
-
-    Attributes:
-        model: its directory.
-        device: "cuda" or "cpu", for both sides.
-        tokens: of the prompt.
-        rounds: rounds that count.
-        contenders: see `bench.device.scale`.
-    """
-
-    model: str
-    device: str
-    tokens: int
-    rounds: int
-    contenders: tuple[str, ...]
-
-    def to_json(self) -> str:
-        """Return the request as the process reads it."""
-        return json.dumps(dataclasses.asdict(self))
 
 
 class PrefillSide:
@@ -142,7 +120,7 @@ class PrefillSide:
         return Handoff(layers, prefilled - started, pipeline.sent.message_bytes)
 
 
-def take_timelines(request: TimelineRequest) -> dict[str, Any]:
+def measure(request: TimelineRequest) -> dict[str, Any]:
     """Hand a prompt over by every contender in turn, in every round; one round before them warms up.
 
     Returns:
@@ -151,7 +129,7 @@ def take_timelines(request: TimelineRequest) -> dict[str, Any]:
     Raises:
         SpectrumKVError: the model or a contender cannot be used, or the decode side ended.
     """
-    loaded = load_model(request.model, request.device, "auto")
+    loaded = load_model(str(shaped_model_directory(request.shape)), request.device, "auto")
     token_ids = Workload.random(1, request.tokens, 1, None, None, loaded.spec.vocab_size, seed=0).prompts[0]
     with PrefillEngine(loaded, PrefillConfig.window) as engine:
         basis = resolve_basis(loaded, lambda done: None)
@@ -201,9 +179,8 @@ def _columns(contender: str, plan: KvPlan, tokens: int) -> dict[str, Any]:
 
 def main() -> None:
     """Read a `TimelineRequest` from the first argument; write the time lines to standard output."""
-    request = TimelineRequest(**json.loads(sys.argv[1]))
     try:
-        result = take_timelines(request)
+        result = measure(TimelineRequest.from_json(sys.argv[1]))
     except SpectrumKVError as error:
         sys.exit(status_and_message(error))
     sys.stdout.write(json.dumps(result))

@@ -1,5 +1,6 @@
 """The stage of kernels counts what pytest tells it, and ends pytest when its time is over."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -76,6 +77,21 @@ def test_every_kernel_in_triton_has_tests_that_the_check_runs() -> None:
     operations = [path.parent.name for path in kernels.ROOT.glob("kernels/*/triton.py")]
     assert operations
     assert [name for name in operations if f"tests/kernels/{name}/" not in listed] == []
+    assert [test for test in functions_that_use_triton() if test not in listed] == []
+
+
+def functions_that_use_triton() -> list[str]:
+    """Return the tests of kernels in whose body a module `triton` or `…_triton` is used."""
+    found = []
+    for path in sorted(kernels.ROOT.glob("tests/kernels/**/test_*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if not isinstance(node, ast.FunctionDef) or not node.name.startswith("test_"):
+                continue
+            names = {one.id for part in node.body for one in ast.walk(part) if isinstance(one, ast.Name)}
+            if any(name.split("_")[-1] == "triton" for name in names):
+                found.append(f"{path.relative_to(kernels.ROOT).as_posix()}::{node.name}")
+    assert found
+    return found
 
 
 def test_without_tests_the_stage_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

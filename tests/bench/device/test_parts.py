@@ -3,14 +3,16 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from spectrumkv.bench.device.report import FAILED, INCOMPLETE, PASSED, StageReport, StageSettings
+from spectrumkv.bench.device.scale import CONTENDERS
 from spectrumkv.bench.device.streams import serve_levels
+from spectrumkv.bench.device.timeline import request
 from spectrumkv.bench.device.timeline import stage as timeline
+from spectrumkv.bench.device.timeline.request import TimelineRequest
 from spectrumkv.common.errors import DeadlineExceededError, FailedPreconditionError, SpectrumKVError, UnavailableError
 
 
@@ -56,7 +58,7 @@ class FakeDaemon:
             raise UnavailableError("nobody used MPS")
 
 
-def take_timelines(
+def run_timeline(
     measured: StageReport,
     monkeypatch: pytest.MonkeyPatch,
     mps: SpectrumKVError | None = None,
@@ -72,34 +74,34 @@ def take_timelines(
             raise mps
         yield FakeDaemon(is_used)
 
-    def take(request: Any, its: StageReport, environment: Mapping[str, str], **mode: bool) -> list[dict[str, Any]]:
-        assert mode["with_mps"] == ("CUDA_MPS_PIPE_DIRECTORY" in environment)
-        if mode["with_mps"] and with_mps is not None:
+    def take_timelines(request: TimelineRequest, environment: Mapping[str, str], seconds: float) -> dict[str, Any]:
+        assert seconds < measured.settings.seconds
+        if "CUDA_MPS_PIPE_DIRECTORY" in environment and with_mps is not None:
             raise with_mps
-        return [{"mps": mode["with_mps"]}]
+        return {"model": {"name": request.shape}, "rows": [{"contender": name} for name in request.contenders]}
 
-    stand_ins = {
-        "shaped_model_directory": lambda shape: Path("model"),
-        "mps_daemon": mps_daemon,
-        "_take": take,
-        "draw_timelines": lambda rows, path, title: drawn.extend(rows),
-    }
-    for name, stand_in in stand_ins.items():
-        monkeypatch.setattr(timeline, name, stand_in)
+    monkeypatch.setattr(timeline, "mps_daemon", mps_daemon)
+    monkeypatch.setattr(timeline, "take_timelines", take_timelines)
+    monkeypatch.setattr(timeline, "draw_timelines", lambda rows, path, title: drawn.extend(rows))
     timeline.run(measured)
     return drawn
 
 
+def expected(*modes: bool) -> list[dict[str, Any]]:
+    return [{"mps": mode, "contender": name} for mode in modes for name in CONTENDERS]
+
+
 def test_time_lines_are_taken_without_and_with_mps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = report(tmp_path)
-    assert take_timelines(measured, monkeypatch) == measured.rows == [{"mps": False}, {"mps": True}]
+    assert run_timeline(measured, monkeypatch) == measured.rows == expected(False, True)
+    assert measured.model == {"name": "mistral-7b"}
     assert measured.finish() == PASSED
 
 
 def test_a_machine_without_mps_passes_with_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = report(tmp_path)
-    take_timelines(measured, monkeypatch, mps=FailedPreconditionError("it is not on PATH"))
-    assert measured.rows == [{"mps": False}]
+    run_timeline(measured, monkeypatch, mps=FailedPreconditionError("it is not on PATH"))
+    assert measured.rows == expected(False)
     assert measured.notes == ["with MPS: not run: it is not on PATH"]
     assert measured.finish() == PASSED
 
@@ -116,23 +118,28 @@ def test_time_lines_that_do_not_use_mps_are_not_counted_as_such(
     what: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = report(tmp_path)
-    take_timelines(measured, monkeypatch, **what)
-    assert measured.rows == [{"mps": False}]
+    run_timeline(measured, monkeypatch, **what)
+    assert measured.rows == expected(False)
     assert measured.not_run == [message]
     assert measured.finish() == INCOMPLETE
 
 
 def test_mps_is_not_begun_without_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = report(tmp_path, seconds=timeline.LEAST_SECONDS / 2)
-    take_timelines(measured, monkeypatch)
-    assert measured.rows == [{"mps": False}]
+    run_timeline(measured, monkeypatch)
+    assert measured.rows == expected(False)
     assert measured.not_run[0].startswith("with MPS: 1")
 
 
-def test_a_prefill_side_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timeline, "prefill_process", SimpleNamespace(__name__="no.such.module"))
-    request = timeline.TimelineRequest("model", "cpu", 8, 1, ("native",))
+def test_a_prefill_side_that_fails_or_takes_too_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request, "PREFILL_MODULE", "no.such.module")
+    asked = TimelineRequest("tiny", "cpu", 8, 1, ("native",))
     with pytest.raises(UnavailableError, match="the prefill side ended with status 1"):
-        timeline._take(request, report(tmp_path), {}, with_mps=False)
+        request.take_timelines(asked, {}, seconds=60.0)
     with pytest.raises(DeadlineExceededError, match="longer than the 0 s that were left"):
-        timeline._take(request, report(tmp_path, seconds=0.0), {}, with_mps=False)
+        request.take_timelines(asked, {}, seconds=0.0)
+
+
+def test_a_request_reaches_the_process_as_it_was_asked() -> None:
+    asked = TimelineRequest("tiny", "cpu", 8, 1, ("native", "spectral:absmax"))
+    assert TimelineRequest.from_json(asked.to_json()) == asked

@@ -106,10 +106,20 @@ def test_a_stage_gets_no_more_than_what_is_left(tmp_path: Path) -> None:
     assert outcome.rows[0]["seconds"] == pytest.approx(10.0, abs=1.0)
 
 
-def test_what_an_earlier_run_left_is_not_taken_for_this_ones(tmp_path: Path) -> None:
-    (tmp_path / "silent.json").write_text(json.dumps({"meta": {}, "rows": [{"old": True}]}))
-    (outcome,), _ = run(tmp_path, {"silent": "sys.exit(1)"})
-    assert outcome.rows == ()
+def test_an_earlier_result_stays_until_there_is_another(tmp_path: Path) -> None:
+    path, earlier = tmp_path / "silent.json", json.dumps({"meta": {}, "rows": [{"old": True}]})
+    path.write_text(earlier)
+    for script in ("sys.exit(1)", "write(failures=['no device']); sys.exit(1)"):
+        (outcome,), _ = run(tmp_path, {"silent": script})
+        assert outcome.rows == ()
+        assert path.read_text() == earlier
+    # A stage may make a picture beside its file.
+    run(
+        tmp_path, {"silent": "write([{'new': 1}]); open(settings['path'].replace('json', 'png'), 'w').write('drawn')"}
+    )
+    assert json.loads(path.read_text())["rows"] == [{"new": 1}]
+    assert path.with_suffix(".png").read_text() == "drawn"
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["silent.json", "silent.png"]
 
 
 def test_a_report_is_on_disk_after_every_part(tmp_path: Path) -> None:

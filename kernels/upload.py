@@ -1,0 +1,34 @@
+"""From the host to a GPU: several small things in one copy, since a copy costs the host a call whatever its size."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+
+# Where each thing may begin: kernels read whole vectors of so many bytes.
+ALIGNMENT = 16
+
+
+def upload(parts: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Copy tensors of the host to a device, all at once, without waiting for it.
+
+    Args:
+        parts: contiguous, any dtypes and addresses; they may be read-only.
+        device: where they are wanted; where that is the CPU, nothing is copied.
+
+    Returns:
+        Tensors of the same shapes and dtypes on `device`, each at a multiple of `ALIGNMENT` bytes.
+    """
+    if device.type == "cpu":
+        return list(parts)
+    sizes = [-(-part.nbytes // ALIGNMENT) * ALIGNMENT for part in parts]
+    begins = list(accumulate(sizes, initial=0))
+    # Torch keeps page-locked memory that was freed, and hands it out again once the copies from it are done.
+    staged = torch.empty(begins[-1], dtype=torch.uint8, pin_memory=True)
+    for part, begin in zip(parts, begins[:-1], strict=True):
+        staged[begin : begin + part.nbytes].copy_(part.reshape(-1).view(torch.uint8))
+    there = staged.to(device, non_blocking=True)
+    return [
+        there[begin : begin + part.nbytes].view(part.dtype).view(part.shape)
+        for part, begin in zip(parts, begins[:-1], strict=True)
+    ]

@@ -3,6 +3,9 @@
 The layout of a body is documented at `KvChunk` in proto/spectrumkv/v1/kv.proto.
 """
 
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
 import torch
 
 from spectrumkv.common.errors import DataLossError, InvalidArgumentError
@@ -41,22 +44,54 @@ class NativeCodec(TierCodec):
             InvalidArgumentError: a tier is not NATIVE.
             NotFiniteError: an element is infinite or NaN.
         """
-        bodies.check_states(keys, values, tiers, geometry)
-        if not _all_native(tiers):
-            raise InvalidArgumentError(
-                f"codec native has the tier NATIVE only; the segment has tiers {sorted(set(tiers.tolist()))}"
-            )
+        if keys.is_cuda:
+            (segment,) = self.encode_segments(keys, values, tiers, (0, tiers.numel()), geometry)
+            return segment
+        _check_sent(keys, values, tiers, geometry)
         layout = body_layout(tiers.numel(), geometry)
-        device_body = torch.empty(layout.bytes, dtype=torch.uint8, device=keys.device)
-        (both,) = layout.arrays(device_body)
+        body = torch.empty(layout.bytes, dtype=torch.uint8)
+        (both,) = layout.arrays(body)
         both[0].copy_(keys)
         both[1].copy_(values)
-        body = bodies.to_host(device_body)
-        (sent,) = layout.arrays(body)
-        for side, states in zip(("keys", "values"), sent, strict=True):
-            if not bodies.is_finite(states):
-                bodies.refuse_infinite(side, Tier.NATIVE, states, geometry.native_dtype)
+        _check_finite(both, geometry)
         return EncodedSegment(body, bodies.bytes_by_tier(layout, TIERS))
+
+    def encode_segments(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tiers: torch.Tensor,
+        boundaries: Sequence[int],
+        geometry: KvGeometry,
+    ) -> Iterator[EncodedSegment]:
+        """Code segments one by one on a CPU; on a GPU together, where the host waits once and looks at no element.
+
+        Args:
+            keys: see `encode`.
+            values: see `encode`.
+            tiers: see `encode`.
+            boundaries: the first token of each segment, rising from 0, and n.
+            geometry: see `encode`.
+
+        Yields:
+            The segments in order; see `encode`.
+        """
+        if not keys.is_cuda:
+            yield from super().encode_segments(keys, values, tiers, boundaries, geometry)
+            return
+        # Triton takes a while to import, and exists on Linux only.
+        from spectrumkv.kernels.native import triton
+
+        _check_sent(keys, values, tiers, geometry)
+        layouts = [body_layout(end - first, geometry) for first, end in pairwise(boundaries)]
+        sizes = [layout.bytes for layout in layouts]
+        coded = bodies.to_host(triton.encode(keys, values, boundaries))
+        coded, broken = coded[: sum(sizes)], coded[sum(sizes) :]
+        is_broken = bool(broken.numpy().any())
+        for layout, body in zip(layouts, torch.split(coded, sizes), strict=True):
+            if is_broken:
+                _check_finite(layout.arrays(body)[0], geometry)
+            yield EncodedSegment(body, bodies.bytes_by_tier(layout, TIERS))
 
     def decode(
         self,
@@ -89,9 +124,14 @@ class NativeCodec(TierCodec):
             )
         layout = body_layout(tiers.numel(), geometry)
         bodies.check_length(body, layout)
-        (both,) = layout.arrays(body.to(keys.device))
-        keys.copy_(both[0])
-        values.copy_(both[1])
+        if keys.is_cuda:
+            from spectrumkv.kernels.native import triton
+
+            triton.decode(body, (0, tiers.numel()), keys, values)
+        else:
+            (both,) = layout.arrays(body)
+            keys.copy_(both[0])
+            values.copy_(both[1])
         return bodies.bytes_by_tier(layout, TIERS)
 
 
@@ -102,6 +142,30 @@ def body_layout(tokens: int, geometry: KvGeometry) -> BodyLayout:
     """Return the layout of a body of `tokens` tokens: keys, then values."""
     shape = (2, geometry.kv_heads, tokens, geometry.head_dim)
     return BodyLayout((Section(Tier.NATIVE, shape, geometry.native_dtype),))
+
+
+def _check_sent(keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, geometry: KvGeometry) -> None:
+    """Refuse what is not NATIVE, or not of the model's geometry; see `TierCodec.encode`.
+
+    Raises:
+        InvalidArgumentError: a tier is not NATIVE.
+    """
+    bodies.check_states(keys, values, tiers, geometry)
+    if not _all_native(tiers):
+        raise InvalidArgumentError(
+            f"codec native has the tier NATIVE only; the segment has tiers {sorted(set(tiers.tolist()))}"
+        )
+
+
+def _check_finite(both: torch.Tensor, geometry: KvGeometry) -> None:
+    """Refuse keys and values, `[2, kv_heads, n, head_dim]` on the CPU, that are not all finite.
+
+    Raises:
+        NotFiniteError: an element is infinite or NaN.
+    """
+    for side, states in zip(("keys", "values"), both, strict=True):
+        if not bodies.is_finite(states):
+            bodies.refuse_infinite(side, Tier.NATIVE, states, geometry.native_dtype)
 
 
 def _all_native(tiers: torch.Tensor) -> bool:

@@ -25,12 +25,12 @@ from tests.simulated_gpu import GPU, GpuWork, simulated_gpu
 LAYERS, KV_HEADS, HEAD_DIM, TOKENS, WINDOW = 2, 2, 32, 120, 8
 # Policy, budget, most launches and most waits of a layer.
 BOUNDS = [
-    ("native", 1.0, 3, 2),
-    ("fp16", 1.0, 3, 2),
-    ("uniform-int4", 0.25, 3, 2),
-    ("adaptive", 0.3, 5, 2),
-    ("sink-protect", 0.6, 5, 2),
-    ("sws", 0.4, 5, 2),
+    ("native", 1.0, 3, 1),
+    ("fp16", 1.0, 3, 1),
+    ("uniform-int4", 0.25, 3, 1),
+    ("adaptive", 0.3, 5, 1),
+    ("sink-protect", 0.6, 5, 1),
+    ("sws", 0.4, 5, 1),
 ]
 
 

@@ -1,0 +1,182 @@
+"""Copies between states with any strides and the bodies of segments, in Triton: one launch for a layer.
+
+What is copied is bits, and while they pass it is noted whether they are those of a finite number.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from spectrumkv.kernels.upload import upload
+
+# Elements of one program: enough to keep 128 threads busy, few enough to stay in registers.
+PROGRAM_ELEMENTS = 4096
+SIDES = 2
+# The bits of an infinity in each dtype; a NaN has them all and others.
+INFINITY_BITS = {torch.float32: 0x7F800000, torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
+_BITS = {4: torch.int32, 2: torch.int16}
+
+# Triton ships no types.
+_jit: Callable[[Callable[..., Any]], Any] = triton.jit
+# A kernel of its own for each divisor of a prompt's length would be compiled while a request waits.
+_jit_for_any_prompt: Callable[[Callable[..., Any]], Any] = triton.jit(do_not_specialize=["tokens"])
+
+
+@_jit
+def _copy_rows(
+    states_ptr: tl.tensor,
+    stride_head: tl.tensor,
+    stride_token: tl.tensor,
+    stride_element: tl.tensor,
+    places_ptr: tl.tensor,
+    bodies_ptr: tl.tensor,
+    broken_ptr: tl.tensor,
+    tokens: tl.tensor,
+    kv_heads: tl.tensor,
+    encodes: tl.constexpr,
+    infinity: tl.constexpr,
+    head_dim: tl.constexpr,
+    padded_dim: tl.constexpr,
+    rows: tl.constexpr,
+) -> None:
+    """Copy a few tokens of one KV head and side, and write whether one of their elements is infinite or NaN."""
+    token = tl.program_id(0) * rows + tl.arange(0, rows)
+    there = token < tokens
+    element = tl.arange(0, padded_dim)[None, :]
+    mask = there[:, None] & (element < head_dim)
+    first = tl.load(places_ptr + token, mask=there, other=0).to(tl.int64)
+    held = tl.load(places_ptr + tokens + token, mask=there, other=0).to(tl.int64)
+    # Of all segments' rows: those of earlier segments on both sides and all heads, then those of this segment.
+    head = (tl.program_id(2) * kv_heads + tl.program_id(1)).to(tl.int64)
+    row = first * (2 * kv_heads) + head * held + token - first
+    body_ptr = bodies_ptr + row[:, None] * head_dim + element
+    state_ptr = states_ptr + tl.program_id(1).to(tl.int64) * stride_head + token.to(tl.int64)[:, None] * stride_token
+    state_ptr += element.to(tl.int64) * stride_element
+    if encodes:
+        bits = tl.load(state_ptr, mask=mask, other=0)
+        tl.store(body_ptr, bits, mask=mask)
+        is_broken = ((bits.to(tl.int32) & infinity) == infinity).to(tl.int32)
+        program = (tl.program_id(0) * kv_heads + tl.program_id(1)) * 2 + tl.program_id(2)
+        tl.store(broken_ptr + program, tl.max(tl.max(is_broken, axis=1), axis=0).to(tl.uint8))
+    else:
+        tl.store(state_ptr, tl.load(body_ptr, mask=mask, other=0), mask=mask)
+
+
+@_jit_for_any_prompt
+def kernel(
+    keys_ptr: tl.tensor,
+    values_ptr: tl.tensor,
+    key_stride_head: tl.tensor,
+    key_stride_token: tl.tensor,
+    key_stride_element: tl.tensor,
+    value_stride_head: tl.tensor,
+    value_stride_token: tl.tensor,
+    value_stride_element: tl.tensor,
+    places_ptr: tl.tensor,
+    bodies_ptr: tl.tensor,
+    broken_ptr: tl.tensor,
+    tokens: tl.tensor,
+    kv_heads: tl.tensor,
+    encodes: tl.constexpr,
+    infinity: tl.constexpr,
+    head_dim: tl.constexpr,
+    padded_dim: tl.constexpr,
+    rows: tl.constexpr,
+) -> None:
+    """Copy this program's tokens on its side. The grid is (token runs, KV heads, sides)."""
+    if tl.program_id(2) == 0:
+        _copy_rows(
+            keys_ptr, key_stride_head, key_stride_token, key_stride_element, places_ptr, bodies_ptr, broken_ptr,
+            tokens, kv_heads, encodes, infinity, head_dim, padded_dim, rows,
+        )  # fmt: skip
+    else:
+        _copy_rows(
+            values_ptr, value_stride_head, value_stride_token, value_stride_element, places_ptr, bodies_ptr,
+            broken_ptr, tokens, kv_heads, encodes, infinity, head_dim, padded_dim, rows,
+        )  # fmt: skip
+
+
+def encode(keys: torch.Tensor, values: torch.Tensor, boundaries: Sequence[int]) -> torch.Tensor:
+    """Copy a layer's states into the bodies of its segments: keys, then values, `[2, kv_heads, tokens, head_dim]`.
+
+    CPU tensors work under `TRITON_INTERPRET=1` only.
+
+    Args:
+        keys: float32, float16 or bfloat16 `[kv_heads, n, head_dim]`, any strides.
+        values: like `keys`.
+        boundaries: the first token of each segment, rising from 0, and n.
+
+    Returns:
+        uint8 on the device of the keys: the bodies, back to back, and behind them a byte for each program, 0 where
+        all that it copied was finite.
+    """
+    flags = _programs(keys) * keys.shape[0] * SIDES
+    coded = torch.empty(2 * keys.nbytes + flags, dtype=torch.uint8, device=keys.device)
+    bodies, broken = coded[: 2 * keys.nbytes], coded[2 * keys.nbytes :]
+    (places,) = upload((_places(boundaries),), keys.device)
+    _launch(keys, values, places, bodies, broken, encodes=True)
+    return coded
+
+
+def decode(body: torch.Tensor, boundaries: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Copy the bodies of segments into a layer's states, by one copy to the device and one launch.
+
+    Args:
+        body: uint8 on the CPU, at any address: the bodies that `encode` made.
+        boundaries: see `encode`.
+        keys: see `encode`; written.
+        values: like `keys`.
+    """
+    places, arrived = upload((_places(boundaries), body), keys.device)
+    _launch(keys, values, places, arrived, arrived, encodes=False)
+
+
+def _places(boundaries: Sequence[int]) -> torch.Tensor:
+    """Return int32 `[2, n]`: for each token the first one of its segment, and how many tokens that has."""
+    firsts, lengths = np.array(boundaries[:-1]), np.array([end - first for first, end in pairwise(boundaries)])
+    return torch.from_numpy(np.stack([np.repeat(firsts, lengths), np.repeat(lengths, lengths)]).astype(np.int32))
+
+
+def _rows(head_dim: int) -> int:
+    """Return the tokens of a program."""
+    return max(1, PROGRAM_ELEMENTS // int(triton.next_power_of_2(head_dim)))
+
+
+def _programs(keys: torch.Tensor) -> int:
+    """Return the programs of one KV head and side."""
+    _, tokens, head_dim = keys.shape
+    return -(-tokens // _rows(head_dim))
+
+
+def _launch(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    places: torch.Tensor,
+    bodies: torch.Tensor,
+    broken: torch.Tensor,
+    encodes: bool,
+) -> None:
+    kv_heads, tokens, head_dim = keys.shape
+    bits = _BITS[keys.itemsize]
+    with torch.cuda.device(keys.get_device()):
+        kernel[_programs(keys), kv_heads, SIDES](
+            keys.view(bits),
+            values.view(bits),
+            *keys.stride(),
+            *values.stride(),
+            places,
+            bodies.view(bits),
+            broken,
+            tokens,
+            kv_heads,
+            encodes=encodes,
+            infinity=INFINITY_BITS[keys.dtype],
+            head_dim=head_dim,
+            padded_dim=int(triton.next_power_of_2(head_dim)),
+            rows=_rows(head_dim),
+        )

@@ -5,8 +5,14 @@ from itertools import accumulate
 
 import torch
 
-# Where each thing may begin: kernels read whole vectors of so many bytes.
+# Where each thing begins: kernels read whole vectors of so many bytes, and Triton compiles another kernel for memory
+# that does not begin at a multiple of it.
 ALIGNMENT = 16
+
+
+def aligned(size: int) -> int:
+    """Return a number of bytes, rounded up to a multiple of `ALIGNMENT`."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def upload(parts: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
@@ -21,7 +27,7 @@ def upload(parts: Sequence[torch.Tensor], device: torch.device) -> list[torch.Te
     """
     if device.type == "cpu":
         return list(parts)
-    sizes = [-(-part.nbytes // ALIGNMENT) * ALIGNMENT for part in parts]
+    sizes = [aligned(part.nbytes) for part in parts]
     begins = list(accumulate(sizes, initial=0))
     # Torch keeps page-locked memory that was freed, and hands it out again once the copies from it are done.
     staged = torch.empty(begins[-1], dtype=torch.uint8, pin_memory=True)

@@ -5,7 +5,7 @@ Tiers and places come from the host, or from a kernel that ranks scores (`tier_p
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +19,7 @@ from spectrumkv.kernels.tier_placement import SegmentRoom, TierRanks, placement_
 from spectrumkv.kernels.tier_placement.layout import SEGMENT_COLUMNS
 from spectrumkv.kernels.tier_placement.triton import rank_and_place
 from spectrumkv.kernels.tiers import TIER_DROP
-from spectrumkv.kernels.upload import upload
+from spectrumkv.kernels.upload import aligned, upload
 
 # Elements of one program: enough to keep 128 threads busy, few enough to stay in registers.
 PROGRAM_ELEMENTS = 2048
@@ -31,12 +31,17 @@ class CodedLayer:
     """All that the host needs of a coded layer, in one piece of memory, so that one copy brings it there.
 
     Attributes:
-        layout: of the memory: what was found in the scores (see `rank_and_place`), the table of segments, their
-            bodies, what was broken, and the tokens' tiers. Of what the host knows already there is nothing.
+        body_bytes: of all bodies.
+        programs: that coded the layer.
+        segments: rows of the table; 0 where the host has it.
+        ranked_tokens: tokens whose tiers are here; 0 where the host has them.
         memory: uint8, on the GPU or on the host.
     """
 
-    layout: BodyLayout
+    body_bytes: int
+    programs: int
+    segments: int
+    ranked_tokens: int
     memory: torch.Tensor
 
     @classmethod
@@ -45,36 +50,49 @@ class CodedLayer:
 
         Args:
             keys: of the layer, `[kv_heads, n, head_dim]`.
-            body_bytes: of all bodies.
-            segments: rows of the table.
-            ranked_tokens: n, or 0 where the host knows the tiers.
+            body_bytes: see the class, like the others.
+            segments: most segments that the layer can have.
+            ranked_tokens: n, or 0.
 
         Returns:
             The layer; its memory holds nothing yet.
         """
-        sections = (
-            ((2 if segments else 0,), torch.int64),
-            ((segments, SEGMENT_COLUMNS), torch.int64),
-            ((body_bytes,), torch.uint8),
-            ((_programs(keys) * keys.shape[0] * SIDES,), torch.uint8),
-            ((ranked_tokens,), torch.uint8),
-        )
-        layout = BodyLayout(tuple(Section(TIER_DROP, shape, dtype) for shape, dtype in sections))
-        return cls(layout, torch.empty(layout.bytes, dtype=torch.uint8, device=keys.device))
+        programs = _programs(keys) * keys.shape[0] * SIDES
+        size = _layer_layout(body_bytes, programs, segments, ranked_tokens).bytes
+        memory = torch.empty(size, dtype=torch.uint8, device=keys.device)
+        return cls(body_bytes, programs, segments, ranked_tokens, memory)
 
     def copied(self, memory: torch.Tensor) -> "CodedLayer":
         """Return the layer in other memory, into which its own was copied: uint8 `[bytes]` on the host."""
-        return CodedLayer(self.layout, memory)
+        return replace(self, memory=memory)
 
     @property
     def parts(self) -> tuple[torch.Tensor, ...]:
         """Show what was found, segments, bodies, broken and tiers, as views of the memory.
 
         Returns:
-            int64 `[2]`, int64 `[s, SEGMENT_COLUMNS]`, uint8 `[bytes]`, uint8 with 1 for each program that met
-            something that its tier cannot hold, and uint8 `[n]`.
+            int64 `[2]`, see `rank_and_place`; int64 `[s, SEGMENT_COLUMNS]`; uint8 `[body_bytes]`; uint8 `[programs]`,
+            1 where a program met something that its tier cannot hold; and uint8 `[n]`.
         """
-        return self.layout.arrays(self.memory)
+        layout = _layer_layout(self.body_bytes, self.programs, self.segments, self.ranked_tokens)
+        found, segments, bodies, broken, tiers = layout.arrays(self.memory)
+        return found, segments, bodies[: self.body_bytes], broken[: self.programs], tiers
+
+
+def _layer_layout(body_bytes: int, programs: int, segments: int, ranked_tokens: int) -> BodyLayout:
+    """Lay out the memory of a `CodedLayer`.
+
+    Returns:
+        The layout; bodies and flags are padded, so that what follows them is aligned.
+    """
+    sections = (
+        ((2 if segments else 0,), torch.int64),
+        ((segments, SEGMENT_COLUMNS), torch.int64),
+        ((aligned(body_bytes),), torch.uint8),
+        ((aligned(programs),), torch.uint8),
+        ((ranked_tokens,), torch.uint8),
+    )
+    return BodyLayout(tuple(Section(TIER_DROP, shape, dtype) for shape, dtype in sections))
 
 
 def encode_ranked(
@@ -188,7 +206,7 @@ def _launching(
 
     def launch() -> None:
         with torch.cuda.device(keys.get_device()):
-            triton_kernels.kernel[_programs(keys), kv_heads, SIDES](
+            triton_kernels.absmax_kernel[_programs(keys), kv_heads, SIDES](
                 keys,
                 values,
                 *keys.stride(),

@@ -240,7 +240,7 @@ def decode_rows(
 
 
 @_jit_for_any_prompt
-def kernel(
+def absmax_kernel(
     keys_ptr: tl.tensor,
     values_ptr: tl.tensor,
     key_stride_head: tl.tensor,

@@ -4,6 +4,7 @@ What is copied is bits, and while they pass it is noted whether they are those o
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from spectrumkv.kernels.upload import upload
+from spectrumkv.kernels.upload import aligned, upload
 
 # Elements of one program: enough to keep 128 threads busy, few enough to stay in registers.
 PROGRAM_ELEMENTS = 4096
@@ -68,7 +69,7 @@ def _copy_rows(
 
 
 @_jit_for_any_prompt
-def kernel(
+def native_kernel(
     keys_ptr: tl.tensor,
     values_ptr: tl.tensor,
     key_stride_head: tl.tensor,
@@ -101,7 +102,34 @@ def kernel(
         )  # fmt: skip
 
 
-def encode(keys: torch.Tensor, values: torch.Tensor, boundaries: Sequence[int]) -> torch.Tensor:
+@dataclass(frozen=True, eq=False)
+class CodedLayer:
+    """All that the host needs of a layer, in one piece of memory, so that one copy brings it there.
+
+    Attributes:
+        memory: uint8, on the GPU or on the host.
+        body_bytes: of all bodies, which come first.
+    """
+
+    memory: torch.Tensor
+    body_bytes: int
+
+    def copied(self, memory: torch.Tensor) -> "CodedLayer":
+        """Return the layer in other memory, into which its own was copied: uint8 `[bytes]` on the host."""
+        return CodedLayer(memory, self.body_bytes)
+
+    @property
+    def bodies(self) -> torch.Tensor:
+        """Show the segments' bodies, back to back: uint8 `[body_bytes]`."""
+        return self.memory[: self.body_bytes]
+
+    @property
+    def broken(self) -> torch.Tensor:
+        """Show a byte for each program, 0 where all that it copied was finite."""
+        return self.memory[aligned(self.body_bytes) :]
+
+
+def encode(keys: torch.Tensor, values: torch.Tensor, boundaries: Sequence[int]) -> CodedLayer:
     """Copy a layer's states into the bodies of its segments: keys, then values, `[2, kv_heads, tokens, head_dim]`.
 
     CPU tensors work under `TRITON_INTERPRET=1` only.
@@ -112,15 +140,13 @@ def encode(keys: torch.Tensor, values: torch.Tensor, boundaries: Sequence[int]) 
         boundaries: the first token of each segment, rising from 0, and n.
 
     Returns:
-        uint8 on the device of the keys: the bodies, back to back, and behind them a byte for each program, 0 where
-        all that it copied was finite.
+        The layer, on the device of the keys.
     """
-    flags = _programs(keys) * keys.shape[0] * SIDES
-    coded = torch.empty(2 * keys.nbytes + flags, dtype=torch.uint8, device=keys.device)
-    bodies, broken = coded[: 2 * keys.nbytes], coded[2 * keys.nbytes :]
+    size, programs = 2 * keys.nbytes, _programs(keys) * keys.shape[0] * SIDES
+    layer = CodedLayer(torch.empty(aligned(size) + programs, dtype=torch.uint8, device=keys.device), size)
     (places,) = upload((_places(boundaries),), keys.device)
-    _launch(keys, values, places, bodies, broken, encodes=True)
-    return coded
+    _launch(keys, values, places, layer.bodies, layer.broken, encodes=True)
+    return layer
 
 
 def decode(body: torch.Tensor, boundaries: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -164,7 +190,7 @@ def _launch(
     kv_heads, tokens, head_dim = keys.shape
     bits = _BITS[keys.itemsize]
     with torch.cuda.device(keys.get_device()):
-        kernel[_programs(keys), kv_heads, SIDES](
+        native_kernel[_programs(keys), kv_heads, SIDES](
             keys.view(bits),
             values.view(bits),
             *keys.stride(),

@@ -39,7 +39,7 @@ def absmax_kernels() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str]]
                 "codes_ptr": "*u8",
                 "broken_ptr": "*u8",
             }
-            yield f"absmax {direction} {states}", triton_kernels.kernel, constants, types
+            yield f"absmax {direction} {states}", triton_kernels.absmax_kernel, constants, types
 
 
 def other_kernels() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str]]]:

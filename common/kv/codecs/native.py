@@ -85,10 +85,10 @@ class NativeCodec(TierCodec):
         _check_sent(keys, values, tiers, geometry)
         layouts = [body_layout(end - first, geometry) for first, end in pairwise(boundaries)]
         sizes = [layout.bytes for layout in layouts]
-        coded = bodies.to_host(triton.encode(keys, values, boundaries))
-        coded, broken = coded[: sum(sizes)], coded[sum(sizes) :]
-        is_broken = bool(broken.numpy().any())
-        for layout, body in zip(layouts, torch.split(coded, sizes), strict=True):
+        layer = triton.encode(keys, values, boundaries)
+        layer = layer.copied(bodies.to_host(layer.memory))
+        is_broken = bool(layer.broken.numpy().any())
+        for layout, body in zip(layouts, torch.split(layer.bodies, sizes), strict=True):
             if is_broken:
                 _check_finite(layout.arrays(body)[0], geometry)
             yield EncodedSegment(body, bodies.bytes_by_tier(layout, TIERS))

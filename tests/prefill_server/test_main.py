@@ -49,6 +49,7 @@ def test_kernels_of_a_gpu_are_compiled_with_a_prompt_of_the_model(
     coded: list[LayerCapture] = []
     monkeypatch.setattr(main, "encode_once", lambda captures, geometry: coded.extend(captures))
     engine = PrefillEngine(short, window=16)
+    engine.start()
     main.compile_for_gpu(short, engine)
     assert not coded
     # The model itself runs on the CPU here; on a GPU nothing differs but where the captures are.

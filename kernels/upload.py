@@ -20,17 +20,16 @@ def upload(parts: Sequence[torch.Tensor], device: torch.device) -> list[torch.Te
 
     Args:
         parts: contiguous, any dtypes and addresses; they may be read-only.
-        device: where they are wanted; where that is the CPU, nothing is copied.
+        device: where they are wanted.
 
     Returns:
-        Tensors of the same shapes and dtypes on `device`, each at a multiple of `ALIGNMENT` bytes.
+        Tensors of the same shapes and dtypes on `device`, one after another in one piece of memory, each at the next
+        multiple of `ALIGNMENT` bytes.
     """
-    if device.type == "cpu":
-        return list(parts)
     sizes = [aligned(part.nbytes) for part in parts]
     begins = list(accumulate(sizes, initial=0))
     # Torch keeps page-locked memory that was freed, and hands it out again once the copies from it are done.
-    staged = torch.empty(begins[-1], dtype=torch.uint8, pin_memory=True)
+    staged = torch.empty(begins[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
     for part, begin in zip(parts, begins[:-1], strict=True):
         staged[begin : begin + part.nbytes].copy_(part.reshape(-1).view(torch.uint8))
     there = staged.to(device, non_blocking=True)
@@ -38,3 +37,19 @@ def upload(parts: Sequence[torch.Tensor], device: torch.device) -> list[torch.Te
         there[begin : begin + part.nbytes].view(part.dtype).view(part.shape)
         for part, begin in zip(parts, begins[:-1], strict=True)
     ]
+
+
+def states_offset(base: tuple[torch.Tensor, torch.Tensor], others: tuple[torch.Tensor, torch.Tensor]) -> int:
+    """Return how far some keys and values lie behind others of the same cache, so that one launch reaches both.
+
+    Args:
+        base: keys and values `[kv_heads, n, head_dim]`, views of a cache.
+        others: other views of it, with the same strides.
+
+    Returns:
+        Elements, the same for keys and for values.
+    """
+    offsets = {one.storage_offset() - of_base.storage_offset() for one, of_base in zip(others, base, strict=True)}
+    assert len(offsets) == 1
+    assert all(one.stride() == of_base.stride() for one, of_base in zip(others, base, strict=True))
+    return int(offsets.pop())

@@ -15,7 +15,8 @@ from spectrumkv.common.errors import DataLossError, InternalError, InvalidArgume
 from spectrumkv.common.kv.allocation import RankedTiers
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.base import KvEncoder, codecs, needed_basis
-from spectrumkv.common.kv.codecs.tiered import TieredEncoder, tier_segments
+from spectrumkv.common.kv.codecs.segmentation import tier_segments
+from spectrumkv.common.kv.codecs.tiered import TieredEncoder
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.wire import KvChunk

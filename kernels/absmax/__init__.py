@@ -4,7 +4,15 @@ The quantizer of the SpectrumKV paper (arXiv 2606.08635), with its layout in byt
 Triton kernels.
 """
 
-from spectrumkv.kernels.absmax.dispatch import decode, encode, encode_ranked, encode_tiers, halves_are_finite, prepare
+from spectrumkv.kernels.absmax.dispatch import (
+    decode,
+    decode_segments,
+    encode,
+    encode_ranked,
+    encode_tiers,
+    halves_are_finite,
+    prepare,
+)
 from spectrumkv.kernels.absmax.layout import FORMATS, INT4, INT8, CodeFormat, body_layout, segment_layout, token_bytes
 
 __all__ = [
@@ -14,6 +22,7 @@ __all__ = [
     "CodeFormat",
     "body_layout",
     "decode",
+    "decode_segments",
     "encode",
     "encode_ranked",
     "encode_tiers",

@@ -100,8 +100,8 @@ def decode(
     scale of a row near 65504 may have been rounded up, and a finite element must not come back infinite.
 
     Args:
-        bodies: on the CPU or on the device of the keys, read; scales must be finite. On a CPU they may lie at an odd
-            address and be read-only.
+        bodies: on the device of the keys, read; scales must be finite. On a CPU they may lie at an odd address and be
+            read-only.
         tiers: uint8 `[n]` on the CPU.
         boundaries: see `encode`.
         keys: float32, float16 or bfloat16 `[kv_heads, n, head_dim]`, any strides, written.
@@ -115,6 +115,23 @@ def decode(
         from spectrumkv.kernels.absmax import cpu
 
         cpu.decode(bodies, tiers, boundaries, keys, values)
+
+
+def decode_segments(
+    bodies: Sequence[torch.Tensor],
+    tiers: Sequence[torch.Tensor],
+    slots: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    """Write the tokens of segments of any layers on a GPU, in one copy and one launch, without waiting.
+
+    Args:
+        bodies: uint8 on the CPU, one for each segment; see `decode`.
+        tiers: uint8 `[n]` on the CPU, for each segment.
+        slots: keys and values of each segment, `[kv_heads, n, head_dim]`, views of one cache; written.
+    """
+    from spectrumkv.kernels.absmax import triton
+
+    triton.decode_segments(bodies, tiers, slots)
 
 
 def prepare(dtype: torch.dtype) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from spectrumkv.kernels.tier_placement import SegmentRoom, TierRanks, placement_
 from spectrumkv.kernels.tier_placement.layout import SEGMENT_COLUMNS
 from spectrumkv.kernels.tier_placement.triton import rank_and_place
 from spectrumkv.kernels.tiers import TIER_DROP
-from spectrumkv.kernels.upload import aligned, upload
+from spectrumkv.kernels.upload import aligned, states_offset, upload
 
 # Elements of one program: enough to keep 128 threads busy, few enough to stay in registers.
 PROGRAM_ELEMENTS = 2048
@@ -121,7 +122,7 @@ def encode_tiers(
     """
     layer = CodedLayer.of(keys, body_bytes, segments=0, ranked_tokens=0)
     _, _, bodies, broken, _ = layer.parts
-    tables, _ = _uploaded(keys, tiers, boundaries, ())
+    tables = _uploaded(keys, tiers, boundaries)
     _launching(triton_kernels.encode_rows, keys, values, tables, bodies, broken)()
     return layer
 
@@ -136,21 +137,38 @@ def encode(
 def decode(
     bodies: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> None:
-    """Write the tokens of segments; see `dispatch.decode`. CPU tensors work under `TRITON_INTERPRET=1` only.
+    """Write the tokens of segments; see `dispatch.decode`. CPU tensors work under `TRITON_INTERPRET=1` only."""
+    decoding(bodies, tiers, boundaries, keys, values)()
 
-    Bodies of the host go to the GPU together with the tables, in one copy.
-    """
-    if bodies.device == keys.device:
-        return decoding(bodies, tiers, boundaries, keys, values)()
-    tables, (arrived,) = _uploaded(keys, tiers, boundaries, (bodies,))
-    return _launching(triton_kernels.decode_rows, keys, values, tables, arrived, arrived)()
+
+def decode_segments(
+    bodies: Sequence[torch.Tensor],
+    tiers: Sequence[torch.Tensor],
+    slots: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    """Write the tokens of segments of any layers; see `dispatch.decode_segments`."""
+    keys, values = slots[0]
+    kv_heads, _, head_dim = keys.shape
+    ends = list(accumulate((one.numel() for one in tiers), initial=0))
+    bodies_at = list(accumulate((aligned(body.numel()) for body in bodies), initial=0))
+    states_at = [
+        states_offset(slots[0], one) - first * keys.stride(1) for one, first in zip(slots, ends, strict=False)
+    ]
+    of_tokens = torch.cat(list(tiers))
+    taken = token_bytes(kv_heads, head_dim)
+    placed = placement_of(of_tokens.numpy(), ends, taken, bodies_at[:-1], states_at)
+    tables = (of_tokens, torch.from_numpy(placed.places), torch.from_numpy(placed.segments))
+    there = upload((*tables, *bodies), keys.device)
+    # They lie one after another, each at a multiple of the alignment.
+    arrived = there[len(tables)].as_strided((bodies_at[-1],), (1,))
+    _launching(triton_kernels.decode_rows, keys, values, tuple(there[:3]), arrived, arrived)()
 
 
 def encoding(
     keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], bodies: torch.Tensor
 ) -> Callable[[], None]:
     """Return what runs `encode` with these arguments: one launch and nothing else, as CUDA graphs want it."""
-    tables, _ = _uploaded(keys, tiers, boundaries, ())
+    tables = _uploaded(keys, tiers, boundaries)
     broken = torch.empty(_programs(keys) * keys.shape[0] * SIDES, dtype=torch.uint8, device=keys.device)
     return _launching(triton_kernels.encode_rows, keys, values, tables, bodies, broken)
 
@@ -159,7 +177,7 @@ def decoding(
     bodies: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> Callable[[], None]:
     """Return what runs `decode` with these arguments; see `encoding`."""
-    tables, _ = _uploaded(keys, tiers, boundaries, ())
+    tables = _uploaded(keys, tiers, boundaries)
     return _launching(triton_kernels.decode_rows, keys, values, tables, bodies, bodies)
 
 
@@ -174,15 +192,12 @@ def _programs(keys: torch.Tensor) -> int:
     return -(-tokens // _rows(head_dim))
 
 
-def _uploaded(
-    keys: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], others: tuple[torch.Tensor, ...]
-) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]:
-    """Return tiers, places and segments on the device of the keys, and in the same copy other tensors of the host."""
+def _uploaded(keys: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """Return tiers, places and segments on the device of the keys."""
     kv_heads, _, head_dim = keys.shape
     placed = placement_of(tiers.numpy(), boundaries, token_bytes(kv_heads, head_dim))
     tables = (tiers, torch.from_numpy(placed.places), torch.from_numpy(placed.segments))
-    there = upload((*tables, *others), keys.device)
-    return tuple(there[: len(tables)]), there[len(tables) :]
+    return tuple(upload(tables, keys.device))
 
 
 @lru_cache(maxsize=16)
@@ -198,15 +213,16 @@ def _launching(
     bodies: torch.Tensor,
     broken: torch.Tensor,
 ) -> Callable[[], None]:
-    """Return what runs `code_rows` on all tokens, KV heads and sides."""
-    kv_heads, tokens, head_dim = keys.shape
+    """Return what runs `code_rows` on all tokens that have tiers, KV heads and sides."""
+    kv_heads, _, head_dim = keys.shape
+    tokens = tables[0].numel()
     half_dtype = torch.float16 if keys.dtype == torch.float32 else keys.dtype
     floats, scales = bodies.view(half_dtype), bodies.view(torch.float16)
     offsets = _section_offsets_on(keys.device, kv_heads, head_dim)
 
     def launch() -> None:
         with torch.cuda.device(keys.get_device()):
-            triton_kernels.absmax_kernel[_programs(keys), kv_heads, SIDES](
+            triton_kernels.absmax_kernel[-(-tokens // _rows(head_dim)), kv_heads, SIDES](
                 keys,
                 values,
                 *keys.stride(),

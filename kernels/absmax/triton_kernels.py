@@ -17,7 +17,7 @@ from spectrumkv.kernels.absmax import layout
 from spectrumkv.kernels.tier_placement import layout as placement
 
 COLUMNS, BODY_AT = tl.constexpr(placement.SEGMENT_COLUMNS), tl.constexpr(placement.BODY_AT)
-COUNTS_AT = tl.constexpr(placement.COUNTS_AT)
+COUNTS_AT, STATES_AT = tl.constexpr(placement.COUNTS_AT), tl.constexpr(placement.STATES_AT)
 TIER_DROP, TIER_16BIT = tl.constexpr(tier_codes.TIER_DROP), tl.constexpr(tier_codes.TIER_16BIT)
 TIER_INT4, TIER_INT8 = tl.constexpr(tier_codes.TIER_INT4), tl.constexpr(tier_codes.TIER_INT8)
 LARGEST_INT8, LARGEST_INT4 = tl.constexpr(layout.INT8.largest), tl.constexpr(layout.INT4.largest)
@@ -88,8 +88,8 @@ def _placed(
     kv_heads: tl.tensor,
     alignment: tl.constexpr,
     rows: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Return this program's tokens, their tiers, their rows in the sections, and where the sections begin."""
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Return this program's tokens, where their states are, their tiers, their rows in the sections, and these."""
     token = tl.program_id(0) * rows + tl.arange(0, rows)
     there = token < tokens
     tier = tl.load(tiers_ptr + token, mask=there, other=TIER_DROP).to(tl.int32)
@@ -105,7 +105,9 @@ def _placed(
     at_ptr = offsets_ptr + tier * 6
     elements_at = body_at + int4 * tl.load(at_ptr) + int8 * tl.load(at_ptr + 1) + half * tl.load(at_ptr + 2)
     scales_at = body_at + int4 * tl.load(at_ptr + 3) + int8 * tl.load(at_ptr + 4) + half * tl.load(at_ptr + 5)
-    return token, tier, section_row, tl.multiple_of(elements_at, alignment), tl.multiple_of(scales_at, alignment)
+    states_at = tl.load(segment_ptr + STATES_AT, mask=there, other=0)
+    elements_at, scales_at = tl.multiple_of(elements_at, alignment), tl.multiple_of(scales_at, alignment)
+    return token, states_at, tier, section_row, elements_at, scales_at
 
 
 @_jit
@@ -115,12 +117,14 @@ def _elements(
     stride_token: tl.tensor,
     stride_element: tl.tensor,
     token: tl.tensor,
+    states_at: tl.tensor,
     half: tl.constexpr,
     padded_half: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Return where the tokens' states lie, first and second halves of the head, and the elements of a half."""
     element = tl.arange(0, padded_half)[None, :]
-    low_ptr = states_ptr + tl.program_id(1).to(tl.int64) * stride_head + token.to(tl.int64)[:, None] * stride_token
+    token_at = states_at + token.to(tl.int64) * stride_token
+    low_ptr = states_ptr + tl.program_id(1).to(tl.int64) * stride_head + token_at[:, None]
     low_ptr += element.to(tl.int64) * stride_element
     return low_ptr, low_ptr + tl.cast(half, tl.int64) * stride_element, element
 
@@ -147,11 +151,11 @@ def encode_rows(
     rows: tl.constexpr,
 ) -> None:
     """Code this program's tokens, and write whether all of them fit their tiers."""
-    token, tier, section_row, elements_at, scales_at = _placed(
+    token, states_at, tier, section_row, elements_at, scales_at = _placed(
         tiers_ptr, places_ptr, segments_ptr, offsets_ptr, tokens, kv_heads, alignment, rows
     )
     low_ptr, high_ptr, element = _elements(
-        states_ptr, stride_head, stride_token, stride_element, token, half, padded_half
+        states_ptr, stride_head, stride_token, stride_element, token, states_at, half, padded_half
     )
     is_half, is_int4 = tier == TIER_16BIT, tier == TIER_INT4
     is_coded = is_int4 | (tier == TIER_INT8)
@@ -208,11 +212,11 @@ def decode_rows(
     rows: tl.constexpr,
 ) -> None:
     """Write this program's tokens, except those that were dropped; `broken_ptr` is not used."""
-    token, tier, section_row, elements_at, scales_at = _placed(
+    token, states_at, tier, section_row, elements_at, scales_at = _placed(
         tiers_ptr, places_ptr, segments_ptr, offsets_ptr, tokens, kv_heads, alignment, rows
     )
     low_ptr, high_ptr, element = _elements(
-        states_ptr, stride_head, stride_token, stride_element, token, half, padded_half
+        states_ptr, stride_head, stride_token, stride_element, token, states_at, half, padded_half
     )
     dtype: tl.constexpr = states_ptr.dtype.element_ty
     is_half, is_int4 = tier == TIER_16BIT, tier == TIER_INT4

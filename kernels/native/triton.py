@@ -5,7 +5,7 @@ What is copied is bits, and while they pass it is noted whether they are those o
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from spectrumkv.kernels.upload import aligned, upload
+from spectrumkv.kernels.upload import aligned, states_offset, upload
 
 # Elements of one program: enough to keep 128 threads busy, few enough to stay in registers.
 PROGRAM_ELEMENTS = 4096
@@ -21,6 +21,10 @@ SIDES = 2
 # The bits of an infinity in each dtype; a NaN has them all and others.
 INFINITY_BITS = {torch.float32: 0x7F800000, torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
 _BITS = {4: torch.int32, 2: torch.int16}
+
+# What is told of each token: the first one of its segment, how many that has, the element at which its body begins,
+# and `STATES_AT` (see `tier_placement.layout`).
+COLUMNS = tl.constexpr(4)
 
 # Triton ships no types.
 _jit: Callable[[Callable[..., Any]], Any] = triton.jit
@@ -50,13 +54,14 @@ def _copy_rows(
     there = token < tokens
     element = tl.arange(0, padded_dim)[None, :]
     mask = there[:, None] & (element < head_dim)
-    first = tl.load(places_ptr + token, mask=there, other=0).to(tl.int64)
-    held = tl.load(places_ptr + tokens + token, mask=there, other=0).to(tl.int64)
-    # Of all segments' rows: those of earlier segments on both sides and all heads, then those of this segment.
+    place_ptr = places_ptr + token * COLUMNS
+    first, held = tl.load(place_ptr, mask=there, other=0), tl.load(place_ptr + 1, mask=there, other=0)
+    body_at = tl.load(place_ptr + 2, mask=there, other=0)
+    states_at = tl.load(place_ptr + 3, mask=there, other=0)
     head = (tl.program_id(2) * kv_heads + tl.program_id(1)).to(tl.int64)
-    row = first * (2 * kv_heads) + head * held + token - first
-    body_ptr = bodies_ptr + row[:, None] * head_dim + element
-    state_ptr = states_ptr + tl.program_id(1).to(tl.int64) * stride_head + token.to(tl.int64)[:, None] * stride_token
+    body_ptr = bodies_ptr + (body_at + (head * held + token - first) * head_dim)[:, None] + element
+    token_at = states_at + token.to(tl.int64) * stride_token
+    state_ptr = states_ptr + tl.program_id(1).to(tl.int64) * stride_head + token_at[:, None]
     state_ptr += element.to(tl.int64) * stride_element
     if encodes:
         bits = tl.load(state_ptr, mask=mask, other=0)
@@ -144,28 +149,38 @@ def encode(keys: torch.Tensor, values: torch.Tensor, boundaries: Sequence[int]) 
     """
     size, programs = 2 * keys.nbytes, _programs(keys) * keys.shape[0] * SIDES
     layer = CodedLayer(torch.empty(aligned(size) + programs, dtype=torch.uint8, device=keys.device), size)
-    (places,) = upload((_places(boundaries),), keys.device)
+    token_elements = 2 * keys.shape[0] * keys.shape[2]
+    bodies_at = [first * token_elements for first in boundaries[:-1]]
+    (places,) = upload((_places(boundaries, bodies_at, [0] * len(bodies_at)),), keys.device)
     _launch(keys, values, places, layer.bodies, layer.broken, encodes=True)
     return layer
 
 
-def decode(body: torch.Tensor, boundaries: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Copy the bodies of segments into a layer's states, by one copy to the device and one launch.
+def decode(bodies: Sequence[torch.Tensor], slots: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copy the bodies of segments of any layers into slots, by one copy to the device and one launch.
 
     Args:
-        body: uint8 on the CPU, at any address: the bodies that `encode` made.
-        boundaries: see `encode`.
-        keys: see `encode`; written.
-        values: like `keys`.
+        bodies: uint8 on the CPU, at any addresses, one for each segment.
+        slots: keys and values of each segment, `[kv_heads, n, head_dim]`, views of one cache; written.
     """
-    places, arrived = upload((_places(boundaries), body), keys.device)
-    _launch(keys, values, places, arrived, arrived, encodes=False)
+    keys, values = slots[0]
+    ends = list(accumulate((of_segment.shape[1] for of_segment, _ in slots), initial=0))
+    bodies_at = list(accumulate((aligned(body.numel()) for body in bodies), initial=0))
+    states_at = [
+        states_offset(slots[0], one) - first * keys.stride(1) for one, first in zip(slots, ends, strict=False)
+    ]
+    places = _places(ends, [at // keys.itemsize for at in bodies_at[:-1]], states_at)
+    there = upload((places, *bodies), keys.device)
+    # They lie one after another, each at a multiple of the alignment.
+    arrived = there[1].as_strided((bodies_at[-1],), (1,))
+    _launch(keys, values, there[0], arrived, arrived, encodes=False)
 
 
-def _places(boundaries: Sequence[int]) -> torch.Tensor:
-    """Return int32 `[2, n]`: for each token the first one of its segment, and how many tokens that has."""
-    firsts, lengths = np.array(boundaries[:-1]), np.array([end - first for first, end in pairwise(boundaries)])
-    return torch.from_numpy(np.stack([np.repeat(firsts, lengths), np.repeat(lengths, lengths)]).astype(np.int32))
+def _places(boundaries: Sequence[int], bodies_at: Sequence[int], states_at: Sequence[int]) -> torch.Tensor:
+    """Return int64 `[n, COLUMNS]`, what the kernel is told of each token."""
+    lengths = [end - first for first, end in pairwise(boundaries)]
+    of_segments = np.stack([boundaries[:-1], lengths, bodies_at, states_at], axis=1).astype(np.int64)
+    return torch.from_numpy(np.repeat(of_segments, lengths, axis=0))
 
 
 def _rows(head_dim: int) -> int:
@@ -187,10 +202,11 @@ def _launch(
     broken: torch.Tensor,
     encodes: bool,
 ) -> None:
-    kv_heads, tokens, head_dim = keys.shape
+    kv_heads, _, head_dim = keys.shape
+    tokens = places.shape[0]
     bits = _BITS[keys.itemsize]
     with torch.cuda.device(keys.get_device()):
-        native_kernel[_programs(keys), kv_heads, SIDES](
+        native_kernel[-(-tokens // _rows(head_dim)), kv_heads, SIDES](
             keys.view(bits),
             values.view(bits),
             *keys.stride(),

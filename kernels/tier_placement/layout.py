@@ -13,10 +13,11 @@ import numpy as np
 from spectrumkv.kernels.tiers import TIER_16BIT, TIER_INT4, TIER_INT8, tier_counts
 
 # What a segment's row of the table says: its last token's successor; the byte at which its body begins; how many
-# tokens it has at INT4, INT8 and 16 bits, which is its tier's code further. Columns are left, so that a row has 64
-# bytes.
+# tokens it has at INT4, INT8 and 16 bits, which is its tier's code further; and the element of the states at which
+# the run of all tokens would begin, did it hold this segment's tokens where they are. Columns are left, so that a row
+# has 64 bytes.
 SEGMENT_COLUMNS = 8
-END, BODY_AT, COUNTS_AT = 0, 1, 1
+END, BODY_AT, COUNTS_AT, STATES_AT = 0, 1, 1, 5
 # The tiers whose tokens have bytes.
 SENT_TIERS = (TIER_INT4, TIER_INT8, TIER_16BIT)
 
@@ -107,13 +108,21 @@ class Placement:
     tiers: np.ndarray
 
 
-def placement_of(tiers: np.ndarray, boundaries: Sequence[int], token_bytes: Sequence[int]) -> Placement:
+def placement_of(
+    tiers: np.ndarray,
+    boundaries: Sequence[int],
+    token_bytes: Sequence[int],
+    bodies_at: Sequence[int] | None = None,
+    states_at: Sequence[int] | None = None,
+) -> Placement:
     """Place tokens whose tiers and segments are known.
 
     Args:
         tiers: uint8 `[n]`, codes.
         boundaries: the first token of each segment, rising from 0, and n.
         token_bytes: what a token takes of a body, by its tier's code up to 16 bits.
+        bodies_at: the byte at which each segment's body begins; None where they lie back to back.
+        states_at: see `STATES_AT`; None where the tokens of all segments lie one after another.
 
     Returns:
         The placement.
@@ -130,4 +139,8 @@ def placement_of(tiers: np.ndarray, boundaries: Sequence[int], token_bytes: Sequ
             body_at += counts[tier] * token_bytes[tier]
             places[1, first:end][of_tokens == tier] = np.arange(counts[tier], dtype=np.int32)
         places[0, first:end] = number
+    if bodies_at is not None:
+        segments[:, BODY_AT] = bodies_at
+    if states_at is not None:
+        segments[:, STATES_AT] = states_at
     return Placement(segments, places, tiers)

@@ -22,6 +22,7 @@ BLOCK_TOKENS = 1024
 
 COLUMNS = tl.constexpr(layout.SEGMENT_COLUMNS)
 END, BODY_AT, COUNTS_AT = tl.constexpr(layout.END), tl.constexpr(layout.BODY_AT), tl.constexpr(layout.COUNTS_AT)
+STATES_AT = tl.constexpr(layout.STATES_AT)
 INT4, INT8 = tl.constexpr(tier_codes.TIER_INT4), tl.constexpr(tier_codes.TIER_INT8)
 HALF = tl.constexpr(tier_codes.TIER_16BIT)
 SIGN_BIT, OTHER_BITS = tl.constexpr(31), tl.constexpr(0x7FFFFFFF)
@@ -93,6 +94,7 @@ def _close(
     tl.store(row_ptr + COUNTS_AT + INT4, int4.to(tl.int64))
     tl.store(row_ptr + COUNTS_AT + INT8, int8.to(tl.int64))
     tl.store(row_ptr + COUNTS_AT + HALF, half.to(tl.int64))
+    tl.store(row_ptr + STATES_AT, tl.zeros([], tl.int64))
 
 
 @_jit_for_any_prompt

@@ -29,10 +29,10 @@ def plan(policy: str, budget: float) -> KvPlan:
     return KvPlan.resolve(options, PrefillConfig(), ProbeVerdict.from_flag("on", GEOMETRY.layers), seed=3)
 
 
-def sent(chosen: KvPlan) -> list[Request]:
-    """The messages of a prompt, a chunk for each layer."""
+def sent(chosen: KvPlan, chunk_bytes: int) -> list[Request]:
+    """The messages of a prompt."""
     begin = decode_pb2.Begin(prompt_token_ids=range(TOKENS))
-    pipeline = KvPipeline(begin, chosen, GEOMETRY, 1 << 10, Metrics(CollectorRegistry()))
+    pipeline = KvPipeline(begin, chosen, GEOMETRY, chunk_bytes, Metrics(CollectorRegistry()))
     for layer in range(GEOMETRY.layers):
         generator = torch.Generator().manual_seed(layer)
         shape = (2, GEOMETRY.kv_heads, TOKENS, GEOMETRY.head_dim)
@@ -65,9 +65,12 @@ def received(messages: list[Request], chosen: KvPlan, device: torch.device, work
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(("policy", "budget"), [("adaptive", 0.3), ("balanced", 0.5), ("fp16", 1.0), ("native", 1.0)])
-def test_a_message_costs_a_copy_and_a_launch_and_no_wait(policy: str, budget: float) -> None:
+# A message has one layer, or all of them.
+@pytest.mark.parametrize("chunk_bytes", [1 << 10, 1 << 20])
+def test_a_message_costs_a_copy_and_a_launch_and_no_wait(policy: str, budget: float, chunk_bytes: int) -> None:
     chosen = plan(policy, budget)
-    messages = sent(chosen)
+    messages = sent(chosen, chunk_bytes)
+    assert len(messages) == (GEOMETRY.layers if chunk_bytes == 1 << 10 else 1) + 2
     with simulated_gpu() as work:
         on_gpu = received(messages, chosen, GPU, work)
     on_cpu = received(messages, chosen, torch.device("cpu"), GpuWork())

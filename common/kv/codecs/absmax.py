@@ -9,9 +9,10 @@ from itertools import pairwise
 
 import torch
 
-from spectrumkv.common.errors import DataLossError, InvalidArgumentError, NotFiniteError
+from spectrumkv.common.errors import DataLossError, InvalidArgumentError
 from spectrumkv.common.kv.allocation import RankedTiers
 from spectrumkv.common.kv.codecs import body as bodies
+from spectrumkv.common.kv.codecs.absmax_checks import check_received_scales, check_sent
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.codecs.segmentation import MAX_BODY_BYTES, MAX_SEGMENT_TOKENS
 from spectrumkv.common.kv.codecs.tiered import EncodedSegment, TierCodec
@@ -19,7 +20,6 @@ from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies.ranks import check_scores
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.kernels import absmax as kernels
-from spectrumkv.kernels.absmax import FORMATS
 from spectrumkv.kernels.body import BodyLayout
 from spectrumkv.kernels.tier_placement import SegmentRoom
 from spectrumkv.kernels.tier_placement.layout import END
@@ -60,7 +60,7 @@ class AbsmaxCodec(TierCodec):
         layout = _layout_to_send(tiers, geometry)
         body = torch.empty(layout.bytes, dtype=torch.uint8)
         kernels.encode(keys, values, tiers, (0, tiers.numel()), body)
-        _check_sent(body, layout, {"keys": keys, "values": values}, tiers)
+        check_sent(body, layout, {"keys": keys, "values": values}, tiers)
         return EncodedSegment(body, bodies.bytes_by_tier(layout, TIERS))
 
     def encode_segments(
@@ -150,18 +150,42 @@ class AbsmaxCodec(TierCodec):
             DataLossError: a tier is not one of the codec's, the length is not what the tiers make it, or a scale is
                 infinite or NaN.
         """
-        bodies.check_states(keys, values, tiers, geometry)
-        counts = tier_counts(tiers.numpy())
-        if counts[Tier.NATIVE]:
-            raise DataLossError(
-                f"a segment of codec absmax has {counts[Tier.NATIVE]} tokens at tier NATIVE", reason="tier"
-            )
-        layout = _layout(counts, geometry)
-        bodies.check_length(body, layout)
-        # Before the body moves: looking at a GPU's scales would wait for it.
-        _check_received_scales(body, layout)
+        if keys.is_cuda:
+            (taken,) = self.decode_segments([body], [tiers], [(keys, values)], geometry)
+            return taken
+        layout = _checked_layout(body, tiers, keys, values, geometry)
         kernels.decode(body, tiers, (0, tiers.numel()), keys, values)
         return bodies.bytes_by_tier(layout, TIERS)
+
+    def decode_segments(
+        self,
+        coded: Sequence[torch.Tensor],
+        tiers: Sequence[torch.Tensor],
+        slots: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        geometry: KvGeometry,
+    ) -> list[dict[Tier, int]]:
+        """Write segments one by one on a CPU; all by one copy and one launch on a GPU. See `TierCodec`.
+
+        Args:
+            coded: one body for each segment.
+            tiers: for each segment.
+            slots: keys and values of each segment, views of one cache.
+            geometry: shape and dtype of the model's cache.
+
+        Returns:
+            For each segment the bytes of each tier in its body.
+
+        Raises:
+            DataLossError: see `decode`; nothing is written then.
+        """
+        if not slots[0][0].is_cuda:
+            return super().decode_segments(coded, tiers, slots, geometry)
+        layouts = [
+            _checked_layout(body, of_tokens, *states, geometry)
+            for body, of_tokens, states in zip(coded, tiers, slots, strict=True)
+        ]
+        kernels.decode_segments(coded, tiers, slots)
+        return [bodies.bytes_by_tier(layout, TIERS) for layout in layouts]
 
 
 codecs.register(AbsmaxCodec.name)(AbsmaxCodec())
@@ -197,7 +221,7 @@ def _segments(
     for (first, end), layout, body in zip(pairwise(boundaries), layouts, torch.split(coded, sizes), strict=True):
         if is_broken:
             of_segment = {name: side[:, first:end] for name, side in states.items()}
-            _check_sent(body, layout, of_segment, tiers[first:end])
+            check_sent(body, layout, of_segment, tiers[first:end])
         yield EncodedSegment(body, bodies.bytes_by_tier(layout, TIERS))
 
 
@@ -236,56 +260,24 @@ def _layout_to_send(tiers: torch.Tensor, geometry: KvGeometry) -> BodyLayout:
     return _layout(counts, geometry)
 
 
-def _check_sent(
-    body: torch.Tensor, layout: BodyLayout, states: Mapping[str, torch.Tensor], tiers: torch.Tensor
-) -> None:
-    """Refuse elements that their tier cannot hold: they left something infinite or NaN in the body.
+def _checked_layout(
+    body: torch.Tensor, tiers: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, geometry: KvGeometry
+) -> BodyLayout:
+    """Lay out a body that arrived, on the CPU, where looking at it waits for no GPU.
 
-    Args:
-        body: uint8, as it is sent.
-        layout: of the body.
-        states: "keys" and "values" as they came, each `[kv_heads, n, head_dim]`.
-        tiers: uint8 `[n]` on the CPU.
+    Returns:
+        The layout.
 
     Raises:
-        NotFiniteError: an element is infinite or NaN.
-        InvalidArgumentError: an element is too large for the tier of its token.
+        DataLossError: a tier, the length or a scale is wrong; see `AbsmaxCodec.decode`.
     """
-    for section, data in zip(layout.sections, layout.split(body), strict=True):
-        if not section.dtype.is_floating_point or kernels.halves_are_finite(data, section.dtype):
-            continue
-        sides = data.clone().view(section.dtype).view(section.shape)
-        side = 0 if not bodies.is_finite(sides[0]) else 1
-        name, sent = list(states.items())[side]
-        if section.tier == Tier.FP16:
-            kept = (tiers == Tier.FP16).to(sent.device)
-            bodies.refuse_infinite(name, Tier.FP16, sent[:, kept], section.dtype)
-        broken = int((~sides[side].isfinite()).sum())
-        largest = torch.finfo(torch.float16).max * FORMATS[section.tier].largest
-        coded = sent[:, (tiers == section.tier).to(sent.device)]
-        kind = InvalidArgumentError if bool(coded.isfinite().all()) else NotFiniteError
-        raise kind(
-            f"{name} of {broken} of {sides[side].numel()} token-heads cannot be coded at tier "
-            f"{Tier(section.tier).name}: they hold an element that is infinite, NaN, or beyond ±{largest:.6g}"
+    bodies.check_states(keys, values, tiers, geometry)
+    counts = tier_counts(tiers.numpy())
+    if counts[Tier.NATIVE]:
+        raise DataLossError(
+            f"a segment of codec absmax has {counts[Tier.NATIVE]} tokens at tier NATIVE", reason="tier"
         )
-
-
-def _check_received_scales(body: torch.Tensor, layout: BodyLayout) -> None:
-    """Refuse a body with scales that are infinite or NaN.
-
-    Args:
-        body: uint8, as it arrived.
-        layout: of the body.
-
-    Raises:
-        DataLossError: with the reason `scale`.
-    """
-    for section, data in zip(layout.sections, layout.split(body), strict=True):
-        is_scale = section.dtype.is_floating_point and section.tier != Tier.FP16
-        if is_scale and not kernels.halves_are_finite(data, section.dtype):
-            scales = data.clone().view(section.dtype)
-            broken = int((~scales.isfinite()).sum())
-            raise DataLossError(
-                f"{broken} of {scales.numel()} {Tier(section.tier).name} scales of a segment are infinite or NaN",
-                reason="scale",
-            )
+    layout = _layout(counts, geometry)
+    bodies.check_length(body, layout)
+    check_received_scales(body, layout)
+    return layout

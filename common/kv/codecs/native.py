@@ -116,23 +116,46 @@ class NativeCodec(TierCodec):
         Raises:
             DataLossError: a tier is not NATIVE, or the body has another length.
         """
-        bodies.check_states(keys, values, tiers, geometry)
-        if not _all_native(tiers):
-            raise DataLossError(
-                f"a segment of codec native has tiers {sorted(set(tiers.tolist()))}; all must be NATIVE",
-                reason="tier",
-            )
-        layout = body_layout(tiers.numel(), geometry)
-        bodies.check_length(body, layout)
         if keys.is_cuda:
-            from spectrumkv.kernels.native import triton
-
-            triton.decode(body, (0, tiers.numel()), keys, values)
-        else:
-            (both,) = layout.arrays(body)
-            keys.copy_(both[0])
-            values.copy_(both[1])
+            (taken,) = self.decode_segments([body], [tiers], [(keys, values)], geometry)
+            return taken
+        layout = _checked_layout(body, tiers, keys, values, geometry)
+        (both,) = layout.arrays(body)
+        keys.copy_(both[0])
+        values.copy_(both[1])
         return bodies.bytes_by_tier(layout, TIERS)
+
+    def decode_segments(
+        self,
+        coded: Sequence[torch.Tensor],
+        tiers: Sequence[torch.Tensor],
+        slots: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        geometry: KvGeometry,
+    ) -> list[dict[Tier, int]]:
+        """Write segments one by one on a CPU; all by one copy and one launch on a GPU. See `TierCodec`.
+
+        Args:
+            coded: one body for each segment.
+            tiers: for each segment.
+            slots: keys and values of each segment, views of one cache.
+            geometry: shape and dtype of the model's cache.
+
+        Returns:
+            For each segment the bytes of the tier NATIVE.
+
+        Raises:
+            DataLossError: see `decode`; nothing is written then.
+        """
+        if not slots[0][0].is_cuda:
+            return super().decode_segments(coded, tiers, slots, geometry)
+        from spectrumkv.kernels.native import triton
+
+        layouts = [
+            _checked_layout(body, of_tokens, *states, geometry)
+            for body, of_tokens, states in zip(coded, tiers, slots, strict=True)
+        ]
+        triton.decode(coded, slots)
+        return [bodies.bytes_by_tier(layout, TIERS) for layout in layouts]
 
 
 codecs.register(NativeCodec.name)(NativeCodec())
@@ -142,6 +165,28 @@ def body_layout(tokens: int, geometry: KvGeometry) -> BodyLayout:
     """Return the layout of a body of `tokens` tokens: keys, then values."""
     shape = (2, geometry.kv_heads, tokens, geometry.head_dim)
     return BodyLayout((Section(Tier.NATIVE, shape, geometry.native_dtype),))
+
+
+def _checked_layout(
+    body: torch.Tensor, tiers: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, geometry: KvGeometry
+) -> BodyLayout:
+    """Lay out a body that arrived.
+
+    Returns:
+        The layout.
+
+    Raises:
+        DataLossError: a tier is not NATIVE, or the body has another length.
+    """
+    bodies.check_states(keys, values, tiers, geometry)
+    if not _all_native(tiers):
+        raise DataLossError(
+            f"a segment of codec native has tiers {sorted(set(tiers.tolist()))}; all must be NATIVE",
+            reason="tier",
+        )
+    layout = body_layout(tiers.numel(), geometry)
+    bodies.check_length(body, layout)
+    return layout
 
 
 def _check_sent(keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, geometry: KvGeometry) -> None:

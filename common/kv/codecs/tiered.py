@@ -1,7 +1,7 @@
 """Codecs that are told each token's tier: what they share, so that a codec file has the bytes and nothing else."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -14,7 +14,8 @@ from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.base import Codec, KvEncoder, SegmentDecoder, codecs
 from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
-from spectrumkv.common.kv.codecs.segmentation import segment_boundaries, token_bytes
+from spectrumkv.common.kv.codecs.segmentation import segment_boundaries, tier_segments, token_bytes
+from spectrumkv.common.kv.codecs.tier_decoder import TierDecoder
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies.base import Policy
 from spectrumkv.common.kv.segment import KvSegment
@@ -83,6 +84,32 @@ class TierCodec(Codec):
             DataLossError: the codec cannot write one of the tiers, the body's length does not fit them, or a
                 scale is not finite.
         """
+
+    def decode_segments(
+        self,
+        coded: Sequence[torch.Tensor],
+        tiers: Sequence[torch.Tensor],
+        slots: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        geometry: KvGeometry,
+    ) -> list[dict[Tier, int]]:
+        """Write the tokens of several segments, of any layers; see `decode`.
+
+        Args:
+            coded: one body for each segment.
+            tiers: for each segment.
+            slots: keys and values of each segment, views of one cache.
+            geometry: see `decode`.
+
+        Returns:
+            For each segment how many bytes of its body each tier took.
+
+        Raises:
+            DataLossError: see `decode`.
+        """
+        return [
+            self.decode(body, of_tokens, *states, geometry)
+            for body, of_tokens, states in zip(coded, tiers, slots, strict=True)
+        ]
 
     def encode_segments(
         self,
@@ -168,7 +195,7 @@ class TierCodec(Codec):
 
     def decoder(self, geometry: KvGeometry, basis: Basis | None) -> SegmentDecoder:
         """Return a decoder, which needs no basis; see `Codec.decoder`."""
-        return _TierDecoder(self, geometry)
+        return TierDecoder(self, geometry)
 
     def writes(self, policy: Policy) -> bool:
         """Return whether the codec has the policy's tiers; a policy of another codec must leave tiers to that.
@@ -191,15 +218,6 @@ class TierCodec(Codec):
             geometry: shape and dtype of the model's cache.
         """
         return token_bytes(self, self.cheapest_tier, geometry) / geometry.fp16_bytes_per_layer(1)
-
-
-@dataclass(frozen=True)
-class _TierDecoder:
-    codec: TierCodec
-    geometry: KvGeometry
-
-    def decode(self, segment: KvSegment, keys: torch.Tensor, values: torch.Tensor) -> Mapping[Tier, int]:
-        return self.codec.decode(segment.body, segment.tiers, keys, values, self.geometry)
 
 
 @dataclass(frozen=True)
@@ -259,32 +277,6 @@ class OneTierEncoder:
             tiers = self.allocation.tiers_in_all_layers(self._held)
             while self._held:
                 yield from tier_segments(self.codec, self._held.pop(0), tiers, self.geometry)
-
-
-def tier_segments(
-    codec: TierCodec, capture: LayerCapture, tiers: torch.Tensor | RankedTiers, geometry: KvGeometry
-) -> Iterator[KvSegment]:
-    """Code a layer's tokens at given tiers, in as few runs as fit chunks.
-
-    Args:
-        codec: writes the tiers.
-        capture: the layer.
-        tiers: uint8 `[n]` on the CPU, or what they follow from.
-        geometry: shape and dtype of the model's cache.
-
-    Yields:
-        The layer's segments.
-    """
-    if isinstance(tiers, RankedTiers):
-        first = capture.first
-        for of_tokens, coded_on_gpu in codec.encode_ranked(capture.keys, capture.values, tiers, geometry):
-            yield KvSegment(capture.layer, first, of_tokens, coded_on_gpu.body, coded_on_gpu.tier_bytes)
-            first += of_tokens.numel()
-        return
-    boundaries = segment_boundaries(codec, tiers, geometry)
-    coded = codec.encode_segments(capture.keys, capture.values, tiers, boundaries, geometry)
-    for (first, end), segment in zip(pairwise(boundaries), coded, strict=True):
-        yield KvSegment(capture.layer, capture.first + first, tiers[first:end], segment.body, segment.tier_bytes)
 
 
 def tier_codecs() -> dict[str, TierCodec]:

@@ -34,7 +34,10 @@ def test_bodies_are_the_states_and_the_states_come_back(
     # Bodies arrive at odd addresses.
     arrived = torch.empty(size + 1, dtype=torch.uint8)[1:].copy_(coded.bodies)
     targets = [strided(shape, dtype, layout) for _ in pair]
-    native_triton.decode(arrived if DEVICE.type == "cuda" else arrived.clone(), boundaries, *targets)
+    lengths = [end - first for first, end in pairwise(boundaries)]
+    bodies = arrived.split([size * length // boundaries[-1] for length in lengths])
+    slots = [(targets[0][:, first:end], targets[1][:, first:end]) for first, end in pairwise(boundaries)]
+    native_triton.decode(bodies, slots)
     for target, states in zip(targets, pair, strict=True):
         assert torch.equal(target, states)
         if layout == "slots":

@@ -55,7 +55,7 @@ def assert_placed(scores: torch.Tensor, ranks: TierRanks, room: SegmentRoom) -> 
     tiers = ranked(scores, ranks)
     assert actual.tiers.tolist() == tiers.tolist()
     expected = placement_of(tiers, boundaries(tiers, room), room.token_bytes)
-    assert actual.segments[:, :5].tolist() == expected.segments[:, :5].tolist()
+    assert actual.segments[:, :6].tolist() == expected.segments[:, :6].tolist()
     # A dropped token has no row.
     sent = tiers != TIER_DROP
     assert actual.places[0].tolist() == expected.places[0].tolist()

@@ -13,6 +13,8 @@ import pytest
 
 COMPUTE_CAPABILITY = 90
 STATES = ("fp32", "fp16", "bf16")
+# Triton compiles numbers that are 1 into a kernel.
+ADJACENT = {"key_stride_element": 1, "value_stride_element": 1}
 # Shared memory that a program has on GPUs from Ampere's on, the small ones too.
 SHARED_BYTES = 99 << 10
 
@@ -25,7 +27,7 @@ def absmax_kernels() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str]]
         for states in STATES:
             constants = {
                 "code_rows": getattr(triton_kernels, f"{direction}_rows"),
-                "half": 64, "padded_half": 64, "alignment": 16, "rows": 16,
+                "half": 64, "padded_half": 64, "alignment": 16, "rows": 16, **ADJACENT,
             }  # fmt: skip
             types = {
                 "keys_ptr": f"*{states}",
@@ -43,8 +45,11 @@ def absmax_kernels() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str]]
 
 
 def other_kernels() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str]]]:
-    """Scores and places; see `absmax_kernels`."""
+    """Scores, copies and places; see `absmax_kernels`."""
+    import torch
+
     from spectrumkv.kernels.attention_scores import triton as attention_scores
+    from spectrumkv.kernels.native import triton as native
     from spectrumkv.kernels.tier_placement import triton as tier_placement
 
     for states in STATES:
@@ -64,7 +69,22 @@ def other_kernels() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str]]]
             name = f"{states} {capped}"
             yield f"softmax {name}", attention_scores._softmax_kernel, constants, types
             splits = constants | {"splits": attention_scores.SPLITS}
-            yield f"scores {name}", attention_scores._scores_kernel, splits, types
+            yield (
+                f"scores {name}",
+                attention_scores._scores_kernel,
+                splits | ({"kv_heads": 1} if capped else {}),
+                types,
+            )
+    for encodes in (False, True):
+        for bits in ("i16", "i32"):
+            constants = {
+                "encodes": encodes,
+                "infinity": native.INFINITY_BITS[torch.float16 if bits == "i16" else torch.float32],
+                "head_dim": 128, "padded_dim": 128, "rows": 32, **ADJACENT,
+            }  # fmt: skip
+            pointers = {"keys_ptr": f"*{bits}", "values_ptr": f"*{bits}", "bodies_ptr": f"*{bits}"}
+            types = pointers | {"places_ptr": "*i64", "broken_ptr": "*u8"}
+            yield f"native {encodes} {bits}", native.native_kernel, constants, types
     types = {
         "scores_ptr": "*fp32", "found_ptr": "*i64", "segments_ptr": "*i64", "places_ptr": "*i32", "tiers_ptr": "*u8"
     }  # fmt: skip
@@ -106,7 +126,7 @@ def test_kernels_compile_and_divide_as_the_reference_does(tmp_path: Path) -> Non
     )
     assert finished.returncode == 0, finished.stderr
     assembly = json.loads(finished.stdout)
-    assert len(assembly) == 6 + 12 + 1
+    assert len(assembly) == 6 + 12 + 4 + 1
     for name, ptx in assembly.items():
         # Anything but rounding to nearest would make codes that differ from a CPU's by one.
         if name.startswith("absmax"):

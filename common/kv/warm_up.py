@@ -11,7 +11,7 @@ import torch
 
 from spectrumkv.common.kv.allocation import Int4Layers
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs.base import EncoderRequest
+from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
 from spectrumkv.common.kv.codecs.tiered import tier_codecs
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies import policies

@@ -99,7 +99,7 @@ class KvPipeline:
         self._coding = threading.Lock()
         self._vitals = vitals or Vitals()
         self._stream = KvStream(device)
-        self._clock = GpuCodingClock(self._stream) if self.sent.coded_ahead else CodingClock()
+        self._coding_clock = GpuCodingClock(self._stream) if self.sent.coded_ahead else CodingClock()
         self._ahead: PrefetchIterator[Outgoing] | None = None
         self._begin = begin
         self.plan = plan
@@ -199,13 +199,16 @@ class KvPipeline:
         states = (capture.queries, capture.keys, capture.values)
         while True:
             with (
-                self._clock.coding(capture.computed),
+                self._coding_clock.coding(capture.computed),
                 self._coding,
                 self._vitals.working(),
                 self._stream.working(capture.computed, states),
             ):
                 segment = None if self._layers.closed else next(segments, None)
-            self.sent.encode_seconds, self.sent.coder_seconds = self._clock.seconds, self._clock.coder_seconds
+            self.sent.encode_seconds, self.sent.coder_seconds = (
+                self._coding_clock.seconds,
+                self._coding_clock.coder_seconds,
+            )
             if segment is None:
                 return
             self._count(segment)

@@ -195,10 +195,10 @@ class Allocation:
         """
         positions = positions.to(self.pool.keys.device)
         self._with_gaps.add(layer)
-        self._mask(layer)[positions] = False
+        self._mask(layer).index_fill_(0, positions, False)
         # Attention weighs a masked slot with zero, and zero times what an earlier request left there may be NaN.
-        self.keys(layer, 0, self.capacity)[:, positions] = 0
-        self.values(layer, 0, self.capacity)[:, positions] = 0
+        self.keys(layer, 0, self.capacity).index_fill_(1, positions, 0)
+        self.values(layer, 0, self.capacity).index_fill_(1, positions, 0)
 
     def keep_all(self) -> None:
         """Undo every `drop`, so that the next request sees all of its slots."""

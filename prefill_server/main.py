@@ -6,9 +6,11 @@ import sys
 from spectrumkv.common.concurrency.threads import use_one_thread
 from spectrumkv.common.errors import ContextTooShortError
 from spectrumkv.common.kv.allocation import Int4Layers
+from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.base import codecs, prepare_codecs
 from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.policies import policies
+from spectrumkv.common.kv.warm_up import encode_once
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.common.rpc.server import Server
 from spectrumkv.common.security import ChannelSecurity, ServerSecurity
@@ -27,6 +29,9 @@ from spectrumkv.prefill_server.tuning.basis_cache import EXCERPTS, resolve_basis
 from spectrumkv.prefill_server.tuning.probe.probe import resolve_verdict
 from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import prefill_pb2_grpc
+
+# Tokens of the prompt that kernels are compiled with; any number does.
+WARM_UP_TOKENS = 128
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +54,7 @@ def _serve() -> None:
     metrics = Metrics.for_process("prefill", loaded.name)
     engine = PrefillEngine(loaded, config.window)
     engine.start()
+    compile_for_gpu(loaded, engine)
     basis, verdict = tune(loaded, engine, config)
     service = PrefillService(loaded, config, metrics, engine, verdict, basis)
     server = Server(
@@ -65,6 +71,21 @@ def _serve() -> None:
     use_one_thread()
     service.start()
     serve_until_signalled(server, metrics, config, service.stop, engine.vitals)
+
+
+def compile_for_gpu(loaded: LoadedModel, engine: PrefillEngine) -> None:
+    """Have Triton compile what requests will launch; on a CPU nothing is left to compile.
+
+    Args:
+        loaded: the model.
+        engine: runs the model.
+    """
+    if loaded.device.type != "cuda":
+        return
+    captures: list[LayerCapture] = []
+    engine.submit([0] * min(WARM_UP_TOKENS, loaded.context_length), captures.append).result()
+    # Layers differ in their sliding windows, and one kernel serves all of these.
+    encode_once(captures[:1], loaded.geometry)
 
 
 def tune(loaded: LoadedModel, engine: PrefillEngine, config: PrefillConfig) -> tuple[Basis | None, ProbeVerdict]:

@@ -173,6 +173,9 @@ class _Waiting:
     def wait_event(self, _: "_Waiting") -> None:
         """Do nothing: all work is done at once."""
 
+    def query(self) -> bool:
+        return True
+
     def elapsed_time(self, _: "_Waiting") -> float:
         return 0.0
 

@@ -17,6 +17,7 @@ from spectrumkv.common.kv.wire import ChunkTotals, ChunkWriter, KvChunk
 from spectrumkv.common.rpc.decode_stream import Request, serialized_bytes
 from spectrumkv.common.service.vitals import Vitals
 from spectrumkv.common.telemetry.metrics import FRAMING, Metrics
+from spectrumkv.prefill_server.transfer.coding_clock import CodingClock, GpuCodingClock
 from spectrumkv.prefill_server.transfer.kv_memory import KvReservation
 from spectrumkv.prefill_server.transfer.layer_queue import LayerQueue
 from spectrumkv.prefill_server.transfer.plan import KvPlan
@@ -92,13 +93,13 @@ class KvPipeline:
     ) -> None:
         self._memory = memory
         self.sent = SentKv(coded_ahead=device.type == "cuda")
-        self._coder_clock = time.monotonic if self.sent.coded_ahead else time.thread_time
         self.first_token: FirstToken | None = None
         self.failure: Exception | None = None
         self._layers = LayerQueue(geometry, metrics.kv_bytes_resident)
         self._coding = threading.Lock()
         self._vitals = vitals or Vitals()
         self._stream = KvStream(device)
+        self._coding_clock = GpuCodingClock(self._stream) if self.sent.coded_ahead else CodingClock()
         self._ahead: PrefetchIterator[Outgoing] | None = None
         self._begin = begin
         self.plan = plan
@@ -196,17 +197,18 @@ class KvPipeline:
         """Yield the segments that are complete with this layer, and count them and the time that coding takes."""
         segments = self._encoder.encode(capture)
         states = (capture.queries, capture.keys, capture.values)
-        if capture.computed is not None:
-            # The time until the model has computed the layer does not count as coding.
-            capture.computed.synchronize()
         while True:
-            started, worked = time.monotonic(), self._coder_clock()
-            try:
-                with self._coding, self._vitals.working(), self._stream.working(states=states):
-                    segment = None if self._layers.closed else next(segments, None)
-            finally:
-                self.sent.encode_seconds += time.monotonic() - started
-                self.sent.coder_seconds += self._coder_clock() - worked
+            with (
+                self._coding_clock.coding(capture.computed),
+                self._coding,
+                self._vitals.working(),
+                self._stream.working(capture.computed, states),
+            ):
+                segment = None if self._layers.closed else next(segments, None)
+            self.sent.encode_seconds, self.sent.coder_seconds = (
+                self._coding_clock.seconds,
+                self._coding_clock.coder_seconds,
+            )
             if segment is None:
                 return
             self._count(segment)

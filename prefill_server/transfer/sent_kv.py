@@ -14,8 +14,7 @@ class SentKv:
         tier_bytes: bytes of codes and scales by tier.
         tier_tokens: token-layers by tier.
         encode_seconds: time spent on scoring, tiering and encoding.
-        coder_seconds: the coder's own share of that: on CPUs its processor time, since waiting for a core that others
-            use says nothing of the coder.
+        coder_seconds: the coder's own share of that; see `CodingClock`.
         link_seconds: time that gRPC took over messages before it asked for the next.
         coded_ahead: whether the next messages were made meanwhile.
         first_chunk_at: monotonic time of the first chunk; None before it.

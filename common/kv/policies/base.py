@@ -5,15 +5,18 @@ that `policies` is complete wherever it comes from.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
-from spectrumkv.common.errors import InternalError, InvalidArgumentError, NotFiniteError
+from spectrumkv.common.errors import InternalError, InvalidArgumentError
 from spectrumkv.common.kv.budget import Budget, BudgetKind, budget_kind
+from spectrumkv.common.kv.policies.ranks import best_first, check_scores, ranked
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.registry import Registry
+from spectrumkv.kernels.tier_placement import TierRanks
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +25,7 @@ class TierRequest:
 
     Attributes:
         scores: float32 `[n]`, n ≥ 1, on any device: higher is more important. Policies that need no scores only
-            look at n.
+            look at n. On a GPU they are checked where they are used, since a check would wait for it.
         tier_budget: mean tier cost per token that may be spent, relative to FP16.
         int4_allowed: whether this layer, or with one tier for all layers every layer, can be trusted at INT4 (the
             probe's verdict).
@@ -43,12 +46,8 @@ class TierRequest:
             raise InvalidArgumentError(
                 f"scores are {self.scores.dtype} {list(self.scores.shape)}; wanted are float32 [n] with n at least 1"
             )
-        if not self.scores.isfinite().all():
-            token = int((~self.scores.isfinite()).nonzero()[0])
-            raise NotFiniteError(
-                f"the score of token {token} is {float(self.scores[token])}; scores must be finite, "
-                "which they are where the model's keys and queries are"
-            )
+        if not self.scores.is_cuda:
+            check_scores(self.scores)
         if self.seed < 0:
             raise InvalidArgumentError(f"seed is {self.seed}; it must not be negative")
 
@@ -65,13 +64,18 @@ class TierRequest:
 
         Returns:
             int64 `[n]` on the CPU, a permutation.
+
+        Raises:
+            NotFiniteError: a score on a GPU is infinite or NaN.
         """
-        backwards = self.scores.cpu().flip(0)
-        return self.tokens - 1 - torch.argsort(backwards, descending=True, stable=True)
+        return best_first(self.scores)
 
 
-Rule = Callable[[TierRequest], torch.Tensor]
-"""Maps a request of n tokens to their tiers, uint8 `[n]` on the CPU."""
+Rule = Callable[[TierRequest], torch.Tensor | TierRanks]
+"""Maps a request of n tokens to their tiers, uint8 `[n]` on the CPU, or says which tiers tokens get by their rank. Of
+ranks a GPU makes tiers without the host's waiting for scores."""
+
+AnyRule = TypeVar("AnyRule", bound=Rule)
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,23 @@ class Policy:
 
         Returns:
             uint8 `[n]` on the CPU, `Tier` values, at least one token not dropped.
+
+        Raises:
+            InvalidArgumentError: the budget is out of this policy's range.
+            InternalError: the policy leaves tiers to its codec.
+            NotFiniteError: a score on a GPU is infinite or NaN.
+        """
+        tiers = self.allot(request)
+        return ranked(request.scores, tiers) if isinstance(tiers, TierRanks) else tiers
+
+    def allot(self, request: TierRequest) -> torch.Tensor | TierRanks:
+        """Say which tiers the tokens get, by their rank where the rule goes by it.
+
+        Args:
+            request: scores and budget.
+
+        Returns:
+            See `Rule`.
 
         Raises:
             InvalidArgumentError: the budget is out of this policy's range.
@@ -192,7 +213,7 @@ def policy(
     needs_scores: bool = True,
     heeds_int4: bool = False,
     token_by_token: bool = False,
-) -> Callable[[Rule], Rule]:
+) -> Callable[[AnyRule], AnyRule]:
     """Return a decorator that registers a rule as a policy, whose largest budget is FP16 for every token.
 
     Args:
@@ -207,7 +228,7 @@ def policy(
         The decorator; the rule stays as it is.
     """
 
-    def add(rule: Rule) -> Rule:
+    def add(rule: AnyRule) -> AnyRule:
         made = Policy(name, min_budget, Tier.FP16.nominal_cost, codec, needs_scores, rule, heeds_int4, token_by_token)
         policies.register(name)(made)
         return rule
@@ -228,21 +249,3 @@ def whole_tokens(share: float) -> int:
         Whole tokens.
     """
     return math.floor(share + 1e-9)
-
-
-def fill(order: torch.Tensor, counts: Mapping[Tier, int]) -> torch.Tensor:
-    """Give the first tokens of `order` the first tier of `counts`, the next ones the second, and drop the rest.
-
-    Args:
-        order: int64 `[n]`, a permutation of the tokens.
-        counts: tokens at each tier, n at most together.
-
-    Returns:
-        uint8 `[n]` on the CPU, `Tier` values.
-    """
-    tiers = torch.full((order.numel(),), Tier.DROP, dtype=torch.uint8)
-    start = 0
-    for tier, count in counts.items():
-        tiers[order[start : start + count]] = tier
-        start += count
-    return tiers

@@ -230,7 +230,6 @@ def test_one_basis_serves_both_codecs() -> None:
     basis = basis_of(shape)
     assert fixed.basis_digest(basis) == spectral.basis_digest(basis)
     assert fixed.basis_type is spectral.basis_type
-    assert fixed.parse_basis(basis.serialized, shape).digest == basis.digest
     assert fixed.writes(policies.get("spectral"))
     assert not fixed.writes(policies.get("greedy"))
 

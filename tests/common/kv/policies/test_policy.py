@@ -10,7 +10,8 @@ from spectrumkv.bench.methods.method import mean_tier_cost
 from spectrumkv.common.errors import InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.budget import BYTE_POLICIES, Budget, BudgetKind
 from spectrumkv.common.kv.policies import Policy, TierRequest, policies
-from spectrumkv.common.kv.policies.base import fill, policy
+from spectrumkv.common.kv.policies.base import policy
+from spectrumkv.common.kv.policies.ranks import fill
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 
 LETTERS = {Tier.DROP: ".", Tier.INT4: "4", Tier.INT8: "8", Tier.FP16: "F", Tier.NATIVE: "N"}

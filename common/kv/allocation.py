@@ -81,7 +81,7 @@ class Int4Layers:
 
     def __post_init__(self) -> None:
         if self.off and min(self.off) < 0:
-            raise InvalidArgumentError(f"layer {min(self.off)} is to do without INT4; layers count from 0")
+            raise InvalidArgumentError(f"Int4Layers.off names layer {min(self.off)}; layers are numbered from 0")
 
     @classmethod
     def nowhere(cls, layers: int) -> "Int4Layers":

@@ -51,7 +51,7 @@ def _is_cut_off(name: str, context: grpc.ServicerContext) -> bool:
 
 
 class AllowedCallers:
-    """Lets those callers bring work whose certificate has one of some names.
+    """Accepts requests only from callers whose certificate has one of the allowed names.
 
     Args:
         names: the names; with none, every caller may that the server lets connect.

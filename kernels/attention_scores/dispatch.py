@@ -22,7 +22,7 @@ def mean_attention(
         softcap: bound c of the logits, which become c · tanh(logits / c); None is no bound.
 
     Returns:
-        float32 `[n]`, from 0 to 1; 0 where a sliding window hides the token from every query. Somewhere it is NaN
+        float32 `[n]`, from 0 to 1; 0 where a sliding window hides the token from every query. Some of it is NaN
         where a query or a key is not finite.
     """
     if keys.is_cuda:

@@ -15,7 +15,7 @@ from spectrumkv.kernels.body import BodyLayout
 def check_sent(
     body: torch.Tensor, layout: BodyLayout, states: Mapping[str, torch.Tensor], tiers: torch.Tensor
 ) -> None:
-    """Refuse elements that their tier cannot hold: they left something infinite or NaN in the body.
+    """Refuse a body in which quantizing left an infinity or a NaN, and name the element that caused it.
 
     Args:
         body: uint8, as it is sent.

@@ -11,7 +11,7 @@ from spectrumkv.common.kv.geometry import KvGeometry
 
 
 class Basis(ABC):
-    """What a codec codes one model's KV in, such as a transform that was calibrated."""
+    """A transform, or the like, that a codec needs for one model and that both sides must share."""
 
     @property
     @abstractmethod

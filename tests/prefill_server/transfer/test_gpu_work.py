@@ -109,21 +109,6 @@ def test_a_gpu_sends_the_bytes_that_a_cpu_sends(policy: str, budget: float, dtyp
     assert len(payloads[0]) > LAYERS or policy in ("adaptive", "uniform-int8")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.usefixtures("small_segments")
-@pytest.mark.parametrize(("policy", "budget"), [("adaptive", 0.3), ("sink-protect", 0.6), ("sws", 0.4)])
-def test_a_real_gpu_sends_the_bytes_that_a_cpu_sends(policy: str, budget: float) -> None:
-    # Scores that are drawn are the same on every device.
-    chosen, cuda = plan(policy, budget, "random"), torch.device("cuda")
-    sent = [
-        messages(chosen, captures(torch.float16, device), torch.float16, device)
-        for device in (cuda, torch.device("cpu"))
-    ]
-    on_gpu, on_cpu = ([bytes(one.payload) for one in each if isinstance(one, KvChunk)] for each in sent)
-    assert on_gpu == on_cpu
-
-
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(
     ("policy", "side", "poison", "error", "text"),

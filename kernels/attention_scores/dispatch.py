@@ -15,8 +15,7 @@ def mean_attention(
     Args:
         queries: any float dtype `[query_heads, w, head_dim]`, 1 ≤ w ≤ n: those of the last w positions, in order.
             Head h reads KV head h // (query_heads / kv_heads).
-        keys: in the queries' dtype, `[kv_heads, n, head_dim]`, on the same device; on a GPU the elements of each
-            query and key lie side by side.
+        keys: in the queries' dtype, `[kv_heads, n, head_dim]`, any strides, on the same device.
         scaling: factor of query · key.
         sliding_window: how many of the newest tokens a query sees, its own included; None is all of them.
         softcap: bound c of the logits, which become c · tanh(logits / c); None is no bound.

@@ -210,8 +210,8 @@ def mean_attention(
     """Average softmax weights; see `dispatch.mean_attention`. CPU tensors work under `TRITON_INTERPRET=1` only.
 
     Args:
-        queries: `[query_heads, w, head_dim]`, elements side by side.
-        keys: in the queries' dtype, `[kv_heads, n, head_dim]`, elements side by side.
+        queries: `[query_heads, w, head_dim]`, any strides.
+        keys: in the queries' dtype, `[kv_heads, n, head_dim]`, any strides.
         scaling: factor of query · key.
         sliding_window: how many of the newest tokens a query sees; None is all.
         softcap: bound of the logits; None is no bound.
@@ -219,6 +219,8 @@ def mean_attention(
     Returns:
         float32 `[n]` on the keys' device.
     """
+    # Models leave the elements of a head side by side; a copy is made where they are not.
+    queries, keys = (one if one.stride(2) == 1 else one.contiguous() for one in (queries, keys))
     kv_heads, tokens, head_dim = keys.shape
     query_heads, window, _ = queries.shape
     group, padded_dim = query_heads // kv_heads, max(LEAST_DIM, triton.next_power_of_2(head_dim))

@@ -76,6 +76,13 @@ def test_scores_are_those_of_float64_in_every_dtype(dtype: torch.dtype) -> None:
     assert_agrees(*states(2, 3, 9, 40, 64, dtype))
 
 
+def test_strides_make_no_difference() -> None:
+    queries, keys = states(2, 2, 5, 40, 16)
+    apart = [one.transpose(1, 2).contiguous().transpose(1, 2) for one in (queries, keys)]
+    assert apart[1].stride(2) > 1
+    assert torch.equal(assert_agrees(*apart), assert_agrees(queries, keys))
+
+
 def test_biases_of_all_keys_do_no_harm() -> None:
     queries, keys = states(2, 2, 9, 70, 64)
     # A query and a key of Qwen's largest bias make logits of a thousand; float32 keeps four digits of their

@@ -79,6 +79,24 @@ def test_clients_see_nothing_of_a_worker_that_fails_what_it_admits(fleet: Fleet,
     assert fleet.passed_over() == FAILURES_TO_EJECT
 
 
+def test_one_that_fails_only_long_prompts_is_left_alone(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short ones succeed between its failures, so that three in a row never come."""
+    monkeypatch.setattr(retry_budget, "RESERVE", 8)
+    monkeypatch.setattr(retry_budget, "SHARE", 0.0)
+    generate = fleet.broken._generate
+
+    def fail_long(request: Any, *others: Any) -> Any:
+        if request.prompt_tokens > 50:
+            raise InternalError("broken for long prompts")
+        return generate(request, *others)
+
+    monkeypatch.setattr(fleet.broken, "_generate", fail_long)
+    for _ in range(12):
+        fleet.client.generate(TokenIds((5, 6, 7)), sampling=SAMPLED, kv=KvChoice(policy="fp16"), timeout=60).result()
+        assert fleet.ask().usage.decode_worker != fleet.broken_name
+    assert fleet.ejected
+
+
 def test_one_that_answers_all_but_requests_is_left_alone(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its health service says SERVING and its room is free, and Begin waits for an answer without end."""
     monkeypatch.setattr(lease, "ADMISSION_SECONDS", 0.2)

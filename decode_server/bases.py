@@ -132,8 +132,8 @@ class BasisStore:
             while self._bases and sum(one.memory_bytes for one in self._bases.values()) > room:
                 if not unused:
                     raise ResourceExhaustedError(
-                        f"decode has no memory for another codec basis: running requests use the {len(self._bases)} that "
-                        "it keeps; give all prefill services one basis with `spectrumkv basis export` and `import`",
+                        f"decode has no memory for another codec basis: running requests use the {len(self._bases)} "
+                        "that it keeps; give all prefill services one basis with `spectrumkv basis export` and `import`",
                         RETRY_SECONDS,
                     )
                 dropped = unused.pop(0)

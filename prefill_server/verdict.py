@@ -86,8 +86,8 @@ class ProbedSetting:
         policies.get(self.policy).check_budget(self.budget)
         if not 0 <= self.found <= self.found_fp16 <= TRIALS:
             raise InvalidArgumentError(
-                f"needles found: {self.found} at budget {self.budget:g}, {self.found_fp16} over exact KV, of {TRIALS}; "
-                "the first number may not exceed the second, nor the second the third"
+                f"needles found: {self.found} at budget {self.budget:g}, {self.found_fp16} over exact KV, "
+                f"of {TRIALS}; the first number may not exceed the second, nor the second the third"
             )
         if math.isnan(self.kl) or math.isnan(self.ppl_delta_pct):
             raise InvalidArgumentError(f"the divergence at budget {self.budget:g} is no number")

@@ -101,7 +101,8 @@ def watch_limit(limit: int) -> StreamLimit:
     A gRPC client that watches health goes on without it where the status is UNIMPLEMENTED; any other status tells it
     that the server is unhealthy (github.com/grpc/proposal, A17).
     """
-    return StreamLimit(limit, lambda: UnimplementedError(f"{limit} streams watch this server already, which is the most that it serves"))
+    sentence = f"{limit} streams watch this server already, which is the most that it serves"
+    return StreamLimit(limit, lambda: UnimplementedError(sentence))
 
 
 def upload_limit(limit: int) -> StreamLimit:

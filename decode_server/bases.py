@@ -133,7 +133,7 @@ class BasisStore:
                 if not unused:
                     raise ResourceExhaustedError(
                         f"decode has no memory for another codec basis: running requests use the {len(self._bases)} "
-                        "that it keeps; give all prefill services one basis with `spectrumkv basis export` and `import`",
+                        "that it keeps; give all prefill services one basis (`spectrumkv basis export`, `import`)",
                         RETRY_SECONDS,
                     )
                 dropped = unused.pop(0)

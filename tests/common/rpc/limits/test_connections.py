@@ -13,7 +13,7 @@ from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.rpc.limits import connections
 from spectrumkv.common.rpc.limits.connections import ConnectionLimit, _counted_under
 from tests.common.rpc.scripted import HEALTH, WAIT_SECONDS, Served, served
-from tests.faults.silent_streams import silent_connections
+from tests.faults.connections.silent_streams import silent_connections
 from tests.waiting import until
 
 WATCH = "/grpc.health.v1.Health/Watch"

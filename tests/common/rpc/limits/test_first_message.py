@@ -13,7 +13,7 @@ from spectrumkv.common.rpc import server as rpc
 from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.v1 import prefill_pb2
 from tests.common.rpc.scripted import HEALTH, WAIT_SECONDS, Served, echo, served
-from tests.faults.silent_streams import fill, silent_connections
+from tests.faults.connections.silent_streams import fill, silent_connections
 
 GENERATE = "/spectrumkv.v1.PrefillService/Generate"
 INFO = "/spectrumkv.v1.PrefillService/GetServerInfo"

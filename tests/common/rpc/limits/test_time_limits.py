@@ -8,7 +8,7 @@ import pytest
 from spectrumkv.common.rpc import server as rpc
 from spectrumkv.common.rpc.scope import RpcScope
 from tests.common.rpc.scripted import WAIT_SECONDS, response, served, wait
-from tests.faults.silent_streams import silent_connections
+from tests.faults.connections.silent_streams import silent_connections
 
 # More than flow control lets a client have that reads nothing.
 BIG = response("x" * (7 << 20))

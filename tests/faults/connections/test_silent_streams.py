@@ -10,8 +10,8 @@ from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.local.pair_config import FREE_PORTS
 from spectrumkv.client.local.running_pair import RunningPair, running_pair
 from spectrumkv.client.request import Sampling, TokenIds
+from tests.faults.connections.silent_streams import fill, silent_connections
 from tests.faults.report import tell
-from tests.faults.silent_streams import fill, silent_connections
 from tests.tiny_models import tiny_model
 
 HEALTH = ("/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch")

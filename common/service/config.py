@@ -19,12 +19,14 @@ from spectrumkv.common.service.options import (
     Address,
     allowed_by,
     check_certificate_and_key,
+    flag_name,
     number,
     one_of,
     option,
     or_auto,
     parse_addresses,
     parse_bytes,
+    text_of,
 )
 
 __all__ = [
@@ -37,7 +39,6 @@ __all__ = [
     "build",
     "flag_name",
     "load",
-    "text_of",
 ]
 
 # Queries at a prompt's end whose attention is observed. Calibration and the probe observe so many, whatever --window
@@ -208,11 +209,6 @@ class DecodeConfig(ServerConfig):
 C = TypeVar("C", bound=ServerConfig)
 
 
-def flag_name(option_name: str) -> str:
-    """Return the flag of an option: "kv_memory" becomes "--kv-memory"."""
-    return "--" + option_name.replace("_", "-")
-
-
 def add_flags(parser: argparse.ArgumentParser, config_class: type[ServerConfig]) -> None:
     """Add a flag for every option; a flag that is not given leaves no attribute in the namespace."""
     for declared in fields(config_class):
@@ -226,11 +222,6 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[ServerConfig])
         if suffix := "; ".join(filter(None, notes)):
             text = f"{text} ({suffix})"
         parser.add_argument(name, default=argparse.SUPPRESS, metavar="VALUE", help=text.replace("%", "%%"))
-
-
-def text_of(value: Any) -> str:
-    """Return an option's value as the text of its flag."""
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 class _FlagParser(argparse.ArgumentParser):

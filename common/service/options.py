@@ -215,3 +215,13 @@ def allowed_by(parse: Parser) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def flag_name(option_name: str) -> str:
+    """Return the flag of an option: "kv_memory" becomes "--kv-memory"."""
+    return "--" + option_name.replace("_", "-")
+
+
+def text_of(value: Any) -> str:
+    """Return an option's value as the text of its flag."""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

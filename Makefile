@@ -91,6 +91,11 @@ bench-link: install  ## Hand-off against bandwidth, over a shaped link between n
 	$(BIN)/spectrumkv-bench link --json $(RESULTS)/link.json --plot $(RESULTS)/link.png \
 		--timeline $(RESULTS)/link-timeline.png
 
+.PHONY: device-check
+
+device-check: install  ## Everything that only a GPU can show, in 9 minutes (docs/benchmarks.md; ARGS='--tiny' without one)
+	$(BIN)/spectrumkv-bench device-check $(ARGS)
+
 # The paper's tables (arXiv 2606.08635) in the serving protocol, on whichever model and device there are.
 .PHONY: reproduce
 REPRODUCED := build/reproduced

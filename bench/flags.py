@@ -3,6 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from spectrumkv.common.kv.budget import BUDGET_MEANING
 from spectrumkv.common.service.config import PrefillConfig
 
 if TYPE_CHECKING:
@@ -78,9 +79,8 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
         "--budgets",
         type=parse_budgets,
         metavar="NUMBERS",
-        help="budgets relative to FP16, separated by commas. Policy spectral counts all bytes sent, framing "
-        "included; other policies and baselines count the mean cost per token, without scales and framing. A method "
-        "skips the budgets that it cannot keep "
+        help=f"budgets relative to FP16, separated by commas: {BUDGET_MEANING}, as baselines do. A method skips the "
+        "budgets that it cannot keep "
         f"(default: {','.join(f'{one:g}' for one in DEFAULT_BUDGETS)}; for 'default' the servers')",
     )
     for name, what in (("codec", "codecs"), ("scorer", "scorers"), ("scope", "scopes")):

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from spectrumkv.bench.codec import codec_command, coding_command
+from spectrumkv.bench.device import device_check_command
 from spectrumkv.bench.link import link_command
 from spectrumkv.bench.models import commands as model_commands
 from spectrumkv.bench.quality import niah_command, quality_command
@@ -15,7 +16,7 @@ from spectrumkv.client.cli.runner import command_parser, run_command, status_and
 
 COMMANDS = (
     quality_command, niah_command, plot, goals, model_commands, codec_command, coding_command, transfer_command,
-    serve_command, arrivals_command, startup, link_command,
+    serve_command, arrivals_command, startup, link_command, device_check_command,
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ with SpectrumClient("127.0.0.1:50051") as client:
     stream = client.generate("The capital of France is", sampling=Sampling(max_tokens=8))
     for event in stream:
         print(event.text, end="", flush=True)
-    print(stream.result().usage.byte_budget)
+    print(stream.result().usage.budget_counted)
 """
 
 import time
@@ -19,12 +19,7 @@ from spectrumkv.client import readiness
 from spectrumkv.client.argument_types import check_type, grpc_timeout
 from spectrumkv.client.completion import Completion, Finished, TokenEvent
 from spectrumkv.client.request import KvChoice, Prompt, Request, Sampling
-from spectrumkv.common.errors import (
-    DeadlineExceededError,
-    FailedPreconditionError,
-    InternalError,
-    NotFoundError,
-)
+from spectrumkv.common.errors import DeadlineExceededError, FailedPreconditionError, InternalError, NotFoundError
 from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.common.security import ChannelSecurity

@@ -7,9 +7,6 @@ from typing import Any
 
 from spectrumkv.v1 import generation_pb2, kv_pb2, prefill_pb2
 
-# Keys in JSON of the fields that have another name there.
-USAGE_KEYS = {"byte_budget": "budget_counted", "tier_budget": "budget_nominal"}
-
 
 @dataclass(frozen=True)
 class TokenLogprob:
@@ -70,8 +67,8 @@ class Usage:
     tiers: tuple[TierUsage, ...]
     kv_bytes_sent: int
     kv_fp16_bytes: int
-    byte_budget: float
-    tier_budget: float
+    budget_counted: float
+    budget_nominal: float
     ttft_seconds: float
     handoff_seconds: float
     policy: str
@@ -89,8 +86,8 @@ class Usage:
         return cls(tiers=tiers, **{name: getattr(usage, name) for name in plain})
 
     def as_json(self) -> dict[str, Any]:
-        """Return all fields, under the keys that scripts know."""
-        return {USAGE_KEYS.get(name, name): value for name, value in asdict(self).items()}
+        """Return all fields; their names are the keys that scripts know."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,13 @@ class UnreachableError(UnavailableError):
     """
 
 
+class UnansweredError(UnavailableError):
+    """The peer is connected, and did not answer this request in the time in which it should have.
+
+    This error is never sent over the network.
+    """
+
+
 class UnimplementedError(SpectrumKVError):
     """This server does not serve the method, or serves it to no more callers."""
 

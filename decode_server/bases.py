@@ -13,7 +13,8 @@ from spectrumkv.common.errors import (
     InvalidArgumentError,
     ResourceExhaustedError,
 )
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.base import basis_types, parse_basis
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.rpc.decode_methods import ArrivedPiece
 
@@ -25,7 +26,7 @@ STORE_BYTES = 64 << 20
 FEWEST_BASES = 4
 # Requests that use bases end sooner or later.
 RETRY_SECONDS = 1.0
-# A basis is kept with the inverse of its transform, which is all but its whole size.
+# A basis takes no more in memory, ready to decode, than so many times its serialized size.
 KEPT_RATIO = 2
 
 
@@ -39,13 +40,13 @@ class BasisStore:
 
     def __init__(self, geometry: KvGeometry, most_bytes: int | None = None) -> None:
         self._geometry = geometry
-        self._largest = SpectralBasis.largest_bytes(geometry)
+        self._largest = max((one.largest_bytes(geometry) for one in basis_types()), default=0)
         self._most_bytes = most_bytes or max(STORE_BYTES, FEWEST_BASES * KEPT_RATIO * self._largest)
         self._lock = threading.Lock()
-        self._bases: OrderedDict[bytes, SpectralBasis] = OrderedDict()
+        self._bases: OrderedDict[bytes, Basis] = OrderedDict()
         self._users: Counter[bytes] = Counter()
 
-    def get(self, digest: bytes) -> SpectralBasis:
+    def get(self, digest: bytes) -> Basis:
         """Return the basis of a digest.
 
         Raises:
@@ -55,7 +56,7 @@ class BasisStore:
             return self._found(digest)
 
     @contextmanager
-    def hold(self, digest: bytes) -> Iterator[SpectralBasis]:
+    def hold(self, digest: bytes) -> Iterator[Basis]:
         """Yield the basis of a digest, which is not dropped until the block ends.
 
         Raises:
@@ -103,21 +104,19 @@ class BasisStore:
             return 0
         if hashlib.sha256(data).digest() != digest:
             raise DataLossError(f"a codec basis of {len(data)} bytes is not what its digest announces", "basis")
-        basis = SpectralBasis.from_bytes(bytes(data))
-        basis.check_fits(self._geometry)
-        # Inverted now, so that a transform which cannot be is refused before any KV is sent in it.
-        _ = basis.synthesis
+        basis = parse_basis(bytes(data), self._geometry)
+        basis.prepare_decoding()
         self._keep(digest, basis)
         logger.info("received codec basis %s, %d bytes", digest.hex()[:16], len(data))
         return taken
 
-    def _found(self, digest: bytes) -> SpectralBasis:
+    def _found(self, digest: bytes) -> Basis:
         if digest not in self._bases:
             raise BasisMissingError(f"codec basis {digest.hex()[:16]} is not known here; send it with PutBasis")
         self._bases.move_to_end(digest)
         return self._bases[digest]
 
-    def _keep(self, digest: bytes, basis: SpectralBasis) -> None:
+    def _keep(self, digest: bytes, basis: Basis) -> None:
         """Keep a basis, in the place of some that nobody uses where there is no room.
 
         Raises:
@@ -128,21 +127,16 @@ class BasisStore:
                 # It stays, with its inverse.
                 self._bases.move_to_end(digest)
                 return
-            room = self._most_bytes - _kept_bytes(basis)
+            room = self._most_bytes - basis.memory_bytes
             unused = [one for one in self._bases if not self._users[one]]
-            while self._bases and sum(map(_kept_bytes, self._bases.values())) > room:
+            while self._bases and sum(one.memory_bytes for one in self._bases.values()) > room:
                 if not unused:
                     raise ResourceExhaustedError(
-                        f"{len(self._bases)} codec bases are in use, as many as have room here; publish one basis to "
-                        "all prefill services with `spectrumkv basis export` and `import`",
+                        f"decode has no memory for another codec basis: running requests use the {len(self._bases)} "
+                        "that it keeps; give all prefill services one basis (`spectrumkv basis export`, `import`)",
                         RETRY_SECONDS,
                     )
                 dropped = unused.pop(0)
                 del self._bases[dropped]
                 logger.info("dropped codec basis %s, which was not in use", dropped.hex()[:16])
             self._bases[digest] = basis
-
-
-def _kept_bytes(basis: SpectralBasis) -> int:
-    """Return what a basis takes here: its tensors, of which the inverse is as large as the transform."""
-    return KEPT_RATIO * basis.analysis.nbytes

@@ -8,12 +8,13 @@ import torch
 
 from spectrumkv.common.concurrency.cuda_stream import is_device_lost
 from spectrumkv.common.concurrency.threads import keep_all_cores
-from spectrumkv.common.errors import InternalError, SpectrumKVError, UnavailableError
+from spectrumkv.common.errors import InternalError, NotFiniteError, SpectrumKVError, UnavailableError
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.service.vitals import Vitals
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.kv_pool import KvPool
+from spectrumkv.decode_server.model_check import ModelCheck
 from spectrumkv.decode_server.model_runner import DecodeRow, model_runner
 from spectrumkv.decode_server.request import DecodeRequest, GeneratedToken
 
@@ -27,7 +28,7 @@ _BROKEN = "this decode worker works no more and ends; try another worker"
 
 
 class DecodeEngine:
-    """Runs decode steps on a thread of its own.
+    """Runs decode steps on a thread of its own, once started.
 
     Args:
         loaded: the model; its attention is switched to the slots.
@@ -45,6 +46,8 @@ class DecodeEngine:
         self._failed_in_a_row = 0
         self._given_up = False
         self._runner = model_runner(loaded, pool, max_running)
+        self._model_check = ModelCheck(loaded, pool, self._runner)
+        self._check_due = False
         self._max_running = max_running
         self._changed = threading.Condition()
         self._joined: list[DecodeRequest] = []
@@ -53,6 +56,9 @@ class DecodeEngine:
         self.vitals.on_failure(self._give_up)
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, name="decode-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread, which keeps the cores that torch has now, whatever `use_one_thread` sets later."""
         self._thread.start()
         self._started.wait()
 
@@ -106,7 +112,8 @@ class DecodeEngine:
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        self._thread.join(STOP_SECONDS)
+        if self._thread.is_alive():
+            self._thread.join(STOP_SECONDS)
         if self._thread.is_alive():
             self.vitals.fail(f"the decode engine has not stopped within {STOP_SECONDS:g} s")
 
@@ -145,6 +152,7 @@ class DecodeEngine:
         while batch := self._next_batch():
             with self.vitals.working():
                 self._end_step(self._advanced(batch))
+                self._check_model_if_due()
         for request in self._joined:
             request.outcomes.put(UnavailableError("the decode service is shutting down; try another worker"))
 
@@ -173,6 +181,14 @@ class DecodeEngine:
         self._failed_in_a_row = 0
         return finished
 
+    @torch.inference_mode()
+    def _check_model_if_due(self) -> None:
+        """Look whether the model is broken, where a request's logits were no numbers."""
+        if self._check_due:
+            self._check_due = False
+            if (failure := self._model_check.failure()) is not None:
+                self.vitals.fail(failure)
+
     def _take_in_failure(self, error: Exception, batch: list[DecodeRequest]) -> None:
         """Tell the requests of a failed step, and say whether the worker can go on at all."""
         logger.error("a decode step failed", exc_info=error)
@@ -188,16 +204,16 @@ class DecodeEngine:
     def _step(self, batch: list[DecodeRequest]) -> list[DecodeRequest]:
         """Return the requests that ended, after each advanced by one token."""
         logits = self._runner.logits([DecodeRow(one, one.last_token, one.position) for one in batch])
-        return [request for request, row in zip(batch, logits, strict=True) if _ends(request, row)]
+        return [request for request, row in zip(batch, logits, strict=True) if self._ends(request, row)]
 
-
-def _ends(request: DecodeRequest, logits: torch.Tensor) -> bool:
-    """Return whether a request ended, after it advanced; an error of its own (NaN logits, say) ends it alone."""
-    try:
-        return request.advance(logits)
-    except Exception as error:  # noqa: BLE001  # its neighbours in the batch must not suffer from it
-        request.outcomes.put(_own_failure(error))
-        return True
+    def _ends(self, request: DecodeRequest, logits: torch.Tensor) -> bool:
+        """Return whether a request ended, after it advanced; an error of its own (NaN logits, say) ends it alone."""
+        try:
+            return request.advance(logits)
+        except Exception as error:  # noqa: BLE001  # its neighbours in the batch must not suffer from it
+            self._check_due |= isinstance(error, NotFiniteError)
+            request.outcomes.put(_own_failure(error))
+            return True
 
 
 def _own_failure(error: Exception) -> SpectrumKVError:

@@ -51,7 +51,8 @@ class KvPool:
         there = start_checks.memory_bytes()
         if device.type == "cpu" and there is not None and memory_bytes > there:
             raise FailedPreconditionError(
-                f"--kv-memory is {memory_bytes} bytes, and this machine has {there}, of which the model takes some"
+                f"--kv-memory is {memory_bytes} bytes, and this machine, or the control group of this "
+                f"process, has {there}, of which the model takes some; set it lower"
             )
         # One slot more, which padding rows of a CUDA graph read and write.
         shape = (geometry.layers, geometry.kv_heads, self.slots + 1, geometry.head_dim)
@@ -194,10 +195,10 @@ class Allocation:
         """
         positions = positions.to(self.pool.keys.device)
         self._with_gaps.add(layer)
-        self._mask(layer)[positions] = False
+        self._mask(layer).index_fill_(0, positions, False)
         # Attention weighs a masked slot with zero, and zero times what an earlier request left there may be NaN.
-        self.keys(layer, 0, self.capacity)[:, positions] = 0
-        self.values(layer, 0, self.capacity)[:, positions] = 0
+        self.keys(layer, 0, self.capacity).index_fill_(1, positions, 0)
+        self.values(layer, 0, self.capacity).index_fill_(1, positions, 0)
 
     def keep_all(self) -> None:
         """Undo every `drop`, so that the next request sees all of its slots."""

@@ -3,7 +3,7 @@
 import sys
 
 from spectrumkv.common.concurrency.threads import run_in_thread, use_one_thread
-from spectrumkv.common.kv.codecs.spectral import codec as spectral
+from spectrumkv.common.kv.codecs.base import prepare_codecs
 from spectrumkv.common.model.load import load_model
 from spectrumkv.common.rpc.decode_methods import SERVICE_NAME, add_decode_servicer
 from spectrumkv.common.rpc.server import Server
@@ -16,7 +16,7 @@ from spectrumkv.common.service.start_checks import check_start
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.tracing import set_up_spans
 from spectrumkv.decode_server.service import DecodeService
-from spectrumkv.kernels import absmax, decode_attention
+from spectrumkv.kernels import decode_attention
 
 
 def main() -> None:
@@ -39,7 +39,9 @@ def _serve() -> None:
         count_silent=lambda reason: metrics.silent_calls_ended.labels(reason).inc(),
         reflection_enabled=config.reflection,
         security=ServerSecurity.from_config(config),
+        connections_per_address=config.max_connections_per_address,
     )
+    service.start()
     use_one_thread()
     serve_until_signalled(server, metrics, config, service.stop, service.vitals)
 
@@ -47,8 +49,7 @@ def _serve() -> None:
 def _prepared(config: DecodeConfig) -> tuple[DecodeService, Metrics]:
     """Return the service, with everything loaded and compiled that requests need."""
     loaded = load_model(config.model, config.device, config.dtype)
-    absmax.prepare(loaded.geometry.native_dtype)
-    spectral.prepare()
+    prepare_codecs(loaded.geometry)
     decode_attention.prepare()
     metrics = Metrics.for_process("decode", loaded.name)
     return DecodeService(loaded, config, metrics), metrics

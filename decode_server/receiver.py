@@ -11,6 +11,7 @@ import torch
 
 from spectrumkv.common.concurrency.cuda_stream import KvStream, record_event
 from spectrumkv.common.kv.codecs.base import SegmentDecoder
+from spectrumkv.common.kv.codecs.tier_decoder import MessageDecoder
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 from spectrumkv.common.kv.wire import ChunkReader, ChunkTotals, KvChunk
@@ -21,6 +22,8 @@ from spectrumkv.v1 import decode_pb2
 
 # The share of a core that receiving may use while requests generate: a model's step waits for its slowest thread.
 SHARE_OF_A_CORE = 0.25
+# How many messages may wait to be dequantized on a GPU.
+MESSAGES_AHEAD = 8
 
 
 def throttled(messages: Iterator[Request], wait_until_idle: Callable[[float], object]) -> Iterator[Request]:
@@ -98,7 +101,7 @@ class KvReceiver:
         """
         segments = self._reader.read(chunk)
         with self._stream.working(self._free):
-            tier_bytes = [self._write(segment) for segment in segments]
+            tier_bytes = self._write(segments)
         self._count(segments, tier_bytes, serialized_bytes)
 
     def finish(self, end: decode_pb2.End) -> None:
@@ -113,16 +116,26 @@ class KvReceiver:
         self._reader.finish(ChunkTotals(end.chunks, end.payload_bytes, end.digest))
         self._stream.settle()
 
-    def _write(self, segment: KvSegment) -> Mapping[Tier, int]:
-        """Return how many bytes of a segment each tier took, after it was decoded into the slots."""
+    def _write(self, segments: list[KvSegment]) -> list[Mapping[Tier, int]]:
+        """Return how many bytes of each segment each tier took, after all were decoded into the slots."""
+        slots = [self._slots(segment) for segment in segments]
+        if isinstance(self._decoder, MessageDecoder):
+            tier_bytes = self._decoder.decode_all(segments, slots)
+        else:
+            tier_bytes = [
+                self._decoder.decode(segment, *states) for segment, states in zip(segments, slots, strict=True)
+            ]
+        for segment in segments:
+            dropped = np.flatnonzero(segment.tiers.numpy() == Tier.DROP)
+            if dropped.size:
+                self._allocation.drop(segment.layer, torch.from_numpy(dropped + segment.first_token))
+        return tier_bytes
+
+    def _slots(self, segment: KvSegment) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where a segment's keys and values go."""
         first, end = segment.first_token, segment.first_token + segment.tiers.numel()
         keys = self._allocation.keys(segment.layer, first, end)
-        values = self._allocation.values(segment.layer, first, end)
-        tier_bytes = self._decoder.decode(segment, keys, values)
-        dropped = np.flatnonzero(segment.tiers.numpy() == Tier.DROP)
-        if dropped.size:
-            self._allocation.drop(segment.layer, torch.from_numpy(dropped + first))
-        return tier_bytes
+        return keys, self._allocation.values(segment.layer, first, end)
 
     def _count(self, segments: list[KvSegment], tier_bytes: list[Mapping[Tier, int]], serialized_bytes: int) -> None:
         tiers = torch.cat([segment.tiers for segment in segments])

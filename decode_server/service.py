@@ -12,6 +12,7 @@ from spectrumkv.common.concurrency.prefetch_iterator import PrefetchIterator
 from spectrumkv.common.errors import CancelledError, DataLossError, UnavailableError
 from spectrumkv.common.generation.text import token_message
 from spectrumkv.common.kv.codecs.base import codecs
+from spectrumkv.common.kv.warm_up import TRIAL_TOKENS, decode_once
 from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.rpc.decode_methods import ArrivedPiece
@@ -21,17 +22,16 @@ from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.service.config import DecodeConfig
 from spectrumkv.common.telemetry.metrics import BASIS, FRAMING, Metrics
 from spectrumkv.common.telemetry.request_log import check_request_id, current_request
+from spectrumkv.decode_server.admission import admit, check_token_id
 from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.decode_server.engine import DecodeEngine
 from spectrumkv.decode_server.kv_pool import KvPool
-from spectrumkv.decode_server.receiver import KvReceiver, throttled
-from spectrumkv.decode_server.request import DecodeRequest, admit, check_token_id
+from spectrumkv.decode_server.receiver import MESSAGES_AHEAD, KvReceiver, throttled
+from spectrumkv.decode_server.request import DecodeRequest
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc, kv_pb2
 
 # Read once: it is a file of its own, which cannot be opened when a process has no file descriptors left.
 _VERSION = version("spectrumkv")
-# How many messages may wait to be dequantized on a GPU.
-MESSAGES_AHEAD = 8
 # A basis has up to a few hundred megabytes.
 PUT_BASIS_SECONDS = 120.0
 
@@ -53,6 +53,10 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         self._config = config
         self._metrics = metrics
         self._pool = KvPool(loaded.geometry, config.kv_memory, loaded.device, metrics)
+        if loaded.device.type == "cuda" and self._pool.slots >= TRIAL_TOKENS:
+            # Triton compiles here what the first request would wait for.
+            with self._pool.reserve(TRIAL_TOKENS) as slots:
+                decode_once(slots.keys(0, 0, TRIAL_TOKENS), slots.values(0, 0, TRIAL_TOKENS), loaded.geometry)
         self._engine = DecodeEngine(loaded, self._pool, config.max_running, metrics)
         self.vitals = self._engine.vitals
         self._bases = BasisStore(loaded.geometry)
@@ -114,6 +118,10 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             slots_used=self._pool.used,
             requests_running=self._engine.running,
         )
+
+    def start(self) -> None:
+        """Start the engine; call this before the server takes requests."""
+        self._engine.start()
 
     def stop(self) -> None:
         """End the engine; call after the server has drained."""
@@ -192,7 +200,8 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         ) as receiver:
             noted = _noted(messages)
             while isinstance(message := next(noted), KvChunk):
-                receiver.accept(message, serialized_bytes(message))
+                with self.vitals.working():
+                    receiver.accept(message, serialized_bytes(message))
             end = expect_end(message)
             self._metrics.kv_bytes_received.labels(FRAMING).inc(serialized_bytes(message))
             if not end.finished:

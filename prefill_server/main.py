@@ -6,10 +6,11 @@ import sys
 from spectrumkv.common.concurrency.threads import use_one_thread
 from spectrumkv.common.errors import ContextTooShortError
 from spectrumkv.common.kv.allocation import Int4Layers
-from spectrumkv.common.kv.codecs.base import codecs
-from spectrumkv.common.kv.codecs.spectral import codec as spectral
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.capture import LayerCapture
+from spectrumkv.common.kv.codecs.base import codecs, prepare_codecs
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.policies import policies
+from spectrumkv.common.kv.warm_up import encode_once
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.common.rpc.server import Server
 from spectrumkv.common.security import ChannelSecurity, ServerSecurity
@@ -20,7 +21,7 @@ from spectrumkv.common.service.process import serve_until_signalled, set_up_logg
 from spectrumkv.common.service.start_checks import check_start
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.tracing import set_up_spans
-from spectrumkv.kernels import absmax, attention_scores
+from spectrumkv.kernels import attention_scores
 from spectrumkv.prefill_server.engine import PrefillEngine
 from spectrumkv.prefill_server.service import PrefillService
 from spectrumkv.prefill_server.transfer.plan import check_defaults
@@ -29,11 +30,14 @@ from spectrumkv.prefill_server.tuning.probe.probe import resolve_verdict
 from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import prefill_pb2_grpc
 
+# Tokens of the prompt that kernels are compiled with; any number does.
+WARM_UP_TOKENS = 128
+
 logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Load the model, find its spectral basis and how strongly its KV may be coded, then serve."""
+    """Load the model, find its codec basis and how strongly its KV may be coded, then serve."""
     process.run(_serve)
 
 
@@ -45,11 +49,12 @@ def _serve() -> None:
     ChannelSecurity.to_decode(config).check()
     check_defaults(config)
     loaded = load_model(config.model, config.device, config.dtype)
-    absmax.prepare(loaded.geometry.native_dtype)
-    spectral.prepare()
+    prepare_codecs(loaded.geometry)
     attention_scores.prepare()
     metrics = Metrics.for_process("prefill", loaded.name)
     engine = PrefillEngine(loaded, config.window)
+    engine.start()
+    compile_for_gpu(loaded, engine)
     basis, verdict = tune(loaded, engine, config)
     service = PrefillService(loaded, config, metrics, engine, verdict, basis)
     server = Server(
@@ -61,14 +66,29 @@ def _serve() -> None:
         count_silent=lambda reason: metrics.silent_calls_ended.labels(reason).inc(),
         reflection_enabled=config.reflection,
         security=ServerSecurity.from_config(config),
+        connections_per_address=config.max_connections_per_address,
     )
     use_one_thread()
+    service.start()
     serve_until_signalled(server, metrics, config, service.stop, engine.vitals)
 
 
-def tune(
-    loaded: LoadedModel, engine: PrefillEngine, config: PrefillConfig
-) -> tuple[SpectralBasis | None, ProbeVerdict]:
+def compile_for_gpu(loaded: LoadedModel, engine: PrefillEngine) -> None:
+    """Have Triton compile what requests will launch; on a CPU nothing is left to compile.
+
+    Args:
+        loaded: the model.
+        engine: runs the model.
+    """
+    if loaded.device.type != "cuda":
+        return
+    captures: list[LayerCapture] = []
+    engine.submit([0] * min(WARM_UP_TOKENS, loaded.context_length), captures.append).result()
+    # Layers differ in their sliding windows, and one kernel serves all of these.
+    encode_once(captures[:1], loaded.geometry)
+
+
+def tune(loaded: LoadedModel, engine: PrefillEngine, config: PrefillConfig) -> tuple[Basis | None, ProbeVerdict]:
     """Calibrate and probe the model, unless earlier starts did.
 
     Args:
@@ -83,7 +103,6 @@ def tune(
 
     Raises:
         ContextTooShortError: the model's context is too short, and the default policy needs a basis.
-        FailedPreconditionError: the cache cannot be written to.
     """
     basis = None
     try:

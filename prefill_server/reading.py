@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from spectrumkv.common.errors import CancelledError, NotFoundError
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.generation.prompt import PIECE_CHARACTERS, PromptReader, check_length
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.telemetry.request_log import check_request_id, current_request
-from spectrumkv.prefill_server.request import PrefillRequest, Progress
+from spectrumkv.prefill_server.progress import Progress
+from spectrumkv.prefill_server.request import PrefillRequest
 from spectrumkv.prefill_server.transfer import KvPlan
 from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import prefill_pb2
@@ -32,7 +33,7 @@ class RequestReader:
     """
 
     def __init__(
-        self, loaded: LoadedModel, config: PrefillConfig, verdict: ProbeVerdict, basis: SpectralBasis | None
+        self, loaded: LoadedModel, config: PrefillConfig, verdict: ProbeVerdict, basis: Basis | None
     ) -> None:
         self._loaded = loaded
         self._config = config

@@ -1,70 +1,16 @@
-"""A request on prefill: what it asks for, how far it came, and what it used."""
+"""A request on prefill: what it asks for, what it keeps from one decode worker to the next, and what it used."""
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier
-from spectrumkv.prefill_server.transfer import FirstToken, KvPlan, SentKv
+from spectrumkv.prefill_server.first_token import FirstResponse
+from spectrumkv.prefill_server.progress import Progress
+from spectrumkv.prefill_server.transfer import KvPlan, SentKv
 from spectrumkv.v1 import generation_pb2
-
-
-@dataclass
-class Progress:
-    """Records how far a request came, in seconds of the monotonic clock.
-
-    Attributes:
-        arrived_at: when the request reached prefill.
-        first_token_at: when the first token had left for the client.
-        second_token_at: when the second token had left for the client.
-        completion_tokens: tokens that left for the client.
-        recomputed_prompt_tokens: as decode reports it.
-    """
-
-    arrived_at: float
-    first_token_at: float | None = None
-    second_token_at: float | None = None
-    completion_tokens: int = 0
-    recomputed_prompt_tokens: int = 0
-
-    def log_fields(self) -> dict[str, int | float]:
-        """Return what the request's log line says of the progress."""
-        return {
-            "completion_tokens": self.completion_tokens,
-            "ttft_seconds": self.ttft_seconds,
-            "handoff_seconds": self.handoff_seconds,
-        }
-
-    @property
-    def ttft_seconds(self) -> float:
-        """Arrival to first token; 0 before it."""
-        return 0.0 if self.first_token_at is None else self.first_token_at - self.arrived_at
-
-    @property
-    def handoff_seconds(self) -> float:
-        """First token to second token; 0 where there is no second."""
-        if self.first_token_at is None or self.second_token_at is None:
-            return 0.0
-        return self.second_token_at - self.first_token_at
-
-
-@dataclass(frozen=True)
-class FirstResponse:
-    """Holds the token that prefill samples, once for a request.
-
-    Attributes:
-        message: the token for the client.
-        token: the token for decode.
-        finish: why the generation ends, if it ends with this token.
-    """
-
-    message: generation_pb2.Token
-    token: FirstToken
-    finish: generation_pb2.FinishReason
 
 
 @dataclass(eq=False)
@@ -137,8 +83,8 @@ class PrefillRequest:
             ],
             kv_bytes_sent=sent.message_bytes,
             kv_fp16_bytes=fp16_bytes,
-            byte_budget=sent.message_bytes / fp16_bytes,
-            tier_budget=nominal_cost / token_layers if token_layers else 0.0,
+            budget_counted=sent.message_bytes / fp16_bytes,
+            budget_nominal=nominal_cost / token_layers if token_layers else 0.0,
             ttft_seconds=self.progress.ttft_seconds,
             handoff_seconds=self.progress.handoff_seconds,
             policy=plan.policy.name,
@@ -148,22 +94,3 @@ class PrefillRequest:
             recomputed_prompt_tokens=self.progress.recomputed_prompt_tokens,
             decode_worker=decode_worker,
         )
-
-
-class RequestsInService:
-    """Counts the requests that are in the service now."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.count = 0
-
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Count one request for as long as the block runs."""
-        with self._lock:
-            self.count += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self.count -= 1

@@ -9,10 +9,8 @@ from importlib.metadata import version
 import grpc
 
 from spectrumkv.common.errors import CancelledError
-from spectrumkv.common.generation.sampling import Sampler
-from spectrumkv.common.generation.text import FinishReason, TextStream, token_message
 from spectrumkv.common.kv.codecs.base import codecs
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.policies import Policy, policies
 from spectrumkv.common.kv.scoring import scorers
 from spectrumkv.common.model.load import LoadedModel
@@ -22,10 +20,12 @@ from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.request_log import current_request
 from spectrumkv.prefill_server.engine import PrefillEngine, PromptResult
+from spectrumkv.prefill_server.first_token import sample_first
 from spectrumkv.prefill_server.model_check import ModelCheck
+from spectrumkv.prefill_server.progress import Progress, RequestsInService
 from spectrumkv.prefill_server.reading import RequestReader
-from spectrumkv.prefill_server.request import FirstResponse, PrefillRequest, Progress, RequestsInService
-from spectrumkv.prefill_server.transfer import CodecSelector, FirstToken, KvPipeline, KvPlan
+from spectrumkv.prefill_server.request import PrefillRequest
+from spectrumkv.prefill_server.transfer import CodecSelector, KvPipeline, KvPlan
 from spectrumkv.prefill_server.transfer.kv_memory import KvMemory, KvReservation, default_kv_memory
 from spectrumkv.prefill_server.transfer.plan import SCOPES, default_budget
 from spectrumkv.prefill_server.verdict import ProbeVerdict
@@ -55,7 +55,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         metrics: Metrics,
         engine: PrefillEngine,
         verdict: ProbeVerdict,
-        basis: SpectralBasis | None,
+        basis: Basis | None,
     ) -> None:
         self._loaded = loaded
         self._config = config
@@ -97,8 +97,10 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         ):
             request = self._reader.read(message, progress, scope)
             at_end.callback(self._count_stages, request)
-            for dispatch in self._offered(request, scope):
-                with dispatch, dispatch.open_lease(self._pipeline(request, dispatch)) as lease:
+            memory = at_end.enter_context(KvReservation(self._kv_memory, self._kv_bytes(request), scope))
+            for dispatch in self._offered(request, memory, scope):
+                pipeline = self._pipeline(request, dispatch, memory)
+                with dispatch, dispatch.open_lease(pipeline) as lease:
                     result = self._run_prompt(request, lease, scope)
                     yield from self._first_token(request, lease, result)
                     yield from self._relay_tokens(request, lease, dispatch)
@@ -128,7 +130,13 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             probe=self._verdict.to_proto(),
             decode_workers=[str(address) for address in config.decode],
             decode_workers_away=[str(address) for address in self._workers.away],
+            decode_workers_ejected=[str(worker.address) for worker in self._workers.ejected],
+            has_chat_template=bool(self._loaded.tokenizer.chat_template),
         )
+
+    def start(self) -> None:
+        """Begin to follow the decode workers; call this before the server takes requests."""
+        self._workers.start()
 
     def stop(self) -> None:
         """End the engine and close the channels to decode workers; call this after the server has drained."""
@@ -146,12 +154,24 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         for stage, seconds in request.stage_seconds.items():
             self._metrics.request_duration.labels(stage).observe(seconds)
 
-    def _offered(self, request: PrefillRequest, scope: RpcScope) -> Iterator[Dispatch]:
-        """Return decode workers, one after another, until one serves the request."""
-        may_fall_back = self._codec_selector.fallback(request.plan) is not None
-        return self._workers.offer(request.slots, scope, request.plan.codec.needs_basis, may_fall_back)
+    def _offered(self, request: PrefillRequest, memory: KvReservation, scope: RpcScope) -> Iterator[Dispatch]:
+        """Yield decode workers, one after another, until one serves the request.
 
-    def _pipeline(self, request: PrefillRequest, dispatch: Dispatch) -> KvPipeline:
+        Whoever waits for memory holds no slots: a worker is chosen once the prompt's KV has room on prefill.
+        """
+        may_fall_back = self._codec_selector.fallback(request.plan) is not None
+        request.add_to_stage("queue", memory.wait())
+        for dispatch in self._workers.offer(request.slots, scope, request.plan.codec.needs_basis, may_fall_back):
+            # Again where a worker was lost to which all of the KV had left.
+            request.add_to_stage("queue", memory.wait())
+            yield dispatch
+
+    def _kv_bytes(self, request: PrefillRequest) -> int:
+        """Return what the prompt's KV takes until it has left."""
+        geometry = self._loaded.geometry
+        return len(request.token_ids) * geometry.layers * geometry.native_bytes_per_token_layer
+
+    def _pipeline(self, request: PrefillRequest, dispatch: Dispatch, memory: KvReservation) -> KvPipeline:
         """Return a fresh pipeline that sends the request's KV to one worker."""
         worker = str(dispatch.worker.address)
         plan = self._codec_selector.select(request.plan, len(request.token_ids), worker, dispatch.lacks_basis)
@@ -162,10 +182,16 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             prompt_token_ids=request.token_ids,
             sampling=request.params.to_proto(),
         )
-        geometry = self._loaded.geometry
-        kv_bytes = len(request.token_ids) * geometry.layers * geometry.native_bytes_per_token_layer
-        memory = KvReservation(self._kv_memory, kv_bytes)
-        return KvPipeline(begin, plan, geometry, self._config.chunk_bytes, self._metrics, self._loaded.device, memory)
+        return KvPipeline(
+            begin,
+            plan,
+            self._loaded.geometry,
+            self._config.chunk_bytes,
+            self._metrics,
+            self._loaded.device,
+            memory,
+            self._engine.vitals,
+        )
 
     def _run_prompt(self, request: PrefillRequest, lease: DecodeLease, scope: RpcScope) -> PromptResult:
         """Run the prompt while its KV leaves layer by layer.
@@ -180,7 +206,6 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         record.note(decode_worker=str(lease.worker))
         record.at_end(pipeline.sent.log_fields)
         record.begin_stage("queue")
-        waited = self._obtain_memory(lease, scope)
         future = self._engine.submit(request.token_ids, pipeline.put_layer, pipeline.plan.streams_chunks)
         scope.on_end(future.cancel)
         lease.on_end(future.cancel)
@@ -191,29 +216,10 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             raise lease.failure() or CancelledError("the request ended while its prompt was computed") from None
         record.begin_stage("prefill", time.monotonic() - result.compute_seconds)
         record.begin_stage("hand-off")
-        request.add_to_stage("queue", waited + result.queue_seconds)
+        request.add_to_stage("queue", result.queue_seconds)
         request.add_to_stage("prefill", result.compute_seconds)
         record.note(**{f"{stage}_seconds": seconds for stage, seconds in request.stage_seconds.items()})
         return result
-
-    def _obtain_memory(self, lease: DecodeLease, scope: RpcScope) -> float:
-        """Wait until the prompt's KV has room on prefill.
-
-        Returns:
-            The seconds that this took.
-
-        Raises:
-            CancelledError: the request ended.
-            SpectrumKVError: the worker was lost.
-        """
-        started, memory = time.monotonic(), lease.pipeline.memory
-        assert memory is not None
-        scope.on_end(memory.end)
-        lease.on_end(memory.end)
-        if not memory.obtain():
-            scope.check()
-            raise lease.failure() or CancelledError("the request ended while it waited for memory")
-        return time.monotonic() - started
 
     def _first_token(
         self, request: PrefillRequest, lease: DecodeLease, result: PromptResult
@@ -223,22 +229,13 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         Yields:
             The token, unless the client has it from an earlier dispatch.
         """
-        first = request.first = request.first or self._sample_first(request, result)
-        request.finish = first.finish
-        lease.pipeline.put_first_token(first.token)
+        if request.first is None:
+            request.first = sample_first(self._loaded, request.params, request.token_ids, result.logits)
+            request.finish = request.first.finish
+        lease.pipeline.put_first_token(request.first.token)
         if request.progress.completion_tokens == 0:
-            yield prefill_pb2.GenerateResponse(token=first.message)
-            self._observe_token(request.progress)
-
-    def _sample_first(self, request: PrefillRequest, result: PromptResult) -> FirstResponse:
-        """Return the first token, sampled from the exact KV."""
-        sampled = Sampler(request.params, request.token_ids).sample(result.logits, 0)
-        text = TextStream(self._loaded.tokenizer, request.params, self._loaded.eos_token_ids, request.token_ids)
-        delta = text.push(sampled.token_id)
-        token = FirstToken(sampled.token_id, delta.finish is not None)
-        return FirstResponse(
-            token_message(0, sampled, delta.text), token, (delta.finish or FinishReason.LENGTH).to_proto()
-        )
+            yield prefill_pb2.GenerateResponse(token=request.first.message)
+            request.progress.token_left(self._metrics)
 
     def _relay_tokens(
         self, request: PrefillRequest, lease: DecodeLease, dispatch: Dispatch
@@ -252,38 +249,23 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             dispatch.commit()
             if message.HasField("token"):
                 yield prefill_pb2.GenerateResponse(token=message.token)
-                self._observe_token(request.progress)
+                request.progress.token_left(self._metrics)
             else:
                 request.finish = message.finished.finish_reason
                 request.progress.recomputed_prompt_tokens = message.finished.recomputed_prompt_tokens
-
-    def _observe_token(self, progress: Progress) -> None:
-        now = time.monotonic()
-        progress.completion_tokens += 1
-        if progress.completion_tokens == 1:
-            progress.first_token_at = now
-            self._metrics.time_to_first_token.observe(progress.ttft_seconds)
-        elif progress.completion_tokens == 2:
-            progress.second_token_at = now
-            current_request().begin_stage("decode", now)
-            self._metrics.handoff.observe(progress.handoff_seconds)
 
     def _finished(
         self, request: PrefillRequest, lease: DecodeLease, result: PromptResult
     ) -> prefill_pb2.GenerateResponse:
         """Return the message that ends the request, and learn from what the request took."""
-        sent, plan, tokens, worker = (
-            lease.pipeline.sent,
-            lease.pipeline.plan,
-            len(request.token_ids),
-            str(lease.worker),
-        )
+        sent, plan = lease.pipeline.sent, lease.pipeline.plan
+        tokens, worker = len(request.token_ids), str(lease.worker)
         usage = request.usage(plan, sent, self._loaded.geometry, worker)
         self._codec_selector.observe(plan, tokens, worker, result.compute_seconds, sent)
         self._metrics.request_duration.labels("encode").observe(sent.encode_seconds)
         self._metrics.request_duration.labels("transfer").observe(sent.transfer_seconds)
         self._metrics.kv_codec.labels(plan.codec.name).inc()
-        current_request().note(budget_counted=usage.byte_budget, codec=plan.codec.name)
+        current_request().note(budget_counted=usage.budget_counted, codec=plan.codec.name)
         if plan.codec_reason:
             current_request().note(codec_reason=plan.codec_reason)
         return prefill_pb2.GenerateResponse(

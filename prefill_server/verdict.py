@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.allocation import Int4Layers
-from spectrumkv.common.kv.policies import BudgetKind, Policy, policies
+from spectrumkv.common.kv.budget import BudgetKind
+from spectrumkv.common.kv.policies import Policy, policies
 from spectrumkv.v1 import prefill_pb2
 
 TRIALS = 3
@@ -85,8 +86,8 @@ class ProbedSetting:
         policies.get(self.policy).check_budget(self.budget)
         if not 0 <= self.found <= self.found_fp16 <= TRIALS:
             raise InvalidArgumentError(
-                f"of {TRIALS} needles {self.found_fp16} are found over exact KV and {self.found} of these at budget "
-                f"{self.budget:g}; neither can be more than the one before"
+                f"needles found: {self.found} at budget {self.budget:g}, {self.found_fp16} over exact KV, "
+                f"of {TRIALS}; the first number may not exceed the second, nor the second the third"
             )
         if math.isnan(self.kl) or math.isnan(self.ppl_delta_pct):
             raise InvalidArgumentError(f"the divergence at budget {self.budget:g} is no number")

@@ -10,6 +10,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 for number in (signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM):
     signal.signal(number, signal.SIG_DFL)
 
+# Tests read metrics of their own services over HTTP, for which urllib would ask a proxy even on loopback.
+for variable in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+    os.environ.pop(variable, None)
+
 # Triton reads this when it is first imported, and transformers imports it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

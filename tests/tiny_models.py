@@ -1,7 +1,8 @@
 """Small models with random weights, one for each supported architecture.
 
 They have the traits that trip up a KV cache: grouped-query attention, head dimensions from 64 to 256, biases
-on keys, normalized queries and keys, sliding windows shorter than the prompts, soft-capping. Their weights are
+on keys, normalized queries and keys, sliding windows shorter than the prompts, rotary embeddings that differ between
+layers, a single KV head, tied embeddings, soft-capping. Their weights are
 drawn so that attention is peaked and logits are spread: greedy output neither collapses into one token nor
 hangs on the last bit.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from transformers import (
     Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
@@ -112,12 +114,32 @@ def _gemma2() -> PretrainedConfig:
     )
 
 
+def _gemma3() -> PretrainedConfig:
+    options = _COMMON | {"num_key_value_heads": 1, "tie_word_embeddings": True}
+    return Gemma3TextConfig(
+        **options,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        head_dim=256,
+        query_pre_attn_scalar=144,
+        sliding_window=SLIDING_WINDOW,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+        },
+    )
+
+
 _CONFIGURATIONS: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": _llama,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "mistral": _mistral,
     "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
 }
 
 ARCHITECTURES: tuple[str, ...] = tuple(_CONFIGURATIONS)
@@ -161,6 +183,8 @@ def _draw_weights(model: PreTrainedModel, generator: torch.Generator) -> None:
             parameter.copy_(_gain(name) * noise / _inputs(name, parameter) ** 0.5)
     if model.config.model_type == "qwen2":
         _add_key_outlier(model)
+    elif model.config.model_type == "gemma3_text":
+        _balance_tied_embeddings(model)
 
 
 def _gain(name: str) -> float:
@@ -170,6 +194,18 @@ def _gain(name: str) -> float:
 
 def _inputs(name: str, parameter: torch.Tensor) -> int:
     return 1 if "embed_tokens" in name else parameter.shape[1]
+
+
+def _balance_tied_embeddings(model: PreTrainedModel) -> None:
+    # Gemma multiplies embeddings by the root of the hidden size. Left so large, a token's own embedding would
+    # outweigh what the layers add to it, and the tied head would predict that token again and again. The last norm
+    # gives the logits their spread back.
+    model.model.embed_tokens.weight.div_(4 * model.config.hidden_size**0.5)
+    model.model.norm.weight.add_(11.0)
+    for layer in model.model.layers:
+        # These norms multiply by 1 + weight.
+        layer.self_attn.q_norm.weight.sub_(1.0)
+        layer.self_attn.k_norm.weight.sub_(1.0)
 
 
 def _add_key_outlier(model: PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""Waiting for what nothing tells of."""
+"""Polls a condition until it holds, with a deadline; for what no event announces."""
 
 import threading
 import time

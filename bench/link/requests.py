@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+from urllib.request import ProxyHandler, build_opener
 
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
@@ -28,6 +28,9 @@ from spectrumkv.common.service.process import exit_on_error
 SAMPLE_SECONDS = 0.005
 STAGE_METRIC = "spectrumkv_request_duration_seconds"
 SCRAPE_SECONDS = 10.0
+# Only the two services can reach these namespaces, and no proxy that the environment names can.
+SECURITY = ChannelSecurity(allow_plaintext=True, allow_proxy=False)
+DIRECT = build_opener(ProxyHandler({}))
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,7 @@ def main() -> None:
 
 
 def _do(errand: Errand) -> None:
-    reachable = ChannelSecurity(allow_plaintext=True)
-    with SpectrumClient(errand.decode, reachable) as decode, SpectrumClient(errand.server) as prefill:
+    with SpectrumClient(errand.decode, SECURITY) as decode, SpectrumClient(errand.server) as prefill:
         for client in (decode, prefill):
             client.wait_until_serving(errand.ready_seconds)
         info: Any = prefill.server_info()
@@ -154,14 +156,14 @@ def _observe(client: SpectrumClient, errand: Errand, prompt: TokenIds) -> Iterat
                 stages={stage: after[stage] - before.get(stage, 0.0) for stage in after},
                 wire=_changes(wire, sent),
                 kv_bytes_sent=completion.usage.kv_bytes_sent,
-                budget_counted=completion.usage.byte_budget,
+                budget_counted=completion.usage.budget_counted,
                 codec=completion.usage.codec,
             )
 
 
 def _stage_seconds(metrics: str) -> dict[str, float]:
     """Return the seconds that all requests so far spent in each stage of prefill."""
-    with urlopen(f"http://{metrics}/metrics", timeout=SCRAPE_SECONDS) as response:
+    with DIRECT.open(f"http://{metrics}/metrics", timeout=SCRAPE_SECONDS) as response:
         text = response.read().decode()
     return {
         sample.labels["stage"]: sample.value

@@ -9,11 +9,10 @@ from typing import Any
 
 from spectrumkv.bench.link import requests
 from spectrumkv.bench.link.network import DECODE_HOST, Namespace, ShapedLink
-from spectrumkv.bench.link.requests import Errand
+from spectrumkv.bench.link.requests import SECURITY, Errand
 from spectrumkv.client.local.pair_config import DECODE_MODULE, PREFILL_MODULE
 from spectrumkv.client.local.service_process import ServiceLaunch, ServiceProcess
 from spectrumkv.common.errors import UnavailableError
-from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.service.config import Address, DecodeConfig, PrefillConfig
 
 # Every port is free inside the bench's own namespaces.
@@ -21,8 +20,6 @@ DECODE = Address(DECODE_HOST, DecodeConfig.listen.port)
 PREFILL = PrefillConfig.listen
 PREFILL_METRICS = PrefillConfig.metrics_listen
 STOP_SECONDS = 40.0
-# Only the two services can reach these namespaces.
-SECURITY = ChannelSecurity(allow_plaintext=True)
 
 
 class LinkedServices:

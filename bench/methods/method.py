@@ -54,11 +54,11 @@ class SentBytes:
 
     Attributes:
         counted: all bytes that the method counts.
-        tier_budget: the paper's mean cost per token, without scales and framing.
+        budget_nominal: the paper's mean cost per token, without scales and framing.
     """
 
     counted: float
-    tier_budget: float
+    budget_nominal: float
 
 
 def mean_tier_cost(tokens: Mapping[Tier, int]) -> float:

@@ -10,7 +10,7 @@ from spectrumkv.bench.methods.selection import Choice, MethodSelector
 from spectrumkv.bench.methods.served_model import ServedModel
 from spectrumkv.bench.peers.quanto import QUANTO, expect_extension
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.model.load import LoadedModel, choose_device
 from spectrumkv.common.service.config import PrefillConfig, build
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
@@ -77,18 +77,15 @@ def prepare(loaded: LoadedModel, choice: Choice, arguments: argparse.Namespace, 
     return Prepared(served, selection.methods)
 
 
-def _basis(loaded: LoadedModel, console: Console) -> SpectralBasis:
+def _basis(loaded: LoadedModel, console: Console) -> Basis:
     def tell(done: int) -> None:
         console.print(f"calibration, excerpt {done} of {EXCERPTS}", markup=False, style="dim")
 
     return resolve_basis(loaded, tell)
 
 
-def _verdict(loaded: LoadedModel, config: PrefillConfig, basis: SpectralBasis, console: Console) -> ProbeVerdict:
-    engine = PrefillEngine(loaded, config.window)
-    try:
+def _verdict(loaded: LoadedModel, config: PrefillConfig, basis: Basis, console: Console) -> ProbeVerdict:
+    with PrefillEngine(loaded, config.window) as engine:
         return resolve_verdict(
             loaded, engine, basis, config.int4, lambda step: console.print(str(step), markup=False, style="dim")
         )
-    finally:
-        engine.stop()

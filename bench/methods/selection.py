@@ -12,7 +12,7 @@ from spectrumkv.bench.peers import pdtrim, quanto  # noqa: F401  # they register
 from spectrumkv.bench.peers.baselines import BaselineMethod, baselines
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.codecs.base import codecs
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.policies import Policy, policies
 from spectrumkv.common.kv.scoring import scorers
 from spectrumkv.common.model.spec import ModelSpec
@@ -131,7 +131,7 @@ class MethodSelector:
     verdict: ProbeVerdict
     spec: ModelSpec
     metrics: Metrics
-    basis: SpectralBasis | None
+    basis: Basis | None
 
     def select(self) -> Selection:
         """Return the methods.

@@ -7,7 +7,8 @@ import torch
 from spectrumkv.bench.methods.method import Prompt, SentBytes, mean_tier_cost
 from spectrumkv.bench.models.synthetic_prompt import REQUEST_ID
 from spectrumkv.common.generation.params import SamplingParams
-from spectrumkv.common.kv.policies import BudgetKind, Policy, TierRequest
+from spectrumkv.common.kv.budget import BudgetKind
+from spectrumkv.common.kv.policies import Policy, TierRequest
 from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.model.spec import ModelSpec
 from spectrumkv.common.rpc.decode_stream import Request, deserialize_request, serialize_request
@@ -64,7 +65,7 @@ class WireMethod:
     @property
     def budget(self) -> float:
         """Return the plan's budget."""
-        return self.plan.budget
+        return self.plan.budget.value
 
     def send(self, prompt: Prompt, pool: KvPool, allocation: Allocation) -> SentBytes:
         """See `Method.send`.

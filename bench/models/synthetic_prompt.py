@@ -93,11 +93,12 @@ def synthetic_basis(geometry: KvGeometry) -> SpectralBasis:
     """Return a basis that scales standard normal elements to standard deviations like those of a model."""
     lead = (geometry.layers, 2, geometry.kv_heads)
     std = torch.linspace(WIDEST, NARROWEST, geometry.head_dim).exp2()
+    frequencies = 1e4 ** (-torch.arange(geometry.head_dim // 2, dtype=torch.float64) * 2 / geometry.head_dim)
     return SpectralBasis(
         mean=torch.zeros(*lead, geometry.head_dim),
         analysis=torch.diag(std).expand(*lead, -1, -1).contiguous(),
         std=std.expand(*lead, -1).contiguous(),
         attention_exponent=torch.ones(geometry.layers),
-        rope_frequencies=1e4 ** (-torch.arange(geometry.head_dim // 2, dtype=torch.float64) * 2 / geometry.head_dim),
-        rope_scaling=1.0,
+        rope_frequencies=frequencies.expand(geometry.layers, -1).contiguous(),
+        rope_scaling=torch.ones(geometry.layers, dtype=torch.float64),
     )

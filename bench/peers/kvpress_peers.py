@@ -81,7 +81,7 @@ def score_window(model: PreTrainedModel, window: Window, methods: Sequence[Press
     for kept in pressed:
         distance = compare(_read(model, kept, window), reference, window.targets)
         counted = _bytes(kept)
-        scores.append(WindowScore.of(distance, len(window.targets), counted, fp16, tier_budget=counted / fp16))
+        scores.append(WindowScore.of(distance, len(window.targets), counted, fp16, budget_nominal=counted / fp16))
     return scores
 
 

@@ -56,6 +56,6 @@ def score_window(
         with served.receive(method, prompt) as (context, sent):
             logits = served.extend(context, window.following)
         distance = compare(logits, reference, window.targets)
-        scores.append(WindowScore.of(distance, len(window.targets), sent.counted, fp16, sent.tier_budget))
+        scores.append(WindowScore.of(distance, len(window.targets), sent.counted, fp16, sent.budget_nominal))
         on_step(f"window {window.index}: {describe(method)}")
     return scores

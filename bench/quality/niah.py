@@ -28,7 +28,7 @@ class Outcome:
         found_fp16: whether the answer over exact FP16 KV has it.
         counted: counted bytes.
         fp16: bytes of the same KV at FP16.
-        tier_budget: the paper's mean cost per token.
+        budget_nominal: the paper's mean cost per token.
     """
 
     depth: float
@@ -36,7 +36,7 @@ class Outcome:
     found_fp16: bool
     counted: float
     fp16: int
-    tier_budget: float
+    budget_nominal: float
 
 
 def needle_prompts(
@@ -118,7 +118,7 @@ def _find(served: ServedModel, prompt: Prompt, needle: NeedlePrompt, method: Met
             text = served.loaded.tokenizer.decode(tokens, skip_special_tokens=True)
             if _WHOLE_NUMBER.search(text):
                 break
-    return needle.is_answered_by(text), sent.counted, sent.tier_budget
+    return needle.is_answered_by(text), sent.counted, sent.budget_nominal
 
 
 def row(method: Method, outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def row(method: Method, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "total": len(outcomes),
         "found_fp16": sum(one.found_fp16 for one in outcomes),
         "by_depth": [_at_depth(depth, outcomes) for depth in sorted({one.depth for one in outcomes})],
-        "budget_nominal": sum(one.tier_budget for one in outcomes) / len(outcomes),
+        "budget_nominal": sum(one.budget_nominal for one in outcomes) / len(outcomes),
         "scorer": method.scorer,
         "scope": method.scope,
     }

@@ -27,7 +27,7 @@ class WindowScore:
         agreed: number of tokens for which both have the same most likely next token.
         counted: counted bytes.
         fp16: bytes of the same KV at FP16.
-        tier_budget: the paper's mean cost per token.
+        budget_nominal: the paper's mean cost per token.
     """
 
     tokens: int
@@ -37,12 +37,14 @@ class WindowScore:
     agreed: int
     counted: float
     fp16: int
-    tier_budget: float
+    budget_nominal: float
 
     @classmethod
-    def of(cls, distance: "Distance", tokens: int, counted: float, fp16: int, tier_budget: float) -> "WindowScore":
+    def of(cls, distance: "Distance", tokens: int, counted: float, fp16: int, budget_nominal: float) -> "WindowScore":
         """Return the score of a window whose predictions are so far from those over exact KV."""
-        return cls(tokens, distance.nll, distance.nll_fp16, distance.kl, distance.agreed, counted, fp16, tier_budget)
+        return cls(
+            tokens, distance.nll, distance.nll_fp16, distance.kl, distance.agreed, counted, fp16, budget_nominal
+        )
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Summary:
         kl: mean KL per token, in nats.
         kl_ci: its confidence interval; None for a single window.
         top1_agreement: share of the tokens with the same most likely next token.
-        byte_budget: counted bytes ÷ bytes at FP16.
-        tier_budget: mean tier budget of the windows.
+        budget_counted: counted bytes ÷ bytes at FP16.
+        budget_nominal: mean tier budget of the windows.
     """
 
     windows: int
@@ -70,8 +72,8 @@ class Summary:
     kl: float
     kl_ci: list[float] | None
     top1_agreement: float
-    byte_budget: float
-    tier_budget: float
+    budget_counted: float
+    budget_nominal: float
 
 
 def summarize(scores: Sequence[WindowScore]) -> Summary:
@@ -105,8 +107,8 @@ def summarize(scores: Sequence[WindowScore]) -> Summary:
         kl=float(mean_kl(everything)),
         kl_ci=_interval(mean_kl(drawn)) if len(scores) > 1 else None,
         top1_agreement=float(columns["agreed"].sum() / tokens),
-        byte_budget=float(columns["counted"].sum() / columns["fp16"].sum()),
-        tier_budget=float(columns["tier_budget"].mean()),
+        budget_counted=float(columns["counted"].sum() / columns["fp16"].sum()),
+        budget_nominal=float(columns["budget_nominal"].mean()),
     )
 
 
@@ -117,8 +119,8 @@ def quality_row(method: "MethodName", scores: Sequence[WindowScore]) -> dict[str
         "policy": method.policy,
         "codec": method.codec,
         "budget_target": method.budget,
-        "budget_nominal": summary.tier_budget,
-        "budget_counted": summary.byte_budget,
+        "budget_nominal": summary.budget_nominal,
+        "budget_counted": summary.budget_counted,
         "ppl": summary.ppl,
         "ppl_fp16": summary.ppl_fp16,
         "ppl_delta_pct": summary.ppl_delta_pct,

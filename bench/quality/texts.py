@@ -5,9 +5,9 @@ import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.generation.beginning import TextTokenizer, beginning_token, begun
 
 CODE, DIALOGUE = "code", "dialogue"
 # Length of the code text: that of WikiText-2's test split. Tokenizing more would only take longer.
@@ -50,16 +50,6 @@ def standard_library() -> str:
     return "\n\n".join(sources)[:CODE_CHARACTERS]
 
 
-class Tokenizer(Protocol):
-    """Describe what is needed of a tokenizer."""
-
-    bos_token_id: int | None
-
-    def encode(self, text: str, *, add_special_tokens: bool = ..., verbose: bool = ...) -> list[int]:
-        """Turn text into tokens."""
-        ...
-
-
 @dataclass(frozen=True)
 class Window:
     """Hold a piece of text as the services would see it.
@@ -98,7 +88,7 @@ def text_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def cut(tokenizer: Tokenizer, text: str, context: int, scored: int, skip: int, count: int) -> list[Window]:
+def cut(tokenizer: TextTokenizer, text: str, context: int, scored: int, skip: int, count: int) -> list[Window]:
     """Cut a text into windows of `context` + `scored` tokens, one after another.
 
     A window's last target is the first token of the next window's context. If the tokenizer puts a
@@ -131,18 +121,12 @@ def cut(tokenizer: Tokenizer, text: str, context: int, scored: int, skip: int, c
             f"the text has {len(ids)} tokens, that is {available} windows of {context} + {scored}; "
             f"--skip-windows {skip} --windows {count} asks for others"
         )
-    begin = _begins_with(tokenizer)
-    return [_window(ids, index, context, scored, begin) for index in range(skip, skip + wanted)]
+    beginning = beginning_token(tokenizer)
+    return [_window(ids, index, context, scored, beginning) for index in range(skip, skip + wanted)]
 
 
-def _begins_with(tokenizer: Tokenizer) -> int | None:
-    """Return the beginning-of-sequence token if the tokenizer puts one before a text, else None."""
-    first = tokenizer.encode("a", add_special_tokens=True)[0]
-    return first if first == tokenizer.bos_token_id else None
-
-
-def _window(ids: Sequence[int], index: int, context: int, scored: int, begin: int | None) -> Window:
+def _window(ids: Sequence[int], index: int, context: int, scored: int, beginning: int | None) -> Window:
     start = index * (context + scored)
     middle, end = start + context, start + context + scored
-    prompt = ids[start:middle] if begin is None else [begin, *ids[start + 1 : middle]]
+    prompt = begun(ids[start:middle], beginning)
     return Window(index, tuple(prompt), tuple(ids[middle:end]), tuple(ids[middle + 1 : end + 1]))

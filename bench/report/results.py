@@ -84,12 +84,18 @@ def write_speed_result(
     Raises:
         InvalidArgumentError: the file cannot be written.
     """
-    meta = describe_run(arguments, model) | {
+    _write(destination, describe_speed_run(arguments, model, load_before), rows)
+
+
+def describe_speed_run(
+    arguments: argparse.Namespace, model: Mapping[str, Any] | None, load_before: float | None
+) -> dict[str, Any]:
+    """Return the `meta` object of a bench of speed; see `write_speed_result`."""
+    return describe_run(arguments, model) | {
         "load_average_before": load_before,
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "niceness": os.nice(0),
     }
-    _write(destination, meta, rows)
 
 
 def load_average() -> float | None:

@@ -96,7 +96,7 @@ def measure(
             for cache, max_tokens in ((short, load.lasting_tokens), (long, None))
         )
         rows.append(
-            _row(plan, load, arriving.byte_budget, measure_gaps(channel, running, arriving, load, on_arrival))
+            _row(plan, load, arriving.budget_counted, measure_gaps(channel, running, arriving, load, on_arrival))
         )
     return rows
 
@@ -138,12 +138,12 @@ def measure_gaps(
     }
 
 
-def _row(plan: KvPlan, load: ArrivalLoad, byte_budget: float, measured: Mapping[str, Any]) -> dict[str, Any]:
+def _row(plan: KvPlan, load: ArrivalLoad, budget_counted: float, measured: Mapping[str, Any]) -> dict[str, Any]:
     row = {
         "policy": plan.policy.name,
         "codec": plan.codec.name,
-        "budget_target": plan.budget,
-        "budget_counted": byte_budget,
+        "budget_target": plan.budget.value,
+        "budget_counted": budget_counted,
         "arriving_tokens": load.arriving_tokens,
         **measured,
     }

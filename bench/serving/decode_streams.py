@@ -34,12 +34,12 @@ class Recording:
     Attributes:
         begin: the message that opens the stream.
         rest: the chunks, then End.
-        byte_budget: bytes of all messages ÷ FP16 bytes of the KV.
+        budget_counted: bytes of all messages ÷ FP16 bytes of the KV.
     """
 
     begin: Request
     rest: tuple[Request, ...]
-    byte_budget: float
+    budget_counted: float
 
 
 @torch.inference_mode()

@@ -12,9 +12,11 @@ from prometheus_client import CollectorRegistry
 
 from spectrumkv.bench.models.synthetic_prompt import REQUEST_ID, SyntheticCache
 from spectrumkv.common.errors import DataLossError, InternalError, InvalidArgumentError
+from spectrumkv.common.kv.allocation import RankedTiers
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.base import KvEncoder, codecs, needed_basis
-from spectrumkv.common.kv.codecs.tiered import TieredEncoder, tier_segments
+from spectrumkv.common.kv.codecs.segmentation import tier_segments
+from spectrumkv.common.kv.codecs.tiered import TieredEncoder
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.wire import KvChunk
@@ -25,8 +27,9 @@ from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.decode_server.kv_pool import KvPool
 from spectrumkv.decode_server.receiver import KvReceiver
-from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline, SentKv
+from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline
 from spectrumkv.prefill_server.transfer.plan import KvPlan
+from spectrumkv.prefill_server.transfer.sent_kv import SentKv
 from spectrumkv.v1 import decode_pb2
 
 
@@ -202,7 +205,10 @@ def tiered(plan: KvPlan, layers: Sequence[LayerCapture], geometry: KvGeometry) -
     """
     values = {field.name: getattr(plan, field.name) for field in fields(plan)} | {"scope": "layer"}
     encoder = _tiered_encoder(KvPlan(**values), geometry, layers[0].tokens)
-    return TieredPlan(**values, tiers=tuple(encoder.allocation.tiers(layer) for layer in layers))
+    allotted = (encoder.allocation.tiers(layer) for layer in layers)
+    return TieredPlan(
+        **values, tiers=tuple(one.on_host() if isinstance(one, RankedTiers) else one for one in allotted)
+    )
 
 
 def _tiered_encoder(plan: KvPlan, geometry: KvGeometry, tokens: int) -> TieredEncoder:

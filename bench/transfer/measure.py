@@ -13,8 +13,8 @@ from spectrumkv.bench.timing import interleaved_medians
 from spectrumkv.bench.transfer.kv import KvSender, Sending, tiered
 from spectrumkv.bench.transfer.raw import RawSender, TcpSender
 from spectrumkv.bench.transfer.receiver import receiving_process
+from spectrumkv.common.kv.budget import BudgetKind
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.policies import BudgetKind
 from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.security import ChannelSecurity, TlsFiles
 from spectrumkv.prefill_server.transfer.plan import KvPlan
@@ -175,7 +175,7 @@ def _row(path: str, seconds: float, sent_bytes: int, fp16_bytes: int) -> dict[st
 def _plan_columns(plan: KvPlan) -> dict[str, Any]:
     return {
         "policy": plan.policy.name,
-        "budget_target": plan.budget,
+        "budget_target": plan.budget.value,
         "scorer": plan.scorer if plan.policy.needs_scores else None,
         "codec": plan.codec.name,
     }

@@ -12,7 +12,7 @@ from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.service.config import ServerConfig
 
 if TYPE_CHECKING:
-    from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+    from spectrumkv.common.kv.codecs.basis import Basis
     from spectrumkv.common.model.load import LoadedModel
 
 
@@ -80,15 +80,15 @@ def _import(arguments: argparse.Namespace) -> int:
         InvalidArgumentError: the file cannot be read, or holds no basis for this model.
         SpectrumKVError: the model cannot be loaded, or the basis cannot be kept.
     """
-    from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+    from spectrumkv.common.kv.codecs.base import parse_basis
     from spectrumkv.prefill_server.tuning.basis_cache import keep_basis
 
     try:
         data = Path(arguments.file).read_bytes()
     except OSError as error:
         raise InvalidArgumentError(f"FILE {arguments.file} cannot be read: {error.strerror}") from error
-    basis = SpectralBasis.from_bytes(data)
     loaded = _load(arguments)
+    basis = parse_basis(data, loaded.geometry)
     directory = keep_basis(loaded, basis)
     _say(f"kept basis {basis.digest.hex()} of {loaded.name} in {directory}; prefill uses it from its next start on")
     return 0
@@ -101,7 +101,7 @@ def _load(arguments: argparse.Namespace) -> "LoadedModel":
     return load_model(arguments.model, arguments.device, arguments.dtype)
 
 
-def _resolve(loaded: "LoadedModel") -> "SpectralBasis":
+def _resolve(loaded: "LoadedModel") -> "Basis":
     from spectrumkv.prefill_server.tuning.basis_cache import EXCERPTS, resolve_basis
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

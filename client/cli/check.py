@@ -9,14 +9,13 @@ from typing import Any
 from rich.console import Console
 
 from spectrumkv.client.cli import flags
-from spectrumkv.client.cli.demo import QUESTION, document
+from spectrumkv.client.cli.demo import prefill_info, question_for
 from spectrumkv.client.cli.output import STDOUT, check_writable, write_json
 from spectrumkv.client.cli.tables import facts_table
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.completion import Completion, TokenEvent
-from spectrumkv.client.request import KvChoice, Message, Sampling
+from spectrumkv.client.request import KvChoice, Sampling
 from spectrumkv.common.errors import FailedPreconditionError
-from spectrumkv.v1 import prefill_pb2
 
 DEFAULT_TIMEOUT_SECONDS = 120.0
 DEFAULT_MAX_KL = 0.5
@@ -88,8 +87,8 @@ class CheckResult:
                 f"the tiers account for {tier_bytes} of the {usage.kv_bytes_sent} bytes sent",
             ),
             (
-                usage.byte_budget > self.budget_target + BUDGET_SLACK,
-                f"the counted budget is {usage.byte_budget:.3f}; the server's default is {self.budget_target:g}",
+                usage.budget_counted > self.budget_target + BUDGET_SLACK,
+                f"the counted budget is {usage.budget_counted:.3f}; the server's default is {self.budget_target:g}",
             ),
             (
                 not self.kl <= self.max_kl,
@@ -181,7 +180,7 @@ def _as_json(result: CheckResult) -> dict[str, Any]:
         "compared_tokens": len(result.exact.tokens),
         "kl": result.kl,
         "budget_target": result.budget_target,
-        "budget_counted": usage.byte_budget,
+        "budget_counted": usage.budget_counted,
         "kv_bytes_sent": usage.kv_bytes_sent,
         "kv_fp16_bytes": usage.kv_fp16_bytes,
         "recomputed_prompt_tokens": usage.recomputed_prompt_tokens + result.exact.usage.recomputed_prompt_tokens,
@@ -200,7 +199,7 @@ def _show(console: Console, result: CheckResult) -> None:
                 ("policy, codec", f"{usage.policy}, {usage.codec}"),
                 ("tokens before the answers differ", f"{result.agreeing_tokens} of {tokens}"),
                 ("mean KL to exact KV", f"{result.kl:.5f} nats per token"),
-                ("budget counted / default", f"{usage.byte_budget:.3f} / {result.budget_target:g}"),
+                ("budget counted / default", f"{usage.budget_counted:.3f} / {result.budget_target:g}"),
                 ("KV bytes sent / FP16", f"{usage.kv_bytes_sent:,} / {usage.kv_fp16_bytes:,}"),
                 ("prompt tokens recomputed", str(usage.recomputed_prompt_tokens)),
                 ("verdict", "failed" if result.problems else "passed"),
@@ -221,15 +220,14 @@ def self_check(client: SpectrumClient, timeout: float, max_kl: float) -> CheckRe
         The two answers.
 
     Raises:
-        FailedPreconditionError: the server is not a prefill service, or is not ready.
+        FailedPreconditionError: the server is not a prefill service, or is not ready, or its model's context is too
+            short.
         SpectrumKVError: the server refused or ended a request.
     """
     if not client.is_serving():
         raise FailedPreconditionError(f"{client.address} is not ready")
-    info = client.server_info()
-    if not isinstance(info, prefill_pb2.PrefillServiceGetServerInfoResponse):
-        raise FailedPreconditionError(f"{client.address} is a decode service; name the prefill service before it")
-    prompt = [Message("user", f"{document()[:DOCUMENT_CHARACTERS]}\n\n{QUESTION}")]
+    info = prefill_info(client)
+    prompt = question_for(info, MAX_TOKENS, DOCUMENT_CHARACTERS)
     sampling = Sampling(max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=TOP_LOGPROBS)
     served, exact = (
         client.generate(prompt, sampling=sampling, kv=kv, timeout=timeout).result() for kv in (KvChoice(), EXACT)

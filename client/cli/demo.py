@@ -13,11 +13,19 @@ from spectrumkv.client.completion import Completion
 from spectrumkv.client.local.pair_config import FREE_PORTS
 from spectrumkv.client.local.running_pair import log_on_stderr, running_pair, stopped_by_signals
 from spectrumkv.client.local.service_process import KEPT_LINES
-from spectrumkv.client.request import KvChoice, Message, Sampling
-from spectrumkv.common.errors import SpectrumKVError
+from spectrumkv.client.request import KvChoice, Message, Prompt, Sampling
+from spectrumkv.common.errors import FailedPreconditionError, SpectrumKVError
+from spectrumkv.v1.prefill_pb2 import PrefillServiceGetServerInfoResponse as PrefillInfo
 
 QUESTION = "Who was the first keeper of the lighthouse?"
+ANSWER = "The first keeper was Josiah Penrose"
 MAX_TOKENS = 48
+# Tokenizers make fewer tokens of English.
+CHARACTERS_PER_TOKEN = 2
+# Of the question and of the chat template, which may begin with a system message.
+TOKENS_AROUND_DOCUMENT = 96
+# Enough for the answer and the words around it.
+LEAST_CHARACTERS = 256
 # Budgets with the policy of each; None leaves the policy to the server.
 RUNS: tuple[tuple[float, str | None], ...] = ((1.0, "fp16"), (0.5, None), (0.3, None))
 
@@ -53,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             log.be_quiet()
             out.print(f"both are ready: prefill at {pair.prefill.address}, decode at {pair.decode.address}")
             out.print(f"question about a long document: {QUESTION}")
-            completions = [(budget, _ask(out, client, budget, policy)) for budget, policy in RUNS]
+            completions = [(budget, ask(out, client, budget, policy)) for budget, policy in RUNS]
     except SpectrumKVError:
         # Now that the services have stopped, all that they said is read.
         log.show_kept()
@@ -90,14 +98,76 @@ class DemoLog:
             self._show(name, line)
 
 
-def document() -> str:
-    """Return the document that the demo asks about."""
-    return (files("spectrumkv.client.cli") / "demo_document.txt").read_text(encoding="utf-8")
+def document(characters: int | None = None) -> str:
+    """Return the document that the demo asks about, or a stretch of it that has the answer.
+
+    Args:
+        characters: length of the stretch; None, or a length beyond the document's, for all of it.
+    """
+    text = (files("spectrumkv.client.cli") / "demo_document.txt").read_text(encoding="utf-8")
+    if characters is None:
+        return text
+    end_of_answer = text.index("\n", text.index(ANSWER))
+    start = max(0, min(end_of_answer, text.index(ANSWER) + characters // 2) - characters)
+    return text[start : start + characters]
 
 
-def _ask(out: Console, client: SpectrumClient, budget: float, policy: str | None) -> Completion:
+def prefill_info(client: SpectrumClient) -> PrefillInfo:
+    """Return what a prefill service says of itself.
+
+    Args:
+        client: connected to it.
+
+    Raises:
+        FailedPreconditionError: the server is a decode service.
+    """
+    info = client.server_info()
+    if not isinstance(info, PrefillInfo):
+        raise FailedPreconditionError(f"{client.address} is a decode service; name the prefill service before it")
+    return info
+
+
+def question_for(info: PrefillInfo, answer_tokens: int, most_characters: int | None = None) -> Prompt:
+    """Return the question about as much of the document as a server's model takes.
+
+    Args:
+        info: what the prefill service says of itself.
+        answer_tokens: tokens that the answer may have.
+        most_characters: of the document; None for all of it.
+
+    Returns:
+        A chat message, or text where the model has no chat template.
+
+    Raises:
+        FailedPreconditionError: the model's context is too short.
+    """
+    room = CHARACTERS_PER_TOKEN * (info.model.context_length - answer_tokens - TOKENS_AROUND_DOCUMENT)
+    if room < LEAST_CHARACTERS:
+        raise FailedPreconditionError(
+            f"{info.model_name} has a context of {info.model.context_length} tokens, which is too short for the "
+            "question that is asked here; try `spectrumkv generate` with a prompt of your own"
+        )
+    asked = f"{document(min(room, most_characters or room))}\n\n{QUESTION}"
+    return [Message("user", asked)] if info.has_chat_template else f"{asked}\n"
+
+
+def ask(out: Console, client: SpectrumClient, budget: float, policy: str | None) -> Completion:
+    """Ask the question at one budget, and show the answer as it comes.
+
+    Args:
+        out: shows the answer.
+        client: connected to the prefill service.
+        budget: of the KV.
+        policy: of the KV; None is the server's default.
+
+    Returns:
+        The answer.
+
+    Raises:
+        SpectrumKVError: the server refused or ended the request, or its model's context is too short.
+    """
     out.rule(f"budget {budget:g}, {policy or 'default'} policy", align="left")
-    prompt = [Message("user", f"{document()}\n\n{QUESTION}")]
     kv = KvChoice(budget=budget, policy=policy)
+    prompt = question_for(prefill_info(client), MAX_TOKENS)
     with client.generate(prompt, sampling=Sampling(max_tokens=MAX_TOKENS), kv=kv) as stream:
         return echo_text(stream)

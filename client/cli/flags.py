@@ -8,6 +8,7 @@ from spectrumkv.client.argument_types import LONGEST_TIMEOUT_SECONDS
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.request import KvChoice, Sampling
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.kv.budget import BUDGET_MEANING
 from spectrumkv.common.rpc.targets import Target
 from spectrumkv.common.security import SYSTEM_ROOTS, ChannelSecurity, TlsFiles
 
@@ -56,8 +57,7 @@ def add_kv_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="B",
         help="what the KV may cost relative to FP16, above 0 and at most 1 (see `spectrumkv info` for each policy's "
-        "range). Policy spectral counts all bytes sent; other policies count the mean cost per token, without scales "
-        "and framing",
+        f"range): {BUDGET_MEANING}",
     )
     group.add_argument("--policy", metavar="NAME", help="policy that gives tokens their tiers")
     group.add_argument("--codec", metavar="NAME", help="codec that encodes the tiers")

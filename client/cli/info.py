@@ -97,9 +97,9 @@ def _choice_facts(info: prefill_pb2.PrefillServiceGetServerInfoResponse) -> Iter
     yield "scorers", ", ".join(info.scorers)
     yield "scopes", ", ".join(info.scopes)
     yield "defaults", ", ".join(f"{field.name} {value}" for field, value in info.defaults.ListFields())
-    away = set(info.decode_workers_away)
-    named = (f"{worker} (takes no requests)" if worker in away else worker for worker in info.decode_workers)
-    yield "decode workers", ", ".join(named)
+    states = dict.fromkeys(info.decode_workers_ejected, " (ejected: it failed one request after another)")
+    states |= dict.fromkeys(info.decode_workers_away, " (takes no requests)")
+    yield "decode workers", ", ".join(f"{worker}{states.get(worker, '')}" for worker in info.decode_workers)
     verdict = info.probe
     yield "INT4", probe_summary(verdict)
     if not verdict.int4_allowed and verdict.int4_layers_off:

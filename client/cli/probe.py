@@ -83,8 +83,10 @@ def _probe(loaded: "LoadedModel", codec: str) -> "ProbeVerdict":
     from spectrumkv.prefill_server.tuning.probe.runner import ProbeStep
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    engine = PrefillEngine(loaded, SCORE_WINDOW)
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with (
+        PrefillEngine(loaded, SCORE_WINDOW) as engine,
+        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+    ):
         task = progress.add_task(f"probing {loaded.name}", total=None)
 
         def show_excerpt(done: int) -> None:
@@ -93,8 +95,5 @@ def _probe(loaded: "LoadedModel", codec: str) -> "ProbeVerdict":
         def show(step: ProbeStep) -> None:
             progress.update(task, total=step.total, completed=step.number - 1, description=step.doing)
 
-        try:
-            basis = resolve_basis(loaded, show_excerpt)
-            return probe_and_keep(loaded, engine, basis, show, codec)
-        finally:
-            engine.stop()
+        basis = resolve_basis(loaded, show_excerpt)
+        return probe_and_keep(loaded, engine, basis, show, codec)

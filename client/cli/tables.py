@@ -7,11 +7,10 @@ from rich.table import Table
 from rich.text import Text
 
 from spectrumkv.client.completion import Completion, Usage
+from spectrumkv.common.kv.budget import BudgetKind, budget_kind
 from spectrumkv.v1 import prefill_pb2
 
 NOT_MEASURED = "–"
-# Policies whose budget counts bytes on the wire (`Policy.budget_kind`; reading that would load torch).
-COUNTED_POLICIES = frozenset({"spectral"})
 # Fraction by which counted bytes may exceed the requested budget before the table explains it.
 NOTED_EXCESS = 0.01
 
@@ -55,16 +54,16 @@ def usage_table(completion: Completion, budget_asked: float | None) -> Table:
 
 def _budget(usage: Usage) -> tuple[str, str]:
     """Return the budget's line; the nominal cost is left out for policies whose budget counts bytes."""
-    if usage.policy in COUNTED_POLICIES:
-        return "budget counted", f"{usage.byte_budget:.3f}"
-    return "budget counted (nominal)", f"{usage.byte_budget:.3f} ({usage.tier_budget:.3f})"
+    if budget_kind(usage.policy) is BudgetKind.BYTES:
+        return "budget counted", f"{usage.budget_counted:.3f}"
+    return "budget counted (nominal)", f"{usage.budget_counted:.3f} ({usage.budget_nominal:.3f})"
 
 
 def _budget_notes(usage: Usage, asked: float | None) -> Iterator[tuple[str, str]]:
     """Yield a line that explains why more bytes were sent than the budget allows."""
-    if asked is None or usage.byte_budget <= asked * (1.0 + NOTED_EXCESS):
+    if asked is None or usage.budget_counted <= asked * (1.0 + NOTED_EXCESS):
         return
-    if usage.policy in COUNTED_POLICIES:
+    if budget_kind(usage.policy) is BudgetKind.BYTES:
         yield "", f"above the {asked:g} asked for: framing counts too, and short prompts cannot be sent in less"
     else:
         yield "", f"above the {asked:g} asked for, which leaves out scales and framing"
@@ -87,7 +86,7 @@ def comparison_table(completions: Iterable[tuple[float, Completion]]) -> Table:
         table.add_row(
             f"{budget:g}",
             Text(usage.policy),
-            f"{usage.byte_budget:.3f}",
+            f"{usage.budget_counted:.3f}",
             f"{usage.kv_bytes_sent / 1e6:.2f}",
             number(timings.ttft_ms),
             number(timings.handoff_ms),

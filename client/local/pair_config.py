@@ -38,8 +38,9 @@ SEARCHED_PORTS = range(20_000, 32_768)
 # Ports that this process has found already; their services may not listen yet.
 _found_ports: set[int] = set()
 
-DECODE_MODULE = "spectrumkv.decode_server.main"
-PREFILL_MODULE = "spectrumkv.prefill_server.main"
+# Run as the services' own commands are, so that they heed the limits of a control group.
+DECODE_MODULE = "spectrumkv.decode_server"
+PREFILL_MODULE = "spectrumkv.prefill_server"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +129,10 @@ def _launch(
 def _security(config: ServerConfig) -> ChannelSecurity:
     """Return how this process talks to a service: with the certificate and the tokens of the service itself."""
     tls = TlsFiles.named(config.tls_cert, config.tls_key, config.tls_ca) if config.tls_cert is not None else None
-    return ChannelSecurity(tls, optional_path(config.token_file), allow_plaintext=config.allow_plaintext)
+    # The service is on this machine, whatever name of the machine it listens on.
+    return ChannelSecurity(
+        tls, optional_path(config.token_file), allow_plaintext=config.allow_plaintext, allow_proxy=False
+    )
 
 
 def _with_ports(addresses: Sequence[Address]) -> list[Address]:

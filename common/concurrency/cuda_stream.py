@@ -17,11 +17,17 @@ def record_event(states: torch.Tensor) -> torch.cuda.Event | None:
         states: any shape and dtype.
 
     Returns:
-        The event, which happens once `states` are computed; None on a CPU, where they are computed already.
+        The event, which happens once `states` are computed, and can tell when; None on a CPU, where they are computed
+        already.
     """
     if not states.is_cuda:
         return None
-    event: torch.cuda.Event = torch.cuda.current_stream(states.device).record_event()
+    return _recorded(torch.cuda.current_stream(states.device))
+
+
+def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record(stream)
     return event
 
 
@@ -72,6 +78,14 @@ class KvStream:
             for one in states:
                 one.record_stream(self._stream)
             yield
+
+    def record_event(self) -> torch.cuda.Event | None:
+        """Record an event after all work that this stream has so far; see the function of that name.
+
+        Returns:
+            The event; None on a CPU.
+        """
+        return None if self._stream is None else _recorded(self._stream)
 
     def settle(self) -> None:
         """Wait until all work on this stream is done."""

@@ -109,11 +109,11 @@ class PromptReader:
         contents = [message.content for message in messages]
         self._check_bytes(contents)
         control = self._control_tokens
-        mark = control.choose_mark(contents) if control else None
-        if control is None or mark is None:
+        marking = control.mark([message.role for message in messages], contents) if control else None
+        if control is None or marking is None:
             return self._tokenize(self._rendered(messages, contents), check, add_special_tokens=False)
-        rendered = self._rendered(messages, [control.mark(content, mark) for content in contents])
-        marked = MarkedText.parse(rendered, mark)
+        mark, marked_contents = marking
+        marked = MarkedText.parse(self._rendered(messages, marked_contents), mark)
         self._check_size(marked.text, check)
         return control.tokenize(marked)
 

@@ -13,21 +13,47 @@ import torch
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.policies.base import Policy, TierRequest, whole_tokens
+from spectrumkv.common.kv.policies.ranks import ranked
 from spectrumkv.common.kv.scoring import combine, scorers
 from spectrumkv.common.kv.tiers import Tier
+from spectrumkv.kernels.tier_placement import TierRanks
+
+
+@dataclass(frozen=True, eq=False)
+class RankedTiers:
+    """The tiers of a layer's tokens, which follow from scores that lie on a GPU.
+
+    Attributes:
+        scores: float32 `[n]` on the GPU; whether they are finite is not known yet.
+        ranks: which tiers the tokens get by their rank.
+    """
+
+    scores: torch.Tensor
+    ranks: TierRanks
+
+    def on_host(self) -> torch.Tensor:
+        """Wait for the scores, and make tiers of them on the CPU.
+
+        Returns:
+            uint8 `[n]` on the CPU.
+
+        Raises:
+            NotFiniteError: a score is infinite or NaN.
+        """
+        return ranked(self.scores, self.ranks)
 
 
 class TierAllocation(Protocol):
     """What decides the tiers of one prompt's tokens, layer by layer."""
 
-    def tiers(self, capture: LayerCapture) -> torch.Tensor:
+    def tiers(self, capture: LayerCapture) -> torch.Tensor | RankedTiers:
         """Give the tokens of the next layer their tiers.
 
         Args:
             capture: the layer.
 
         Returns:
-            uint8 `[n]` on the CPU, `Tier` values.
+            uint8 `[n]` on the CPU, `Tier` values; or what they follow from, where a GPU is still at work on that.
         """
         ...
 
@@ -55,7 +81,7 @@ class Int4Layers:
 
     def __post_init__(self) -> None:
         if self.off and min(self.off) < 0:
-            raise InvalidArgumentError(f"layer {min(self.off)} is to do without INT4; layers count from 0")
+            raise InvalidArgumentError(f"Int4Layers.off names layer {min(self.off)}; layers are numbered from 0")
 
     @classmethod
     def nowhere(cls, layers: int) -> "Int4Layers":
@@ -124,21 +150,24 @@ class PolicyTiers:
     seed: int
     layers: int
 
-    def tiers(self, capture: LayerCapture) -> torch.Tensor:
+    def tiers(self, capture: LayerCapture) -> torch.Tensor | RankedTiers:
         """Give one layer's tokens tiers by that layer's own scores.
 
         Args:
             capture: the layer.
 
         Returns:
-            uint8 `[n]` on the CPU.
+            See `TierAllocation.tiers`.
         """
         layer, budget = capture.layer, self.tier_budget
         if self.policy.heeds_int4:
             budget = self.int4.layer_budget(layer, budget, self.layers)
         # A policy that draws must not draw the same tokens in every layer.
         request = TierRequest(self._scores(capture), budget, self.int4.allows(layer), self.seed + layer)
-        return self.policy.assign(request)
+        if not request.scores.is_cuda:
+            return self.policy.assign(request)
+        tiers = self.policy.allot(request)
+        return RankedTiers(request.scores, tiers) if isinstance(tiers, TierRanks) else tiers
 
     def tiers_in_all_layers(self, captures: Sequence[LayerCapture]) -> torch.Tensor:
         """Give tokens one tier each in all layers.

@@ -82,17 +82,3 @@ class LayerCapture:
         """
         keys, values = self.keys[:, first - self.first :], self.values[:, first - self.first :]
         return replace(self, queries=self.queries[:, -keys.shape[1] :], keys=keys, values=values, first=first)
-
-    def queries_per_token(self) -> torch.Tensor:
-        """Count the captured queries that see each token; query i stands at position n − w + i.
-
-        Returns:
-            float32 `[n]` on the capture's device, at least 1.
-        """
-        tokens, window = self.tokens, self.queries.shape[1]
-        # How many positions there are from each token to the end, itself included.
-        left = torch.arange(tokens, 0, -1, dtype=torch.float32, device=self.keys.device)
-        if self.sliding_window is None or self.sliding_window >= tokens:
-            return left.clamp_(max=window)
-        unseeing = (left - self.sliding_window).clamp_(min=0)
-        return left.clamp_(max=window).sub_(unseeing).clamp_(min=1)

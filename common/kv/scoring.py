@@ -13,7 +13,7 @@ import torch
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.registry import Registry
-from spectrumkv.kernels.attention_scores import accumulated_attention
+from spectrumkv.kernels import attention_scores as kernels
 
 SINK_TOKENS = 4
 """How many of the first tokens are attention sinks (StreamingLLM, arXiv 2309.17453, section 3.1): they draw attention
@@ -30,31 +30,26 @@ scorers: Registry[Scorer] = Registry("scorer")
 
 
 def mean_attention(capture: LayerCapture) -> torch.Tensor:
-    """Average the attention that each token gets from the captured queries, per KV head.
+    """Average the attention that each token gets from the captured queries, over all heads.
 
-    The mean runs over the query heads of the KV head and over those queries that can see the token, so that few
-    queries do not make the last tokens look unimportant. (Scoring by the last queries only is SnapKV's idea, arXiv
-    2404.14469, section 4; it sums over the whole window.) Logits take w × n elements a head, never n × n, and are
+    The mean runs over those queries that can see the token; see `spectrumkv.kernels.attention_scores`. Logits are
     computed in float32 whatever dtype the model has.
 
     Args:
         capture: of a layer.
 
     Returns:
-        float32 `[kv_heads, n]`, from 0 to 1; 0 where a sliding window hides the token from every query.
+        float32 `[n]` on the capture's device, from 0 to 1; 0 where a sliding window hides the token from every query.
     """
-    kv_heads, _, head_dim = capture.keys.shape
-    query_heads, window, _ = capture.queries.shape
-    # All queries of one KV head in one matrix: grouped-query attention without repeating the keys.
-    queries = capture.queries.float().mul(capture.scaling).reshape(kv_heads, -1, head_dim)
-    total = accumulated_attention(queries, capture.keys, window, capture.sliding_window, capture.softcap)
-    return total / (capture.queries_per_token() * (query_heads // kv_heads))
+    return kernels.mean_attention(
+        capture.queries, capture.keys, capture.scaling, capture.sliding_window, capture.softcap
+    )
 
 
 @scorers.register("attention")
 def attention(capture: LayerCapture, seed: int) -> torch.Tensor:
     """Return mean attention over the layer's heads: the paper's attention statistic A."""
-    return mean_attention(capture).mean(dim=0)
+    return mean_attention(capture)
 
 
 @scorers.register("decay")

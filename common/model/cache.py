@@ -20,11 +20,24 @@ from filelock import FileLock, Timeout
 from spectrumkv.common.errors import FailedPreconditionError, SpectrumKVError
 from spectrumkv.kernels.jit.cache import CACHE_VARIABLE, cache_directory
 
-__all__ = ["CACHE_VARIABLE", "build_once", "cache_directory", "read_entry", "sha256_of_json", "write_entry"]
+__all__ = [
+    "CACHE_VARIABLE",
+    "UnwritableCacheError",
+    "build_once",
+    "cache_directory",
+    "read_entry",
+    "sha256_of_json",
+    "write_entry",
+]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+class UnwritableCacheError(FailedPreconditionError):
+    """The cache directory cannot be read or written to; what was to be kept there can still be computed."""
+
 
 # The errors that readers raise for a damaged entry.
 _DAMAGE = (OSError, ValueError, SpectrumKVError)
@@ -52,7 +65,7 @@ def build_once(directory: Path, name: str, build: Callable[[Path], None], read: 
         What `read` returns.
 
     Raises:
-        FailedPreconditionError: the place cannot be read or written to. Errors of `build` pass through.
+        UnwritableCacheError: the place cannot be read or written to. Errors of `build` pass through.
     """
     if _is_there(directory):
         try:
@@ -91,7 +104,7 @@ def read_entry(path: Path, name: str, parse: Callable[[str], T]) -> T | None:
     """
     try:
         return parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except _DAMAGE as error:
         logger.warning("cannot use %s kept in %s: %s; it is computed again", name, path, error)
@@ -156,7 +169,7 @@ def _build(directory: Path, build: Callable[[Path], None]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _unwritable(directory: Path, error: OSError) -> FailedPreconditionError:
-    return FailedPreconditionError(
+def _unwritable(directory: Path, error: OSError) -> UnwritableCacheError:
+    return UnwritableCacheError(
         f"cannot write to {directory}: {error}; make room or name another cache directory in {CACHE_VARIABLE}"
     )

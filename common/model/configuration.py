@@ -6,14 +6,16 @@ an answer that is wrong.
 
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.common.model.directory import refuse_damage
-from spectrumkv.common.model.support import check_supported
+from spectrumkv.common.model.support import check_supported, rotary_embeddings
 
 CONFIGURATION = "config.json"
 GENERATION = "generation_config.json"
@@ -53,7 +55,7 @@ def read_config(directory: Path) -> PretrainedConfig:
     given = read_object(file)
     _refuse(file, _wrong_numbers(given))
     with refuse_damage(f"config.json of the model in {directory}"):
-        config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config: PretrainedConfig = AutoConfig.for_model(**_with_fractions(given))
         check_supported(config)
         _refuse(file, _contradictions(config))
     return config
@@ -113,6 +115,20 @@ def _refuse(file: Path, reasons: "Iterator[str] | list[str]") -> None:
         )
 
 
+def _with_fractions(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration with 1.0 for 1 where transformers wants a fraction: it refuses 1, which equals it.
+
+    Raises:
+        ValueError: the type of the model is none that transformers knows.
+    """
+    kind = given.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"model_type is {_shown(kind)}, and transformers knows no such model")
+    fractions = {field.name for field in fields(CONFIG_MAPPING[kind]) if field.type in (float, float | None)}
+    whole = {name: value for name, value in given.items() if name in fractions and type(value) is int}
+    return given | {name: float(value) for name, value in whole.items()}
+
+
 def _wrong_numbers(given: dict[str, Any]) -> Iterator[str]:
     for name in _COUNTS:
         value = given.get(name)
@@ -132,10 +148,10 @@ def _contradictions(config: PretrainedConfig) -> Iterator[str]:
     heads, kv_heads = getattr(config, "num_attention_heads", 1), getattr(config, "num_key_value_heads", 1)
     if heads % kv_heads:
         yield f"num_attention_heads is {heads}, and num_key_value_heads, {kv_heads}, must divide it"
-    rope = getattr(config, "rope_parameters", None) or {}
-    for name in _ROPE_POSITIVE:
-        if (value := rope.get(name)) is not None and not _is_positive(value):
-            yield f"{name} of the rotary embedding is {_shown(value)}, and it must be a number above 0"
+    for rope in rotary_embeddings(config).values():
+        for name in _ROPE_POSITIVE:
+            if (value := rope.get(name)) is not None and not _is_positive(value):
+                yield f"{name} of the rotary embedding is {_shown(value)}, and it must be a number above 0"
 
 
 def _is_positive(value: object) -> bool:

@@ -1,33 +1,23 @@
 """Turns a GGUF file of the llama architecture into a model directory as transformers reads it.
 
-transformers itself can read GGUF, but then it needs `accelerate`, its dequantization differs between releases (and
-hosts whose weights differ in one bit refuse each other), and it rebuilds the tokenizer without the digit splitting
-that the file names, so that "a  12" is tokenized as in no training text.
+transformers' own conversion rebuilds the tokenizer without the digit splitting that the file names, so that "a  12"
+is tokenized as in no training text; `gguf_file` says what else is wrong with it.
 """
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from gguf import MODEL_ARCH, GGUFReader, ReaderTensor, TokenType, get_tensor_name_map
-from gguf.quants import dequantize
-from rich.console import Console
-from rich.progress import track
+from gguf import MODEL_ARCH, TokenType
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from spectrumkv.common.errors import FailedPreconditionError
+from spectrumkv.common.model.gguf_file import GgufFile, Weights
 
 
 def convert(gguf_file: Path, directory: Path, published_dtype: torch.dtype) -> None:
     """Write weights, configuration, tokenizer and chat template of a GGUF file into a model directory.
-
-    Weights are written as float32: a block-quantized weight is scale × code + offset with float16 scale and offset,
-    which no 16-bit dtype holds exactly.
 
     Args:
         gguf_file: a file of architecture "llama", with a byte-level BPE tokenizer of kind "smollm".
@@ -38,23 +28,21 @@ def convert(gguf_file: Path, directory: Path, published_dtype: torch.dtype) -> N
         FailedPreconditionError: the file holds another architecture or tokenizer, or its tensors are not
             those of the architecture.
     """
-    reader = GGUFReader(gguf_file)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    _require(fields, "general.architecture", "llama")
-    config = _config(fields, published_dtype)
-    save_file(_weights(reader, config), directory / "model.safetensors", metadata={"format": "pt"})
+    file = GgufFile(gguf_file, MODEL_ARCH.LLAMA)
+    config = _config(file.fields, published_dtype)
+
+    def adjusted(name: str, weights: Weights) -> Weights:
+        for projection, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if projection in name:
+                return _halves_from_pairs(weights, heads)
+        return weights
+
+    save_file(file.weights(config, adjusted), directory / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(directory)
     GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     ).save_pretrained(directory)
-    _tokenizer(fields).save_pretrained(directory)
-
-
-def _require(fields: dict[str, Any], name: str, expected: str) -> None:
-    if fields.get(name) != expected:
-        raise FailedPreconditionError(
-            f"the GGUF file's {name} is {fields.get(name)!r}; only {expected!r} can be converted"
-        )
+    _tokenizer(file).save_pretrained(directory)
 
 
 def _config(fields: dict[str, Any], published_dtype: torch.dtype) -> LlamaConfig:
@@ -79,43 +67,7 @@ def _config(fields: dict[str, Any], published_dtype: torch.dtype) -> LlamaConfig
     )
 
 
-def _weights(reader: GGUFReader, config: LlamaConfig) -> dict[str, torch.Tensor]:
-    with torch.device("meta"):
-        parameters = dict(LlamaForCausalLM(config).named_parameters())
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    stored = {names.get_name(name, (".weight",)): name for name in parameters}
-    weights = {stored.get(tensor.name, tensor.name): tensor for tensor in reader.tensors}
-    if weights.keys() != parameters.keys():
-        odd = sorted(weights.keys() ^ parameters.keys())
-        raise FailedPreconditionError(
-            f"{len(odd)} of the GGUF file's tensors are missing or unknown: {', '.join(odd[:3])}"
-            f"{', …' if len(odd) > 3 else ''}"
-        )
-    return {name: torch.from_numpy(_dequantize(name, tensor, config)) for name, tensor in _progress(weights)}
-
-
-def _progress(weights: dict[str, ReaderTensor]) -> Iterator[tuple[str, ReaderTensor]]:
-    yield from track(
-        weights.items(),
-        "Dequantizing weights",
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
-
-
-def _dequantize(name: str, tensor: ReaderTensor, config: LlamaConfig) -> np.ndarray[Any, np.dtype[np.float32]]:
-    weights = dequantize(tensor.data, tensor.tensor_type)
-    for projection, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-        if projection in name:
-            weights = _halves_from_pairs(weights, heads)
-    # Weights stored as float32 are still read-only views of the file.
-    return np.array(weights, dtype=np.float32, order="C")
-
-
-def _halves_from_pairs(
-    weights: np.ndarray[Any, np.dtype[np.float32]], heads: int
-) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _halves_from_pairs(weights: Weights, heads: int) -> Weights:
     # llama.cpp rotates elements 2i and 2i + 1 of a head together, transformers i and i + head_dim / 2; the
     # rows were reordered to suit the former.
     rows, columns = weights.shape
@@ -123,9 +75,10 @@ def _halves_from_pairs(
     return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
-def _tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
-    _require(fields, "tokenizer.ggml.model", "gpt2")
-    _require(fields, "tokenizer.ggml.pre", "smollm")
+def _tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
+    file.require("tokenizer.ggml.model", "gpt2")
+    file.require("tokenizer.ggml.pre", "smollm")
+    fields = file.fields
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from spectrumkv.common.model.support import head_dim, layer_attention
+from spectrumkv.common.model.support import head_dim, layer_attention, rotary_embeddings
 
 # Fields that stand in the parameters under their own names. Not all of the supported types have all of them.
 _PLAIN = (
@@ -53,15 +53,24 @@ def model_parameters(config: PretrainedConfig, eos_token_ids: Iterable[int]) -> 
 
 
 def rope_parameters(config: PretrainedConfig) -> dict[str, str]:
-    """Return the parameters of the rotary embedding that its type reads, defaults included.
+    """Return the parameters of the rotary embeddings that their types read, defaults included.
 
     Args:
         config: the configuration of a supported model.
 
     Returns:
-        Values by name, both as text; names begin with "rope_".
+        Values by name, both as text; names begin with "rope_", or with the type of the layers that have the
+        embedding, as in "sliding_attention_rope_theta".
     """
-    given: Mapping[str, Any] = config.rope_parameters
+    return {
+        f"{prefix}rope_{name}": _text(value)
+        for prefix, given in rotary_embeddings(config).items()
+        for name, value in _read_by_type(given, config.max_position_embeddings).items()
+    }
+
+
+def _read_by_type(given: Mapping[str, Any], context_length: int) -> dict[str, Any]:
+    """Return what a rotary embedding of the given type reads."""
     kind = given["rope_type"]
     read: dict[str, Any] = {"type": kind, "theta": given["rope_theta"]}
     if kind != "default":
@@ -71,8 +80,8 @@ def rope_parameters(config: PretrainedConfig) -> dict[str, str]:
     elif kind == "llama3":
         read |= {name: given[name] for name in _LLAMA3}
     elif kind == "yarn":
-        read |= _yarn(given, config.max_position_embeddings)
-    return {f"rope_{name}": _text(value) for name, value in read.items()}
+        read |= _yarn(given, context_length)
+    return read
 
 
 def _yarn(given: Mapping[str, Any], context_length: int) -> dict[str, Any]:

@@ -1,13 +1,18 @@
 """Says which models can be served, and how their layers attend."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PretrainedConfig
 
 from spectrumkv.common.errors import FailedPreconditionError
 
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "gemma2")
+SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text")
+# Layers with a sliding window have a rotary embedding of their own.
+_ROPE_BY_LAYER_TYPE = ("gemma3_text",)
+# Other types may have a bound of attention logits in their configuration, and transformers computes without it.
+_SOFTCAPPED = ("gemma2",)
 
 # Under "dynamic" and "longrope" the angles depend on the longest sequence that the process has seen, so a
 # key would not mean the same in two processes.
@@ -62,20 +67,22 @@ def _obstacles(config: PretrainedConfig) -> Iterator[str]:
 
 
 def _attention_obstacles(config: PretrainedConfig) -> Iterator[str]:
-    rope_type = (config.rope_parameters or {}).get("rope_type")
-    if rope_type not in SUPPORTED_ROPE_TYPES:
-        yield f"its rotary embedding is of type {rope_type!r}, supported are {', '.join(SUPPORTED_ROPE_TYPES)}"
     layer_types = getattr(config, "layer_types", None) or ()
     if unknown := sorted(set(layer_types) - set(_LAYER_TYPES)):
         yield f"it has layers of type {', '.join(unknown)}, supported are {', '.join(_LAYER_TYPES)}"
     if layer_types and len(layer_types) != config.num_hidden_layers:
         yield f"its configuration gives {len(layer_types)} layer types for {config.num_hidden_layers} layers"
     if "sliding_attention" in layer_types and not config.sliding_window:
-        yield "it has layers of sliding attention without a window (sliding_window)"
+        yield "it has layers of sliding attention without a window; correct sliding_window in config.json"
     if config.model_type == "mistral" and layer_types:
         yield "it is a Mistral model with layer_types, which transformers ignores"
+    if config.model_type == "gemma3_text" and config.attn_logit_softcapping is not None:
+        yield "its attn_logit_softcapping bounds attention logits, and transformers does so only for gemma2"
     if getattr(config, "use_bidirectional_attention", None):
         yield "its attention is bidirectional, and only causal attention lets a cache be reused"
+    for rope in rotary_embeddings(config).values():
+        if (rope_type := rope.get("rope_type")) not in SUPPORTED_ROPE_TYPES:
+            yield f"its rotary embedding is of type {rope_type!r}, supported are {', '.join(SUPPORTED_ROPE_TYPES)}"
 
 
 def head_dim(config: PretrainedConfig) -> int:
@@ -90,13 +97,45 @@ def layer_attention(config: PretrainedConfig) -> tuple[LayerAttention, ...]:
         config: the configuration of a supported model.
     """
     query_scalar = getattr(config, "query_pre_attn_scalar", None) or head_dim(config)
-    softcap = getattr(config, "attn_logit_softcapping", None)
+    softcap = config.attn_logit_softcapping if config.model_type in _SOFTCAPPED else None
     return tuple(LayerAttention(window, query_scalar**-0.5, softcap) for window in _windows(config))
 
 
+def rope_prefixes(config: PretrainedConfig) -> tuple[str, ...]:
+    """Return which rotary embedding each layer has, from the first to the last.
+
+    Args:
+        config: the configuration of a model of a supported type.
+
+    Returns:
+        Keys of `rotary_embeddings`: prefixes of the names that transformers gives to an embedding's frequencies. All
+        are empty where layers share one embedding.
+    """
+    if config.model_type not in _ROPE_BY_LAYER_TYPE:
+        return ("",) * int(config.num_hidden_layers)
+    return tuple(f"{kind}_" for kind in _layer_types(config))
+
+
+def rotary_embeddings(config: PretrainedConfig) -> dict[str, Mapping[str, Any]]:
+    """Return the parameters of each rotary embedding that a layer has.
+
+    Args:
+        config: the configuration of a model of a supported type.
+
+    Returns:
+        Parameters as transformers has them, by prefix; see `rope_prefixes`. An embedding without parameters has none.
+    """
+    given = config.rope_parameters or {}
+    prefixes = sorted(set(rope_prefixes(config)))
+    return {prefix: (given.get(prefix.removesuffix("_")) if prefix else given) or {} for prefix in prefixes}
+
+
 def _windows(config: PretrainedConfig) -> list[int | None]:
-    layers = config.num_hidden_layers
     if config.model_type == "mistral":
-        return [config.sliding_window] * layers
-    layer_types = getattr(config, "layer_types", None) or ["full_attention"] * layers
-    return [config.sliding_window if kind == "sliding_attention" else None for kind in layer_types]
+        return [config.sliding_window] * config.num_hidden_layers
+    return [config.sliding_window if kind == "sliding_attention" else None for kind in _layer_types(config)]
+
+
+def _layer_types(config: PretrainedConfig) -> list[str]:
+    layer_types: list[str] | None = getattr(config, "layer_types", None)
+    return layer_types or ["full_attention"] * int(config.num_hidden_layers)

@@ -10,7 +10,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from spectrumkv.common.errors import DataLossError
-from spectrumkv.common.kv.codecs.base import Basis
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.rpc.decode_stream import (
     ArrivedRequest,
     ArrivedResponse,

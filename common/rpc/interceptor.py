@@ -13,12 +13,12 @@ from spectrumkv.common.errors import (
     InternalError,
     SpectrumKVError,
 )
-from spectrumkv.common.rpc.first_message import Behaviour, SilentCalls
-from spectrumkv.common.rpc.limits import CallLimits, StreamLimit
+from spectrumkv.common.rpc.limits.calls import CallLimits, StreamLimit
+from spectrumkv.common.rpc.limits.first_message import Behaviour, SilentCalls
+from spectrumkv.common.rpc.limits.stalled_readers import StalledReaders
 from spectrumkv.common.rpc.scope import RpcEnd
-from spectrumkv.common.rpc.stalled_readers import StalledReaders
 from spectrumkv.common.rpc.status import to_status
-from spectrumkv.common.security.callers import AllowedCallers, names_of
+from spectrumkv.common.security.callers import AllowedCallers, caller_name, names_of
 from spectrumkv.common.security.tokens import Refusal
 from spectrumkv.common.telemetry.request_log import RequestRecord, set_current_request
 from spectrumkv.common.telemetry.tracing import RequestSpan, TraceContext, set_current_trace
@@ -88,8 +88,9 @@ class StatusInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc h
 
         def recorded(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
             record = RequestRecord(service, context.peer(), trace)
+            record.note(caller=caller_name(context))
             if names := names_of(context):
-                record.note(caller=names[0])
+                record.note(certificate=names[0])
             span = RequestSpan(service, trace)
             set_current_trace(span.trace)
             set_current_request(record)

@@ -10,7 +10,7 @@ from types import TracebackType
 import grpc
 
 from spectrumkv.common.errors import CancelledError, DeadlineExceededError, SpectrumKVError
-from spectrumkv.common.rpc.status import DEADLINE_MESSAGE
+from spectrumkv.common.rpc.status import DEADLINE_MESSAGE, end_call
 
 # For a caller that set no deadline, gRPC's synchronous server reports one that is centuries away.
 NO_DEADLINE_SECONDS = 10 * 365 * 86400.0
@@ -131,7 +131,8 @@ class RpcScope:
     @contextmanager
     def within(self, seconds: float) -> Iterator[None]:
         """Cancel the RPC with DEADLINE_EXCEEDED if the block takes longer than `seconds`."""
-        with cancelled_after(seconds, self._cancel):
+        sentence = f"the call took {seconds:g} s, the longest that this server allows"
+        with cancelled_after(seconds, lambda: self._cancel(sentence)):
             yield
 
     def wait_for_end(self, seconds: float) -> None:
@@ -175,12 +176,12 @@ class RpcScope:
     def _expire(self) -> None:
         self._expired = True
         # A handler that waits for its caller to read or to send notices nothing but a cancel.
-        self._start_clock(NOTICE_SECONDS, self._cancel)
+        self._start_clock(NOTICE_SECONDS, lambda: self._cancel(self._late_message))
         self._call_back()
 
-    def _cancel(self) -> None:
+    def _cancel(self, sentence: str) -> None:
         self._context.set_code(grpc.StatusCode.DEADLINE_EXCEEDED)
-        self._context.cancel()
+        end_call(self._context, DeadlineExceededError(sentence))
 
     def _end(self) -> None:
         self._stop_clock()

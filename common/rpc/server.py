@@ -12,10 +12,11 @@ from grpc_reflection.v1alpha import reflection
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.rpc.channel import CHANNEL_OPTIONS, KEEPALIVE_SECONDS
-from spectrumkv.common.rpc.first_message import FIRST_MESSAGE_SECONDS, CountSilent, SilentCalls
 from spectrumkv.common.rpc.interceptor import StatusInterceptor
-from spectrumkv.common.rpc.limits import CallLimits, request_limit, upload_limit, watch_limit
-from spectrumkv.common.rpc.stalled_readers import STALL_SECONDS, StalledReaders
+from spectrumkv.common.rpc.limits.calls import CallLimits, request_limit, upload_limit, watch_limit
+from spectrumkv.common.rpc.limits.connections import ConnectionLimit
+from spectrumkv.common.rpc.limits.first_message import FIRST_MESSAGE_SECONDS, CountSilent, SilentCalls
+from spectrumkv.common.rpc.limits.stalled_readers import STALL_SECONDS, StalledReaders
 from spectrumkv.common.security import ServerSecurity
 from spectrumkv.common.security.callers import AllowedCallers
 
@@ -26,9 +27,11 @@ UPLOADS = 4
 # Threads for calls that take no place: GetServerInfo, and as many again for health checks, which must be answered
 # while every other thread serves a stream.
 SPARE_THREADS = 8
-# How many calls may have sent headers and no message yet; each holds a thread for as long. Those of health, which
-# need no token, can take none from the others.
-SILENT_CALLS, SILENT_WATCHERS = 256, 64
+# How many calls may have sent headers and no whole message yet; each holds a thread for as long, and what has come of
+# its message. Those of health, which need no token, can take none from the others, and are fewer: 8 MiB each.
+SILENT_CALLS, SILENT_WATCHERS = 256, 16
+# A question about health names a service. Its watch keeps the name for as long as it lasts.
+HEALTH_REQUEST_BYTES = 1024
 # How many RPCs may wait for a thread: bursts of health checks, and of requests that are about to be refused.
 QUEUED_RPCS = 1024
 # How many calls one connection may have beyond those for which there is a place.
@@ -66,6 +69,7 @@ class Server:
         count_silent: called for each call that ends before its first message, as `SilentCalls` does.
         reflection_enabled: whether clients may ask which services and messages there are.
         security: TLS files and the tokens that callers must send.
+        connections_per_address: how many connections an address may have; None is half of all.
 
     Raises:
         InvalidArgumentError: the accepted tokens cannot be read.
@@ -81,9 +85,12 @@ class Server:
         count_silent: CountSilent = lambda reason: None,
         reflection_enabled: bool = False,
         security: ServerSecurity = ServerSecurity(),  # noqa: B008  # frozen
+        connections_per_address: int | None = None,
     ) -> None:
         self._service_name = service_name
         self._security = security
+        self._connections_per_address = connections_per_address or _connections() // 2
+        self._connection_limits: list[ConnectionLimit] = []
         self._requests = request_limit(threads)
         calls = threads + UPLOADS + SPARE_THREADS + SILENT_CALLS
         watchers = WATCHERS + SPARE_THREADS + SILENT_WATCHERS
@@ -93,7 +100,7 @@ class Server:
             upload_limit(UPLOADS),
             watch_limit(WATCHERS),
             SilentCalls(SILENT_CALLS, FIRST_MESSAGE_SECONDS, count_silent),
-            SilentCalls(SILENT_WATCHERS, FIRST_MESSAGE_SECONDS, count_silent),
+            SilentCalls(SILENT_WATCHERS, FIRST_MESSAGE_SECONDS, count_silent, HEALTH_REQUEST_BYTES),
             StalledReaders(STALL_SECONDS),
             self._watcher_threads,
         )
@@ -134,15 +141,19 @@ class Server:
                 another process has it.
         """
         try:
-            return self._security.add_port(self._server, address)
+            port = self._security.add_port(self._server, address)
         except RuntimeError as error:
             raise InvalidArgumentError(
                 f"cannot listen on {address}: {error}; is another server using the port?"
             ) from error
+        self._connection_limits.append(ConnectionLimit(port, self._connections_per_address))
+        return port
 
     def start(self) -> None:
         """Serve, and report SERVING."""
         self._server.start()
+        for one in self._connection_limits:
+            one.start()
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     def refuse(self) -> None:
@@ -168,6 +179,8 @@ class Server:
         self._requests.when_none_left(hurried.set)
         hurried.wait(grace_seconds)
         self._server.stop(0).wait()
+        for one in self._connection_limits:
+            one.stop()
         self._watcher_threads.shutdown(wait=False)
         hurried.set()
 

@@ -78,6 +78,20 @@ def to_status(error: SpectrumKVError) -> grpc.Status:
     return rpc_status.to_status(status)
 
 
+def end_call(context: grpc.ServicerContext, error: SpectrumKVError) -> None:
+    """End a call while its handler waits for its caller to send or to read, which nothing else would wake.
+
+    The caller gets the error's code and message, and none of its details.
+
+    Args:
+        context: the call's, on any thread.
+        error: why the call ends.
+    """
+    # `context.cancel` says CANCELLED and no more. gRPC's own channels give this function, which that calls, a status
+    # to end their calls with, and its core sends one from a server, too.
+    context._rpc_event.call.cancel(grpc.StatusCode[error.code].value[0], _shortened(error.message))
+
+
 def _details(error: SpectrumKVError) -> Iterator[Message]:
     """Yield the details of the status, which programs read."""
     seconds = error.retry_after_seconds if isinstance(error, ResourceExhaustedError | UnavailableError) else None

@@ -1,13 +1,34 @@
-"""Who a caller is by its certificate, and whether it may bring work."""
+"""Who a caller is by its token and its certificate, and whether it may bring work."""
 
+import ssl
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import grpc
 
 from spectrumkv.common.errors import PermissionDeniedError
 
+# What a caller is called that showed neither an accepted token nor a certificate.
+ANONYMOUS = "anonymous"
+
 _NAMES = ("x509_common_name", "x509_subject_alternative_name")
+_CERTIFICATE = "x509_pem_cert"
+# How the strings of a certificate may be encoded (X.680, section 41): one, two or four bytes for an ASCII character.
+_ENCODINGS = ("utf-8", "utf-16-be", "utf-32-be")
+
+# gRPC runs a call's interceptors and its handler in one context.
+_token_name: ContextVar[str | None] = ContextVar("token_name", default=None)
+
+
+def set_token_name(name: str) -> None:
+    """Set the name of the token that the present call brought."""
+    _token_name.set(name)
+
+
+def caller_name(context: grpc.ServicerContext) -> str:
+    """Return what logs call a caller: its token's name, else its certificate's first one, else "anonymous"."""
+    return _token_name.get() or next(iter(names_of(context)), ANONYMOUS)
 
 
 def names_of(context: grpc.ServicerContext) -> tuple[str, ...]:
@@ -16,8 +37,21 @@ def names_of(context: grpc.ServicerContext) -> tuple[str, ...]:
     return tuple(name.decode("utf-8", "replace") for kind in _NAMES for name in properties.get(kind, ()))
 
 
+def _is_cut_off(name: str, context: grpc.ServicerContext) -> bool:
+    """Return whether a name in the caller's certificate goes on after a NUL, at which gRPC ends every name.
+
+    An authority that signs whatever it is asked to could otherwise be made to vouch for any name (CVE-2009-2408).
+    """
+    certificates = [
+        ssl.PEM_cert_to_DER_cert(pem.decode("ascii")) for pem in context.auth_context().get(_CERTIFICATE, ())
+    ]
+    longer = [f"{name}\0".encode(encoding) for encoding in _ENCODINGS]
+    # In DER no string that ends is followed by a zero byte.
+    return any(start in certificate for start in longer for certificate in certificates)
+
+
 class AllowedCallers:
-    """Lets those callers bring work whose certificate has one of some names.
+    """Accepts requests only from callers whose certificate has one of the allowed names.
 
     Args:
         names: the names; with none, every caller may that the server lets connect.
@@ -32,7 +66,9 @@ class AllowedCallers:
         Raises:
             PermissionDeniedError: it has none.
         """
-        if self._names and self._names.isdisjoint(names_of(context)):
+        if self._names and not any(
+            name in self._names and not _is_cut_off(name, context) for name in names_of(context)
+        ):
             shown = ", ".join(names_of(context)) or "none"
             raise PermissionDeniedError(
                 f"this server takes no work from this caller (--tls-client-names); its certificate's names: {shown}"

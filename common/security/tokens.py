@@ -3,7 +3,6 @@
 import hashlib
 import hmac
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,48 +12,16 @@ import grpc
 from grpc_health.v1 import health
 
 from spectrumkv.common.errors import InvalidArgumentError, UnauthenticatedError
-from spectrumkv.common.security.watched_files import WatchedFiles, read_file
+from spectrumkv.common.security.callers import set_token_name
+from spectrumkv.common.security.token_file import TOKEN_RULE, is_token, read_tokens
+from spectrumkv.common.security.watched_files import WatchedFiles
 
 TOKEN_VARIABLE = "SPECTRUMKV_TOKEN"  # noqa: S105  # the name of a variable
 METADATA_KEY = "authorization"
-MIN_TOKEN_CHARACTERS, MAX_TOKEN_CHARACTERS = 16, 512
-MAX_TOKENS = 1024
 
 _SCHEME = "bearer "
-_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
-_RULE = (
-    f"{MIN_TOKEN_CHARACTERS} to {MAX_TOKEN_CHARACTERS} characters of A-Z a-z 0-9 . _ ~ + / - with = at the end only "
-    "(make one with: openssl rand -hex 32)"
-)
 # Health checks need no token: load balancers and orchestrators have none, and learn no more than ready or not.
 _OPEN_METHODS = f"/{health.SERVICE_NAME}/"
-
-
-def read_tokens(option: str, path: Path) -> tuple[str, ...]:
-    """Return a file's tokens, one a line; blank lines and lines that start with # do not count.
-
-    Args:
-        option: the flag that named the file, for errors, which never show the file's contents.
-        path: the file.
-
-    Raises:
-        InvalidArgumentError: the file cannot be read, holds no token or too many, or a line is not a token.
-    """
-    lines = read_file(option, path).decode("utf-8", "replace").splitlines()
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
-    tokens = [(number, line) for number, line in numbered if line and not line.startswith("#")]
-    if not 0 < len(tokens) <= MAX_TOKENS:
-        raise InvalidArgumentError(
-            f"{option} {path} has {len(tokens)} tokens; allowed: 1 to {MAX_TOKENS}, one a line"
-        )
-    for number, token in tokens:
-        if not _is_token(token):
-            raise InvalidArgumentError(f"{option} {path}: line {number} is not a token; allowed: {_RULE}")
-    return tuple(token for _, token in tokens)
-
-
-def _is_token(text: str) -> bool:
-    return MIN_TOKEN_CHARACTERS <= len(text) <= MAX_TOKEN_CHARACTERS and _TOKEN.fullmatch(text) is not None
 
 
 class AcceptedTokens:
@@ -69,14 +36,16 @@ class AcceptedTokens:
 
     def __init__(self, path: Path) -> None:
         # Digests have one length, so that the time of a comparison does not tell a token's length either.
-        self._digests = WatchedFiles([path], lambda: tuple(map(_digest, read_tokens("--token-file", path))))
+        self._names = WatchedFiles(
+            [path], lambda: {_digest(one.token): one.name for one in read_tokens("--token-file", path)}
+        )
 
-    def accept(self, presented: str) -> bool:
-        """Return whether a token is accepted, in a time that depends only on the number of accepted tokens."""
+    def name_of(self, presented: str) -> str | None:
+        """Return an accepted token's name, or None, in a time that depends only on the number of accepted tokens."""
         digest = _digest(presented)
-        found = False
-        for accepted in self._digests.current:
-            found |= hmac.compare_digest(accepted, digest)
+        found = None
+        for accepted, name in self._names.current.items():
+            found = name if hmac.compare_digest(accepted, digest) else found
         return found
 
 
@@ -86,6 +55,8 @@ def _digest(token: str) -> bytes:
 
 class TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc has no type information
     """Lets health checks and calls with an accepted token through; of other calls not even the request is read.
+
+    Handlers find the token's name with `callers.caller_name`.
 
     Args:
         tokens: the accepted tokens.
@@ -110,8 +81,10 @@ class TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc ha
             return UnauthenticatedError(
                 f"this server asks for a bearer token; name its file with --token-file, or set {TOKEN_VARIABLE}"
             )
-        if not self._tokens.accept(values[0][len(_SCHEME) :].strip()):
+        name = self._tokens.name_of(values[0][len(_SCHEME) :].strip())
+        if name is None:
             return UnauthenticatedError("this server does not accept the bearer token; is it an old one?")
+        set_token_name(name)
         return None
 
 
@@ -151,11 +124,11 @@ def token_source(option: str, path: Path | None) -> TokenSource | None:
         InvalidArgumentError: the file cannot be used, or the value of SPECTRUMKV_TOKEN is not a token.
     """
     if path is not None:
-        watched = WatchedFiles([path], lambda: read_tokens(option, path)[0])
+        watched = WatchedFiles([path], lambda: read_tokens(option, path)[0].token)
         return lambda: watched.current
     token = os.environ.get(TOKEN_VARIABLE, "")
-    if token and not _is_token(token):
-        raise InvalidArgumentError(f"{TOKEN_VARIABLE} is not a token; allowed: {_RULE}")
+    if token and not is_token(token):
+        raise InvalidArgumentError(f"{TOKEN_VARIABLE} is not a token; allowed: {TOKEN_RULE}")
     return (lambda: token) if token else None
 
 

@@ -13,17 +13,20 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.kv.budget import BUDGET_MEANING
 from spectrumkv.common.service.options import (
     WEEK_SECONDS,
     Address,
     allowed_by,
     check_certificate_and_key,
+    flag_name,
     number,
     one_of,
     option,
     or_auto,
     parse_addresses,
     parse_bytes,
+    text_of,
 )
 
 __all__ = [
@@ -36,7 +39,6 @@ __all__ = [
     "build",
     "flag_name",
     "load",
-    "text_of",
 ]
 
 # Queries at a prompt's end whose attention is observed. Calibration and the probe observe so many, whatever --window
@@ -75,6 +77,11 @@ class ServerConfig:
     )
     allow_plaintext: bool = option(False, "allow unencrypted traffic on addresses that other machines can reach")
     allow_plaintext_metrics: bool = option(False, "allow that for the metrics alone")
+    max_connections_per_address: int | None = option(
+        None,
+        "connections that one address may have; auto, the default, is half of all that the service takes",
+        or_auto(number(1, 65536, int)),
+    )
     reflection: bool = option(False, "serve gRPC reflection, by which clients list services and messages")
     grace: float = option(30.0, "seconds that running requests may take after SIGTERM", number(0, WEEK_SECONDS))
     stuck_after: float = option(
@@ -142,8 +149,8 @@ class PrefillConfig(ServerConfig):
     policy: str = option("spectral", "how tokens are assigned to tiers, unless a request says")
     budget: float | None = option(
         None,
-        "bytes sent relative to FP16, unless a request says; auto, the default, is the least budget that the probe "
-        "found safe for the model",
+        f"what KV may cost relative to FP16, unless a request says: {BUDGET_MEANING}; auto, the default, is the "
+        "least in bytes that the probe found safe, or a mean cost of 0.3 (more where some layers do without INT4)",
         or_auto(number(0.05, 1)),
     )
     scorer: str = option("attention", "how tokens are ranked, unless a request says")
@@ -187,8 +194,7 @@ class DecodeConfig(ServerConfig):
     max_running: int = option(32, "requests that generate at once", number(1, 1024, int))
     max_streams: int = option(256, "requests that may hold KV slots at once", number(1, 4096, int))
     spin: bool = option(
-        False,
-        "on CPUs, let the model's threads spin between loops: faster steps if decode has the cores to itself",
+        False, "on CPUs, let the model's threads spin between loops: faster steps if decode has the cores to itself"
     )
 
     def __post_init__(self) -> None:
@@ -203,30 +209,19 @@ class DecodeConfig(ServerConfig):
 C = TypeVar("C", bound=ServerConfig)
 
 
-def flag_name(option_name: str) -> str:
-    """Return the flag of an option: "kv_memory" becomes "--kv-memory"."""
-    return "--" + option_name.replace("_", "-")
-
-
 def add_flags(parser: argparse.ArgumentParser, config_class: type[ServerConfig]) -> None:
     """Add a flag for every option; a flag that is not given leaves no attribute in the namespace."""
     for declared in fields(config_class):
-        text = str(declared.metadata["help"])
-        name, default = flag_name(declared.name), declared.default
+        name, default, text = flag_name(declared.name), declared.default, str(declared.metadata["help"])
         if isinstance(default, bool):
-            shown = f"{text} (default: {'yes' if default else 'no'})"
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=shown)
+            text += f" (default: {'yes' if default else 'no'})"
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
             continue
         notes = [allowed_by(declared.metadata["parse"])]
         notes += [] if default is None else [f"default: {declared.metadata['shown'] or text_of(default)}"]
-        suffix = "; ".join(filter(None, notes))
-        shown = (f"{text} ({suffix})" if suffix else text).replace("%", "%%")
-        parser.add_argument(name, default=argparse.SUPPRESS, metavar="VALUE", help=shown)
-
-
-def text_of(value: Any) -> str:
-    """Return an option's value as the text of its flag."""
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        if suffix := "; ".join(filter(None, notes)):
+            text = f"{text} ({suffix})"
+        parser.add_argument(name, default=argparse.SUPPRESS, metavar="VALUE", help=text.replace("%", "%%"))
 
 
 class _FlagParser(argparse.ArgumentParser):
@@ -297,5 +292,5 @@ def _read_file(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidArgumentError(f"--config {path} cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise InvalidArgumentError(f"--config {path} is not a TOML file: {error}") from error

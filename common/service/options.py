@@ -140,7 +140,9 @@ def number(minimum: float, maximum: float = math.inf, kind: type = float) -> Par
         maximum: the largest number that is allowed.
         kind: float or int.
     """
-    bounds = f"at least {minimum:g}" if maximum == math.inf else f"from {minimum:g} to {maximum:g}"
+    # A float in its short form is rounded to six digits.
+    least, most = (str(bound) if isinstance(bound, int) else f"{bound:g}" for bound in (minimum, maximum))
+    bounds = f"at least {least}" if maximum == math.inf else f"from {least} to {most}"
     allowed = f"a {'whole ' if kind is int else ''}number {bounds}"
 
     def parse(text: str) -> Any:
@@ -213,3 +215,13 @@ def allowed_by(parse: Parser) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def flag_name(option_name: str) -> str:
+    """Return the flag of an option: "kv_memory" becomes "--kv-memory"."""
+    return "--" + option_name.replace("_", "-")
+
+
+def text_of(value: Any) -> str:
+    """Return an option's value as the text of its flag."""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

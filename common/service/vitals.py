@@ -1,23 +1,25 @@
-"""Says whether a service's model still works: the pulse of the thread that runs it, and its breakdown."""
+"""Says whether a service's model still works: the pulses of the threads that compute, and its breakdown."""
 
+import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
 
 
 class Vitals:
-    """Keeps the pulse of the thread that runs the model, and takes in once that the model works no more.
+    """Keeps the pulses of the threads that compute, and takes in once that the model works no more.
 
-    The engine beats and fails; the watchdog and the process's main thread read along.
+    The engine's thread has a pulse while it runs the model, and a request's thread while it codes or decodes KV. The
+    watchdog and the process's main thread read along.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._beats = 0
-        self._thread: int | None = None
+        self._beats = itertools.count()
+        self._pulses: dict[int, int] = {}
         self._failure: str | None = None
         self._on_failure: list[Callable[[], object]] = []
 
@@ -27,24 +29,25 @@ class Vitals:
         return self._failure
 
     @property
-    def pulse(self) -> tuple[int, int] | None:
-        """The thread that works, and a number that rises as it makes progress; None where there is nothing to do."""
-        thread = self._thread
-        return None if thread is None else (thread, self._beats)
+    def pulses(self) -> Mapping[int, int]:
+        """The threads that work, each with a number that changes as it makes progress."""
+        with self._lock:
+            return dict(self._pulses)
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Have a pulse while the block runs; one thread at a time."""
-        self._beats += 1
-        self._thread = threading.get_ident()
+        """Give the calling thread a pulse while the block runs."""
+        self.beat()
         try:
             yield
         finally:
-            self._thread = None
+            with self._lock:
+                del self._pulses[threading.get_ident()]
 
     def beat(self) -> None:
-        """Show progress within a block of `working` that takes long."""
-        self._beats += 1
+        """Show progress of the calling thread within a block of `working` that takes long."""
+        with self._lock:
+            self._pulses[threading.get_ident()] = next(self._beats)
 
     def fail(self, reason: str) -> None:
         """Take in that the model works no more, log it, and call those who must know; only the first call counts.

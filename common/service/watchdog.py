@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Mapping
 
 from spectrumkv.common.service.vitals import Vitals
 
@@ -16,13 +17,13 @@ LIMITS_WITHOUT_A_LOOK = 5
 
 
 class Watchdog:
-    """Watches a pulse on a thread of its own, and fails the vitals where it stands still.
+    """Watches the pulses on a thread of its own, and fails the vitals where one of them stands still.
 
     Where even that thread cannot run, a timer of `faulthandler`, which needs no Python, ends the process with status
     1. A process has one such timer, so it has one watchdog.
 
     Args:
-        vitals: the pulse.
+        vitals: the pulses.
         limit_seconds: how long work may take without a beat.
     """
 
@@ -44,18 +45,22 @@ class Watchdog:
             faulthandler.dump_traceback_later(seconds, exit=True, file=self._log)
 
     def _watch(self) -> None:
-        looks, before = 0, None
+        looks: dict[int, int] = {}
+        before: Mapping[int, int] = {}
         pause = threading.Event()
-        while looks < LOOKS:
+        while LOOKS not in looks.values():
             self._postpone_end()
             pause.wait(self._limit_seconds / LOOKS)
-            pulse = self._vitals.pulse
-            looks = looks + 1 if pulse is not None and pulse == before else 0
-            before = pulse
-        assert before is not None
+            pulses = self._vitals.pulses
+            looks = {
+                thread: looks.get(thread, 0) + 1 if before.get(thread) == beat else 0
+                for thread, beat in pulses.items()
+            }
+            before = pulses
+        stuck = next(thread for thread, count in looks.items() if count == LOOKS)
         self._vitals.fail(
             f"the model has made no progress for {self._limit_seconds:g} s (--stuck-after); its thread is at\n"
-            f"{_stack_of(before[0])}"
+            f"{_stack_of(stuck)}"
         )
 
     def _postpone_end(self) -> None:

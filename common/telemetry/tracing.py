@@ -9,6 +9,7 @@ prerelease.
 """
 
 import atexit
+import logging
 import os
 import threading
 import time
@@ -36,6 +37,9 @@ _PROTOCOL_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP
 _ENTRY_POINTS = "opentelemetry_traces_exporter"
 
 _PROPAGATOR = TraceContextTextMapPropagator()
+# They warn of each context that they leave out, and quote what the caller sent.
+for _name in ("opentelemetry.trace.span", "opentelemetry.trace.propagation.tracecontext"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 Value = str | int | float
 # A stage's name, and when it began by the monotonic clock. It lasts until the next one, or the request's end.

@@ -4,8 +4,16 @@ The quantizer of the SpectrumKV paper (arXiv 2606.08635), with its layout in byt
 Triton kernels.
 """
 
-from spectrumkv.kernels.absmax.dispatch import decode, encode, halves_are_finite, prepare
-from spectrumkv.kernels.absmax.layout import FORMATS, INT4, INT8, CodeFormat, body_layout, segment_layout
+from spectrumkv.kernels.absmax.dispatch import (
+    decode,
+    decode_segments,
+    encode,
+    encode_ranked,
+    encode_tiers,
+    halves_are_finite,
+    prepare,
+)
+from spectrumkv.kernels.absmax.layout import FORMATS, INT4, INT8, CodeFormat, body_layout, segment_layout, token_bytes
 
 __all__ = [
     "FORMATS",
@@ -14,8 +22,12 @@ __all__ = [
     "CodeFormat",
     "body_layout",
     "decode",
+    "decode_segments",
     "encode",
+    "encode_ranked",
+    "encode_tiers",
     "halves_are_finite",
     "prepare",
     "segment_layout",
+    "token_bytes",
 ]

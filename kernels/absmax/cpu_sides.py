@@ -32,7 +32,7 @@ INT4_CODES, INT4_SCALES = PLACES.coded(INT4)
 
 @compiled
 def section_views(body: Any, offsets: Any, shapes: Any) -> Any:
-    """Cut a body into its sections, wherever they lie: odd addresses are no matter.
+    """Cut a body into its sections; a section may begin at an odd address.
 
     Args:
         body: uint8 `[b]`.

@@ -1,12 +1,18 @@
 """Absmax quantization of keys and values: picks an implementation by the device that keys and values are on.
 
-`prepare` and `halves_are_finite` have one implementation only, for CPUs: Triton compiles at the first launch, and a
-body is looked at where it lies in memory of the host.
+On a GPU whole layers are coded (`encode_ranked`, `encode_tiers`), with word of what could not be, so that the host
+waits once. `halves_are_finite` looks at bodies that lie in memory of the host.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
+
+from spectrumkv.kernels.tier_placement import SegmentRoom, TierRanks
+
+if TYPE_CHECKING:
+    from spectrumkv.kernels.absmax.triton import CodedLayer
 
 
 def encode(
@@ -45,6 +51,46 @@ def encode(
         cpu.encode(keys, values, tiers, boundaries, bodies)
 
 
+def encode_ranked(
+    keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor, ranks: TierRanks, room: SegmentRoom
+) -> "CodedLayer":
+    """Code a layer on a GPU at the tiers that its tokens' scores give them, in two launches, without waiting.
+
+    Args:
+        keys: on a GPU; see `encode`.
+        values: like `keys`.
+        scores: float32 `[n]` on the same device.
+        ranks: which tiers tokens get.
+        room: of a segment.
+
+    Returns:
+        The layer, on the device.
+    """
+    from spectrumkv.kernels.absmax import triton
+
+    return triton.encode_ranked(keys, values, scores, ranks, room)
+
+
+def encode_tiers(
+    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], body_bytes: int
+) -> "CodedLayer":
+    """Code a layer on a GPU whose tiers the host knows, in one copy and one launch, without waiting.
+
+    Args:
+        keys: on a GPU; see `encode`.
+        values: like `keys`.
+        tiers: see `encode`.
+        boundaries: see `encode`.
+        body_bytes: of all segments' bodies.
+
+    Returns:
+        The layer, on the device.
+    """
+    from spectrumkv.kernels.absmax import triton
+
+    return triton.encode_tiers(keys, values, tiers, boundaries, body_bytes)
+
+
 def decode(
     bodies: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> None:
@@ -54,7 +100,8 @@ def decode(
     scale of a row near 65504 may have been rounded up, and a finite element must not come back infinite.
 
     Args:
-        bodies: read; scales must be finite. On a CPU they may lie at an odd address and be read-only.
+        bodies: on the device of the keys, read; scales must be finite. On a CPU they may lie at an odd address and be
+            read-only.
         tiers: uint8 `[n]` on the CPU.
         boundaries: see `encode`.
         keys: float32, float16 or bfloat16 `[kv_heads, n, head_dim]`, any strides, written.
@@ -68,6 +115,23 @@ def decode(
         from spectrumkv.kernels.absmax import cpu
 
         cpu.decode(bodies, tiers, boundaries, keys, values)
+
+
+def decode_segments(
+    bodies: Sequence[torch.Tensor],
+    tiers: Sequence[torch.Tensor],
+    slots: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    """Write the tokens of segments of any layers on a GPU, in one copy and one launch, without waiting.
+
+    Args:
+        bodies: uint8 on the CPU, one for each segment; see `decode`.
+        tiers: uint8 `[n]` on the CPU, for each segment.
+        slots: keys and values of each segment, `[kv_heads, n, head_dim]`, views of one cache; written.
+    """
+    from spectrumkv.kernels.absmax import triton
+
+    triton.decode_segments(bodies, tiers, slots)
 
 
 def prepare(dtype: torch.dtype) -> None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from spectrumkv.kernels.body import BodyLayout, Section
-from spectrumkv.kernels.tiers import TIER_16BIT, TIER_INT4, TIER_INT8, tier_counts
+from spectrumkv.kernels.tiers import TIER_16BIT, TIER_CODES, TIER_INT4, TIER_INT8, tier_counts
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,48 @@ def body_layout(counts: tuple[int, ...], kv_heads: int, head_dim: int, half: tor
             int4_codes=Section(TIER_INT4, (2, kv_heads, n4, INT4.code_bytes(head_dim)), INT4.dtype),
         )
     )
+
+
+@lru_cache(maxsize=16)
+def token_bytes(kv_heads: int, head_dim: int) -> tuple[int, ...]:
+    """Return what a token takes of a body, by its tier's code up to 16 bits.
+
+    Args:
+        kv_heads: of the model.
+        head_dim: of the model, even.
+    """
+    return tuple(
+        body_layout(_only_one(tier), kv_heads, head_dim, torch.float16).bytes for tier in range(TIER_16BIT + 1)
+    )
+
+
+@lru_cache(maxsize=16)
+def section_offsets(kv_heads: int, head_dim: int) -> np.ndarray:
+    """Tell what each token of a segment adds to the byte at which the sections of each tier begin.
+
+    Where a section begins is the sum of the lengths before it, and each length is proportional to a number of tokens.
+    So a GPU computes it from these factors, whatever the numbers are.
+
+    Args:
+        kv_heads: of the model.
+        head_dim: of the model, even.
+
+    Returns:
+        int64 `[TIER_16BIT + 1, 2, 3]`: by the tier whose section it is, for elements and for scales (elements at 16
+        bits have none, and their own place stands for it), by the tier of the token: INT4, INT8 and 16 bits.
+    """
+    offsets = np.zeros((TIER_16BIT + 1, 2, 3), np.int64)
+    for column, tier in enumerate((TIER_INT4, TIER_INT8, TIER_16BIT)):
+        begins = body_layout(_only_one(tier), kv_heads, head_dim, torch.float16).offsets
+        offsets[TIER_16BIT, :, column] = begins[PLACES.floats]
+        for coded, form in FORMATS.items():
+            offsets[coded, :, column] = [begins[place] for place in PLACES.coded(form)]
+    return offsets
+
+
+def _only_one(tier: int) -> tuple[int, ...]:
+    """Return the counts of a segment of one token."""
+    return tuple(int(one == tier) for one in TIER_CODES)
 
 
 def segment_layout(

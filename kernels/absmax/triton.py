@@ -1,232 +1,130 @@
-"""Absmax quantization in Triton: one launch for any mix of tiers, one pass over the elements, gather and scatter too.
+"""Absmax quantization on GPUs: tensors in, one launch of the kernel in `triton_kernels`.
 
-A program codes a tile (see `tiles`), a few tokens of one tier, in one KV head. It takes the first and the second half
-of the head apart, since two elements half a head apart share a byte of INT4. All arithmetic is in float32 and rounds
-as the reference does.
+Tiers and places come from the host, or from a kernel that ranks scores (`tier_placement`).
 """
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
-from spectrumkv.kernels import tiers as tier_codes
-from spectrumkv.kernels.absmax import layout, tiles
+from spectrumkv.kernels.absmax import triton_kernels
+from spectrumkv.kernels.absmax.layout import section_offsets, token_bytes
+from spectrumkv.kernels.body import BodyLayout, Section
+from spectrumkv.kernels.tier_placement import SegmentRoom, TierRanks, placement_of
+from spectrumkv.kernels.tier_placement.layout import SEGMENT_COLUMNS
+from spectrumkv.kernels.tier_placement.triton import rank_and_place
+from spectrumkv.kernels.tiers import TIER_DROP
+from spectrumkv.kernels.upload import aligned, states_offset, upload
 
 # Elements of one program: enough to keep 128 threads busy, few enough to stay in registers.
-TILE_ELEMENTS = 2048
-
-COLUMNS = tl.constexpr(tiles.TILE_COLUMNS)
-TIER, ORDER_START = tl.constexpr(tiles.TIER), tl.constexpr(tiles.ORDER_START)
-ROWS, ROW, SECTION_ROWS = tl.constexpr(tiles.ROWS), tl.constexpr(tiles.ROW), tl.constexpr(tiles.SECTION_ROWS)
-ELEMENTS_AT, SCALES_AT = tl.constexpr(tiles.ELEMENTS_AT), tl.constexpr(tiles.SCALES_AT)
-TIER_16BIT, TIER_INT8 = tl.constexpr(tier_codes.TIER_16BIT), tl.constexpr(tier_codes.TIER_INT8)
-LARGEST_INT8, LARGEST_INT4 = tl.constexpr(layout.INT8.largest), tl.constexpr(layout.INT4.largest)
-ABSOLUTE_BITS = tl.constexpr(0x7FFFFFFF)
-# 1.5 · 2^23: a float32 next to it has no fractional bits, so adding it rounds half to even.
-ROUNDER = tl.constexpr(12582912.0)
-FLOAT16_MAX = tl.constexpr(layout.FLOAT16_MAX)
-
-# Triton ships no types.
-_jit: Callable[[Callable[..., Any]], Any] = triton.jit
+PROGRAM_ELEMENTS = 2048
+SIDES = 2
 
 
-@_jit
-def _magnitude_bits(values: tl.tensor) -> tl.tensor:
-    """Return |values| as int32: ordered like the floats, with NaN above infinity, so that a maximum keeps NaN."""
-    return values.to(tl.int32, bitcast=True) & ABSOLUTE_BITS
+@dataclass(frozen=True, eq=False)
+class CodedLayer:
+    """All that the host needs of a coded layer, in one piece of memory, so that one copy brings it there.
+
+    Attributes:
+        body_bytes: of all bodies.
+        programs: that coded the layer.
+        segments: rows of the table; 0 where the host has it.
+        ranked_tokens: tokens whose tiers are here; 0 where the host has them.
+        memory: uint8, on the GPU or on the host.
+    """
+
+    body_bytes: int
+    programs: int
+    segments: int
+    ranked_tokens: int
+    memory: torch.Tensor
+
+    @classmethod
+    def of(cls, keys: torch.Tensor, body_bytes: int, segments: int, ranked_tokens: int) -> "CodedLayer":
+        """Obtain the memory of a layer on its device.
+
+        Args:
+            keys: of the layer, `[kv_heads, n, head_dim]`.
+            body_bytes: see the class, like the others.
+            segments: most segments that the layer can have.
+            ranked_tokens: n, or 0.
+
+        Returns:
+            The layer; its memory holds nothing yet.
+        """
+        programs = _programs(keys) * keys.shape[0] * SIDES
+        size = _layer_layout(body_bytes, programs, segments, ranked_tokens).bytes
+        memory = torch.empty(size, dtype=torch.uint8, device=keys.device)
+        return cls(body_bytes, programs, segments, ranked_tokens, memory)
+
+    def copied(self, memory: torch.Tensor) -> "CodedLayer":
+        """Return the layer in other memory, into which its own was copied: uint8 `[bytes]` on the host."""
+        return replace(self, memory=memory)
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """Show what was found, segments, bodies, broken and tiers, as views of the memory.
+
+        Returns:
+            int64 `[2]`, see `rank_and_place`; int64 `[s, SEGMENT_COLUMNS]`; uint8 `[body_bytes]`; uint8 `[programs]`,
+            1 where a program met something that its tier cannot hold; and uint8 `[n]`.
+        """
+        layout = _layer_layout(self.body_bytes, self.programs, self.segments, self.ranked_tokens)
+        found, segments, bodies, broken, tiers = layout.arrays(self.memory)
+        return found, segments, bodies[: self.body_bytes], broken[: self.programs], tiers
 
 
-@_jit
-def _scales(low: tl.tensor, high: tl.tensor, largest: tl.constexpr, rows: tl.constexpr) -> tl.tensor:
-    """Return float16 `[rows]`: the greatest magnitude of each row over the greatest code."""
-    magnitude = tl.maximum(_magnitude_bits(low), _magnitude_bits(high))
-    absmax = tl.max(magnitude, axis=1).to(tl.float32, bitcast=True)
-    return tl.div_rn(absmax, tl.full([rows], largest, tl.float32)).to(tl.float16)
+def _layer_layout(body_bytes: int, programs: int, segments: int, ranked_tokens: int) -> BodyLayout:
+    """Lay out the memory of a `CodedLayer`.
 
-
-@_jit
-def _to_codes(values: tl.tensor, scale: tl.tensor, largest: tl.constexpr) -> tl.tensor:
-    """Return the nearest multiples of the float16 scale as int32, 0 where the scale is 0, infinite or NaN."""
-    scale = scale.to(tl.float32)
-    usable = (scale > 0.0) & (scale < float("inf"))
-    steps = tl.div_rn(values, tl.where(usable, scale, 1.0)[:, None])
-    steps = tl.where(usable[:, None], steps, 0.0)
-    # Clamp first: the rounding trick holds below 2^22 only.
-    steps = tl.minimum(tl.maximum(steps, -largest * 1.0), largest * 1.0)
-    return ((steps + ROUNDER) - ROUNDER).to(tl.int32)
-
-
-@_jit
-def _to_states(codes: tl.tensor, scale: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Return codes times scale, rounded to nearest even in the states' dtype."""
-    values = codes.to(tl.float32) * scale[:, None]
-    if dtype == tl.float16:
-        values = tl.minimum(tl.maximum(values, -FLOAT16_MAX), FLOAT16_MAX)
-    elif dtype == tl.bfloat16:
-        # Triton's interpreter truncates on the way to bfloat16; after this nothing is left to round.
-        bits = values.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        values = bits.to(tl.float32, bitcast=True)
-    return values.to(dtype)
-
-
-@_jit
-def _tile(
-    order_ptr: tl.tensor, tiles_ptr: tl.tensor, kv_heads: tl.tensor, alignment: tl.constexpr, rows: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Return this program's tier, tokens, their mask, their rows in the sections, and where the sections begin."""
-    table = tiles_ptr + tl.program_id(0) * COLUMNS
-    tier = tl.load(table + TIER)
-    order_start = tl.load(table + ORDER_START)
-    row = tl.arange(0, rows)
-    in_tile = row < tl.load(table + ROWS)
-    token = tl.load(order_ptr + order_start + row, mask=in_tile, other=0).to(tl.int64)
-    head = tl.program_id(2) * kv_heads + tl.program_id(1)
-    section_row = head.to(tl.int64) * tl.load(table + SECTION_ROWS) + tl.load(table + ROW) + row
-    elements_at = tl.multiple_of(tl.load(table + ELEMENTS_AT), alignment)
-    scales_at = tl.multiple_of(tl.load(table + SCALES_AT), alignment)
-    return tier, token, in_tile, section_row, elements_at, scales_at
-
-
-@_jit
-def _elements(
-    states_ptr: tl.tensor,
-    stride_head: tl.tensor,
-    stride_token: tl.tensor,
-    stride_element: tl.tensor,
-    token: tl.tensor,
-    in_tile: tl.tensor,
-    half: tl.constexpr,
-    padded_half: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Return where the tile's states lie, first and second halves of the head, elements of a half, and their mask."""
-    element = tl.arange(0, padded_half)[None, :]
-    mask = in_tile[:, None] & (element < half)
-    low_ptr = states_ptr + tl.program_id(1).to(tl.int64) * stride_head + token[:, None] * stride_token
-    low_ptr += element.to(tl.int64) * stride_element
-    return low_ptr, low_ptr + tl.cast(half, tl.int64) * stride_element, element, mask
-
-
-@_jit
-def _encode_tile(
-    states_ptr: tl.tensor,
-    stride_head: tl.tensor,
-    stride_token: tl.tensor,
-    stride_element: tl.tensor,
-    order_ptr: tl.tensor,
-    tiles_ptr: tl.tensor,
-    floats_ptr: tl.tensor,
-    scales_ptr: tl.tensor,
-    codes_ptr: tl.tensor,
-    kv_heads: tl.tensor,
-    half: tl.constexpr,
-    padded_half: tl.constexpr,
-    alignment: tl.constexpr,
-    rows: tl.constexpr,
-) -> None:
-    tier, token, in_tile, section_row, elements_at, scales_at = _tile(order_ptr, tiles_ptr, kv_heads, alignment, rows)
-    low_ptr, high_ptr, element, mask = _elements(
-        states_ptr, stride_head, stride_token, stride_element, token, in_tile, half, padded_half
+    Returns:
+        The layout; bodies and flags are padded, so that what follows them is aligned.
+    """
+    sections = (
+        ((2 if segments else 0,), torch.int64),
+        ((segments, SEGMENT_COLUMNS), torch.int64),
+        ((aligned(body_bytes),), torch.uint8),
+        ((aligned(programs),), torch.uint8),
+        ((ranked_tokens,), torch.uint8),
     )
-    low = tl.load(low_ptr, mask=mask, other=0.0).to(tl.float32)
-    high = tl.load(high_ptr, mask=mask, other=0.0).to(tl.float32)
-    if tier == TIER_16BIT:
-        float_ptr = floats_ptr + elements_at // 2 + section_row[:, None] * (2 * half) + element
-        dtype: tl.constexpr = floats_ptr.dtype.element_ty
-        tl.store(float_ptr, low.to(dtype), mask=mask)
-        tl.store(float_ptr + half, high.to(dtype), mask=mask)
-    elif tier == TIER_INT8:
-        scale = _scales(low, high, LARGEST_INT8, rows)
-        tl.store(scales_ptr + scales_at // 2 + section_row, scale, mask=in_tile)
-        code_ptr = codes_ptr + elements_at + section_row[:, None] * (2 * half) + element
-        tl.store(code_ptr, (_to_codes(low, scale, LARGEST_INT8) & 0xFF).to(tl.uint8), mask=mask)
-        tl.store(code_ptr + half, (_to_codes(high, scale, LARGEST_INT8) & 0xFF).to(tl.uint8), mask=mask)
-    else:
-        scale = _scales(low, high, LARGEST_INT4, rows)
-        tl.store(scales_ptr + scales_at // 2 + section_row, scale, mask=in_tile)
-        pairs = (_to_codes(low, scale, LARGEST_INT4) & 0xF) | ((_to_codes(high, scale, LARGEST_INT4) & 0xF) << 4)
-        tl.store(codes_ptr + elements_at + section_row[:, None] * half + element, pairs.to(tl.uint8), mask=mask)
+    return BodyLayout(tuple(Section(TIER_DROP, shape, dtype) for shape, dtype in sections))
 
 
-@_jit
-def _decode_tile(
-    states_ptr: tl.tensor,
-    stride_head: tl.tensor,
-    stride_token: tl.tensor,
-    stride_element: tl.tensor,
-    order_ptr: tl.tensor,
-    tiles_ptr: tl.tensor,
-    floats_ptr: tl.tensor,
-    scales_ptr: tl.tensor,
-    codes_ptr: tl.tensor,
-    kv_heads: tl.tensor,
-    half: tl.constexpr,
-    padded_half: tl.constexpr,
-    alignment: tl.constexpr,
-    rows: tl.constexpr,
-) -> None:
-    tier, token, in_tile, section_row, elements_at, scales_at = _tile(order_ptr, tiles_ptr, kv_heads, alignment, rows)
-    low_ptr, high_ptr, element, mask = _elements(
-        states_ptr, stride_head, stride_token, stride_element, token, in_tile, half, padded_half
-    )
-    dtype: tl.constexpr = states_ptr.dtype.element_ty
-    if tier == TIER_16BIT:
-        float_ptr = floats_ptr + elements_at // 2 + section_row[:, None] * (2 * half) + element
-        tl.store(low_ptr, tl.load(float_ptr, mask=mask, other=0.0).to(dtype), mask=mask)
-        tl.store(high_ptr, tl.load(float_ptr + half, mask=mask, other=0.0).to(dtype), mask=mask)
-    else:
-        scale = tl.load(scales_ptr + scales_at // 2 + section_row, mask=in_tile, other=0.0).to(tl.float32)
-        # A code goes to the top of the word, and the arithmetic shift back extends its sign.
-        if tier == TIER_INT8:
-            code_ptr = codes_ptr + elements_at + section_row[:, None] * (2 * half) + element
-            low = (tl.load(code_ptr, mask=mask, other=0).to(tl.int32) << 24) >> 24
-            high = (tl.load(code_ptr + half, mask=mask, other=0).to(tl.int32) << 24) >> 24
-            tl.store(low_ptr, _to_states(low, scale, dtype), mask=mask)
-            tl.store(high_ptr, _to_states(high, scale, dtype), mask=mask)
-        else:
-            pair_ptr = codes_ptr + elements_at + section_row[:, None] * half + element
-            pairs = tl.load(pair_ptr, mask=mask, other=0).to(tl.int32)
-            tl.store(low_ptr, _to_states((pairs << 28) >> 28, scale, dtype), mask=mask)
-            tl.store(high_ptr, _to_states((pairs << 24) >> 28, scale, dtype), mask=mask)
+def encode_ranked(
+    keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor, ranks: TierRanks, room: SegmentRoom
+) -> CodedLayer:
+    """Code a layer at the tiers that its tokens' scores give them; see `dispatch.encode_ranked`.
+
+    Returns:
+        The layer, on the device.
+    """
+    layer = CodedLayer.of(keys, room.body_bytes(ranks), room.most_segments(ranks), ranks.tokens)
+    found, segments, bodies, broken, tiers = layer.parts
+    places = torch.empty(2, ranks.tokens, dtype=torch.int32, device=keys.device)
+    rank_and_place(scores, ranks, room, found, segments, places, tiers)
+    _launching(triton_kernels.encode_rows, keys, values, (tiers, places, segments), bodies, broken)()
+    return layer
 
 
-@_jit
-def _kernel(
-    keys_ptr: tl.tensor,
-    values_ptr: tl.tensor,
-    key_stride_head: tl.tensor,
-    key_stride_token: tl.tensor,
-    key_stride_element: tl.tensor,
-    value_stride_head: tl.tensor,
-    value_stride_token: tl.tensor,
-    value_stride_element: tl.tensor,
-    order_ptr: tl.tensor,
-    tiles_ptr: tl.tensor,
-    floats_ptr: tl.tensor,
-    scales_ptr: tl.tensor,
-    codes_ptr: tl.tensor,
-    kv_heads: tl.tensor,
-    code_tile: tl.constexpr,
-    half: tl.constexpr,
-    padded_half: tl.constexpr,
-    alignment: tl.constexpr,
-    rows: tl.constexpr,
-) -> None:
-    """Run `code_tile`, one of the two above, on this program's side. The grid is (tiles, KV heads, sides)."""
-    if tl.program_id(2) == 0:
-        code_tile(
-            keys_ptr, key_stride_head, key_stride_token, key_stride_element, order_ptr, tiles_ptr, floats_ptr,
-            scales_ptr, codes_ptr, kv_heads, half, padded_half, alignment, rows,
-        )  # fmt: skip
-    else:
-        code_tile(
-            values_ptr, value_stride_head, value_stride_token, value_stride_element, order_ptr, tiles_ptr, floats_ptr,
-            scales_ptr, codes_ptr, kv_heads, half, padded_half, alignment, rows,
-        )  # fmt: skip
+def encode_tiers(
+    keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], body_bytes: int
+) -> CodedLayer:
+    """Code a layer whose tiers the host knows; see `dispatch.encode_tiers`.
+
+    Returns:
+        The layer, on the device; without segments and tiers, which the host has.
+    """
+    layer = CodedLayer.of(keys, body_bytes, segments=0, ranked_tokens=0)
+    _, _, bodies, broken, _ = layer.parts
+    tables = _uploaded(keys, tiers, boundaries)
+    _launching(triton_kernels.encode_rows, keys, values, tables, bodies, broken)()
+    return layer
 
 
 def encode(
@@ -243,58 +141,106 @@ def decode(
     decoding(bodies, tiers, boundaries, keys, values)()
 
 
+def decode_segments(
+    bodies: Sequence[torch.Tensor],
+    tiers: Sequence[torch.Tensor],
+    slots: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    """Write the tokens of segments of any layers; see `dispatch.decode_segments`."""
+    keys, values = slots[0]
+    kv_heads, _, head_dim = keys.shape
+    ends = list(accumulate((one.numel() for one in tiers), initial=0))
+    bodies_at = list(accumulate((aligned(body.numel()) for body in bodies), initial=0))
+    states_at = [
+        states_offset(slots[0], one) - first * keys.stride(1) for one, first in zip(slots, ends, strict=False)
+    ]
+    of_tokens = torch.cat(list(tiers))
+    taken = token_bytes(kv_heads, head_dim)
+    placed = placement_of(of_tokens.numpy(), ends, taken, bodies_at[:-1], states_at)
+    tables = (of_tokens, torch.from_numpy(placed.places), torch.from_numpy(placed.segments))
+    there = upload((*tables, *bodies), keys.device)
+    # They lie one after another, each at a multiple of the alignment.
+    arrived = there[len(tables)].as_strided((bodies_at[-1],), (1,))
+    _launching(triton_kernels.decode_rows, keys, values, tuple(there[:3]), arrived, arrived)()
+
+
 def encoding(
     keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], bodies: torch.Tensor
 ) -> Callable[[], None]:
     """Return what runs `encode` with these arguments: one launch and nothing else, as CUDA graphs want it."""
-    return _prepared(_encode_tile, keys, values, tiers, boundaries, bodies)
+    tables = _uploaded(keys, tiers, boundaries)
+    broken = torch.empty(_programs(keys) * keys.shape[0] * SIDES, dtype=torch.uint8, device=keys.device)
+    return _launching(triton_kernels.encode_rows, keys, values, tables, bodies, broken)
 
 
 def decoding(
     bodies: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> Callable[[], None]:
     """Return what runs `decode` with these arguments; see `encoding`."""
-    return _prepared(_decode_tile, keys, values, tiers, boundaries, bodies)
+    tables = _uploaded(keys, tiers, boundaries)
+    return _launching(triton_kernels.decode_rows, keys, values, tables, bodies, bodies)
 
 
-def _prepared(
-    code_tile: Any,
+def _rows(head_dim: int) -> int:
+    """Return the tokens of a program."""
+    return max(1, PROGRAM_ELEMENTS // (2 * int(triton.next_power_of_2(head_dim // 2))))
+
+
+def _programs(keys: torch.Tensor) -> int:
+    """Return the programs of one KV head and side."""
+    _, tokens, head_dim = keys.shape
+    return -(-tokens // _rows(head_dim))
+
+
+def _uploaded(keys: torch.Tensor, tiers: torch.Tensor, boundaries: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """Return tiers, places and segments on the device of the keys."""
+    kv_heads, _, head_dim = keys.shape
+    placed = placement_of(tiers.numpy(), boundaries, token_bytes(kv_heads, head_dim))
+    tables = (tiers, torch.from_numpy(placed.places), torch.from_numpy(placed.segments))
+    return tuple(upload(tables, keys.device))
+
+
+@lru_cache(maxsize=16)
+def _section_offsets_on(device: torch.device, kv_heads: int, head_dim: int) -> torch.Tensor:
+    return torch.from_numpy(section_offsets(kv_heads, head_dim)).to(device)
+
+
+def _launching(
+    code_rows: Any,
     keys: torch.Tensor,
     values: torch.Tensor,
-    tiers: torch.Tensor,
-    boundaries: Sequence[int],
+    tables: tuple[torch.Tensor, ...],
     bodies: torch.Tensor,
+    broken: torch.Tensor,
 ) -> Callable[[], None]:
-    """Return what runs `code_tile` on every tile, KV head and side."""
+    """Return what runs `code_rows` on all tokens that have tiers, KV heads and sides."""
     kv_heads, _, head_dim = keys.shape
-    padded_half: int = triton.next_power_of_2(head_dim // 2)
-    rows = max(1, TILE_ELEMENTS // (2 * padded_half))
-    table = tiles.tiles_of_segments(tiers.numpy(), boundaries, kv_heads, head_dim, rows)
-    half = torch.float16 if keys.dtype == torch.float32 else keys.dtype
-    floats, scales = bodies.view(half), bodies.view(torch.float16)
-    order, rows_of_tiles = table.on(keys.device)
+    tokens = tables[0].numel()
+    half_dtype = torch.float16 if keys.dtype == torch.float32 else keys.dtype
+    floats, scales = bodies.view(half_dtype), bodies.view(torch.float16)
+    offsets = _section_offsets_on(keys.device, kv_heads, head_dim)
 
     def launch() -> None:
-        if not len(table.tiles):
-            return
         with torch.cuda.device(keys.get_device()):
-            _kernel[len(table.tiles), kv_heads, 2](
+            triton_kernels.absmax_kernel[-(-tokens // _rows(head_dim)), kv_heads, SIDES](
                 keys,
                 values,
                 *keys.stride(),
                 *values.stride(),
-                order,
-                rows_of_tiles,
+                *tables,
+                offsets,
                 floats,
                 scales,
                 bodies,
+                broken,
+                tokens,
                 kv_heads,
-                code_tile=code_tile,
+                code_rows=code_rows,
                 half=head_dim // 2,
-                padded_half=padded_half,
+                padded_half=int(triton.next_power_of_2(head_dim // 2)),
                 # Every section has a length that both of these divide, so that each begins at a multiple of them.
                 alignment=math.gcd(16, (4 if head_dim % 4 == 0 else 2) * kv_heads),
-                rows=rows,
+                rows=_rows(head_dim),
             )
 
     return launch

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from spectrumkv.kernels.attention_scores.reference import mean_of_seeing, scaled
 from spectrumkv.kernels.jit.compiled import compiled
 from spectrumkv.kernels.jit.llvm import bfloat16
 from spectrumkv.kernels.jit.softmax import ONE, ZERO, exponentials
@@ -28,13 +29,26 @@ CENTRE_STRIDE = 16
 LOGITS_BYTES = 1 << 20
 
 
+def mean_attention(
+    queries: torch.Tensor, keys: torch.Tensor, scaling: float, sliding_window: int | None, softcap: float | None
+) -> torch.Tensor:
+    """Average softmax weights; see `dispatch.mean_attention`.
+
+    Returns:
+        float32 `[n]`.
+    """
+    window = queries.shape[1]
+    received = accumulated_attention(scaled(queries, keys, scaling), keys, window, sliding_window, softcap)
+    return mean_of_seeing(received, queries.shape, sliding_window)
+
+
 def accumulated_attention(
     queries: torch.Tensor, keys: torch.Tensor, window: int, sliding_window: int | None, softcap: float | None
 ) -> torch.Tensor:
     """Sum softmax weights over queries, in bfloat16 where that is faster.
 
     Args:
-        queries: float32 `[kv_heads, g · w, head_dim]`; see `dispatch.accumulated_attention`.
+        queries: float32 `[kv_heads, g · w, head_dim]`; see `reference.accumulated_attention`.
         keys: any float dtype `[kv_heads, n, head_dim]`, any strides.
         window: w.
         sliding_window: how many of the newest tokens a query sees; None is all.

@@ -2,35 +2,37 @@
 
 import torch
 
-from spectrumkv.kernels.attention_scores import reference
 
-
-def accumulated_attention(
-    queries: torch.Tensor, keys: torch.Tensor, window: int, sliding_window: int | None, softcap: float | None
+def mean_attention(
+    queries: torch.Tensor, keys: torch.Tensor, scaling: float, sliding_window: int | None, softcap: float | None
 ) -> torch.Tensor:
-    """Sum the softmax weights that each token gets over the last queries of a prompt.
+    """Average the softmax weights that each token gets from the last queries of a prompt.
 
     Observing the last queries only is SnapKV's idea (arXiv 2404.14469, section 4). Query i of a head stands at
-    position n − w + i and sees no later token.
+    position n − w + i and sees no later token. The mean runs over all query heads, and over those queries that can
+    see the token, so that few queries do not make the last tokens look unimportant.
 
     Args:
-        queries: float32 `[kv_heads, g · w, head_dim]`, already multiplied by the attention's scaling: for each of the
-            g query heads of a KV head those of the last w positions, in order.
-        keys: any float dtype `[kv_heads, n, head_dim]`, any strides, on the same device.
-        window: w, 1 ≤ w ≤ n.
+        queries: any float dtype `[query_heads, w, head_dim]`, 1 ≤ w ≤ n: those of the last w positions, in order.
+            Head h reads KV head h // (query_heads / kv_heads).
+        keys: in the queries' dtype, `[kv_heads, n, head_dim]`, any strides, on the same device.
+        scaling: factor of query · key.
         sliding_window: how many of the newest tokens a query sees, its own included; None is all of them.
         softcap: bound c of the logits, which become c · tanh(logits / c); None is no bound.
 
     Returns:
-        float32 `[kv_heads, n]`: for each token the sum of the attention weights that the queries give it. Somewhere
-        it is NaN where a query or a key is not finite.
+        float32 `[n]`, from 0 to 1; 0 where a sliding window hides the token from every query. Some of it is NaN
+        where a query or a key is not finite.
     """
     if keys.is_cuda:
-        return reference.accumulated_attention(queries, keys, window, sliding_window, softcap)
+        # Triton takes a while to import, and exists on Linux only.
+        from spectrumkv.kernels.attention_scores import triton
+
+        return triton.mean_attention(queries, keys, scaling, sliding_window, softcap)
     # numba takes a third of a second to import.
     from spectrumkv.kernels.attention_scores import cpu
 
-    return cpu.accumulated_attention(queries, keys, window, sliding_window, softcap)
+    return cpu.mean_attention(queries, keys, scaling, sliding_window, softcap)
 
 
 def prepare() -> None:

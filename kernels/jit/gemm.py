@@ -152,6 +152,22 @@ def multiply(left: Any, right: Any, rows: int, columns: int, product: Any) -> No
 
 
 @compiled
+def multiply_rows(left: Any, row_stride: int, right: Any, rows: int, columns: int, product: Any) -> None:
+    """Write `left` · `right`, products and sums fused where the processor can.
+
+    Args:
+        left: float32 memory, contiguous: rows of as many elements as `right` has rows, a multiple of `ROWS` of them.
+        row_stride: elements from row to row of `left`.
+        right: float32 `[k, n]`, contiguous, n a multiple of `COLUMNS`.
+        rows: how many rows of the product are wanted; the rest of a group of `ROWS` is written, too.
+        columns: how many columns are wanted; the rest of a group of `COLUMNS` is written, too.
+        product: float32 `[m, n]`, contiguous, written.
+    """
+    depth, stride = right.shape
+    _multiply(left, 1, row_stride, right, 0, stride, depth, rows, columns, product)
+
+
+@compiled
 def weigh(weights: Any, memory: Any, start: int, count: int, product: Any) -> None:
     """Write `weights` · rows of memory: each row's weighted sum of vectors that lie one after another.
 

@@ -1,9 +1,11 @@
 """Runs prompts through the model, one pass at a time: short prompts share a pass, long ones take several."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from types import TracebackType
+from typing import Self, TypeVar
 
 import torch
 
@@ -16,6 +18,8 @@ from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME, KvHook
 from spectrumkv.prefill_server.engine.chunked_prefill import CHUNK_TOKENS, ChunkedPrefill, chunk_bounds
 from spectrumkv.prefill_server.engine.prompt_queue import PromptQueue, PromptResult, QueuedPrefill
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 # Most tokens of one pass over several prompts, padding included. A pass over few tokens spends its time on reading
@@ -25,6 +29,8 @@ BATCH_TOKENS = 1024
 
 class PrefillEngine:
     """Runs the model behind a queue: short prompts first, and none waits for ever (`PromptQueue`).
+
+    A context manager, which starts and stops it.
 
     Args:
         loaded: the model; its attention is switched to the hooked one.
@@ -46,8 +52,20 @@ class PrefillEngine:
         self._chunk_tokens = None if least is None else max(least, window)
         # One thread: the model uses all cores, and a pool of compute threads belongs to the thread calling it.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="prefill-engine")
-        self._executor.submit(keep_all_cores).result()
         self._queue: PromptQueue[QueuedPrefill] = PromptQueue()
+
+    def start(self) -> None:
+        """Start the thread, which keeps the cores that torch has now, whatever `use_one_thread` sets later."""
+        self._executor.submit(keep_all_cores).result()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
 
     def submit(
         self, token_ids: Sequence[int], kv_hook: KvHook, streams_chunks: bool = False
@@ -92,9 +110,15 @@ class PrefillEngine:
 
     def _run_next(self) -> None:
         """Run the next pass, if any prompt is left."""
-        batch = self._next_batch()
-        if not batch:
-            return
+        try:
+            if batch := self._next_batch():
+                self._run_pass(batch)
+        except BaseException as error:  # nobody looks at this call's future, and its prompts would wait for ever
+            logger.critical("the prefill engine failed", exc_info=error)
+            self.vitals.fail(f"the prefill engine failed: {type(error).__name__}: {error}")
+
+    def _run_pass(self, batch: list[QueuedPrefill]) -> None:
+        """Run one pass; an error in it ends its prompts."""
         try:
             with self.vitals.working():
                 if batch[0].chunked.is_chunked:

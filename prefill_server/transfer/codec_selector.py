@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from spectrumkv.common.kv.codecs.base import Codec
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.prefill_server.transfer.pipeline import SentKv
 from spectrumkv.prefill_server.transfer.plan import KvPlan
+from spectrumkv.prefill_server.transfer.sent_kv import SentKv
 
 # A hand-off that is shorter by less is not worth a worse codec, and shorter measurements are noise.
 WORTH_SECONDS = 0.05
@@ -70,7 +70,7 @@ class CodecSelector:
             plan: of the request.
         """
         fallback = plan.fallback
-        if fallback is None or plan.budget < FRAMING_ROOM * fallback.least_byte_budget(self.geometry):
+        if fallback is None or plan.budget.value < FRAMING_ROOM * fallback.least_byte_budget(self.geometry):
             return None
         return fallback
 
@@ -92,10 +92,10 @@ class CodecSelector:
         if lacks_basis and plan.codec.needs_basis:
             reason = f"{worker} has not received the codec's basis yet"
         else:
-            reason = self._reason(plan.budget, tokens, worker)
+            reason = self._reason(plan.budget.value, tokens, worker)
         return plan.with_fallback(fallback, reason) if reason else plan
 
-    def _reason(self, byte_budget: float, tokens: int, worker: str) -> str:
+    def _reason(self, budget: float, tokens: int, worker: str) -> str:
         """Return why the fallback should be used; nothing where it should not."""
         with self._lock:
             coder, prefill = self.coder.seconds, self.prefill.seconds
@@ -103,7 +103,7 @@ class CodecSelector:
         if coder is None or prefill is None or link is None:
             return ""
         coding, computing = coder * tokens, prefill * tokens
-        sending = link * byte_budget * self.geometry.fp16_bytes(tokens)
+        sending = link * budget * self.geometry.fp16_bytes(tokens)
         if coding - max(computing, sending) < WORTH_SECONDS:
             return ""
         return (

@@ -1,10 +1,14 @@
 """Bounds the memory that KV takes on prefill until it has left for decode: a prompt starts when its KV fits."""
 
 import threading
+import time
 from collections import deque
+from types import TracebackType
 
 import torch
 
+from spectrumkv.common.errors import CancelledError
+from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.service.start_checks import memory_bytes
 
 # Share of the memory that KV may take where no option says how much.
@@ -47,32 +51,36 @@ class KvMemory:
         return len(self._waiting)
 
     def obtain(self, reservation: "KvReservation") -> bool:
-        """Wait until the reservation's bytes are free, and hold them for it until its end.
+        """Wait until the reservation's bytes are free, and hold them for it; return at once where it holds them.
 
         Args:
-            reservation: one of this memory, for the first time.
+            reservation: one of this memory.
 
         Returns:
             False where the reservation ended meanwhile.
         """
         with self._changed:
-            if reservation.ended:
-                return False
-            self._waiting.append(reservation)
-            self._hand_out()
-            self._changed.wait_for(lambda: reservation.granted or reservation.ended)
+            if not reservation.ended and not reservation.granted:
+                self._waiting.append(reservation)
+                self._hand_out()
+                self._changed.wait_for(lambda: reservation.granted or reservation.ended)
             return not reservation.ended
 
-    def take_back(self, reservation: "KvReservation") -> None:
-        """End a reservation, whether it waits or holds memory; a second call does nothing."""
+    def take_back(self, reservation: "KvReservation", for_good: bool) -> None:
+        """Take what a reservation holds; a second call does nothing.
+
+        Args:
+            reservation: one of this memory.
+            for_good: whether it ends, also where it waits.
+        """
         with self._changed:
-            if reservation.ended:
-                return
-            reservation.ended = True
             if reservation.granted:
                 self._held_bytes -= reservation.needed_bytes
-            elif reservation in self._waiting:
-                self._waiting.remove(reservation)
+                reservation.granted = False
+            if for_good and not reservation.ended:
+                reservation.ended = True
+                if reservation in self._waiting:
+                    self._waiting.remove(reservation)
             self._hand_out()
             self._changed.notify_all()
 
@@ -88,31 +96,56 @@ class KvMemory:
 
 
 class KvReservation:
-    """Holds one prompt's part of the memory, from `obtain` to `end`.
+    """Holds one request's part of the memory, from `wait` until its KV has left; then it may obtain it once more.
+
+    A context manager; leaving it, or the end of the request's RPC, gives the bytes back.
 
     Args:
         memory: has the bytes.
         needed_bytes: of the whole prompt's KV.
+        scope: the client's RPC.
 
     Attributes:
-        granted: whether the bytes were handed out.
-        ended: whether they are needed no more.
+        granted: whether it holds the bytes.
+        ended: whether it needs them no more.
     """
 
-    def __init__(self, memory: KvMemory, needed_bytes: int) -> None:
+    def __init__(self, memory: KvMemory, needed_bytes: int, scope: RpcScope) -> None:
         self._memory = memory
+        self._scope = scope
         self.needed_bytes = needed_bytes
         self.granted = False
         self.ended = False
+        scope.on_end(self.end)
 
-    def obtain(self) -> bool:
-        """Wait for the bytes.
+    def wait(self) -> float:
+        """Wait for the bytes, unless they are held already.
 
         Returns:
-            False where the reservation ended meanwhile.
+            The seconds that this took.
+
+        Raises:
+            CancelledError: the client went away.
+            DeadlineExceededError: the deadline passed.
         """
-        return self._memory.obtain(self)
+        started = time.monotonic()
+        if not self._memory.obtain(self):
+            self._scope.check()
+            raise CancelledError("the request ended while it waited for memory")
+        return time.monotonic() - started
+
+    def release(self) -> None:
+        """Give the bytes back for now, since the KV has left; a second call does nothing."""
+        self._memory.take_back(self, for_good=False)
 
     def end(self) -> None:
         """Give the bytes back, or wait for them no longer; a second call does nothing."""
-        self._memory.take_back(self)
+        self._memory.take_back(self, for_good=True)
+
+    def __enter__(self) -> "KvReservation":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()

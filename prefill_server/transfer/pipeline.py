@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,10 +15,13 @@ from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 from spectrumkv.common.kv.wire import ChunkTotals, ChunkWriter, KvChunk
 from spectrumkv.common.rpc.decode_stream import Request, serialized_bytes
+from spectrumkv.common.service.vitals import Vitals
 from spectrumkv.common.telemetry.metrics import FRAMING, Metrics
+from spectrumkv.prefill_server.transfer.coding_clock import CodingClock, GpuCodingClock
 from spectrumkv.prefill_server.transfer.kv_memory import KvReservation
 from spectrumkv.prefill_server.transfer.layer_queue import LayerQueue
 from spectrumkv.prefill_server.transfer.plan import KvPlan
+from spectrumkv.prefill_server.transfer.sent_kv import SentKv
 from spectrumkv.v1 import decode_pb2
 
 # A message and the segments in it.
@@ -34,49 +37,6 @@ IDLE_CHUNK_BYTES = 64 << 10
 # How many messages may wait for gRPC where they are made ahead: about as many as a layer takes.
 MESSAGES_AHEAD = 8
 CPU = torch.device("cpu")
-
-
-@dataclass
-class SentKv:
-    """Counts what left for decode so far, and the time that it took.
-
-    Attributes:
-        message_bytes: bytes of all serialized messages: Begin, chunks, End.
-        tier_bytes: bytes of codes and scales by tier.
-        tier_tokens: token-layers by tier.
-        encode_seconds: time spent on scoring, tiering and encoding.
-        coder_seconds: the coder's own share of that: on CPUs its processor time, since waiting for a core that others
-            use says nothing of the coder.
-        link_seconds: time that gRPC took over messages before it asked for the next.
-        coded_ahead: whether the next messages were made meanwhile.
-        first_chunk_at: monotonic time of the first chunk; None before it.
-        ended_at: monotonic time of End; None before it.
-    """
-
-    message_bytes: int = 0
-    tier_bytes: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
-    tier_tokens: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
-    encode_seconds: float = 0.0
-    coder_seconds: float = 0.0
-    link_seconds: float = 0.0
-    coded_ahead: bool = False
-    first_chunk_at: float | None = None
-    ended_at: float | None = None
-
-    @property
-    def transfer_seconds(self) -> float:
-        """First chunk to End; 0 where there was no chunk or no End."""
-        if self.first_chunk_at is None or self.ended_at is None:
-            return 0.0
-        return self.ended_at - self.first_chunk_at
-
-    def log_fields(self) -> dict[str, int | float]:
-        """Return what the request's log line says of the transfer."""
-        return {
-            "kv_bytes": self.message_bytes,
-            "encode_seconds": self.encode_seconds,
-            "transfer_seconds": self.transfer_seconds,
-        }
 
 
 @dataclass(frozen=True)
@@ -107,10 +67,10 @@ class KvPipeline:
         chunk_bytes: payload at which a chunk leaves; a smaller chunk leaves where no layer waits.
         metrics: counts every byte.
         device: where the layers are.
-        memory: for the prompt's KV; given back once all has left, or the pipeline is cancelled.
+        memory: for the prompt's KV, which is held; released once all has left. None where it is not bounded.
+        vitals: have a pulse of the thread that codes; where it stands still, the process ends.
 
     Attributes:
-        memory: for the prompt's KV; None where it is not bounded.
         plan: how the KV is scored, tiered and coded.
         sent: what left so far.
         first_token: what prefill sampled; None before it did.
@@ -129,15 +89,17 @@ class KvPipeline:
         metrics: Metrics,
         device: torch.device = CPU,
         memory: KvReservation | None = None,
+        vitals: Vitals | None = None,
     ) -> None:
-        self.memory = memory
+        self._memory = memory
         self.sent = SentKv(coded_ahead=device.type == "cuda")
-        self._coder_clock = time.monotonic if self.sent.coded_ahead else time.thread_time
         self.first_token: FirstToken | None = None
         self.failure: Exception | None = None
         self._layers = LayerQueue(geometry, metrics.kv_bytes_resident)
         self._coding = threading.Lock()
+        self._vitals = vitals or Vitals()
         self._stream = KvStream(device)
+        self._coding_clock = GpuCodingClock(self._stream) if self.sent.coded_ahead else CodingClock()
         self._ahead: PrefetchIterator[Outgoing] | None = None
         self._begin = begin
         self.plan = plan
@@ -150,7 +112,7 @@ class KvPipeline:
         self._framing_bytes = metrics.kv_bytes_sent.labels(FRAMING)
         self._fp16_equivalent_bytes = metrics.kv_fp16_equivalent_bytes
         tokens = len(begin.prompt_token_ids)
-        chunks = 1 + int(plan.budget * geometry.fp16_bytes(tokens)) // self._worth_a_chunk
+        chunks = 1 + int(plan.budget.value * geometry.fp16_bytes(tokens)) // self._worth_a_chunk
         framing = _most_begin_bytes(begin) + chunks * CHUNK_ENVELOPE_BYTES + END_BYTES
         self._encoder = plan.encoder(geometry, tokens, framing)
 
@@ -176,7 +138,6 @@ class KvPipeline:
         self._layers.close()
         if self._ahead is not None:
             self._ahead.close()
-        self._give_memory_back()
 
     def settle(self) -> None:
         """Wait, after `cancel`, for the segment that is being coded, so that nothing is computed afterwards.
@@ -205,15 +166,11 @@ class KvPipeline:
                 self.sent.link_seconds += now - handed_over
                 if isinstance(message, decode_pb2.DecodeRequest) and message.HasField("end"):
                     self.sent.ended_at = now
+                    if self._memory is not None:
+                        self._memory.release()
         except Exception as error:
             self.failure = error
             raise
-        finally:
-            self._give_memory_back()
-
-    def _give_memory_back(self) -> None:
-        if self.memory is not None:
-            self.memory.end()
 
     def _made(self) -> Iterable[Outgoing]:
         if not self.sent.coded_ahead:
@@ -240,17 +197,18 @@ class KvPipeline:
         """Yield the segments that are complete with this layer, and count them and the time that coding takes."""
         segments = self._encoder.encode(capture)
         states = (capture.queries, capture.keys, capture.values)
-        if capture.computed is not None:
-            # The time until the model has computed the layer does not count as coding.
-            capture.computed.synchronize()
         while True:
-            started, worked = time.monotonic(), self._coder_clock()
-            try:
-                with self._coding, self._stream.working(states=states):
-                    segment = None if self._layers.closed else next(segments, None)
-            finally:
-                self.sent.encode_seconds += time.monotonic() - started
-                self.sent.coder_seconds += self._coder_clock() - worked
+            with (
+                self._coding_clock.coding(capture.computed),
+                self._coding,
+                self._vitals.working(),
+                self._stream.working(capture.computed, states),
+            ):
+                segment = None if self._layers.closed else next(segments, None)
+            self.sent.encode_seconds, self.sent.coder_seconds = (
+                self._coding_clock.seconds,
+                self._coding_clock.coder_seconds,
+            )
             if segment is None:
                 return
             self._count(segment)

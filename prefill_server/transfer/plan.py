@@ -4,17 +4,18 @@ from dataclasses import dataclass, replace
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.allocation import Int4Layers
+from spectrumkv.common.kv.budget import Budget, BudgetKind
 from spectrumkv.common.kv.codecs.base import (
-    Basis,
     Codec,
-    EncoderRequest,
     KvEncoder,
     SegmentDecoder,
     codecs,
     needed_basis,
 )
+from spectrumkv.common.kv.codecs.basis import Basis
+from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.policies import BudgetKind, Policy, policies
+from spectrumkv.common.kv.policies import Policy, policies
 from spectrumkv.common.kv.scoring import scorers
 from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.prefill_server.verdict import ProbeVerdict
@@ -29,7 +30,7 @@ class KvPlan:
 
     Attributes:
         policy: gives tokens their tiers.
-        budget: of the policy's kind and in its range.
+        budget: what may be spent, of the policy's kind and in its range.
         scorer: name of the scorer.
         codec: writes the policy.
         scope: "layer" for tiers by each layer's scores, "model" for one tier per token in all layers.
@@ -42,7 +43,7 @@ class KvPlan:
     """
 
     policy: Policy
-    budget: float
+    budget: Budget
     scorer: str
     codec: Codec
     scope: str
@@ -143,12 +144,10 @@ class KvPlan:
         Raises:
             InvalidArgumentError: the codec cannot keep to the budget.
         """
-        in_bytes = self.policy.budget_kind is BudgetKind.BYTES
         return self.codec.encoder(
             EncoderRequest(
                 policy=self.policy,
-                byte_budget=self.budget if in_bytes else None,
-                tier_budget=None if in_bytes else self.budget,
+                budget=self.budget,
                 scorer=self.scorer,
                 scope=self.scope,
                 int4=self.int4,

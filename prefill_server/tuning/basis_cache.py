@@ -1,6 +1,6 @@
-"""Keeps spectral bases between starts: a model is calibrated once."""
+"""Keeps codec bases between starts: a model is calibrated once."""
 
-import math
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -8,26 +8,38 @@ from pathlib import Path
 
 import torch
 
-from spectrumkv.common.errors import ContextTooShortError, FailedPreconditionError, InvalidArgumentError
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.model.cache import CACHE_VARIABLE, build_once, cache_directory, sha256_of_json
+from spectrumkv.common.errors import ContextTooShortError, FailedPreconditionError
+from spectrumkv.common.generation.beginning import beginning_token, begun
+from spectrumkv.common.kv.codecs.base import parse_basis
+from spectrumkv.common.kv.codecs.basis import Basis
+from spectrumkv.common.model.cache import (
+    CACHE_VARIABLE,
+    UnwritableCacheError,
+    build_once,
+    cache_directory,
+    sha256_of_json,
+)
 from spectrumkv.common.model.load import LoadedModel
-from spectrumkv.prefill_server.tuning.calibration import Excerpt, calibrate, rotary_parameters
+from spectrumkv.prefill_server.tuning.calibration import Excerpt, calibrate, check_rotation
 from spectrumkv.prefill_server.tuning.needle.haystack import haystack
 
+logger = logging.getLogger(__name__)
+
 # Raised whenever a calibration would find another basis than before.
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2
 EXCERPTS = 8
 CONTEXT_TOKENS, CONTINUATION_TOKENS = 512, 128
 # Shorter excerpts show too few tokens to tell the directions of a head apart.
 FEWEST_CONTEXT_TOKENS = 64
 BASIS_FILE = "basis.safetensors"
-# Machines compute the same frequencies but for the last bits of float32.
-ROTARY_TOLERANCE = 1e-5
+# SHA-256 of the basis in hexadecimal digits: no other check finds a number that has changed into another one.
+DIGEST_FILE = "basis.sha256"
 
 
-def resolve_basis(loaded: LoadedModel, on_excerpt: Callable[[int], None]) -> SpectralBasis:
+def resolve_basis(loaded: LoadedModel, on_excerpt: Callable[[int], None]) -> Basis:
     """Return the model's basis: the one in the cache, or one that is calibrated now and kept there.
+
+    Where the cache cannot be written to, the basis is in memory only, and a warning says so.
 
     Args:
         loaded: the model; where it is calibrated, its attention is switched to prefill's.
@@ -35,46 +47,64 @@ def resolve_basis(loaded: LoadedModel, on_excerpt: Callable[[int], None]) -> Spe
 
     Raises:
         ContextTooShortError: the model's context is too short.
-        FailedPreconditionError: the cache cannot be written to.
     """
-    return _build_once(loaded, lambda: calibrate(loaded, default_excerpts(loaded), on_excerpt))
+    found: Basis | None = None
+
+    def find() -> Basis:
+        nonlocal found
+        found = found or calibrate(loaded, default_excerpts(loaded), on_excerpt)
+        return found
+
+    try:
+        return _build_once(loaded, find)
+    except UnwritableCacheError as error:
+        logger.warning("%s; until then each start calibrates the model again", error.message)
+        return find()
 
 
-def keep_basis(loaded: LoadedModel, basis: SpectralBasis) -> Path:
+def keep_basis(loaded: LoadedModel, basis: Basis) -> Path:
     """Keep a basis that was found on another machine, so that `resolve_basis` returns it from now on.
 
     Args:
         loaded: the model.
-        basis: of this model; it takes the place of the one that is kept.
+        basis: that fits the model's cache; it takes the place of the one that is kept.
 
     Returns:
         The directory that has it.
 
     Raises:
-        InvalidArgumentError: the basis is for another model, or has a transform that cannot be undone.
+        InvalidArgumentError: the basis is for another model, or decode could not use it.
         FailedPreconditionError: the cache cannot be written to.
     """
-    basis.check_fits(loaded.geometry)
-    frequencies, scaling = rotary_parameters(loaded.model)
-    same_rotation = torch.allclose(basis.rope_frequencies, frequencies, rtol=ROTARY_TOLERANCE, atol=0.0)
-    if not same_rotation or not math.isclose(basis.rope_scaling, scaling, rel_tol=ROTARY_TOLERANCE):
-        raise InvalidArgumentError(
-            f"the basis is for a model with other rotary frequencies than {loaded.name}; export it for the same model"
-        )
-    # Decode inverts it, and would refuse one that cannot be.
-    _ = basis.synthesis
+    check_rotation(basis, loaded)
+    basis.prepare_decoding()
     directory = _directory(loaded)
     if _build_once(loaded, lambda: basis).digest != basis.digest:
-        partial = directory / f"{BASIS_FILE}.{os.getpid()}"
-        try:
-            partial.write_bytes(basis.serialized)
-            os.replace(partial, directory / BASIS_FILE)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise FailedPreconditionError(
-                f"cannot write to {directory}: {error}; make room or name another cache directory in {CACHE_VARIABLE}"
-            ) from error
+        _replace(directory, basis)
     return directory
+
+
+def _replace(directory: Path, basis: Basis) -> None:
+    """Put a basis into the place of the one that is kept; a process that is killed here leaves a damaged entry.
+
+    Raises:
+        FailedPreconditionError: the cache cannot be written to.
+    """
+    partial = directory / f"{BASIS_FILE}.{os.getpid()}"
+    try:
+        for name, content in _contents(basis).items():
+            partial.write_bytes(content)
+            os.replace(partial, directory / name)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise FailedPreconditionError(
+            f"cannot write to {directory}: {error}; make room or name another cache directory in {CACHE_VARIABLE}"
+        ) from error
+
+
+def _contents(basis: Basis) -> dict[str, bytes]:
+    """Return the files of a basis's entry by name."""
+    return {BASIS_FILE: basis.serialized, DIGEST_FILE: basis.digest.hex().encode()}
 
 
 def _directory(loaded: LoadedModel) -> Path:
@@ -82,15 +112,17 @@ def _directory(loaded: LoadedModel) -> Path:
     return cache_directory() / "bases" / sha256_of_json(key)
 
 
-def _build_once(loaded: LoadedModel, find: Callable[[], SpectralBasis]) -> SpectralBasis:
+def _build_once(loaded: LoadedModel, find: Callable[[], Basis]) -> Basis:
     """Return the basis that is kept for the model; where there is none, keep the one that `find` returns."""
 
     def build(directory: Path) -> None:
-        (directory / BASIS_FILE).write_bytes(find().serialized)
+        for name, content in _contents(find()).items():
+            (directory / name).write_bytes(content)
 
-    def read(directory: Path) -> SpectralBasis:
-        basis = SpectralBasis.from_bytes((directory / BASIS_FILE).read_bytes())
-        basis.check_fits(loaded.geometry)
+    def read(directory: Path) -> Basis:
+        basis = parse_basis((directory / BASIS_FILE).read_bytes(), loaded.geometry)
+        if (directory / DIGEST_FILE).read_bytes().strip() != basis.digest.hex().encode():
+            raise ValueError(f"{BASIS_FILE} is not what {DIGEST_FILE} announces")
         return basis
 
     return build_once(_directory(loaded), "the model's basis", build, read)
@@ -110,6 +142,8 @@ def default_excerpts(loaded: LoadedModel) -> list[Excerpt]:
             f"calibration needs a context of {fewest} tokens and more, and {loaded.name} has {loaded.context_length}"
         )
     text = "".join(haystack(0).sentences)
-    ids = torch.tensor(loaded.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    ids: list[int] = loaded.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    beginning = beginning_token(loaded.tokenizer)
     starts = range(0, len(ids) - length + 1, max(1, (len(ids) - length) // (EXCERPTS - 1)))
-    return [Excerpt(ids[start : start + length], context) for start in list(starts)[:EXCERPTS]]
+    cut = [begun(ids[start : start + length], beginning) for start in list(starts)[:EXCERPTS]]
+    return [Excerpt(torch.tensor(one), context) for one in cut]

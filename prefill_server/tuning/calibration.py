@@ -20,10 +20,13 @@ import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
+from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.capture import LayerCapture
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.codecs.spectral.basis import SIDES, SpectralBasis, angles, rotate
 from spectrumkv.common.kv.scoring import SINK_TOKENS, mean_attention
 from spectrumkv.common.model.load import LoadedModel
+from spectrumkv.common.model.support import rope_prefixes
 from spectrumkv.common.service.config import SCORE_WINDOW
 from spectrumkv.kernels.logits import causal_mask, soft_cap
 from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME
@@ -33,6 +36,8 @@ CONTINUATION_ATTENTION = "spectrumkv_continuation"
 # Weight of a multiple of the identity in the Fisher information, since that is estimated from few tokens: the form of
 # Ledoit and Wolf ("A well-conditioned estimator for large-dimensional covariance matrices", 2004), at a fixed weight.
 SHRINKAGE = 0.05
+# Machines compute the same rotary frequencies but for the last bits of float32.
+ROTARY_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -85,21 +90,45 @@ def calibrate(loaded: LoadedModel, excerpts: list[Excerpt], on_excerpt: Callable
     return SpectralBasis(mean, analysis, std, exponent, frequencies, scaling)
 
 
-def rotary_parameters(model: PreTrainedModel) -> tuple[torch.Tensor, float]:
-    """Return a model's rotary frequencies and its factor on keys.
+def check_rotation(basis: Basis, loaded: LoadedModel) -> None:
+    """Refuse a basis that was found for a model of the same shape with other rotary embeddings.
 
     Args:
-        model: with rotary embeddings.
+        basis: that fits the model's cache.
+        loaded: the model.
+
+    Raises:
+        InvalidArgumentError: calibration finds no such basis for this model.
+    """
+    if not isinstance(basis, SpectralBasis):
+        raise InvalidArgumentError(f"calibration finds no basis of type {type(basis).__name__}; export another one")
+    frequencies, scaling = rotary_parameters(loaded.model)
+    pairs = ((basis.rope_frequencies, frequencies), (basis.rope_scaling, scaling))
+    if not all(torch.allclose(theirs, ours, rtol=ROTARY_TOLERANCE, atol=0.0) for theirs, ours in pairs):
+        raise InvalidArgumentError(
+            f"the basis is for a model with other rotary frequencies than {loaded.name}; export it for the same model"
+        )
+
+
+def rotary_parameters(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rotary frequencies of a model's layers, and their factors on keys.
+
+    Args:
+        model: of a supported type.
 
     Returns:
-        Frequencies in radians per position, float64 `[head_dim / 2]` on the CPU, and the factor.
+        Frequencies in radians per position, float64 `[layers, head_dim / 2]`, and factors, float64 `[layers]`, both
+        on the CPU.
     """
     rotary = model.model.rotary_emb
-    return rotary.inv_freq.detach().double().cpu(), float(rotary.attention_scaling)
+    prefixes = rope_prefixes(model.config)
+    frequencies = [getattr(rotary, f"{prefix}inv_freq").detach().double().cpu() for prefix in prefixes]
+    scaling = [float(getattr(rotary, f"{prefix}attention_scaling")) for prefix in prefixes]
+    return torch.stack(frequencies), torch.tensor(scaling, dtype=torch.float64)
 
 
 def _observe(
-    loaded: LoadedModel, excerpt: Excerpt, seed: int, frequencies: torch.Tensor, scaling: float
+    loaded: LoadedModel, excerpt: Excerpt, seed: int, frequencies: torch.Tensor, scaling: torch.Tensor
 ) -> Iterator[LayerSample]:
     """Yield what an excerpt shows of each layer, from the first to the last."""
     context = excerpt.token_ids[: excerpt.context].tolist()
@@ -107,17 +136,19 @@ def _observe(
     captures: list[LayerCapture] = list(captured.layers)
     prefix = [(one.keys.clone().requires_grad_(), one.values.clone().requires_grad_()) for one in captures]
     _draw_and_differentiate(loaded, excerpt, prefix, seed)
-    cosine, sine = angles(tuple(frequencies.tolist()), 0, len(context))
-    for capture, (keys, values) in zip(captures, prefix, strict=True):
+    for capture, (keys, values), of_layer, factor in zip(
+        captures, prefix, frequencies.tolist(), scaling.tolist(), strict=True
+    ):
         assert keys.grad is not None
         assert values.grad is not None
-        unrotated = rotate(keys.detach().float().cpu(), cosine, -sine) / scaling
+        cosine, sine = angles(tuple(of_layer), 0, len(context))
+        unrotated = rotate(keys.detach().float().cpu(), cosine, -sine) / factor
         # The chain rule turns the division into a product.
-        unrotated_gradient = rotate(keys.grad.float().cpu(), cosine, -sine) * scaling
+        unrotated_gradient = rotate(keys.grad.float().cpu(), cosine, -sine) * factor
         yield LayerSample(
             states=torch.stack([unrotated, values.detach().float().cpu()])[:, :, SINK_TOKENS:],
             gradients=torch.stack([unrotated_gradient, values.grad.float().cpu()])[:, :, SINK_TOKENS:],
-            attention=mean_attention(capture).mean(dim=0).cpu()[SINK_TOKENS:],
+            attention=mean_attention(capture).cpu()[SINK_TOKENS:],
         )
 
 

@@ -20,7 +20,7 @@ from spectrumkv.common.errors import (
     SpectrumKVError,
     UnavailableError,
 )
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.rpc.decode_methods import ask_for_basis, begin_basis
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.rpc.status import error_from_rpc
@@ -40,8 +40,8 @@ _TRANSIENT = (UnavailableError, DeadlineExceededError, CancelledError, DataLossE
 class BasisUpload:
     """Sees to it that one decode worker has the model's basis.
 
-    A thread asks the worker whether it has the basis, and sends the basis where it has not: each time that the worker
-    begins to take requests, and each time that a request finds the basis missing.
+    Once started, a thread asks the worker whether it has the basis, and sends the basis where it has not: each time
+    that the worker begins to take requests, and each time that a request finds the basis missing.
 
     Args:
         worker: its address.
@@ -53,9 +53,7 @@ class BasisUpload:
         count: how often the worker was found to have the basis, or got it.
     """
 
-    def __init__(
-        self, worker: Address, channel: grpc.Channel, basis: SpectralBasis | None, sent_bytes: Counter
-    ) -> None:
+    def __init__(self, worker: Address, channel: grpc.Channel, basis: Basis | None, sent_bytes: Counter) -> None:
         self.count = 0
         self._worker = worker
         self._channel = channel
@@ -69,7 +67,10 @@ class BasisUpload:
         self._failure: SpectrumKVError | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._deliver, name=f"basis-{worker}", daemon=True)
-        if basis is not None:
+
+    def start(self) -> None:
+        """Start the thread, where there is a basis to send."""
+        if self._basis is not None:
             self._thread.start()
 
     @property
@@ -124,7 +125,7 @@ class BasisUpload:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        if self._basis is not None:
+        if self._thread.is_alive():
             self._thread.join()
 
     def _wake(self) -> None:
@@ -161,7 +162,7 @@ class BasisUpload:
                 if failure is not None and not self._closed:
                     logger.warning("%s", failure.message)
 
-    def _has(self, basis: SpectralBasis) -> bool:
+    def _has(self, basis: Basis) -> bool:
         """Return whether the worker says that it has the basis.
 
         Raises:
@@ -176,7 +177,7 @@ class BasisUpload:
             return False
         return True
 
-    def _send(self, basis: SpectralBasis) -> None:
+    def _send(self, basis: Basis) -> None:
         """Send the basis once.
 
         Raises:

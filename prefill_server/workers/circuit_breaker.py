@@ -7,24 +7,30 @@ differs.
 
 import threading
 import time
+from collections import deque
 
 FAILURES_TO_EJECT = 3
+# A worker that fails some requests only, such as long prompts, has others succeed between its failures: it is ejected
+# where so many of its last requests failed.
+LATEST_REQUESTS, FAILURES_OF_LATEST = 10, 5
 # The first ejection; each further one without a success between them takes twice as long, up to the longest.
 EJECTION_SECONDS = 5.0
 LONGEST_EJECTION_SECONDS = 300.0
 
 
 class CircuitBreaker:
-    """Counts the requests in a row that one worker failed, and says when to leave the worker alone.
+    """Counts the requests that one worker failed, and says when to leave the worker alone.
 
     A request counts as failed where the worker admitted it and then ended it with an error of its own. After
-    `FAILURES_TO_EJECT` in a row the worker is ejected for a while. The first request after that is a trial: until it
-    has its second token, no other one goes there, and where it fails the worker is ejected for longer.
+    `FAILURES_TO_EJECT` in a row, or `FAILURES_OF_LATEST` of its `LATEST_REQUESTS`, the worker is ejected for a while.
+    The first request after that is a trial: until it has its second token, no other one goes there, and where it
+    fails the worker is ejected for longer.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._failures = 0
+        self._latest: deque[bool] = deque(maxlen=LATEST_REQUESTS)
         self._ejections = 0
         self._ejected_until: float | None = None
         self._on_trial = False
@@ -63,6 +69,7 @@ class CircuitBreaker:
     def succeeded(self) -> None:
         """Take in that the worker served a request to its end."""
         with self._lock:
+            self._latest.append(False)
             self._failures = self._ejections = 0
             self._ejected_until = None
             self._on_trial = False
@@ -75,10 +82,14 @@ class CircuitBreaker:
         """
         with self._lock:
             self._failures += 1
+            self._latest.append(True)
             on_trial, self._on_trial = self._on_trial, False
             waiting = self._ejected_until is not None and not on_trial and time.monotonic() < self._ejected_until
-            if self._failures < FAILURES_TO_EJECT or waiting:
+            failing = self._failures >= FAILURES_TO_EJECT or sum(self._latest) >= FAILURES_OF_LATEST
+            if waiting or not failing:
                 return None
+            self._latest.clear()
+            self._failures = max(self._failures, FAILURES_TO_EJECT)
             seconds = min(EJECTION_SECONDS * 2.0**self._ejections, LONGEST_EJECTION_SECONDS)
             self._ejections += 1
             self._ejected_until = time.monotonic() + seconds

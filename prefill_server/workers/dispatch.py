@@ -10,6 +10,7 @@ from spectrumkv.common.errors import (
     InternalError,
     ResourceExhaustedError,
     SpectrumKVError,
+    UnansweredError,
     UnavailableError,
 )
 from spectrumkv.common.rpc.scope import RpcScope
@@ -151,10 +152,13 @@ class Dispatch:
             breaker.abandon_trial()
 
     def _worker_failed(self, error: BaseException | None) -> bool:
-        """Return whether the worker admitted the request and then failed it: neither prefill nor the client did.
+        """Return whether the worker failed the request after it admitted it, or let it wait for an answer in vain.
 
-        A worker that shuts down in order says when to ask again, and does not fail.
+        Errors of prefill and of the client do not count. A worker that shuts down in order says when to ask again,
+        and does not fail.
         """
+        if isinstance(error, UnansweredError):
+            return True
         if not isinstance(error, FAILURES) or self._lease is None or error is not self._lease.worker_error:
             return False
         return not (isinstance(error, UnavailableError) and error.retry_after_seconds is not None)

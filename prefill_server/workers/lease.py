@@ -13,6 +13,7 @@ from spectrumkv.common.errors import (
     FailedPreconditionError,
     PermissionDeniedError,
     SpectrumKVError,
+    UnansweredError,
     UnauthenticatedError,
     UnavailableError,
 )
@@ -85,14 +86,16 @@ class DecodeLease:
         self._call = call
         self._scope = scope
         self._metrics = metrics
+        self._unanswered = False
 
     def wait_for_admission(self) -> None:
         """Wait for the answer to Begin.
 
         Raises:
-            SpectrumKVError: the worker refused the request, or did not answer in time.
+            UnansweredError: the worker did not answer in time.
+            SpectrumKVError: the worker refused the request, or could not be reached.
         """
-        with self._errors_named(), cancelled_after(ADMISSION_SECONDS, self._call.cancel):
+        with self._errors_named(), cancelled_after(ADMISSION_SECONDS, self._give_up):
             expect_admitted(self._call)
 
     def responses(self) -> Iterator[decode_pb2.DecodeResponse]:
@@ -136,6 +139,10 @@ class DecodeLease:
         self.pipeline.cancel()
         self.pipeline.settle()
 
+    def _give_up(self) -> None:
+        self._unanswered = True
+        self._call.cancel()
+
     @contextmanager
     def _errors_named(self) -> Iterator[None]:
         """Turn a failure of the stream into an error that names the worker."""
@@ -152,10 +159,11 @@ class DecodeLease:
         if self.pipeline.failure is not None:
             return as_known_error(self.pipeline.failure)
         known = error_from_rpc(error)
-        if isinstance(known, CancelledError):
-            # Prefill did not cancel, or the scope would have said so: a worker that stops ends its streams like this,
-            # and so does `cancelled_after`.
-            known = UnavailableError("it did not answer or ended the stream")
+        if self._unanswered:
+            known = UnansweredError(f"it has not answered Begin within {ADMISSION_SECONDS:g} s")
+        elif isinstance(known, CancelledError):
+            # Prefill did not cancel, or the scope would have said so: a worker that stops ends its streams like this.
+            known = UnavailableError("it ended the stream")
         if isinstance(known, UnauthenticatedError | PermissionDeniedError):
             # The client has no part in the token and the certificate that prefill shows.
             known = FailedPreconditionError(f"it refuses prefill: {known.message}")

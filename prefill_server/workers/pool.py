@@ -15,7 +15,7 @@ from spectrumkv.common.errors import (
     SpectrumKVError,
     UnavailableError,
 )
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.service.config import Address
@@ -52,13 +52,18 @@ class WorkerPool:
         addresses: Sequence[Address],
         security: ChannelSecurity,
         metrics: Metrics,
-        basis: SpectralBasis | None = None,
+        basis: Basis | None = None,
     ) -> None:
         self._metrics = metrics
         self._changed = threading.Condition()
         self._retry_budget = RetryBudget()
         self._workers = [DecodeWorker(address, security, metrics, self.wake, basis) for address in addresses]
         self._turns = itertools.cycle(range(len(self._workers)))
+
+    def start(self) -> None:
+        """Begin to follow the workers."""
+        for worker in self._workers:
+            worker.start()
 
     def offer(
         self, slots: int, scope: RpcScope, needs_basis: bool = False, may_fall_back: bool = False
@@ -158,7 +163,7 @@ class WorkerPool:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Close all channels."""
+        """Close all channels, and end the threads that follow the workers."""
         for worker in self._workers:
             worker.close()
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.rpc.decode_methods import SERVICE_NAME, decode_info_method, open_decode_stream
 from spectrumkv.common.rpc.scope import RpcScope
@@ -40,7 +40,7 @@ _TOO_MANY_WATCHERS = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNIMPL
 
 
 class DecodeWorker:
-    """Follows a decode worker: a thread watches its health, one asks for its room, and one sends it the basis.
+    """Follows a decode worker, once started: threads watch its health, ask for its room, and send it the basis.
 
     Args:
         address: where the worker is.
@@ -64,7 +64,7 @@ class DecodeWorker:
         security: ChannelSecurity,
         metrics: Metrics,
         on_change: Callable[[], None],
-        basis: SpectralBasis | None = None,
+        basis: Basis | None = None,
     ) -> None:
         self.address = address
         self.epoch = 0
@@ -90,6 +90,11 @@ class DecodeWorker:
             threading.Thread(target=follow, name=f"{what}-{address}", daemon=True)
             for what, follow in (("health", self._follow_health), ("room", self._follow_room))
         ]
+
+    def start(self) -> None:
+        """Start the threads."""
+        self._followed_since = time.monotonic()
+        self.basis_upload.start()
         for thread in self._threads:
             thread.start()
 
@@ -153,7 +158,8 @@ class DecodeWorker:
         self.channel.close()
         self.basis_upload.close()
         for thread in self._threads:
-            thread.join()
+            if thread.is_alive():
+                thread.join()
 
     def _learn(self, answers: bool | None = None, serving: bool | None = None, watched: bool = True) -> None:
         """Take in news of the worker.

@@ -36,8 +36,8 @@ def finished(completion_tokens: int, reason: str = "STOP") -> prefill_pb2.Genera
         ],
         kv_bytes_sent=9000,
         kv_fp16_bytes=16000,
-        byte_budget=0.5625,
-        tier_budget=0.55,
+        budget_counted=0.5625,
+        budget_nominal=0.55,
         ttft_seconds=0.125,
         handoff_seconds=0.25,
         policy="greedy",
@@ -106,8 +106,10 @@ def prefill_info() -> prefill_pb2.PrefillServiceGetServerInfoResponse:
                 prefill_pb2.ProbeTrial(prompt_tokens=512, depth=0.75, found=False, found_fp16=True, answer="no"),
             ],
         ),
-        decode_workers=["127.0.0.1:50052", "127.0.0.1:50062"],
+        decode_workers=["127.0.0.1:50052", "127.0.0.1:50062", "127.0.0.1:50072"],
         decode_workers_away=["127.0.0.1:50062"],
+        decode_workers_ejected=["127.0.0.1:50072"],
+        has_chat_template=True,
     )
 
 

@@ -26,7 +26,7 @@ def test_tokens_then_the_completion(client):
     assert completion.text == "Blue sky!"
     assert completion.token_ids == (100, 101, 102)
     assert completion.finish_reason == "stop"
-    assert completion.usage.byte_budget == 0.5625
+    assert completion.usage.budget_counted == 0.5625
     assert [(tier.tier, tier.tokens, tier.bytes) for tier in completion.usage.tiers] == [
         ("fp16", 4.0, 1600),
         ("int8", 36.0, 7200),

@@ -10,12 +10,13 @@ from prometheus_client import CollectorRegistry
 from spectrumkv.common.errors import InternalError, UnavailableError
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.telemetry.metrics import Metrics
+from spectrumkv.decode_server.admission import admit
 from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.decode_server.engine import FAILED_STEPS, DecodeEngine
 from spectrumkv.decode_server.kv_pool import KvPool
 from spectrumkv.decode_server.model_runner import DecodeRow, EagerRunner
-from spectrumkv.decode_server.request import DecodeRequest, GeneratedToken, admit
-from tests.decode_server.test_request import begin, loaded, pool  # noqa: F401  # fixtures
+from spectrumkv.decode_server.request import DecodeRequest, GeneratedToken
+from tests.decode_server.test_admission import begin, loaded, pool  # noqa: F401  # fixtures
 
 MAX_TOKENS = 5
 
@@ -59,6 +60,7 @@ def metrics() -> Metrics:
 @pytest.fixture
 def engine(steps: Steps, loaded: LoadedModel, pool: KvPool, metrics: Metrics) -> Iterator[DecodeEngine]:  # noqa: F811
     engine = DecodeEngine(loaded, pool, 4, metrics)
+    engine.start()
     yield engine
     engine.stop()
 
@@ -193,9 +195,30 @@ def test_a_thread_that_does_not_stop_is_not_waited_for(
 def test_logits_that_are_no_numbers_are_the_requests_own_and_no_failed_step(
     engine: DecodeEngine, ask: Callable[[], list[GeneratedToken]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The model computes numbers for a token that has no KV before it."""
     forward = EagerRunner._forward
-    monkeypatch.setattr(EagerRunner, "_forward", lambda self, rows: forward(self, rows) * float("nan"))
+
+    def broken_by_kv(self: EagerRunner, rows: Sequence[DecodeRow]) -> torch.Tensor:
+        return forward(self, rows) * (float("nan") if any(row.position for row in rows) else 1.0)
+
+    monkeypatch.setattr(EagerRunner, "_forward", broken_by_kv)
     for _ in range(2 * FAILED_STEPS):
         with pytest.raises(InternalError, match="logit"):
             ask()
     assert engine.vitals.failure is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_computes_no_numbers_at_all_is_the_workers_end(
+    engine: DecodeEngine, ask: Callable[[], list[GeneratedToken]], monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    failed = threading.Event()
+    engine.vitals.on_failure(failed.set)
+    forward = EagerRunner._forward
+    monkeypatch.setattr(EagerRunner, "_forward", lambda self, rows: forward(self, rows) * value)
+    with pytest.raises(InternalError, match="logit"):
+        ask()
+    assert failed.wait(60)
+    assert "a token of the service's own" in str(engine.vitals.failure)
+    with pytest.raises(UnavailableError, match="works no more"):
+        ask()

@@ -11,11 +11,11 @@ from spectrumkv.common.errors import UnavailableError
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.service.config import DecodeConfig, build
 from spectrumkv.common.telemetry.metrics import Metrics
+from spectrumkv.decode_server.admission import admit
 from spectrumkv.decode_server.bases import BasisStore
-from spectrumkv.decode_server.request import admit
 from spectrumkv.decode_server.service import DecodeService
+from tests.decode_server.test_admission import begin, loaded  # noqa: F401  # fixture
 from tests.decode_server.test_engine import OpenScope, without_kv
-from tests.decode_server.test_request import begin, loaded  # noqa: F401  # fixture
 
 PAUSE_SECONDS = 1.0
 # All steps of the tiny model together take less than the pause.
@@ -30,6 +30,7 @@ def metrics() -> Metrics:
 @pytest.fixture
 def service(loaded: LoadedModel, metrics: Metrics) -> Iterator[DecodeService]:  # noqa: F811
     service = DecodeService(loaded, build(DecodeConfig, {"kv_memory": "1MiB"}), metrics)
+    service.start()
     yield service
     service.stop()
 

@@ -67,7 +67,7 @@ def test_services_accept_their_flags(file: str, service: str) -> None:
     assert options.model is None
     assert options.device == {"gpu": "cuda", "cpu": "cpu"}[file]
     assert not options.listen.is_loopback
-    assert options.allow_plaintext
+    assert (options.allow_plaintext, options.allow_plaintext_metrics) == (True, False)
 
 
 @each_file
@@ -105,6 +105,13 @@ def test_secrets_guard_both_services(file: str) -> None:
     assert guards["prefill"].token_file == MOUNTED / "client-tokens"
     plain = config(file, "decode")
     assert ServerSecurity.from_config(plain) == ServerSecurity()
+
+
+@each_file
+@each_service
+def test_with_secrets_only_the_metrics_are_plaintext(file: str, service: str) -> None:
+    options = config(file, service, SECRETS_DIR="/s")
+    assert (options.allow_plaintext, options.allow_plaintext_metrics) == (False, True)
 
 
 @each_service

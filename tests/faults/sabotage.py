@@ -3,14 +3,17 @@
 import ctypes
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from spectrumkv.common.kv.codecs.tiered import TieredEncoder
+from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.decode_server.engine import DecodeEngine
 from spectrumkv.decode_server.model_runner import DecodeRow, EagerRunner
+from spectrumkv.decode_server.receiver import KvReceiver
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
 
 FAILING_STEP = "failing step"
@@ -19,6 +22,8 @@ FROZEN_STEP = "frozen step"
 HELD_INTERPRETER = "held interpreter"
 DEAD_ENGINE = "dead engine"
 FROZEN_PASS = "frozen pass"
+FROZEN_CODING = "frozen coding"
+FROZEN_DECODING = "frozen decoding"
 # What the log says once something hangs.
 FROZEN = "sabotage: this thread hangs"
 
@@ -52,8 +57,9 @@ IN_STEP: dict[str, Callable[[], None]] = {
 
 
 def install(switch: Path) -> None:
-    """Have decode's steps and prefill's passes do what the file `switch` says, as long as it exists."""
+    """Have the model's threads and those that code do what the file `switch` says, as long as it exists."""
     forward, end_step, run_batch = EagerRunner._forward, DecodeEngine._end_step, PrefillEngine._run_batch
+    encode, write = TieredEncoder.encode, KvReceiver._write
 
     def told() -> str:
         return switch.read_text() if switch.exists() else ""
@@ -72,6 +78,18 @@ def install(switch: Path) -> None:
             _freeze()
         run_batch(self, batch)
 
+    def broken_encode(self: TieredEncoder, capture: Any) -> Iterator[KvSegment]:
+        if told() == FROZEN_CODING:
+            _freeze()
+        yield from encode(self, capture)
+
+    def broken_write(self: KvReceiver, segment: KvSegment) -> Any:
+        if told() == FROZEN_DECODING:
+            _freeze()
+        return write(self, segment)
+
     EagerRunner._forward = broken_forward  # type: ignore[method-assign]
     DecodeEngine._end_step = broken_end_step  # type: ignore[method-assign]
     PrefillEngine._run_batch = broken_run_batch  # type: ignore[method-assign]
+    TieredEncoder.encode = broken_encode  # type: ignore[method-assign]
+    KvReceiver._write = broken_write  # type: ignore[method-assign]

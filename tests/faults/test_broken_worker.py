@@ -136,9 +136,10 @@ def test_requests_lose_nothing_to_a_worker_whose_steps_fail(fleet: Fleet) -> Non
     assert ejected or broken.wait_for_end(SLACK_SECONDS) == EXIT_BROKEN
 
 
-def test_a_prefill_whose_pass_hangs_tells_its_callers_and_ends(fleet: Fleet) -> None:
+@pytest.mark.parametrize("trouble", [sabotage.FROZEN_PASS, sabotage.FROZEN_CODING])
+def test_a_prefill_that_hangs_tells_its_callers_and_ends(fleet: Fleet, trouble: str) -> None:
     (prefill,) = fleet.prefills
-    prefill.sabotage(sabotage.FROZEN_PASS)
+    prefill.sabotage(trouble)
     waiting = request(fleet, 4)
     waiting.wait_for_end(STUCK_SECONDS + SLACK_SECONDS)
     waiting.close()
@@ -146,6 +147,19 @@ def test_a_prefill_whose_pass_hangs_tells_its_callers_and_ends(fleet: Fleet) -> 
     assert prefill.wait_for_end(SLACK_SECONDS) == EXIT_BROKEN
     assert "the model has made no progress for 2 s (--stuck-after)" in log_of(prefill)
     assert "in _freeze" in log_of(prefill)
+
+
+def test_a_worker_that_hangs_as_kv_arrives_ends_and_its_requests_go_on(fleet: Fleet) -> None:
+    hanging = fleet.decodes[0]
+    hanging.sabotage(sabotage.FROZEN_DECODING)
+    asked = [request(fleet, 4) for _ in range(6)]
+    for one in asked:
+        one.wait_for_end(STUCK_SECONDS + SLACK_SECONDS)
+        assert one.error is None
+        one.close()
+    assert hanging.wait_for_end(SLACK_SECONDS) == EXIT_BROKEN
+    assert "the model has made no progress for 2 s (--stuck-after)" in log_of(hanging)
+    assert "in _freeze" in log_of(hanging)
 
 
 def test_a_process_with_a_step_that_hangs_ends_when_it_is_told_to(tmp_path: Path) -> None:

@@ -4,10 +4,13 @@ from dataclasses import replace
 from typing import Any, cast
 
 import pytest
+import torch
 
 from spectrumkv.common.errors import ContextTooShortError
+from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.common.service.config import PrefillConfig
+from spectrumkv.prefill_server import main
 from spectrumkv.prefill_server.engine import PrefillEngine
 from spectrumkv.prefill_server.main import tune
 from spectrumkv.prefill_server.transfer.plan import KvPlan
@@ -38,3 +41,20 @@ def test_policies_without_a_basis_are_served(short: LoadedModel, policy: str, ca
 def test_the_spectral_policy_needs_calibration(short: LoadedModel) -> None:
     with pytest.raises(ContextTooShortError, match="has 64"):
         tune(short, NO_ENGINE, PrefillConfig(policy="spectral"))
+
+
+def test_kernels_of_a_gpu_are_compiled_with_a_prompt_of_the_model(
+    short: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coded: list[LayerCapture] = []
+    monkeypatch.setattr(main, "encode_once", lambda captures, geometry: coded.extend(captures))
+    engine = PrefillEngine(short, window=16)
+    engine.start()
+    main.compile_for_gpu(short, engine)
+    assert not coded
+    # The model itself runs on the CPU here; on a GPU nothing differs but where the captures are.
+    main.compile_for_gpu(replace(short, device=torch.device("cuda")), engine)
+    engine.stop()
+    [capture] = coded
+    assert capture.tokens == short.context_length
+    assert capture.queries.shape[1] == 16

@@ -21,9 +21,8 @@ def loaded() -> LoadedModel:
 
 @pytest.fixture
 def engine(loaded: LoadedModel) -> Iterator[PrefillEngine]:
-    engine = PrefillEngine(loaded, 8)
-    yield engine
-    engine.stop()
+    with PrefillEngine(loaded, 8) as engine:
+        yield engine
 
 
 def fail(check: ModelCheck, error: Exception) -> None:

@@ -10,9 +10,10 @@ from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.service.config import PrefillConfig
-from spectrumkv.prefill_server.request import PrefillRequest, Progress
-from spectrumkv.prefill_server.transfer.pipeline import SentKv
+from spectrumkv.prefill_server.progress import Progress
+from spectrumkv.prefill_server.request import PrefillRequest
 from spectrumkv.prefill_server.transfer.plan import KvPlan
+from spectrumkv.prefill_server.transfer.sent_kv import SentKv
 from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import kv_pb2, prefill_pb2
 
@@ -43,15 +44,6 @@ def test_a_request_that_lacks_something_is_refused(change: dict[str, object], se
     fields: dict[str, object] = {"request_id": "r1", "token_ids": [1], "params": PARAMS, "plan": PLAN}
     with pytest.raises(InvalidArgumentError, match=sentence):
         PrefillRequest(**{**fields, **change, "progress": Progress(0.0)})  # type: ignore[arg-type]
-
-
-def test_times_are_nothing_before_their_tokens() -> None:
-    progress = Progress(arrived_at=10.0)
-    assert (progress.ttft_seconds, progress.handoff_seconds) == (0.0, 0.0)
-    progress.first_token_at = 12.0
-    assert (progress.ttft_seconds, progress.handoff_seconds) == (2.0, 0.0)
-    progress.second_token_at = 15.0
-    assert progress.log_fields() == {"completion_tokens": 0, "ttft_seconds": 2.0, "handoff_seconds": 3.0}
 
 
 def test_usage_counts_what_was_sent() -> None:

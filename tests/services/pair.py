@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.request import Sampling, TokenIds
 from spectrumkv.common.kv.allocation import Int4Layers
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.common.rpc.decode_methods import add_decode_servicer
 from spectrumkv.common.rpc.server import Server
@@ -85,6 +85,7 @@ def decode_server(model: Path | None, **options: str) -> Iterator[tuple[DecodeSe
         count_ended=lambda code: metrics.requests.labels(code).inc(),
     )
     port = server.bind(str(config.listen))
+    service.start()
     server.start()
     try:
         yield service, metrics, port
@@ -98,7 +99,7 @@ def prefill_server(
     model: Path | None,
     decode_ports: list[int],
     verdict: ProbeVerdict = NOT_PROBED,
-    basis: SpectralBasis | None = None,
+    basis: Basis | None = None,
     **options: str,
 ) -> Iterator[tuple[LoadedModel, Metrics, int]]:
     metrics = Metrics(CollectorRegistry())
@@ -106,6 +107,7 @@ def prefill_server(
     config = build(PrefillConfig, {"listen": "127.0.0.1:0", "decode": addresses, **options})
     loaded = load_model(model and str(model), "cpu", "auto")
     engine = PrefillEngine(loaded, config.window)
+    engine.start()
     basis = basis or resolve_basis(loaded, lambda done: None)
     service = PrefillService(loaded, config, metrics, engine, verdict, basis)
     server = Server(
@@ -116,6 +118,7 @@ def prefill_server(
         count_ended=lambda code: metrics.requests.labels(code).inc(),
     )
     port = server.bind(str(config.listen))
+    service.start()
     server.start()
     try:
         yield loaded, metrics, port

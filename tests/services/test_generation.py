@@ -102,6 +102,6 @@ def test_text_and_chat_are_read_like_the_tokenizer_reads_them(llama_pair: Pair) 
 def test_tiers_follow_the_probe(llama_pair: Pair) -> None:
     usage = complete(llama_pair, prompt(200), KvChoice(policy="adaptive", budget=0.3), max_tokens=2).usage
     assert {one.tier: one.tokens for one in usage.tiers} == {"int4": 160, "int8": 40}
-    assert usage.tier_budget == pytest.approx(0.3)
+    assert usage.budget_nominal == pytest.approx(0.3)
     # Scales are 2 bytes for 64 elements, of keys and of values: 1/64 of FP16 each.
-    assert usage.byte_budget == pytest.approx(0.3 + 1 / 64, abs=0.01)
+    assert usage.budget_counted == pytest.approx(0.3 + 1 / 64, abs=0.01)

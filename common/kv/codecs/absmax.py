@@ -9,20 +9,23 @@ from itertools import pairwise
 
 import torch
 
-from spectrumkv.common.errors import DataLossError, InvalidArgumentError, NotFiniteError
+from spectrumkv.common.errors import DataLossError, InvalidArgumentError
+from spectrumkv.common.kv.allocation import RankedTiers
 from spectrumkv.common.kv.codecs import body as bodies
+from spectrumkv.common.kv.codecs.absmax_checks import check_received_scales, check_sent
 from spectrumkv.common.kv.codecs.base import codecs
+from spectrumkv.common.kv.codecs.segmentation import MAX_BODY_BYTES, MAX_SEGMENT_TOKENS
 from spectrumkv.common.kv.codecs.tiered import EncodedSegment, TierCodec
 from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.policies.ranks import check_scores
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.kernels import absmax as kernels
-from spectrumkv.kernels.absmax import FORMATS
 from spectrumkv.kernels.body import BodyLayout
+from spectrumkv.kernels.tier_placement import SegmentRoom
+from spectrumkv.kernels.tier_placement.layout import END
 from spectrumkv.kernels.tiers import tier_counts
 
 TIERS = frozenset({Tier.DROP, Tier.INT4, Tier.INT8, Tier.FP16})
-# By device. Offsets of one launch on a GPU have 32 bits, and a segment fits a chunk of 1 MiB.
-SEGMENTS_AT_ONCE = {"cpu": 1, "cuda": 1024}
 
 
 class AbsmaxCodec(TierCodec):
@@ -31,6 +34,10 @@ class AbsmaxCodec(TierCodec):
     name = "absmax"
     version = 1
     tiers = TIERS
+
+    def prepare(self, geometry: KvGeometry) -> None:
+        """Compile the loops for CPUs; see `Codec.prepare`."""
+        kernels.prepare(geometry.native_dtype)
 
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, tiers: torch.Tensor, geometry: KvGeometry
@@ -46,8 +53,15 @@ class AbsmaxCodec(TierCodec):
         Returns:
             The body, on the CPU, and the bytes of each tier in it.
         """
-        (segment,) = self._encode(keys, values, tiers, (0, tiers.numel()), geometry)
-        return segment
+        if keys.is_cuda:
+            (segment,) = self.encode_segments(keys, values, tiers, (0, tiers.numel()), geometry)
+            return segment
+        bodies.check_states(keys, values, tiers, geometry)
+        layout = _layout_to_send(tiers, geometry)
+        body = torch.empty(layout.bytes, dtype=torch.uint8)
+        kernels.encode(keys, values, tiers, (0, tiers.numel()), body)
+        check_sent(body, layout, {"keys": keys, "values": values}, tiers)
+        return EncodedSegment(body, bodies.bytes_by_tier(layout, TIERS))
 
     def encode_segments(
         self,
@@ -69,32 +83,48 @@ class AbsmaxCodec(TierCodec):
         Yields:
             The segments in order; see `encode`.
         """
-        at_once = SEGMENTS_AT_ONCE[keys.device.type]
-        for first in range(0, len(boundaries) - 1, at_once):
-            part = boundaries[first : first + at_once + 1]
-            span = slice(part[0], part[-1])
-            own_boundaries = [boundary - part[0] for boundary in part]
-            yield from self._encode(keys[:, span], values[:, span], tiers[span], own_boundaries, geometry)
-
-    def _encode(
-        self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        tiers: torch.Tensor,
-        boundaries: Sequence[int],
-        geometry: KvGeometry,
-    ) -> Iterator[EncodedSegment]:
-        """Yield all segments, coded in one call of the kernel and brought to the host in one copy."""
+        if not keys.is_cuda:
+            yield from super().encode_segments(keys, values, tiers, boundaries, geometry)
+            return
         bodies.check_states(keys, values, tiers, geometry)
-        spans = [slice(first, end) for first, end in pairwise(boundaries)]
-        layouts = [_layout_to_send(tiers[span], geometry) for span in spans]
-        sizes = [layout.bytes for layout in layouts]
-        on_device = torch.empty(sum(sizes), dtype=torch.uint8, device=keys.device)
-        kernels.encode(keys, values, tiers, boundaries, on_device)
-        for span, layout, body in zip(spans, layouts, torch.split(bodies.to_host(on_device), sizes), strict=True):
-            # Here and not on the device, which would have to be waited for once more.
-            _check_sent(body, layout, {"keys": keys[:, span], "values": values[:, span]}, tiers[span])
-            yield EncodedSegment(body, bodies.bytes_by_tier(layout, TIERS))
+        layouts = [_layout_to_send(tiers[first:end], geometry) for first, end in pairwise(boundaries)]
+        layer = kernels.encode_tiers(keys, values, tiers, boundaries, sum(layout.bytes for layout in layouts))
+        _, _, coded, broken, _ = layer.copied(bodies.to_host(layer.memory)).parts
+        states = {"keys": keys, "values": values}
+        yield from _segments(coded, broken, layouts, states, tiers, boundaries)
+
+    def encode_ranked(
+        self, keys: torch.Tensor, values: torch.Tensor, tiers: RankedTiers, geometry: KvGeometry
+    ) -> Iterator[tuple[torch.Tensor, EncodedSegment]]:
+        """Code a layer on a GPU at tiers that are known there only; the host waits once, for all that it sends.
+
+        Args:
+            keys: the model's dtype `[kv_heads, n, head_dim]`, any strides.
+            values: like `keys`, on the same device.
+            tiers: what they follow from.
+            geometry: shape and dtype of the model's cache.
+
+        Yields:
+            See `TierCodec.encode_ranked`.
+
+        Raises:
+            NotFiniteError: a score or an element is infinite or NaN.
+            InvalidArgumentError: an element is too large for its tier.
+        """
+        taken = kernels.token_bytes(geometry.kv_heads, geometry.head_dim)
+        room = SegmentRoom(taken, MAX_BODY_BYTES, MAX_SEGMENT_TOKENS)
+        layer = kernels.encode_ranked(keys, values, tiers.scores, tiers.ranks, room)
+        found, table, coded, broken, known = layer.copied(bodies.to_host(layer.memory)).parts
+        not_finite, segments = found.tolist()
+        if not_finite:
+            check_scores(tiers.scores.cpu())
+        bodies.check_states(keys, values, known, geometry)
+        boundaries = [0, *table[:segments, END].tolist()]
+        layouts = [_layout_to_send(known[first:end], geometry) for first, end in pairwise(boundaries)]
+        states = {"keys": keys, "values": values}
+        coded_segments = _segments(coded, broken, layouts, states, known, boundaries)
+        for (first, end), segment in zip(pairwise(boundaries), coded_segments, strict=True):
+            yield known[first:end], segment
 
     def decode(
         self,
@@ -120,21 +150,79 @@ class AbsmaxCodec(TierCodec):
             DataLossError: a tier is not one of the codec's, the length is not what the tiers make it, or a scale is
                 infinite or NaN.
         """
-        bodies.check_states(keys, values, tiers, geometry)
-        counts = tier_counts(tiers.numpy())
-        if counts[Tier.NATIVE]:
-            raise DataLossError(
-                f"a segment of codec absmax has {counts[Tier.NATIVE]} tokens at tier NATIVE", reason="tier"
-            )
-        layout = _layout(counts, geometry)
-        bodies.check_length(body, layout)
-        # Before the body moves: looking at a GPU's scales would wait for it.
-        _check_received_scales(body, layout)
-        kernels.decode(body.to(keys.device), tiers, (0, tiers.numel()), keys, values)
+        if keys.is_cuda:
+            (taken,) = self.decode_segments([body], [tiers], [(keys, values)], geometry)
+            return taken
+        layout = _checked_layout(body, tiers, keys, values, geometry)
+        kernels.decode(body, tiers, (0, tiers.numel()), keys, values)
         return bodies.bytes_by_tier(layout, TIERS)
+
+    def decode_segments(
+        self,
+        coded: Sequence[torch.Tensor],
+        tiers: Sequence[torch.Tensor],
+        slots: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        geometry: KvGeometry,
+    ) -> list[dict[Tier, int]]:
+        """Write segments one by one on a CPU; all by one copy and one launch on a GPU. See `TierCodec`.
+
+        Args:
+            coded: one body for each segment.
+            tiers: for each segment.
+            slots: keys and values of each segment, views of one cache.
+            geometry: shape and dtype of the model's cache.
+
+        Returns:
+            For each segment the bytes of each tier in its body.
+
+        Raises:
+            DataLossError: see `decode`; nothing is written then.
+        """
+        if not slots[0][0].is_cuda:
+            return super().decode_segments(coded, tiers, slots, geometry)
+        layouts = [
+            _checked_layout(body, of_tokens, *states, geometry)
+            for body, of_tokens, states in zip(coded, tiers, slots, strict=True)
+        ]
+        kernels.decode_segments(coded, tiers, slots)
+        return [bodies.bytes_by_tier(layout, TIERS) for layout in layouts]
 
 
 codecs.register(AbsmaxCodec.name)(AbsmaxCodec())
+
+
+def _segments(
+    coded: torch.Tensor,
+    broken: torch.Tensor,
+    layouts: Sequence[BodyLayout],
+    states: Mapping[str, torch.Tensor],
+    tiers: torch.Tensor,
+    boundaries: Sequence[int],
+) -> Iterator[EncodedSegment]:
+    """Take apart a layer that came from a GPU.
+
+    Args:
+        coded: uint8 `[b]` on the CPU, the segments' bodies.
+        broken: uint8 on the CPU, not 0 where a part of the layer does not fit its tiers.
+        layouts: of the bodies.
+        states: "keys" and "values" of the layer, on the GPU.
+        tiers: uint8 `[n]` on the CPU.
+        boundaries: the first token of each segment, rising from 0, and n.
+
+    Yields:
+        The segments.
+
+    Raises:
+        NotFiniteError: an element is infinite or NaN.
+        InvalidArgumentError: an element is too large for the tier of its token.
+    """
+    is_broken = bool(broken.numpy().any())
+    sizes = [layout.bytes for layout in layouts]
+    for (first, end), layout, body in zip(pairwise(boundaries), layouts, torch.split(coded, sizes), strict=True):
+        if is_broken:
+            of_segment = {name: side[:, first:end] for name, side in states.items()}
+            check_sent(body, layout, of_segment, tiers[first:end])
+        yield EncodedSegment(body, bodies.bytes_by_tier(layout, TIERS))
 
 
 def _layout(counts: tuple[int, ...], geometry: KvGeometry) -> BodyLayout:
@@ -172,56 +260,24 @@ def _layout_to_send(tiers: torch.Tensor, geometry: KvGeometry) -> BodyLayout:
     return _layout(counts, geometry)
 
 
-def _check_sent(
-    body: torch.Tensor, layout: BodyLayout, states: Mapping[str, torch.Tensor], tiers: torch.Tensor
-) -> None:
-    """Refuse elements that their tier cannot hold: they left something infinite or NaN in the body.
+def _checked_layout(
+    body: torch.Tensor, tiers: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, geometry: KvGeometry
+) -> BodyLayout:
+    """Lay out a body that arrived, on the CPU, where looking at it waits for no GPU.
 
-    Args:
-        body: uint8, as it is sent.
-        layout: of the body.
-        states: "keys" and "values" as they came, each `[kv_heads, n, head_dim]`.
-        tiers: uint8 `[n]` on the CPU.
+    Returns:
+        The layout.
 
     Raises:
-        NotFiniteError: an element is infinite or NaN.
-        InvalidArgumentError: an element is too large for the tier of its token.
+        DataLossError: a tier, the length or a scale is wrong; see `AbsmaxCodec.decode`.
     """
-    for section, data in zip(layout.sections, layout.split(body), strict=True):
-        if not section.dtype.is_floating_point or kernels.halves_are_finite(data, section.dtype):
-            continue
-        sides = data.clone().view(section.dtype).view(section.shape)
-        side = 0 if not bodies.is_finite(sides[0]) else 1
-        name, sent = list(states.items())[side]
-        if section.tier == Tier.FP16:
-            kept = (tiers == Tier.FP16).to(sent.device)
-            bodies.refuse_infinite(name, Tier.FP16, sent[:, kept], section.dtype)
-        broken = int((~sides[side].isfinite()).sum())
-        largest = torch.finfo(torch.float16).max * FORMATS[section.tier].largest
-        coded = sent[:, (tiers == section.tier).to(sent.device)]
-        kind = InvalidArgumentError if bool(coded.isfinite().all()) else NotFiniteError
-        raise kind(
-            f"{name} of {broken} of {sides[side].numel()} token-heads cannot be coded at tier "
-            f"{Tier(section.tier).name}: they hold an element that is infinite, NaN, or beyond ±{largest:.6g}"
+    bodies.check_states(keys, values, tiers, geometry)
+    counts = tier_counts(tiers.numpy())
+    if counts[Tier.NATIVE]:
+        raise DataLossError(
+            f"a segment of codec absmax has {counts[Tier.NATIVE]} tokens at tier NATIVE", reason="tier"
         )
-
-
-def _check_received_scales(body: torch.Tensor, layout: BodyLayout) -> None:
-    """Refuse a body with scales that are infinite or NaN.
-
-    Args:
-        body: uint8, as it arrived.
-        layout: of the body.
-
-    Raises:
-        DataLossError: with the reason `scale`.
-    """
-    for section, data in zip(layout.sections, layout.split(body), strict=True):
-        is_scale = section.dtype.is_floating_point and section.tier != Tier.FP16
-        if is_scale and not kernels.halves_are_finite(data, section.dtype):
-            scales = data.clone().view(section.dtype)
-            broken = int((~scales.isfinite()).sum())
-            raise DataLossError(
-                f"{broken} of {scales.numel()} {Tier(section.tier).name} scales of a segment are infinite or NaN",
-                reason="scale",
-            )
+    layout = _layout(counts, geometry)
+    bodies.check_length(body, layout)
+    check_received_scales(body, layout)
+    return layout

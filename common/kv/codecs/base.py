@@ -12,90 +12,23 @@ the bytes. Others spend a budget of bytes themselves, and tell afterwards which 
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from spectrumkv.common.errors import FailedPreconditionError, InternalError, InvalidArgumentError
-from spectrumkv.common.kv.allocation import Int4Layers, TierAllocation
+from spectrumkv.common.kv.allocation import TierAllocation
 from spectrumkv.common.kv.capture import LayerCapture
+from spectrumkv.common.kv.codecs.basis import Basis
+from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.policies.base import BudgetKind, Policy
+from spectrumkv.common.kv.policies.base import Policy
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.registry import Registry
 
 # What policies give tokens. Those that name no codec leave it to one that can write all of these.
 POLICY_TIERS = frozenset({Tier.DROP, Tier.INT4, Tier.INT8, Tier.FP16})
-
-
-class Basis(Protocol):
-    """What both sides of a codec must have in common for one model, such as a transform that was calibrated."""
-
-    @property
-    def digest(self) -> bytes:
-        """Return the SHA-256 of `serialized`, by which Begin names the basis."""
-        ...
-
-    @property
-    def serialized(self) -> bytes:
-        """Return the basis as it travels."""
-        ...
-
-
-@dataclass(frozen=True)
-class EncoderRequest:
-    """One prompt and how to encode it.
-
-    Attributes:
-        policy: gives tokens their tiers, or leaves them to the codec.
-        byte_budget: all bytes that may be sent ÷ the prompt's KV at FP16; None where the policy has a tier budget.
-        tier_budget: mean tier cost per token; None where the policy has a byte budget.
-        scorer: name of the scorer that ranks tokens.
-        scope: "layer" for tiers by each layer's scores, "model" for one tier per token in all layers.
-        int4: layers that may be sent at INT4, for policies that heed it.
-        seed: of the request, for scorers and policies that draw.
-        geometry: shape and dtype of the model's cache.
-        tokens: of the prompt.
-        framing_bytes: what the messages take besides the segments; a byte budget pays for it.
-        basis: the model's, for codecs that need one; None where there is none.
-
-    Raises:
-        InvalidArgumentError: the seed is negative.
-        InternalError: the budget is not of the policy's kind.
-    """
-
-    policy: Policy
-    byte_budget: float | None
-    tier_budget: float | None
-    scorer: str
-    scope: str
-    int4: Int4Layers
-    seed: int
-    geometry: KvGeometry
-    tokens: int
-    framing_bytes: int = 0
-    basis: Basis | None = None
-
-    def __post_init__(self) -> None:
-        kind = self.policy.budget_kind
-        given = {BudgetKind.BYTES: self.byte_budget, BudgetKind.TIER_COST: self.tier_budget}
-        if [one for one, budget in given.items() if budget is not None] != [kind]:
-            raise InternalError(f"policy {self.policy.name!r} has a budget of kind {kind.value!r} and no other")
-        if self.seed < 0:
-            raise InvalidArgumentError(f"seed is {self.seed}; it must not be negative")
-
-    @property
-    def segment_bytes(self) -> int:
-        """Compute the bytes that all segments may take, headers and tier maps included.
-
-        Raises:
-            InternalError: the policy has no byte budget.
-        """
-        if self.byte_budget is None:
-            raise InternalError(f"policy {self.policy.name!r} has no byte budget")
-        return int(self.byte_budget * self.geometry.fp16_bytes(self.tokens)) - self.framing_bytes
 
 
 class KvEncoder(Protocol):
@@ -144,7 +77,8 @@ class Codec(ABC):
         name: as requests and Begin give it.
         version: of the layout.
         tiers: that its tokens can have.
-        needs_basis: whether both sides need the same `Basis`.
+        basis_type: of the basis that both sides need; codecs that name the same type share one. None where the codec
+            needs no basis.
         fallback: name of a cheaper codec that may write the same bit allocation where this one would hold a
             request up; None where there is none.
     """
@@ -152,7 +86,7 @@ class Codec(ABC):
     name: str
     version: int
     tiers: frozenset[Tier]
-    needs_basis: bool = False
+    basis_type: type[Basis] | None = None
     fallback: str | None = None
 
     @abstractmethod
@@ -184,6 +118,21 @@ class Codec(ABC):
         Raises:
             FailedPreconditionError: the codec needs a basis and there is none.
         """
+
+    def prepare(self, geometry: KvGeometry) -> None:
+        """Compile what the codec runs, so that no request waits for it. Codecs that compile nothing do nothing.
+
+        It takes seconds where this machine never did, and a fraction of one where compiled code is in the cache.
+
+        Args:
+            geometry: shape and dtype of the model's cache.
+        """
+        return
+
+    @property
+    def needs_basis(self) -> bool:
+        """Tell whether both sides need the same basis."""
+        return self.basis_type is not None
 
     @property
     def may_hold_up_requests(self) -> bool:
@@ -239,26 +188,6 @@ class Codec(ABC):
         """
         raise InternalError(f"codec {self.name!r} has no bit allocation of its own")
 
-    def parse_basis(self, data: bytes, geometry: KvGeometry) -> Basis:
-        """Read a basis as it travels, and check all that can be wrong with it before KV is coded in it.
-
-        Args:
-            data: what `Basis.serialized` gave on the other side.
-            geometry: shape and dtype of the model's cache.
-
-        Returns:
-            The basis.
-
-        Raises:
-            InvalidArgumentError: it is no basis of this codec, or not one for this model.
-            InternalError: the codec needs no basis.
-        """
-        raise InternalError(f"codec {self.name!r} needs no basis")
-
-    def largest_basis_bytes(self, geometry: KvGeometry) -> int:
-        """Return the most bytes that a serialized basis for a model's cache can have; 0 where none is needed."""
-        return 0
-
     def basis_digest(self, basis: Basis | None) -> bytes:
         """Return the digest by which Begin names the basis; empty for codecs that need none.
 
@@ -295,3 +224,41 @@ def needed_basis(codec: Codec, basis: Basis | None) -> Basis:
             f"codec {codec.name!r} needs a basis, and this service has none for its model; ask for another policy"
         )
     return basis
+
+
+def prepare_codecs(geometry: KvGeometry) -> None:
+    """Prepare every codec; see `Codec.prepare`.
+
+    Args:
+        geometry: shape and dtype of the model's cache.
+    """
+    for name in codecs:
+        codecs.get(name).prepare(geometry)
+
+
+def basis_types() -> tuple[type[Basis], ...]:
+    """Return the types of bases that the registered codecs need, each once."""
+    needed = (codecs.get(name).basis_type for name in codecs)
+    return tuple(dict.fromkeys(one for one in needed if one is not None))
+
+
+def parse_basis(data: bytes, geometry: KvGeometry) -> Basis:
+    """Read a basis that some codec needs; what is in it tells its type.
+
+    Args:
+        data: as it travels.
+        geometry: shape and dtype of the model's cache.
+
+    Returns:
+        The basis.
+
+    Raises:
+        InvalidArgumentError: it is of none of the types, or is not one for this model.
+    """
+    refusals = []
+    for one in basis_types():
+        try:
+            return one.parse(data, geometry)
+        except InvalidArgumentError as refusal:
+            refusals.append(refusal.message)
+    raise InvalidArgumentError("; ".join(refusals) or "no codec needs a basis")

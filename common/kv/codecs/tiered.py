@@ -1,28 +1,25 @@
 """Codecs that are told each token's tier: what they share, so that a codec file has the bytes and nothing else."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import pairwise
 
-import numpy as np
 import torch
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.kv.allocation import PolicyTiers, TierAllocation
+from spectrumkv.common.kv.allocation import PolicyTiers, RankedTiers, TierAllocation
+from spectrumkv.common.kv.budget import BudgetKind
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs.base import Basis, Codec, EncoderRequest, KvEncoder, SegmentDecoder, codecs
+from spectrumkv.common.kv.codecs.base import Codec, KvEncoder, SegmentDecoder, codecs
+from spectrumkv.common.kv.codecs.basis import Basis
+from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
+from spectrumkv.common.kv.codecs.segmentation import segment_boundaries, tier_segments, token_bytes
+from spectrumkv.common.kv.codecs.tier_decoder import TierDecoder
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.policies.base import BudgetKind, Policy
-from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, KvSegment
+from spectrumkv.common.kv.policies.base import Policy
+from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier
-
-# Of a chunk's payload, what a segment's header and tier map may take, at two bits a token.
-SEGMENT_OVERHEAD_BYTES = 64 << 10
-MAX_SEGMENT_TOKENS = 128 << 10
-# What a token's bytes are measured on.
-TRIAL_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -88,6 +85,32 @@ class TierCodec(Codec):
                 scale is not finite.
         """
 
+    def decode_segments(
+        self,
+        coded: Sequence[torch.Tensor],
+        tiers: Sequence[torch.Tensor],
+        slots: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        geometry: KvGeometry,
+    ) -> list[dict[Tier, int]]:
+        """Write the tokens of several segments, of any layers; see `decode`.
+
+        Args:
+            coded: one body for each segment.
+            tiers: for each segment.
+            slots: keys and values of each segment, views of one cache.
+            geometry: see `decode`.
+
+        Returns:
+            For each segment how many bytes of its body each tier took.
+
+        Raises:
+            DataLossError: see `decode`.
+        """
+        return [
+            self.decode(body, of_tokens, *states, geometry)
+            for body, of_tokens, states in zip(coded, tiers, slots, strict=True)
+        ]
+
     def encode_segments(
         self,
         keys: torch.Tensor,
@@ -111,6 +134,30 @@ class TierCodec(Codec):
         for first, end in pairwise(boundaries):
             yield self.encode(keys[:, first:end], values[:, first:end], tiers[first:end], geometry)
 
+    def encode_ranked(
+        self, keys: torch.Tensor, values: torch.Tensor, tiers: RankedTiers, geometry: KvGeometry
+    ) -> Iterator[tuple[torch.Tensor, EncodedSegment]]:
+        """Code a layer on a GPU at tiers that the host does not know yet, and here waits for.
+
+        Args:
+            keys: see `encode`.
+            values: see `encode`.
+            tiers: what they follow from.
+            geometry: see `encode`.
+
+        Yields:
+            The tiers of each segment's tokens, uint8 `[n]` on the CPU, and the segment, coded.
+
+        Raises:
+            NotFiniteError: a score or an element is infinite or NaN.
+            InvalidArgumentError: an element is too large for its tier.
+        """
+        known = tiers.on_host()
+        boundaries = segment_boundaries(self, known, geometry)
+        coded = self.encode_segments(keys, values, known, boundaries, geometry)
+        for (first, end), segment in zip(pairwise(boundaries), coded, strict=True):
+            yield known[first:end], segment
+
     def encoder(self, request: EncoderRequest) -> KvEncoder:
         """Make an encoder that writes the policy's tiers, or another codec's bit allocation in whole tiers.
 
@@ -124,27 +171,31 @@ class TierCodec(Codec):
             InvalidArgumentError: the byte budget is less than the codec takes with every token at its cheapest tier.
         """
         geometry = request.geometry
-        if request.tier_budget is not None:
+        if request.budget.kind is BudgetKind.TIER_COST:
             allocation = PolicyTiers(
                 policy=request.policy,
-                tier_budget=request.tier_budget,
+                tier_budget=request.budget.value,
                 scorer=request.scorer,
                 int4=request.int4,
                 seed=request.seed,
                 layers=geometry.layers,
             )
-            of_model = request.scope == "model"
-            return (
-                OneTierEncoder(self, geometry, allocation) if of_model else TieredEncoder(self, geometry, allocation)
+            if request.scope == "model":
+                return OneTierEncoder(self, geometry, allocation)
+            return TieredEncoder(self, geometry, allocation)
+        least = self.least_byte_budget(geometry)
+        if request.budget.value < least:
+            raise InvalidArgumentError(
+                f"codec {self.name!r} takes {least:.3f} of FP16 with every token at {self.cheapest_tier.name}, and "
+                f"the budget is {request.budget.value:g}; ask for more, or leave the codec to the server"
             )
-        self._check_byte_budget(request)
         taken = {tier: token_bytes(self, tier, geometry) for tier in self.tiers}
         owner = codecs.get(request.policy.codec or self.name)
         return TieredEncoder(self, geometry, owner.tier_allocation(request, taken))
 
     def decoder(self, geometry: KvGeometry, basis: Basis | None) -> SegmentDecoder:
         """Return a decoder, which needs no basis; see `Codec.decoder`."""
-        return _TierDecoder(self, geometry)
+        return TierDecoder(self, geometry)
 
     def writes(self, policy: Policy) -> bool:
         """Return whether the codec has the policy's tiers; a policy of another codec must leave tiers to that.
@@ -167,23 +218,6 @@ class TierCodec(Codec):
             geometry: shape and dtype of the model's cache.
         """
         return token_bytes(self, self.cheapest_tier, geometry) / geometry.fp16_bytes_per_layer(1)
-
-    def _check_byte_budget(self, request: EncoderRequest) -> None:
-        least = self.least_byte_budget(request.geometry)
-        if request.byte_budget is not None and request.byte_budget < least:
-            raise InvalidArgumentError(
-                f"codec {self.name!r} takes {least:.3f} of FP16 with every token at {self.cheapest_tier.name}, and "
-                f"the budget is {request.byte_budget:g}; ask for more, or leave the codec to the server"
-            )
-
-
-@dataclass(frozen=True)
-class _TierDecoder:
-    codec: TierCodec
-    geometry: KvGeometry
-
-    def decode(self, segment: KvSegment, keys: torch.Tensor, values: torch.Tensor) -> Mapping[Tier, int]:
-        return self.codec.decode(segment.body, segment.tiers, keys, values, self.geometry)
 
 
 @dataclass(frozen=True)
@@ -243,55 +277,6 @@ class OneTierEncoder:
             tiers = self.allocation.tiers_in_all_layers(self._held)
             while self._held:
                 yield from tier_segments(self.codec, self._held.pop(0), tiers, self.geometry)
-
-
-def tier_segments(
-    codec: TierCodec, capture: LayerCapture, tiers: torch.Tensor, geometry: KvGeometry
-) -> Iterator[KvSegment]:
-    """Code a layer's tokens at given tiers, in as few runs as fit chunks.
-
-    Args:
-        codec: writes the tiers.
-        capture: the layer.
-        tiers: uint8 `[n]` on the CPU.
-        geometry: shape and dtype of the model's cache.
-
-    Yields:
-        The layer's segments.
-    """
-    boundaries = _segment_boundaries(codec, tiers, geometry)
-    coded = codec.encode_segments(capture.keys, capture.values, tiers, boundaries, geometry)
-    for (first, end), segment in zip(pairwise(boundaries), coded, strict=True):
-        yield KvSegment(capture.layer, capture.first + first, tiers[first:end], segment.body, segment.tier_bytes)
-
-
-def _segment_boundaries(codec: TierCodec, tiers: torch.Tensor, geometry: KvGeometry) -> list[int]:
-    """Return the first token of each segment, and how many tokens there are."""
-    taken = np.array([token_bytes(codec, tier, geometry) if tier in codec.tiers else 0.0 for tier in Tier])
-    ends = np.cumsum(taken[tiers.numpy()])
-    boundaries, before = [0], 0.0
-    while boundaries[-1] < tiers.numel():
-        fitting = int(np.searchsorted(ends, before + MAX_CHUNK_PAYLOAD_BYTES - SEGMENT_OVERHEAD_BYTES, side="right"))
-        boundaries.append(min(max(fitting, boundaries[-1] + 1), boundaries[-1] + MAX_SEGMENT_TOKENS))
-        before = float(ends[boundaries[-1] - 1])
-    return boundaries
-
-
-@lru_cache(maxsize=64)
-def token_bytes(codec: TierCodec, tier: Tier, geometry: KvGeometry) -> float:
-    """Measure what a token of one layer takes of a body at a tier.
-
-    Args:
-        codec: writes the tier.
-        tier: one of the codec's.
-        geometry: shape and dtype of the model's cache.
-
-    Returns:
-        Bytes.
-    """
-    states = torch.zeros(geometry.kv_heads, TRIAL_TOKENS, geometry.head_dim, dtype=geometry.native_dtype)
-    tiers = torch.full((TRIAL_TOKENS,), tier, dtype=torch.uint8)
-    return codec.encode(states, states, tiers, geometry).body.numel() / TRIAL_TOKENS
 
 
 def tier_codecs() -> dict[str, TierCodec]:

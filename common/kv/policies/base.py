@@ -5,26 +5,18 @@ that `policies` is complete wherever it comes from.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
+from typing import TypeVar
 
 import torch
 
-from spectrumkv.common.errors import InternalError, InvalidArgumentError, NotFiniteError
+from spectrumkv.common.errors import InternalError, InvalidArgumentError
+from spectrumkv.common.kv.budget import Budget, BudgetKind, budget_kind
+from spectrumkv.common.kv.policies.ranks import best_first, check_scores, ranked
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.registry import Registry
-
-
-class BudgetKind(Enum):
-    """What a budget counts.
-
-    BYTES: all bytes that are sent ÷ the KV's bytes at FP16, a `byte_budget`.
-    TIER_COST: mean cost of the tokens' tiers, scales and framing left out, a `tier_budget`; the SpectrumKV paper's b.
-    """
-
-    BYTES = "bytes"
-    TIER_COST = "tier_cost"
+from spectrumkv.kernels.tier_placement import TierRanks
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +25,7 @@ class TierRequest:
 
     Attributes:
         scores: float32 `[n]`, n ≥ 1, on any device: higher is more important. Policies that need no scores only
-            look at n.
+            look at n. On a GPU they are checked where they are used, since a check would wait for it.
         tier_budget: mean tier cost per token that may be spent, relative to FP16.
         int4_allowed: whether this layer, or with one tier for all layers every layer, can be trusted at INT4 (the
             probe's verdict).
@@ -54,12 +46,8 @@ class TierRequest:
             raise InvalidArgumentError(
                 f"scores are {self.scores.dtype} {list(self.scores.shape)}; wanted are float32 [n] with n at least 1"
             )
-        if not self.scores.isfinite().all():
-            token = int((~self.scores.isfinite()).nonzero()[0])
-            raise NotFiniteError(
-                f"the score of token {token} is {float(self.scores[token])}; scores must be finite, "
-                "which they are where the model's keys and queries are"
-            )
+        if not self.scores.is_cuda:
+            check_scores(self.scores)
         if self.seed < 0:
             raise InvalidArgumentError(f"seed is {self.seed}; it must not be negative")
 
@@ -76,13 +64,18 @@ class TierRequest:
 
         Returns:
             int64 `[n]` on the CPU, a permutation.
+
+        Raises:
+            NotFiniteError: a score on a GPU is infinite or NaN.
         """
-        backwards = self.scores.cpu().flip(0)
-        return self.tokens - 1 - torch.argsort(backwards, descending=True, stable=True)
+        return best_first(self.scores)
 
 
-Rule = Callable[[TierRequest], torch.Tensor]
-"""Maps a request of n tokens to their tiers, uint8 `[n]` on the CPU."""
+Rule = Callable[[TierRequest], torch.Tensor | TierRanks]
+"""Maps a request of n tokens to their tiers, uint8 `[n]` on the CPU, or says which tiers tokens get by their rank. Of
+ranks a GPU makes tiers without the host's waiting for scores."""
+
+AnyRule = TypeVar("AnyRule", bound=Rule)
 
 
 @dataclass(frozen=True)
@@ -115,11 +108,15 @@ class Policy:
             raise ValueError(
                 f"policy {self.name!r}: budgets {self.min_budget} to {self.max_budget} are not in (0, 1]"
             )
+        if (self.rule is None) is not (self.budget_kind is BudgetKind.BYTES):
+            raise ValueError(
+                f"policy {self.name!r}: those without a rule, and no others, are listed in common/kv/budget.py"
+            )
 
     @property
     def budget_kind(self) -> BudgetKind:
         """Tell what the policy's budget counts: bytes where its codec spends them, else the cost of its tiers."""
-        return BudgetKind.BYTES if self.rule is None else BudgetKind.TIER_COST
+        return budget_kind(self.name)
 
     def assign(self, request: TierRequest) -> torch.Tensor:
         """Give the tokens their tiers.
@@ -129,6 +126,23 @@ class Policy:
 
         Returns:
             uint8 `[n]` on the CPU, `Tier` values, at least one token not dropped.
+
+        Raises:
+            InvalidArgumentError: the budget is out of this policy's range.
+            InternalError: the policy leaves tiers to its codec.
+            NotFiniteError: a score on a GPU is infinite or NaN.
+        """
+        tiers = self.allot(request)
+        return ranked(request.scores, tiers) if isinstance(tiers, TierRanks) else tiers
+
+    def allot(self, request: TierRequest) -> torch.Tensor | TierRanks:
+        """Say which tiers the tokens get, by their rank where the rule goes by it.
+
+        Args:
+            request: scores and budget.
+
+        Returns:
+            See `Rule`.
 
         Raises:
             InvalidArgumentError: the budget is out of this policy's range.
@@ -153,7 +167,22 @@ class Policy:
             allowed = f"exactly {self.max_budget}" if fixed else f"from {self.min_budget} to {self.max_budget}"
             raise InvalidArgumentError(f"policy {self.name!r} cannot keep to budget {budget}; allowed is {allowed}")
 
-    def resolve_budget(self, requested: float | None, server_default: float) -> float:
+    def budget(self, value: float) -> Budget:
+        """Make a budget of this policy's kind.
+
+        Args:
+            value: relative to FP16.
+
+        Returns:
+            The budget.
+
+        Raises:
+            InvalidArgumentError: it is out of this policy's range or not a number.
+        """
+        self.check_budget(value)
+        return Budget(self.budget_kind, value)
+
+    def resolve_budget(self, requested: float | None, server_default: float) -> Budget:
         """Settle the budget of a request.
 
         A budget that was asked for is kept or refused, never changed. The server's default was not chosen with
@@ -170,9 +199,8 @@ class Policy:
             InvalidArgumentError: the requested budget is out of range.
         """
         if requested is None:
-            return min(max(server_default, self.min_budget), self.max_budget)
-        self.check_budget(requested)
-        return requested
+            return self.budget(min(max(server_default, self.min_budget), self.max_budget))
+        return self.budget(requested)
 
 
 policies: Registry[Policy] = Registry("policy")
@@ -185,7 +213,7 @@ def policy(
     needs_scores: bool = True,
     heeds_int4: bool = False,
     token_by_token: bool = False,
-) -> Callable[[Rule], Rule]:
+) -> Callable[[AnyRule], AnyRule]:
     """Return a decorator that registers a rule as a policy, whose largest budget is FP16 for every token.
 
     Args:
@@ -200,7 +228,7 @@ def policy(
         The decorator; the rule stays as it is.
     """
 
-    def add(rule: Rule) -> Rule:
+    def add(rule: AnyRule) -> AnyRule:
         made = Policy(name, min_budget, Tier.FP16.nominal_cost, codec, needs_scores, rule, heeds_int4, token_by_token)
         policies.register(name)(made)
         return rule
@@ -221,21 +249,3 @@ def whole_tokens(share: float) -> int:
         Whole tokens.
     """
     return math.floor(share + 1e-9)
-
-
-def fill(order: torch.Tensor, counts: Mapping[Tier, int]) -> torch.Tensor:
-    """Give the first tokens of `order` the first tier of `counts`, the next ones the second, and drop the rest.
-
-    Args:
-        order: int64 `[n]`, a permutation of the tokens.
-        counts: tokens at each tier, n at most together.
-
-    Returns:
-        uint8 `[n]` on the CPU, `Tier` values.
-    """
-    tiers = torch.full((order.numel(),), Tier.DROP, dtype=torch.uint8)
-    start = 0
-    for tier, count in counts.items():
-        tiers[order[start : start + count]] = tier
-        start += count
-    return tiers

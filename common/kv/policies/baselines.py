@@ -7,10 +7,12 @@ budget that covers its cost, and costs no more for it.
 import numpy as np
 from torch import Tensor, from_numpy, full, uint8
 
-from spectrumkv.common.kv.policies.base import TierRequest, fill, policy, whole_tokens
+from spectrumkv.common.kv.policies.base import TierRequest, policy, whole_tokens
 from spectrumkv.common.kv.policies.paper import greedy_counts
+from spectrumkv.common.kv.policies.ranks import by_rank, fill
 from spectrumkv.common.kv.scoring import SINK_TOKENS
 from spectrumkv.common.kv.tiers import Tier
+from spectrumkv.kernels.tier_placement import TierRanks
 
 
 @policy("native", min_budget=1.0, codec="native", needs_scores=False, token_by_token=True)
@@ -60,13 +62,13 @@ def pdtrim(request: TierRequest) -> Tensor:
 
 
 @policy("sws", min_budget=0.05)
-def sws(request: TierRequest) -> Tensor:
+def sws(request: TierRequest) -> TierRanks:
     """Return FP16 for the b · n tokens of the highest scores, and drop the rest (SWS, the paper's baseline).
 
     One token is kept at least, whatever it costs. Cost: more than b · n − 1.
     """
     kept = max(1, whole_tokens(request.tier_budget * request.tokens))
-    return fill(request.by_score(), {Tier.FP16: kept})
+    return by_rank(request.tokens, {Tier.FP16: kept})
 
 
 def _uniform(request: TierRequest, tier: Tier) -> Tensor:

@@ -4,11 +4,11 @@ n is the number of tokens and b the tier budget. Numbers of tokens are rounded s
 b · n, and each docstring says by how much it can fall short of that.
 """
 
-from torch import Tensor, cat, full, uint8
-
-from spectrumkv.common.kv.policies.base import TierRequest, fill, policy, whole_tokens
+from spectrumkv.common.kv.policies.base import TierRequest, policy, whole_tokens
+from spectrumkv.common.kv.policies.ranks import by_rank
 from spectrumkv.common.kv.scoring import SINK_TOKENS
 from spectrumkv.common.kv.tiers import Tier
+from spectrumkv.kernels.tier_placement import TierRanks
 
 
 def greedy_counts(tier_budget: float, tokens: int) -> dict[Tier, int]:
@@ -26,17 +26,17 @@ def greedy_counts(tier_budget: float, tokens: int) -> dict[Tier, int]:
 
 
 @policy("greedy", min_budget=0.25)
-def greedy(request: TierRequest) -> Tensor:
+def greedy(request: TierRequest) -> TierRanks:
     """Return one tier more for the best tokens than for the rest.
 
     .25 ≤ b ≤ .5: INT8 for 4b − 1 of them, INT4 for 2 − 4b. .5 ≤ b ≤ 1: FP16 for 2b − 1, INT8 for 2 − 2b. So b = .5
     is uniform INT8. Cost: more than b · n − ½.
     """
-    return fill(request.by_score(), greedy_counts(request.tier_budget, request.tokens))
+    return by_rank(request.tokens, greedy_counts(request.tier_budget, request.tokens))
 
 
 @policy("sink-protect", min_budget=0.25)
-def sink_protect(request: TierRequest) -> Tensor:
+def sink_protect(request: TierRequest) -> TierRanks:
     """Return FP16 for the first 4 tokens, and Greedy's tiers for the rest with (b · n − 4) / (n − 4) each.
 
     Where that is less than .25, the rest is all INT4. Then, and where n ≤ 4, the cost exceeds b · n, and
@@ -45,13 +45,11 @@ def sink_protect(request: TierRequest) -> Tensor:
     sinks = min(SINK_TOKENS, request.tokens)
     others = request.tokens - sinks
     left = max(0.25, (request.tier_budget * request.tokens - sinks) / others) if others else 1.0
-    order = request.by_score()
-    tiers = fill(order[order >= sinks] - sinks, greedy_counts(left, others))
-    return cat([full((sinks,), Tier.FP16, dtype=uint8), tiers])
+    return by_rank(request.tokens, greedy_counts(left, others), sinks)
 
 
 @policy("balanced", min_budget=0.375)
-def balanced(request: TierRequest) -> Tensor:
+def balanced(request: TierRequest) -> TierRanks:
     """Return FP16 for (b − .375) / .625 of the tokens, INT8 for half of the others, and INT4 for the rest.
 
     At b = .5 these are the paper's 20, 40 and 40 %. The paper gives no other budget: keeping INT8 and INT4 alike
@@ -60,11 +58,11 @@ def balanced(request: TierRequest) -> Tensor:
     """
     fp16 = whole_tokens((request.tier_budget - 0.375) / 0.625 * request.tokens)
     int8 = (request.tokens - fp16) // 2
-    return fill(request.by_score(), {Tier.FP16: fp16, Tier.INT8: int8, Tier.INT4: request.tokens - fp16 - int8})
+    return by_rank(request.tokens, {Tier.FP16: fp16, Tier.INT8: int8, Tier.INT4: request.tokens - fp16 - int8})
 
 
 @policy("adaptive", min_budget=0.05, heeds_int4=True)
-def adaptive(request: TierRequest) -> Tensor:
+def adaptive(request: TierRequest) -> TierRanks:
     """Return Greedy's tiers where the probe allows INT4, otherwise FP16 and INT8 only.
 
     Where some layers do without INT4, they are sent at INT8 and the others pay for it (`Int4Layers.layer_budget`).
@@ -77,4 +75,4 @@ def adaptive(request: TierRequest) -> Tensor:
         return greedy(request)
     tier = Tier.INT4 if request.int4_allowed else Tier.INT8
     kept = max(1, whole_tokens(tier_budget / tier.nominal_cost * tokens))
-    return fill(request.by_score(), {tier: kept})
+    return by_rank(tokens, {tier: kept})

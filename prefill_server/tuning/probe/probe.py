@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.allocation import Int4Layers
 from spectrumkv.common.kv.codecs.base import Codec, codecs
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.codecs.spectral.codec import SpectralCodec
 from spectrumkv.common.kv.codecs.tiered import tier_codecs
 from spectrumkv.common.kv.tiers import Tier
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 def resolve_verdict(
     loaded: LoadedModel,
     engine: PrefillEngine,
-    basis: SpectralBasis,
+    basis: Basis,
     mode: str,
     on_progress: OnProgress,
 ) -> ProbeVerdict:
@@ -78,7 +78,7 @@ def resolve_verdict(
 def probe_and_keep(
     loaded: LoadedModel,
     engine: PrefillEngine,
-    basis: SpectralBasis,
+    basis: Basis,
     on_progress: OnProgress,
     codec: str = PROBE_CODEC,
 ) -> ProbeVerdict:
@@ -103,14 +103,14 @@ def probe_and_keep(
     return verdict
 
 
-def verdict_key(loaded: LoadedModel, basis: SpectralBasis, codec: str = PROBE_CODEC) -> VerdictKey:
+def verdict_key(loaded: LoadedModel, basis: Basis, codec: str = PROBE_CODEC) -> VerdictKey:
     """Return the key under which the verdict on a model is kept."""
     used = (codecs.get(codec), codecs.get(SpectralCodec.name))
     return VerdictKey.of(loaded.spec, used, basis.digest, PROBE_VERSION)
 
 
 def run_probe(
-    loaded: LoadedModel, engine: PrefillEngine, basis: SpectralBasis, on_progress: OnProgress, codec: Codec
+    loaded: LoadedModel, engine: PrefillEngine, basis: Basis, on_progress: OnProgress, codec: Codec
 ) -> ProbeVerdict:
     """Put the questions to the model.
 

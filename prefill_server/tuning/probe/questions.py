@@ -7,6 +7,7 @@ from importlib.resources import files
 import torch
 
 from spectrumkv.common.errors import ContextTooShortError, InvalidArgumentError
+from spectrumkv.common.generation.beginning import beginning_token, begun
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.service.config import SCORE_WINDOW
 from spectrumkv.prefill_server.transfer.plan import KvPlan
@@ -65,7 +66,7 @@ def prose_stretches(loaded: LoadedModel) -> list[Stretch]:
     for name in PROSE:
         text = (files("spectrumkv.prefill_server.tuning.probe") / "prose" / name).read_text(encoding="utf-8")
         ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        ids = ids[: min(whole, loaded.context_length)]
+        ids = begun(ids[: min(whole, loaded.context_length)], beginning_token(loaded.tokenizer))
         cut = len(ids) * CONTEXT_TOKENS // whole
         stretches.append(Stretch(tuple(ids[:cut]), tuple(ids[cut:])))
     return stretches

@@ -185,7 +185,7 @@ class ProbeRunner:
 def plan_name(plan: KvPlan) -> str:
     """Return a setting's name for people: "greedy by absmax at 0.3"."""
     written_by = "" if plan.codec.name == plan.policy.name else f" by {plan.codec.name}"
-    return f"{plan.policy.name}{written_by} at {plan.budget:g}"
+    return f"{plan.policy.name}{written_by} at {plan.budget.value:g}"
 
 
 def _probed_setting(
@@ -198,7 +198,7 @@ def _probed_setting(
     setting = ProbedSetting(
         policy=plan.policy.name,
         codec=plan.codec.name,
-        budget=plan.budget,
+        budget=plan.budget.value,
         found_fp16=len(findable),
         found=sum(one.found(index) for one in findable),
         kl=mean_kl(distances, predictions),

@@ -6,7 +6,7 @@ from functools import partial
 
 from spectrumkv.common.kv.allocation import Int4Layers
 from spectrumkv.common.kv.codecs.base import Codec, codecs
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.codecs.spectral.codec import SpectralCodec
 from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.kv.tiers import Tier
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 COUNTED_BUDGETS = (0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
 
 
-def budget_sweep(codec: Codec, basis: SpectralBasis) -> list[KvPlan]:
+def budget_sweep(codec: Codec, basis: Basis) -> list[KvPlan]:
     """Return the settings that every probe tries.
 
     Args:
@@ -53,10 +53,11 @@ def int4_trial_without(codec: Codec, off: frozenset[int], layers: int) -> KvPlan
     return _plan("adaptive", budget, codec, Int4Layers(off), None)
 
 
-def _plan(policy: str, budget: float, codec: Codec, int4: Int4Layers, basis: SpectralBasis | None) -> KvPlan:
+def _plan(policy: str, budget: float, codec: Codec, int4: Int4Layers, basis: Basis | None) -> KvPlan:
+    chosen = policies.get(policy)
     return KvPlan(
-        policy=policies.get(policy),
-        budget=budget,
+        policy=chosen,
+        budget=chosen.budget(budget),
         scorer="attention",
         codec=codec,
         scope="layer",

@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from spectrumkv.bench.link import network as link_network
 from spectrumkv.bench.link.link_command import parse_rates
 from spectrumkv.bench.link.measure import SETTINGS, rate_rows, timeline
 from spectrumkv.bench.link.network import DECODE_HOST, ShapedLink, shaped_link
 from spectrumkv.bench.link.plots import draw_bandwidths, draw_timeline
-from spectrumkv.bench.link.requests import Errand
+from spectrumkv.bench.link.requests import SECURITY, Errand, _stage_seconds
 from spectrumkv.bench.main import main
-from spectrumkv.common.errors import FailedPreconditionError, InternalError
+from spectrumkv.client.client import SpectrumClient
+from spectrumkv.common.errors import DeadlineExceededError, FailedPreconditionError, InternalError
+from spectrumkv.common.service.config import Address
+from spectrumkv.common.telemetry.metrics import Metrics
+from tests.common.security.test_proxies import proxy
 
 can_make_namespaces = pytest.mark.skipif(
     sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("tc"), reason="needs root, Linux and iproute2"
@@ -110,6 +115,21 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
 def test_an_errand_survives_its_journey() -> None:
     errand = Errand("a:1", "b:2", "c:3", 5.0, SETTINGS, 2, 64, 8, 0)
     assert Errand.from_json(errand.to_json()) == errand
+
+
+def test_the_bench_goes_past_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = Metrics(CollectorRegistry())
+    metrics.request_duration.labels("queue").observe(2.0)
+    port = metrics.serve(Address("127.0.0.1", 0))
+    with proxy() as (address, seen):
+        for name in ("no_proxy", "no_grpc_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        for name in ("http_proxy", "grpc_proxy"):
+            monkeypatch.setenv(name, address)
+        assert _stage_seconds(f"127.0.0.1:{port}") == {"queue": 2.0}
+        with SpectrumClient("192.0.2.1:50052", SECURITY) as decode, pytest.raises(DeadlineExceededError):
+            decode.wait_until_serving(0.5)
+        assert seen.empty()
 
 
 @pytest.mark.parametrize("text", ["", "0", "20,fast", "1e9"])

@@ -10,7 +10,8 @@ from spectrumkv.bench.models.synthetic_prompt import synthetic_basis
 from spectrumkv.bench.peers.baselines import Baseline, baselines
 from spectrumkv.bench.peers.quanto import QUANTO
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.kv.policies import BudgetKind, policies
+from spectrumkv.common.kv.budget import BudgetKind
+from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.service.config import PrefillConfig, build
 from spectrumkv.common.telemetry.metrics import Metrics
@@ -59,9 +60,9 @@ def test_the_help_says_of_which_policies_budgets_are_bytes() -> None:
     parser = argparse.ArgumentParser()
     add_method_flags(parser)
     said = " ".join(parser.format_help().split())
-    counted = ", ".join(name for name in policies if policies.get(name).budget_kind is BudgetKind.BYTES)
-    assert f"Policy {counted} counts all bytes sent" in said
-    assert "other policies and baselines count the mean cost per token" in said
+    counted = " or ".join(name for name in policies if policies.get(name).budget_kind is BudgetKind.BYTES)
+    assert f"policy {counted} counts all bytes sent" in said
+    assert "other policies count the mean cost per token, without scales and framing, as baselines do" in said
 
 
 @pytest.mark.parametrize(

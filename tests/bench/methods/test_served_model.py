@@ -92,6 +92,26 @@ def test_what_is_dropped_in_a_layer_is_masked_in_that_layer_only(served: ServedM
     torch.testing.assert_close(logits(Drops({})), nothing, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("architecture", ["mistral", "gemma2", "gemma3_text"])
+def test_tokens_behind_a_layers_window_are_never_read(architecture: str) -> None:
+    served = ServedModel(load_model(str(tiny_model(architecture)), "cpu", "auto"), WINDOW, CAPACITY)
+    ids = random_prompt(CONTEXT + SCORED)
+    prompt = served.prefill(ids[:CONTEXT])
+    # The first token that decode computes sees itself and the newest SLIDING_WINDOW - 1 tokens of the prompt.
+    sliding = [layer for layer, one in enumerate(served.loaded.attention) if one.sliding_window is not None]
+    behind = {layer: list(range(CONTEXT - SLIDING_WINDOW + 1)) for layer in sliding}
+    logits = []
+    for method in (
+        Drops({}),
+        Drops(behind),
+        Drops({layer: [*tokens, len(tokens)] for layer, tokens in behind.items()}),
+    ):
+        with served.receive(method, prompt) as (context, _):
+            logits.append(served.extend(context, ids[CONTEXT:]))
+    torch.testing.assert_close(logits[1], logits[0], atol=0, rtol=0)
+    assert (logits[2][0] - logits[0][0]).abs().max() > 0
+
+
 @pytest.mark.parametrize("sliding_window", [None, 1, 3, 50])
 def test_visibility_is_causal_within_the_window_and_leaves_out_what_was_dropped(sliding_window: int | None) -> None:
     start, end = 5, 9

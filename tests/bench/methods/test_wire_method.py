@@ -38,7 +38,7 @@ def test_counted_bytes_are_the_pipelines(served: ServedModel, name: str) -> None
     assert received == sum(messages[1:-1])
     tokens = sum(pipeline.sent.tier_tokens.values())
     nominal = sum(Tier(tier).nominal_cost * count for tier, count in pipeline.sent.tier_tokens.items())
-    assert sent.tier_budget == pytest.approx(nominal / tokens)
+    assert sent.budget_nominal == pytest.approx(nominal / tokens)
 
 
 @pytest.mark.parametrize("name", policies.names())

@@ -108,14 +108,11 @@ def test_the_default_model_keeps_its_perplexity_and_loses_int4(capsys: pytest.Ca
     text = "".join(haystack(0).sentences)
     token_ids = original.tokenizer(text, add_special_tokens=False, verbose=False).input_ids[2048 : 2048 + 2049]
     assert mean_nll(biased, token_ids) == pytest.approx(mean_nll(original, token_ids), abs=0.005)
-    engine = PrefillEngine(biased, window=8)
-    try:
+    with PrefillEngine(biased, window=8) as engine:
         # The two settings that say it; the search for layers is tested on a small model, which takes seconds.
         int4, *counted = budget_sweep(codecs.get("absmax"), resolve_basis(biased, lambda done: None))
-        plans = [int4, next(plan for plan in counted if plan.budget == 0.25)]
+        plans = [int4, next(plan for plan in counted if plan.budget.value == 0.25)]
         trials, settings = ProbeRunner.of(biased, engine, ProbeProgress(str)).measure(plans)
-    finally:
-        engine.stop()
     assert sum(one.found_fp16 for one in trials) >= 2
     assert not passes(trials)
     broken, sound = settings

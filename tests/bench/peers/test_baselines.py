@@ -43,7 +43,7 @@ def test_every_slot_is_filled_and_bytes_fit_the_budget(served: ServedModel, prom
     # Scales and zero points come on top of the nominal budget: two numbers for 64 elements at most.
     assert budget - 0.02 <= sent.counted / fp16 <= budget + 2 / 64 + 1e-6
     # What is coded between the tiers counts as the nearest one.
-    assert sent.tier_budget == pytest.approx(budget, abs=0.02)
+    assert sent.budget_nominal == pytest.approx(budget, abs=0.02)
 
 
 def test_int3_is_the_absmax_quantizer(served: ServedModel, prompt: Prompt) -> None:

@@ -11,7 +11,7 @@ VOCABULARY = 37
 
 def score(kl: float, nll: float = 130.0, nll_fp16: float = 128.0, counted: float = 30.0) -> WindowScore:
     return WindowScore(
-        tokens=64, nll=nll, nll_fp16=nll_fp16, kl=kl, agreed=60, counted=counted, fp16=100, tier_budget=0.25
+        tokens=64, nll=nll, nll_fp16=nll_fp16, kl=kl, agreed=60, counted=counted, fp16=100, budget_nominal=0.25
     )
 
 
@@ -59,7 +59,7 @@ def test_windows_are_put_together_by_their_tokens() -> None:
     assert summary.ppl_fp16 == pytest.approx(math.exp(128 / 64))
     assert summary.ppl_delta_pct == pytest.approx(100 * (math.exp(2 / 64) - 1))
     assert summary.top1_agreement == pytest.approx(60 / 64)
-    assert summary.byte_budget == pytest.approx(0.3)
+    assert summary.budget_counted == pytest.approx(0.3)
     # All windows differ alike, so their error is none.
     assert summary.ppl_delta_pct_ci == pytest.approx([summary.ppl_delta_pct] * 2)
     assert summary.kl_ci == pytest.approx([0.01, 0.02])

@@ -88,7 +88,7 @@ def test_what_is_no_basis_of_the_model_is_refused(
 
 
 def first_layers(basis: SpectralBasis, layers: int) -> dict[str, torch.Tensor]:
-    names = ("mean", "analysis", "std", "attention_exponent")
+    names = ("mean", "analysis", "std", "attention_exponent", "rope_frequencies", "rope_scaling")
     return {name: getattr(basis, name)[:layers] for name in names}
 
 

@@ -6,12 +6,14 @@ from tests.client.fake_servers import FakePrefill, prefill_server, serving
 
 def test_info_of_prefill(prefill, capsys):
     assert main(["info", "--server", prefill.address, "--wait", "10"]) == 0
-    out = capsys.readouterr().out
+    # A narrow terminal wraps the lines.
+    out = " ".join(capsys.readouterr().out.split())
     for shown in (
         "ready", "tiny-llama", "30 layers, 3 KV heads of 64", "policy greedy",
         "budget 0.25 to 1 of the FP16 tier cost",
         "attention, position", "absmax v1", "budget 0.5, policy adaptive", "allowed (probe)",
         "2 of 3 needles [found]", "[/b] 7", "127.0.0.1:50052, 127.0.0.1:50062 (takes no requests)",
+        "127.0.0.1:50072 (ejected: it failed one request after another)",
         "4.9e-05", "+0.038", "2 of 3", "-0.500",
     ):  # fmt: skip
         assert shown in out

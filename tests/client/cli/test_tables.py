@@ -4,9 +4,8 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from spectrumkv.client.cli.tables import COUNTED_POLICIES, usage_table
+from spectrumkv.client.cli.tables import usage_table
 from spectrumkv.client.completion import Completion, Finished, TokenEvent
-from spectrumkv.common.kv.policies import BudgetKind, policies
 from tests.client.fake_servers import finished
 
 
@@ -21,10 +20,6 @@ def shown(completion, budget_asked=None):
     console = Console(file=StringIO(), width=200)
     console.print(usage_table(completion, budget_asked))
     return [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
-
-
-def test_the_policies_whose_budget_is_counted_are_those_of_the_registry():
-    assert {name for name in policies if policies.get(name).budget_kind is BudgetKind.BYTES} == COUNTED_POLICIES
 
 
 def test_the_nominal_cost_is_left_out_where_the_budget_is_counted():

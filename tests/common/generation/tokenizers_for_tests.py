@@ -44,6 +44,29 @@ def word_pieces() -> PreTrainedTokenizerFast:
     return _finished(tokenizer)
 
 
+def chat_ml(normalizer: normalizers.Normalizer | None = None, special: bool = True) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes with the added tokens of ChatML, which `normalizer` may make out of look-alikes.
+
+    Args:
+        normalizer: the tokenizer's; the added tokens are then found in normalized text.
+        special: whether the added tokens are special ones.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: place for place, token in enumerate([*SPECIAL, *alphabet])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    names = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+    tokenizer.add_tokens(
+        [
+            AddedToken(name, special=special and name.startswith("<|"), normalized=normalizer is not None)
+            for name in names
+        ]
+    )
+    return _finished(tokenizer)
+
+
 KINDS = {one.__name__: one for one in (byte_level, byte_fallback, metaspace, word_pieces)}
 
 

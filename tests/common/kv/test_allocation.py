@@ -7,7 +7,7 @@ from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.allocation import Int4Layers, most_without_int4
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.absmax import AbsmaxCodec
-from spectrumkv.common.kv.codecs.base import EncoderRequest
+from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.kv.tiers import Tier, count_tiers
@@ -20,7 +20,7 @@ def tier_counts(policy: str, budget: float, int4: Int4Layers, layers: int, scope
     geometry = KvGeometry(layers, 1, 4, torch.float32)
     chosen = policies.get(policy)
     encoder = AbsmaxCodec().encoder(
-        EncoderRequest(chosen, None, budget, "attention", scope, int4, 0, geometry, TOKENS)
+        EncoderRequest(chosen, chosen.budget(budget), "attention", scope, int4, 0, geometry, TOKENS)
     )
     generator = torch.Generator().manual_seed(0)
     counts: list[dict] = [{} for _ in range(layers)]

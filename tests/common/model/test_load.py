@@ -18,6 +18,7 @@ GEOMETRIES = {
     "qwen3": (2, 2, 128),
     "mistral": (2, 2, 80),
     "gemma2": (3, 2, 256),
+    "gemma3_text": (4, 1, 256),
 }
 
 

@@ -23,6 +23,7 @@ ELSEWHERE = {
     "max_position_embeddings",
     # They become `sliding_window`, `sliding_layers`, `rope_…` and `hidden_act`.
     "layer_types", "use_sliding_window", "max_window_layers", "rope_parameters", "hidden_activation",
+    "_sliding_window_pattern",
     # Models for which these matter are refused.
     "is_encoder_decoder", "use_bidirectional_attention",
     # Read in training, in beam search, or by nothing.
@@ -78,6 +79,20 @@ def test_a_rotary_embedding_is_compared_by_name(tmp_path: Path) -> None:
     found = differences(mine, other)
     assert found.keys() == {"rope_digest", "rope_theta"}
     assert found["rope_theta"] == ("10000", "500000")
+
+
+def test_rotary_embeddings_of_different_layers_are_compared_by_name(tmp_path: Path) -> None:
+    mine = load_model(str(tiny_model("gemma3_text")), "cpu").spec
+    ropes = {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+    }
+    found = differences(mine, edited(tmp_path / "other", "gemma3_text", rope_parameters=ropes))
+    assert {name: pair for name, pair in found.items() if name != "rope_digest"} == {
+        "full_attention_rope_factor": ("8", "4"),
+        "sliding_attention_rope_theta": ("10000", "20000"),
+    }
+    assert "rope_digest" in found
 
 
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}

@@ -91,6 +91,7 @@ def make_server(
     reflection: bool = False,
     codes: "queue.SimpleQueue[str] | None" = None,
     count_silent: Callable[[str], None] = lambda reason: None,
+    connections_per_address: int | None = None,
 ) -> Server:
     counted = queue.SimpleQueue() if codes is None else codes
     add, servicer, name = (
@@ -106,6 +107,7 @@ def make_server(
         count_ended=counted.put,
         count_silent=count_silent,
         reflection_enabled=reflection,
+        connections_per_address=connections_per_address,
     )
 
 

@@ -34,7 +34,7 @@ ERRORS = [
     # No peer says that it could not be reached.
     and error is not errors.UnreachableError
     # These are told apart within a process; a peer learns of the kind that they are of.
-    and error not in (errors.ContextTooShortError, errors.NotFiniteError)
+    and error not in (errors.ContextTooShortError, errors.NotFiniteError, errors.UnansweredError)
 ]
 EXTRA = {ResourceExhaustedError: (2.5,), DataLossError: ("crc",)}
 
@@ -211,6 +211,7 @@ def test_status_details_that_make_no_sense_leave_the_status(details):
     [
         (errors.ContextTooShortError, errors.FailedPreconditionError),
         (errors.NotFiniteError, errors.InternalError),
+        (errors.UnansweredError, errors.UnavailableError),
     ],
 )
 def test_what_only_a_process_tells_apart_crosses_as_the_kind_that_it_is_of(kind, told):

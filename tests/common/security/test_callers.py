@@ -9,6 +9,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from spectrumkv.common.errors import PermissionDeniedError
@@ -48,6 +49,24 @@ def test_only_callers_on_the_list_bring_work(tmp_path: Path) -> None:
 def test_an_alternative_name_counts_too(tmp_path: Path) -> None:
     with guarded(server_for(tmp_path, "localhost")) as server:
         assert server.ask(caller(tmp_path, "whoever")) == "yes"
+
+
+@pytest.mark.parametrize(
+    ("name", "alternative"),
+    [
+        ("prefill\0.elsewhere", "any"),
+        ("prefill\0", "any"),
+        ("any", "prefill\0.elsewhere"),
+        ("Prefill", "*.prefill"),
+        ("*", "*"),
+        ("prefill ", "prefill,any"),
+    ],
+)
+def test_a_name_counts_as_a_whole(tmp_path: Path, name: str, alternative: str) -> None:
+    """A name with a NUL, at which gRPC ends it, is none; there are no patterns, and letters have their case."""
+    issued = OURS.issue(name, names=(x509.DNSName(alternative),)).write(tmp_path / "caller", OURS)
+    with guarded(server_for(tmp_path, "prefill")) as server:
+        assert isinstance(server.refusal(ChannelSecurity(issued)), PermissionDeniedError)
 
 
 def test_without_a_list_every_verified_caller_may(tmp_path: Path) -> None:
@@ -106,3 +125,16 @@ def test_the_log_names_the_caller(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         server.refusal(caller(tmp_path, "stranger"))
     callers = [record.fields["caller"] for record in caplog.records if record.message == "request ended"]
     assert callers == ["prefill", "stranger"]
+
+
+def test_the_name_of_a_token_comes_before_that_of_a_certificate(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for name, line in (("accepted", "alice:some-token-0123456789"), ("sent", "some-token-0123456789")):
+        (tmp_path / name).write_text(line)
+    with guarded(replace(server_for(tmp_path, "prefill", "stranger"), token_file=tmp_path / "accepted")) as server:
+        server.ask(replace(caller(tmp_path, "prefill"), token_file=tmp_path / "sent"))
+        server.refusal(caller(tmp_path, "stranger"))
+    ends = [record.fields for record in caplog.records if record.message == "request ended"]
+    assert [(one["caller"], one["certificate"]) for one in ends] == [("alice", "prefill"), ("stranger", "stranger")]

@@ -81,7 +81,7 @@ def rotate(folder: Path, authority: Authority) -> str:
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     folder = tmp_path_factory.mktemp("secured")
     secrets = [FIRST, SECOND, rotate(folder, Authority("first"))]
-    (folder / "tokens").write_text(f"{FIRST}\n")
+    (folder / "tokens").write_text(f"some-operator:{FIRST}\n")
     model = build_tiny_model("llama", folder / "llama")
     guarded = {
         "tls_cert": str(folder / "cert.pem"),
@@ -138,6 +138,7 @@ def test_one_line_for_each_request_on_both_sides_with_the_same_id(deployment: De
         assert line["trace_id"] == TRACE.trace_id
         assert line["level"] == "info"
         assert line["seconds"] > 0
+        assert line["caller"] == "some-operator"
     assert prefill["prompt_tokens"] == decode["prompt_tokens"] > 0
     assert prefill["kv_bytes"] == decode["kv_bytes"] > 0
     assert prefill["completion_tokens"] == 8
@@ -212,6 +213,7 @@ def test_no_secret_and_no_prompt_in_logs_or_metrics(deployment: Deployment) -> N
             texts.append(answer.read().decode())
     assert "request ended" in texts[0]
     assert "spectrumkv_requests_total" in texts[1]
+    assert all("operator" not in metrics for metrics in texts[1:])
     for text in texts:
         for secret in (*deployment.secrets, "secret-but-not-accepted", "PRIVATE KEY", "Bearer"):
             assert secret not in text

@@ -17,7 +17,8 @@ from spectrumkv.common.errors import InvalidArgumentError, UnauthenticatedError
 from spectrumkv.common.rpc.channel import MAX_MESSAGE_BYTES, open_channel
 from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.common.security import ChannelSecurity, ServerSecurity
-from spectrumkv.common.security.tokens import MAX_TOKENS, AcceptedTokens
+from spectrumkv.common.security.token_file import MAX_TOKENS, read_tokens
+from spectrumkv.common.security.tokens import AcceptedTokens
 from spectrumkv.v1 import prefill_pb2, prefill_pb2_grpc
 from tests.common.rpc.scripted import WAIT_SECONDS
 from tests.common.security.certificates import replace
@@ -195,6 +196,14 @@ def test_the_command_sends_a_token_and_shows_a_refusal(
         ("größer-als-ascii-0123456789\n".encode(), "line 1 is not a token"),
         (b"\xff\xfe binary nonsense 0123456789\n", "line 1 is not a token"),
         (b"x" * 513, "line 1 is not a token"),
+        (b"alice:short\n", "line 1 is not a token"),
+        (b":good-token-0123456789\n", "line 1 has a name that is not allowed; allowed: 1 to 32 characters"),
+        (b"al ice:good-token-0123456789\n", "line 1 has a name that is not allowed"),
+        (b"# first\nanonymous:good-token-0123456789\n", "line 2 has a name that is not allowed"),
+        (b"good-token-0123456789-0123456789x:to-be-kept-secret\n", "line 1 has a name that is not allowed"),
+        (b"bob:good-token-0123456789\n\nbob:good-token-9876543210\n", "line 3 has the name of line 1"),
+        (b"line-2:good-token-0123456789\ngood-token-9876543210\n", "line 2 has the name of line 1"),
+        (b"bob:good-token-0123456789\namy:good-token-0123456789\n", "line 2 has the token of line 1"),
         (b"good-token-0123456789\n" * (MAX_TOKENS + 1), "has 1025 tokens"),
     ],
 )
@@ -207,7 +216,7 @@ def test_a_file_of_no_use_is_refused_at_the_start_without_showing_it(
         ServerSecurity(token_file=path).interceptors()
     assert caught.value.message.startswith(f"--token-file {path}")
     assert said in caught.value.message
-    for word in ("good-token", "two tokens", "short\n", "nonsense"):
+    for word in ("good-token", "two tokens", "short\n", "nonsense", "to-be-kept-secret"):
         assert word not in caught.value.message
 
 
@@ -223,9 +232,9 @@ def test_a_token_is_compared_with_all_accepted_ones_in_constant_time(
 
     tokens = AcceptedTokens(token_file(tmp_path / "tokens", TOKEN, ANOTHER, THIRD))
     monkeypatch.setattr(hmac, "compare_digest", counting)
-    for presented, accepted in ((TOKEN, True), (THIRD, True), ("", False), (TOKEN * 100, False)):
+    for presented, name in ((TOKEN, "line-1"), (THIRD, "line-3"), ("", None), (TOKEN * 100, None)):
         compared.clear()
-        assert tokens.accept(presented) is accepted
+        assert tokens.name_of(presented) == name
         assert compared == [(32, 32)] * 3
 
 
@@ -236,4 +245,30 @@ def accepted(tmp_path_factory: pytest.TempPathFactory) -> AcceptedTokens:
 
 @given(presented=st.text(max_size=80) | st.sampled_from([TOKEN, ANOTHER]))
 def test_accepted_is_what_the_file_lists(accepted: AcceptedTokens, presented: str) -> None:
-    assert accepted.accept(presented) is (presented in (TOKEN, THIRD))
+    assert accepted.name_of(presented) == {TOKEN: "line-1", THIRD: "line-2"}.get(presented)
+
+
+def test_the_log_names_whoever_sent_a_token(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    lines = (f"alice:{TOKEN}", "# without a name", ANOTHER)
+    with guarded(asking(tmp_path, *lines)) as server:
+        for security in (sending(tmp_path, f"whatever:{TOKEN}"), sending(tmp_path, ANOTHER)):
+            assert server.ask(security) == "yes"
+        server.refusal(sending(tmp_path, THIRD))
+        server.refusal(ChannelSecurity())
+        token_file(tmp_path / "accepted", f"bob:{ANOTHER}")
+        assert server.ask(sending(tmp_path, ANOTHER)) == "yes"
+    ends = [record.fields for record in caplog.records if record.message == "request ended"]
+    assert [(one["caller"], one["code"]) for one in ends] == [
+        ("alice", "OK"), ("line-3", "OK"), ("anonymous", "UNAUTHENTICATED"), ("anonymous", "UNAUTHENTICATED"),
+        ("bob", "OK"),
+    ]  # fmt: skip
+    assert all(one["peer"].startswith("ipv4:127.0.0.1:") for one in ends)
+    for token in (TOKEN, ANOTHER, THIRD):
+        assert token not in str(ends)
+
+
+def test_a_token_does_not_show_where_it_is_printed(tmp_path: Path) -> None:
+    read = read_tokens("--token-file", token_file(tmp_path / "tokens", f"alice:{TOKEN}"))
+    assert "alice" in repr(read)
+    assert TOKEN not in repr(read)

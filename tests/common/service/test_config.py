@@ -26,7 +26,7 @@ TEXTS = [
     (config, declared)
     for config, declared in OPTIONS
     if (declared.default is None or isinstance(declared.default, str))
-    and declared.name not in ("budget", "prefill_kv_memory")
+    and declared.name not in ("budget", "prefill_kv_memory", "max_connections_per_address")
 ]
 VALUES = [one for one in OPTIONS if one not in FLAGS and one not in TEXTS]
 
@@ -80,6 +80,18 @@ def test_help_says_which_words_and_numbers_there_are(capsys, monkeypatch):
         assert part in shown
 
 
+def test_help_writes_whole_numbers_whole_and_says_what_each_kind_of_budget_counts(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        load(PrefillConfig, ["--help"], "spectrumkv-prefill")
+    shown = capsys.readouterr().out
+    assert "(a whole number from 1024 to 1048576; default: 524288)" in shown
+    assert "e+0" not in shown
+    [budget] = [line for line in shown.splitlines() if line.lstrip().startswith("--budget ")]
+    assert "policy spectral counts all bytes sent" in budget
+    assert "other policies count the mean cost per token" in budget
+
+
 def test_a_worker_is_named_once():
     given = {"decode": "127.0.0.1:1,localhost:2,127.0.0.1:1"}
     assert refusal(PrefillConfig, given) == "--decode names 127.0.0.1:1 more than once; name each worker once"
@@ -99,6 +111,12 @@ def test_a_budget_may_be_left_to_the_probe():
     assert build(PrefillConfig, {"budget": "auto"}).budget is None
     assert build(PrefillConfig, {"budget": "0.25"}).budget == 0.25
     assert refusal(PrefillConfig, {"budget": "2"}) == "--budget is '2'; allowed: a number from 0.05 to 1, or auto"
+
+
+def test_the_connections_of_an_address_may_be_left_to_the_service():
+    assert build(DecodeConfig, {"max_connections_per_address": "auto"}).max_connections_per_address is None
+    assert build(DecodeConfig, {"max_connections_per_address": "9"}).max_connections_per_address == 9
+    assert "a whole number from 1 to 65536, or auto" in refusal(DecodeConfig, {"max_connections_per_address": "0"})
 
 
 def test_the_memory_of_prefill_may_be_left_to_it():
@@ -194,7 +212,12 @@ def test_an_unknown_flag_is_refused(arguments, said):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "cannot be read: No such file"), (b"budget = ", "is not a TOML file"), (b"\xff", "is not a TOML file")],
+    [
+        (None, "cannot be read: No such file"),
+        (b"budget = ", "is not a TOML file"),
+        (b"\xff", "is not a TOML file"),
+        (b"x = " + b"[" * 5000, "is not a TOML file"),
+    ],
 )
 def test_a_file_that_cannot_be_used_is_refused(content, said, tmp_path):
     path = tmp_path / "server.toml"

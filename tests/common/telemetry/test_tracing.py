@@ -1,7 +1,7 @@
 import pytest
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.telemetry.tracing import TraceContext
+from spectrumkv.common.telemetry.tracing import RequestSpan, TraceContext
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
@@ -32,6 +32,47 @@ def test_trace_contexts_are_read_as_the_recommendation_says(metadata, expected):
     else:
         assert found == expected
         assert TraceContext.from_metadata(found.metadata) == found
+
+
+MEMBERS = ",".join(f"k{number}=v" for number in range(32))
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        (["a=1"], "a=1"),
+        ([" a=1 ,\tb=2,, "], "a=1,b=2"),
+        (["tenant@system=x y", "b=2"], "tenant@system=x y,b=2"),
+        ([MEMBERS], MEMBERS),
+        ([f"a={'1' * 256}"], f"a={'1' * 256}"),
+        (["a=1," + "x" * 400], ""),
+        (["a=1," + "x=y" * 200], ""),
+        ([MEMBERS, "one=more"], ""),
+        (["a=1,a=2"], ""),
+        (["secret text"], ""),
+        (["a=secret=text"], ""),
+        (["a=1,Secret=text"], ""),
+        (["a=1,secret\x07=text"], ""),
+        (["a=1,secret=text\n"], ""),
+        (["a=1,secret=größer"], ""),
+        (["secret", "a=1"], ""),
+        ([f"{'secret' * 50}=1"], ""),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_tracestate_goes_on_whole_or_not_at_all_and_never_to_the_log(headers, expected, caplog):
+    metadata = [("traceparent", PARENT), *(("tracestate", header) for header in headers)]
+    found = TraceContext.from_metadata(metadata)
+    assert found == TraceContext(PARENT, expected)
+    RequestSpan("PrefillService", found).end("OK", {}, [])
+    assert TraceContext.from_metadata(found.metadata) == found
+    assert caplog.text == ""
+
+
+def test_a_traceparent_is_never_logged_either(caplog):
+    for text in ("secret" * 200, PARENT + "-secret", "secret"):
+        TraceContext.from_metadata([("traceparent", text), ("tracestate", "secret")])
+    assert caplog.text == ""
 
 
 def test_a_trace_of_ones_own_making_is_checked():

@@ -46,7 +46,7 @@ def test_segments_on_a_cpu_equal_those_of_the_reference(
         ("slots", 1, 256, 19, [8, 9, 10]),
     ],
 )
-def test_one_launch_codes_any_mix_of_tiers(
+def test_one_launch_in_triton_codes_any_mix_of_tiers(
     dtype: torch.dtype, layout: str, kv_heads: int, head_dim: int, tokens: int, boundaries: list[int]
 ) -> None:
     tiers = torch.randint(0, 4, (tokens,), generator=torch.Generator().manual_seed(tokens)).tolist()
@@ -54,7 +54,7 @@ def test_one_launch_codes_any_mix_of_tiers(
 
 
 @pytest.mark.parametrize("tier", [0, 1, 2, 3])
-def test_one_launch_codes_one_tier(tier: int) -> None:
+def test_one_launch_in_triton_codes_one_tier(tier: int) -> None:
     tiers = [tier] * 37
     assert_segments_agree(absmax_triton, DEVICE, torch.float16, "slots", 2, 64, tiers, [20], address=0)
 

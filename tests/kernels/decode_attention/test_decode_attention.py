@@ -17,12 +17,13 @@ from tests.kernels.absmax.states import DEVICE, DTYPES
     lengths=st.lists(st.integers(1, 90), min_size=1, max_size=5),
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 4),
-    head_dim=st.sampled_from([16, 64, 80]),
+    head_dim=st.sampled_from([16, 64, 80, 256]),
+    window=st.none() | st.integers(1, 100),
     sharpness=st.sampled_from([0.1, 1.0, 8.0]),
     seed=st.integers(0, 2**16),
 )
 def test_each_row_attends_over_its_own_slots(
-    lengths: list[int], kv_heads: int, group: int, head_dim: int, sharpness: float, seed: int
+    lengths: list[int], kv_heads: int, group: int, head_dim: int, window: int | None, sharpness: float, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     # Slots of nobody lie before, between and behind.
@@ -33,10 +34,10 @@ def test_each_row_attends_over_its_own_slots(
         slots[:, :, first:end] = torch.randn(2, kv_heads, end - first, head_dim, generator=generator)
     queries = torch.randn(len(lengths), 1, kv_heads * group, head_dim, generator=generator) * sharpness
     inputs = (queries.squeeze(1), slots[0], slots[1])
-    actual = cpu.decode_attention(*inputs, firsts, ends - 1, head_dim**-0.5, None)
-    plain = reference.decode_attention(*inputs, None, firsts, ends - 1, head_dim**-0.5, None, None)
+    actual = cpu.decode_attention(*inputs, firsts, ends - 1, head_dim**-0.5, window)
+    plain = reference.decode_attention(*inputs, None, firsts, ends - 1, head_dim**-0.5, window, None)
     for row, (first, end) in enumerate(zip(firsts.tolist(), ends.tolist(), strict=True)):
-        keys, values = slots[:, :, first:end].double()
+        keys, values = slots[:, :, max(first, end - (window or end)) : end].double()
         grouped = queries[row, 0].double().view(kv_heads, group, head_dim)
         weights = torch.softmax(grouped @ keys.transpose(1, 2) * head_dim**-0.5, dim=-1)
         expected = (weights @ values).view(kv_heads * group, head_dim)
@@ -56,16 +57,23 @@ def test_each_row_attends_over_its_own_slots(
         ),
     ],
 )
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (40, 5.0)])
-@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(2, 3, 64), (2, 1, 80), (1, 20, 256)])
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "head_dim", "window", "softcap"),
+    [
+        *((2, 3, 64, None, None), (2, 3, 64, 40, 5.0)),
+        *((2, 1, 80, None, None), (2, 1, 80, 40, 5.0)),
+        # Like Gemma 3's layers with a window, and Gemma 2's.
+        *((1, 20, 256, 40, None), (1, 20, 256, 40, 5.0)),
+    ],
+)
 def test_rows_attend_over_slots_that_are_kept(
     implementation: ModuleType,
     dtype: torch.dtype,
-    window: int | None,
-    softcap: float | None,
     kv_heads: int,
     group: int,
     head_dim: int,
+    window: int | None,
+    softcap: float | None,
 ) -> None:
     generator = torch.Generator().manual_seed(head_dim)
     # One token, a block of them, and for one shape more blocks than there are parts.

@@ -24,8 +24,8 @@ def test_moments_are_sums_over_the_tokens_that_are_asked_for(kv_heads: int, head
     keys[:, ::3], values[:, 2::3] = torch.nan, torch.nan
     transform = LayerTransform(basis, 0)
     sums, squares = np.full((2, 2 * kv_heads, head_dim), np.nan)
-    cosine, sine = basis.rotation(0, 3 * tokens)
-    rotation = cosine.numpy(), sine.numpy(), np.float32(1 / basis.rope_scaling)
+    cosine, sine = basis.rotation(0, 0, 3 * tokens)
+    rotation = cosine.numpy(), sine.numpy(), np.float32(1 / float(basis.rope_scaling[0]))
     add_moments(flat(keys), flat(values), asked, rotation, transform._mean, transform._analysis, sums, squares)
     wanted_sums, wanted_squares = (
         wanted.sum(dim=2).reshape(sums.shape),

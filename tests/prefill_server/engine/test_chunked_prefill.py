@@ -27,19 +27,15 @@ SIDES = ("queries", "keys", "values")
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def engines(request: pytest.FixtureRequest) -> Iterator[tuple[PrefillEngine, PrefillEngine]]:
     """One that runs prompts in chunks, and one that does not."""
-    pair = [
-        PrefillEngine(load_model(str(tiny_model(request.param)), "cpu"), WINDOW, chunk) for chunk in (CHUNK, None)
-    ]
-    yield pair[0], pair[1]
-    for engine in pair:
-        engine.stop()
+    first, second = (load_model(str(tiny_model(request.param)), "cpu") for _ in range(2))
+    with PrefillEngine(first, WINDOW, CHUNK) as chunked, PrefillEngine(second, WINDOW, None) as whole:
+        yield chunked, whole
 
 
 @pytest.fixture
 def llama() -> Iterator[PrefillEngine]:
-    engine = PrefillEngine(load_model(str(tiny_model("llama")), "cpu"), WINDOW, CHUNK)
-    yield engine
-    engine.stop()
+    with PrefillEngine(load_model(str(tiny_model("llama")), "cpu"), WINDOW, CHUNK) as engine:
+        yield engine
 
 
 def prompt(tokens: int) -> list[int]:

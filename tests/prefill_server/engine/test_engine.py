@@ -1,7 +1,7 @@
 """Prompts that share a pass get what they get alone."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 
@@ -22,16 +22,14 @@ LENGTHS = (5, 90, 31, 90)
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def engine(request: pytest.FixtureRequest) -> Iterator[PrefillEngine]:
-    engine = PrefillEngine(load_model(str(tiny_model(request.param)), "cpu"), WINDOW)
-    yield engine
-    engine.stop()
+    with PrefillEngine(load_model(str(tiny_model(request.param)), "cpu"), WINDOW) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")
 def llama() -> Iterator[PrefillEngine]:
-    engine = PrefillEngine(load_model(str(tiny_model("llama")), "cpu"), WINDOW)
-    yield engine
-    engine.stop()
+    with PrefillEngine(load_model(str(tiny_model("llama")), "cpu"), WINDOW) as engine:
+        yield engine
 
 
 def prompts(lengths: Sequence[int]) -> list[list[int]]:
@@ -157,14 +155,30 @@ def test_a_short_prompt_does_not_wait_for_long_ones_that_wait(llama: PrefillEngi
 
 @pytest.mark.parametrize("tokens", [30, 100], ids=["in one pass", "in chunks"])
 def test_each_layer_is_progress_and_an_idle_engine_has_no_pulse(tokens: int) -> None:
-    engine = PrefillEngine(load_model(str(tiny_model("llama")), "cpu"), WINDOW, chunk_tokens=20)
-    pulses: list[tuple[int, int] | None] = []
-    try:
+    pulses: list[Mapping[int, int]] = []
+    with PrefillEngine(load_model(str(tiny_model("llama")), "cpu"), WINDOW, chunk_tokens=20) as engine:
         (ids,) = prompts([tokens])
-        engine.submit(ids, lambda capture: pulses.append(engine.vitals.pulse), streams_chunks=True).result()
+        engine.submit(ids, lambda capture: pulses.append(engine.vitals.pulses), streams_chunks=True).result()
         # The engine's next call runs once the pass has been left.
-        assert engine.submit_call(lambda: engine.vitals.pulse).result() is None
+        assert not engine.submit_call(lambda: engine.vitals.pulses).result()
+    beats = [beat for one in pulses for beat in one.values()]
+    assert len(set(beats)) == len(beats) == len(pulses) >= 3
+
+
+@pytest.mark.parametrize("method", ["_next_batch", "_run_pass"])
+@pytest.mark.parametrize("error", [RuntimeError("injected"), SystemExit("injected")])
+def test_an_error_outside_of_a_pass_is_the_engines_end(
+    monkeypatch: pytest.MonkeyPatch, method: str, error: BaseException
+) -> None:
+    """Nobody would tell the prompts, which would wait until their deadlines."""
+    engine = PrefillEngine(load_model(str(tiny_model("llama")), "cpu"), WINDOW)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(engine, method, fail)
+    try:
+        engine.submit([1, 2, 3], lambda capture: None)
     finally:
         engine.stop()
-    assert None not in pulses
-    assert len(set(pulses)) == len(pulses) >= 3
+    assert engine.vitals.failure == f"the prefill engine failed: {type(error).__name__}: injected"

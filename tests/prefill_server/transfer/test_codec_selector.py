@@ -9,8 +9,8 @@ from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.prefill_server.transfer.codec_selector import ENOUGH, CodecSelector
-from spectrumkv.prefill_server.transfer.pipeline import SentKv
 from spectrumkv.prefill_server.transfer.plan import KvPlan
+from spectrumkv.prefill_server.transfer.sent_kv import SentKv
 from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import prefill_pb2
 from tests.common.kv.codecs.spectral_prompts import basis_of

@@ -1,15 +1,35 @@
 """Prompts share the memory for KV that has not left yet in the order in which they come."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
 
+from spectrumkv.common.errors import CancelledError
+from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.prefill_server.transfer import kv_memory
 from spectrumkv.prefill_server.transfer.kv_memory import KvMemory, KvReservation, default_kv_memory
 from tests.waiting import until
+
+
+class Unended(RpcScope):
+    """Of a client who waits."""
+
+    def __init__(self) -> None:
+        pass
+
+    def on_end(self, callback: Callable[[], object]) -> None:
+        pass
+
+    def check(self) -> None:
+        pass
+
+
+def reservation(memory: KvMemory, size: int) -> KvReservation:
+    return KvReservation(memory, size, Unended())
+
 
 Asked = tuple[KvReservation, "Future[bool]"]
 
@@ -22,8 +42,8 @@ def queued(threads: ThreadPoolExecutor, memory: KvMemory, sizes: Sequence[int]) 
         return memory.waiting == sum(not one.granted for one, _ in found)
 
     for size in sizes:
-        one = KvReservation(memory, size)
-        found.append((one, threads.submit(one.obtain)))
+        one = reservation(memory, size)
+        found.append((one, threads.submit(memory.obtain, one)))
         until(all_have_asked)
     return found
 
@@ -35,7 +55,7 @@ def test_what_fits_is_held_at_once_and_the_rest_waits_in_order() -> None:
         assert [one.granted for one, _ in found] == [True, True, False, False]
         # One byte would fit, but five have waited for longer.
         found[1][0].end()
-        assert [one.granted for one, _ in found] == [True, True, False, False]
+        assert [one.granted for one, _ in found] == [True, False, False, False]
         found[0][0].end()
         assert all(future.result(10) for _, future in found[2:])
         for one, _ in found:
@@ -51,7 +71,7 @@ def test_a_prompt_larger_than_the_memory_runs_alone() -> None:
         small.end()
         assert waits.result(10)
         large.end()
-    assert KvReservation(memory, 10).obtain()
+    assert memory.obtain(reservation(memory, 10))
 
 
 def test_a_request_that_ends_while_it_waits_holds_nothing() -> None:
@@ -64,14 +84,34 @@ def test_a_request_that_ends_while_it_waits_holds_nothing() -> None:
         for one in (first, second, third, first):
             one.end()
     assert not second.granted
-    assert KvReservation(memory, 10).obtain()
+    assert memory.obtain(reservation(memory, 10))
+
+
+def test_a_request_that_is_sent_again_obtains_its_bytes_again() -> None:
+    memory = KvMemory(10)
+    with ThreadPoolExecutor(2) as threads:
+        (first, _), (second, waits) = queued(threads, memory, [6, 10])
+        # It holds its bytes already.
+        assert memory.obtain(first)
+        first.release()
+        first.release()
+        assert waits.result(10) is True
+        again = threads.submit(memory.obtain, first)
+        until(lambda: memory.waiting == 1)
+        second.release()
+        assert again.result(10) is True
+        first.end()
+    assert memory.obtain(first) is False
+    assert memory.obtain(reservation(memory, 10))
 
 
 def test_a_request_that_ended_before_is_not_served() -> None:
     memory = KvMemory(10)
-    one = KvReservation(memory, 4)
+    one = reservation(memory, 4)
     one.end()
-    assert one.obtain() is False
+    assert memory.obtain(one) is False
+    with pytest.raises(CancelledError, match="while it waited for memory"):
+        one.wait()
 
 
 def test_many_threads_never_hold_more_than_there_is() -> None:
@@ -79,8 +119,8 @@ def test_many_threads_never_hold_more_than_there_is() -> None:
 
     def use(size: int) -> None:
         nonlocal held, most
-        one = KvReservation(memory, size)
-        assert one.obtain()
+        one = reservation(memory, size)
+        assert memory.obtain(one)
         with lock:
             held += size
             most = max(most, held)

@@ -1,8 +1,11 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load, save
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from spectrumkv.common.kv.capture import LayerCapture
@@ -14,7 +17,7 @@ from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
 from spectrumkv.prefill_server.tuning import basis_cache
 from spectrumkv.prefill_server.tuning.basis_cache import default_excerpts, resolve_basis
-from spectrumkv.prefill_server.tuning.calibration import _continuing, calibrate
+from spectrumkv.prefill_server.tuning.calibration import _continuing, calibrate, rotary_parameters
 from spectrumkv.prefill_server.tuning.replay import capture_prompt
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
@@ -41,6 +44,38 @@ def test_reading_on_over_a_prefix_is_what_the_model_does(architecture: str) -> N
     with torch.inference_mode():
         expected = reference(input_ids=ids[None]).logits[:, 60:]
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rotary_parameters_are_those_that_each_layer_turns_its_keys_by(architecture: str) -> None:
+    model = load_model(str(tiny_model(architecture)), "cpu").model
+    frequencies, scaling = rotary_parameters(model)
+    given: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda *called: given.append(called[-1]["position_embeddings"]), with_kwargs=True
+        )
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([[5, 6]]), position_ids=torch.tensor([[300, 301]]), use_cache=False)
+    assert len(given) == len(frequencies) == len(scaling)
+    for turned, one, factor in zip(given, frequencies, scaling, strict=True):
+        angles = torch.tensor([300.0, 301.0], dtype=torch.float64)[:, None] * one.repeat(2)
+        for found, expected in zip(turned, (angles.cos(), angles.sin()), strict=True):
+            torch.testing.assert_close(found[0], (expected * factor).float(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_excerpts_begin_as_the_tokenizer_begins_texts(architecture: str) -> None:
+    loaded = load_model(str(tiny_model(architecture)), "cpu")
+    plain = default_excerpts(loaded)
+    loaded.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", loaded.tokenizer.bos_token_id)]
+    )
+    begun = default_excerpts(loaded)
+    assert {int(one.token_ids[0]) for one in begun} == {loaded.tokenizer.bos_token_id}
+    for one, other in zip(plain, begun, strict=True):
+        assert one.context == other.context
+        assert torch.equal(one.token_ids[1:], other.token_ids[1:])
 
 
 @pytest.mark.slow
@@ -84,9 +119,25 @@ def llama() -> LoadedModel:
     return prepared("llama")
 
 
-@pytest.mark.parametrize("content", [b"", b"not safetensors", None])
+def older_layout(whole: bytes) -> bytes:
+    """The basis as it was when all layers had one rotation."""
+    tensors = load(whole)
+    rotation = {name: tensors[name][:1] for name in ("rope_frequencies", "rope_scaling")}
+    return save(tensors | rotation | {"rope_frequencies": rotation["rope_frequencies"][0].clone()})
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
+    "empty": lambda whole: b"",
+    "another file": lambda whole: b"not safetensors",
+    "lost": lambda whole: None,
+    "one bit": lambda whole: whole[:-1] + bytes([whole[-1] ^ 1]),
+    "older layout": older_layout,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_basis_is_calibrated_again(
-    content: bytes | None,
+    damage: str,
     llama: LoadedModel,
     cache: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -102,6 +153,7 @@ def test_a_damaged_basis_is_calibrated_again(
     monkeypatch.setattr(basis_cache, "calibrate", calibrate_again)
     assert resolve_basis(llama, lambda done: None).digest == found.digest
     (file,) = (cache / "bases").glob(f"*/{basis_cache.BASIS_FILE}")
+    content = DAMAGES[damage](file.read_bytes())
     file.unlink()
     if content is not None:
         file.write_bytes(content)

@@ -37,7 +37,8 @@ def hooked(plain: LoadedModel) -> LoadedModel:
 
 
 def plan_of(policy: str, codec: str, budget: float) -> KvPlan:
-    return KvPlan(policies.get(policy), budget, "attention", codecs.get(codec), "layer", Int4Layers(), seed=0)
+    chosen = policies.get(policy)
+    return KvPlan(chosen, chosen.budget(budget), "attention", codecs.get(codec), "layer", Int4Layers(), seed=0)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

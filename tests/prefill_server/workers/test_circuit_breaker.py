@@ -5,6 +5,7 @@ import pytest
 from spectrumkv.prefill_server.workers import circuit_breaker
 from spectrumkv.prefill_server.workers.circuit_breaker import (
     EJECTION_SECONDS,
+    FAILURES_OF_LATEST,
     FAILURES_TO_EJECT,
     LONGEST_EJECTION_SECONDS,
     CircuitBreaker,
@@ -38,8 +39,22 @@ def test_a_success_between_failures_starts_the_count_anew(clock: Clock) -> None:
     for _ in range(5):
         for _ in range(FAILURES_TO_EJECT - 1):
             assert breaker.failed() is None
-        breaker.succeeded()
+        for _ in range(FAILURES_TO_EJECT):
+            breaker.succeeded()
     assert not breaker.ejected
+
+
+def test_half_of_the_latest_requests_are_enough(clock: Clock) -> None:
+    breaker = CircuitBreaker()
+    for _ in range(FAILURES_OF_LATEST - 1):
+        breaker.succeeded()
+        assert breaker.failed() is None
+    assert breaker.failed() == EJECTION_SECONDS
+    assert breaker.ejected
+    # A trial that fails ejects again, though no three in a row have failed.
+    clock.now += EJECTION_SECONDS
+    assert breaker.begin()
+    assert breaker.failed() == 2 * EJECTION_SECONDS
 
 
 def test_after_an_ejection_one_request_is_the_trial(clock: Clock) -> None:

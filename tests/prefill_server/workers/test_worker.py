@@ -51,6 +51,7 @@ def serve(scripted: Scripted, address: str) -> tuple[Server, int]:
 def followed(port: int, on_change: Callable[[], None] = lambda: None) -> Iterator[DecodeWorker]:
     metrics = Metrics(CollectorRegistry())
     worker = DecodeWorker(Address("127.0.0.1", port), ChannelSecurity(), metrics, on_change)
+    worker.start()
     try:
         yield worker
     finally:
@@ -204,3 +205,13 @@ def test_one_that_nobody_may_watch_any_more_begins_an_epoch_that_is_heard_of() -
         until(lambda: worker.accepting and len(changes) % 2 == 1)
         assert worker.epoch == (len(changes) + 1) // 2
         assert not worker.expected
+
+
+def test_nothing_is_asked_before_the_start(scripted: Scripted) -> None:
+    server, port = serve(scripted, "127.0.0.1:0")
+    worker = DecodeWorker(Address("127.0.0.1", port), ChannelSecurity(), Metrics(CollectorRegistry()), lambda: None)
+    assert not any(thread.is_alive() for thread in worker._threads)
+    assert not worker.accepting
+    # Closing needs no start.
+    worker.close()
+    server.drain(0, threading.Event())

@@ -52,7 +52,7 @@ def test_a_counted_budget_is_met_from_short_to_long_prompts(tiny_directories: di
                     .result()
                     .usage
                 )
-                assert 0.98 * budget <= usage.byte_budget <= budget, (tokens, budget)
+                assert 0.98 * budget <= usage.budget_counted <= budget, (tokens, budget)
         # Too short for its budget: it is sent at the coarsest steps all the same, and what it took is told.
         usage = (
             client.generate(TokenIds((5,)), sampling=Sampling(max_tokens=2, ignore_eos=True), kv=KvChoice(budget=0.1))
@@ -60,7 +60,7 @@ def test_a_counted_budget_is_met_from_short_to_long_prompts(tiny_directories: di
             .usage
         )
         assert usage.completion_tokens == 2
-        assert usage.byte_budget > 0.1
+        assert usage.budget_counted > 0.1
 
 
 def test_a_coder_that_would_hold_requests_up_gives_way_and_says_so(
@@ -92,7 +92,7 @@ def test_a_coder_that_would_hold_requests_up_gives_way_and_says_so(
         assert chosen.usage.codec_reason.startswith(
             "coding would take 400.00 s, longer than computing the prompt (0.40 s)"
         )
-        assert 0.98 * 0.4 <= chosen.usage.byte_budget <= 0.4
+        assert 0.98 * 0.4 <= chosen.usage.budget_counted <= 0.4
         assert chosen.token_ids == named.result().token_ids
         kept = client.generate(prompt, sampling=sampling, kv=KvChoice(policy="spectral", budget=0.2)).result()
         assert kept.usage.codec == "spectral"

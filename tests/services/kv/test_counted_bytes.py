@@ -3,7 +3,8 @@
 import pytest
 
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
-from spectrumkv.common.kv.policies import BudgetKind, policies
+from spectrumkv.common.kv.budget import BudgetKind
+from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.kv.scoring import scorers
 from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.prefill_server.verdict import UNPROBED_BUDGET
@@ -40,11 +41,11 @@ def test_counted_bytes_are_those_on_the_wire(tiny_pair: Pair, policy: str, score
     assert tier_bytes == sum(tier.bytes for tier in usage.tiers)
     assert sum(tier.tokens for tier in usage.tiers) == pytest.approx(PROMPT_TOKENS)
     assert usage.kv_fp16_bytes == tiny_pair.prefill.geometry.fp16_bytes(PROMPT_TOKENS)
-    assert usage.byte_budget == pytest.approx(usage.kv_bytes_sent / usage.kv_fp16_bytes)
+    assert usage.budget_counted == pytest.approx(usage.kv_bytes_sent / usage.kv_fp16_bytes)
     assert usage.recomputed_prompt_tokens == 0
     if policies.get(policy).budget_kind is BudgetKind.BYTES:
         # Nothing was probed for these services.
-        assert 0.99 * UNPROBED_BUDGET <= usage.byte_budget <= UNPROBED_BUDGET
+        assert 0.99 * UNPROBED_BUDGET <= usage.budget_counted <= UNPROBED_BUDGET
 
 
 def snapshot(pair: Pair) -> tuple[float, float, float, float]:

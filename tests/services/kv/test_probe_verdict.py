@@ -48,7 +48,7 @@ def test_a_layer_without_int4_gets_int8_on_the_wire_and_the_others_pay(pair: Pai
     usage = usage_of(pair, KvChoice(policy="adaptive", budget=0.4))
     # Two layers at 0.35 have 40 % at INT8 and 60 % at INT4; tokens are means over the three layers.
     assert tokens(usage) == {"int4": 2 * 120 / 3, "int8": (2 * 80 + 200) / 3}
-    assert usage.tier_budget == pytest.approx(0.4)
+    assert usage.budget_nominal == pytest.approx(0.4)
 
 
 def test_one_tier_for_all_layers_does_without_int4(pair: Pair) -> None:
@@ -63,10 +63,10 @@ def test_a_policy_of_int4_by_name_is_what_was_asked_for(pair: Pair) -> None:
 def test_a_budget_that_nobody_names_is_the_strongest_safe_one(pair: Pair) -> None:
     usage = usage_of(pair, KvChoice())
     assert usage.policy == "spectral"
-    assert 0.98 * 0.4 <= usage.byte_budget <= 0.4
+    assert 0.98 * 0.4 <= usage.budget_counted <= 0.4
     # Policies of tiers keep to the budget that their own trial had.
-    assert usage_of(pair, KvChoice(policy="greedy")).tier_budget == pytest.approx(0.3)
-    assert usage_of(pair, KvChoice(policy="spectral", budget=0.2)).byte_budget <= 0.2
+    assert usage_of(pair, KvChoice(policy="greedy")).budget_nominal == pytest.approx(0.3)
+    assert usage_of(pair, KvChoice(policy="spectral", budget=0.2)).budget_counted <= 0.2
 
 
 def test_clients_and_metrics_are_told(pair: Pair) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Self
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.geometry import KvGeometry
 
 # Keys and values, in this order, in every tensor with a `side`.
@@ -25,7 +27,7 @@ STD_KEY = "spread"
 
 
 @dataclass(frozen=True, eq=False)
-class SpectralBasis:
+class SpectralBasis(Basis):
     """A transform for each layer, side (keys, values) and KV head.
 
     With z a key before its rotary embedding, or a value, the coefficients are `(z − mean) @ analysis`; an error
@@ -37,8 +39,9 @@ class SpectralBasis:
         std: float32 `[layers, 2, kv_heads, head_dim]`, standard deviation of each coefficient.
         attention_exponent: float32 `[layers]`, the power of its mean attention with which a token's sensitivity
             grows.
-        rope_frequencies: float64 `[head_dim / 2]`, radians per position.
-        rope_scaling: factor that the rotary embedding applies to keys besides the rotation.
+        rope_frequencies: float64 `[layers, head_dim / 2]`, radians per position; layers with a sliding window may
+            turn keys otherwise than the others do (Gemma 3, arXiv 2503.19786, section 2).
+        rope_scaling: float64 `[layers]`, factor that the rotary embedding applies to keys besides the rotation.
 
     Raises:
         InvalidArgumentError: shapes do not fit together, an element is not finite, or one is out of range.
@@ -49,7 +52,7 @@ class SpectralBasis:
     std: torch.Tensor
     attention_exponent: torch.Tensor
     rope_frequencies: torch.Tensor
-    rope_scaling: float
+    rope_scaling: torch.Tensor
 
     def __post_init__(self) -> None:
         layers, _, kv_heads, head_dim = self.mean.shape
@@ -58,11 +61,12 @@ class SpectralBasis:
             "analysis": (layers, SIDES, kv_heads, head_dim, head_dim),
             "std": (layers, SIDES, kv_heads, head_dim),
             "attention_exponent": (layers,),
-            "rope_frequencies": (head_dim // 2,),
+            "rope_frequencies": (layers, head_dim // 2),
+            "rope_scaling": (layers,),
         }
         for name, shape in shapes.items():
             tensor = getattr(self, name)
-            dtype = torch.float64 if name == "rope_frequencies" else torch.float32
+            dtype = torch.float64 if name.startswith("rope_") else torch.float32
             if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.isfinite().all():
                 raise InvalidArgumentError(
                     f"the basis's {name} is {tensor.dtype} {list(tensor.shape)}; it must be {dtype} {list(shape)} "
@@ -70,10 +74,11 @@ class SpectralBasis:
                 )
         if not (self.std > 0).all():
             raise InvalidArgumentError("the basis has a coefficient whose standard deviation is not positive")
-        if not 1 / LARGEST_SCALING <= self.rope_scaling <= LARGEST_SCALING:
+        outside = (self.rope_scaling < 1 / LARGEST_SCALING) | (self.rope_scaling > LARGEST_SCALING)
+        if outside.any():
             raise InvalidArgumentError(
-                f"the basis's rope_scaling is {self.rope_scaling}; "
-                f"{1 / LARGEST_SCALING:g} to {LARGEST_SCALING:g} are allowed"
+                f"the basis's rope_scaling is {float(self.rope_scaling[outside][0])} in layer "
+                f"{int(outside.nonzero()[0])}; {1 / LARGEST_SCALING:g} to {LARGEST_SCALING:g} are allowed"
             )
 
     @property
@@ -111,7 +116,7 @@ class SpectralBasis:
             STD_KEY: self.std,
             "attention_exponent": self.attention_exponent,
             "rope_frequencies": self.rope_frequencies,
-            "rope_scaling": torch.tensor([self.rope_scaling], dtype=torch.float64),
+            "rope_scaling": self.rope_scaling,
         }
         data: bytes = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         return data
@@ -121,12 +126,22 @@ class SpectralBasis:
         """Compute the SHA-256 of the serialized basis."""
         return hashlib.sha256(self.serialized).digest()
 
-    @staticmethod
-    def largest_bytes(geometry: KvGeometry) -> int:
-        """Return the most bytes that a serialized basis for a model's cache can take."""
+    @property
+    def memory_bytes(self) -> int:
+        """Count the bytes of the transform and of its inverse; nothing else is large."""
+        return 2 * self.analysis.nbytes
+
+    def prepare_decoding(self) -> None:
+        """Invert the transform; see `Basis.prepare_decoding`."""
+        _ = self.synthesis
+
+    @classmethod
+    def largest_bytes(cls, geometry: KvGeometry) -> int:
+        """Return the most bytes that a serialized basis can have; see `Basis.largest_bytes`."""
         vectors = geometry.layers * SIDES * geometry.kv_heads * geometry.head_dim
         floats = vectors * (geometry.head_dim + 2) + geometry.layers
-        return 4 * floats + 8 * geometry.head_dim + SAFETENSORS_HEADER_BYTES
+        doubles = geometry.layers * (geometry.head_dim // 2 + 1)
+        return 4 * floats + 8 * doubles + SAFETENSORS_HEADER_BYTES
 
     def check_fits(self, geometry: KvGeometry) -> None:
         """Check that the basis is one for this model's cache.
@@ -142,24 +157,32 @@ class SpectralBasis:
         if mine != theirs:
             raise InvalidArgumentError(f"the basis has (layers, KV heads, head_dim) = {mine}; the model has {theirs}")
 
-    def rotation(self, first: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Look up the rotary angles of a run of positions.
+    def rotation(self, layer: int, first: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Look up the rotary angles of a run of positions in one layer.
 
         Args:
+            layer: from 0.
             first: the first position.
             tokens: how many positions.
 
         Returns:
             Cosine and sine, float32 `[tokens, head_dim / 2]` each.
         """
-        return angles(self._frequencies, first, tokens)
+        return angles(self._frequencies[layer], first, tokens)
 
     @cached_property
-    def _frequencies(self) -> tuple[float, ...]:
-        return tuple(self.rope_frequencies.tolist())
+    def _frequencies(self) -> tuple[tuple[float, ...], ...]:
+        return tuple(map(tuple, self.rope_frequencies.tolist()))
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "SpectralBasis":
+    def parse(cls, data: bytes, geometry: KvGeometry) -> Self:
+        """Return the basis that was read, which fits the model; see `Basis.parse`."""
+        basis = cls.from_bytes(data)
+        basis.check_fits(geometry)
+        return basis
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
         """Read a basis; the inverse of `serialized`.
 
         Args:
@@ -174,7 +197,7 @@ class SpectralBasis:
         try:
             tensors = load(data)
             std = tensors.pop(STD_KEY)
-            return cls(**{**tensors, "rope_scaling": float(tensors["rope_scaling"])}, std=std)
+            return cls(**tensors, std=std)
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InvalidArgumentError(f"these {len(data)} bytes are no spectral basis: {error}") from error
 

@@ -8,14 +8,14 @@ import torch
 from spectrumkv.common.errors import DataLossError, InternalError
 from spectrumkv.common.kv.allocation import TierAllocation
 from spectrumkv.common.kv.codecs.base import (
-    Basis,
     Codec,
-    EncoderRequest,
     KvEncoder,
     SegmentDecoder,
     codecs,
     needed_basis,
 )
+from spectrumkv.common.kv.codecs.basis import Basis
+from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.coefficients import FEWEST_TOKENS
 from spectrumkv.common.kv.codecs.spectral.encoder import SpectralEncoder
@@ -36,8 +36,12 @@ class SpectralCodec(Codec):
     name = "spectral"
     version = 3
     tiers = frozenset({Tier.INT4, Tier.INT8, Tier.FP16})
-    needs_basis = True
+    basis_type = SpectralBasis
     fallback = "absmax"
+
+    def prepare(self, geometry: KvGeometry) -> None:
+        """Compile the loops for CPUs, which are the same for every shape; see `Codec.prepare`."""
+        prepare()
 
     def encoder(self, request: EncoderRequest) -> KvEncoder:
         """Make an encoder; see `Codec.encoder`.
@@ -88,29 +92,6 @@ class SpectralCodec(Codec):
             scorer=request.scorer,
             seed=request.seed,
         )
-
-    def parse_basis(self, data: bytes, geometry: KvGeometry) -> SpectralBasis:
-        """Read a basis and invert its transforms; see `Codec.parse_basis`.
-
-        Args:
-            data: in the format of safetensors.
-            geometry: shape and dtype of the model's cache.
-
-        Returns:
-            The basis, with its inverse, so that a transform which has none is refused here.
-        """
-        basis = SpectralBasis.from_bytes(data)
-        basis.check_fits(geometry)
-        _ = basis.synthesis
-        return basis
-
-    def largest_basis_bytes(self, geometry: KvGeometry) -> int:
-        """Return the most bytes that a serialized basis can have; see `Codec.largest_basis_bytes`.
-
-        Args:
-            geometry: shape and dtype of the model's cache.
-        """
-        return SpectralBasis.largest_bytes(geometry)
 
     def _basis(self, basis: Basis | None) -> SpectralBasis:
         found = needed_basis(self, basis)
@@ -172,8 +153,8 @@ def prepare() -> None:
         analysis=torch.eye(head_dim).expand(*lead, -1, -1).contiguous(),
         std=torch.ones(*lead, head_dim),
         attention_exponent=torch.ones(1),
-        rope_frequencies=torch.ones(head_dim // 2, dtype=torch.float64),
-        rope_scaling=1.0,
+        rope_frequencies=torch.ones(1, head_dim // 2, dtype=torch.float64),
+        rope_scaling=torch.ones(1, dtype=torch.float64),
     )
     (transform,) = layer_transforms(basis)
     # A lone token's keys lie in one piece, those of several do not.

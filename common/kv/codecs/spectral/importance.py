@@ -60,7 +60,7 @@ def step_octaves(capture: LayerCapture, basis: SpectralBasis, scorer: str, seed:
     Raises:
         NotFiniteError: keys or queries are infinite or NaN.
     """
-    shares = mean_attention(capture).mean(dim=0).cpu().numpy()
+    shares = mean_attention(capture).cpu().numpy()
     if not np.isfinite(shares).all():
         raise NotFiniteError(f"keys or queries of layer {capture.layer} are infinite or NaN")
     if scorer != "attention":

@@ -67,7 +67,7 @@ class LayerTransform:
             flat(adjacent(keys.float())),
             flat(adjacent(values.float())),
             sample,
-            self._rotation(first, tokens, 1 / self.basis.rope_scaling),
+            self._rotation(first, tokens, 1 / self._rope_scaling),
             self._mean,
             self._analysis,
             sums,
@@ -97,7 +97,7 @@ class LayerTransform:
             flat(adjacent(keys.float())),
             flat(adjacent(values.float())),
             tokens.order,
-            self._rotation(first, keys.shape[1], 1 / self.basis.rope_scaling),
+            self._rotation(first, keys.shape[1], 1 / self._rope_scaling),
             self._center(quantization.model),
             self._analysis,
             tokens.start,
@@ -128,7 +128,7 @@ class LayerTransform:
             kernels.synthesise(
                 symbols,
                 quantization.tokens.order,
-                self._rotation(first, keys.shape[1], self.basis.rope_scaling),
+                self._rotation(first, keys.shape[1], self._rope_scaling),
                 self._center(quantization.model),
                 self._synthesis,
                 quantization.tokens.start,
@@ -139,7 +139,7 @@ class LayerTransform:
             )
 
     def _rotation(self, first: int, tokens: int, scaling: float) -> tuple[np.ndarray, np.ndarray, np.float32]:
-        cosine, sine = self.basis.rotation(first, tokens)
+        cosine, sine = self.basis.rotation(self.layer, first, tokens)
         return cosine.numpy(), sine.numpy(), np.float32(scaling)
 
     def _center(self, model: CoefficientModel) -> np.ndarray:
@@ -150,6 +150,10 @@ class LayerTransform:
         shift = model.mean.reshape(heads, 1, head_dim) @ self._synthesis[:, :, :head_dim]
         center: np.ndarray = self._mean + shift[:, 0]
         return center
+
+    @cached_property
+    def _rope_scaling(self) -> float:
+        return float(self.basis.rope_scaling[self.layer])
 
     @cached_property
     def _mean(self) -> np.ndarray:

@@ -19,13 +19,15 @@ def basis_of(shape: KvGeometry, seed: int = 0) -> SpectralBasis:
     lead = (shape.layers, 2, shape.kv_heads)
     directions = torch.linalg.qr(torch.randn(*lead, shape.head_dim, shape.head_dim, generator=generator)).Q
     scales = torch.rand(*lead, shape.head_dim, generator=generator).mul(3).exp()
+    # Each layer turns keys in its own way.
+    slowest = 10.0 ** torch.arange(4, 4 + shape.layers, dtype=torch.float64)
     return SpectralBasis(
         mean=torch.randn(*lead, shape.head_dim, generator=generator),
         analysis=directions * scales[..., None, :],
         std=torch.rand(*lead, shape.head_dim, generator=generator).mul(9).sub(5).exp().sort(descending=True).values,
         attention_exponent=torch.ones(shape.layers),
-        rope_frequencies=1e4 ** (-torch.arange(shape.head_dim // 2, dtype=torch.float64) * 2 / shape.head_dim),
-        rope_scaling=1.0,
+        rope_frequencies=slowest[:, None] ** (-torch.arange(0, shape.head_dim, 2).double() / shape.head_dim),
+        rope_scaling=torch.linspace(1.0, 1.5, shape.layers, dtype=torch.float64),
     )
 
 
@@ -48,16 +50,16 @@ def plain_coefficients(
     basis: SpectralBasis, layer: int, keys: torch.Tensor, values: torch.Tensor, first: int
 ) -> torch.Tensor:
     """Coefficients of tokens at positions `first` and up: float64 `[2, kv_heads, n, d]`."""
-    angles = _angles(basis, first, keys.shape[1])
-    return reference.analyse(keys, values, angles, basis.rope_scaling, basis.mean[layer], basis.analysis[layer])
+    angles, scaling = _rotation(basis, layer, first, keys.shape[1])
+    return reference.analyse(keys, values, angles, scaling, basis.mean[layer], basis.analysis[layer])
 
 
 def plain_states(basis: SpectralBasis, layer: int, coefficients: torch.Tensor, first: int) -> torch.Tensor:
     """Inverse of `plain_coefficients`: keys and values, float64 `[2, kv_heads, n, d]`."""
-    angles = _angles(basis, first, coefficients.shape[2])
-    return reference.synthesise(coefficients, angles, basis.rope_scaling, basis.mean[layer], basis.analysis[layer])
+    angles, scaling = _rotation(basis, layer, first, coefficients.shape[2])
+    return reference.synthesise(coefficients, angles, scaling, basis.mean[layer], basis.analysis[layer])
 
 
-def _angles(basis: SpectralBasis, first: int, tokens: int) -> torch.Tensor:
+def _rotation(basis: SpectralBasis, layer: int, first: int, tokens: int) -> tuple[torch.Tensor, float]:
     positions = torch.arange(first, first + tokens, dtype=torch.float64)
-    return positions[:, None] * basis.rope_frequencies
+    return positions[:, None] * basis.rope_frequencies[layer], float(basis.rope_scaling[layer])

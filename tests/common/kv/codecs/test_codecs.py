@@ -1,6 +1,7 @@
 """Every codec that writes the tiers of policies: what comes back, and what is refused."""
 
 import struct
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spectrumkv.common.errors import DataLossError, InternalError, InvalidArgumentError, NotFiniteError
-from spectrumkv.common.kv.codecs import absmax
 from spectrumkv.common.kv.codecs.tiered import tier_codecs
 from spectrumkv.common.kv.geometry import NATIVE_DTYPES, KvGeometry
 from spectrumkv.common.kv.tiers import Tier
+from tests.simulated_gpu import GPU, simulated_gpu
 
 CODECS = tier_codecs()
 GEOMETRIES = [
@@ -247,22 +248,31 @@ def test_a_body_may_start_anywhere(name: str, geometry: KvGeometry, offset: int)
         assert torch.equal(slots.nan_to_num(), expected.nan_to_num())
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 3, 7])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_segments_coded_together_are_those_coded_one_by_one(
-    geometry: KvGeometry, at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    codec = absmax.AbsmaxCodec()
-    tiers = torch.arange(60, dtype=torch.uint8) % 4
+def test_segments_that_a_gpu_codes_together_are_those_of_a_cpu_one_by_one(name: str, geometry: KvGeometry) -> None:
+    codec = CODECS[name]
+    allowed = torch.tensor(sorted(codec.tiers), dtype=torch.uint8)
+    tiers = allowed[torch.arange(60) % allowed.numel()]
     keys, values = draw_states(geometry, 60, seed=5)
     boundaries = [0, 1, 20, 21, 40, 60]
     alone = list(codec.encode_segments(keys, values, tiers, boundaries, geometry))
-    monkeypatch.setitem(absmax.SEGMENTS_AT_ONCE, "cpu", at_once)
-    together = list(codec.encode_segments(keys, values, tiers, boundaries, geometry))
+    slots = poisoned_slots(geometry, 60)
+    with simulated_gpu():
+        together = list(codec.encode_segments(keys.to(GPU), values.to(GPU), tiers, boundaries, geometry))
+        gpu_slots = slots.to(GPU)
+        for (first, end), segment in zip(pairwise(boundaries), together, strict=True):
+            taken = codec.decode(segment.body, tiers[first:end], *gpu_slots[:, :, first:end], geometry)
+            assert taken == segment.tier_bytes
+        written = gpu_slots.cpu()
     assert len(together) == len(alone) == 5
-    for one, other in zip(together, alone, strict=True):
+    for (first, end), one, other in zip(pairwise(boundaries), together, alone, strict=True):
         assert torch.equal(one.body, other.body)
         assert one.tier_bytes == other.tier_bytes
+        codec.decode(other.body, tiers[first:end], *slots[:, :, first:end], geometry)
+    assert torch.equal(written.isnan(), slots.isnan())
+    assert torch.equal(written.nan_to_num(), slots.nan_to_num())
 
 
 @pytest.mark.gpu

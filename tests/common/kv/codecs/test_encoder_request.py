@@ -1,5 +1,6 @@
 """What an encoder factory is given, and what codecs refuse of it."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,15 +8,15 @@ import torch
 
 from spectrumkv.common.errors import FailedPreconditionError, InternalError, InvalidArgumentError
 from spectrumkv.common.kv.allocation import Int4Layers
+from spectrumkv.common.kv.budget import Budget, BudgetKind
 from spectrumkv.common.kv.codecs import EncoderRequest, codecs
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.policies import BudgetKind, policies
+from spectrumkv.common.kv.policies import policies
 
 GEOMETRY = KvGeometry(layers=3, kv_heads=2, head_dim=16, native_dtype=torch.float32)
 IN_BYTES = EncoderRequest(
     policy=policies.get("spectral"),
-    byte_budget=0.5,
-    tier_budget=None,
+    budget=Budget(BudgetKind.BYTES, 0.5),
     scorer="attention",
     scope="layer",
     int4=Int4Layers(),
@@ -24,15 +25,22 @@ IN_BYTES = EncoderRequest(
     tokens=100,
     framing_bytes=30,
 )
-IN_TIERS = replace(IN_BYTES, policy=policies.get("greedy"), byte_budget=None, tier_budget=0.5)
+IN_TIERS = replace(IN_BYTES, policy=policies.get("greedy"), budget=Budget(BudgetKind.TIER_COST, 0.5))
 
 
-@pytest.mark.parametrize(("byte_budget", "tier_budget"), [(None, None), (0.5, 0.5), (None, 0.5)])
-def test_a_budget_is_of_its_policys_kind(byte_budget: float | None, tier_budget: float | None) -> None:
-    with pytest.raises(InternalError, match="'spectral' has a budget of kind 'bytes' and no other"):
-        replace(IN_BYTES, byte_budget=byte_budget, tier_budget=tier_budget)
-    with pytest.raises(InternalError, match="'greedy' has a budget of kind 'tier_cost' and no other"):
-        replace(IN_TIERS, byte_budget=tier_budget, tier_budget=byte_budget)
+def test_a_budget_is_of_its_policys_kind() -> None:
+    with pytest.raises(InternalError, match="'spectral' has budgets of kind 'bytes', not 'tier_cost'"):
+        replace(IN_BYTES, budget=IN_TIERS.budget)
+    with pytest.raises(InternalError, match="'greedy' has budgets of kind 'tier_cost', not 'bytes'"):
+        replace(IN_TIERS, budget=IN_BYTES.budget)
+
+
+@pytest.mark.parametrize("kind", BudgetKind)
+@pytest.mark.parametrize("value", [0.0, -0.1, 1.0001, math.inf, math.nan])
+def test_a_budget_is_a_share_of_fp16(kind: BudgetKind, value: float) -> None:
+    with pytest.raises(InvalidArgumentError, match="above 0 and at most 1"):
+        Budget(kind, value)
+    assert Budget(kind, 1.0).value == 1.0
 
 
 def test_a_negative_seed_is_refused() -> None:
@@ -42,7 +50,7 @@ def test_a_negative_seed_is_refused() -> None:
 
 def test_a_byte_budget_pays_for_framing() -> None:
     assert IN_BYTES.segment_bytes == GEOMETRY.fp16_bytes(100) // 2 - 30
-    with pytest.raises(InternalError, match="'greedy' has no byte budget"):
+    with pytest.raises(InternalError, match="'greedy' does not count bytes"):
         _ = IN_TIERS.segment_bytes
 
 

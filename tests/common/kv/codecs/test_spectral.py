@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 
-from spectrumkv.common.errors import DataLossError, InternalError, InvalidArgumentError, NotFiniteError
+from spectrumkv.common.errors import DataLossError, InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs import codecs
+from spectrumkv.common.kv.codecs.base import basis_types, codecs, parse_basis
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis, angles
 from spectrumkv.common.kv.codecs.spectral.codec import SpectralDecoder
 from spectrumkv.common.kv.codecs.spectral.layout import TokenClasses, expected_bits
@@ -127,7 +128,7 @@ def test_entropy_coded_symbols_take_about_their_entropy() -> None:
 @pytest.mark.parametrize("tokens", [1, 3, 17, 65, 500])
 def test_a_segment_is_exact_up_to_half_a_step(kv_heads: int, head_dim: int, tokens: int) -> None:
     shape = geometry(kv_heads, head_dim)
-    basis = replace(basis_of(shape), rope_scaling=1.25)
+    basis = basis_of(shape)
     first = 300
     seen = capture(basis, layer=1, tokens=tokens, first=first)
     transform = LayerTransform(basis, 1)
@@ -273,25 +274,38 @@ def test_a_token_that_is_not_sent_is_refused() -> None:
         decoder.decode(KvSegment(0, 0, tiers, segment.body), states[0], states[1])
 
 
-def test_a_store_needs_nothing_of_a_basis_but_the_codec() -> None:
-    codec, shape = codecs.get("spectral"), geometry()
+def test_a_basis_is_read_without_knowing_its_type() -> None:
+    shape = geometry()
     basis = basis_of(shape)
-    assert len(basis.serialized) <= codec.largest_basis_bytes(shape)
-    assert codec.parse_basis(basis.serialized, shape).digest == basis.digest
+    [kind] = basis_types()
+    assert len(basis.serialized) <= kind.largest_bytes(shape)
+    read = parse_basis(basis.serialized, shape)
+    assert type(read) is codecs.get("spectral").basis_type
+    assert read.digest == basis.digest
+    read.prepare_decoding()
+    assert read.memory_bytes <= 2 * len(basis.serialized)
     with pytest.raises(InvalidArgumentError, match="no spectral basis"):
-        codec.parse_basis(b"nonsense", shape)
+        parse_basis(b"nonsense", shape)
     with pytest.raises(InvalidArgumentError, match="the model has"):
-        codec.parse_basis(basis.serialized, geometry(head_dim=32))
+        parse_basis(basis.serialized, geometry(head_dim=32))
     flat = replace(basis, analysis=torch.zeros_like(basis.analysis))
     with pytest.raises(InvalidArgumentError, match="cannot be undone"):
-        codec.parse_basis(flat.serialized, shape)
+        parse_basis(flat.serialized, shape).prepare_decoding()
 
 
-def test_codecs_without_a_basis_read_none() -> None:
-    for codec in (codecs.get(name) for name in codecs if not codecs.get(name).needs_basis):
-        assert codec.largest_basis_bytes(geometry()) == 0
-        with pytest.raises(InternalError, match="needs no basis"):
-            codec.parse_basis(b"", geometry())
+@pytest.mark.parametrize(
+    ("name", "rotation"),
+    [
+        # One rotation for all layers, as bases had it before layers could differ.
+        ("rope_frequencies", torch.ones(8, dtype=torch.float64)),
+        ("rope_scaling", torch.ones(1, dtype=torch.float64)),
+        ("rope_frequencies", torch.ones(3, 8)),
+        ("rope_frequencies", torch.full((3, 8), torch.nan, dtype=torch.float64)),
+    ],
+)
+def test_a_basis_has_a_rotation_for_each_layer(name: str, rotation: torch.Tensor) -> None:
+    with pytest.raises(InvalidArgumentError, match=rf"basis's {name} is .*it must be torch.float64 \[3"):
+        SpectralBasis.from_bytes(save(load(basis_of(geometry()).serialized) | {name: rotation}))
 
 
 @given(first=st.integers(0, 700), tokens=st.integers(1, 700))
@@ -308,7 +322,8 @@ def test_a_basis_travels() -> None:
     back = SpectralBasis.from_bytes(basis.serialized)
     assert back.digest == basis.digest
     assert torch.equal(back.analysis, basis.analysis)
-    assert back.rope_scaling == basis.rope_scaling
+    assert torch.equal(back.rope_frequencies, basis.rope_frequencies)
+    assert torch.equal(back.rope_scaling, basis.rope_scaling)
     torch.testing.assert_close(
         basis.analysis @ basis.synthesis, torch.eye(16).expand_as(basis.analysis), atol=1e-4, rtol=0
     )

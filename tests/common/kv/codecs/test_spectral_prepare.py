@@ -4,6 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from spectrumkv.common.kv.codecs import codecs, prepare_codecs
+from spectrumkv.common.kv.geometry import KvGeometry
 
 # In a process of its own: what other tests had compiled would hide what is missing.
 REQUEST = """
@@ -39,3 +43,12 @@ print(sorted(map(str, signatures() - prepared)))
 def test_no_request_waits_for_a_compiler() -> None:
     done = subprocess.run([sys.executable, "-c", REQUEST], capture_output=True, text=True, timeout=240, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_codec_is_prepared_for_the_models_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = KvGeometry(layers=2, kv_heads=1, head_dim=8, native_dtype=torch.float32)
+    prepared: list[tuple[str, KvGeometry]] = []
+    for kind in (type(codecs.get(name)) for name in codecs):
+        monkeypatch.setattr(kind, "prepare", lambda self, shape: prepared.append((self.name, shape)))
+    prepare_codecs(geometry)
+    assert prepared == [(name, geometry) for name in codecs]

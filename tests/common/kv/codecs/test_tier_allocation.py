@@ -5,9 +5,10 @@ import torch
 
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.base import codecs
+from spectrumkv.common.kv.codecs.segmentation import token_bytes
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.tier_allocation import SpectralTiers
-from spectrumkv.common.kv.codecs.tiered import TieredEncoder, tier_codecs, token_bytes
+from spectrumkv.common.kv.codecs.tiered import TieredEncoder, tier_codecs
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 from tests.common.kv.codecs.spectral_prompts import basis_of, capture, geometry

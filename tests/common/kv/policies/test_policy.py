@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from spectrumkv.bench.methods.method import mean_tier_cost
 from spectrumkv.common.errors import InvalidArgumentError, NotFiniteError
-from spectrumkv.common.kv.policies import BudgetKind, Policy, TierRequest, policies
-from spectrumkv.common.kv.policies.base import fill, policy
+from spectrumkv.common.kv.budget import BYTE_POLICIES, Budget, BudgetKind
+from spectrumkv.common.kv.policies import Policy, TierRequest, policies
+from spectrumkv.common.kv.policies.base import policy
+from spectrumkv.common.kv.policies.ranks import fill
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 
 LETTERS = {Tier.DROP: ".", Tier.INT4: "4", Tier.INT8: "8", Tier.FP16: "F", Tier.NATIVE: "N"}
@@ -197,7 +199,7 @@ def test_a_budget_that_no_policy_takes_is_refused_by_name(name, budget):
 def test_the_ends_of_the_range_are_in_it_and_what_lies_beyond_is_not(name):
     chosen = policies.get(name)
     for budget in (chosen.min_budget, chosen.max_budget):
-        assert chosen.resolve_budget(budget, server_default=0.6) == budget
+        assert chosen.resolve_budget(budget, server_default=0.6) == Budget(BudgetKind.TIER_COST, budget)
     for budget in (math.nextafter(chosen.min_budget, 0), math.nextafter(chosen.max_budget, 2)):
         assert_refused(lambda budget=budget: chosen.check_budget(budget), name, budget, chosen)
 
@@ -213,7 +215,7 @@ def assert_refused(refuse: Callable[[], object], name: str, budget: float, chose
 @given(server_default=st.floats(0.05, 1))
 def test_the_servers_default_is_moved_into_the_range(name, server_default):
     chosen = policies.get(name)
-    resolved = chosen.resolve_budget(None, server_default)
+    resolved = chosen.resolve_budget(None, server_default).value
     nearest = min(
         (server_default, chosen.min_budget, chosen.max_budget),
         key=lambda b: (not chosen.min_budget <= b <= chosen.max_budget, abs(b - server_default)),
@@ -294,6 +296,21 @@ def test_a_name_is_taken_once():
 def test_a_policy_with_an_impossible_range_is_refused(ends):
     with pytest.raises(ValueError, match="not in"):
         Policy("odd", *ends, codec=None, needs_scores=False, rule=lambda asked: asked.scores)
+
+
+def test_a_policy_without_a_rule_must_be_in_the_table_that_command_lines_read():
+    with pytest.raises(ValueError, match=r"listed in common/kv/budget\.py"):
+        Policy("odd", 0.1, 1.0, codec="absmax", needs_scores=True, rule=None)
+    with pytest.raises(ValueError, match=r"listed in common/kv/budget\.py"):
+        Policy("spectral", 0.1, 1.0, codec="spectral", needs_scores=True, rule=lambda asked: asked.scores)
+
+
+def test_the_registry_has_the_policies_of_that_table():
+    in_bytes = [name for name in policies if policies.get(name).budget_kind is BudgetKind.BYTES]
+    assert in_bytes == [one.name for one in BYTE_POLICIES]
+    for one in BYTE_POLICIES:
+        assert policies.get(one.name).rule is None
+        assert policies.get(one.name).min_budget == one.min_budget
 
 
 def test_fill_drops_what_no_tier_claims():

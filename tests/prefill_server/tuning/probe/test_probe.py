@@ -47,18 +47,14 @@ def tiny() -> LoadedModel:
 
 @pytest.fixture
 def engine(tiny: LoadedModel) -> Iterator[PrefillEngine]:
-    engine = PrefillEngine(tiny, window=8)
-    yield engine
-    engine.stop()
+    with PrefillEngine(tiny, window=8) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")
 def basis(tiny: LoadedModel) -> SpectralBasis:
-    engine = PrefillEngine(tiny, window=8)
-    try:
+    with PrefillEngine(tiny, window=8):
         return resolve_basis(tiny, lambda done: None)
-    finally:
-        engine.stop()
 
 
 def kept(loaded: LoadedModel, basis: SpectralBasis, allowed: bool) -> ProbeVerdict:
@@ -190,11 +186,8 @@ def test_the_command_probes_and_exits_with_0_whatever_the_verdict(
     assert found["int4_layers_off"] == [0, 1, 2]
     assert [trial["depth"] for trial in found["trials"]] == list(DEPTHS)
     assert [one["budget"] for one in found["settings"]] == [0.3, *SHORT_SWEEP]
-    engine = PrefillEngine(tiny, window=8)
-    try:
+    with PrefillEngine(tiny, window=8) as engine:
         remembered = resolve_verdict(tiny, engine, resolve_basis(tiny, lambda done: None), "auto", nothing)
-    finally:
-        engine.stop()
     assert remembered.source == "cache"
     assert not remembered.int4_allowed
 
@@ -278,11 +271,8 @@ def test_a_layer_whose_int4_is_broken_does_without_if_that_holds(
 @pytest.mark.timeout(900)
 def test_the_default_model_takes_int4_and_a_quarter_of_the_bytes() -> None:
     loaded = load_model(None, "cpu")
-    engine = PrefillEngine(loaded, window=8)
-    try:
+    with PrefillEngine(loaded, window=8) as engine:
         verdict = run_probe(loaded, engine, resolve_basis(loaded, lambda done: None), str, ABSMAX)
-    finally:
-        engine.stop()
     assert sum(trial.found_fp16 for trial in verdict.trials) >= 2
     assert verdict.int4_allowed
     assert verdict.safe_budget in (0.25, 0.3)

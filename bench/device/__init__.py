@@ -1,0 +1,1 @@
+"""Checks the project on a GPU in minutes: kernels, codecs, a hand-off layer by layer, streams."""

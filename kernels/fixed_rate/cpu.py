@@ -1,0 +1,148 @@
+"""The compiled loops of `transform` and `records`, called with tensors; see `dispatch` for what each does."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from spectrumkv.kernels.fixed_rate import records as loops
+from spectrumkv.kernels.fixed_rate import transform as transforms
+from spectrumkv.kernels.fixed_rate.block import BlockTransform, Records
+from spectrumkv.kernels.fixed_rate.layout import RecordLayout, RowScales, gain_of_byte
+from spectrumkv.kernels.fixed_rate.quantizer import quantizers
+from spectrumkv.kernels.jit.gemm import padded
+from spectrumkv.kernels.jit.strided import adjacent, flat
+
+_GAINS, _INVERSE_GAINS = gain_of_byte(1), gain_of_byte(-1)
+
+
+def analyse(
+    keys: torch.Tensor, values: torch.Tensor, transform: BlockTransform, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Transform keys and values to coefficients; see `dispatch.analyse`.
+
+    Returns:
+        Coefficients and energies.
+    """
+    tokens = keys.shape[1]
+    coefficients, energy = torch.empty(tokens, scale.numel()), torch.empty(tokens)
+    transforms.analyse(
+        flat(adjacent(keys.cpu().float())),
+        flat(adjacent(values.cpu().float())),
+        np.arange(tokens),
+        _rotation(transform, 1 / transform.scaling),
+        transform.mean.flatten(0, 1).numpy(),
+        _padded(transform.matrices),
+        scale.numpy(),
+        coefficients.numpy(),
+        energy.numpy(),
+    )
+    return coefficients, energy
+
+
+def moments(coefficients: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add up coefficients and their squares over the tokens; see `dispatch.moments`.
+
+    Returns:
+        The sums of both.
+    """
+    sums, squares = torch.empty(2, coefficients.shape[1], dtype=torch.float64)
+    transforms.moments(coefficients.numpy(), weights.numpy(), sums.numpy(), squares.numpy())
+    return sums, squares
+
+
+def pack(
+    coefficients: torch.Tensor, scales: RowScales, tokens: torch.Tensor, layout: RecordLayout, limits: torch.Tensor
+) -> Records:
+    """Quantize coefficients; see `dispatch.pack`.
+
+    Returns:
+        The records.
+    """
+    order, table = scales.order, quantizers()
+    words = np.empty(layout.words, np.uint32)
+    # Memory that is not written to is not taken.
+    index, value = np.empty(coefficients.numel(), np.uint32), np.empty(coefficients.numel(), np.float32)
+    found = loops.pack(
+        coefficients.numpy(),
+        order,
+        (scales.mean[order], scales.inverse_spread[order], _INVERSE_GAINS),
+        tokens.numpy(),
+        (layout.widths, layout.profiles, layout.starts),
+        limits.numpy(),
+        (table.offset, table.slope),
+        words,
+        index,
+        value,
+    )
+    word_bytes, index_bytes = (torch.from_numpy(one.view(np.uint8)) for one in (words, index[:found].copy()))
+    return Records(word_bytes, index_bytes, torch.from_numpy(value[:found].copy()))
+
+
+def synthesise(
+    records: Records,
+    scales: RowScales,
+    tokens: torch.Tensor,
+    layout: RecordLayout,
+    transform: BlockTransform,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """Write the keys and values of a block; see `dispatch.synthesise`."""
+    order = scales.order
+    with _written_rows(keys) as key_rows, _written_rows(values) as value_rows:
+        transforms.synthesise(
+            _words(records.words),
+            _words(records.escape_index),
+            records.escape_value.numpy(),
+            (layout.widths, layout.profiles, layout.starts),
+            (order, scales.mean[order], scales.spread[order], _GAINS, quantizers().level),
+            tokens.numpy(),
+            np.arange(keys.shape[1]),
+            _rotation(transform, transform.scaling),
+            transform.mean.flatten(0, 1).numpy(),
+            _padded(transform.matrices),
+            flat(key_rows),
+            flat(value_rows),
+        )
+
+
+def _words(data: torch.Tensor) -> np.ndarray:
+    """Return a copy of bytes as words: what arrives lies at any address, and compiled loops want whole words."""
+    words = np.empty(data.numel() // 4, np.uint32)
+    words.view(np.uint8)[:] = data.numpy()
+    return words
+
+
+def _rotation(transform: BlockTransform, scaling: float) -> tuple[np.ndarray, np.ndarray, np.float32]:
+    return transform.cosine.numpy(), transform.sine.numpy(), np.float32(scaling)
+
+
+def _padded(matrices: torch.Tensor) -> np.ndarray:
+    """Return `[2, kv_heads, d, d]` with as many columns as compiled loops want: `[2 · kv_heads, d, padded]`."""
+    columns = matrices.shape[-1]
+    wide = matrices.flatten(0, 1)
+    if padded(columns) > columns:
+        wide = torch.nn.functional.pad(wide, (0, padded(columns) - columns))
+    memory: np.ndarray = wide.contiguous().numpy()
+    return memory
+
+
+@contextmanager
+def _written_rows(states: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Lend memory that compiled loops can write to.
+
+    Yields:
+        The states themselves if loops can write to them, else a float32 copy, which is copied back at the end.
+    """
+    if states.dtype == torch.float32 and states.device.type == "cpu" and states.stride(-1) == 1:
+        yield states
+        return
+    rows = torch.empty(states.shape)
+    yield rows
+    if states.dtype == torch.float16:
+        # What was near its greatest number must not come back infinite.
+        largest = torch.finfo(torch.float16).max
+        rows.clamp_(-largest, largest)
+    states.copy_(rows)

@@ -1,0 +1,109 @@
+"""Bit planes of a group of rows, in the vectors of the processor at hand.
+
+A word of a plane is a comparison of vectors, whose outcome is a bit a lane; processors have that, and loops in Python
+cannot say it.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from spectrumkv.kernels.fixed_rate.layout import GROUP_ROWS
+from spectrumkv.kernels.jit.compiled import intrinsic
+from spectrumkv.kernels.jit.llvm import I32, I64, LANES, load, pointer_to, vector_at
+
+_VECTORS = GROUP_ROWS // LANES
+_INTEGERS = ir.VectorType(I32, LANES)
+_BITS, _WORD_PART = ir.VectorType(ir.IntType(1), LANES), ir.IntType(LANES)
+
+
+def _constant(value: int) -> Any:
+    return ir.Constant(_INTEGERS, [value] * LANES)
+
+
+def _lanes(builder: Any, pointer: Any) -> list[Any]:
+    """Return the integers of a group as vectors."""
+    return [load(builder, vector_at(builder, pointer, I64(LANES * one), I32)) for one in range(_VECTORS)]
+
+
+def _word(builder: Any, vectors: list[Any]) -> Any:
+    """Return the sign bits of the lanes of vectors as a word."""
+    word = I32(0)
+    for index, vector in enumerate(vectors):
+        part = builder.bitcast(builder.icmp_signed("<", vector, _constant(0)), _WORD_PART)
+        word = builder.or_(word, builder.shl(builder.zext(part, I32), I32(LANES * index)))
+    return word
+
+
+@intrinsic
+def write_planes(_: Any, signs: Any, cell: Any, width: Any, words: Any, start: Any) -> Any:
+    """Write the words of a group: a plane of signs, then the cells' bits from the highest to the lowest.
+
+    `signs` and `cell` are int32 `[GROUP_ROWS]`: numbers whose highest bits are the signs, and cells. `words` is
+    uint32, of which `width` elements from `start` on are written.
+
+    Returns:
+        The intrinsic's type, and what emits its instructions.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kinds = signature.args
+        target = pointer_to(context, builder, kinds[3], arguments[3], arguments[4])
+        sign = _lanes(builder, pointer_to(context, builder, kinds[0], arguments[0], I64(0)))
+        builder.store(_word(builder, sign), target)
+        # The highest bit of each cell moves to the place of the sign; every plane moves the next one there.
+        cells = _lanes(builder, pointer_to(context, builder, kinds[1], arguments[1], I64(0)))
+        up = builder.sub(I32(33), builder.trunc(arguments[2], I32))
+        moved = [cgutils.alloca_once(builder, _INTEGERS) for _ in cells]
+        # At a width of 1 there is no such bit, and nothing is read of what a shift by 32 leaves.
+        shift = _splat(builder, builder.and_(up, I32(31)))
+        for one, place in zip(cells, moved, strict=True):
+            builder.store(builder.shl(one, shift), place)
+        with cgutils.for_range(builder, builder.sub(arguments[2], I64(1))) as loop:
+            now = [builder.load(place) for place in moved]
+            builder.store(_word(builder, now), builder.gep(target, [builder.add(loop.index, I64(1))]))
+            for one, place in zip(now, moved, strict=True):
+                builder.store(builder.shl(one, _constant(1)), place)
+        return context.get_dummy_value()
+
+    return types.void(signs, cell, types.int64, words, types.int64), emit
+
+
+@intrinsic
+def read_planes(_: Any, words: Any, start: Any, width: Any, entry: Any) -> Any:
+    """Read the words of a group after its signs: the inverse of `write_planes`.
+
+    `entry` is int32 `[GROUP_ROWS]`, written: 2^(width − 1) plus the cell of each row.
+
+    Returns:
+        The intrinsic's type, and what emits its instructions.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kinds = signature.args
+        source = pointer_to(context, builder, kinds[0], arguments[0], arguments[1])
+        target = pointer_to(context, builder, kinds[3], arguments[3], I64(0))
+        entries = [cgutils.alloca_once(builder, _INTEGERS) for _ in range(_VECTORS)]
+        for place in entries:
+            builder.store(_constant(1), place)
+        with cgutils.for_range(builder, builder.sub(arguments[2], I64(1))) as loop:
+            word = builder.load(builder.gep(source, [builder.add(loop.index, I64(1))]))
+            for index, place in enumerate(entries):
+                part = builder.trunc(builder.lshr(word, I32(LANES * index)), _WORD_PART)
+                bits = builder.zext(builder.bitcast(part, _BITS), _INTEGERS)
+                doubled = builder.shl(builder.load(place), _constant(1))
+                builder.store(builder.or_(doubled, bits), place)
+        for index, place in enumerate(entries):
+            builder.store(builder.load(place), vector_at(builder, target, I64(LANES * index), I32)).align = 4
+        return context.get_dummy_value()
+
+    return types.void(words, types.int64, types.int64, entry), emit
+
+
+def _splat(builder: Any, value: Any) -> Any:
+    """Return a vector with one integer in all lanes."""
+    undefined = ir.Constant(_INTEGERS, ir.Undefined)
+    first = builder.insert_element(undefined, value, I32(0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(_INTEGERS, None))

@@ -1,0 +1,164 @@
+"""Coefficients to records and back, compiled for CPUs; `reference` says what a record is, in plain torch."""
+
+from typing import Any
+
+import numpy as np
+
+from spectrumkv.kernels.fixed_rate.layout import GROUP_ROWS
+from spectrumkv.kernels.fixed_rate.planes import read_planes, write_planes
+from spectrumkv.kernels.fixed_rate.quantizer import (
+    FRACTION_BITS,
+    LARGEST_MAGNITUDE,
+    POSITION_BITS,
+    SEGMENT_BITS,
+)
+from spectrumkv.kernels.jit.compiled import compiled
+from spectrumkv.kernels.jit.llvm import float_of, greater_magnitude
+
+_LARGEST = np.float32(LARGEST_MAGNITUDE)
+_UNITS = np.float32(1 << FRACTION_BITS)
+_PLACE = np.int32((1 << SEGMENT_BITS) - 1)
+
+
+@compiled
+def pack(
+    coefficients: Any,
+    order: Any,
+    scales: Any,
+    tokens: Any,
+    record: Any,
+    limits: Any,
+    table: Any,
+    words: Any,
+    escape_index: Any,
+    escape_value: Any,
+) -> int:
+    """Quantize coefficients.
+
+    Args:
+        coefficients: float32 `[n, rows]`.
+        order: int64 `[rows]`, rows by falling spread.
+        scales: mean and inverse spread of each row in `order`, float32 `[rows]` each, and the inverse gain of each
+            token byte, float32 `[256]`.
+        tokens: uint8 `[n]`.
+        record: widths, uint8 `[2 · profiles, groups]`; the row of that for each token, int64 `[n]`; the word at
+            which its record starts, int64 `[n + 1]`.
+        limits: float32 `[2 · profiles, groups]`, magnitudes beyond which coefficients escape.
+        table: offsets and slopes of the quantizers; see `quantizer.Quantizers`.
+        words: uint32, written: the records.
+        escape_index: uint32 `[n · rows]`, written as far as there are escapes.
+        escape_value: float32 `[n · rows]`, likewise.
+
+    Returns:
+        The number of escapes.
+    """
+    mean, inverse_spread, inverse_gain = scales
+    widths, profiles, starts = record
+    offset, slope = table
+    count, rows = coefficients.shape
+    normalized, cell = np.zeros(GROUP_ROWS, np.float32), np.zeros(GROUP_ROWS, np.int32)
+    signs = normalized.view(np.int32)
+    found = 0
+    for token in range(count):
+        line, gain, profile, at = coefficients[token], inverse_gain[tokens[token]], profiles[token], starts[token]
+        first_escape = found
+        for group in range(widths.shape[1]):
+            first = group * GROUP_ROWS
+            own = min(GROUP_ROWS, rows - first)
+            normalized[own:] = 0
+            for index in range(own):
+                normalized[index] = line[order[first + index]] - mean[first + index]
+            for index in range(own):
+                normalized[index] = normalized[index] * inverse_spread[first + index] * gain
+            peak = np.int32(0)
+            for index in range(GROUP_ROWS):
+                peak = greater_magnitude(peak, normalized[index])
+            limit = limits[profile, group]
+            if float_of(peak) > limit:
+                for index in range(own):
+                    if abs(normalized[index]) > limit:
+                        row = order[first + index]
+                        insert(escape_index, escape_value, first_escape, found, token * rows + row, line[row])
+                        found += 1
+            width = widths[profile, group]
+            if width:
+                quantize(normalized, offset[width], slope[width], POSITION_BITS + 1 - width, cell)
+                write_planes(signs, cell, width, words, at)
+                at += width
+    return found
+
+
+@compiled
+def insert(escape_index: Any, escape_value: Any, first: int, end: int, index: int, value: float) -> None:
+    """Add an escape to those of its token, whose rows come by spread and are listed by number.
+
+    Args:
+        escape_index: uint32, written.
+        escape_value: float32, written.
+        first: the token's first escape.
+        end: where its last one ends.
+        index: of the escape.
+        value: of the escape.
+    """
+    place = end
+    while place > first and escape_index[place - 1] > index:
+        escape_index[place] = escape_index[place - 1]
+        escape_value[place] = escape_value[place - 1]
+        place -= 1
+    escape_index[place] = index
+    escape_value[place] = value
+
+
+@compiled
+def quantize(normalized: Any, offset: Any, slope: Any, shift: int, cell: Any) -> None:
+    """Find the cell of each magnitude of a group; see `reference.cells`."""
+    down = np.int32(shift)
+    for index in range(GROUP_ROWS):
+        cell[index] = np.int32(min(abs(normalized[index]), _LARGEST) * _UNITS)
+    for index in range(GROUP_ROWS):
+        fixed = cell[index]
+        segment = fixed >> np.int32(SEGMENT_BITS)
+        cell[index] = (offset[segment] + slope[segment] * (fixed & _PLACE)) >> down
+
+
+@compiled
+def unpack(words: Any, record: Any, scales: Any, tokens: Any, first: int, count: int, coefficients: Any) -> None:
+    """Dequantize the records of some tokens.
+
+    Args:
+        words: uint32, the records.
+        record: widths, profiles and starts as for `pack`.
+        scales: order of the rows, int64 `[rows]`; mean and spread of each row in that order, float32 `[rows]` each;
+            the gain of each token byte, float32 `[256]`; the levels of all quantizers, float32.
+        tokens: uint8 `[n]`.
+        first: the first token.
+        count: how many tokens.
+        coefficients: float32 `[count or more, rows]`, written.
+    """
+    widths, profiles, starts = record
+    order, mean, spread, gains, level = scales
+    rows = order.size
+    entry, value = np.zeros(GROUP_ROWS, np.int32), np.zeros(GROUP_ROWS, np.float32)
+    bits = value.view(np.uint32)
+    for index in range(count):
+        token = first + index
+        line, gain, profile, at = coefficients[index], gains[tokens[token]], profiles[token], starts[token]
+        for group in range(widths.shape[1]):
+            begin = group * GROUP_ROWS
+            own = min(GROUP_ROWS, rows - begin)
+            width = widths[profile, group]
+            if width == 0:
+                for row in range(begin, begin + own):
+                    line[order[row]] = mean[row]
+                continue
+            signs = words[at]
+            read_planes(words, at, width, entry)
+            at += width
+            for row in range(GROUP_ROWS):
+                value[row] = level[entry[row]] * gain
+            for row in range(GROUP_ROWS):
+                bits[row] ^= ((signs >> np.uint32(row)) & np.uint32(1)) << np.uint32(31)
+            for row in range(own):
+                value[row] = value[row] * spread[begin + row] + mean[begin + row]
+            for row in range(own):
+                line[order[begin + row]] = value[row]

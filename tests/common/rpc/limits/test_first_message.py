@@ -1,0 +1,176 @@
+"""Calls that say nothing, or only a part of a message."""
+
+import queue
+import threading
+from collections import Counter
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+
+from spectrumkv.common.rpc import server as rpc
+from spectrumkv.common.rpc.channel import open_channel
+from spectrumkv.v1 import prefill_pb2
+from tests.common.rpc.scripted import HEALTH, WAIT_SECONDS, Served, echo, served
+from tests.faults.connections.silent_streams import fill, silent_connections
+
+GENERATE = "/spectrumkv.v1.PrefillService/Generate"
+INFO = "/spectrumkv.v1.PrefillService/GetServerInfo"
+DECODE = "/spectrumkv.v1.DecodeService/Decode"
+CHECK = "/grpc.health.v1.Health/Check"
+WATCH = "/grpc.health.v1.Health/Watch"
+DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED = "4", "8"
+# The length of a message of 1,000 bytes, and a few of them.
+PART_OF_A_MESSAGE = b"\0\0\0\x03\xe8abc"
+
+
+class Reasons:
+    """Counts why silent calls were ended."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._changed = threading.Condition()
+
+    def __call__(self, reason: str) -> None:
+        with self._changed:
+            self.counts[reason] += 1
+            self._changed.notify_all()
+
+    def wait_for(self, total: int) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.counts.total() >= total, WAIT_SECONDS), self.counts
+
+
+def check(channel: grpc.Channel) -> bool:
+    stub = rpc.health_pb2_grpc.HealthStub(channel)
+    answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_SECONDS, wait_for_ready=True)
+    return bool(answer.status == HEALTH.SERVING)
+
+
+def assert_all_is_answered(server: Served) -> None:
+    """Ask for everything, over a connection that may have been there before."""
+    assert check(server.channel)
+    assert next(server.watch()).status == HEALTH.SERVING
+    request = prefill_pb2.PrefillServiceGetServerInfoRequest()
+    assert server.prefill.GetServerInfo(request, timeout=WAIT_SECONDS).version == "1"
+    assert [one.token.text for one in server.generate()] == ["yes"]
+
+
+@pytest.mark.parametrize("data", [b"", PART_OF_A_MESSAGE], ids=["nothing", "a part"])
+@pytest.mark.parametrize("method", [GENERATE, INFO, CHECK, WATCH])
+def test_a_silent_call_ends_in_time(monkeypatch: pytest.MonkeyPatch, method: str, data: bytes) -> None:
+    monkeypatch.setattr(rpc, "FIRST_MESSAGE_SECONDS", 0.2)
+    reasons = Reasons()
+    with served(count_silent=reasons) as server, silent_connections(server.address, 1) as [connection]:
+        connection.open(method, data)
+        assert connection.ended.get(timeout=WAIT_SECONDS) == DEADLINE_EXCEEDED
+        assert reasons.counts == {"time": 1}
+
+
+def test_a_silent_stream_of_requests_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "FIRST_MESSAGE_SECONDS", 0.2)
+    with served(echo, stream="Decode") as server, silent_connections(server.address, 1) as [connection]:
+        connection.open(DECODE)
+        assert connection.ended.get(timeout=WAIT_SECONDS) == DEADLINE_EXCEEDED
+
+
+@pytest.mark.parametrize("method", [GENERATE, CHECK])
+def test_a_silent_caller_is_told_why_its_call_ended(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    monkeypatch.setattr(rpc, "FIRST_MESSAGE_SECONDS", 0.2)
+    ended = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        ended.wait(WAIT_SECONDS)
+        yield from ()
+
+    with served() as server:
+        call = server.channel.stream_stream(method)(nothing(), timeout=WAIT_SECONDS)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call)
+        ended.set()
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert caught.value.details() == (
+        "the call's first message did not come within 0.2 s of its headers; send it with them"
+    )
+
+
+def test_who_gives_way_to_others_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "SILENT_CALLS", 2)
+    ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+    with served() as server, silent_connections(server.address, 3) as held:
+        for one in held:
+            one.ended = ended
+            one.open(INFO)
+        # The one whose headers were there first.
+        assert ended.get(timeout=WAIT_SECONDS) == RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize("methods", [(CHECK,), (WATCH,), (INFO,), (GENERATE,), (CHECK, WATCH, INFO, GENERATE)])
+def test_a_thousand_silent_calls_take_nothing_from_others(methods: tuple[str, ...]) -> None:
+    reasons = Reasons()
+    with served(count_silent=reasons) as server, silent_connections(server.address, 10) as connections:
+        fill(connections, methods, 100)
+        reasons.wait_for(1000 - rpc.SILENT_CALLS - rpc.SILENT_WATCHERS)
+        assert_all_is_answered(server)
+        with open_channel(server.address) as another:
+            assert check(another)
+        assert reasons.counts["time"] == 0
+
+
+def test_one_connection_cannot_take_all_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = Reasons()
+    monkeypatch.setattr(rpc, "SILENT_CALLS", 16)
+    with served(count_silent=reasons) as server, silent_connections(server.address, 1) as [connection]:
+        fill([connection], (INFO,), 20)
+        reasons.wait_for(12)
+        assert reasons.counts == {"connection": 12}
+        assert [connection.ended.get(timeout=WAIT_SECONDS) for _ in range(12)] == [RESOURCE_EXHAUSTED] * 12
+        assert_all_is_answered(server)
+
+
+def test_silent_calls_of_health_take_no_places_of_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = Reasons()
+    monkeypatch.setattr(rpc, "SILENT_WATCHERS", 4)
+    with served(count_silent=reasons) as server, silent_connections(server.address, 2) as [own, other]:
+        own.open(INFO)
+        fill([other], (CHECK,), 50)
+        reasons.wait_for(48)
+        assert own.open_streams == 1
+        assert_all_is_answered(server)
+
+
+def test_a_call_without_its_message_is_refused() -> None:
+    with served() as server:
+        for call in (server.channel.stream_stream(GENERATE), server.channel.stream_stream(INFO)):
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call(iter(()), timeout=WAIT_SECONDS))
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("ask", ["Check", "Watch"])
+def test_a_question_about_health_is_short(ask: str) -> None:
+    """A watch keeps the name that it asked for, and needs no token."""
+    with served() as server:
+        stub = rpc.health_pb2_grpc.HealthStub(server.channel)
+        question = health_pb2.HealthCheckRequest(service="x" * rpc.HEALTH_REQUEST_BYTES)
+        with pytest.raises(grpc.RpcError) as refused:
+            list(getattr(stub, ask)(question, timeout=WAIT_SECONDS))
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert str(rpc.HEALTH_REQUEST_BYTES) in refused.value.details()
+
+
+def test_a_message_that_is_none_is_refused() -> None:
+    with served() as server:
+        for method in (GENERATE, INFO, CHECK):
+            with pytest.raises(grpc.RpcError) as caught:
+                list(server.channel.unary_stream(method)(b"\xff", timeout=WAIT_SECONDS))
+            assert caught.value.code() is grpc.StatusCode.INTERNAL
+            assert caught.value.details() == "Exception deserializing request!"
+
+
+def test_a_connection_has_no_more_calls_than_there_is_room_for() -> None:
+    with served(threads=2) as server, silent_connections(server.address, 1) as [connection]:
+        connection.open(INFO)
+        assert check(server.channel)
+        assert connection.stream_limit == 2 + rpc.EXTRA_STREAMS

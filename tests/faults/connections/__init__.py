@@ -1,0 +1,1 @@
+"""Connections and calls that say nothing, in thousands, on real services."""

@@ -64,7 +64,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self._verdict = verdict
         self._basis = basis
         self._workers = WorkerPool(config.decode, ChannelSecurity.to_decode(config), metrics, basis)
-        self._codec_selector = CodecSelector(loaded.geometry)
+        self._codec_selector = CodecSelector(loaded.geometry, loaded.device.type == "cuda")
         self._requests = RequestsInService()
         self._model_check = ModelCheck(loaded, engine)
         self._reader = RequestReader(loaded, config, verdict, basis)
@@ -159,7 +159,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
 
         Whoever waits for memory holds no slots: a worker is chosen once the prompt's KV has room on prefill.
         """
-        may_fall_back = self._codec_selector.fallback(request.plan) is not None
+        may_fall_back = self._codec_selector.basis_free(request.plan) is not None
         request.add_to_stage("queue", memory.wait())
         for dispatch in self._workers.offer(request.slots, scope, request.plan.codec.needs_basis, may_fall_back):
             # Again where a worker was lost to which all of the KV had left.

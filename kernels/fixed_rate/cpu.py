@@ -66,7 +66,7 @@ def pack(
     index, value = np.empty(coefficients.numel(), np.uint32), np.empty(coefficients.numel(), np.float32)
     found = loops.pack(
         coefficients.numpy(),
-        order,
+        order.view(np.uint64),
         (scales.mean[order], scales.inverse_spread[order], _INVERSE_GAINS),
         tokens.numpy(),
         (layout.widths, layout.profiles, layout.starts),
@@ -97,7 +97,7 @@ def synthesise(
             _words(records.escape_index),
             records.escape_value.numpy(),
             (layout.widths, layout.profiles, layout.starts),
-            (order, scales.mean[order], scales.spread[order], _GAINS, quantizers().level),
+            (order.view(np.uint64), scales.mean[order], scales.spread[order], _GAINS, quantizers().level),
             tokens.numpy(),
             np.arange(keys.shape[1]),
             _rotation(transform, transform.scaling),

@@ -4,20 +4,10 @@ from typing import Any
 
 import numpy as np
 
+from spectrumkv.kernels.fixed_rate.groups import find_cells, read_planes, write_planes
 from spectrumkv.kernels.fixed_rate.layout import GROUP_ROWS
-from spectrumkv.kernels.fixed_rate.planes import read_planes, write_planes
-from spectrumkv.kernels.fixed_rate.quantizer import (
-    FRACTION_BITS,
-    LARGEST_MAGNITUDE,
-    POSITION_BITS,
-    SEGMENT_BITS,
-)
 from spectrumkv.kernels.jit.compiled import compiled
 from spectrumkv.kernels.jit.llvm import float_of, greater_magnitude
-
-_LARGEST = np.float32(LARGEST_MAGNITUDE)
-_UNITS = np.float32(1 << FRACTION_BITS)
-_PLACE = np.int32((1 << SEGMENT_BITS) - 1)
 
 
 @compiled
@@ -37,7 +27,7 @@ def pack(
 
     Args:
         coefficients: float32 `[n, rows]`.
-        order: int64 `[rows]`, rows by falling spread.
+        order: uint64 `[rows]`, rows by falling spread.
         scales: mean and inverse spread of each row in `order`, float32 `[rows]` each, and the inverse gain of each
             token byte, float32 `[256]`.
         tokens: uint8 `[n]`.
@@ -78,11 +68,13 @@ def pack(
                 for index in range(own):
                     if abs(normalized[index]) > limit:
                         row = order[first + index]
-                        insert(escape_index, escape_value, first_escape, found, token * rows + row, line[row])
+                        insert(
+                            escape_index, escape_value, first_escape, found, token * rows + np.int64(row), line[row]
+                        )
                         found += 1
             width = widths[profile, group]
             if width:
-                quantize(normalized, offset[width], slope[width], POSITION_BITS + 1 - width, cell)
+                find_cells(normalized, offset[width], slope[width], width, cell)
                 write_planes(signs, cell, width, words, at)
                 at += width
     return found
@@ -110,25 +102,13 @@ def insert(escape_index: Any, escape_value: Any, first: int, end: int, index: in
 
 
 @compiled
-def quantize(normalized: Any, offset: Any, slope: Any, shift: int, cell: Any) -> None:
-    """Find the cell of each magnitude of a group; see `reference.cells`."""
-    down = np.int32(shift)
-    for index in range(GROUP_ROWS):
-        cell[index] = np.int32(min(abs(normalized[index]), _LARGEST) * _UNITS)
-    for index in range(GROUP_ROWS):
-        fixed = cell[index]
-        segment = fixed >> np.int32(SEGMENT_BITS)
-        cell[index] = (offset[segment] + slope[segment] * (fixed & _PLACE)) >> down
-
-
-@compiled
 def unpack(words: Any, record: Any, scales: Any, tokens: Any, first: int, count: int, coefficients: Any) -> None:
     """Dequantize the records of some tokens.
 
     Args:
         words: uint32, the records.
         record: widths, profiles and starts as for `pack`.
-        scales: order of the rows, int64 `[rows]`; mean and spread of each row in that order, float32 `[rows]` each;
+        scales: order of the rows, uint64 `[rows]`; mean and spread of each row in that order, float32 `[rows]` each;
             the gain of each token byte, float32 `[256]`; the levels of all quantizers, float32.
         tokens: uint8 `[n]`.
         first: the first token.
@@ -139,7 +119,8 @@ def unpack(words: Any, record: Any, scales: Any, tokens: Any, first: int, count:
     order, mean, spread, gains, level = scales
     rows = order.size
     entry, value = np.zeros(GROUP_ROWS, np.int32), np.zeros(GROUP_ROWS, np.float32)
-    bits = value.view(np.uint32)
+    # Indices without a sign need no look at whether they count from the end.
+    bits, entries = value.view(np.uint32), entry.view(np.uint32)
     for index in range(count):
         token = first + index
         line, gain, profile, at = coefficients[index], gains[tokens[token]], profiles[token], starts[token]
@@ -155,7 +136,7 @@ def unpack(words: Any, record: Any, scales: Any, tokens: Any, first: int, count:
             read_planes(words, at, width, entry)
             at += width
             for row in range(GROUP_ROWS):
-                value[row] = level[entry[row]] * gain
+                value[row] = level[entries[row]] * gain
             for row in range(GROUP_ROWS):
                 bits[row] ^= ((signs >> np.uint32(row)) & np.uint32(1)) << np.uint32(31)
             for row in range(own):

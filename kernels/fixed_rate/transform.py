@@ -13,7 +13,7 @@ from spectrumkv.kernels.jit.gemm import multiply_rows
 from spectrumkv.kernels.spectral.rows import gather, gather_unrotated, scatter, scatter_rotated
 
 # Tokens at a time: a multiple of `gemm.ROWS`.
-TOKENS = 64
+TOKENS = 128
 
 
 @compiled
@@ -45,12 +45,16 @@ def analyse(
     heads, head_dim, padded_dim = analysis.shape
     rows = np.zeros((TOKENS, padded_dim), np.float32)
     product = np.zeros((TOKENS, padded_dim), np.float32)
+    power = 1
+    while power < head_dim:
+        power *= 2
+    squares = np.zeros((TOKENS, power), np.float32)
     memory = rows.reshape(rows.size)
     (key_states, key_head, key_token), (value_states, value_head, value_token) = keys, values
     cosine, sine, scaling = rotation
     for first in range(0, order.size, TOKENS):
         count = min(TOKENS, order.size - first)
-        energy[first : first + count] = 0
+        squares[:] = 0
         for head in range(heads):
             if head < heads // 2:
                 start = head * key_head
@@ -62,42 +66,46 @@ def analyse(
                 gather(value_states, start, value_token, order, first, count, mean[head], rows)
             multiply_rows(memory, padded_dim, analysis[head], count, head_dim, product)
             own = slice(head * head_dim, (head + 1) * head_dim)
-            keep(product, count, scale[own], coefficients[first : first + count, own], energy[first : first + count])
+            keep(product, count, scale[own], coefficients[first : first + count, own], squares)
+        add_up(squares, count, energy[first : first + count])
 
 
 @compiled
-def keep(product: Any, count: int, scale: Any, coefficients: Any, energy: Any) -> None:
-    """Copy the coefficients of one head, and add to the energies of its tokens.
-
-    Sums have `len(sums)` parts, so that they need no order that would keep them from vectors.
+def keep(product: Any, count: int, scale: Any, coefficients: Any, squares: Any) -> None:
+    """Copy the coefficients of one head, and add their scaled squares to those of the heads before.
 
     Args:
         product: float32 `[count or more, d or more]`.
         count: how many tokens.
         scale: float32 `[d]`.
         coefficients: float32 `[count, d]`, written.
-        energy: float32 `[count]`, added to.
+        squares: float32 `[count or more, d or more]`, added to.
     """
-    head_dim = scale.size
-    sums = np.empty(16, np.float32)
     for token in range(count):
-        row, kept = product[token], coefficients[token]
-        sums[:] = 0
-        for first in range(0, head_dim - 15, 16):
-            for lane in range(16):
-                value = row[first + lane]
-                kept[first + lane] = value
-                scaled = value * scale[first + lane]
-                sums[lane] += scaled * scaled
-        for element in range(head_dim - head_dim % 16, head_dim):
+        row, kept, sums = product[token], coefficients[token], squares[token]
+        for element in range(scale.size):
             value = row[element]
             kept[element] = value
             scaled = value * scale[element]
-            sums[element % 16] += scaled * scaled
-        total = np.float32(0)
-        for lane in range(16):
-            total += sums[lane]
-        energy[token] += total
+            sums[element] += scaled * scaled
+
+
+@compiled
+def add_up(squares: Any, count: int, energy: Any) -> None:
+    """Add up the squares of each token, halving rows, so that vectors of any length give the same sums.
+
+    Args:
+        squares: float32 `[count or more, p]`, p a power of two; used up.
+        count: how many tokens.
+        energy: float32 `[count]`, written.
+    """
+    for token in range(count):
+        row, half = squares[token], squares.shape[1] // 2
+        while half:
+            for element in range(half):
+                row[element] += row[half + element]
+            half //= 2
+        energy[token] = row[0]
 
 
 @compiled

@@ -1,8 +1,9 @@
-"""Chooses between a policy's own codec and its cheaper fallback, by what earlier requests took.
+"""Chooses between a policy's own codec and the faster one that stands in for it, by what earlier requests took.
 
 Coding runs while the prompt is computed and while earlier bytes travel. Where coding takes no longer than either, its
 quality is free. Where the model and the link are both faster than the coder (a GPU's prefill, a fast network), the
-request would wait for the coder; then the fallback writes the same bit allocation.
+request would wait for the coder; then the fallback writes the same bit allocation. Where the model runs on a GPU the
+fallback always does, since an entropy coder runs on the CPU.
 """
 
 import statistics
@@ -21,7 +22,7 @@ WORTH_SECONDS = 0.05
 REMEMBERED, ENOUGH = 9, 3
 # The link is the bottleneck if requests wait for it at least this fraction of the time spent on coding.
 LINK_SHARE = 0.1
-# Room for framing: the least budget of the fallback times this must fit the request's.
+# Room for framing: the least budget of a codec without a basis times this must fit the request's.
 FRAMING_ROOM = 1.02
 
 
@@ -52,27 +53,29 @@ class CodecSelector:
 
     Attributes:
         geometry: shape and dtype of the model's cache.
+        on_gpu: whether the model runs on a GPU.
         prefill: seconds that the model takes per prompt token.
-        coder: seconds that the codec takes per prompt token, scores included.
+        coders: by name, seconds that a codec takes per prompt token, scores included.
         links: seconds per byte on the way to each worker; see `_link_seconds`.
     """
 
     geometry: KvGeometry
+    on_gpu: bool = False
     prefill: RunningMedian = field(default_factory=RunningMedian)
-    coder: RunningMedian = field(default_factory=RunningMedian)
+    coders: dict[str, RunningMedian] = field(default_factory=dict)
     links: dict[str, RunningMedian] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def fallback(self, plan: KvPlan) -> Codec | None:
-        """Return the cheaper codec that may write a request's KV within its budget; None where there is none.
+    def basis_free(self, plan: KvPlan) -> Codec | None:
+        """Return the codec that may write a request's KV without a basis within its budget; None where there is none.
 
         Args:
             plan: of the request.
         """
-        fallback = plan.fallback
-        if fallback is None or plan.budget.value < FRAMING_ROOM * fallback.least_byte_budget(self.geometry):
+        codec = plan.basis_free
+        if codec is None or plan.budget.value < FRAMING_ROOM * codec.least_byte_budget(self.geometry):
             return None
-        return fallback
+        return codec
 
     def select(self, plan: KvPlan, tokens: int, worker: str, lacks_basis: bool = False) -> KvPlan:
         """Settle the codec of a request.
@@ -84,23 +87,29 @@ class CodecSelector:
             lacks_basis: whether that worker has not received the basis yet.
 
         Returns:
-            The plan, or the same plan written by the fallback.
+            The plan, or the same plan written by another codec.
         """
-        fallback = self.fallback(plan)
-        if fallback is None:
-            return plan
         if lacks_basis and plan.codec.needs_basis:
+            basis_free = self.basis_free(plan)
             reason = f"{worker} has not received the codec's basis yet"
+            return plan if basis_free is None else plan.with_fallback(basis_free, reason)
+        if plan.fallback is None:
+            return plan
+        if self.on_gpu:
+            reason = f"the model runs on a GPU, and codec {plan.codec.name!r} codes on the CPU"
         else:
-            reason = self._reason(plan.budget.value, tokens, worker)
-        return plan.with_fallback(fallback, reason) if reason else plan
+            reason = self._reason(plan.codec.name, plan.fallback.name, plan.budget.value, tokens, worker)
+        return plan.with_fallback(plan.fallback, reason) if reason else plan
 
-    def _reason(self, budget: float, tokens: int, worker: str) -> str:
+    def _reason(self, codec: str, fallback: str, budget: float, tokens: int, worker: str) -> str:
         """Return why the fallback should be used; nothing where it should not."""
         with self._lock:
-            coder, prefill = self.coder.seconds, self.prefill.seconds
-            link = self.links.get(worker, RunningMedian()).seconds
+            coder, faster = (self.coders.get(one, RunningMedian()).seconds for one in (codec, fallback))
+            prefill, link = self.prefill.seconds, self.links.get(worker, RunningMedian()).seconds
         if coder is None or prefill is None or link is None:
+            return ""
+        # Which codec is faster is a matter of machine and budget: the fallback is tried before it is judged.
+        if faster is not None and (coder - faster) * tokens < WORTH_SECONDS:
             return ""
         coding, computing = coder * tokens, prefill * tokens
         sending = link * budget * self.geometry.fp16_bytes(tokens)
@@ -115,9 +124,9 @@ class CodecSelector:
         """Learn from a request that was sent to the end.
 
         A request that a slow codec wrote times the coder, the model and the link, if coding took `WORTH_SECONDS` or
-        more: the time per token of a short prompt says nothing of a long one. A request that was given the fallback
-        times the model and the link, however short it is; otherwise nobody would notice that the link became slow.
-        Other requests teach nothing.
+        more: the time per token of a short prompt says nothing of a long one. A request that was given another codec
+        times the model and the link, however short it is; otherwise nobody would notice that the link became slow. It
+        times that codec, too, if coding took as long. Other requests teach nothing.
 
         Args:
             plan: as it was carried out.
@@ -126,13 +135,14 @@ class CodecSelector:
             prefill_seconds: that the model's forward pass took.
             sent: what left, and the time that took.
         """
-        times_coder = plan.codec.may_hold_up_requests and sent.coder_seconds >= WORTH_SECONDS
+        is_measured = plan.codec.may_hold_up_requests or plan.uses_fallback
+        times_coder = is_measured and sent.coder_seconds >= WORTH_SECONDS
         if not (times_coder or plan.uses_fallback):
             return
         with self._lock:
             self.prefill.add(prefill_seconds, tokens)
             if times_coder:
-                self.coder.add(sent.coder_seconds, tokens)
+                self.coders.setdefault(plan.codec.name, RunningMedian()).add(sent.coder_seconds, tokens)
             self.links.setdefault(worker, RunningMedian()).add(_link_seconds(sent), sent.message_bytes)
 
 

@@ -38,7 +38,7 @@ class KvPlan:
         seed: for scorers and policies that draw.
         basis: the model's, for codecs that need one; None where there is none.
         codec_is_open: whether the request left the codec to the server.
-        uses_fallback: whether the fallback of the policy's own codec writes the plan.
+        uses_fallback: whether a codec writes the plan that stands in for the policy's own.
         codec_reason: why it does, for people; empty where it does not.
     """
 
@@ -106,15 +106,22 @@ class KvPlan:
 
     @property
     def fallback(self) -> Codec | None:
-        """Return the cheaper codec that may write the same bit allocation; None if the request named its codec."""
-        name = self.codec.fallback
+        """Return the faster codec that may write the same bit allocation; None if the request named its codec."""
+        return self._open_codec(self.codec.fallback)
+
+    @property
+    def basis_free(self) -> Codec | None:
+        """Return the codec without a basis that may write the same bit allocation; see `fallback`."""
+        return self._open_codec(self.codec.basis_free)
+
+    def _open_codec(self, name: str | None) -> Codec | None:
         return codecs.get(name) if name is not None and self.codec_is_open else None
 
     def with_fallback(self, fallback: Codec, reason: str) -> "KvPlan":
-        """Return the same plan, written by the fallback of its codec.
+        """Return the same plan, written by a codec that stands in for its own.
 
         Args:
-            fallback: see `fallback`.
+            fallback: see `fallback` and `basis_free`.
             reason: for people.
         """
         return replace(self, codec=fallback, uses_fallback=True, codec_reason=reason)

@@ -79,8 +79,10 @@ class Codec(ABC):
         tiers: that its tokens can have.
         basis_type: of the basis that both sides need; codecs that name the same type share one. None where the codec
             needs no basis.
-        fallback: name of a cheaper codec that may write the same bit allocation where this one would hold a
-            request up; None where there is none.
+        fallback: name of a faster codec that may write the same bit allocation where this one would hold a request
+            up; None where there is none.
+        basis_free: name of a codec without a basis that may write the same bit allocation where a worker has not
+            received this one's basis yet; None where there is none.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Codec(ABC):
     tiers: frozenset[Tier]
     basis_type: type[Basis] | None = None
     fallback: str | None = None
+    basis_free: str | None = None
 
     @abstractmethod
     def encoder(self, request: EncoderRequest) -> KvEncoder:

@@ -85,7 +85,7 @@ def _harm_codec(chance: random.Random, one: Dialogue) -> None:
     """Another codec, version or basis than the segments are of."""
     kind = chance.randrange(3)
     if kind == 0:
-        one.begin.codec.name = chance.choice(("absmax", "native", "spectral", "", "zip", "a" * 5000))
+        one.begin.codec.name = chance.choice(("absmax", "native", "spectral", "fixed_rate", "", "zip", "a" * 5000))
     elif kind == 1:
         one.begin.codec.version = chance.choice((0, 1, 2, 3, 2**32 - 1))
     else:

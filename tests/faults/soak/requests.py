@@ -21,15 +21,18 @@ QUANTIZED = (
     KvChoice(policy="uniform-int4"),
     KvChoice(policy="fp16"),
 )
-# Below it not even INT4 everywhere fits, and prefill has nothing to choose.
-LEAST_FIXED_BUDGET = 0.3
+# Below it not even INT4 everywhere fits, and a codec without a basis cannot be chosen.
+LEAST_BASIS_FREE_BUDGET = 0.3
 
 
 def coded_as(kv: KvChoice) -> tuple[KvChoice, ...]:
     """Where prefill may choose the codec for `kv` by itself, `kv` with each one named; else `kv`."""
-    chosen = kv.policy in (None, "spectral") and (kv.budget or LEAST_FIXED_BUDGET) >= LEAST_FIXED_BUDGET
-    written_by = ("spectral", codecs.get("spectral").fallback)
-    return tuple(replace(kv, codec=codec) for codec in written_by) if chosen else (kv,)
+    if kv.policy not in (None, "spectral"):
+        return (kv,)
+    spectral = codecs.get("spectral")
+    fits = (kv.budget or LEAST_BASIS_FREE_BUDGET) >= LEAST_BASIS_FREE_BUDGET
+    written_by = (spectral.name, spectral.fallback, *((spectral.basis_free,) if fits else ()))
+    return tuple(replace(kv, codec=codec) for codec in written_by)
 
 
 def greedy(tokens: int) -> Sampling:

@@ -54,7 +54,7 @@ def unpacked(records: Records, scales: RowScales, tokens: torch.Tensor, layout: 
     unpack(
         cpu._words(records.words),
         (layout.widths, layout.profiles, layout.starts),
-        (order, scales.mean[order], scales.spread[order], cpu._GAINS, quantizers().level),
+        (order.view(np.uint64), scales.mean[order], scales.spread[order], cpu._GAINS, quantizers().level),
         tokens.numpy(),
         0,
         len(tokens),

@@ -17,6 +17,7 @@ SUITES = (
     "absmax/test_cpu_vectors.py",
     "decode_attention/test_decode_attention.py",
     "spectral/test_transform.py",
+    "fixed_rate/test_records.py",
 )
 # LLVM is asked once, before anything is emitted.
 RUN = """

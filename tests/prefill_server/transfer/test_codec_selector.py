@@ -47,7 +47,7 @@ def seen(prefill: float, coding: float, link: float, worker: str = WORKER) -> Co
     ("prefill", "coding", "link", "codec"),
     [
         pytest.param(4.0, 0.3, 0.0, "spectral", id="the model takes longer: a CPU"),
-        pytest.param(0.3, 7.0, 0.0, "absmax", id="the coder takes longest: a GPU and a fast network"),
+        pytest.param(0.3, 7.0, 0.0, "fixed_rate", id="the coder takes longest: a GPU and a fast network"),
         pytest.param(0.3, 7.0, 5.0, "spectral", id="the link takes longest"),
         pytest.param(0.001, 0.04, 0.0, "spectral", id="nobody would notice"),
     ],
@@ -55,7 +55,7 @@ def seen(prefill: float, coding: float, link: float, worker: str = WORKER) -> Co
 def test_the_slowest_stage_decides(prefill: float, coding: float, link: float, codec: str) -> None:
     settled = seen(prefill, coding, link).select(plan(budget=0.3), TOKENS, WORKER)
     assert settled.codec.name == codec
-    assert bool(settled.codec_reason) == (codec == "absmax")
+    assert bool(settled.codec_reason) == (codec == "fixed_rate")
 
 
 def test_the_reason_names_what_was_compared() -> None:
@@ -66,10 +66,10 @@ def test_the_reason_names_what_was_compared() -> None:
     )
 
 
-def test_nothing_is_chosen_that_was_named_or_does_not_fit_or_is_not_known() -> None:
+def test_nothing_is_chosen_that_was_named_or_is_not_known() -> None:
     choice = seen(0.3, 7.0, 0.0)
     assert choice.select(plan(budget=0.3, codec="spectral"), TOKENS, WORKER).codec.name == "spectral"
-    assert choice.select(plan(budget=0.2), TOKENS, WORKER).codec.name == "spectral"
+    assert choice.select(plan(budget=0.05), TOKENS, WORKER).codec.name == "fixed_rate"
     assert choice.select(plan(budget=0.3), TOKENS, "127.0.0.1:50099").codec.name == "spectral"
     assert CodecSelector(SHAPE).select(plan(budget=0.3), TOKENS, WORKER).codec.name == "spectral"
 
@@ -111,7 +111,39 @@ def test_what_the_fallback_wrote_teaches_however_short_and_what_was_asked_for_by
     assert not choice.select(plan(budget=0.3), TOKENS, WORKER).uses_fallback
 
 
-def test_the_fallback_can_be_asked_for_by_name_from_int4_everywhere_up() -> None:
+def test_a_fallback_that_turns_out_no_faster_is_not_taken_again() -> None:
+    choice = seen(0.3, 7.0, 0.0)
+    tried = choice.select(plan(budget=0.3), TOKENS, WORKER)
+    for _ in range(ENOUGH):
+        choice.observe(tried, TOKENS, WORKER, 0.3, sent(7.0))
+    assert not choice.select(plan(budget=0.3), TOKENS, WORKER).uses_fallback
+    faster = seen(0.3, 7.0, 0.0)
+    for _ in range(ENOUGH):
+        faster.observe(tried, TOKENS, WORKER, 0.3, sent(2.0))
+    assert faster.select(plan(budget=0.3), TOKENS, WORKER).uses_fallback
+
+
+def test_on_a_gpu_the_entropy_coder_is_used_only_if_it_is_named() -> None:
+    choice = CodecSelector(SHAPE, on_gpu=True)
+    chosen = choice.select(plan(budget=0.1), TOKENS, WORKER)
+    assert chosen.codec.name == "fixed_rate"
+    assert chosen.codec_reason == "the model runs on a GPU, and codec 'spectral' codes on the CPU"
+    assert choice.select(plan(budget=0.1, codec="spectral"), TOKENS, WORKER).codec.name == "spectral"
+    assert choice.select(plan(budget=0.1, codec="fixed_rate"), TOKENS, WORKER).codec_reason == ""
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_worker_without_the_basis_gets_what_needs_none(on_gpu: bool) -> None:
+    choice = CodecSelector(SHAPE, on_gpu)
+    chosen = choice.select(plan(budget=0.3), TOKENS, WORKER, lacks_basis=True)
+    assert chosen.codec.name == "absmax"
+    assert chosen.codec_reason == f"{WORKER} has not received the codec's basis yet"
+    # Whole tiers take more than this at the least.
+    assert choice.select(plan(budget=0.2), TOKENS, WORKER, lacks_basis=True).codec.needs_basis
+    assert choice.basis_free(plan(budget=0.3, codec="fixed_rate")) is None
+
+
+def test_the_basis_free_codec_can_be_asked_for_by_name_from_int4_everywhere_up() -> None:
     assert plan(budget=0.4, codec="absmax").codec.name == "absmax"
     with pytest.raises(InvalidArgumentError, match=r"takes 0\.\d+ of FP16 with every token at INT4"):
         plan(budget=0.2, codec="absmax").encoder(SHAPE, 100, 0)
@@ -133,6 +165,8 @@ def test_a_codec_without_a_fallback_is_never_replaced() -> None:
 
 def test_every_fallback_is_a_codec_that_writes_the_same_policies() -> None:
     for name in codecs:
-        if (fallback := codecs.get(name).fallback) is not None:
-            written = [one for one in policies if codecs.get(name).writes(policies.get(one))]
-            assert all(codecs.get(fallback).writes(policies.get(one)) for one in written)
+        codec = codecs.get(name)
+        for other in (codec.fallback, codec.basis_free):
+            written = [one for one in policies if codec.writes(policies.get(one))]
+            assert other is None or all(codecs.get(other).writes(policies.get(one)) for one in written)
+        assert codec.basis_free is None or not codecs.get(codec.basis_free).needs_basis

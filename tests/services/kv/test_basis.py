@@ -1,5 +1,6 @@
 """The spectral codec served: every worker has its basis, budgets are met, and a slow coder gives way."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,8 +69,8 @@ def test_a_coder_that_would_hold_requests_up_gives_way_and_says_so(
 ) -> None:
     choices: list[CodecSelector] = []
 
-    def made(geometry: KvGeometry) -> CodecSelector:
-        choices.append(CodecSelector(geometry))
+    def made(geometry: KvGeometry, on_gpu: bool) -> CodecSelector:
+        choices.append(CodecSelector(geometry, on_gpu))
         return choices[-1]
 
     monkeypatch.setattr(service, "CodecSelector", made)
@@ -80,20 +81,22 @@ def test_a_coder_that_would_hold_requests_up_gives_way_and_says_so(
         prefill_server(model, [decode_port]) as (_, metrics, port),
         SpectrumClient(f"127.0.0.1:{port}") as client,
     ):
-        named = client.generate(prompt, sampling=sampling, kv=KvChoice(policy="spectral", budget=0.4, codec="absmax"))
-        assert (named.result().usage.codec, named.result().usage.codec_reason) == ("absmax", "")
+        named = client.generate(
+            prompt, sampling=sampling, kv=KvChoice(policy="spectral", budget=0.4, codec="fixed_rate")
+        )
+        assert (named.result().usage.codec, named.result().usage.codec_reason) == ("fixed_rate", "")
         # As if this machine's coder had taken a second for each token of earlier requests.
         for _ in range(ENOUGH):
-            choices[0].coder.add(1.0, 1)
+            choices[0].coders.setdefault("spectral", RunningMedian()).add(1.0, 1)
             choices[0].prefill.add(0.001, 1)
             choices[0].links.setdefault(f"127.0.0.1:{decode_port}", RunningMedian()).add(0.0, 1)
         chosen = client.generate(prompt, sampling=sampling, kv=SPECTRAL).result()
-        assert chosen.usage.codec == "absmax"
+        assert chosen.usage.codec == "fixed_rate"
         assert chosen.usage.codec_reason.startswith(
             "coding would take 400.00 s, longer than computing the prompt (0.40 s)"
         )
         assert 0.98 * 0.4 <= chosen.usage.budget_counted <= 0.4
         assert chosen.token_ids == named.result().token_ids
-        kept = client.generate(prompt, sampling=sampling, kv=KvChoice(policy="spectral", budget=0.2)).result()
+        kept = client.generate(prompt, sampling=sampling, kv=replace(SPECTRAL, codec="spectral")).result()
         assert kept.usage.codec == "spectral"
-        assert sample(metrics, "kv_codec_total", codec="absmax") == 2
+        assert sample(metrics, "kv_codec_total", codec="fixed_rate") == 2

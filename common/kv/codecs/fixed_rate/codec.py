@@ -31,6 +31,7 @@ class FixedRateCodec(Codec):
     version = 1
     tiers = frozenset({Tier.INT4, Tier.INT8, Tier.FP16})
     basis_type = SpectralBasis
+    basis_free = "absmax"
 
     def prepare(self, geometry: KvGeometry) -> None:
         """Compile the loops for CPUs, which are the same for every shape; see `Codec.prepare`."""

@@ -28,8 +28,12 @@ from spectrumkv.kernels.absmax import halves_are_finite
 from spectrumkv.kernels.fixed_rate.dispatch import analyse
 from spectrumkv.kernels.fixed_rate.layout import HIGHEST_CLASS, LOWEST_CLASS, PROFILES
 
-# Step classes per octave.
+# Step classes per octave of a token's step. Steps differ less than attention says: what the last queries look at is
+# not all that later ones will.
 CLASSES_PER_OCTAVE = 2
+TRUSTED_ATTENTION = 0.85
+# First tokens that are sent in the 16-bit dtype. Others that are unlike the rest have gains and escapes.
+SINKS = 1
 # Share of a chunk that a segment is planned to fill; layers differ.
 PLANNED_FILL = 0.6
 # Largest share of a block's bytes that spreads and means of its own may take.
@@ -78,7 +82,7 @@ class FixedRateEncoder:
         self._seed = seed
         self._tokens = tokens
         self._rate = RateControl(segment_bytes, self._transforms)
-        self._sink_count = affordable_sinks(segment_bytes, geometry)
+        self._sink_count = min(SINKS, affordable_sinks(segment_bytes, geometry))
         self._token_bytes = max(1.0, segment_bytes / (geometry.layers * tokens))
         self._block_tokens = max(1, int(PLANNED_FILL * MAX_CHUNK_PAYLOAD_BYTES / self._token_bytes))
 
@@ -113,7 +117,9 @@ class FixedRateEncoder:
 
     def _blocks(self, capture: LayerCapture) -> list[Block]:
         octaves = step_octaves(capture, self._basis, self._scorer, self._seed, self._sink_count)
-        classes = np.clip(np.rint(CLASSES_PER_OCTAVE * octaves), LOWEST_CLASS, HIGHEST_CLASS).astype(np.int64)
+        classes = np.clip(
+            np.rint(CLASSES_PER_OCTAVE * TRUSTED_ATTENTION * octaves), LOWEST_CLASS, HIGHEST_CLASS
+        ).astype(np.int64)
         size = self._block_tokens
         return [
             self._block(capture, classes, first, min(first + size, len(classes)))

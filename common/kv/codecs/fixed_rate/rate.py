@@ -21,6 +21,8 @@ from spectrumkv.kernels.fixed_rate.layout import LOWEST_PROFILE, PROFILES, RATIO
 QUARTER = RATIO_UNITS // 4
 # How often the last layer may be coded.
 LAST_LAYER_ATTEMPTS = 8
+# Fraction of what is left that layers before the last one aim at: what the last layers take is foreseen worst.
+AIM = 0.992
 # Bytes of escapes for each byte of records, before any layer is done.
 ESCAPE_SHARE = 0.01
 # Bases that a body can have, with one to spare on either side.
@@ -71,6 +73,7 @@ class RateControl:
         transforms: of all layers.
         drift: by how much spreads lie above the calibrated ones, in `RATIO_UNITS`, smoothed.
         escape_share: bytes of escapes for each byte of records, smoothed.
+        smooth_base: base of the layers so far, smoothed, since a layer foresees roughly; None before the first.
         spent_bytes: by the layers that are done.
         done: how many layers are done.
     """
@@ -79,6 +82,7 @@ class RateControl:
     transforms: Sequence[LayerTransform]
     drift: float = 0.0
     escape_share: float = ESCAPE_SHARE
+    smooth_base: float | None = None
     spent_bytes: int = 0
     done: int = 0
     _later: list[np.ndarray] = field(init=False)
@@ -112,9 +116,11 @@ class RateControl:
             The base.
         """
         remaining = len(self.transforms) - self.done
-        available = (self.left_bytes - remaining * demand.fixed_bytes) / (1 + self.escape_share)
+        available = (self.left_bytes * AIM - remaining * demand.fixed_bytes) / (1 + self.escape_share)
         ratio, count = (np.concatenate(pair) for pair in zip(demand.ratios, self._later_demand(demand), strict=True))
-        return _finest(int(available) // WORD_BYTES, ratio, count)
+        found = _finest(int(available) // WORD_BYTES, ratio, count)
+        self.smooth_base = found if self.smooth_base is None else self.smooth_base + (found - self.smooth_base) / 3
+        return round(self.smooth_base)
 
     def expected_words(self, demand: LayerDemand) -> int:
         """Return the words that the records of the last layer are expected to leave room for.

@@ -37,7 +37,8 @@ class SpectralCodec(Codec):
     version = 3
     tiers = frozenset({Tier.INT4, Tier.INT8, Tier.FP16})
     basis_type = SpectralBasis
-    fallback = "absmax"
+    fallback = "fixed_rate"
+    basis_free = "absmax"
 
     def prepare(self, geometry: KvGeometry) -> None:
         """Compile the loops for CPUs, which are the same for every shape; see `Codec.prepare`."""

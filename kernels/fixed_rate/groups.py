@@ -1,7 +1,7 @@
-"""Bit planes of a group of rows, in the vectors of the processor at hand.
+"""Cells and bit planes of a group of rows, in the vectors of the processor at hand.
 
-A word of a plane is a comparison of vectors, whose outcome is a bit a lane; processors have that, and loops in Python
-cannot say it.
+A word of a plane is a comparison of vectors, whose outcome is a bit a lane, and a table of 32 entries fits two
+vectors of AVX-512. Processors have that, and loops in Python cannot say it.
 """
 
 from typing import Any
@@ -11,8 +11,15 @@ from numba import types
 from numba.core import cgutils
 
 from spectrumkv.kernels.fixed_rate.layout import GROUP_ROWS
+from spectrumkv.kernels.fixed_rate.quantizer import (
+    FRACTION_BITS,
+    LARGEST_MAGNITUDE,
+    POSITION_BITS,
+    SEGMENT_BITS,
+    SEGMENTS,
+)
 from spectrumkv.kernels.jit.compiled import intrinsic
-from spectrumkv.kernels.jit.llvm import I32, I64, LANES, load, pointer_to, vector_at
+from spectrumkv.kernels.jit.llvm import I32, I64, LANES, MAGNITUDE, VECTOR, load, pointer_to, vector_at
 
 _VECTORS = GROUP_ROWS // LANES
 _INTEGERS = ir.VectorType(I32, LANES)
@@ -35,6 +42,56 @@ def _word(builder: Any, vectors: list[Any]) -> Any:
         part = builder.bitcast(builder.icmp_signed("<", vector, _constant(0)), _WORD_PART)
         word = builder.or_(word, builder.shl(builder.zext(part, I32), I32(LANES * index)))
     return word
+
+
+def _lookup(builder: Any, table: Any, index: Any) -> Any:
+    """Return the elements of a table of `SEGMENTS` integers that a vector of indices names."""
+    if LANES * 2 == SEGMENTS:
+        halves = [load(builder, vector_at(builder, table, I64(LANES * half), I32)) for half in range(2)]
+        kind = ir.FunctionType(_INTEGERS, [_INTEGERS] * 3)
+        permute = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpermi2var.d.512")
+        return builder.call(permute, [halves[0], index, halves[1]])
+    found = ir.Constant(_INTEGERS, ir.Undefined)
+    for lane in range(LANES):
+        entry = builder.load(builder.gep(table, [builder.extract_element(index, I32(lane))]))
+        found = builder.insert_element(found, entry, I32(lane))
+    return found
+
+
+@intrinsic
+def find_cells(_: Any, normalized: Any, offset: Any, slope: Any, width: Any, cell: Any) -> Any:
+    """Find the cell of each magnitude of a group, as `reference.cells` does.
+
+    `normalized` is float32 `[GROUP_ROWS]`; `offset` and `slope` are those of the quantizer of `width` bits, int32
+    `[SEGMENTS]`; `cell` is int32 `[GROUP_ROWS]`, written.
+
+    Returns:
+        The intrinsic's type, and what emits its instructions.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, offsets, slopes, _, target = (
+            pointer_to(context, builder, kind, argument, I64(0)) if kind != types.int64 else argument
+            for kind, argument in zip(signature.args, arguments, strict=True)
+        )
+        shift = _splat(builder, builder.sub(I32(POSITION_BITS + 1), builder.trunc(arguments[3], I32)))
+        largest = ir.Constant(VECTOR, [float(LARGEST_MAGNITUDE)] * LANES)
+        units = ir.Constant(VECTOR, [float(1 << FRACTION_BITS)] * LANES)
+        for vector in range(_VECTORS):
+            place = I64(LANES * vector)
+            bits = builder.bitcast(load(builder, vector_at(builder, source, place)), _INTEGERS)
+            magnitude = builder.bitcast(builder.and_(bits, _constant(MAGNITUDE)), VECTOR)
+            bounded = builder.select(builder.fcmp_ordered("<", magnitude, largest), magnitude, largest)
+            fixed = builder.fptosi(builder.fmul(bounded, units), _INTEGERS)
+            segment = builder.lshr(fixed, _constant(SEGMENT_BITS))
+            within = builder.and_(fixed, _constant((1 << SEGMENT_BITS) - 1))
+            rise = builder.mul(_lookup(builder, slopes, segment), within)
+            position = builder.add(_lookup(builder, offsets, segment), rise)
+            found = builder.lshr(position, shift)
+            builder.store(found, vector_at(builder, target, place, I32)).align = 4
+        return context.get_dummy_value()
+
+    return types.void(normalized, offset, slope, types.int64, cell), emit
 
 
 @intrinsic

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 # Ways of sending KV: policies, with the codec that writes them after a colon where it is not the policy's own. A new
 # one joins by its name here.
-CONTENDERS = ("native", "adaptive", "spectral:absmax")
+CONTENDERS = ("native", "adaptive", "spectral:absmax", "spectral:fixed_rate")
 BUDGET = 0.3
 
 

@@ -2,8 +2,8 @@
 
 Coding runs while the prompt is computed and while earlier bytes travel. Where coding takes no longer than either, its
 quality is free. Where the model and the link are both faster than the coder (a GPU's prefill, a fast network), the
-request would wait for the coder; then the fallback writes the same bit allocation. Where the model runs on a GPU the
-fallback always does, since an entropy coder runs on the CPU.
+request would wait for the coder; then another codec writes the same bit allocation: the fallback, or, where the model
+runs on a GPU, the codec without a basis, since codec `fixed_rate` has no kernels for GPUs yet.
 """
 
 import statistics
@@ -93,13 +93,11 @@ class CodecSelector:
             basis_free = self.basis_free(plan)
             reason = f"{worker} has not received the codec's basis yet"
             return plan if basis_free is None else plan.with_fallback(basis_free, reason)
-        if plan.fallback is None:
+        fallback = self.basis_free(plan) if self.on_gpu else plan.fallback
+        if fallback is None:
             return plan
-        if self.on_gpu:
-            reason = f"the model runs on a GPU, and codec {plan.codec.name!r} codes on the CPU"
-        else:
-            reason = self._reason(plan.codec.name, plan.fallback.name, plan.budget.value, tokens, worker)
-        return plan.with_fallback(plan.fallback, reason) if reason else plan
+        reason = self._reason(plan.codec.name, fallback.name, plan.budget.value, tokens, worker)
+        return plan.with_fallback(fallback, reason) if reason else plan
 
     def _reason(self, codec: str, fallback: str, budget: float, tokens: int, worker: str) -> str:
         """Return why the fallback should be used; nothing where it should not."""

@@ -1,7 +1,6 @@
 """What prefill and decode must agree on before one may use the other's KV, and the digests that stand for a model."""
 
 import hashlib
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -227,8 +226,15 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
     Args:
         tokenizer: the tokenizer. Its present padding and truncation are left out: they belong to a call, not to it.
     """
-    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    for transient in ("padding", "truncation"):
-        state.pop(transient, None)
+    backend = tokenizer.backend_tokenizer
+    padding, truncation = backend.padding, backend.truncation
+    backend.no_padding()
+    backend.no_truncation()
+    # The library writes vocabularies by id and maps by key, so that equal tokenizers make equal texts.
+    state = hashlib.sha256(backend.to_str().encode()).hexdigest()
+    if padding is not None:
+        backend.enable_padding(**padding)
+    if truncation is not None:
+        backend.enable_truncation(**truncation)
     special: Mapping[str, Any] = tokenizer.special_tokens_map
     return sha256_of_json({"backend": state, "special": {name: str(token) for name, token in special.items()}})

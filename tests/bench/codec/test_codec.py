@@ -82,6 +82,7 @@ def test_ratios_to_quanto_are_by_tier() -> None:
     assert [row["decode_ratio_to_quanto"] for row in rows] == [2.0, None, 1.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tier", [Tier.INT4, Tier.INT8])
 def test_quanto_does_the_same_work(tier: Tier) -> None:
     pytest.importorskip("optimum.quanto")

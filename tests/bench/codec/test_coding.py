@@ -11,6 +11,7 @@ from tests.tiny_models import tiny_model
 ARGUMENTS = ("coding", "--model", str(tiny_model("llama")), "--int4", "on", "--tokens", "256", "--rounds", "2")
 
 
+@pytest.mark.slow
 def test_shares_are_those_of_the_times(tmp_path: Path) -> None:
     result = tmp_path / "coding.json"
     policies = ("--policies", "spectral,adaptive,uniform-int3", "--budgets", "0.5")

@@ -38,6 +38,7 @@ def half_open(port: int, count: int, data: bytes) -> Iterator[list[socket.socket
         yield connections
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [b"", b"GET /metr", b"GET /metrics HTTP/1.1\r\nX-Slow: "])
 def test_half_open_connections_hold_no_more_threads_than_there_are_for_them(port: int, data: bytes) -> None:
     before = threading.active_count()

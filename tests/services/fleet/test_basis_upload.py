@@ -82,6 +82,7 @@ def test_who_leaves_while_it_is_sent_takes_nothing_from_the_others(
         assert not uploads.arriving.acquire(blocking=False)
 
 
+@pytest.mark.slow
 def test_deadlines_shorter_than_the_upload_are_met_after_a_restart_of_decode(
     tiny_directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +131,7 @@ def test_a_request_goes_to_a_worker_that_has_it(
         uploads.go_on.set()
 
 
+@pytest.mark.slow
 def test_five_kinds_of_prefill_hosts_each_send_theirs_once(tiny_directories: dict[str, Path]) -> None:
     """Calibration gives other bytes on other machines: here, means that differ by less than any key's noise."""
     model = tiny_directories["llama"]

@@ -62,5 +62,7 @@ def synthesise(
     Returns:
         Keys, after the rotary embedding, and values: float64 `[2, kv_heads, n, d]`.
     """
-    states = coefficients.double() @ analysis.double().inverse() + mean.double()[:, :, None]
+    # One matrix at a time: torch's MKL fails at batches of large ones once a number of threads was set.
+    synthesis = torch.stack([torch.stack([one.inverse() for one in side]) for side in analysis.double()])
+    states = coefficients.double() @ synthesis + mean.double()[:, :, None]
     return torch.stack([turn(states[0], angles) * scaling, states[1]])

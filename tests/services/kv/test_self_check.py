@@ -47,11 +47,12 @@ def test_kv_that_arrives_wrong_without_a_checksum_noticing_is_found(
     """
     sound = receiver.KvReceiver._write
 
-    def defective(self: receiver.KvReceiver, segment: KvSegment) -> Any:
-        found = sound(self, segment)
-        if not (segment.tiers == Tier.NATIVE).any():
-            end = segment.first_token + segment.tiers.numel()
-            self._allocation.values(segment.layer, segment.first_token, end).neg_()
+    def defective(self: receiver.KvReceiver, segments: list[KvSegment]) -> Any:
+        found = sound(self, segments)
+        for segment in segments:
+            if not (segment.tiers == Tier.NATIVE).any():
+                end = segment.first_token + segment.tiers.numel()
+                self._allocation.values(segment.layer, segment.first_token, end).neg_()
         return found
 
     monkeypatch.setattr(receiver.KvReceiver, "_write", defective)

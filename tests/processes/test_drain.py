@@ -22,6 +22,7 @@ def start(launch: ServiceLaunch) -> "subprocess.Popen[bytes]":
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drained", ["prefill", pytest.param("decode", marks=pytest.mark.slow)])
 def test_running_requests_finish_and_new_ones_are_refused(tiny_llama: Path, drained: str) -> None:
     decode, prefill = plan_launches(options(tiny_llama))

@@ -92,6 +92,7 @@ def test_quanto_does_the_same_work(tier: Tier) -> None:
     QuantoCodec(tier, cache).encode()
 
 
+@pytest.mark.slow
 def test_the_command_writes_rows(tmp_path: Path) -> None:
     result = tmp_path / "codec.json"
     shape = ("--tokens", "64", "--layers", "2", "--dtype", "bfloat16")

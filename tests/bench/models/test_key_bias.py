@@ -39,6 +39,7 @@ def key_bias(loaded: LoadedModel, layer: int) -> torch.Tensor:
     return bias
 
 
+@pytest.mark.slow
 def test_it_is_a_qwen2_with_the_same_weights_and_tokenizer(biased: LoadedModel, tiny_llama: LoadedModel) -> None:
     assert biased.spec.architecture == "qwen2"
     assert biased.spec.tokenizer_digest == tiny_llama.spec.tokenizer_digest
@@ -77,6 +78,7 @@ def test_it_computes_the_same_which_other_directions_would_not(biased: LoadedMod
             bias.copy_(before)
 
 
+@pytest.mark.slow
 def test_building_again_builds_the_same(biased: LoadedModel, tmp_path: Path) -> None:
     build_key_bias_model(tiny_model("llama"), tmp_path, TINY_NORMS)
     assert load_model(str(tmp_path), "cpu").spec == biased.spec

@@ -119,6 +119,7 @@ def test_a_field_that_belongs_to_types_of_layers(tmp_path: Path, changes: dict[s
     loads_or_names(directory, r"config\.json|this model cannot be served")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "changes"),
     [
@@ -152,6 +153,7 @@ def as_fractions(value: Any) -> Any:
     return float(value) if isinstance(value, int) else value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", GENERATION)
 def test_a_generation_configuration(copied: Path, content: str) -> None:
     written_over(copied / "generation_config.json", content)

@@ -41,6 +41,7 @@ def plan_of(policy: str, codec: str, budget: float) -> KvPlan:
     return KvPlan(chosen, chosen.budget(budget), "attention", codecs.get(codec), "layer", Int4Layers(), seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", LENGTHS)
 def test_over_exact_kv_it_generates_what_transformers_does(
     plain: LoadedModel, hooked: LoadedModel, length: int

@@ -77,6 +77,7 @@ def test_requests_go_to_both_and_get_the_same_answers(prefills: Prefills) -> Non
         assert served(prefills.first) - before[0] == served(prefills.second) - before[1] == 4
 
 
+@pytest.mark.slow
 def test_a_prefill_that_is_lost_before_the_first_token_costs_no_request(prefills: Prefills) -> None:
     with prefills.client() as client, ThreadPoolExecutor(4) as pool:
         until_both_serve(prefills, client)

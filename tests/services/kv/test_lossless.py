@@ -95,6 +95,7 @@ def default_reference() -> PreTrainedModel:
     return reference_model(embedded_model_directory())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 20, 150])
 def test_the_default_model_is_served_losslessly(
     default_pair: Pair, default_reference: PreTrainedModel, length: int

@@ -166,6 +166,7 @@ def test_a_tokenizers_configuration(copied: Path, content: str) -> None:
     loads_or_names(copied, r"tokenizer_config\.json|the tokenizer in .*copied")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", TOKENIZER)
 def test_a_tokenizer(copied: Path, content: str) -> None:
     written_over(copied / "tokenizer.json", content)

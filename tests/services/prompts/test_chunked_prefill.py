@@ -22,6 +22,7 @@ def pair(request: pytest.FixtureRequest, tiny_directories: dict[str, Path]) -> I
             yield running
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [128, 449])
 def test_output_is_that_of_one_process(pair: Pair, length: int) -> None:
     prompt = random_prompt(length)

@@ -1,8 +1,5 @@
 """The compiled loops of `transform` and `records`, called with tensors; see `dispatch` for what each does."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import torch
 
@@ -11,8 +8,7 @@ from spectrumkv.kernels.fixed_rate import transform as transforms
 from spectrumkv.kernels.fixed_rate.block import BlockTransform, Records
 from spectrumkv.kernels.fixed_rate.layout import RecordLayout, RowScales, gain_of_byte
 from spectrumkv.kernels.fixed_rate.quantizer import quantizers
-from spectrumkv.kernels.jit.gemm import padded
-from spectrumkv.kernels.jit.strided import adjacent, flat
+from spectrumkv.kernels.jit.strided import adjacent, flat, padded_matrices, written_rows
 
 _GAINS, _INVERSE_GAINS = gain_of_byte(1), gain_of_byte(-1)
 
@@ -33,7 +29,7 @@ def analyse(
         np.arange(tokens),
         _rotation(transform, 1 / transform.scaling),
         transform.mean.flatten(0, 1).numpy(),
-        _padded(transform.matrices),
+        padded_matrices(transform.matrices),
         scale.numpy(),
         coefficients.numpy(),
         energy.numpy(),
@@ -91,7 +87,7 @@ def synthesise(
 ) -> None:
     """Write the keys and values of a block; see `dispatch.synthesise`."""
     order = scales.order
-    with _written_rows(keys) as key_rows, _written_rows(values) as value_rows:
+    with written_rows(keys) as key_rows, written_rows(values) as value_rows:
         transforms.synthesise(
             _words(records.words),
             _words(records.escape_index),
@@ -102,7 +98,7 @@ def synthesise(
             np.arange(keys.shape[1]),
             _rotation(transform, transform.scaling),
             transform.mean.flatten(0, 1).numpy(),
-            _padded(transform.matrices),
+            padded_matrices(transform.matrices),
             flat(key_rows),
             flat(value_rows),
         )
@@ -117,32 +113,3 @@ def _words(data: torch.Tensor) -> np.ndarray:
 
 def _rotation(transform: BlockTransform, scaling: float) -> tuple[np.ndarray, np.ndarray, np.float32]:
     return transform.cosine.numpy(), transform.sine.numpy(), np.float32(scaling)
-
-
-def _padded(matrices: torch.Tensor) -> np.ndarray:
-    """Return `[2, kv_heads, d, d]` with as many columns as compiled loops want: `[2 · kv_heads, d, padded]`."""
-    columns = matrices.shape[-1]
-    wide = matrices.flatten(0, 1)
-    if padded(columns) > columns:
-        wide = torch.nn.functional.pad(wide, (0, padded(columns) - columns))
-    memory: np.ndarray = wide.contiguous().numpy()
-    return memory
-
-
-@contextmanager
-def _written_rows(states: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Lend memory that compiled loops can write to.
-
-    Yields:
-        The states themselves if loops can write to them, else a float32 copy, which is copied back at the end.
-    """
-    if states.dtype == torch.float32 and states.device.type == "cpu" and states.stride(-1) == 1:
-        yield states
-        return
-    rows = torch.empty(states.shape)
-    yield rows
-    if states.dtype == torch.float16:
-        # What was near its greatest number must not come back infinite.
-        largest = torch.finfo(torch.float16).max
-        rows.clamp_(-largest, largest)
-    states.copy_(rows)

@@ -5,16 +5,16 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from spectrumkv.common.errors import DataLossError, InternalError
+from spectrumkv.common.errors import DataLossError
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs.base import Codec, KvEncoder, SegmentDecoder, codecs, needed_basis
+from spectrumkv.common.kv.codecs.base import Codec, KvEncoder, SegmentDecoder, codecs
 from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
 from spectrumkv.common.kv.codecs.fixed_rate.block_codec import decode_block
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
 from spectrumkv.common.kv.codecs.fixed_rate.tiers import tier_bytes
 from spectrumkv.common.kv.codecs.fixed_rate.transform import layer_transforms
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis, needed_spectral_basis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies.base import Policy
 from spectrumkv.common.kv.segment import KvSegment
@@ -47,7 +47,7 @@ class FixedRateCodec(Codec):
             The encoder.
         """
         return FixedRateEncoder(
-            basis=self._basis(request.basis),
+            basis=needed_spectral_basis(self, request.basis),
             geometry=request.geometry,
             tokens=request.tokens,
             segment_bytes=request.segment_bytes,
@@ -65,17 +65,11 @@ class FixedRateCodec(Codec):
         Returns:
             The decoder.
         """
-        return FixedRateDecoder(self._basis(basis), geometry)
+        return FixedRateDecoder(needed_spectral_basis(self, basis), geometry)
 
     def writes(self, policy: Policy) -> bool:
         """Return whether the codec can write what a policy allocates: the bytes of policy "spectral"."""
         return policy.codec == SPECTRAL
-
-    def _basis(self, basis: Basis | None) -> SpectralBasis:
-        found = needed_basis(self, basis)
-        if not isinstance(found, SpectralBasis):
-            raise InternalError(f"codec {self.name!r} was given a {type(found).__name__} as its basis")
-        return found
 
 
 codecs.register(FixedRateCodec.name)(FixedRateCodec())

@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.errors import InternalError, InvalidArgumentError
+from spectrumkv.common.kv.codecs.base import Codec, needed_basis
 from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.geometry import KvGeometry
 
@@ -200,6 +201,26 @@ class SpectralBasis(Basis):
             return cls(**tensors, std=std)
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InvalidArgumentError(f"these {len(data)} bytes are no spectral basis: {error}") from error
+
+
+def needed_spectral_basis(codec: Codec, basis: Basis | None) -> SpectralBasis:
+    """Return a basis that a codec cannot do without, for the codecs that code in a spectral basis.
+
+    Args:
+        codec: that needs it.
+        basis: the model's; None where there is none.
+
+    Returns:
+        `basis`.
+
+    Raises:
+        FailedPreconditionError: there is none.
+        InternalError: it is of another type.
+    """
+    found = needed_basis(codec, basis)
+    if not isinstance(found, SpectralBasis):
+        raise InternalError(f"codec {codec.name!r} was given a {type(found).__name__} as its basis")
+    return found
 
 
 def angles(frequencies: tuple[float, ...], first: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

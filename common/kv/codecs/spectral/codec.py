@@ -5,18 +5,17 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from spectrumkv.common.errors import DataLossError, InternalError
+from spectrumkv.common.errors import DataLossError
 from spectrumkv.common.kv.allocation import TierAllocation
 from spectrumkv.common.kv.codecs.base import (
     Codec,
     KvEncoder,
     SegmentDecoder,
     codecs,
-    needed_basis,
 )
 from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis, needed_spectral_basis
 from spectrumkv.common.kv.codecs.spectral.coefficients import FEWEST_TOKENS
 from spectrumkv.common.kv.codecs.spectral.encoder import SpectralEncoder
 from spectrumkv.common.kv.codecs.spectral.importance import class_bits, tier_bytes
@@ -54,7 +53,7 @@ class SpectralCodec(Codec):
             The encoder.
         """
         return SpectralEncoder(
-            basis=self._basis(request.basis),
+            basis=needed_spectral_basis(self, request.basis),
             geometry=request.geometry,
             tokens=request.tokens,
             segment_bytes=request.segment_bytes,
@@ -72,7 +71,7 @@ class SpectralCodec(Codec):
         Returns:
             The decoder.
         """
-        return SpectralDecoder(self._basis(basis), geometry)
+        return SpectralDecoder(needed_spectral_basis(self, basis), geometry)
 
     def tier_allocation(self, request: EncoderRequest, token_bytes: Mapping[Tier, float]) -> TierAllocation:
         """Give each token the tier that is nearest to the bits it would get here; see `Codec.tier_allocation`.
@@ -85,7 +84,7 @@ class SpectralCodec(Codec):
             The allocation.
         """
         return SpectralTiers(
-            basis=self._basis(request.basis),
+            basis=needed_spectral_basis(self, request.basis),
             token_bytes=token_bytes,
             geometry=request.geometry,
             tokens=request.tokens,
@@ -93,12 +92,6 @@ class SpectralCodec(Codec):
             scorer=request.scorer,
             seed=request.seed,
         )
-
-    def _basis(self, basis: Basis | None) -> SpectralBasis:
-        found = needed_basis(self, basis)
-        if not isinstance(found, SpectralBasis):
-            raise InternalError(f"codec {self.name!r} was given a {type(found).__name__} as its basis")
-        return found
 
 
 codecs.register(SpectralCodec.name)(SpectralCodec())

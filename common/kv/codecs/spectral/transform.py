@@ -4,8 +4,6 @@ The transform is a Karhunen-Loève transform (principal component analysis) per 
 the calibration found; the quantizer is uniform with a step per token.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -19,8 +17,7 @@ from spectrumkv.common.kv.codecs.spectral.coefficients import (
     Deviation,
     Quantization,
 )
-from spectrumkv.kernels.jit.gemm import padded
-from spectrumkv.kernels.jit.strided import adjacent, flat
+from spectrumkv.kernels.jit.strided import adjacent, flat, padded_matrices, written_rows
 from spectrumkv.kernels.spectral import transform as kernels
 from spectrumkv.kernels.spectral.moments import add_moments
 
@@ -124,7 +121,7 @@ class LayerTransform:
             keys: `[kv_heads, n, head_dim]`, any dtype, strides and device.
             values: like `keys`.
         """
-        with _written_rows(keys) as key_rows, _written_rows(values) as value_rows:
+        with written_rows(keys) as key_rows, written_rows(values) as value_rows:
             kernels.synthesise(
                 symbols,
                 quantization.tokens.order,
@@ -164,42 +161,15 @@ class LayerTransform:
     @cached_property
     def _analysis(self) -> np.ndarray:
         """Return `analysis`, float32 `[2 · kv_heads, head_dim, padded]`, a column for each coefficient."""
-        return _padded(self.basis.analysis[self.layer])
+        return padded_matrices(self.basis.analysis[self.layer])
 
     @cached_property
     def _synthesis(self) -> np.ndarray:
         """Return `synthesis`, float32 `[2 · kv_heads, head_dim, padded]`, a row for each coefficient."""
-        return _padded(self.basis.synthesis[self.layer])
+        return padded_matrices(self.basis.synthesis[self.layer])
 
 
 @lru_cache(maxsize=4)
 def layer_transforms(basis: SpectralBasis) -> tuple[LayerTransform, ...]:
     """Return the transforms of all layers; requests that use one basis share them."""
     return tuple(LayerTransform(basis, layer) for layer in range(basis.mean.shape[0]))
-
-
-def _padded(matrices: torch.Tensor) -> np.ndarray:
-    """Return `[2, kv_heads, d, d]` with as many columns as compiled loops want: `[2 · kv_heads, d, padded]`."""
-    columns = matrices.shape[-1]
-    wide = torch.nn.functional.pad(matrices.flatten(0, 1), (0, padded(columns) - columns))
-    memory: np.ndarray = wide.contiguous().numpy()
-    return memory
-
-
-@contextmanager
-def _written_rows(states: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Lend memory that compiled loops can write to.
-
-    Yields:
-        The states themselves if loops can write to them, else a float32 copy, which is copied back at the end.
-    """
-    if states.dtype == torch.float32 and states.device.type == "cpu" and states.stride(-1) == 1:
-        yield states
-        return
-    rows = torch.empty(states.shape)
-    yield rows
-    if states.dtype == torch.float16:
-        # What was near its greatest number must not come back infinite.
-        largest = torch.finfo(torch.float16).max
-        rows.clamp_(-largest, largest)
-    states.copy_(rows)

@@ -13,7 +13,7 @@ import torch
 
 from spectrumkv.common.errors import InternalError, InvalidArgumentError
 from spectrumkv.common.kv.budget import Budget, BudgetKind, budget_kind
-from spectrumkv.common.kv.policies.ranks import best_first, check_scores, ranked
+from spectrumkv.common.kv.policies.ranks import check_scores, ranked
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.registry import Registry
 from spectrumkv.kernels.tier_placement import TierRanks
@@ -55,20 +55,6 @@ class TierRequest:
     def tokens(self) -> int:
         """Count the tokens, n."""
         return self.scores.numel()
-
-    def by_score(self) -> torch.Tensor:
-        """Order the tokens from the most to the least important.
-
-        Of tokens with equal scores the later one comes first, as recency is what the paper's importance falls
-        back on.
-
-        Returns:
-            int64 `[n]` on the CPU, a permutation.
-
-        Raises:
-            NotFiniteError: a score on a GPU is infinite or NaN.
-        """
-        return best_first(self.scores)
 
 
 Rule = Callable[[TierRequest], torch.Tensor | TierRanks]

@@ -10,7 +10,9 @@ from spectrumkv.kernels.tier_placement import TierRanks
 
 
 def best_first(scores: torch.Tensor) -> torch.Tensor:
-    """Order tokens from the most to the least important; see `TierRequest.by_score`.
+    """Order tokens from the most to the least important.
+
+    Of tokens with equal scores the later one comes first, as recency is what the paper's importance falls back on.
 
     Args:
         scores: float32 `[n]` on any device.

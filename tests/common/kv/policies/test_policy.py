@@ -11,7 +11,7 @@ from spectrumkv.common.errors import InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.budget import BYTE_POLICIES, Budget, BudgetKind
 from spectrumkv.common.kv.policies import Policy, TierRequest, policies
 from spectrumkv.common.kv.policies.base import policy
-from spectrumkv.common.kv.policies.ranks import fill
+from spectrumkv.common.kv.policies.ranks import best_first, fill
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 
 LETTERS = {Tier.DROP: ".", Tier.INT4: "4", Tier.INT8: "8", Tier.FP16: "F", Tier.NATIVE: "N"}
@@ -279,7 +279,7 @@ def test_a_negative_seed_is_refused():
 @given(scores_of_prompts)
 def test_ranking_puts_the_later_of_two_equal_tokens_first(scores):
     expected = sorted(range(len(scores)), key=lambda token: (scores[token], token), reverse=True)
-    assert request(scores, 0.5).by_score().tolist() == expected
+    assert best_first(request(scores, 0.5).scores).tolist() == expected
 
 
 def test_an_unknown_policy_is_refused_with_the_valid_names():

@@ -1,18 +1,16 @@
 """Coefficients of a layer in Triton: a tile of tokens in one KV head on one side is turned back and multiplied."""
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from spectrumkv.kernels.fixed_rate.triton.blocks import block_of
 from spectrumkv.kernels.fixed_rate.triton.blocks import HEADER_BYTES as _HEADER_BYTES
-from spectrumkv.kernels.fixed_rate.triton.integers import jit
+from spectrumkv.kernels.fixed_rate.triton.blocks import block_of
+from spectrumkv.kernels.fixed_rate.triton.integers import Jit, jit
 
 HEADER_BYTES = tl.constexpr(_HEADER_BYTES)
 
 # A kernel of its own for each divisor of these would be compiled while a request waits.
-_jit_for_any_prompt: Any = triton.jit(
+_jit_for_any_prompt: Jit = triton.jit(
     do_not_specialize=["tokens", "size", "sinks", "own_tokens", "body_bytes", "counters"]
 )
 

@@ -25,7 +25,8 @@ MANTISSA_MASK = tl.constexpr((1 << 23) - 1)
 INFINITY_BITS, ABSOLUTE_BITS = tl.constexpr(0x7F800000), tl.constexpr(0x7FFFFFFF)
 
 # Triton ships no types.
-jit: Callable[[Callable[..., Any]], Any] = triton.jit
+Jit = Callable[[Callable[..., Any]], Any]
+jit: Jit = triton.jit
 
 
 @jit
@@ -41,7 +42,7 @@ def power_of_two(eighths: tl.tensor, table_ptr: tl.tensor) -> tl.tensor:
 
 @jit
 def exponent_of(spread: tl.tensor, borders_ptr: tl.tensor) -> tl.tensor:
-    """Round binary logarithms of positive float32 to eighths; see `layout.exponents_of`."""
+    """Return binary logarithms of positive float32 in eighths, rounded; see `layout.exponents_of`."""
     bits = spread.to(tl.int32, bitcast=True)
     mantissa = bits & MANTISSA_MASK
     eighths = ((bits >> MANTISSA_BITS) - EXPONENT_BIAS) << 3
@@ -61,7 +62,7 @@ def width_of(ratio: tl.tensor, thresholds_ptr: tl.tensor) -> tl.tensor:
 
 @jit
 def rounded(values: tl.tensor, least: tl.constexpr, most: tl.constexpr) -> tl.tensor:
-    """Round float32 to the nearest int32 between two bounds, halves to even; NaN becomes the lower one."""
+    """Return the nearest int32 between two bounds, halves to even; NaN becomes the lower one."""
     bounded = tl.minimum(tl.maximum(tl.where(values == values, values, least), least), most)
     return ((bounded + ROUNDER) - ROUNDER).to(tl.int32)
 
@@ -74,7 +75,7 @@ def is_broken(values: tl.tensor) -> tl.tensor:
 
 @jit
 def count_bits(words: tl.tensor) -> tl.tensor:
-    """Count the ones in each uint32, as int32 (Warren 2012, "Hacker's Delight", section 5-1)."""
+    """Return how many ones each uint32 has, as int32 (Warren 2012, "Hacker's Delight", section 5-1)."""
     pairs = words - ((words >> 1) & 0x55555555)
     fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
     eights = (fours + (fours >> 4)) & 0x0F0F0F0F

@@ -1,6 +1,4 @@
-"""Records of a layer in Triton: a program for each token, and the escapes of a block by the one that finishes last."""
-
-from typing import Any
+"""Records of a layer in Triton: a program for each token; the one that finishes a block last writes its escapes."""
 
 import triton
 import triton.language as tl
@@ -15,6 +13,7 @@ from spectrumkv.kernels.fixed_rate.triton.integers import (
     LOWEST_GAIN,
     PROFILE_RATIO,
     WIDEST,
+    Jit,
     count_bits,
     is_last,
     jit,
@@ -33,7 +32,7 @@ COLUMNS, FIRST = tl.constexpr(blocks.BLOCK_COLUMNS), tl.constexpr(blocks.FOUND_B
 WORDS, ESCAPES = tl.constexpr(blocks.BLOCK_WORDS), tl.constexpr(blocks.BLOCK_ESCAPES)
 
 # A kernel of its own for each divisor of these would be compiled while a request waits.
-_jit_for_any_prompt: Any = triton.jit(
+_jit_for_any_prompt: Jit = triton.jit(
     do_not_specialize=["tokens", "size", "sinks", "own_tokens", "body_bytes"],
 )
 
@@ -47,7 +46,7 @@ def _normalized(
     inverse_ptr: tl.tensor,
     inverse_gain: tl.tensor,
 ) -> tl.tensor:
-    """Return a token's coefficients in units of their spread and its gain: what the reference computes, in its order."""
+    """Return a token's coefficients in units of their spread and its gain, by the operations of the reference."""
     value = tl.load(line_ptr + row, mask=there, other=0.0)
     mean = tl.load(means_ptr + row, mask=there, other=0.0)
     return (value - mean) * tl.load(inverse_ptr + row, mask=there, other=0.0) * inverse_gain
@@ -216,7 +215,10 @@ def _pack_kernel(
     block_groups: tl.constexpr,
     block_tokens: tl.constexpr,
 ) -> None:
-    """Write the record of this program's token, and the block's escapes if it is the last one. The grid is (tokens)."""
+    """Write the record of this program's token, and a block's escapes where it is the last one.
+
+    The grid is (tokens).
+    """
     token = tl.program_id(0)
     number = token // size
     first, own_sinks, count = block_of(number, tokens, size, sinks)

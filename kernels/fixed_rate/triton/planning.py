@@ -6,6 +6,7 @@ all but the classes are integers, and so are the same.
 
 import triton.language as tl
 
+from spectrumkv.kernels.fixed_rate.layout import PROFILES as _PROFILES
 from spectrumkv.kernels.fixed_rate.triton import blocks
 from spectrumkv.kernels.fixed_rate.triton.blocks import block_of, tokens_at
 from spectrumkv.kernels.fixed_rate.triton.integers import (
@@ -22,7 +23,6 @@ from spectrumkv.kernels.fixed_rate.triton.integers import (
     rounded,
     width_of,
 )
-from spectrumkv.kernels.fixed_rate.layout import PROFILES as _PROFILES
 
 COLUMNS, FIRST = tl.constexpr(blocks.BLOCK_COLUMNS), tl.constexpr(blocks.FOUND_BLOCKS)
 WORDS = tl.constexpr(blocks.BLOCK_WORDS)
@@ -63,7 +63,7 @@ def _classify(
     block_layer: tl.constexpr,
 ) -> None:
     """Write the byte of each token that is no sink, and count the profiles of each block."""
-    for number in range(0, tl.cdiv(tokens, size)):
+    for number in range(tl.cdiv(tokens, size)):
         first, own_sinks, count = block_of(number, tokens, size, sinks)
         body_ptr = bodies_ptr + tl.cast(number, tl.int64) * body_bytes
         body_ptr += tokens_at(own_sinks, count, own_tokens, rows)
@@ -95,12 +95,12 @@ def _words_at(
     groups: tl.constexpr,
     block_groups: tl.constexpr,
 ) -> tl.tensor:
-    """Count the words of this layer's records and of the later ones': int64; see `rate.words_at`."""
+    """Return the words of this layer's records and of the later ones': int64; see `rate.words_at`."""
     profile = tl.arange(0, PADDED_PROFILES)
     added = (profile + LOWEST_PROFILE) * PROFILE_RATIO - base * BASE_RATIO
     words = tl.zeros([PADDED_PROFILES], tl.int64)
     tokens = tl.zeros([PADDED_PROFILES], tl.int64)
-    for number in range(0, number_of_blocks):
+    for number in range(number_of_blocks):
         histogram = tl.load(histograms_ptr + number * PADDED_PROFILES + profile).to(tl.int64)
         tokens += histogram
         for first in range(0, groups, block_groups):
@@ -133,7 +133,7 @@ def _finest_base(
     groups: tl.constexpr,
     block_groups: tl.constexpr,
 ) -> tl.tensor:
-    """Find the finest base at which records keep to a number of words; see `rate.finest_base`.
+    """Return the finest base at which records keep to a number of words; see `rate.finest_base`.
 
     `lowest` and `highest` are the exponents of groups between which all lie.
     """
@@ -178,7 +178,7 @@ def _place_records(
     """
     profile = tl.arange(0, PADDED_PROFILES)
     added = (profile + LOWEST_PROFILE) * PROFILE_RATIO - base * BASE_RATIO
-    for number in range(0, tl.cdiv(tokens, size)):
+    for number in range(tl.cdiv(tokens, size)):
         record = tl.zeros([PADDED_PROFILES], tl.int32)
         for first_group in range(0, groups, block_groups):
             group = first_group + tl.arange(0, block_groups)
@@ -196,7 +196,8 @@ def _place_records(
             byte = tl.load(body_ptr + coded, mask=coded < count, other=0).to(tl.int32)
             own = (byte >> 4) + LOWEST_GAIN - 2 * ((byte & 15) + LOWEST_CLASS) - LOWEST_PROFILE
             words = tl.load(histograms_ptr + number * PADDED_PROFILES + own, mask=coded < count, other=0)
-            tl.store(starts_ptr + first + own_sinks + coded, taken + tl.cumsum(words, axis=0) - words, mask=coded < count)
+            start = taken + tl.cumsum(words, axis=0) - words
+            tl.store(starts_ptr + first + own_sinks + coded, start, mask=coded < count)
             taken += tl.sum(words, axis=0)
         tl.store(found_ptr + FIRST + number * COLUMNS + WORDS, taken.to(tl.int64))
 
@@ -248,7 +249,7 @@ def plan_layer(
     number_of_blocks = tl.cdiv(tokens, size)
     apart, coded_blocks = tl.zeros([], tl.int64), tl.zeros([], tl.int32)
     lowest, highest = tl.full([], NO_RATIO, tl.int32), tl.full([], -NO_RATIO, tl.int32)
-    for number in range(0, number_of_blocks):
+    for number in range(number_of_blocks):
         _, _, count = block_of(number, tokens, size, sinks)
         if count > 0:
             coded_blocks += 1

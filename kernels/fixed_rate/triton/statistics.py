@@ -3,8 +3,6 @@
 The program that finishes a block last sorts the block's rows; the one that finishes the layer last plans its steps.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -12,17 +10,17 @@ from spectrumkv.kernels.fixed_rate import layout
 from spectrumkv.kernels.fixed_rate.triton import blocks
 from spectrumkv.kernels.fixed_rate.triton.blocks import block_of, scales_at
 from spectrumkv.kernels.fixed_rate.triton.integers import (
-    GROUP_ROWS,
     HIGHEST_GAIN,
     LOWEST_GAIN,
+    Jit,
     exponent_of,
     is_broken,
     is_last,
     jit,
-    power_of_two,
     rounded,
 )
 from spectrumkv.kernels.fixed_rate.triton.planning import plan_layer
+from spectrumkv.kernels.fixed_rate.triton.scales import scale_rows, sort_rows
 
 COLUMNS, FIRST = tl.constexpr(blocks.BLOCK_COLUMNS), tl.constexpr(blocks.FOUND_BLOCKS)
 TOP, BROKEN = tl.constexpr(blocks.BLOCK_TOP), tl.constexpr(blocks.BLOCK_BROKEN)
@@ -30,18 +28,11 @@ HEADER_BYTES = tl.constexpr(blocks.HEADER_BYTES)
 GAIN_UNITS = tl.constexpr(float(layout.PROFILE_UNITS))
 EXPONENT_UNITS = tl.constexpr(layout.EXPONENT_UNITS)
 MEAN_UNITS, LARGEST_MEAN = tl.constexpr(float(layout.MEAN_UNITS)), tl.constexpr(float(layout.LARGEST_MEAN))
-LARGEST_DROP = tl.constexpr(layout.LARGEST_DROP)
-DROPS = tl.constexpr(layout.LARGEST_DROP + 1)
-EXPONENT_RATIO = tl.constexpr(layout.RATIO_UNITS // layout.EXPONENT_UNITS)
 # The least mean square, and spread, that has an exponent: of `common.kv.codecs.fixed_rate.statistics`.
 LEAST = tl.constexpr(2.0**-64)
-# Below what sums of exponents come to, and a multiple of every number of rows once it is multiplied with it.
-FLOOR = tl.constexpr(1 << 15)
-# Exponents of what is infinite lie above all that bodies may have.
-LOWEST_EXPONENT = tl.constexpr(-(1 << 20))
 
 # A kernel of its own for each divisor of these would be compiled while a request waits.
-_jit_for_any_prompt: Any = triton.jit(
+_jit_for_any_prompt: Jit = triton.jit(
     do_not_specialize=[
         "tokens", "size", "sinks", "own_tokens", "body_bytes", "quarters", "lowest_quarter", "words_high", "words_low"
     ]
@@ -50,7 +41,12 @@ _jit_for_any_prompt: Any = triton.jit(
 
 @jit
 def _octaves(
-    energies_ptr: tl.tensor, token: tl.tensor, there: tl.tensor, tokens: tl.tensor, heads: tl.constexpr, rows: tl.constexpr
+    energies_ptr: tl.tensor,
+    token: tl.tensor,
+    there: tl.tensor,
+    tokens: tl.tensor,
+    heads: tl.constexpr,
+    rows: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Return half the binary logarithm of tokens' mean squares, and their sums of squares."""
     energy = tl.zeros_like(token).to(tl.float32)
@@ -109,9 +105,7 @@ def _measure_rows(
     # A mean is sent in units of the spread, which must not be too small for it.
     spread = tl.maximum(tl.sqrt(variance), tl.abs(mean) * (MEAN_UNITS / LARGEST_MEAN))
     measured = exponent_of(tl.maximum(spread.to(tl.float32), LEAST), borders_ptr)
-    moved = tl.load(calibrated_ptr + row, mask=inside, other=0) + rounded(
-        level * EXPONENT_UNITS, -(1 << 16), 1 << 16
-    )
+    moved = tl.load(calibrated_ptr + row, mask=inside, other=0) + rounded(level * EXPONENT_UNITS, -(1 << 16), 1 << 16)
     tl.store(exponents_ptr + row, tl.where(own, measured, moved), mask=inside)
     tl.store(row_means_ptr + row, tl.where(own, mean.to(tl.float32), 0.0), mask=inside)
     if tl.program_id(0) == 0:
@@ -119,99 +113,13 @@ def _measure_rows(
 
 
 @jit
-def _scale_rows(
-    body_ptr: tl.tensor,
-    top_ptr: tl.tensor,
-    exponents_ptr: tl.tensor,
-    row_means_ptr: tl.tensor,
-    drops_ptr: tl.tensor,
-    means_ptr: tl.tensor,
-    inverse_ptr: tl.tensor,
-    powers_ptr: tl.tensor,
-    own: tl.tensor,
-    rows: tl.constexpr,
-    block_rows: tl.constexpr,
-) -> tl.tensor:
-    """Turn exponents and means into what is sent of them, and that into what coefficients are normalized with.
-
-    Returns:
-        int32, the exponent of the largest spread.
-    """
-    top = tl.full([], LOWEST_EXPONENT, tl.int32)
-    for first in range(0, rows, block_rows):
-        row = first + tl.arange(0, block_rows)
-        exponent = tl.load(exponents_ptr + row, mask=row < rows, other=LOWEST_EXPONENT)
-        top = tl.maximum(top, tl.max(exponent, axis=0))
-    tl.store(top_ptr, top.to(tl.int64))
-    for first in range(0, rows, block_rows):
-        row = first + tl.arange(0, block_rows)
-        inside = row < rows
-        drop = tl.minimum(top - tl.load(exponents_ptr + row, mask=inside, other=0), LARGEST_DROP)
-        # What is infinite has no power of two; the host refuses such a block.
-        exponent = tl.minimum(top, 1 << 9) - drop
-        mean = tl.load(row_means_ptr + row, mask=inside, other=0.0)
-        inverse, spread = power_of_two(-exponent, powers_ptr), power_of_two(exponent, powers_ptr)
-        mean = rounded(mean * inverse * MEAN_UNITS, -LARGEST_MEAN, LARGEST_MEAN)
-        if own:
-            tl.store(body_ptr + row, drop.to(tl.uint8), mask=inside)
-            tl.store(body_ptr + rows + row, (mean & 255).to(tl.uint8), mask=inside)
-        tl.store(drops_ptr + row, drop, mask=inside)
-        tl.store(means_ptr + row, mean.to(tl.float32) / MEAN_UNITS * spread, mask=inside)
-        tl.store(inverse_ptr + row, inverse, mask=inside)
-    return top
-
-
-@jit
-def _sort_rows(
-    order_ptr: tl.tensor,
-    places_ptr: tl.tensor,
-    groups_ptr: tl.tensor,
-    drops_ptr: tl.tensor,
-    top: tl.tensor,
-    rows: tl.constexpr,
-    groups: tl.constexpr,
-    block_sorted: tl.constexpr,
-    block_groups: tl.constexpr,
-) -> None:
-    """Order rows by falling spread, those of one spread by number, and average the exponents of each group.
-
-    Drops have few values, so that counting sorts them: rows in their order, after all that drop less.
-    """
-    value = tl.arange(0, DROPS)[None, :]
-    counts = tl.zeros([DROPS], tl.int32)
-    for first in range(0, rows, block_sorted):
-        row = first + tl.arange(0, block_sorted)
-        drop = tl.load(drops_ptr + row, mask=row < rows, other=DROPS)
-        counts += tl.sum((drop[:, None] == value).to(tl.int32), axis=0)
-    begin = tl.cumsum(counts, axis=0) - counts
-    for first in range(0, rows, block_sorted):
-        row = first + tl.arange(0, block_sorted)
-        drop = tl.load(drops_ptr + row, mask=row < rows, other=DROPS)
-        alike = (drop[:, None] == value).to(tl.int32)
-        before = begin[None, :] + tl.cumsum(alike, axis=0) - 1
-        place = tl.sum(alike * before, axis=1)
-        tl.store(order_ptr + place, row, mask=row < rows)
-        tl.store(places_ptr + row, place, mask=row < rows)
-        begin += tl.sum(alike, axis=0)
-    tl.debug_barrier()
-    for first in range(0, groups, block_groups):
-        group = first + tl.arange(0, block_groups)
-        place = group[:, None] * GROUP_ROWS + tl.arange(0, GROUP_ROWS)[None, :]
-        row = tl.load(order_ptr + place, mask=place < rows, other=0)
-        drops = tl.sum(tl.load(drops_ptr + row, mask=place < rows, other=0), axis=1)
-        members = tl.maximum(tl.minimum(rows - group * GROUP_ROWS, GROUP_ROWS), 1)
-        # Division rounds towards 0, and is to round down.
-        exponent = ((members * top - drops) * EXPONENT_RATIO + members * FLOOR) // members - FLOOR
-        tl.store(groups_ptr + group, exponent, mask=group < groups)
-
-
-@jit
 def _broken_sinks(halves_ptr: tl.tensor, elements: tl.tensor, block: tl.constexpr) -> tl.tensor:
-    """Count the elements of a block's sinks that are infinite or NaN in the 16-bit dtype: int64."""
+    """Return how many elements of a block's sinks are infinite or NaN, as int64."""
     broken = tl.zeros([], tl.int32)
     for first in range(0, elements, block):
         element = first + tl.arange(0, block)
-        broken += tl.sum(is_broken(tl.load(halves_ptr + element, mask=element < elements, other=0.0).to(tl.float32)), axis=0)
+        value = tl.load(halves_ptr + element, mask=element < elements, other=0.0)
+        broken += tl.sum(is_broken(value.to(tl.float32)), axis=0)
     return broken.to(tl.int64)
 
 
@@ -262,7 +170,10 @@ def _statistics_kernel(
     block_groups: tl.constexpr,
     block_layer: tl.constexpr,
 ) -> None:
-    """Measure this program's rows; sort a block and plan the layer where no program is left. The grid is (rows, blocks)."""
+    """Measure this program's rows; sort a block, and plan the layer, where no other program is left to do.
+
+    The grid is (blocks of rows, blocks of tokens).
+    """
     number = tl.program_id(1)
     first, own_sinks, count = block_of(number, tokens, size, sinks)
     coded = first + own_sinks
@@ -278,12 +189,12 @@ def _statistics_kernel(
     if is_last(counters_ptr + number, tl.num_programs(0)):
         if count > 0:
             body_ptr = bodies_ptr + number.to(tl.int64) * body_bytes + scales_at(own_sinks, rows)
-            top = _scale_rows(
+            top = scale_rows(
                 body_ptr, block_ptr + TOP, exponents_ptr + at_row, row_means_ptr + at_row, drops_ptr + at_row,
                 means_ptr + at_row, inverse_ptr + at_row, powers_ptr, own, rows, block_rows,
             )  # fmt: skip
             tl.debug_barrier()
-            _sort_rows(
+            sort_rows(
                 order_ptr + at_row, places_ptr + at_row, groups_ptr + number * groups, drops_ptr + at_row, top, rows,
                 groups, block_rows, block_groups,
             )  # fmt: skip

@@ -35,6 +35,24 @@ class QuantizerTables:
     powers: torch.Tensor
 
 
+def upload_to_stay(parts: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Copy tensors of the host to a device for all streams; see `upload`.
+
+    What a stream uploads is there for that stream; nothing tells the others when. So the host waits, this once.
+
+    Args:
+        parts: see `upload`.
+        device: where they are wanted.
+
+    Returns:
+        See `upload`.
+    """
+    there = upload([part.contiguous() for part in parts], device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return there
+
+
 @lru_cache(maxsize=8)
 def quantizer_tables(device: torch.device) -> QuantizerTables:
     """Return the constants of the layout on a device."""
@@ -43,7 +61,7 @@ def quantizer_tables(device: torch.device) -> QuantizerTables:
     arrays = (
         table.offset, table.slope, table.level, table.limit, WIDTH_THRESHOLDS.astype(np.int32), EIGHTH_BORDERS, powers
     )  # fmt: skip
-    return QuantizerTables(*upload([torch.from_numpy(one) for one in arrays], device))
+    return QuantizerTables(*upload_to_stay([torch.from_numpy(one) for one in arrays], device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +110,12 @@ class AnalysisTables:
         Returns:
             The tables.
         """
-        there = upload([one.contiguous() for one in arrays], device)
-        return cls(*there, 0 if is_last else arrays[-1].numel(), lowest_quarter, scaling, step_exponent)
+        mean, analysis, inverse_std, exponents, group_exponents, later = upload_to_stay(arrays, device)
+        quarters = 0 if is_last else later.numel()
+        return cls(
+            mean, analysis, inverse_std, exponents, group_exponents, later, quarters, lowest_quarter, scaling,
+            step_exponent,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +160,6 @@ class Angles:
             length = max(256, 1 << (positions - 1).bit_length())
             made = [kind(length) for kind in self._kinds]
             cosine, sine = (torch.stack([one[side] for one in made]) for side in range(2))
-            self._tables = tuple(upload([cosine, sine], self._device))  # type: ignore[assignment]
-        assert self._tables is not None
+            cosine, sine = upload_to_stay([cosine, sine], self._device)
+            self._tables = cosine, sine
         return self._tables

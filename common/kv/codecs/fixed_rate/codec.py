@@ -1,6 +1,6 @@
 """The codec "fixed_rate": its encoder and decoder factories, side by side, and its decoder."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,8 +10,8 @@ from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.base import Codec, KvEncoder, SegmentDecoder, codecs, needed_basis
 from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
-from spectrumkv.common.kv.codecs.fixed_rate.block_codec import decode_block
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
+from spectrumkv.common.kv.codecs.fixed_rate.received import ReceivedBlock, read_block, write_block
 from spectrumkv.common.kv.codecs.fixed_rate.tiers import tier_bytes
 from spectrumkv.common.kv.codecs.fixed_rate.transform import layer_transforms
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
@@ -82,7 +82,7 @@ codecs.register(FixedRateCodec.name)(FixedRateCodec())
 
 
 class FixedRateDecoder:
-    """A `SegmentDecoder` of segments that were made with one basis.
+    """A `MessageDecoder` of segments that were made with one basis.
 
     Args:
         basis: the one that Begin names.
@@ -91,6 +91,7 @@ class FixedRateDecoder:
 
     def __init__(self, basis: SpectralBasis, geometry: KvGeometry) -> None:
         basis.check_fits(geometry)
+        self._basis = basis
         self._geometry = geometry
         self._transforms = layer_transforms(basis)
 
@@ -108,13 +109,49 @@ class FixedRateDecoder:
         Raises:
             DataLossError: the body does not hold what its header says.
         """
+        block = self._read(segment)
+        transform = self._transforms[segment.layer]
+        write_block(transform, block, segment.first_token, self._geometry, keys, values)
+        return self._shares(segment, block)
+
+    def decode_all(
+        self, segments: Sequence[KvSegment], slots: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> list[Mapping[Tier, int]]:
+        """Write segments one by one on a CPU, all together on a GPU; see `MessageDecoder.decode_all`.
+
+        Args:
+            segments: as they arrived, at least one.
+            slots: keys and values of each, views of one cache.
+
+        Returns:
+            For each segment the body's bytes by tier.
+
+        Raises:
+            DataLossError: a body does not hold what its header says; on a GPU nothing is written then.
+        """
+        if not slots[0][0].is_cuda:
+            return [self.decode(segment, *states) for segment, states in zip(segments, slots, strict=True)]
+        # Triton takes a while to import, and exists on Linux only.
+        from spectrumkv.common.kv.codecs.fixed_rate.gpu.slots import write_segments
+
+        blocks = [self._read(segment) for segment in segments]
+        write_segments(self._basis, segments, blocks, slots)
+        return [self._shares(segment, block) for segment, block in zip(segments, blocks, strict=True)]
+
+    def _read(self, segment: KvSegment) -> ReceivedBlock:
+        """Return a segment's body, taken apart and checked.
+
+        Raises:
+            DataLossError: the body does not hold what its header says.
+        """
         of_each = np.bincount(segment.tiers.numpy(), minlength=len(Tier))
         if of_each[Tier.DROP] or of_each[Tier.NATIVE]:
             raise DataLossError("codec fixed_rate sends every token, at INT4, INT8 or FP16", "tier")
-        transform = self._transforms[segment.layer]
-        layout, sinks = decode_block(transform, segment.body, segment.first_token, self._geometry, keys, values)
-        sink_bytes = self._geometry.fp16_bytes_per_layer(sinks)
-        return tier_bytes(layout, segment.tiers, sink_bytes, segment.body.numel())
+        return read_block(self._transforms[segment.layer], segment.body, segment.tiers.numel(), self._geometry)
+
+    def _shares(self, segment: KvSegment, block: ReceivedBlock) -> Mapping[Tier, int]:
+        sink_bytes = self._geometry.fp16_bytes_per_layer(block.sinks)
+        return tier_bytes(block.layout, segment.tiers, sink_bytes, segment.body.numel())
 
 
 def prepare() -> None:

@@ -11,8 +11,8 @@ import triton.language as tl
 from spectrumkv.kernels.fixed_rate.triton.integers import jit
 
 HEADER_BYTES = 16
-# What is found out about a layer: scores and energies that are not finite, the base, the drift of spreads.
-FOUND_BROKEN, FOUND_BASE, FOUND_DRIFT, FOUND_BLOCKS = 0, 1, 2, 4
+# What is found out about a layer: scores that are not finite, the base, the drift of spreads, and the smoothed base.
+FOUND_BROKEN, FOUND_BASE, FOUND_DRIFT, FOUND_SMOOTH, FOUND_BLOCKS = 0, 1, 2, 3, 4
 # And about each block: words of records, escapes, the exponent of the largest spread, what is not finite.
 BLOCK_COLUMNS = 4
 BLOCK_WORDS, BLOCK_ESCAPES, BLOCK_TOP, BLOCK_BROKEN = 0, 1, 2, 3

@@ -111,6 +111,8 @@ def encode(
             tables.step_exponent,
             rate.drift,
             rate.drift_weight,
+            rate.smooth_base,
+            rate.base_weight,
             heads=heads,
             rows=rows,
             groups=work.groups.shape[1],

@@ -11,6 +11,7 @@ from spectrumkv.kernels.fixed_rate.triton.blocks import (
     FOUND_BLOCKS,
     FOUND_BROKEN,
     FOUND_DRIFT,
+    FOUND_SMOOTH,
     BlockShape,
 )
 from spectrumkv.kernels.fixed_rate.triton.integers import PADDED_PROFILES
@@ -25,11 +26,15 @@ class LayerRate:
         words: of the records of this layer and, as foreseen, of all later ones.
         drift: by how much spreads lie above the calibrated ones, in units of a ratio, before this layer.
         drift_weight: with which what this layer shows of that counts.
+        smooth_base: base of the layers before, smoothed.
+        base_weight: with which the base that this layer foresees counts beside it.
     """
 
     words: int
     drift: float
     drift_weight: float
+    smooth_base: float
+    base_weight: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +91,11 @@ class CodedLayer:
     def drift(self) -> float:
         """Return by how much spreads lie above the calibrated ones, this layer's included."""
         return float(self.found[FOUND_DRIFT : FOUND_DRIFT + 1].view(torch.float64))
+
+    @property
+    def smooth_base(self) -> float:
+        """Return the base of the layers so far, smoothed, this layer's included."""
+        return float(self.found[FOUND_SMOOTH : FOUND_SMOOTH + 1].view(torch.float64))
 
     @property
     def blocks(self) -> list[list[int]]:

@@ -27,7 +27,7 @@ from spectrumkv.kernels.fixed_rate.triton.integers import (
 COLUMNS, FIRST = tl.constexpr(blocks.BLOCK_COLUMNS), tl.constexpr(blocks.FOUND_BLOCKS)
 WORDS = tl.constexpr(blocks.BLOCK_WORDS)
 FOUND_BROKEN, FOUND_BASE = tl.constexpr(blocks.FOUND_BROKEN), tl.constexpr(blocks.FOUND_BASE)
-FOUND_DRIFT = tl.constexpr(blocks.FOUND_DRIFT)
+FOUND_DRIFT, FOUND_SMOOTH = tl.constexpr(blocks.FOUND_DRIFT), tl.constexpr(blocks.FOUND_SMOOTH)
 PROFILES = tl.constexpr(_PROFILES)
 CLASSES_PER_OCTAVE = tl.constexpr(2.0)
 # Shares of the attention below this one are all alike.
@@ -227,6 +227,8 @@ def plan_layer(
     exponent: tl.tensor,
     drift: tl.tensor,
     drift_weight: tl.tensor,
+    smooth_base: tl.tensor,
+    base_weight: tl.tensor,
     rows: tl.constexpr,
     groups: tl.constexpr,
     block_layer: tl.constexpr,
@@ -273,12 +275,14 @@ def plan_layer(
         lowest = tl.minimum(lowest, later_ratio)
         highest = tl.maximum(highest, later_ratio + (quarters - 1) * PROFILE_RATIO)
     words = (words_high.to(tl.int64) << WORDS_SHIFT) + words_low
-    base = tl.zeros([], tl.int32)
+    base, smooth = tl.zeros([], tl.int32), smooth_base + tl.zeros([], tl.float64)
     if coded_blocks > 0:
-        base = _finest_base(
+        found = _finest_base(
             words, histograms_ptr, groups_ptr, later_ptr, thresholds_ptr, number_of_blocks, quarters, later_ratio,
             lowest, highest, groups, block_groups,
         )  # fmt: skip
+        smooth += (found.to(tl.float64) - smooth) * base_weight
+        base = rounded(smooth.to(tl.float32), -(1 << 15), 1 << 15)
     tl.debug_barrier()
     _place_records(
         bodies_ptr, found_ptr, starts_ptr, histograms_ptr, groups_ptr, thresholds_ptr, base, tokens, size, sinks,
@@ -290,3 +294,4 @@ def plan_layer(
     tl.store(found_ptr + FOUND_BROKEN, broken.to(tl.int64))
     tl.store(found_ptr + FOUND_BASE, base.to(tl.int64))
     tl.store(found_ptr + FOUND_DRIFT, moved.to(tl.int64, bitcast=True))
+    tl.store(found_ptr + FOUND_SMOOTH, smooth.to(tl.int64, bitcast=True))

@@ -162,6 +162,8 @@ def _statistics_kernel(
     exponent: tl.tensor,
     drift: tl.tensor,
     drift_weight: tl.tensor,
+    smooth_base: tl.tensor,
+    base_weight: tl.tensor,
     heads: tl.constexpr,
     rows: tl.constexpr,
     groups: tl.constexpr,
@@ -209,6 +211,6 @@ def _statistics_kernel(
             plan_layer(
                 scores_ptr, bodies_ptr, found_ptr, gains_ptr, groups_ptr, histograms_ptr, steps_ptr, starts_ptr,
                 calibrated_groups_ptr, later_ptr, thresholds_ptr, tokens, size, sinks, own_tokens, body_bytes,
-                quarters, lowest_quarter, words_high, words_low, exponent, drift, drift_weight, rows, groups,
-                block_layer, block_groups,
+                quarters, lowest_quarter, words_high, words_low, exponent, drift, drift_weight, smooth_base,
+                base_weight, rows, groups, block_layer, block_groups,
             )  # fmt: skip

@@ -3,6 +3,7 @@
 Triton runs under its interpreter, whose programs come one after another.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 from spectrumkv.common.kv.codecs.fixed_rate.block_codec import HEADER, padded
+from spectrumkv.common.kv.codecs.fixed_rate.coded_layer import TRUSTED_ATTENTION
 from spectrumkv.common.kv.codecs.fixed_rate.gpu.basis import DeviceBasis
-from spectrumkv.common.kv.codecs.fixed_rate.rate import LayerDemand, RateControl
+from spectrumkv.common.kv.codecs.fixed_rate.rate import AIM, LayerDemand, RateControl
 from spectrumkv.common.kv.codecs.fixed_rate.statistics import calibrated_scales, measure
 from spectrumkv.common.kv.codecs.fixed_rate.transform import layer_transforms
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
@@ -108,7 +110,9 @@ def coded(case: Case) -> Coded:
     on_device = DeviceBasis(basis, CPU)
     cosine, sine = (one[on_device.kinds[case.layer]] for one in on_device.angles(case.shape.tokens))
     words = int(case.bits * case.shape.tokens * 2 * case.kv_heads * case.head_dim / 32)
-    rate = LayerRate(words, -3.25, 1.0 if case.layer == 0 else 0.5)
+    rate = LayerRate(
+        words, -3.25, 1.0 if case.layer == 0 else 0.5, -300.5, 1.0 if case.layer == LAYERS - 1 else 1 / 3
+    )
     layer, work = encode(keys, values, scores, (cosine, sine), on_device.analysis(case.layer), case.shape, rate)
     return Coded(case, basis, (keys, values), scores, layer, work, rate)
 
@@ -179,7 +183,7 @@ def assert_statistics(made: Coded, block: BlockOfLayer) -> None:
 
 def assert_classes(made: Coded, of_blocks: list[BlockOfLayer]) -> None:
     shares = made.scores.double().clamp_min(1e-7).log2()
-    octaves = -0.5 * (shares - shares[made.case.shape.sinks :].mean())
+    octaves = -0.5 * TRUSTED_ATTENTION * (shares - shares[made.case.shape.sinks :].mean())
     wanted = (2 * octaves).round().clamp(LOWEST_CLASS, HIGHEST_CLASS)
     for block in of_blocks:
         mine = (block.of_tokens.long() & 15) + LOWEST_CLASS
@@ -194,11 +198,16 @@ def assert_steps(made: Coded, of_blocks: list[BlockOfLayer]) -> None:
         [np.bincount(PROFILE_OF_BYTE[one.of_tokens.numpy()], minlength=PROFILES) for one in of_blocks],
         0,
     )
-    rate = RateControl(4 * made.rate.words, layer_transforms(made.basis), made.rate.drift, 0.0, 0, made.case.layer)
+    transforms, given = layer_transforms(made.basis), made.rate
+    rate = RateControl(0, transforms, given.drift, 0.0, given.smooth_base, 0, made.case.layer)
+    rate.segment_bytes = math.ceil(4 * given.words / (1.0 if rate.is_last else AIM))
+    assert rate.expected_words(0) == given.words
+    assert (rate.drift_weight, rate.base_weight) == (given.drift_weight, given.base_weight)
     rate.observe(demand)
     assert made.layer.drift == pytest.approx(rate.drift, abs=1e-9)
-    wanted = demand.finest_base(made.rate.words) if rate.is_last else rate.base(demand)
+    wanted = demand.finest_base(given.words) if rate.is_last else rate.base(demand)
     assert made.layer.base == wanted
+    assert rate.is_last or made.layer.smooth_base == pytest.approx(rate.smooth_base, abs=1e-4)
 
 
 def assert_records(made: Coded, block: BlockOfLayer, base: int, turn: int) -> None:
@@ -296,7 +305,12 @@ def test_what_is_not_finite_is_counted_in_its_block(side: int, value: float) -> 
         states[side][0, token, 2] = value
     angles = on_device.angles(8)
     layer, _ = encode(
-        *states, scores, (angles[0][0], angles[1][0]), on_device.analysis(0), case.shape, LayerRate(100, 0.0, 1.0)
+        *states,
+        scores,
+        (angles[0][0], angles[1][0]),
+        on_device.analysis(0),
+        case.shape,
+        LayerRate(100, 0.0, 1.0, 0.0, 1.0),
     )
     assert [found[BLOCK_BROKEN] for found in layer.blocks] == [1, 1]
     assert layer.broken_scores == 1

@@ -10,6 +10,7 @@ from spectrumkv.common.errors import InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.fixed_rate.block_codec import Block, LayerSteps, encode_block
 from spectrumkv.common.kv.codecs.fixed_rate.coded_layer import (
+    TRUSTED_ATTENTION,
     BlockPlan,
     CodedLayer,
     demand_of,
@@ -28,10 +29,8 @@ from spectrumkv.kernels.absmax import halves_are_finite
 from spectrumkv.kernels.fixed_rate.dispatch import analyse
 from spectrumkv.kernels.fixed_rate.layout import HIGHEST_CLASS, LOWEST_CLASS
 
-# Step classes per octave of a token's step. Steps differ less than attention says: what the last queries look at is
-# not all that later ones will.
+# Step classes per octave of a token's step.
 CLASSES_PER_OCTAVE = 2
-TRUSTED_ATTENTION = 0.85
 # First tokens that are sent in the 16-bit dtype. Others that are unlike the rest have gains and escapes.
 SINKS = 1
 # Share of a chunk that a segment is planned to fill; layers differ.

@@ -5,6 +5,7 @@ from functools import cached_property, lru_cache, partial
 
 import torch
 
+from spectrumkv.common.kv.codecs.fixed_rate.coded_layer import TRUSTED_ATTENTION
 from spectrumkv.common.kv.codecs.fixed_rate.rate import later_groups
 from spectrumkv.common.kv.codecs.fixed_rate.transform import layer_transforms
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis, angles
@@ -75,7 +76,7 @@ class DeviceBasis:
             lowest_quarter=later.lowest,
             is_last=layer == len(transforms) - 1,
             scaling=float(basis.rope_scaling[layer]),
-            step_exponent=-SENSITIVITY_POWER * float(basis.attention_exponent[layer]),
+            step_exponent=-SENSITIVITY_POWER * TRUSTED_ATTENTION * float(basis.attention_exponent[layer]),
         )
 
 

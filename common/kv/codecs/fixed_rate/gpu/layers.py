@@ -107,7 +107,7 @@ class GpuLayers:
         blocks = [self._block(transform, host, number, found) for number, found in enumerate(host.blocks)]
         steps = LayerSteps(host.base, capture.tokens)
         coded = _coded(blocks, host, steps)
-        rate.drift = host.drift
+        rate.drift, rate.smooth_base = host.drift, host.smooth_base
         if not rate.is_last:
             return coded
 
@@ -136,7 +136,7 @@ class GpuLayers:
             (cosine, sine),
             on_device.analysis(capture.layer),
             shape,
-            LayerRate(words, rate.drift, rate.drift_weight),
+            LayerRate(words, rate.drift, rate.drift_weight, rate.smooth_base or 0.0, rate.base_weight),
         )
 
     def _shares(self, capture: LayerCapture) -> torch.Tensor:

@@ -154,6 +154,24 @@ class FixedRateDecoder:
         return tier_bytes(block.layout, segment.tiers, sink_bytes, segment.body.numel())
 
 
+def trial_basis(geometry: KvGeometry) -> SpectralBasis:
+    """Return a basis that changes nothing, for trials before a model's own is known.
+
+    Args:
+        geometry: shape and dtype of the model's cache.
+    """
+    layers, head_dim = geometry.layers, geometry.head_dim
+    lead = (layers, 2, geometry.kv_heads)
+    return SpectralBasis(
+        mean=torch.zeros(*lead, head_dim),
+        analysis=torch.eye(head_dim).expand(*lead, -1, -1).contiguous(),
+        std=torch.ones(*lead, head_dim),
+        attention_exponent=torch.ones(layers),
+        rope_frequencies=torch.ones(layers, head_dim // 2, dtype=torch.float64),
+        rope_scaling=torch.ones(layers, dtype=torch.float64),
+    )
+
+
 def prepare() -> None:
     """Compile what runs on CPUs, so that no request waits for it.
 
@@ -161,15 +179,7 @@ def prepare() -> None:
     """
     heads, head_dim = 2, 4
     geometry = KvGeometry(1, heads, head_dim, torch.float32)
-    lead = (1, 2, heads)
-    basis = SpectralBasis(
-        mean=torch.zeros(*lead, head_dim),
-        analysis=torch.eye(head_dim).expand(*lead, -1, -1).contiguous(),
-        std=torch.ones(*lead, head_dim),
-        attention_exponent=torch.ones(1),
-        rope_frequencies=torch.ones(1, head_dim // 2, dtype=torch.float64),
-        rope_scaling=torch.ones(1, dtype=torch.float64),
-    )
+    basis = trial_basis(geometry)
     # A lone token's keys lie in one piece, those of several do not; scales of a block's own need many of them.
     for tokens in (200, 1):
         states = torch.ones(tokens, heads, head_dim).transpose(0, 1)

@@ -128,7 +128,6 @@ def test_other_scorers_rank_without_a_wait() -> None:
         ("values", 0, -torch.inf, NotFiniteError, "keys or values of layer 0 are infinite"),
         ("values", 0, 1e6, InvalidArgumentError, "first tokens for torch.float16"),
         ("values", 4, 1e25, InvalidArgumentError, "layer 0 are too large"),
-        ("values", 4, 1e18, InvalidArgumentError, "spread is|have coefficients of"),
     ],
 )
 def test_what_cannot_be_sent_is_refused(

@@ -24,14 +24,12 @@ from spectrumkv.kernels.fixed_rate.layout import (
     gain_of_byte,
 )
 from spectrumkv.kernels.fixed_rate.triton import unpacking
-from spectrumkv.kernels.fixed_rate.triton.encode import BLOCK_GROUPS, LEAST_DIM
+from spectrumkv.kernels.fixed_rate.triton.encode import BLOCK_GROUPS, LEAST_DIM, tile_of
 from spectrumkv.kernels.fixed_rate.triton.synthesis import TILE_COLUMNS, _synthesise_kernel
 from spectrumkv.kernels.fixed_rate.triton.tables import SynthesisTables, quantizer_tables
 from spectrumkv.kernels.fixed_rate.triton.unpacking import TOKEN_COLUMNS, _unpack_kernel
 from spectrumkv.kernels.upload import aligned, states_offset, upload
 
-# Tokens of a tile, and coefficients of each that are multiplied at a time.
-TILE_TOKENS, TILE_COEFFICIENTS = 32, 32
 # Escapes of a token that are looked at together.
 BLOCK_ESCAPES = 32
 WORD_BYTES = 4
@@ -101,10 +99,11 @@ def decode(
     # Bodies come first, so that where they lie is known.
     bodies_at = list(accumulate((aligned(one.body.numel()) for one in segments), initial=0))
     tables_of_rows = _tables_of_rows(coded)
+    tile_tokens, tile_coefficients = tile_of(head_dim)
     parts = (
         *(one.body for one in segments),
         torch.from_numpy(_token_table(segments, bodies_at, rows)),
-        torch.from_numpy(_tile_table(segments, slots, bodies_at)),
+        torch.from_numpy(_tile_table(segments, slots, bodies_at, tile_tokens)),
         *map(torch.from_numpy, tables_of_rows),
     )
     there = upload(parts, keys.device)
@@ -147,8 +146,8 @@ def decode(
             kv_heads=kv_heads,
             half=head_dim // 2,
             padded_half=max(LEAST_DIM, triton.next_power_of_2(head_dim // 2)),
-            block_tokens=TILE_TOKENS,
-            block_columns=min(TILE_COEFFICIENTS, max(LEAST_DIM, triton.next_power_of_2(head_dim))),
+            block_tokens=tile_tokens,
+            block_columns=tile_coefficients,
         )
 
 
@@ -196,21 +195,24 @@ def _token_table(segments: Sequence[ReceivedSegment], bodies_at: Sequence[int], 
 
 
 def _tile_table(
-    segments: Sequence[ReceivedSegment], slots: Sequence[tuple[torch.Tensor, torch.Tensor]], bodies_at: Sequence[int]
+    segments: Sequence[ReceivedSegment],
+    slots: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    bodies_at: Sequence[int],
+    tile_tokens: int,
 ) -> np.ndarray:
     """Return int64 `[tiles, TILE_COLUMNS]`, what the kernel is told of each tile: sinks, then the other tokens."""
     tiles, line = [], 0
     token_stride = slots[0][0].stride(1)
     for one, states, body_at in zip(segments, slots, bodies_at, strict=False):
         states_at, sinks_at = states_offset(slots[0], states), (body_at + one.sinks_at) // 2
-        for first in range(0, one.sinks, TILE_TOKENS):
-            count = min(TILE_TOKENS, one.sinks - first)
+        for first in range(0, one.sinks, tile_tokens):
+            count = min(tile_tokens, one.sinks - first)
             at = states_at + first * token_stride
             head_dim = slots[0][0].shape[2]
             tiles.append((one.layer, 0, 0, -1, sinks_at + first * head_dim, one.sinks, count, at))
-        for first in range(0, one.coded, TILE_TOKENS):
+        for first in range(0, one.coded, tile_tokens):
             token = one.sinks + first
-            count, position = min(TILE_TOKENS, one.coded - first), one.first_token + token
+            count, position = min(tile_tokens, one.coded - first), one.first_token + token
             at = states_at + token * token_stride
             tiles.append((one.layer, one.kind, position, line + first, sinks_at, one.sinks, count, at))
         line += one.coded

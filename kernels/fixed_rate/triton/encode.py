@@ -11,8 +11,10 @@ from spectrumkv.kernels.fixed_rate.triton.statistics import _statistics_kernel
 from spectrumkv.kernels.fixed_rate.triton.tables import AnalysisTables, quantizer_tables
 from spectrumkv.kernels.upload import upload
 
-# Tokens that a program transforms, and columns of the product that it has at a time: what shared memory has room for.
-ANALYSIS_TOKENS, ANALYSIS_COLUMNS = 32, 32
+# Tokens that a program transforms, and columns of the product that it has at a time: what shared memory has room for,
+# also on small GPUs. Heads wider than so many elements leave room for half as many.
+TILE_TOKENS, TILE_COLUMNS = 32, 32
+WIDE_HEAD = 128
 # Rows that a program measures, and tokens at a time.
 STATISTICS_ROWS, STATISTICS_TOKENS = 32, 64
 # Groups of rows at a time, and tokens of a layer at a time.
@@ -23,6 +25,17 @@ ESCAPE_WORDS = 1024
 LEAST_DIM = 16
 # Words of a budget beyond which all budgets are alike, and how they are told to kernels.
 MOST_WORDS, WORDS_SHIFT = (1 << 60) - 1, 30
+
+
+def tile_of(head_dim: int) -> tuple[int, int]:
+    """Return the tokens that a program transforms, and the columns that it has at a time.
+
+    Args:
+        head_dim: elements of a head.
+    """
+    shares = 2 if head_dim > WIDE_HEAD else 1
+    columns = min(TILE_COLUMNS, max(LEAST_DIM, triton.next_power_of_2(head_dim)))
+    return TILE_TOKENS // shares, columns // shares
 
 
 def encode(
@@ -54,8 +67,9 @@ def encode(
     half_dtype = torch.float16 if keys.dtype == torch.float32 else keys.dtype
     halves, table = layer.bodies.view(half_dtype), quantizer_tables(device)
     words = min(max(rate.words, 0), MOST_WORDS)
+    tile_tokens, tile_columns = tile_of(head_dim)
     with torch.cuda.device(keys.get_device()):
-        _analyse_kernel[triton.cdiv(shape.tokens, ANALYSIS_TOKENS), heads](
+        _analyse_kernel[triton.cdiv(shape.tokens, tile_tokens), heads](
             keys,
             values,
             *keys.stride(),
@@ -74,8 +88,8 @@ def encode(
             kv_heads=kv_heads,
             half=head_dim // 2,
             padded_half=max(LEAST_DIM, triton.next_power_of_2(head_dim // 2)),
-            block_tokens=ANALYSIS_TOKENS,
-            block_columns=min(ANALYSIS_COLUMNS, max(LEAST_DIM, triton.next_power_of_2(head_dim))),
+            block_tokens=tile_tokens,
+            block_columns=tile_columns,
         )
         _statistics_kernel[triton.cdiv(rows, STATISTICS_ROWS), shape.blocks](
             work.coefficients,

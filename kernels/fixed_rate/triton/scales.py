@@ -6,6 +6,7 @@ from spectrumkv.kernels.fixed_rate import layout
 from spectrumkv.kernels.fixed_rate.triton.integers import GROUP_ROWS, jit, power_of_two, rounded
 
 MEAN_UNITS, LARGEST_MEAN = tl.constexpr(float(layout.MEAN_UNITS)), tl.constexpr(float(layout.LARGEST_MEAN))
+MEAN_UNIT = tl.constexpr(1.0 / layout.MEAN_UNITS)
 LARGEST_DROP = tl.constexpr(layout.LARGEST_DROP)
 DROPS = tl.constexpr(layout.LARGEST_DROP + 1)
 EXPONENT_RATIO = tl.constexpr(layout.RATIO_UNITS // layout.EXPONENT_UNITS)
@@ -53,7 +54,8 @@ def scale_rows(
             tl.store(body_ptr + row, drop.to(tl.uint8), mask=inside)
             tl.store(body_ptr + rows + row, (mean & 255).to(tl.uint8), mask=inside)
         tl.store(drops_ptr + row, drop, mask=inside)
-        tl.store(means_ptr + row, mean.to(tl.float32) / MEAN_UNITS * spread, mask=inside)
+        # A product, since a GPU's quotient may be off by a bit.
+        tl.store(means_ptr + row, mean.to(tl.float32) * MEAN_UNIT * spread, mask=inside)
         tl.store(inverse_ptr + row, inverse, mask=inside)
     return top
 

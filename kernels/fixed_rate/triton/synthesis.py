@@ -119,9 +119,9 @@ def _synthesise_kernel(
             coefficients_ptr, synthesis_ptr + of_head * (4 * half * half), line + token, there, head, element,
             2 * kv_heads, half, block_tokens, padded_half, block_columns,
         )  # fmt: skip
-        mean_ptr += of_head * (2 * half) + element
-        low += tl.load(mean_ptr, mask=element < half, other=0.0)[None, :]
-        high += tl.load(mean_ptr + half, mask=element < half, other=0.0)[None, :]
+        centre_ptr = mean_ptr + of_head * (2 * half) + element
+        low += tl.load(centre_ptr, mask=element < half, other=0.0)[None, :]
+        high += tl.load(centre_ptr + half, mask=element < half, other=0.0)[None, :]
         if head < kv_heads:
             position = tl.load(tile_ptr + _KIND) * positions + tl.load(tile_ptr + _POSITION) + token
             angle = position[:, None] * half + element[None, :]

@@ -7,6 +7,7 @@ bodies.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +33,9 @@ from spectrumkv.kernels.upload import aligned, states_offset, upload
 
 # Escapes of a token that are looked at together.
 BLOCK_ESCAPES = 32
+# Coefficients that lie on the GPU at a time. A message seldom has as many; one of tokens that hardly take bytes could
+# have any number.
+MOST_COEFFICIENTS = 1 << 24
 WORD_BYTES = 4
 _GAINS = gain_of_byte(1).view(np.int32)
 
@@ -86,78 +90,95 @@ def decode(
 
     Args:
         segments: at least one.
-        slots: keys and values of each, `[kv_heads, n, head_dim]`, views of one cache; written.
+        slots: keys and values of each, `[kv_heads, n, head_dim]`, views of one cache of the same strides; written.
         angles: cosine and sine, float32 `[kinds, positions, head_dim / 2]`; see `tables.Angles`.
         tables: of the basis.
     """
     keys, values = slots[0]
-    kv_heads, _, head_dim = keys.shape
-    rows = 2 * kv_heads * head_dim
-    groups = -(-rows // GROUP_ROWS)
-    coded = [one for one in segments if one.scales is not None]
-    tokens = sum(one.coded for one in coded)
+    assert keys.stride() == values.stride()
+    rows = 2 * keys.shape[0] * keys.shape[2]
+    tile_tokens, _ = tile_of(keys.shape[2])
     # Bodies come first, so that where they lie is known.
     bodies_at = list(accumulate((aligned(one.body.numel()) for one in segments), initial=0))
-    tables_of_rows = _tables_of_rows(coded)
-    tile_tokens, tile_coefficients = tile_of(head_dim)
+    tile_table, batches = _tiles(segments, slots, bodies_at, tile_tokens, max(1, MOST_COEFFICIENTS // rows))
     parts = (
         *(one.body for one in segments),
         torch.from_numpy(_token_table(segments, bodies_at, rows)),
-        torch.from_numpy(_tile_table(segments, slots, bodies_at, tile_tokens)),
-        *map(torch.from_numpy, tables_of_rows),
+        torch.from_numpy(tile_table),
+        *map(torch.from_numpy, _tables_of_rows([one.scales for one in segments if one.scales is not None])),
     )
     there = upload(parts, keys.device)
-    of_tokens, tiles, order, group_exponents, means, spreads = there[len(segments) :]
+    of_tokens, tiles, *of_rows = there[len(segments) :]
     # They lie one after another, each at a multiple of the alignment.
     bodies = there[0].as_strided((bodies_at[-1],), (1,))
-    coefficients = torch.empty(max(tokens, 1), rows, dtype=torch.float32, device=keys.device)
-    half_dtype = torch.float16 if keys.dtype == torch.float32 else keys.dtype
-    table = quantizer_tables(keys.device)
+    most = max(batch.tokens.stop - batch.tokens.start for batch in batches)
+    coefficients = torch.empty(max(most, 1), rows, dtype=torch.float32, device=keys.device)
     with torch.cuda.device(keys.get_device()):
-        if tokens:
-            _unpack_kernel[(tokens,)](
-                bodies.view(torch.int32),
-                of_tokens,
-                order,
-                group_exponents,
-                means,
-                spreads,
-                coefficients,
-                table.level,
-                table.thresholds,
-                rows=rows,
-                groups=groups,
-                block_groups=BLOCK_GROUPS,
-                block_escapes=BLOCK_ESCAPES,
-            )
-        _synthesise_kernel[tiles.shape[0], 2 * kv_heads](
-            tiles,
-            bodies.view(half_dtype),
-            coefficients,
-            *angles,
-            tables.mean,
-            tables.synthesis,
-            tables.scaling,
-            keys,
-            values,
-            *keys.stride(),
-            *values.stride(),
-            angles[0].shape[1],
-            kv_heads=kv_heads,
-            half=head_dim // 2,
-            padded_half=max(LEAST_DIM, triton.next_power_of_2(head_dim // 2)),
-            block_tokens=tile_tokens,
-            block_columns=tile_coefficients,
-        )
+        for batch in batches:
+            if batch.tokens.stop > batch.tokens.start:
+                _unpack(bodies, of_tokens[batch.tokens], of_rows, coefficients)
+            _synthesise(bodies, tiles[batch.tiles], coefficients, angles, tables, keys, values)
 
 
-def _tables_of_rows(coded: Sequence[ReceivedSegment]) -> tuple[np.ndarray, ...]:
+def _unpack(
+    bodies: torch.Tensor, of_tokens: torch.Tensor, of_rows: Sequence[torch.Tensor], coefficients: torch.Tensor
+) -> None:
+    """Make coefficients of the records of some tokens."""
+    table, rows = quantizer_tables(bodies.device), coefficients.shape[1]
+    _unpack_kernel[(of_tokens.shape[0],)](
+        bodies.view(torch.int32),
+        of_tokens,
+        *of_rows,
+        coefficients,
+        table.level,
+        table.thresholds,
+        rows=rows,
+        groups=-(-rows // GROUP_ROWS),
+        block_groups=BLOCK_GROUPS,
+        block_escapes=BLOCK_ESCAPES,
+    )
+
+
+def _synthesise(
+    bodies: torch.Tensor,
+    tiles: torch.Tensor,
+    coefficients: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    tables: SynthesisTables,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """Make keys and values of the coefficients of some tiles, and of their sinks."""
+    kv_heads, _, head_dim = keys.shape
+    tile_tokens, tile_columns = tile_of(head_dim)
+    half_dtype = torch.float16 if keys.dtype == torch.float32 else keys.dtype
+    _synthesise_kernel[tiles.shape[0], 2 * kv_heads](
+        tiles,
+        bodies.view(half_dtype),
+        coefficients,
+        *angles,
+        tables.mean,
+        tables.synthesis,
+        tables.scaling,
+        keys,
+        values,
+        *keys.stride(),
+        *values.stride(),
+        angles[0].shape[1],
+        kv_heads=kv_heads,
+        half=head_dim // 2,
+        padded_half=max(LEAST_DIM, triton.next_power_of_2(head_dim // 2)),
+        block_tokens=tile_tokens,
+        block_columns=tile_columns,
+    )
+
+
+def _tables_of_rows(scales: Sequence[RowScales]) -> tuple[np.ndarray, ...]:
     """Return order int32, group exponents int32, and means and spreads in that order, float32, of all segments.
 
     Returns:
         Arrays of at least one element.
     """
-    scales = [one.scales for one in coded if one.scales is not None]
     if not scales:
         return np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.float32), np.zeros(1, np.float32)
     return (
@@ -194,28 +215,42 @@ def _token_table(segments: Sequence[ReceivedSegment], bodies_at: Sequence[int], 
     return np.concatenate(parts if number else [np.zeros((1, TOKEN_COLUMNS), np.int32)])
 
 
-def _tile_table(
+class _Batch(NamedTuple):
+    """Tiles that are written together, and the coded tokens that they need."""
+
+    tiles: slice
+    tokens: slice
+
+
+def _tiles(
     segments: Sequence[ReceivedSegment],
     slots: Sequence[tuple[torch.Tensor, torch.Tensor]],
     bodies_at: Sequence[int],
     tile_tokens: int,
-) -> np.ndarray:
-    """Return int64 `[tiles, TILE_COLUMNS]`, what the kernel is told of each tile: sinks, then the other tokens."""
-    tiles, line = [], 0
-    token_stride = slots[0][0].stride(1)
+    most_tokens: int,
+) -> tuple[np.ndarray, list[_Batch]]:
+    """Cut segments into tiles, sinks apart from the other tokens, and these into batches of so many tokens.
+
+    Returns:
+        int64 `[tiles, TILE_COLUMNS]`, what the kernel is told of each; and the batches.
+    """
+    tiles: list[tuple[int, ...]] = []
+    batches, first_tile, first_line, line = [], 0, 0, 0
+    token_stride, head_dim = slots[0][0].stride(1), slots[0][0].shape[2]
     for one, states, body_at in zip(segments, slots, bodies_at, strict=False):
         states_at, sinks_at = states_offset(slots[0], states), (body_at + one.sinks_at) // 2
         for first in range(0, one.sinks, tile_tokens):
-            count = min(tile_tokens, one.sinks - first)
-            at = states_at + first * token_stride
-            head_dim = slots[0][0].shape[2]
+            count, at = min(tile_tokens, one.sinks - first), states_at + first * token_stride
             tiles.append((one.layer, 0, 0, -1, sinks_at + first * head_dim, one.sinks, count, at))
         for first in range(0, one.coded, tile_tokens):
-            token = one.sinks + first
-            count, position = min(tile_tokens, one.coded - first), one.first_token + token
+            count, token = min(tile_tokens, one.coded - first), one.sinks + first
+            if line + count - first_line > most_tokens and line > first_line:
+                batches.append(_Batch(slice(first_tile, len(tiles)), slice(first_line, line)))
+                first_tile, first_line = len(tiles), line
             at = states_at + token * token_stride
-            tiles.append((one.layer, one.kind, position, line + first, sinks_at, one.sinks, count, at))
-        line += one.coded
+            tiles.append((one.layer, one.kind, one.first_token + token, line - first_line, 0, 0, count, at))
+            line += count
+    batches.append(_Batch(slice(first_tile, len(tiles)), slice(first_line, line)))
     table = np.array(tiles, np.int64)
     assert table.shape[1] == TILE_COLUMNS
-    return table
+    return table, batches

@@ -15,6 +15,7 @@ from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.kernels.fixed_rate import reference
+from spectrumkv.kernels.fixed_rate.triton import decode
 from tests.common.kv.codecs.spectral_prompts import basis_of, capture, geometry, plain_states
 
 LAYERS, BEFORE, AFTER = 3, 3, 2
@@ -104,6 +105,12 @@ def test_a_message_is_written_as_plain_torch_would(
 
 def test_some_segments_of_a_prompt_leave_the_slots_of_others_alone() -> None:
     assert_decoded(geometry(2, 16, LAYERS), 12, 0.4, 5, slice(1, 9, 3))
+
+
+def test_many_tokens_are_written_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "MOST_COEFFICIENTS", 7 * 64)
+    monkeypatch.setattr(decode, "tile_of", lambda head_dim: (4, 16))
+    assert_decoded(geometry(2, 16, 2), 12, 0.4, 9)
 
 
 @pytest.mark.slow

@@ -146,20 +146,21 @@ class Angles:
     ) -> None:
         self._kinds = kinds
         self._device = device
-        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def up_to(self, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosine and sine, float32 `[kinds, positions or more, d / 2]` each.
 
-        A table grows to the next power of two, so that it is made a few times in a service's life.
+        A table has a power of two of positions, so that few are made in a service's life. Smaller ones stay, since
+        another stream may still read them; together they are no larger than the last one.
 
         Args:
             positions: how many are needed.
         """
-        if self._tables is None or self._tables[0].shape[1] < positions:
+        if not self._tables or self._tables[-1][0].shape[1] < positions:
             length = max(256, 1 << (positions - 1).bit_length())
             made = [kind(length) for kind in self._kinds]
             cosine, sine = (torch.stack([one[side] for one in made]) for side in range(2))
             cosine, sine = upload_to_stay([cosine, sine], self._device)
-            self._tables = cosine, sine
-        return self._tables
+            self._tables.append((cosine, sine))
+        return self._tables[-1]

@@ -8,6 +8,7 @@ import torch
 
 from spectrumkv.common.kv.codecs.fixed_rate.block_codec import HEADER
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
+from spectrumkv.common.kv.codecs.fixed_rate.gpu.basis import DeviceBasis
 from spectrumkv.common.kv.codecs.fixed_rate.gpu.slots import write_segments
 from spectrumkv.common.kv.codecs.fixed_rate.received import ReceivedBlock, read_block
 from spectrumkv.common.kv.codecs.fixed_rate.transform import layer_transforms
@@ -17,6 +18,7 @@ from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.kernels.fixed_rate import reference
 from spectrumkv.kernels.fixed_rate.triton import decode
 from tests.common.kv.codecs.spectral_prompts import basis_of, capture, geometry, plain_states
+from tests.kernels.absmax.states import DEVICE
 
 LAYERS, BEFORE, AFTER = 3, 3, 2
 
@@ -71,12 +73,16 @@ def assert_decoded(
     room = BEFORE + tokens + AFTER
     cache = torch.full((2, shape.layers, shape.kv_heads, room, shape.head_dim), torch.nan, dtype=shape.native_dtype)
     wanted = cache.double()
-    slots = []
     for one, block in zip(segments, blocks, strict=True):
         span = slice(BEFORE + one.first_token, BEFORE + one.first_token + one.tiers.numel())
-        slots.append((cache[0, one.layer, :, span], cache[1, one.layer, :, span]))
         wanted[:, one.layer, :, span] = plain(shape, basis, one, block)
-    write_segments(basis, segments, blocks, slots)
+    on_device = cache.to(DEVICE)
+    there = []
+    for one in segments:
+        of_layer = on_device[:, one.layer, :, BEFORE + one.first_token :][:, :, : one.tiers.numel()]
+        there.append((of_layer[0], of_layer[1]))
+    write_segments(DeviceBasis(basis, DEVICE), segments, blocks, there)
+    cache = on_device.cpu()
     half = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[shape.native_dtype]
     largest = torch.finfo(shape.native_dtype).max
     scale = float(wanted.nan_to_num(0.0).abs().max())
@@ -128,7 +134,7 @@ def test_what_was_near_the_greatest_float16_comes_back_finite() -> None:
     encoder = FixedRateEncoder(basis, shape, 9, int(0.3 * shape.fp16_bytes(9)), "position", 0)
     [segment] = encoder.encode(replace(seen, keys=keys, values=keys, queries=seen.queries.half() * 0))
     block = read_block(layer_transforms(basis)[0], segment.body, 9, shape)
-    received = torch.full((2, 1, 9, 6), torch.nan, dtype=torch.float16)
-    write_segments(basis, [segment], [block], [(received[0], received[1])])
+    received = torch.full((2, 1, 9, 6), torch.nan, dtype=torch.float16, device=DEVICE)
+    write_segments(DeviceBasis(basis, DEVICE), [segment], [block], [(received[0], received[1])])
     assert received.isfinite().all()
     assert bool((received.abs() == 65504.0).any())

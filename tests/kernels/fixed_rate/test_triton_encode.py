@@ -1,11 +1,11 @@
 """A layer by kernels in Triton: each step against plain torch or the host's, over memory that held NaN.
 
-Triton runs under its interpreter, whose programs come one after another.
+Triton runs under its interpreter where there is no GPU; its programs come one after another.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -41,8 +41,8 @@ from spectrumkv.kernels.fixed_rate.triton.blocks import (
 from spectrumkv.kernels.fixed_rate.triton.encode import encode, pack_again
 from spectrumkv.kernels.fixed_rate.triton.memory import CodedLayer, LayerRate, Workspace
 from tests.common.kv.codecs.spectral_prompts import basis_of, capture, geometry, plain_coefficients
+from tests.kernels.absmax.states import DEVICE
 
-CPU = torch.device("cpu")
 LAYERS = 3
 
 
@@ -93,6 +93,7 @@ class Coded(NamedTuple):
     layer: CodedLayer
     work: Workspace
     rate: LayerRate
+    on_device: tuple[CodedLayer, Workspace]
 
     @property
     def rows(self) -> int:
@@ -107,14 +108,23 @@ def coded(case: Case) -> Coded:
     noise = torch.randn(seen.keys.shape, generator=torch.Generator().manual_seed(4)).exp()
     keys, values = (seen.keys * noise).to(case.dtype), seen.values.to(case.dtype)
     scores = torch.rand(case.shape.tokens, generator=torch.Generator().manual_seed(1)).pow(4) / case.shape.tokens
-    on_device = DeviceBasis(basis, CPU)
-    cosine, sine = (one[on_device.kinds[case.layer]] for one in on_device.angles(case.shape.tokens))
+    there = DeviceBasis(basis, DEVICE)
+    angles = there.angles(case.shape.tokens)
+    kind = there.kinds[case.layer]
     words = int(case.bits * case.shape.tokens * 2 * case.kv_heads * case.head_dim / 32)
     rate = LayerRate(
         words, -3.25, 1.0 if case.layer == 0 else 0.5, -300.5, 1.0 if case.layer == LAYERS - 1 else 1 / 3
     )
-    layer, work = encode(keys, values, scores, (cosine, sine), on_device.analysis(case.layer), case.shape, rate)
-    return Coded(case, basis, (keys, values), scores, layer, work, rate)
+    states = (keys.to(DEVICE), values.to(DEVICE), scores.to(DEVICE))
+    of_layer = (angles[0][kind], angles[1][kind])
+    on_device = encode(*states, of_layer, there.analysis(case.layer), case.shape, rate)
+    layer, work = on_host(*on_device)
+    return Coded(case, basis, (keys, values), scores, layer, work, rate, on_device)
+
+
+def on_host(layer: CodedLayer, work: Workspace) -> tuple[CodedLayer, Workspace]:
+    copies = {one.name: getattr(work, one.name).cpu() for one in fields(work)}
+    return layer.copied(layer.memory.cpu()), replace(work, **copies)
 
 
 class BlockOfLayer(NamedTuple):
@@ -270,11 +280,14 @@ def test_a_layer_is_packed_again_at_other_steps() -> None:
         own_turn = min(max(0, turn - block.tokens.start), len(block.of_tokens))
         layout = RecordLayout.of(block.scales, block.of_tokens.numpy(), base, own_turn)
         starts[block.tokens] = torch.from_numpy(layout.starts[:-1]).int()
-        block.body[block.words_at :] = 255
+        on_device = made.on_device[0].bodies[block.number * case.shape.body_bytes :]
+        on_device[block.words_at : case.shape.body_bytes] = 255
     for _ in range(2):
-        pack_again(made.layer, made.work, base, turn, starts)
-        for block in of_blocks:
-            assert_records(made, block, base, min(max(0, turn - block.tokens.start), len(block.of_tokens)))
+        pack_again(*made.on_device, base, turn, starts)
+        layer, work = on_host(*made.on_device)
+        again = made._replace(layer=layer, work=work)
+        for block in blocks(again):
+            assert_records(again, block, base, min(max(0, turn - block.tokens.start), len(block.of_tokens)))
 
 
 def test_a_body_without_room_is_counted_and_nothing_is_written_behind_it() -> None:
@@ -298,19 +311,14 @@ def test_what_is_not_finite_is_counted_in_its_block(side: int, value: float) -> 
     shape = geometry(1, 6, LAYERS)
     seen = capture(basis_of(shape), 0, 8)
     states = (seen.keys.clone(), seen.values.clone())
-    on_device = DeviceBasis(basis_of(shape), CPU)
+    there = DeviceBasis(basis_of(shape), DEVICE)
     scores = torch.full((8,), 0.1)
     scores[3] = value
     for token in (0, 6):
         states[side][0, token, 2] = value
-    angles = on_device.angles(8)
-    layer, _ = encode(
-        *states,
-        scores,
-        (angles[0][0], angles[1][0]),
-        on_device.analysis(0),
-        case.shape,
-        LayerRate(100, 0.0, 1.0, 0.0, 1.0),
-    )
+    angles, rate = there.angles(8), LayerRate(100, 0.0, 1.0, 0.0, 1.0)
+    inputs = [one.to(DEVICE) for one in (*states, scores)]
+    of_layer = (angles[0][0], angles[1][0])
+    layer, _ = on_host(*encode(*inputs, of_layer, there.analysis(0), case.shape, rate))
     assert [found[BLOCK_BROKEN] for found in layer.blocks] == [1, 1]
     assert layer.broken_scores == 1

@@ -1,6 +1,7 @@
 """The codec "fixed_rate": its encoder and decoder factories, side by side, and its decoder."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies.base import Policy
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier
+
+if TYPE_CHECKING:
+    from spectrumkv.common.kv.codecs.fixed_rate.gpu.basis import DeviceBasis
 
 # The policy whose bit allocation the codec shares with the codec of that name.
 SPECTRAL = "spectral"
@@ -92,6 +96,7 @@ class FixedRateDecoder:
     def __init__(self, basis: SpectralBasis, geometry: KvGeometry) -> None:
         basis.check_fits(geometry)
         self._basis = basis
+        self._on_device: DeviceBasis | None = None
         self._geometry = geometry
         self._transforms = layer_transforms(basis)
 
@@ -132,10 +137,13 @@ class FixedRateDecoder:
         if not slots[0][0].is_cuda:
             return [self.decode(segment, *states) for segment, states in zip(segments, slots, strict=True)]
         # Triton takes a while to import, and exists on Linux only.
+        from spectrumkv.common.kv.codecs.fixed_rate.gpu.basis import device_basis
         from spectrumkv.common.kv.codecs.fixed_rate.gpu.slots import write_segments
 
         blocks = [self._read(segment) for segment in segments]
-        write_segments(self._basis, segments, blocks, slots)
+        # What is launched reads it later, and the decoder outlives that.
+        self._on_device = device_basis(self._basis, slots[0][0].device)
+        write_segments(self._on_device, segments, blocks, slots)
         return [self._shares(segment, block) for segment, block in zip(segments, blocks, strict=True)]
 
     def _read(self, segment: KvSegment) -> ReceivedBlock:

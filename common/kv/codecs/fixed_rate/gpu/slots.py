@@ -6,15 +6,14 @@ import numpy as np
 import torch
 
 from spectrumkv.common.kv.codecs.fixed_rate.block_codec import HEADER
-from spectrumkv.common.kv.codecs.fixed_rate.gpu.basis import device_basis
+from spectrumkv.common.kv.codecs.fixed_rate.gpu.basis import DeviceBasis
 from spectrumkv.common.kv.codecs.fixed_rate.received import ReceivedBlock
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.kernels.fixed_rate.triton.decode import ReceivedSegment, decode
 
 
 def write_segments(
-    basis: SpectralBasis,
+    on_device: DeviceBasis,
     segments: Sequence[KvSegment],
     blocks: Sequence[ReceivedBlock],
     slots: Sequence[tuple[torch.Tensor, torch.Tensor]],
@@ -22,12 +21,11 @@ def write_segments(
     """Write the tokens of segments.
 
     Args:
-        basis: that they were made with.
+        on_device: basis that they were made with, on the GPU of the slots; it stays until they are written.
         segments: at least one.
         blocks: their bodies, checked.
         slots: keys and values of each, views of one cache on a GPU; written.
     """
-    on_device = device_basis(basis, slots[0][0].device)
     received = [_received(one, block, on_device.kinds) for one, block in zip(segments, blocks, strict=True)]
     positions = max(one.first_token + one.tiers.numel() for one in segments)
     decode(received, slots, on_device.angles(positions), on_device.synthesis)

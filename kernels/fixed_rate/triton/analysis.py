@@ -63,7 +63,7 @@ def _store_sinks(
 
 
 @_jit_for_any_prompt
-def _analyse_kernel(
+def analyse_kernel(
     keys_ptr: tl.tensor,
     values_ptr: tl.tensor,
     key_stride_head: tl.tensor,

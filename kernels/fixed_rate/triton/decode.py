@@ -26,9 +26,9 @@ from spectrumkv.kernels.fixed_rate.layout import (
 )
 from spectrumkv.kernels.fixed_rate.triton import unpacking
 from spectrumkv.kernels.fixed_rate.triton.encode import BLOCK_GROUPS, LEAST_DIM, tile_of
-from spectrumkv.kernels.fixed_rate.triton.synthesis import TILE_COLUMNS, _synthesise_kernel
+from spectrumkv.kernels.fixed_rate.triton.synthesis import TILE_COLUMNS, synthesise_kernel
 from spectrumkv.kernels.fixed_rate.triton.tables import SynthesisTables, quantizer_tables
-from spectrumkv.kernels.fixed_rate.triton.unpacking import TOKEN_COLUMNS, _unpack_kernel
+from spectrumkv.kernels.fixed_rate.triton.unpacking import TOKEN_COLUMNS, unpack_kernel
 from spectrumkv.kernels.upload import aligned, states_offset, upload
 
 # Escapes of a token that are looked at together.
@@ -125,7 +125,7 @@ def _unpack(
 ) -> None:
     """Make coefficients of the records of some tokens."""
     table, rows = quantizer_tables(bodies.device), coefficients.shape[1]
-    _unpack_kernel[(of_tokens.shape[0],)](
+    unpack_kernel[(of_tokens.shape[0],)](
         bodies.view(torch.int32),
         of_tokens,
         *of_rows,
@@ -152,7 +152,7 @@ def _synthesise(
     kv_heads, _, head_dim = keys.shape
     tile_tokens, tile_columns = tile_of(head_dim)
     half_dtype = torch.float16 if keys.dtype == torch.float32 else keys.dtype
-    _synthesise_kernel[tiles.shape[0], 2 * kv_heads](
+    synthesise_kernel[tiles.shape[0], 2 * kv_heads](
         tiles,
         bodies.view(half_dtype),
         coefficients,

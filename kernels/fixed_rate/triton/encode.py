@@ -3,11 +3,11 @@
 import torch
 import triton
 
-from spectrumkv.kernels.fixed_rate.triton.analysis import _analyse_kernel
+from spectrumkv.kernels.fixed_rate.triton.analysis import analyse_kernel
 from spectrumkv.kernels.fixed_rate.triton.blocks import BlockShape
 from spectrumkv.kernels.fixed_rate.triton.memory import CodedLayer, LayerRate, Workspace
-from spectrumkv.kernels.fixed_rate.triton.packing import _pack_kernel
-from spectrumkv.kernels.fixed_rate.triton.statistics import _statistics_kernel
+from spectrumkv.kernels.fixed_rate.triton.packing import pack_kernel
+from spectrumkv.kernels.fixed_rate.triton.statistics import statistics_kernel
 from spectrumkv.kernels.fixed_rate.triton.tables import AnalysisTables, quantizer_tables
 from spectrumkv.kernels.upload import upload
 
@@ -69,7 +69,7 @@ def encode(
     words = min(max(rate.words, 0), MOST_WORDS)
     tile_tokens, tile_columns = tile_of(head_dim)
     with torch.cuda.device(keys.get_device()):
-        _analyse_kernel[triton.cdiv(shape.tokens, tile_tokens), heads](
+        analyse_kernel[triton.cdiv(shape.tokens, tile_tokens), heads](
             keys,
             values,
             *keys.stride(),
@@ -91,7 +91,7 @@ def encode(
             block_tokens=tile_tokens,
             block_columns=tile_columns,
         )
-        _statistics_kernel[triton.cdiv(rows, STATISTICS_ROWS), shape.blocks](
+        statistics_kernel[triton.cdiv(rows, STATISTICS_ROWS), shape.blocks](
             work.coefficients,
             work.energies,
             scores,
@@ -158,7 +158,7 @@ def _pack(layer: CodedLayer, work: Workspace, steps: torch.Tensor, starts: torch
     rows, groups = work.coefficients.shape[1], work.groups.shape[1]
     padded_words = triton.next_power_of_2(groups)
     with torch.cuda.device(layer.memory.get_device()):
-        _pack_kernel[(shape.tokens,)](
+        pack_kernel[(shape.tokens,)](
             work.coefficients,
             layer.bodies,
             layer.bodies.view(torch.int32),

@@ -185,7 +185,7 @@ def _write_escapes(
 
 
 @_jit_for_any_prompt
-def _pack_kernel(
+def pack_kernel(
     coefficients_ptr: tl.tensor,
     tokens_ptr: tl.tensor,
     words_ptr: tl.tensor,

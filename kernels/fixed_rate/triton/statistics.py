@@ -124,7 +124,7 @@ def _broken_sinks(halves_ptr: tl.tensor, elements: tl.tensor, block: tl.constexp
 
 
 @_jit_for_any_prompt
-def _statistics_kernel(
+def statistics_kernel(
     coefficients_ptr: tl.tensor,
     energies_ptr: tl.tensor,
     scores_ptr: tl.tensor,

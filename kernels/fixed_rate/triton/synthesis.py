@@ -80,7 +80,7 @@ def _multiply(
 
 
 @_jit_for_any_prompt
-def _synthesise_kernel(
+def synthesise_kernel(
     tiles_ptr: tl.tensor,
     halves_ptr: tl.tensor,
     coefficients_ptr: tl.tensor,

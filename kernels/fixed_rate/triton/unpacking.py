@@ -9,13 +9,13 @@ from spectrumkv.kernels.fixed_rate.triton.integers import GROUP_ROWS, WIDEST, ji
 # value; how many it has; its index in the segment times rows; and its gain as the bits of a float32.
 TOKEN_COLUMNS = 8
 SEGMENT_AT, WORD_AT, SHIFT_AT, INDEX_AT, VALUE_AT, ESCAPES_AT, FIRST_AT, GAIN_AT = range(TOKEN_COLUMNS)
-_COLUMNS, _SEGMENT, _WORD, _SHIFT = tl.constexpr(TOKEN_COLUMNS), tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-_INDEX, _VALUE, _ESCAPES, _FIRST = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
-_GAIN = tl.constexpr(7)
+_COLUMNS, _SEGMENT, _WORD = tl.constexpr(TOKEN_COLUMNS), tl.constexpr(SEGMENT_AT), tl.constexpr(WORD_AT)
+_SHIFT, _INDEX, _VALUE = tl.constexpr(SHIFT_AT), tl.constexpr(INDEX_AT), tl.constexpr(VALUE_AT)
+_ESCAPES, _FIRST, _GAIN = tl.constexpr(ESCAPES_AT), tl.constexpr(FIRST_AT), tl.constexpr(GAIN_AT)
 
 
 @jit
-def _unpack_kernel(
+def unpack_kernel(
     words_ptr: tl.tensor,
     tokens_ptr: tl.tensor,
     order_ptr: tl.tensor,

@@ -43,6 +43,16 @@ class BlockShape:
         """Count the blocks."""
         return -(-self.tokens // self.size)
 
+    def fixed_bytes(self, rows: int) -> int:
+        """Return the most bytes that a body has before its records; kernels look at room for what follows only.
+
+        Args:
+            rows: coefficients of a token.
+        """
+        length = min(self.size, self.tokens)
+        scales = 2 * rows if length >= self.own_tokens else 0
+        return HEADER_BYTES + 2 * rows * min(self.sinks, length) + scales + length + 3
+
     @property
     def scalars(self) -> tuple[int, ...]:
         """Return what kernels are told, in the order of their arguments."""

@@ -59,10 +59,15 @@ def encode(
         rate: what it may take.
 
     Returns:
-        The layer on the device, without headers, and what `pack` needs to code it again.
+        The layer on the device, without headers, and what `pack_again` needs to code it again.
+
+    Raises:
+        ValueError: there is not even room for what comes before the records.
     """
     kv_heads, _, head_dim = keys.shape
     heads, rows, device = 2 * kv_heads, 2 * kv_heads * head_dim, keys.device
+    if shape.fixed_bytes(rows) > shape.body_bytes:
+        raise ValueError(f"{shape} has no room for {shape.fixed_bytes(rows)} bytes before the records")
     layer, work = CodedLayer.on_device(shape, device), Workspace.on_device(shape, heads, rows, device)
     half_dtype = torch.float16 if keys.dtype == torch.float32 else keys.dtype
     halves, table = layer.bodies.view(half_dtype), quantizer_tables(device)

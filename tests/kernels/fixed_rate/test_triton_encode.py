@@ -303,6 +303,11 @@ def test_a_body_without_room_is_counted_and_nothing_is_written_behind_it() -> No
         assert torch.equal(mine[written], theirs[written])
 
 
+def test_a_body_without_room_for_its_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="no room for 73 bytes before the records"):
+        coded(Case(1, 6, BlockShape(12, 6, 1, 5, 48), 9.0))
+
+
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -81,7 +81,7 @@ class FixedRateEncoder:
         coded = self._layer(capture)
         while coded.is_too_large and self._block_tokens > 1:
             # This layer takes more than others. Later ones may, too.
-            self._block_tokens = -(-self._block_tokens // 2)
+            self._block_tokens = -(-min(self._block_tokens, capture.tokens) // 2)
             coded = self._layer(capture)
         self._rate.account(coded.wire_bytes, coded.words, coded.escapes)
         yield from coded.segments

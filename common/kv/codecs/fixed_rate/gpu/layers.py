@@ -48,8 +48,9 @@ from spectrumkv.kernels.fixed_rate.triton.memory import CodedLayer as DeviceLaye
 from spectrumkv.kernels.fixed_rate.triton.memory import LayerRate, Workspace
 from spectrumkv.kernels.upload import aligned
 
-# Room for a body, relative to what it is planned to take; more is copied to the host than is sent.
-ROOM = 1.7
+# Room for a body, relative to what it is planned to take, and bytes beside that; more is copied to the host than is
+# sent.
+ROOM, SPARE_BYTES = 1.7, 4096
 
 
 class _RoomError(Exception):
@@ -87,7 +88,7 @@ class GpuLayers:
             NotFiniteError: an element is infinite or NaN.
             InvalidArgumentError: an element is too large for the codec.
         """
-        planned = ROOM * plan.token_bytes * plan.size + self.geometry.fp16_bytes_per_layer(plan.sinks) + 4096
+        planned = ROOM * plan.token_bytes * plan.size + self.geometry.fp16_bytes_per_layer(plan.sinks) + SPARE_BYTES
         # What the last layer may take is known only once it is measured.
         most = MAX_CHUNK_PAYLOAD_BYTES if rate.is_last else min(aligned(int(planned)), MAX_CHUNK_PAYLOAD_BYTES)
         for room in sorted({most, MAX_CHUNK_PAYLOAD_BYTES}):

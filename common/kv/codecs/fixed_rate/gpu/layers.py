@@ -88,10 +88,12 @@ class GpuLayers:
             NotFiniteError: an element is infinite or NaN.
             InvalidArgumentError: an element is too large for the codec.
         """
-        planned = ROOM * plan.token_bytes * plan.size + self.geometry.fp16_bytes_per_layer(plan.sinks) + SPARE_BYTES
-        # What the last layer may take is known only once it is measured.
-        most = MAX_CHUNK_PAYLOAD_BYTES if rate.is_last else min(aligned(int(planned)), MAX_CHUNK_PAYLOAD_BYTES)
-        for room in sorted({most, MAX_CHUNK_PAYLOAD_BYTES}):
+        planned = plan.token_bytes * min(plan.size, capture.tokens)
+        if rate.is_last:
+            # It takes what is left, which may be more.
+            planned = max(planned, rate.left_bytes)
+        least = int(ROOM * planned) + self.geometry.fp16_bytes_per_layer(plan.sinks) + SPARE_BYTES
+        for room in sorted({min(aligned(least), MAX_CHUNK_PAYLOAD_BYTES), MAX_CHUNK_PAYLOAD_BYTES}):
             try:
                 return self._code(capture, rate, plan, room)
             except _RoomError:

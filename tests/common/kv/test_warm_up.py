@@ -14,7 +14,7 @@ GEOMETRY = KvGeometry(layers=1, kv_heads=2, head_dim=16, native_dtype=torch.floa
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_prefill_launches_all_kernels_that_score_place_and_code() -> None:
     with simulated_gpu() as work:
-        queries, keys, values = (torch.ones(heads, 20, 16, dtype=torch.float16).to(GPU) for heads in (4, 2, 2))
+        queries, keys, values = (torch.ones(heads, 8, 16, dtype=torch.float16).to(GPU) for heads in (4, 2, 2))
         encode_once([LayerCapture(queries, keys, values, 0.25, None, None, 0)], GEOMETRY)
     kernels = {name for name in work.launches if name.endswith("_kernel")}
     fixed_rate = {"analyse_kernel", "statistics_kernel", "pack_kernel"}

@@ -1,4 +1,4 @@
-"""Blocks to records and back: the one place that picks an implementation by device.
+"""Blocks to records and back, step by step, on a CPU; what a GPU does of it all at once is called from `triton`.
 
 Encoding calls `analyse`, `moments` and `pack`; what happens between them is small, and is the caller's: gains of the
 tokens, spreads of the rows, and the base step. Decoding is `synthesise`.

@@ -31,7 +31,7 @@ LARGEST_DROP = 255
 WIDTH_THRESHOLDS = np.array([42, 130, 230, 340, 458, 580, 705, 832, 958, 1086, 1214, 1342, 1470], np.int64)
 WIDEST = len(WIDTH_THRESHOLDS)
 # 2^((k + 1/2) / 8) − 1 in units of a float32's last mantissa bit, rounded up.
-_EIGHTHS = np.array([371396, 1164244, 2028851, 2971711, 3999908, 5121165, 6343903, 7677310], np.int32)
+EIGHTH_BORDERS = np.array([371396, 1164244, 2028851, 2971711, 3999908, 5121165, 6343903, 7677310], np.int32)
 _MANTISSA_BITS, _EXPONENT_BIAS = 23, 127
 
 
@@ -46,7 +46,7 @@ def exponents_of(spreads: np.ndarray) -> np.ndarray:
     """
     bits = spreads.view(np.int32)
     octaves = (bits >> _MANTISSA_BITS).astype(np.int64) - _EXPONENT_BIAS
-    eighths = np.searchsorted(_EIGHTHS, bits & ((1 << _MANTISSA_BITS) - 1), side="right")
+    eighths = np.searchsorted(EIGHTH_BORDERS, bits & ((1 << _MANTISSA_BITS) - 1), side="right")
     exponents: np.ndarray = EXPONENT_UNITS * octaves + eighths
     return exponents
 

@@ -3,7 +3,7 @@
 Coding runs while the prompt is computed and while earlier bytes travel. Where coding takes no longer than either, its
 quality is free. Where the model and the link are both faster than the coder (a GPU's prefill, a fast network), the
 request would wait for the coder; then another codec writes the same bit allocation: the fallback, or, where the model
-runs on a GPU, the codec without a basis, since codec `fixed_rate` has no kernels for GPUs yet.
+runs on a GPU, the codec without a basis, since kernels of codec `fixed_rate` have not been measured on one yet.
 """
 
 import statistics

@@ -92,6 +92,58 @@ def other_kernels() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str]]]
     yield "place", tier_placement._place_kernel, constants, types
 
 
+def fixed_rate_kernels() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str]]]:
+    """What codes layers in fixed_rate, and writes slots; see `absmax_kernels`."""
+    from spectrumkv.kernels.fixed_rate.triton import (
+        analysis,
+        decode,
+        encode,
+        packing,
+        statistics,
+        synthesis,
+        unpacking,
+    )
+
+    floats = dict.fromkeys(
+        [
+            "cosine_ptr", "sine_ptr", "mean_ptr", "analysis_ptr", "synthesis_ptr", "scale_ptr", "scaling_ptr",
+            "coefficients_ptr", "energies_ptr", "scores_ptr", "row_means_ptr", "means_ptr", "inverse_ptr",
+            "spreads_ptr", "powers_ptr", "limits_ptr", "level_ptr",
+        ],
+        "*fp32",
+    )  # fmt: skip
+    scalars = ["inverse_scaling", "exponent", "drift", "drift_weight", "smooth_base", "base_weight"]
+    types = floats | dict.fromkeys(scalars, "fp32") | {
+        "found_ptr": "*i64", "tiles_ptr": "*i64", "bodies_ptr": "*u8",
+    }  # fmt: skip
+    integers = [
+        "gains_ptr", "exponents_ptr", "drops_ptr", "order_ptr", "places_ptr", "groups_ptr", "histograms_ptr",
+        "steps_ptr", "starts_ptr", "counters_ptr", "calibrated_ptr", "calibrated_groups_ptr", "later_ptr",
+        "thresholds_ptr", "borders_ptr", "words_ptr", "bits_ptr", "offset_ptr", "slope_ptr", "tokens_ptr",
+    ]  # fmt: skip
+    types |= dict.fromkeys(integers, "*i32")
+    rows = {"rows": 2048, "groups": 64, "block_groups": encode.BLOCK_GROUPS}
+    for states in STATES:
+        half = {"halves_ptr": "*bf16" if states == "bf16" else "*fp16"}
+        pointers = half | {"keys_ptr": f"*{states}", "values_ptr": f"*{states}"}
+        for head_dim in (128, 256):
+            constants = {
+                "kv_heads": 8, "half": head_dim // 2, "padded_half": head_dim // 2, **ADJACENT,
+            }  # fmt: skip
+            constants |= dict(zip(("block_tokens", "block_columns"), encode.tile_of(head_dim), strict=True))
+            name = f"{states} {head_dim}"
+            yield f"analyse {name}", analysis.analyse_kernel, constants, types | pointers
+            yield f"synthesise {name}", synthesis.synthesise_kernel, constants, types | pointers
+    constants = rows | {
+        "heads": 16, "block_rows": encode.STATISTICS_ROWS, "block_tokens": encode.STATISTICS_TOKENS,
+        "block_layer": encode.LAYER_TOKENS,
+    }  # fmt: skip
+    yield "statistics", statistics.statistics_kernel, constants, types | {"halves_ptr": "*bf16"}
+    constants = rows | {"padded_words": 64, "block_tokens": 16}
+    yield "pack", packing.pack_kernel, constants, types | {"tokens_ptr": "*u8"}
+    yield "unpack", unpacking.unpack_kernel, rows | {"block_escapes": decode.BLOCK_ESCAPES}, types
+
+
 def compile_all() -> dict[str, str]:
     """PTX of every kernel, each assembled by ptxas on the way."""
     import triton
@@ -99,7 +151,7 @@ def compile_all() -> dict[str, str]:
     from triton.compiler import ASTSource
 
     assembly = {}
-    for name, kernel, constants, types in (*absmax_kernels(), *other_kernels()):
+    for name, kernel, constants, types in (*absmax_kernels(), *other_kernels(), *fixed_rate_kernels()):
         signature = {one: "constexpr" if one in constants else types.get(one, "i32") for one in kernel.arg_names}
         # Torch's memory begins at multiples of 16 bytes, and strides are multiples of a head's elements.
         divisible = {
@@ -126,7 +178,7 @@ def test_kernels_compile_and_divide_as_the_reference_does(tmp_path: Path) -> Non
     )
     assert finished.returncode == 0, finished.stderr
     assembly = json.loads(finished.stdout)
-    assert len(assembly) == 6 + 12 + 4 + 1
+    assert len(assembly) == 6 + 12 + 4 + 1 + 15
     for name, ptx in assembly.items():
         # Anything but rounding to nearest would make codes that differ from a CPU's by one.
         if name.startswith("absmax"):
@@ -134,6 +186,17 @@ def test_kernels_compile_and_divide_as_the_reference_does(tmp_path: Path) -> Non
             assert "div.full" not in ptx, name
             assert "div.approx" not in ptx, name
             assert ".ftz" not in ptx, name
+        # Records are to be those of a CPU: nothing is flushed, fused or divided.
+        if name == "pack":
+            assert ".ftz" not in ptx
+            assert "fma.rn.f32" not in ptx
+            assert "div.full" not in ptx
+        # The last program reads what the others wrote: it relies on this order.
+        if name in ("pack", "statistics"):
+            assert ptx.count("atom.global.gpu.acq_rel.add") == (1 if name == "pack" else 2), name
+        # Products of float32 are those of tensor cores, each made of three.
+        if name.startswith(("analyse", "synthesise")):
+            assert "mma" in ptx, name
         # Products of 16-bit numbers are those of tensor cores.
         if name.startswith(("softmax", "scores")) and "fp32" not in name:
             assert "mma" in ptx, name

@@ -1,6 +1,7 @@
 """The codec "fixed_rate": its encoder and decoder factories, side by side, and its decoder."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,8 +11,8 @@ from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.base import Codec, KvEncoder, SegmentDecoder, codecs
 from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
-from spectrumkv.common.kv.codecs.fixed_rate.block_codec import decode_block
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
+from spectrumkv.common.kv.codecs.fixed_rate.received import ReceivedBlock, read_block, write_block
 from spectrumkv.common.kv.codecs.fixed_rate.tiers import tier_bytes
 from spectrumkv.common.kv.codecs.fixed_rate.transform import layer_transforms
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis, needed_spectral_basis
@@ -19,6 +20,9 @@ from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies.base import Policy
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier
+
+if TYPE_CHECKING:
+    from spectrumkv.common.kv.codecs.fixed_rate.gpu.basis import DeviceBasis
 
 # The policy whose bit allocation the codec shares with the codec of that name.
 SPECTRAL = "spectral"
@@ -76,7 +80,7 @@ codecs.register(FixedRateCodec.name)(FixedRateCodec())
 
 
 class FixedRateDecoder:
-    """A `SegmentDecoder` of segments that were made with one basis.
+    """A `MessageDecoder` of segments that were made with one basis.
 
     Args:
         basis: the one that Begin names.
@@ -85,6 +89,8 @@ class FixedRateDecoder:
 
     def __init__(self, basis: SpectralBasis, geometry: KvGeometry) -> None:
         basis.check_fits(geometry)
+        self._basis = basis
+        self._on_device: DeviceBasis | None = None
         self._geometry = geometry
         self._transforms = layer_transforms(basis)
 
@@ -102,13 +108,70 @@ class FixedRateDecoder:
         Raises:
             DataLossError: the body does not hold what its header says.
         """
+        block = self._read(segment)
+        transform = self._transforms[segment.layer]
+        write_block(transform, block, segment.first_token, self._geometry, keys, values)
+        return self._shares(segment, block)
+
+    def decode_all(
+        self, segments: Sequence[KvSegment], slots: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> list[Mapping[Tier, int]]:
+        """Write segments one by one on a CPU, all together on a GPU; see `MessageDecoder.decode_all`.
+
+        Args:
+            segments: as they arrived, at least one.
+            slots: keys and values of each, views of one cache.
+
+        Returns:
+            For each segment the body's bytes by tier.
+
+        Raises:
+            DataLossError: a body does not hold what its header says; on a GPU nothing is written then.
+        """
+        if not slots[0][0].is_cuda:
+            return [self.decode(segment, *states) for segment, states in zip(segments, slots, strict=True)]
+        # Triton takes a while to import, and exists on Linux only.
+        from spectrumkv.common.kv.codecs.fixed_rate.gpu.basis import device_basis
+        from spectrumkv.common.kv.codecs.fixed_rate.gpu.slots import write_segments
+
+        blocks = [self._read(segment) for segment in segments]
+        # What is launched reads it later, and the decoder outlives that.
+        self._on_device = device_basis(self._basis, slots[0][0].device)
+        write_segments(self._on_device, segments, blocks, slots)
+        return [self._shares(segment, block) for segment, block in zip(segments, blocks, strict=True)]
+
+    def _read(self, segment: KvSegment) -> ReceivedBlock:
+        """Return a segment's body, taken apart and checked.
+
+        Raises:
+            DataLossError: the body does not hold what its header says.
+        """
         of_each = np.bincount(segment.tiers.numpy(), minlength=len(Tier))
         if of_each[Tier.DROP] or of_each[Tier.NATIVE]:
             raise DataLossError("codec fixed_rate sends every token, at INT4, INT8 or FP16", "tier")
-        transform = self._transforms[segment.layer]
-        layout, sinks = decode_block(transform, segment.body, segment.first_token, self._geometry, keys, values)
-        sink_bytes = self._geometry.fp16_bytes_per_layer(sinks)
-        return tier_bytes(layout, segment.tiers, sink_bytes, segment.body.numel())
+        return read_block(self._transforms[segment.layer], segment.body, segment.tiers.numel(), self._geometry)
+
+    def _shares(self, segment: KvSegment, block: ReceivedBlock) -> Mapping[Tier, int]:
+        sink_bytes = self._geometry.fp16_bytes_per_layer(block.sinks)
+        return tier_bytes(block.layout, segment.tiers, sink_bytes, segment.body.numel())
+
+
+def trial_basis(geometry: KvGeometry) -> SpectralBasis:
+    """Return a basis that changes nothing, for trials before a model's own is known.
+
+    Args:
+        geometry: shape and dtype of the model's cache.
+    """
+    layers, head_dim = geometry.layers, geometry.head_dim
+    lead = (layers, 2, geometry.kv_heads)
+    return SpectralBasis(
+        mean=torch.zeros(*lead, head_dim),
+        analysis=torch.eye(head_dim).expand(*lead, -1, -1).contiguous(),
+        std=torch.ones(*lead, head_dim),
+        attention_exponent=torch.ones(layers),
+        rope_frequencies=torch.ones(layers, head_dim // 2, dtype=torch.float64),
+        rope_scaling=torch.ones(layers, dtype=torch.float64),
+    )
 
 
 def prepare() -> None:
@@ -118,15 +181,7 @@ def prepare() -> None:
     """
     heads, head_dim = 2, 4
     geometry = KvGeometry(1, heads, head_dim, torch.float32)
-    lead = (1, 2, heads)
-    basis = SpectralBasis(
-        mean=torch.zeros(*lead, head_dim),
-        analysis=torch.eye(head_dim).expand(*lead, -1, -1).contiguous(),
-        std=torch.ones(*lead, head_dim),
-        attention_exponent=torch.ones(1),
-        rope_frequencies=torch.ones(1, head_dim // 2, dtype=torch.float64),
-        rope_scaling=torch.ones(1, dtype=torch.float64),
-    )
+    basis = trial_basis(geometry)
     # A lone token's keys lie in one piece, those of several do not; scales of a block's own need many of them.
     for tokens in (200, 1):
         states = torch.ones(tokens, heads, head_dim).transpose(0, 1)

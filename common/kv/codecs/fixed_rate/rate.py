@@ -64,6 +64,32 @@ class LayerDemand:
         return _finest(words, *self.ratios)
 
 
+@dataclass(frozen=True, eq=False)
+class LaterGroups:
+    """The groups of rows of the layers after each one, by their calibrated exponents.
+
+    Attributes:
+        counts: int64 `[layers, quarters]`, how many there are in each quarter octave.
+        lowest: quarter octave of the first ones.
+    """
+
+    counts: np.ndarray
+    lowest: int
+
+
+def later_groups(transforms: Sequence[LayerTransform]) -> LaterGroups:
+    """Return the groups of the layers after each one.
+
+    Args:
+        transforms: of all layers.
+    """
+    quarters = [one.calibrated.group_exponents // QUARTER for one in transforms]
+    lowest = int(min(one.min() for one in quarters))
+    width = int(max(one.max() for one in quarters)) - lowest + 1
+    counts = np.stack([np.bincount(one - lowest, minlength=width) for one in quarters])
+    return LaterGroups(counts[::-1].cumsum(axis=0)[::-1] - counts, lowest)
+
+
 @dataclass
 class RateControl:
     """What spends the byte budget of one request, layer by layer.
@@ -85,16 +111,10 @@ class RateControl:
     smooth_base: float | None = None
     spent_bytes: int = 0
     done: int = 0
-    _later: list[np.ndarray] = field(init=False)
-    _lowest: int = field(init=False)
+    _later: LaterGroups = field(init=False)
 
     def __post_init__(self) -> None:
-        quarters = [one.calibrated.group_exponents // QUARTER for one in self.transforms]
-        self._lowest = int(min(one.min() for one in quarters))
-        width = int(max(one.max() for one in quarters)) - self._lowest + 1
-        counts = np.stack([np.bincount(one - self._lowest, minlength=width) for one in quarters])
-        later = counts[::-1].cumsum(axis=0)[::-1] - counts
-        self._later = list(later)
+        self._later = later_groups(self.transforms)
 
     @property
     def left_bytes(self) -> int:
@@ -115,20 +135,30 @@ class RateControl:
         Returns:
             The base.
         """
-        remaining = len(self.transforms) - self.done
-        available = (self.left_bytes * AIM - remaining * demand.fixed_bytes) / (1 + self.escape_share)
         ratio, count = (np.concatenate(pair) for pair in zip(demand.ratios, self._later_demand(demand), strict=True))
-        found = _finest(int(available) // WORD_BYTES, ratio, count)
-        self.smooth_base = found if self.smooth_base is None else self.smooth_base + (found - self.smooth_base) / 3
+        found = _finest(self.expected_words(demand.fixed_bytes), ratio, count)
+        start = found if self.smooth_base is None else self.smooth_base
+        self.smooth_base = start + (found - start) * self.base_weight
         return round(self.smooth_base)
 
-    def expected_words(self, demand: LayerDemand) -> int:
-        """Return the words that the records of the last layer are expected to leave room for.
+    def expected_words(self, fixed_bytes: int) -> int:
+        """Return the words that the records of this and all later layers are expected to leave room for.
 
         Args:
-            demand: of the layer.
+            fixed_bytes: of the layer's segments without records and escapes. Later ones are taken to have as many.
         """
-        return int((self.left_bytes - demand.fixed_bytes) / (1 + self.escape_share)) // WORD_BYTES
+        remaining, aim = len(self.transforms) - self.done, 1.0 if self.is_last else AIM
+        return int((self.left_bytes * aim - remaining * fixed_bytes) / (1 + self.escape_share)) // WORD_BYTES
+
+    @property
+    def base_weight(self) -> float:
+        """Return with which weight the base that the next layer foresees counts; the last one foresees nothing."""
+        return 1.0 if self.smooth_base is None or self.is_last else 1 / 3
+
+    @property
+    def drift_weight(self) -> float:
+        """Return with which weight the next layer's drift counts."""
+        return 1.0 if self.done == 0 else 0.5
 
     def is_better(self, wire_bytes: int, other: int) -> bool:
         """Return whether a size of the last layer is a better one: the largest within the budget, or the least."""
@@ -138,9 +168,9 @@ class RateControl:
 
     def _later_demand(self, demand: LayerDemand) -> tuple[np.ndarray, np.ndarray]:
         """Return what the layers after this one take; see `LayerDemand.ratios`."""
-        rows, profiles = self._later[self.done], np.sum(demand.profiles, axis=0, dtype=np.int64)
+        rows, profiles = self._later.counts[self.done], np.sum(demand.profiles, axis=0, dtype=np.int64)
         count = np.convolve(rows, profiles)
-        quarters = self._lowest + LOWEST_PROFILE + np.arange(len(count))
+        quarters = self._later.lowest + LOWEST_PROFILE + np.arange(len(count))
         return QUARTER * quarters + QUARTER // 2 + round(self.drift), count
 
     def observe(self, demand: LayerDemand) -> None:
@@ -152,7 +182,7 @@ class RateControl:
         calibrated = self.transforms[self.done].calibrated.group_exponents
         if demand.group_exponents:
             drift = float(np.mean([np.mean(one - calibrated) for one in demand.group_exponents]))
-            self.drift += (drift - self.drift) / (1 if self.done == 0 else 2)
+            self.drift += (drift - self.drift) * self.drift_weight
 
     def account(self, actual_bytes: int, records: int, escapes: int) -> None:
         """Take note that a layer is done.

@@ -63,7 +63,7 @@ def measure(coefficients: torch.Tensor, energy: torch.Tensor, std: np.ndarray, o
     level = float(octaves.mean())
     gains = np.clip(np.rint(GAIN_UNITS * (octaves - level)), LOWEST_GAIN, HIGHEST_GAIN).astype(np.int64)
     scales = _own_scales(coefficients, gains) if own else calibrated_scales(std, round(EXPONENT_UNITS * level))
-    _check(scales)
+    check_spreads(scales)
     return BlockStatistics(scales, gains, own)
 
 
@@ -96,8 +96,11 @@ def _own_scales(coefficients: torch.Tensor, gains: np.ndarray) -> RowScales:
     return RowScales(scales.top, scales.drops, means.astype(np.int8))
 
 
-def _check(scales: RowScales) -> None:
+def check_spreads(scales: RowScales) -> None:
     """Refuse spreads beyond what bodies may have.
+
+    Args:
+        scales: of a block.
 
     Raises:
         InvalidArgumentError: one is.

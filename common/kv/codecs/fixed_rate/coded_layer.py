@@ -1,0 +1,155 @@
+"""A layer's blocks, coded; and the last layer, which is coded until it takes what is left of the budget."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from spectrumkv.common.kv.codecs.fixed_rate.block_codec import WORD_BYTES, Block, LayerSteps
+from spectrumkv.common.kv.codecs.fixed_rate.rate import LayerDemand, RateControl, StepSearch
+from spectrumkv.common.kv.codecs.fixed_rate.tiers import record_tiers, tier_bytes
+from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, SEGMENT_HEADER, KvSegment
+from spectrumkv.common.kv.tiers import tier_map_bytes
+from spectrumkv.kernels.fixed_rate.layout import PROFILES, RecordLayout
+
+# Fraction of the budget that the last layer may leave unused.
+MAY_BE_LEFT = 0.0005
+# Steps differ less than attention says: what the last queries look at is not all that later ones will.
+TRUSTED_ATTENTION = 0.85
+# Largest share of a block's bytes that spreads and means of its own may take.
+OWN_SCALES_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """How layers are cut into blocks.
+
+    Attributes:
+        size: tokens of a block; the last one of a layer may have fewer.
+        sinks: how many of the first tokens are sent without the transform.
+        token_bytes: what a token of a layer may take.
+    """
+
+    size: int
+    sinks: int
+    token_bytes: float
+
+    def own_tokens(self, rows: int) -> int:
+        """Return from how many coded tokens on a block has scales of its own.
+
+        Args:
+            rows: coefficients of a token.
+        """
+        return math.ceil(2 * rows / (OWN_SCALES_SHARE * self.token_bytes))
+
+
+class CodedLayer(NamedTuple):
+    """The segments of a layer, none where they are too large; the words of their records, and their escapes."""
+
+    segments: list[KvSegment]
+    words: int
+    escapes: int
+
+    @property
+    def wire_bytes(self) -> int:
+        """Count the bytes that the segments take of a budget."""
+        return sum(segment.wire_bytes for segment in self.segments)
+
+    @property
+    def is_too_large(self) -> bool:
+        """Tell whether a segment does not fit a chunk."""
+        return not self.segments or any(segment.wire_bytes > MAX_CHUNK_PAYLOAD_BYTES for segment in self.segments)
+
+
+def segment_of(block: Block, body: torch.Tensor, layout: RecordLayout | None) -> KvSegment:
+    """Return the segment that a block and its body make.
+
+    Args:
+        block: that was coded.
+        body: uint8 `[b]`.
+        layout: of its records.
+    """
+    tiers = record_tiers(layout, block.transform.rows, block.sink_count)
+    shares = tier_bytes(layout, tiers, len(block.sinks), body.numel())
+    return KvSegment(block.transform.layer, block.first, tiers, body, shares)
+
+
+def demand_of(blocks: Sequence[Block]) -> LayerDemand:
+    """Return what the records of a layer take.
+
+    Args:
+        blocks: of the layer.
+    """
+    coded = [block.statistics for block in blocks if block.statistics is not None]
+    fixed = sum(SEGMENT_HEADER.size + tier_map_bytes(block.length) + block.fixed_bytes for block in blocks)
+    profiles = [np.bincount(block.profiles, minlength=PROFILES) for block in blocks if block.statistics is not None]
+    return LayerDemand([one.scales.group_exponents for one in coded], profiles, fixed)
+
+
+def last_steps(blocks: Sequence[Block], demand: LayerDemand, words: int) -> LayerSteps:
+    """Find the steps with which the last layer's records come nearest to a number of words, from below.
+
+    Args:
+        blocks: of the layer.
+        demand: of the layer.
+        words: that its records may take.
+
+    Returns:
+        The finest base that all tokens can have, or one finer, and up to where tokens can have that.
+    """
+    base = demand.finest_base(words)
+    finer, end = LayerSteps(base - 1, 0), 0
+    for block in blocks:
+        end = block.first + block.length
+        layout = block.layout(finer)
+        if layout is None:
+            continue
+        costs = layout.words_of_profile.reshape(2, -1)
+        words -= int(costs[1][block.profiles].sum())
+    for block in blocks:
+        layout = block.layout(finer)
+        if layout is None:
+            continue
+        costs = layout.words_of_profile.reshape(2, -1)
+        more = np.cumsum((costs[0] - costs[1])[block.profiles])
+        if words < more[-1]:
+            finer_tokens = int(np.searchsorted(more, words, side="right"))
+            return LayerSteps(base - 1, block.first + block.sink_count + finer_tokens)
+        words -= int(more[-1])
+    return LayerSteps(base - 1, end)
+
+
+def fit_last(
+    blocks: Sequence[Block],
+    demand: LayerDemand,
+    rate: RateControl,
+    tokens: int,
+    steps: LayerSteps,
+    code: Callable[[LayerSteps], CodedLayer],
+) -> CodedLayer:
+    """Code the last layer with steps that take what is left of the budget and no more.
+
+    Args:
+        blocks: of the layer.
+        demand: of the layer.
+        rate: of the request.
+        tokens: of the prompt.
+        steps: to begin with.
+        code: codes the layer with some steps.
+
+    Returns:
+        The layer, coded.
+    """
+    search = StepSearch(tokens, rate.left_bytes, MAY_BE_LEFT * rate.segment_bytes)
+    coded = best = code(steps)
+    while not search.tried(steps, coded.wire_bytes):
+        # All but the records is known now, and hardly changes with the steps.
+        others = coded.wire_bytes - WORD_BYTES * coded.words
+        steps = search.next_steps(last_steps(blocks, demand, (rate.left_bytes - others) // WORD_BYTES))
+        coded = code(steps)
+        if rate.is_better(coded.wire_bytes, best.wire_bytes):
+            best = coded
+    return best

@@ -1,0 +1,188 @@
+"""Bodies that arrived: taken apart, checked, and written into slots; the layout is documented in kv.proto."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from spectrumkv.common.errors import DataLossError
+from spectrumkv.common.kv.codecs.fixed_rate.block_codec import (
+    CALIBRATED,
+    HEADER,
+    LARGEST_ESCAPE,
+    OWN,
+    WORD_BYTES,
+    padded,
+)
+from spectrumkv.common.kv.codecs.fixed_rate.statistics import LARGEST_EXPONENT, calibrated_scales
+from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.kernels.fixed_rate.block import Records
+from spectrumkv.kernels.fixed_rate.dispatch import synthesise
+from spectrumkv.kernels.fixed_rate.layout import RecordLayout, RowScales
+
+
+@dataclass(frozen=True, eq=False)
+class CodedTokens:
+    """The tokens of a body that are no sinks.
+
+    Attributes:
+        scales: of the rows.
+        tokens: uint8 `[n]`, class and gain of each.
+        layout: of the records.
+        records: views of the body.
+        base: of the tokens before `turn`.
+        turn: index of one of them, or more.
+        words_at: byte of the body at which the records begin.
+    """
+
+    scales: RowScales
+    tokens: torch.Tensor
+    layout: RecordLayout
+    records: Records
+    base: int
+    turn: int
+    words_at: int
+
+
+@dataclass(frozen=True, eq=False)
+class ReceivedBlock:
+    """A body that was checked.
+
+    Attributes:
+        body: uint8 `[b]` as it arrived.
+        sinks: how many of its first tokens are sent without the transform.
+        coded: the others; None where there are none.
+    """
+
+    body: torch.Tensor
+    sinks: int
+    coded: CodedTokens | None
+
+    @property
+    def layout(self) -> RecordLayout | None:
+        """Return the layout of the records, None where there are none."""
+        return None if self.coded is None else self.coded.layout
+
+
+def read_block(transform: LayerTransform, body: torch.Tensor, tokens: int, geometry: KvGeometry) -> ReceivedBlock:
+    """Take a body apart and check it.
+
+    Args:
+        transform: of the layer.
+        body: uint8 `[b]` on the CPU, as it arrived.
+        tokens: of the segment.
+        geometry: shape and dtype of the model's cache.
+
+    Returns:
+        The body.
+
+    Raises:
+        DataLossError: it does not hold what its header says.
+    """
+    reader = _Reader(body)
+    base, top, sinks, kind, turn, escapes = reader.header()
+    if sinks > tokens or kind not in (CALIBRATED, OWN):
+        raise DataLossError(f"a segment of {tokens} tokens has {sinks} sinks and scales of kind {kind}", "malformed")
+    reader.take(geometry.fp16_bytes_per_layer(sinks))
+    if sinks == tokens:
+        reader.finish()
+        return ReceivedBlock(body, sinks, None)
+    scales = _scales(reader, transform, top, own=kind == OWN)
+    of_tokens = reader.take(tokens - sinks)
+    reader.take(padded(tokens - sinks) - (tokens - sinks))
+    layout = RecordLayout.of(scales, of_tokens.numpy(), base, turn)
+    words_at = reader.position
+    records = Records(
+        reader.take(WORD_BYTES * layout.words),
+        reader.take(WORD_BYTES * escapes),
+        reader.take(WORD_BYTES * escapes).clone().view(torch.float32),
+    )
+    reader.finish()
+    _check_escapes(records, (tokens - sinks) * transform.rows)
+    return ReceivedBlock(body, sinks, CodedTokens(scales, of_tokens, layout, records, base, turn, words_at))
+
+
+def write_block(
+    transform: LayerTransform,
+    block: ReceivedBlock,
+    first: int,
+    geometry: KvGeometry,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """Write the tokens of a body on a CPU: the inverse of `encode_block`.
+
+    Args:
+        transform: of the layer.
+        block: that was read.
+        first: position of the first token.
+        geometry: shape and dtype of the model's cache.
+        keys: `[kv_heads, n, head_dim]` in the model's own dtype, any strides; written.
+        values: like `keys`.
+    """
+    sinks, coded = block.sinks, block.coded
+    if sinks:
+        shape = (2, geometry.kv_heads, sinks, geometry.head_dim)
+        taken = block.body[HEADER.size : HEADER.size + 2 * math.prod(shape)]
+        states = taken.clone().view(geometry.half_dtype).view(shape)
+        keys[:, :sinks], values[:, :sinks] = states[0], states[1]
+    if coded is None:
+        return
+    synthesis = transform.synthesis(first + sinks, len(coded.tokens))
+    synthesise(coded.records, coded.scales, coded.tokens, coded.layout, synthesis, keys[:, sinks:], values[:, sinks:])
+
+
+def _scales(reader: "_Reader", transform: LayerTransform, top: int, own: bool) -> RowScales:
+    """Return the rows' scales: sent, or the calibrated ones, moved.
+
+    Raises:
+        DataLossError: spreads are beyond what bodies may have.
+    """
+    if own:
+        drops, means = reader.take(transform.rows).numpy(), reader.take(transform.rows).numpy().view(np.int8)
+        scales = RowScales(top, drops, means)
+    else:
+        scales = calibrated_scales(transform.std, top)
+    if abs(scales.top) > LARGEST_EXPONENT:
+        raise DataLossError(f"a segment's largest spread has the exponent {scales.top} / 8", "scale")
+    return scales
+
+
+def _check_escapes(records: Records, symbols: int) -> None:
+    """Refuse escapes that do not rise, lie outside the block, or are no sensible numbers.
+
+    Raises:
+        DataLossError: some do.
+    """
+    index = np.frombuffer(records.escape_index.numpy().tobytes(), "<u4").astype(np.int64)
+    if len(index) and (index[-1] >= symbols or bool((np.diff(index) <= 0).any())):
+        raise DataLossError(f"the indices of {len(index)} escapes do not rise within {symbols} symbols", "malformed")
+    if not bool((records.escape_value.abs() < LARGEST_ESCAPE).all()):
+        raise DataLossError("a coefficient that was sent as it is has no finite value", "scale")
+
+
+class _Reader:
+    """A body that is taken apart, front to back."""
+
+    def __init__(self, body: torch.Tensor) -> None:
+        self._body = body
+        self.position = 0
+
+    def take(self, size: int) -> torch.Tensor:
+        end = self.position + size
+        if end > self._body.numel():
+            raise DataLossError(
+                f"a segment's body of {self._body.numel()} bytes is cut off; {end} are needed", "length"
+            )
+        taken = self._body[self.position : end]
+        self.position = end
+        return taken
+
+    def header(self) -> tuple[int, int, int, int, int, int]:
+        return HEADER.unpack(self.take(HEADER.size).numpy().data)
+
+    def finish(self) -> None:
+        if self.position != self._body.numel():
+            raise DataLossError(f"a segment's body has {self._body.numel() - self.position} bytes too many", "length")

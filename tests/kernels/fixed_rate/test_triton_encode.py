@@ -1,0 +1,329 @@
+"""A layer by kernels in Triton: each step against plain torch or the host's, over memory that held NaN.
+
+Triton runs under its interpreter where there is no GPU; its programs come one after another.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from spectrumkv.common.kv.codecs.fixed_rate.block_codec import HEADER, padded
+from spectrumkv.common.kv.codecs.fixed_rate.coded_layer import TRUSTED_ATTENTION
+from spectrumkv.common.kv.codecs.fixed_rate.gpu.basis import DeviceBasis
+from spectrumkv.common.kv.codecs.fixed_rate.rate import AIM, LayerDemand, RateControl
+from spectrumkv.common.kv.codecs.fixed_rate.statistics import calibrated_scales, measure
+from spectrumkv.common.kv.codecs.fixed_rate.transform import layer_transforms
+from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.kernels.fixed_rate import reference
+from spectrumkv.kernels.fixed_rate.block import Records
+from spectrumkv.kernels.fixed_rate.layout import (
+    HIGHEST_CLASS,
+    LOWEST_CLASS,
+    LOWEST_GAIN,
+    PROFILE_OF_BYTE,
+    PROFILES,
+    RecordLayout,
+    RowScales,
+)
+from spectrumkv.kernels.fixed_rate.quantizer import escape_limits
+from spectrumkv.kernels.fixed_rate.triton.blocks import (
+    BLOCK_BROKEN,
+    BLOCK_ESCAPES,
+    BLOCK_TOP,
+    BLOCK_WORDS,
+    BlockShape,
+)
+from spectrumkv.kernels.fixed_rate.triton.encode import encode, pack_again
+from spectrumkv.kernels.fixed_rate.triton.memory import CodedLayer, LayerRate, Workspace
+from tests.common.kv.codecs.spectral_prompts import basis_of, capture, geometry, plain_coefficients
+from tests.kernels.absmax.states import DEVICE
+
+LAYERS = 3
+
+
+class Case(NamedTuple):
+    kv_heads: int
+    head_dim: int
+    # Tokens, of a block, sinks, from how many coded tokens on scales are a block's own, room for a body.
+    shape: BlockShape
+    # Of all layers' records, for each coefficient of this layer.
+    bits: float
+    dtype: torch.dtype = torch.float32
+    layer: int = 0
+
+
+ROOM = 1 << 14
+CASES = {
+    "one token": Case(1, 6, BlockShape(1, 8, 0, 1, ROOM), 9.0),
+    "sinks in three blocks": Case(1, 6, BlockShape(9, 2, 5, 1, ROOM), 9.0, layer=1),
+    "only sinks": Case(1, 6, BlockShape(3, 4, 4, 1, ROOM), 9.0),
+    "own and calibrated scales": Case(2, 16, BlockShape(14, 9, 2, 7, ROOM), 12.0, torch.float16),
+    "last layer": Case(2, 20, BlockShape(7, 7, 1, 5, ROOM), 4.0, torch.bfloat16, layer=2),
+    "wide heads": Case(1, 80, BlockShape(6, 6, 2, 2, ROOM), 12.0),
+}
+SLOW_CASES = {
+    "many rows": Case(8, 128, BlockShape(40, 40, 4, 20, 1 << 17), 12.0, torch.bfloat16),
+    "several blocks": Case(3, 64, BlockShape(150, 64, 4, 40, 1 << 16), 10.0),
+    "coarse": Case(3, 64, BlockShape(70, 70, 4, 40, 1 << 16), 1.0),
+    "fine": Case(2, 16, BlockShape(70, 40, 0, 20, 1 << 16), 60.0),
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Memory that nothing was written to is NaN, or the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Coded(NamedTuple):
+    """A layer that was coded, and what it was made of."""
+
+    case: Case
+    basis: SpectralBasis
+    states: tuple[torch.Tensor, torch.Tensor]
+    scores: torch.Tensor
+    layer: CodedLayer
+    work: Workspace
+    rate: LayerRate
+    on_device: tuple[CodedLayer, Workspace]
+
+    @property
+    def rows(self) -> int:
+        return 2 * self.case.kv_heads * self.case.head_dim
+
+
+def coded(case: Case) -> Coded:
+    shape = replace(geometry(case.kv_heads, case.head_dim, LAYERS), native_dtype=case.dtype)
+    basis = basis_of(shape)
+    seen = capture(basis, case.layer, case.shape.tokens)
+    # A few coefficients escape.
+    noise = torch.randn(seen.keys.shape, generator=torch.Generator().manual_seed(4)).exp()
+    keys, values = (seen.keys * noise).to(case.dtype), seen.values.to(case.dtype)
+    scores = torch.rand(case.shape.tokens, generator=torch.Generator().manual_seed(1)).pow(4) / case.shape.tokens
+    there = DeviceBasis(basis, DEVICE)
+    angles = there.angles(case.shape.tokens)
+    kind = there.kinds[case.layer]
+    words = int(case.bits * case.shape.tokens * 2 * case.kv_heads * case.head_dim / 32)
+    rate = LayerRate(
+        words, -3.25, 1.0 if case.layer == 0 else 0.5, -300.5, 1.0 if case.layer == LAYERS - 1 else 1 / 3
+    )
+    states = (keys.to(DEVICE), values.to(DEVICE), scores.to(DEVICE))
+    of_layer = (angles[0][kind], angles[1][kind])
+    on_device = encode(*states, of_layer, there.analysis(case.layer), case.shape, rate)
+    layer, work = on_host(*on_device)
+    return Coded(case, basis, (keys, values), scores, layer, work, rate, on_device)
+
+
+def on_host(layer: CodedLayer, work: Workspace) -> tuple[CodedLayer, Workspace]:
+    copies = {one.name: getattr(work, one.name).cpu() for one in fields(work)}
+    return layer.copied(layer.memory.cpu()), replace(work, **copies)
+
+
+class BlockOfLayer(NamedTuple):
+    """A block, as its body says."""
+
+    number: int
+    tokens: slice
+    scales: RowScales
+    own: bool
+    of_tokens: torch.Tensor
+    body: torch.Tensor
+    words_at: int
+
+
+def blocks(made: Coded) -> Iterator[BlockOfLayer]:
+    """Blocks that have coded tokens; what comes before those is checked here."""
+    shape, rows = made.case.shape, made.rows
+    half_dtype = torch.float16 if made.case.dtype == torch.float32 else made.case.dtype
+    for number in range(shape.blocks):
+        first = number * shape.size
+        length = min(shape.size, shape.tokens - first)
+        sinks = min(max(0, shape.sinks - first), length)
+        body = made.layer.bodies[number * shape.body_bytes :][: shape.body_bytes]
+        at = HEADER.size + 2 * rows * sinks
+        exact = torch.stack([one[:, first : first + sinks] for one in made.states]).to(half_dtype)
+        assert torch.equal(body[HEADER.size : at], exact.flatten().view(torch.uint8))
+        count = length - sinks
+        if not count:
+            assert made.layer.blocks[number] == [0, 0, 0, 0]
+            continue
+        transform = layer_transforms(made.basis)[made.case.layer]
+        top, own = made.layer.blocks[number][BLOCK_TOP], count >= shape.own_tokens
+        if own:
+            drops, means = body[at : at + rows].numpy(), body[at + rows : at + 2 * rows].numpy().view(np.int8)
+            scales = RowScales(top, drops, means)
+            at += 2 * rows
+        else:
+            scales = calibrated_scales(transform.std, top - transform.calibrated.top)
+        of_tokens, end = body[at : at + count], at + padded(count)
+        assert not body[at + count : end].any()
+        yield BlockOfLayer(number, slice(first + sinks, first + length), scales, own, of_tokens, body, end)
+
+
+def assert_coefficients(made: Coded) -> None:
+    keys, values = made.states
+    plain = plain_coefficients(made.basis, made.case.layer, keys, values, 0)
+    wanted = plain.permute(2, 0, 1, 3).reshape(made.case.shape.tokens, -1).float()
+    torch.testing.assert_close(made.work.coefficients, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+def assert_statistics(made: Coded, block: BlockOfLayer) -> None:
+    transform = layer_transforms(made.basis)[made.case.layer]
+    coefficients = made.work.coefficients[block.tokens]
+    energy = (coefficients * transform.inverse_std).square().sum(dim=1)
+    wanted = measure(coefficients, energy, transform.std, block.own)
+    # Logarithms differ in their last bits, and so may what is rounded.
+    for mine, theirs in (
+        ((block.of_tokens.numpy() >> 4).astype(np.int64) + LOWEST_GAIN, wanted.gains),
+        (block.scales.top - block.scales.drops.astype(np.int64), wanted.scales.top - wanted.scales.drops.astype(int)),
+        (block.scales.means.astype(np.int64), wanted.scales.means),
+    ):
+        assert np.abs(mine - theirs).max() <= 1
+        assert (mine != theirs).mean() <= 0.1
+    assert made.layer.blocks[block.number][BLOCK_BROKEN] == 0
+
+
+def assert_classes(made: Coded, of_blocks: list[BlockOfLayer]) -> None:
+    shares = made.scores.double().clamp_min(1e-7).log2()
+    octaves = -0.5 * TRUSTED_ATTENTION * (shares - shares[made.case.shape.sinks :].mean())
+    wanted = (2 * octaves).round().clamp(LOWEST_CLASS, HIGHEST_CLASS)
+    for block in of_blocks:
+        mine = (block.of_tokens.long() & 15) + LOWEST_CLASS
+        assert int((mine - wanted[block.tokens]).abs().max()) <= 1
+        assert float((mine != wanted[block.tokens]).double().mean()) <= 0.1
+
+
+def assert_steps(made: Coded, of_blocks: list[BlockOfLayer]) -> None:
+    """The base that the host finds for these scales and tokens, to the last digit."""
+    demand = LayerDemand(
+        [one.scales.group_exponents for one in of_blocks],
+        [np.bincount(PROFILE_OF_BYTE[one.of_tokens.numpy()], minlength=PROFILES) for one in of_blocks],
+        0,
+    )
+    transforms, given = layer_transforms(made.basis), made.rate
+    rate = RateControl(0, transforms, given.drift, 0.0, given.smooth_base, 0, made.case.layer)
+    rate.segment_bytes = math.ceil(4 * given.words / (1.0 if rate.is_last else AIM))
+    assert rate.expected_words(0) == given.words
+    assert (rate.drift_weight, rate.base_weight) == (given.drift_weight, given.base_weight)
+    rate.observe(demand)
+    assert made.layer.drift == pytest.approx(rate.drift, abs=1e-9)
+    wanted = demand.finest_base(given.words) if rate.is_last else rate.base(demand)
+    assert made.layer.base == wanted
+    assert rate.is_last or made.layer.smooth_base == pytest.approx(rate.smooth_base, abs=1e-4)
+
+
+def assert_records(made: Coded, block: BlockOfLayer, base: int, turn: int) -> None:
+    """The bytes that plain torch makes of the same coefficients."""
+    layout = RecordLayout.of(block.scales, block.of_tokens.numpy(), base, turn)
+    assert torch.equal(made.work.order[block.number].long(), torch.from_numpy(block.scales.order))
+    limits = torch.from_numpy(escape_limits(layout))
+    wanted = reference.pack(made.work.coefficients[block.tokens], block.scales, block.of_tokens, layout, limits)
+    found = made.layer.blocks[block.number]
+    assert found[BLOCK_WORDS] == layout.words
+    assert found[BLOCK_ESCAPES] == wanted.escape_value.numel()
+    assert_sections(block.body[block.words_at :], wanted)
+
+
+def assert_sections(body: torch.Tensor, wanted: Records) -> None:
+    for section in (wanted.words, wanted.escape_index, wanted.escape_value.view(torch.uint8)):
+        assert torch.equal(body[: section.numel()], section)
+        body = body[section.numel() :]
+    # Nothing is written behind what a body has.
+    assert bool((body == 255).all())
+
+
+def assert_coded(case: Case) -> Coded:
+    made = coded(case)
+    assert made.layer.broken_scores == 0
+    assert_coefficients(made)
+    of_blocks = list(blocks(made))
+    for block in of_blocks:
+        assert_statistics(made, block)
+    if of_blocks:
+        assert_classes(made, of_blocks)
+        assert_steps(made, of_blocks)
+    for block in of_blocks:
+        first = len(block.of_tokens)
+        assert torch.equal(made.work.starts[block.tokens][:1], torch.zeros(1, dtype=torch.int32))
+        assert_records(made, block, made.layer.base, first)
+    return made
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_step_is_that_of_the_host(name: str) -> None:
+    assert_coded(CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_CASES)
+def test_every_step_is_that_of_the_host_at_larger_shapes(name: str) -> None:
+    made = assert_coded(SLOW_CASES[name])
+    if name == "several blocks":
+        assert sum(found[BLOCK_ESCAPES] for found in made.layer.blocks) > 0
+
+
+def test_a_layer_is_packed_again_at_other_steps() -> None:
+    case = Case(1, 6, BlockShape(9, 5, 1, 5, ROOM), 9.0)
+    made = coded(case)
+    of_blocks = list(blocks(made))
+    base, turn = made.layer.base - 40, 7
+    starts = torch.zeros(case.shape.tokens, dtype=torch.int32)
+    for block in of_blocks:
+        own_turn = min(max(0, turn - block.tokens.start), len(block.of_tokens))
+        layout = RecordLayout.of(block.scales, block.of_tokens.numpy(), base, own_turn)
+        starts[block.tokens] = torch.from_numpy(layout.starts[:-1]).int()
+        on_device = made.on_device[0].bodies[block.number * case.shape.body_bytes :]
+        on_device[block.words_at : case.shape.body_bytes] = 255
+    for _ in range(2):
+        pack_again(*made.on_device, base, turn, starts)
+        layer, work = on_host(*made.on_device)
+        again = made._replace(layer=layer, work=work)
+        for block in blocks(again):
+            assert_records(again, block, base, min(max(0, turn - block.tokens.start), len(block.of_tokens)))
+
+
+def test_a_body_without_room_is_counted_and_nothing_is_written_behind_it() -> None:
+    shape = BlockShape(12, 6, 0, 1, 96)
+    tight, roomy = coded(Case(1, 6, shape, 30.0)), coded(Case(1, 6, replace(shape, body_bytes=ROOM), 30.0))
+    assert tight.layer.blocks == roomy.layer.blocks
+    assert all(found[BLOCK_WORDS] > 12 for found in tight.layer.blocks)
+    for number in range(shape.blocks):
+        mine = tight.layer.bodies[96 * number :][HEADER.size : 96]
+        theirs = roomy.layer.bodies[ROOM * number :][HEADER.size : 96]
+        # Records that fit are the same; escapes are written all or not at all.
+        written = mine != 255
+        assert torch.equal(mine[written], theirs[written])
+
+
+def test_a_body_without_room_for_its_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="no room for 73 bytes before the records"):
+        coded(Case(1, 6, BlockShape(12, 6, 1, 5, 48), 9.0))
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_is_not_finite_is_counted_in_its_block(side: int, value: float) -> None:
+    case = Case(1, 6, BlockShape(8, 4, 1, 1, ROOM), 9.0)
+    shape = geometry(1, 6, LAYERS)
+    seen = capture(basis_of(shape), 0, 8)
+    states = (seen.keys.clone(), seen.values.clone())
+    there = DeviceBasis(basis_of(shape), DEVICE)
+    scores = torch.full((8,), 0.1)
+    scores[3] = value
+    for token in (0, 6):
+        states[side][0, token, 2] = value
+    angles, rate = there.angles(8), LayerRate(100, 0.0, 1.0, 0.0, 1.0)
+    inputs = [one.to(DEVICE) for one in (*states, scores)]
+    of_layer = (angles[0][0], angles[1][0])
+    layer, _ = on_host(*encode(*inputs, of_layer, there.analysis(0), case.shape, rate))
+    assert [found[BLOCK_BROKEN] for found in layer.blocks] == [1, 1]
+    assert layer.broken_scores == 1

@@ -125,7 +125,7 @@ test-faults: install  ## Every fault in every phase on real processes, hostile p
 test-faults-exhaustive: install  ## The same with the longest forms: 20,400 hostile sequences, every fault in both ways
 	$(BIN)/python -m pytest tests/faults
 
-soak: install  ## 2,000 mixed requests on four workers, one killed each minute (docs/faults.md; ARGS='--seed 7')
+soak: install  ## 2,000 mixed requests on four workers, one killed or broken each minute (docs/faults.md; ARGS='--seed 7')
 	$(BIN)/python -m tests.faults.soak.soak $(ARGS)
 
 # Tools that only these targets need have an environment of their own.

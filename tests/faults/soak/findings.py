@@ -14,12 +14,14 @@ class Plan:
     """How much of everything.
 
     Attributes:
-        requests: in all; the first quarter is the warm-up.
+        requests: at least, in all; the first quarter is the warm-up.
+        harms: at least, in all; requests are sent until so many are over.
         harm_seconds: between two harms.
         seed: of all that is drawn.
     """
 
     requests: int
+    harms: int
     harm_seconds: float
     seed: int
 

@@ -5,6 +5,7 @@
 
 import argparse
 import itertools
+import math
 import random
 import subprocess
 import sys
@@ -78,8 +79,12 @@ class Soak:
         lasting = [self._fleet.decodes[0], self._fleet.prefills[0]]
         found = []
         with self._harming():
-            for requests in divided(self._plan.requests, QUARTERS):
-                self._load(requests)
+            for requests, harms in zip(
+                divided(self._plan.requests, QUARTERS),
+                itertools.accumulate(divided(self._plan.harms, QUARTERS)),
+                strict=True,
+            ):
+                self._load(requests, harms)
                 found.append([self._when_quiet(service) for service in lasting])
         for service in self._fleet.services:
             self._when_quiet(service)
@@ -103,19 +108,21 @@ class Soak:
                         answers[which, kv, answer.usage.codec] = answer
         return answers
 
-    def _load(self, requests: int) -> None:
-        """Send so many requests."""
+    def _load(self, requests: int, harms: int) -> None:
+        """Send so many requests, and more until so many harms are over: a fast machine outruns the harms."""
         first = next(self._numbers)
-        numbers = itertools.chain([first], itertools.islice(self._numbers, requests - 1))
+        numbers = itertools.chain([first], self._numbers)
         taking = threading.Lock()
+
+        def number_of_next() -> int | None:
+            with taking:
+                number = next(numbers)
+            over = sum(math.isfinite(harm.ended_at) for harm in tuple(self.findings.harms))
+            return number if number < first + requests or over < harms else None
 
         def work() -> None:
             with self._fleet.client() as client:
-                while True:
-                    with taking:
-                        number = next(numbers, None)
-                    if number is None:
-                        return
+                while (number := number_of_next()) is not None:
                     self._send(client, random.Random(f"{self._plan.seed}-{number}"))
 
         with ThreadPoolExecutor(CLIENTS) as pool:
@@ -260,9 +267,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--harm-seconds", type=float, default=60.0)
+    parser.add_argument("--harms", type=int, default=len(HARMS), help="go on until so many harms are over")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     given = parser.parse_args()
-    plan = Plan(given.requests, given.harm_seconds, given.seed)
+    plan = Plan(given.requests, given.harms, given.harm_seconds, given.seed)
     with tempfile.TemporaryDirectory() as directory:
         findings = soak(plan, Path(directory))
     sys.stdout.write("\n".join([findings.sentence(plan), *findings.wrong, *findings.grown]) + "\n")

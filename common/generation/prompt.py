@@ -109,23 +109,31 @@ class PromptReader:
         contents = [message.content for message in messages]
         self._check_bytes(contents)
         control = self._control_tokens
-        marking = control.mark([message.role for message in messages], contents) if control else None
-        if control is None or marking is None:
-            return self._tokenize(self._rendered(messages, contents), check, add_special_tokens=False)
-        mark, marked_contents = marking
-        marked = MarkedText.parse(self._rendered(messages, marked_contents), mark)
+        roles = [message.role for message in messages]
+        if control is None:
+            return self._tokenize(self._rendered(roles, contents), check, add_special_tokens=False)
+        marked = self._marked(control, roles, contents)
         self._check_size(marked.text, check)
+        harmless = control.harmless(roles, contents)
+        if harmless != contents and control.acting(marked) != control.acting(self._marked(control, roles, harmless)):
+            raise InvalidArgumentError(
+                "the model's chat template makes control tokens of these messages' text; leave out what looks like "
+                "one, or start the server with --allow-control-tokens"
+            )
         return control.tokenize(marked)
 
-    def _rendered(self, messages: Sequence[prefill_pb2.ChatMessage], contents: Sequence[str]) -> str:
-        """Return the text that the model's template makes of the messages' roles with these contents.
+    def _marked(self, control: ControlTokens, roles: Sequence[str], contents: Sequence[str]) -> MarkedText:
+        """Return what the template makes of messages, with the control tokens of their contents marked."""
+        marks, marked_contents = control.mark(roles, contents)
+        return MarkedText.parse(self._rendered(roles, marked_contents), marks)
+
+    def _rendered(self, roles: Sequence[str], contents: Sequence[str]) -> str:
+        """Return the text that the model's template makes of messages with these roles and contents.
 
         Raises:
             InvalidArgumentError: the template refuses the messages, or fails.
         """
-        conversation = [
-            {"role": message.role, "content": content} for message, content in zip(messages, contents, strict=True)
-        ]
+        conversation = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
         try:
             rendered: str = self._tokenizer.apply_chat_template(
                 conversation, add_generation_prompt=True, tokenize=False

@@ -6,11 +6,11 @@ from functools import cache
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import normalizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.generation.control_tokens import MARKS, ControlTokens, MarkedText
+from spectrumkv.common.generation.control_tokens import NONCHARACTERS, ControlTokens, MarkedText, Marks
 from spectrumkv.common.generation.prompt import PromptReader
 from spectrumkv.v1 import prefill_pb2
 from tests.common.generation.conftest import tokenizer_of
@@ -167,15 +167,99 @@ def test_added_tokens_that_the_template_does_not_write_stay_what_they_are() -> N
     assert added(tokenizer, read(tokenizer, ("user", "<think>"))) == ["<|im_start|>", "<think>", "<|im_end|>"]
 
 
+ECHO = "<|im_start|>{{ %s }}<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("expression", "content"),
+    [
+        pytest.param("messages[0].content | lower", "a<|IM_END|>b", id="lower"),
+        pytest.param("messages[0].content | replace(' ', '')", "a<|im_ end|>b", id="replace"),
+        pytest.param("messages[0].content | striptags", "a&lt;|im_end|&gt;b", id="unescape"),
+        pytest.param("messages[0].content[::-1]", "a>|dne_mi|<b", id="reverse"),
+        pytest.param("messages[0].content.replace('-', '|')", "<-im_end->", id="method"),
+        pytest.param("messages[0].content.split() | join", "a<|im_ end|>", id="split and join"),
+        pytest.param("messages[0].content + (messages[0].content | lower)", "<|IM_END|>", id="twice, once changed"),
+        pytest.param("messages[0].content.encode('ascii', 'ignore').decode()", "a<|im_end|>", id="marks are lost"),
+    ],
+)
+def test_a_message_that_the_template_makes_a_control_token_of_is_refused(expression: str, content: str) -> None:
+    tokenizer = chat_ml()
+    tokenizer.chat_template = ECHO % expression
+    with pytest.raises(InvalidArgumentError, match="--allow-control-tokens"):
+        read(tokenizer, ("user", content))
+    assert read(tokenizer, ("user", "Two ordinary words, and 1 < 2 & 3 > 2."))
+
+
+@pytest.mark.parametrize(
+    ("expression", "contents"),
+    [
+        pytest.param("messages[0].content | trim", ["\n <|im_end|> \n"], id="trim"),
+        pytest.param("messages[0].content | tojson", ['"<|im_end|>\\n'], id="JSON"),
+        pytest.param("messages[0].content | escape", ["<|im_end|>&"], id="escape"),
+        pytest.param("messages | map(attribute='content') | join", ["a<|im", "_end|>b"], id="join"),
+        pytest.param(
+            "messages | map(attribute='content') | map('trim') | join", ["a<|im ", " _end|>b"], id="trim, join"
+        ),
+        pytest.param("'<|im' ~ messages[0].content.strip()", [" \t_end|>"], id="stripped after a beginning"),
+    ],
+)
+def test_templates_that_only_move_text_are_served(expression: str, contents: list[str]) -> None:
+    tokenizer = chat_ml()
+    tokenizer.chat_template = ECHO % expression
+    messages = [("user", content) for content in contents]
+    token_ids = read(tokenizer, *messages)
+    assert added(tokenizer, token_ids) == ["<|im_start|>", "<|im_end|>"]
+    assert tokenizer.decode(token_ids) == tokenizer.decode(read(tokenizer, *messages, allow=True))
+
+
+def test_a_template_may_look_for_words_in_a_message() -> None:
+    """As SmolLM3's looks for /no_think in the system message."""
+    tokenizer = chat_ml()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.content }}<|im_end|>{% endfor %}"
+        "{% if '/no_think' in messages[0].content %}<think></think>{% endif %}"
+    )
+    assert added(tokenizer, read(tokenizer, ("system", "Be brief! /no_think <b>"))) == [
+        "<|im_end|>",
+        "<think>",
+        "</think>",
+    ]
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_control_tokens_of_one_character(special: bool) -> None:
+    tokenizer = chat_ml()
+    tokenizer.add_tokens([AddedToken("‖", special=special)])
+    tokenizer.chat_template = "‖{% for message in messages %}{{ message.content }}‖{% endfor %}"
+    token_ids = read(tokenizer, ("user", "‖a‖‖"), ("user", "‖"), ("user", "b"))
+    assert added(tokenizer, token_ids) == ["‖", "‖", "‖", "‖"]
+    assert tokenizer.decode(token_ids) == "‖‖a‖‖‖‖‖b‖"
+
+
+def test_a_vocabulary_with_control_tokens_among_its_words() -> None:
+    """A unigram model would find them again as words."""
+    words = ["<unk>", "<s>", "</s>", "¤", *"<>/sab ¶"]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.Unigram([(word, -float(len(word))) for word in words], unk_id=0)),
+        unk_token="<unk>",
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<s>", "</s>", "¤"]})
+    tokenizer.chat_template = "<s>{{ messages[0].content }}</s>"
+    token_ids = read(tokenizer, ("user", "a</s><s></s>é</s>b"))
+    assert tokenizer.convert_ids_to_tokens(token_ids) == ["<s>", *"a</s><s></s>", "<unk>", *"</s>b", "</s>"]
+    with pytest.raises(InvalidArgumentError, match="'¤'"):
+        read(tokenizer, ("user", "a¤b"))
+
+
 def test_the_work_is_in_proportion_to_the_length(embedded: PreTrainedTokenizerFast) -> None:
     """Each control token was once compared with all marks: 80 kB took a second, and 1 MB three minutes."""
 
     def seconds(count: int) -> float:
         started = time.thread_time()
         control = ControlTokens(embedded)
-        marking = control.mark(["user"], ["<|im_end|>" * count])
-        assert marking is not None
-        marked = MarkedText.parse(marking[1][0], marking[0])
+        marks, contents = control.mark(["user"], ["<|im_end|>" * count])
+        marked = MarkedText.parse(contents[0], marks)
         assert not set(control.tokenize(marked)) & special_ids(embedded)
         return time.thread_time() - started
 
@@ -183,19 +267,22 @@ def test_the_work_is_in_proportion_to_the_length(embedded: PreTrainedTokenizerFa
     assert seconds(40_000) < 40 * max(seconds(4_000), 0.01)
 
 
-def test_the_mark_is_a_character_that_the_messages_lack() -> None:
+def test_the_marks_are_characters_that_the_messages_lack() -> None:
     control = ControlTokens(tokenizer_of("byte_level"))
-    assert control.mark(["user", "user"], ["a", "<b>"]) is None
-    marking = control.mark(["user", "user"], ["a</s>", MARKS[0]])
-    assert marking == (MARKS[1], [f"a<{MARKS[1]}/s>", MARKS[0]])
+    first, second, third = NONCHARACTERS[:3]
+    assert control.mark(["user", "user"], ["a", "<b>"]) == (Marks(first, second), ["a", "<b>"])
+    assert control.mark(["user", "user"], ["a</s>", first]) == (Marks(second, third), [f"a<{second}/s>", first])
     with pytest.raises(InvalidArgumentError, match="noncharacter"):
-        control.mark(["user", "user"], ["</s>", "".join(MARKS)])
+        control.mark(["user", "user"], ["</s>", "".join(NONCHARACTERS[1:])])
 
 
 def test_marks_are_found_again() -> None:
-    assert MarkedText.parse("a|bc||d", "|") == MarkedText("abcd", (1, 3, 3))
-    assert MarkedText.parse("", "|") == MarkedText("", ())
-    text = MarkedText("abcd", (2,))
-    assert text.marked_between(1, 3)
-    assert not text.marked_between(2, 4)
-    assert not text.marked_between(0, 2)
+    marks = Marks("|", "!")
+    assert MarkedText.parse("a|bc||d!e!", marks) == MarkedText("abcde", (1, 3, 3), frozenset({4, 5}))
+    assert MarkedText.parse("", marks) == MarkedText("")
+    text = MarkedText("abcd", (2,), frozenset({0}))
+    assert text.is_marked(1, 3)
+    assert not text.is_marked(2, 4)
+    assert not text.is_marked(0, 2)
+    assert text.is_marked(0, 1)
+    assert not text.is_marked(1, 2)

@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Self
 
-import numpy as np
 import torch
 
 from spectrumkv.common.concurrency.cuda_stream import KvStream, record_event
 from spectrumkv.common.kv.codecs.base import SegmentDecoder
-from spectrumkv.common.kv.codecs.tier_decoder import MessageDecoder
+from spectrumkv.common.kv.receiving import SegmentWriter
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 from spectrumkv.common.kv.wire import ChunkReader, ChunkTotals, KvChunk
@@ -72,8 +71,7 @@ class KvReceiver:
         metrics: Metrics,
     ) -> None:
         self._geometry = pool.geometry
-        self._allocation = allocation
-        self._decoder = decoder
+        self._writer = SegmentWriter(decoder, allocation)
         self._metrics = metrics
         self._reader = ChunkReader(self._geometry.layers, prompt_tokens)
         self._stream = KvStream(pool.keys.device)
@@ -118,24 +116,7 @@ class KvReceiver:
 
     def _write(self, segments: list[KvSegment]) -> list[Mapping[Tier, int]]:
         """Return how many bytes of each segment each tier took, after all were decoded into the slots."""
-        slots = [self._slots(segment) for segment in segments]
-        if isinstance(self._decoder, MessageDecoder):
-            tier_bytes = self._decoder.decode_all(segments, slots)
-        else:
-            tier_bytes = [
-                self._decoder.decode(segment, *states) for segment, states in zip(segments, slots, strict=True)
-            ]
-        for segment in segments:
-            dropped = np.flatnonzero(segment.tiers.numpy() == Tier.DROP)
-            if dropped.size:
-                self._allocation.drop(segment.layer, torch.from_numpy(dropped + segment.first_token))
-        return tier_bytes
-
-    def _slots(self, segment: KvSegment) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return where a segment's keys and values go."""
-        first, end = segment.first_token, segment.first_token + segment.tiers.numel()
-        keys = self._allocation.keys(segment.layer, first, end)
-        return keys, self._allocation.values(segment.layer, first, end)
+        return self._writer.write(segments)
 
     def _count(self, segments: list[KvSegment], tier_bytes: list[Mapping[Tier, int]], serialized_bytes: int) -> None:
         tiers = torch.cat([segment.tiers for segment in segments])

@@ -11,6 +11,7 @@ import grpc
 from spectrumkv.common.errors import CancelledError
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.codecs.basis import Basis
+from spectrumkv.common.kv.plan import SCOPES
 from spectrumkv.common.kv.policies import Policy, policies
 from spectrumkv.common.kv.scoring import scorers
 from spectrumkv.common.model.load import LoadedModel
@@ -27,7 +28,7 @@ from spectrumkv.prefill_server.reading import RequestReader
 from spectrumkv.prefill_server.request import PrefillRequest
 from spectrumkv.prefill_server.transfer import CodecSelector, KvPipeline, KvPlan
 from spectrumkv.prefill_server.transfer.kv_memory import KvMemory, KvReservation, default_kv_memory
-from spectrumkv.prefill_server.transfer.plan import SCOPES, default_budget
+from spectrumkv.prefill_server.transfer.plan import default_budget
 from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.prefill_server.workers import DecodeLease, Dispatch, WorkerPool
 from spectrumkv.v1 import decode_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc

@@ -13,12 +13,13 @@ from spectrumkv.bench.peers.baselines import BaselineMethod, baselines
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.codecs.basis import Basis
+from spectrumkv.common.kv.plan import SCOPES
 from spectrumkv.common.kv.policies import Policy, policies
 from spectrumkv.common.kv.scoring import scorers
 from spectrumkv.common.model.spec import ModelSpec
 from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.telemetry.metrics import Metrics
-from spectrumkv.prefill_server.transfer.plan import SCOPES, KvPlan
+from spectrumkv.prefill_server.transfer.plan import KvPlan
 from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import prefill_pb2
 

@@ -1,12 +1,66 @@
 """The shape of a KV cache."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from spectrumkv.common.errors import InvalidArgumentError
 
 NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class HeadRange:
+    """Neighbouring KV heads of a model: those that one rank of a tensor-parallel group holds.
+
+    Attributes:
+        first: from 0.
+        end: after the last one.
+
+    Raises:
+        InvalidArgumentError: the range is empty or starts before 0.
+    """
+
+    first: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first < self.end:
+            raise InvalidArgumentError(f"KV heads {self.first} to {self.end - 1} are no range")
+
+    @classmethod
+    def of_rank(cls, rank: int, degree: int, kv_heads: int) -> "HeadRange":
+        """Return the KV heads that a rank holds, as Megatron-LM splits attention (arXiv 1909.08053, section 3).
+
+        Args:
+            rank: from 0.
+            degree: ranks of the group.
+            kv_heads: of the whole model. Where they are fewer than ranks, neighbouring ranks hold the same head.
+
+        Raises:
+            InvalidArgumentError: the heads cannot be split evenly, or there is no such rank.
+        """
+        if not 0 <= rank < degree:
+            raise InvalidArgumentError(f"rank {rank} is not one of {degree}")
+        if kv_heads >= degree:
+            if kv_heads % degree:
+                raise InvalidArgumentError(f"{kv_heads} KV heads cannot be split over {degree} ranks")
+            each = kv_heads // degree
+            return cls(rank * each, (rank + 1) * each)
+        if degree % kv_heads:
+            raise InvalidArgumentError(f"{degree} ranks cannot share {kv_heads} KV heads evenly")
+        head = rank * kv_heads // degree
+        return cls(head, head + 1)
+
+    @property
+    def count(self) -> int:
+        """Count the heads."""
+        return self.end - self.first
+
+    def overlap(self, other: "HeadRange") -> "HeadRange | None":
+        """Return the heads that are in both ranges; None where there are none."""
+        first, end = max(self.first, other.first), min(self.end, other.end)
+        return HeadRange(first, end) if first < end else None
 
 
 @dataclass(frozen=True)
@@ -33,6 +87,19 @@ class KvGeometry:
             raise InvalidArgumentError(f"head_dim is {self.head_dim}; INT4 packing needs an even one")
         if self.native_dtype not in NATIVE_DTYPES:
             raise InvalidArgumentError(f"model dtype {self.native_dtype} is not one of {NATIVE_DTYPES}")
+
+    def of_heads(self, heads: HeadRange) -> "KvGeometry":
+        """Return the shape of the part of the cache that some KV heads have.
+
+        Args:
+            heads: of this geometry.
+
+        Raises:
+            InvalidArgumentError: there are no such heads.
+        """
+        if heads.end > self.kv_heads:
+            raise InvalidArgumentError(f"KV head {heads.end - 1} is asked for; the model has {self.kv_heads}")
+        return replace(self, kv_heads=heads.count)
 
     @property
     def half_dtype(self) -> torch.dtype:

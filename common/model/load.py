@@ -19,11 +19,11 @@ from transformers.utils import logging as transformers_logging
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
 from spectrumkv.common.kv.geometry import NATIVE_DTYPES, KvGeometry
 from spectrumkv.common.model.configuration import eos_token_ids, read_config
-from spectrumkv.common.model.directory import find_model, refuse_damage, tokenizer_class
+from spectrumkv.common.model.description import cache_geometry, describe, names_in_files, read_tokenizer
+from spectrumkv.common.model.directory import find_model, refuse_damage
 from spectrumkv.common.model.packed_linear import can_pack, pack_linear_layers
-from spectrumkv.common.model.parameters import model_parameters
-from spectrumkv.common.model.spec import ModelSpec, rope_digest, tokenizer_digest, weights_digest, weights_unchanged
-from spectrumkv.common.model.support import LayerAttention, head_dim, layer_attention
+from spectrumkv.common.model.spec import ModelSpec, weights_digest, weights_unchanged
+from spectrumkv.common.model.support import LayerAttention, layer_attention
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in NATIVE_DTYPES}
 
@@ -91,18 +91,18 @@ def load_model(
     place = choose_device(device)
     public_name, directory = find_model(name)
     config = read_config(directory)
-    tokenizer = _read_tokenizer(directory, config)
+    tokenizer = read_tokenizer(directory, config)
     eos = eos_token_ids(directory, config, tokenizer.eos_token_id)
     with weights_unchanged(directory):
         model = _read_weights(directory, config, choose_dtype(dtype, place)).to(place)
-        digest = weights_digest(directory, _names_in_files(model))
+        digest = weights_digest(directory, names_in_files(model))
     if packed and can_pack(model):
         pack_linear_layers(model)
-    geometry = KvGeometry(config.num_hidden_layers, config.num_key_value_heads, head_dim(config), model.dtype)
+    geometry = cache_geometry(config, model.dtype)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        spec=_describe(config, geometry, digest, tokenizer, eos),
+        spec=describe(config, geometry, digest, tokenizer, eos),
         name=public_name,
         device=place,
         dtype=model.dtype,
@@ -173,12 +173,6 @@ def _read_weights(directory: Path, config: PretrainedConfig, dtype: torch.dtype 
     return ready
 
 
-def _names_in_files(model: PreTrainedModel) -> set[str]:
-    """Return the names that the model's tensors can have in files: with or without the prefix of its lower part."""
-    names, prefix = model.state_dict().keys(), f"{model.base_model_prefix}."
-    return {*names, *(name.removeprefix(prefix) for name in names)}
-
-
 def _check_all_read(directory: Path, outcome: dict[str, Any]) -> None:
     # transformers only warns of tensors that the files lack, and fills them with random numbers.
     for problem in ("missing_keys", "mismatched_keys"):
@@ -200,41 +194,3 @@ def _progress_only_on_terminals() -> Iterator[None]:
     finally:
         if silence:
             transformers_logging.enable_progress_bar()
-
-
-def _read_tokenizer(directory: Path, config: PretrainedConfig) -> PreTrainedTokenizerFast:
-    with refuse_damage(f"the tokenizer of the model in {directory} (tokenizer.json, tokenizer_config.json)"):
-        tokenizer = tokenizer_class(directory).from_pretrained(directory, local_files_only=True)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise FailedPreconditionError(
-            f"the tokenizer in {directory} is a {type(tokenizer).__name__} without tokenizer.json; "
-            "save it with a tokenizer of the tokenizers library"
-        )
-    if len(tokenizer) > config.vocab_size:
-        raise FailedPreconditionError(
-            f"the tokenizer in {directory} has {len(tokenizer)} tokens, the model {config.vocab_size}; "
-            "they do not belong together"
-        )
-    return tokenizer
-
-
-def _describe(
-    config: PretrainedConfig,
-    geometry: KvGeometry,
-    digest: str,
-    tokenizer: PreTrainedTokenizerFast,
-    eos: frozenset[int],
-) -> ModelSpec:
-    return ModelSpec(
-        architecture=config.model_type,
-        weights_digest=digest,
-        layers=geometry.layers,
-        kv_heads=geometry.kv_heads,
-        head_dim=geometry.head_dim,
-        dtype=str(geometry.native_dtype).removeprefix("torch."),
-        rope_digest=rope_digest(config, geometry.head_dim),
-        tokenizer_digest=tokenizer_digest(tokenizer),
-        vocab_size=config.vocab_size,
-        context_length=config.max_position_embeddings,
-        parameters=tuple(sorted(model_parameters(config, eos).items())),
-    )

@@ -3,64 +3,30 @@
 from dataclasses import dataclass, replace
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.kv.allocation import Int4Layers
-from spectrumkv.common.kv.budget import Budget, BudgetKind
-from spectrumkv.common.kv.codecs.base import (
-    Codec,
-    KvEncoder,
-    SegmentDecoder,
-    codecs,
-    needed_basis,
-)
+from spectrumkv.common.kv.budget import BudgetKind
+from spectrumkv.common.kv.codecs.base import Codec, codecs, needed_basis
 from spectrumkv.common.kv.codecs.basis import Basis
-from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
-from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.plan import CodingPlan
 from spectrumkv.common.kv.policies import Policy, policies
 from spectrumkv.common.kv.scoring import scorers
 from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import kv_pb2, prefill_pb2
 
-SCOPES = ("layer", "model")
-
 
 @dataclass(frozen=True)
-class KvPlan:
+class KvPlan(CodingPlan):
     """The way in which one request's KV is scored, tiered and coded.
 
     Attributes:
-        policy: gives tokens their tiers.
-        budget: what may be spent, of the policy's kind and in its range.
-        scorer: name of the scorer.
-        codec: writes the policy.
-        scope: "layer" for tiers by each layer's scores, "model" for one tier per token in all layers.
-        int4: layers that may be sent at INT4.
-        seed: for scorers and policies that draw.
-        basis: the model's, for codecs that need one; None where there is none.
         codec_is_open: whether the request left the codec to the server.
         uses_fallback: whether a codec writes the plan that stands in for the policy's own.
         codec_reason: why it does, for people; empty where it does not.
     """
 
-    policy: Policy
-    budget: Budget
-    scorer: str
-    codec: Codec
-    scope: str
-    int4: Int4Layers
-    seed: int
-    basis: Basis | None = None
     codec_is_open: bool = False
     uses_fallback: bool = False
     codec_reason: str = ""
-
-    def __post_init__(self) -> None:
-        if self.scope not in SCOPES:
-            raise InvalidArgumentError(f"unknown scope {self.scope!r}; valid: {', '.join(SCOPES)}")
-        if self.policy.budget_kind is BudgetKind.BYTES and self.scope == "model":
-            raise InvalidArgumentError(
-                f"policy {self.policy.name!r} codes each layer by its own scores; scope 'model' is for other policies"
-            )
 
     @classmethod
     def resolve(
@@ -127,52 +93,10 @@ class KvPlan:
         return replace(self, codec=fallback, uses_fallback=True, codec_reason=reason)
 
     @property
-    def streams_chunks(self) -> bool:
-        """Tell whether tokens can leave before the rest of their prompt is computed."""
-        return self.policy.token_by_token and self.scope == "layer"
-
-    @property
     def codec_id(self) -> kv_pb2.CodecId:
         """Return what Begin says of the codec."""
         digest = self.codec.basis_digest(self.basis)
         return kv_pb2.CodecId(name=self.codec.name, version=self.codec.version, basis_digest=digest)
-
-    def encoder(self, geometry: KvGeometry, tokens: int, framing_bytes: int) -> KvEncoder:
-        """Make what codes a prompt's layers.
-
-        Args:
-            geometry: shape and dtype of the model's cache.
-            tokens: of the prompt.
-            framing_bytes: what the messages take besides the segments; a byte budget pays for it.
-
-        Returns:
-            The encoder.
-
-        Raises:
-            InvalidArgumentError: the codec cannot keep to the budget.
-        """
-        return self.codec.encoder(
-            EncoderRequest(
-                policy=self.policy,
-                budget=self.budget,
-                scorer=self.scorer,
-                scope=self.scope,
-                int4=self.int4,
-                seed=self.seed,
-                geometry=geometry,
-                tokens=tokens,
-                framing_bytes=framing_bytes,
-                basis=self.basis,
-            )
-        )
-
-    def decoder(self, geometry: KvGeometry) -> SegmentDecoder:
-        """Return what decodes this plan's segments, as a decode worker would.
-
-        Args:
-            geometry: shape and dtype of the model's cache.
-        """
-        return self.codec.decoder(geometry, self.basis)
 
 
 def check_defaults(config: PrefillConfig) -> None:

@@ -12,6 +12,7 @@ from spectrumkv.common.errors import ContextTooShortError, FailedPreconditionErr
 from spectrumkv.common.generation.beginning import beginning_token, begun
 from spectrumkv.common.kv.codecs.base import parse_basis
 from spectrumkv.common.kv.codecs.basis import Basis
+from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.model.cache import (
     CACHE_VARIABLE,
     UnwritableCacheError,
@@ -20,6 +21,7 @@ from spectrumkv.common.model.cache import (
     sha256_of_json,
 )
 from spectrumkv.common.model.load import LoadedModel
+from spectrumkv.common.model.spec import ModelSpec
 from spectrumkv.prefill_server.tuning.calibration import Excerpt, calibrate, check_rotation
 from spectrumkv.prefill_server.tuning.needle.haystack import haystack
 
@@ -56,7 +58,7 @@ def resolve_basis(loaded: LoadedModel, on_excerpt: Callable[[int], None]) -> Bas
         return found
 
     try:
-        return _build_once(loaded, find)
+        return kept_basis(loaded.spec, loaded.geometry, find)
     except UnwritableCacheError as error:
         logger.warning("%s; until then each start calibrates the model again", error.message)
         return find()
@@ -78,8 +80,8 @@ def keep_basis(loaded: LoadedModel, basis: Basis) -> Path:
     """
     check_rotation(basis, loaded)
     basis.prepare_decoding()
-    directory = _directory(loaded)
-    if _build_once(loaded, lambda: basis).digest != basis.digest:
+    directory = _directory(loaded.spec)
+    if kept_basis(loaded.spec, loaded.geometry, lambda: basis).digest != basis.digest:
         _replace(directory, basis)
     return directory
 
@@ -107,25 +109,38 @@ def _contents(basis: Basis) -> dict[str, bytes]:
     return {BASIS_FILE: basis.serialized, DIGEST_FILE: basis.digest.hex().encode()}
 
 
-def _directory(loaded: LoadedModel) -> Path:
-    key = {"model": asdict(loaded.spec), "calibration": CALIBRATION_VERSION}
-    return cache_directory() / "bases" / sha256_of_json(key)
+def _directory(spec: ModelSpec) -> Path:
+    """Return where a model's basis is kept; one basis serves the model in every dtype that it computes in."""
+    model = {name: value for name, value in asdict(spec).items() if name != "dtype"}
+    return cache_directory() / "bases" / sha256_of_json({"model": model, "calibration": CALIBRATION_VERSION})
 
 
-def _build_once(loaded: LoadedModel, find: Callable[[], Basis]) -> Basis:
-    """Return the basis that is kept for the model; where there is none, keep the one that `find` returns."""
+def kept_basis(spec: ModelSpec, geometry: KvGeometry, find: Callable[[], Basis]) -> Basis:
+    """Return the model's basis: the one in the cache, or else one that is found now and kept there.
+
+    Args:
+        spec: of the model.
+        geometry: shape and dtype of the model's cache.
+        find: finds a basis, where none is kept.
+
+    Returns:
+        The basis.
+
+    Raises:
+        UnwritableCacheError: the cache cannot be written to.
+    """
 
     def build(directory: Path) -> None:
         for name, content in _contents(find()).items():
             (directory / name).write_bytes(content)
 
     def read(directory: Path) -> Basis:
-        basis = parse_basis((directory / BASIS_FILE).read_bytes(), loaded.geometry)
+        basis = parse_basis((directory / BASIS_FILE).read_bytes(), geometry)
         if (directory / DIGEST_FILE).read_bytes().strip() != basis.digest.hex().encode():
             raise ValueError(f"{BASIS_FILE} is not what {DIGEST_FILE} announces")
         return basis
 
-    return build_once(_directory(loaded), "the model's basis", build, read)
+    return build_once(_directory(spec), "the model's basis", build, read)
 
 
 def default_excerpts(loaded: LoadedModel) -> list[Excerpt]:

@@ -7,7 +7,7 @@ one upload serves them all.
 from abc import ABC, abstractmethod
 from typing import Self
 
-from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.geometry import HeadRange, KvGeometry
 
 
 class Basis(ABC):
@@ -59,4 +59,12 @@ class Basis(ABC):
 
         Args:
             geometry: shape and dtype of the model's cache.
+        """
+
+    @abstractmethod
+    def of_heads(self, heads: HeadRange) -> Self:
+        """Return the basis of some KV heads; its digest is another one.
+
+        Args:
+            heads: of the model.
         """

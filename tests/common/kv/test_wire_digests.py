@@ -42,6 +42,7 @@ from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.codecs.spectral import segment_codec, symbols
 from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.plan import SCOPES
 from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.kv.segment import KvSegment, parse_segment
 from spectrumkv.common.kv.wire import ChunkReader, ChunkTotals, KvChunk
@@ -49,7 +50,7 @@ from spectrumkv.common.rpc.decode_stream import deserialize_request, serialize_r
 from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.prefill_server.transfer.pipeline import FirstToken, KvPipeline
-from spectrumkv.prefill_server.transfer.plan import SCOPES, KvPlan
+from spectrumkv.prefill_server.transfer.plan import KvPlan
 from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import decode_pb2, generation_pb2, kv_pb2, prefill_pb2
 

@@ -85,3 +85,12 @@ def test_a_basis_that_is_imported_needs_a_place(
     monkeypatch.setenv("SPECTRUMKV_CACHE", str(no_directory(tmp_path)))
     with pytest.raises(FailedPreconditionError, match="cannot write to"):
         keep_basis(loaded, basis)
+
+
+def test_one_basis_serves_a_model_in_every_dtype(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, calibrations: list[Any]
+) -> None:
+    monkeypatch.setenv("SPECTRUMKV_CACHE", str(tmp_path))
+    for dtype in ("float32", "bfloat16"):
+        resolve_basis(load_model(str(tiny_model("llama")), "cpu", dtype), lambda done: None)
+    assert len(calibrations) == 1

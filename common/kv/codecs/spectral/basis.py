@@ -1,7 +1,7 @@
 """The basis of the spectral codec: what both sides must have in common, and how it travels."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Self
 
@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from spectrumkv.common.errors import InternalError, InvalidArgumentError
 from spectrumkv.common.kv.codecs.base import Codec, needed_basis
 from spectrumkv.common.kv.codecs.basis import Basis
-from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.geometry import HeadRange, KvGeometry
 
 # Keys and values, in this order, in every tensor with a `side`.
 SIDES = 2
@@ -174,6 +174,11 @@ class SpectralBasis(Basis):
     @cached_property
     def _frequencies(self) -> tuple[tuple[float, ...], ...]:
         return tuple(map(tuple, self.rope_frequencies.tolist()))
+
+    def of_heads(self, heads: HeadRange) -> Self:
+        """Return the basis of some KV heads; see `Basis.of_heads`."""
+        span = slice(heads.first, heads.end)
+        return replace(self, mean=self.mean[:, :, span], analysis=self.analysis[:, :, span], std=self.std[:, :, span])
 
     @classmethod
     def parse(cls, data: bytes, geometry: KvGeometry) -> Self:

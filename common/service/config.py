@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.files import read_text
 from spectrumkv.common.kv.budget import BUDGET_MEANING
 from spectrumkv.common.service.options import (
     WEEK_SECONDS,
@@ -289,7 +290,7 @@ def _parse(declared: Any, value: Any) -> Any:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(path))
     except OSError as error:
         raise InvalidArgumentError(f"--config {path} cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:

@@ -71,7 +71,9 @@ class ServerConfig:
         one_of("verified", "any"),
     )
     tls_client_names: str | None = option(
-        None, "names, separated by commas, of which a client's certificate must have one to bring work"
+        None,
+        "names, separated by commas, of which a client's certificate must have one to bring work: common names, "
+        "names of hosts, and URIs after URI:",
     )
     token_file: str | None = option(
         None, "file of the accepted bearer tokens, one a line; calls need none if not given"

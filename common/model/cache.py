@@ -1,7 +1,8 @@
 """What takes long to compute is kept in the cache directory between runs: models, bases, verdicts, digests.
 
 One rule holds for every kind of entry. An entry appears complete or not at all, even if its writer is killed. An
-entry that its reader refuses is damaged: a warning names it, and it is computed again in its place.
+entry that its reader refuses is damaged: a warning names it, and it is computed again in its place. Readers hold an
+entry against a checksum, since a number that has changed into another one shows in no other way.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 
 from spectrumkv.common.errors import FailedPreconditionError, SpectrumKVError
+from spectrumkv.common.files import read_text
 from spectrumkv.kernels.jit.cache import CACHE_VARIABLE, cache_directory
 
 __all__ = [
@@ -92,7 +94,7 @@ def _is_there(directory: Path) -> bool:
 
 
 def read_entry(path: Path, name: str, parse: Callable[[str], T]) -> T | None:
-    """Read an entry that is a text file.
+    """Read an entry that is a text file, with the checksum of its text in front of it.
 
     Args:
         path: the entry's place.
@@ -103,7 +105,7 @@ def read_entry(path: Path, name: str, parse: Callable[[str], T]) -> T | None:
         What `parse` returns; None where there is no entry, or a damaged one, which the caller computes again.
     """
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        return parse(_without_checksum(read_text(path)))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except _DAMAGE as error:
@@ -125,7 +127,7 @@ def write_entry(path: Path, name: str, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
             try:
-                file.write(text)
+                file.write(f"{_checksum(text)}\n{text}")
                 file.close()
                 os.replace(file.name, path)
             except BaseException:
@@ -133,6 +135,22 @@ def write_entry(path: Path, name: str, text: str) -> None:
                 raise
     except OSError as error:
         logger.warning("cannot keep %s in %s: %s; the next start computes it again", name, path, error)
+
+
+def _without_checksum(entry: str) -> str:
+    """Return what follows the first line of an entry.
+
+    Raises:
+        ValueError: the first line is not the checksum of the rest.
+    """
+    checksum, _, text = entry.partition("\n")
+    if checksum != _checksum(text):
+        raise ValueError("its first line is not the SHA-256 of the rest")
+    return text
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from spectrumkv.common.errors import FailedPreconditionError
+from spectrumkv.common.files import read_text
 from spectrumkv.common.model.directory import refuse_damage
 from spectrumkv.common.model.support import check_supported, rotary_embeddings
 
@@ -99,7 +100,7 @@ def read_object(file: Path) -> dict[str, Any]:
         FailedPreconditionError: the file cannot be read, or holds something else.
     """
     with refuse_damage(f"{file.name} of the model in {file.parent}"):
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(read_text(file))
         if not isinstance(found, dict):
             raise FailedPreconditionError(
                 f"cannot read {file.name} of the model in {file.parent}: it holds {_shown(found)} instead of an "

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from spectrumkv.common.errors import FailedPreconditionError, SpectrumKVError
+from spectrumkv.common.files import check_regular, read_text
 from spectrumkv.common.model.embedded import EMBEDDED_MODEL_NAME, embedded_model_directory
 
 # Weights as safetensors only: the other formats are pickles, which run code when they are read.
@@ -29,6 +30,7 @@ _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab
 # Copies of the same weights in other formats, such as "onnx/" and Mistral's own.
 _NOT_FROM_HUB = ["*/*", "consolidated*"]
 
+_MORE_TEMPLATES = "additional_chat_templates/*"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 # A longer explanation of a library is cut: some are pages.
@@ -96,7 +98,7 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
 
 def _indexed(directory: Path) -> tuple[Path, ...]:
     with refuse_damage(f"{_INDEX} of the model in {directory}"):
-        names = set(json.loads((directory / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(json.loads(read_text(directory / _INDEX))["weight_map"].values())
         if odd := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
             raise ValueError(f"weight_map names {odd[0]!r}, which is no file's name")
         if not names:
@@ -164,6 +166,9 @@ def _check_complete(name: str, directory: Path) -> None:
     if not (directory / "config.json").is_file():
         raise FailedPreconditionError(f"model {name!r} has no config.json in {directory}; is it a model's directory?")
     weight_files(directory)
+    with refuse_damage(f"model {name!r}"):
+        for file in (*directory.iterdir(), *directory.glob(_MORE_TEMPLATES)):
+            check_regular(file)
 
 
 def _download(name: str) -> Path:

@@ -12,7 +12,10 @@ from spectrumkv.common.errors import PermissionDeniedError
 # What a caller is called that showed neither an accepted token nor a certificate.
 ANONYMOUS = "anonymous"
 
-_NAMES = ("x509_common_name", "x509_subject_alternative_name")
+# What a certificate names its holder by, as gRPC tells it. Whoever writes a URI or a mail address into a certificate
+# chooses it more freely than a host's name, so that each counts as what it is; addresses of mail and hosts never do.
+_NAMES, _URIS, _OTHERS = ("x509_common_name", "peer_dns"), ("peer_uri",), ("peer_email", "peer_ip")
+URI_PREFIX = "URI:"
 _CERTIFICATE = "x509_pem_cert"
 # How the strings of a certificate may be encoded (X.680, section 41): one, two or four bytes for an ASCII character.
 _ENCODINGS = ("utf-8", "utf-16-be", "utf-32-be")
@@ -33,8 +36,12 @@ def caller_name(context: grpc.ServicerContext) -> str:
 
 def names_of(context: grpc.ServicerContext) -> tuple[str, ...]:
     """Return the names of the certificate that a caller showed, its common name first; none where it showed none."""
+    return _properties(context, (*_NAMES, *_URIS, *_OTHERS))
+
+
+def _properties(context: grpc.ServicerContext, kinds: tuple[str, ...]) -> tuple[str, ...]:
     properties = context.auth_context()
-    return tuple(name.decode("utf-8", "replace") for kind in _NAMES for name in properties.get(kind, ()))
+    return tuple(name.decode("utf-8", "replace") for kind in kinds for name in properties.get(kind, ()))
 
 
 def _is_cut_off(name: str, context: grpc.ServicerContext) -> bool:
@@ -54,11 +61,13 @@ class AllowedCallers:
     """Accepts requests only from callers whose certificate has one of the allowed names.
 
     Args:
-        names: the names; with none, every caller may that the server lets connect.
+        names: common names, names of hosts, and URIs after `URI:`; with none, every caller may that the server lets
+            connect.
     """
 
     def __init__(self, names: frozenset[str]) -> None:
-        self._names = names
+        self._uris = {name.removeprefix(URI_PREFIX) for name in names if name.startswith(URI_PREFIX)}
+        self._names = {name for name in names if not name.startswith(URI_PREFIX)}
 
     def check(self, context: grpc.ServicerContext) -> None:
         """Refuse a caller without such a name.
@@ -66,9 +75,11 @@ class AllowedCallers:
         Raises:
             PermissionDeniedError: it has none.
         """
-        if self._names and not any(
-            name in self._names and not _is_cut_off(name, context) for name in names_of(context)
-        ):
+        if not (self._names or self._uris):
+            return
+        matching = [name for name in _properties(context, _NAMES) if name in self._names]
+        matching += [uri for uri in _properties(context, _URIS) if uri in self._uris]
+        if all(_is_cut_off(name, context) for name in matching):
             shown = ", ".join(names_of(context)) or "none"
             raise PermissionDeniedError(
                 f"this server takes no work from this caller (--tls-client-names); its certificate's names: {shown}"

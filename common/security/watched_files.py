@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.files import open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def read_file(option: str, path: Path) -> bytes:
         InvalidArgumentError: the file cannot be read, or is larger than 1 MiB.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise InvalidArgumentError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.files import read_text
 from spectrumkv.common.kv.budget import BUDGET_MEANING
 from spectrumkv.common.service.options import (
     WEEK_SECONDS,
@@ -70,7 +71,9 @@ class ServerConfig:
         one_of("verified", "any"),
     )
     tls_client_names: str | None = option(
-        None, "names, separated by commas, of which a client's certificate must have one to bring work"
+        None,
+        "names, separated by commas, of which a client's certificate must have one to bring work: common names, "
+        "names of hosts, and URIs after URI:",
     )
     token_file: str | None = option(
         None, "file of the accepted bearer tokens, one a line; calls need none if not given"
@@ -289,7 +292,7 @@ def _parse(declared: Any, value: Any) -> Any:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(path))
     except OSError as error:
         raise InvalidArgumentError(f"--config {path} cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:

@@ -2,6 +2,7 @@ import json
 import logging
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.allocation import Int4Layers
 from spectrumkv.common.kv.policies import policies
+from spectrumkv.common.model.cache import write_entry
 from spectrumkv.common.model.spec import ModelSpec
 from spectrumkv.common.service.config import PrefillConfig, build
 from spectrumkv.prefill_server.transfer.plan import default_budget
@@ -255,7 +257,7 @@ def test_a_verdict_holds_for_what_was_probed_only(cache: Path, other: VerdictKey
 
 def _kept(verdict: ProbeVerdict) -> dict[str, Any]:
     keep_verdict(KEY, verdict)
-    kept: dict[str, Any] = json.loads(KEY.path().read_text())
+    kept: dict[str, Any] = json.loads(KEY.path().read_text().partition("\n")[2])
     return kept
 
 
@@ -268,15 +270,24 @@ def test_a_damaged_file_is_no_verdict(cache: Path, caplog: pytest.LogCaptureFixt
         b"[]",
         b"{}",
         text[: len(text) // 2].encode(),
-        json.dumps(whole | {"int4_allowed": "perhaps"}).encode(),
-        json.dumps(whole | {"unknown": 1}).encode(),
-        json.dumps(whole | {"trials": []}).encode(),
-        json.dumps(whole | {"settings": whole["settings"][:-2]}).encode(),
-        json.dumps(whole | {"safe_budget": 0.1}).encode(),
-        json.dumps(whole | {"source": "flag"}).encode(),
+        # Another number, as plausible as the first.
+        text.replace("5", "6", 1).encode(),
+        json.dumps(whole).encode(),
     )
-    for content in damaged:
-        KEY.path().write_bytes(content)
+    contradictory = (
+        whole | {"int4_allowed": "perhaps"},
+        whole | {"unknown": 1},
+        whole | {"trials": []},
+        whole | {"settings": whole["settings"][:-2]},
+        whole | {"safe_budget": 0.1},
+        whole | {"source": "flag"},
+    )
+    writers = [
+        *(partial(KEY.path().write_bytes, content) for content in damaged),
+        *(partial(write_entry, KEY.path(), "a verdict", json.dumps(content)) for content in contradictory),
+    ]
+    for write in writers:
+        write()
         caplog.clear()
         assert read_verdict(KEY) is None
         assert [record.levelno for record in caplog.records] == [logging.WARNING]

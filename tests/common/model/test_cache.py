@@ -174,7 +174,10 @@ def test_a_file_is_read_as_it_was_written_and_replaced_whole(tmp_path: Path) -> 
 
 
 def test_a_damaged_file_counts_as_none_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for content in (b"", b"one", b"\xff"):
+    write_entry(tmp_path / "entry", "the number", "12")
+    whole = (tmp_path / "entry").read_bytes()
+    write_entry(tmp_path / "entry", "the number", "one")
+    for content in (b"", b"12", b"\xff", whole[:-1], whole[:-1] + b"3", (tmp_path / "entry").read_bytes()):
         (tmp_path / "entry").write_bytes(content)
         caplog.clear()
         assert read_entry(tmp_path / "entry", "the number", int) is None

@@ -83,11 +83,16 @@ def test_weights_are_hashed_once(
     assert hashed == []
 
     (kept,) = (cache / "digests").iterdir()
-    kept.write_text(first[:10])
-    assert weights_digest(directory) == first
-    assert len(hashed) == 1
-    assert f"cannot use the digest of the weights kept in {kept}" in caplog.text
-    assert kept.read_text() == first
+    whole = kept.read_text()
+    assert whole.endswith(f"\n{first}")
+    other_digit = whole[:-1] + ("0" if whole[-1] != "0" else "1")
+    for count, damaged in enumerate((whole[:80], first, other_digit), start=1):
+        kept.write_text(damaged)
+        caplog.clear()
+        assert weights_digest(directory) == first
+        assert len(hashed) == count
+        assert f"cannot use the digest of the weights kept in {kept}" in caplog.text
+        assert kept.read_text() == whole
 
 
 @pytest.mark.usefixtures("cache")

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 
 import grpc
@@ -67,6 +68,41 @@ def test_a_name_counts_as_a_whole(tmp_path: Path, name: str, alternative: str) -
     issued = OURS.issue(name, names=(x509.DNSName(alternative),)).write(tmp_path / "caller", OURS)
     with guarded(server_for(tmp_path, "prefill")) as server:
         assert isinstance(server.refusal(ChannelSecurity(issued)), PermissionDeniedError)
+
+
+def with_names(folder: Path, *names: x509.GeneralName, called: str = "any") -> ChannelSecurity:
+    return ChannelSecurity(OURS.issue(called, names=names).write(folder / "caller", OURS))
+
+
+SPIFFE = "spiffe://cluster.local/ns/llm/sa/prefill"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        x509.UniformResourceIdentifier("prefill"),
+        x509.RFC822Name("prefill"),
+        x509.UniformResourceIdentifier("10.1.2.3"),
+        x509.IPAddress(ip_address("10.1.2.3")),
+        x509.DNSName(SPIFFE),
+        x509.RFC822Name(SPIFFE),
+        x509.DNSName(f"URI:{SPIFFE}"),
+        x509.UniformResourceIdentifier(f"URI:{SPIFFE}"),
+        x509.UniformResourceIdentifier(f"{SPIFFE}\0/x"),
+    ],
+)
+def test_a_name_of_another_kind_does_not_count(tmp_path: Path, name: x509.GeneralName) -> None:
+    with guarded(server_for(tmp_path, "prefill", "10.1.2.3", f"URI:{SPIFFE}")) as server:
+        assert isinstance(server.refusal(with_names(tmp_path, name)), PermissionDeniedError)
+        assert isinstance(server.refusal(with_names(tmp_path, name, called=f"URI:{SPIFFE}")), PermissionDeniedError)
+
+
+def test_a_uri_counts_as_one(tmp_path: Path) -> None:
+    spiffe = with_names(tmp_path, x509.UniformResourceIdentifier(SPIFFE))
+    with guarded(server_for(tmp_path, f"URI:{SPIFFE}")) as server:
+        assert server.ask(spiffe) == "yes"
+    with guarded(server_for(tmp_path, SPIFFE)) as server:
+        assert isinstance(server.refusal(spiffe), PermissionDeniedError)
 
 
 def test_without_a_list_every_verified_caller_may(tmp_path: Path) -> None:

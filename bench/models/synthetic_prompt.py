@@ -6,7 +6,7 @@ import torch
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
 from spectrumkv.common.kv.geometry import KvGeometry
 
 # This identifier is as long as those that the prefill service draws.

@@ -12,8 +12,10 @@ import torch
 
 from spectrumkv.common.kv.allocation import Int4Layers
 from spectrumkv.common.kv.capture import LayerCapture
+from spectrumkv.common.kv.codecs.calibrated.basis import identity_basis
+from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
-from spectrumkv.common.kv.codecs.fixed_rate.codec import FixedRateDecoder, trial_basis
+from spectrumkv.common.kv.codecs.fixed_rate.codec import FixedRateDecoder
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
 from spectrumkv.common.kv.codecs.tiered import tier_codecs
 from spectrumkv.common.kv.geometry import KvGeometry
@@ -70,7 +72,7 @@ def decode_once(keys: torch.Tensor, values: torch.Tensor, geometry: KvGeometry) 
     layer = replace(geometry, layers=1)
     encoder = _fixed_rate_encoder(layer, TRIAL_TOKENS)
     segments = [*encoder.encode(LayerCapture(states[:, -1:], states, states, 1.0, None, None, 0))]
-    FixedRateDecoder(trial_basis(layer), layer).decode_all(segments, [(keys, values)] * len(segments))
+    FixedRateDecoder(identity_basis(layer), layer).decode_all(segments, [(keys, values)] * len(segments))
     for codec in tier_codecs().values():
         tiers = sorted(codec.tiers - {Tier.DROP})
         bounds = [TRIAL_TOKENS * number // len(tiers) for number in range(len(tiers) + 1)]
@@ -83,4 +85,5 @@ def decode_once(keys: torch.Tensor, values: torch.Tensor, geometry: KvGeometry) 
 
 def _fixed_rate_encoder(layers: KvGeometry, tokens: int) -> FixedRateEncoder:
     """Return what codes layers within half of their bytes, so that they have a sink and records."""
-    return FixedRateEncoder(trial_basis(layers), layers, tokens, layers.fp16_bytes(tokens) // 2, "attention", 0)
+    half = layers.fp16_bytes(tokens) // 2
+    return FixedRateEncoder(CalibratedRequest(identity_basis(layers), layers, tokens, half, "attention", 0))

@@ -23,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.basis import Basis
-from spectrumkv.common.kv.codecs.spectral.basis import SIDES, SpectralBasis, angles, rotate
+from spectrumkv.common.kv.codecs.calibrated.basis import SIDES, SpectralBasis, angles, rotate
 from spectrumkv.common.kv.scoring import SINK_TOKENS, mean_attention
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.model.support import rope_prefixes

@@ -12,7 +12,7 @@ from spectrumkv.common.errors import (
     InvalidArgumentError,
     ResourceExhaustedError,
 )
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.v1 import decode_pb2

@@ -1,13 +1,92 @@
-"""What codecs do with bodies besides laying them out: bring them to the host, refuse what is wrong with them."""
+"""What codecs do with bodies besides laying them out: read them, bring them to the host, refuse what is wrong."""
 
+import struct
 from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 import torch
 
 from spectrumkv.common.errors import DataLossError, InternalError, InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.kernels.body import BodyLayout
+
+
+class BodyReader:
+    """Takes a body apart, front to back, and refuses one that is cut off or too long.
+
+    Args:
+        body: uint8 `[b]` as it arrived.
+
+    Attributes:
+        position: byte of the body that is taken next.
+    """
+
+    def __init__(self, body: memoryview) -> None:
+        self._body = body
+        self.position = 0
+
+    def take(self, size: int) -> memoryview:
+        """Take the next bytes.
+
+        Args:
+            size: how many.
+
+        Returns:
+            A view of them.
+
+        Raises:
+            DataLossError: the body has fewer.
+        """
+        end = self.position + size
+        if end > len(self._body):
+            raise DataLossError(f"a segment's body of {len(self._body)} bytes is cut off; {end} are needed", "length")
+        taken = self._body[self.position : end]
+        self.position = end
+        return taken
+
+    def header(self, layout: struct.Struct) -> tuple[Any, ...]:
+        """Take the next bytes as the fields of a struct.
+
+        Args:
+            layout: of the fields.
+
+        Returns:
+            The fields.
+
+        Raises:
+            DataLossError: the body has fewer bytes.
+        """
+        return layout.unpack(self.take(layout.size))
+
+    def array(self, count: int, dtype: np.dtype | type) -> np.ndarray:
+        """Take the next bytes as elements.
+
+        Args:
+            count: how many elements.
+            dtype: of the elements.
+
+        Returns:
+            `[count]`, a view of them.
+
+        Raises:
+            DataLossError: the body has fewer bytes.
+        """
+        return np.frombuffer(self.take(count * np.dtype(dtype).itemsize), dtype)
+
+    def finish(self, padding: int = 0) -> None:
+        """Check that nothing is left.
+
+        Args:
+            padding: how many bytes may be.
+
+        Raises:
+            DataLossError: more are.
+        """
+        left = len(self._body) - self.position
+        if left > padding:
+            raise DataLossError(f"a segment's body has {left} bytes too many", "length")
 
 
 def bytes_by_tier(layout: BodyLayout, tiers: Iterable[Tier]) -> dict[Tier, int]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spectrumkv.client.cli.main import main
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
 from spectrumkv.common.model.load import load_model
 from spectrumkv.prefill_server.tuning.basis_cache import resolve_basis
 from tests.tiny_models import tiny_model

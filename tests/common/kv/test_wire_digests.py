@@ -39,8 +39,8 @@ from spectrumkv.common.kv.allocation import Int4Layers
 from spectrumkv.common.kv.budget import BudgetKind
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.base import codecs
+from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral import segment_codec, symbols
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.plan import SCOPES
 from spectrumkv.common.kv.policies import policies

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from safetensors.torch import load, save
 
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
 from spectrumkv.v1 import decode_pb2
 
 Tensors = dict[str, torch.Tensor]

@@ -9,11 +9,11 @@ from functools import cache
 import numpy as np
 import zstandard
 
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.coefficients import MOST_CLASSES, ZERO
 from spectrumkv.common.kv.codecs.spectral.layout import STEP_CLASSES
 from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION, compress
-from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
+from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import parse_segment
 from tests.faults.hostile.spectral_body import SpectralBody, serialized, taken_apart, with_body
@@ -50,7 +50,7 @@ def harm_payload(chance: random.Random, payload: bytes, basis: SpectralBasis, ge
         segments.append(segment)
     place = chance.randrange(len(segments))
     segment = segments[place]
-    transform = layer_transforms(basis)[segment.layer]
+    transform = LayerTransform.of_layers(basis)[segment.layer]
     body = taken_apart(segment.body.numpy().tobytes(), segment.tiers.numel(), transform, geometry)
     harm_body(chance, body)
     segments[place] = with_body(segment, body.assembled())

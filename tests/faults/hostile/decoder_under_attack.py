@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from spectrumkv.common.errors import DataLossError
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.codec import SpectralDecoder
-from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
+from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.kernels.spectral import packing as spectral_packing
@@ -72,7 +72,7 @@ def sound_segments(chance: random.Random) -> list[tuple[KvSegment, SpectralBody]
     found = []
     for tokens in range(1, LONGEST_PROMPT + 1):
         for segment in spectral_segments(chance, GEOMETRY, basis(), tokens):
-            transform, data = layer_transforms(basis())[segment.layer], segment.body.numpy().tobytes()
+            transform, data = LayerTransform.of_layers(basis())[segment.layer], segment.body.numpy().tobytes()
             body = taken_apart(data, segment.tiers.numel(), transform, GEOMETRY)
             assert body.assembled() == data
             found.append((segment, body))

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from spectrumkv.common.kv.codecs.base import codecs
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.codecs.spectral.importance import class_bits, token_tiers
+from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.layout import HIGHEST_CLASS, LOWEST_CLASS, TokenClasses
 from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment, encode_segment
-from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
+from spectrumkv.common.kv.codecs.spectral.tiers import class_bits, token_tiers
+from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.kv.codecs.tiered import TierCodec
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import KvSegment
@@ -112,7 +112,7 @@ def spectral_segments(
             if first < end:
                 classes = _token_classes(chance, end - first)
                 segment = UncodedSegment(
-                    layer_transforms(basis)[layer], first, keys[:, first:end], values[:, first:end], classes
+                    LayerTransform.of_layers(basis)[layer], first, keys[:, first:end], values[:, first:end], classes
                 )
                 yield _spectral_segment(segment, geometry, wanted)
 

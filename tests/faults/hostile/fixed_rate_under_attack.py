@@ -12,6 +12,7 @@ from functools import cache
 import torch
 
 from spectrumkv.common.errors import DataLossError
+from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.fixed_rate.block_codec import HEADER
 from spectrumkv.common.kv.codecs.fixed_rate.codec import FixedRateDecoder
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
@@ -33,7 +34,7 @@ def sound_segments() -> tuple[KvSegment, ...]:
     for tokens in LENGTHS:
         for budget in BUDGETS:
             segment_bytes = int(budget * GEOMETRY.fp16_bytes(tokens))
-            encoder = FixedRateEncoder(basis(), GEOMETRY, tokens, segment_bytes, "attention", 0)
+            encoder = FixedRateEncoder(CalibratedRequest(basis(), GEOMETRY, tokens, segment_bytes, "attention", 0))
             for layer in range(GEOMETRY.layers):
                 found += encoder.encode(capture(basis(), layer, tokens))
     return tuple(found)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from spectrumkv.client.request import Sampling, TokenIds
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
 from spectrumkv.common.model.load import LoadedModel
 from tests.faults.damage.damage import METHOD
 from tests.faults.hostile.basis import upload

@@ -13,10 +13,10 @@ from spectrumkv.common.errors import DataLossError, InvalidArgumentError
 from spectrumkv.common.kv import tiers, wire
 from spectrumkv.common.kv.codecs import absmax, body, native
 from spectrumkv.common.kv.codecs.base import codecs
-from spectrumkv.common.kv.codecs.spectral import basis as spectral_basis
+from spectrumkv.common.kv.codecs.calibrated import basis as spectral_basis
+from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral import codec as spectral_codec
 from spectrumkv.common.kv.codecs.spectral import layout, segment_codec, symbols
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import SEGMENT_HEADER, KvSegment
 from spectrumkv.common.kv.wire import ChunkReader, ChunkWriter, KvChunk

@@ -16,7 +16,7 @@ import torch
 
 from spectrumkv.common.errors import DataLossError
 from spectrumkv.common.kv.codecs.spectral.codec import SpectralDecoder
-from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
+from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from tests.faults.hostile.bodies import BODY_HARMS, BOMB_BYTES, bombs, lying_frames
 from tests.faults.hostile.decoder_under_attack import GEOMETRY, attack, basis
 from tests.faults.hostile.dialogue import spectral_segments
@@ -61,7 +61,7 @@ def test_compiled_loops_stay_within_their_arrays(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize("code", [*bombs(), *lying_frames()])
 def test_a_bomb_is_refused_before_it_takes_memory(field: str, code: bytes) -> None:
     *_, segment = spectral_segments(random.Random(3), GEOMETRY, basis(), TOKENS)
-    transform = layer_transforms(basis())[segment.layer]
+    transform = LayerTransform.of_layers(basis())[segment.layer]
     body = taken_apart(segment.body.numpy().tobytes(), segment.tiers.numel(), transform, GEOMETRY)
     if field == "classes":
         body.classes = code

@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.fixed_rate.block_codec import HEADER
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
 from spectrumkv.common.kv.codecs.fixed_rate.gpu.basis import DeviceBasis
 from spectrumkv.common.kv.codecs.fixed_rate.gpu.slots import write_segments
 from spectrumkv.common.kv.codecs.fixed_rate.received import ReceivedBlock, read_block
-from spectrumkv.common.kv.codecs.fixed_rate.transform import layer_transforms
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.kernels.fixed_rate import reference
@@ -37,7 +38,7 @@ def coded(
 ) -> list[KvSegment]:
     """Segments of a prompt, made on a CPU, of at most so many tokens."""
     segment_bytes = int(budget * shape.fp16_bytes(tokens))
-    encoder = FixedRateEncoder(basis, shape, tokens, segment_bytes, "attention", 0)
+    encoder = FixedRateEncoder(CalibratedRequest(basis, shape, tokens, segment_bytes, "attention", 0))
     encoder._block_tokens = size
     segments = []
     for layer in range(shape.layers):
@@ -68,7 +69,7 @@ def assert_decoded(
     """Decode some segments of a prompt together; return how many escapes they have."""
     basis = basis_of(shape)
     segments = coded(shape, basis, tokens, budget, size, magnitude)[chosen]
-    transforms = layer_transforms(basis)
+    transforms = LayerTransform.of_layers(basis)
     blocks = [read_block(transforms[one.layer], one.body, one.tiers.numel(), shape) for one in segments]
     room = BEFORE + tokens + AFTER
     cache = torch.full((2, shape.layers, shape.kv_heads, room, shape.head_dim), torch.nan, dtype=shape.native_dtype)
@@ -131,9 +132,9 @@ def test_what_was_near_the_greatest_float16_comes_back_finite() -> None:
     basis = basis_of(shape)
     seen = capture(basis, 0, 9)
     keys = (seen.keys.sign() * 65504.0).half()
-    encoder = FixedRateEncoder(basis, shape, 9, int(0.3 * shape.fp16_bytes(9)), "position", 0)
+    encoder = FixedRateEncoder(CalibratedRequest(basis, shape, 9, int(0.3 * shape.fp16_bytes(9)), "position", 0))
     [segment] = encoder.encode(replace(seen, keys=keys, values=keys, queries=seen.queries.half() * 0))
-    block = read_block(layer_transforms(basis)[0], segment.body, 9, shape)
+    block = read_block(LayerTransform.of_layers(basis)[0], segment.body, 9, shape)
     received = torch.full((2, 1, 9, 6), torch.nan, dtype=torch.float16, device=DEVICE)
     write_segments(DeviceBasis(basis, DEVICE), [segment], [block], [(received[0], received[1])])
     assert received.isfinite().all()

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.fixed_rate.block_codec import HEADER, padded
 from spectrumkv.common.kv.codecs.fixed_rate.coded_layer import TRUSTED_ATTENTION
 from spectrumkv.common.kv.codecs.fixed_rate.gpu.basis import DeviceBasis
 from spectrumkv.common.kv.codecs.fixed_rate.rate import AIM, LayerDemand, RateControl
 from spectrumkv.common.kv.codecs.fixed_rate.statistics import calibrated_scales, measure
-from spectrumkv.common.kv.codecs.fixed_rate.transform import layer_transforms
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
 from spectrumkv.kernels.fixed_rate import reference
 from spectrumkv.kernels.fixed_rate.block import Records
 from spectrumkv.kernels.fixed_rate.layout import (
@@ -155,7 +155,7 @@ def blocks(made: Coded) -> Iterator[BlockOfLayer]:
         if not count:
             assert made.layer.blocks[number] == [0, 0, 0, 0]
             continue
-        transform = layer_transforms(made.basis)[made.case.layer]
+        transform = LayerTransform.of_layers(made.basis)[made.case.layer]
         top, own = made.layer.blocks[number][BLOCK_TOP], count >= shape.own_tokens
         if own:
             drops, means = body[at : at + rows].numpy(), body[at + rows : at + 2 * rows].numpy().view(np.int8)
@@ -176,7 +176,7 @@ def assert_coefficients(made: Coded) -> None:
 
 
 def assert_statistics(made: Coded, block: BlockOfLayer) -> None:
-    transform = layer_transforms(made.basis)[made.case.layer]
+    transform = LayerTransform.of_layers(made.basis)[made.case.layer]
     coefficients = made.work.coefficients[block.tokens]
     energy = (coefficients * transform.inverse_std).square().sum(dim=1)
     wanted = measure(coefficients, energy, transform.std, block.own)
@@ -208,7 +208,7 @@ def assert_steps(made: Coded, of_blocks: list[BlockOfLayer]) -> None:
         [np.bincount(PROFILE_OF_BYTE[one.of_tokens.numpy()], minlength=PROFILES) for one in of_blocks],
         0,
     )
-    transforms, given = layer_transforms(made.basis), made.rate
+    transforms, given = LayerTransform.of_layers(made.basis), made.rate
     rate = RateControl(0, transforms, given.drift, 0.0, given.smooth_base, 0, made.case.layer)
     rate.segment_bytes = math.ceil(4 * given.words / (1.0 if rate.is_last else AIM))
     assert rate.expected_words(0) == given.words

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from spectrumkv.common.errors import FailedPreconditionError
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
 from spectrumkv.common.model import cache
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.prefill_server.tuning import basis_cache

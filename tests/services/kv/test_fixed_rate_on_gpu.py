@@ -7,7 +7,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.rpc.decode_stream import Request, serialized_bytes

@@ -38,32 +38,69 @@ class LayerSteps:
     turn: int
 
 
+@dataclass(frozen=True)
+class BlockSpan:
+    """A run of tokens of one layer that is coded together.
+
+    Attributes:
+        first: position of the first token.
+        sinks: how many of its first tokens are sent without the transform.
+        coded: how many others there are.
+        own: whether it has scales of its own.
+    """
+
+    first: int
+    sinks: int
+    coded: int
+    own: bool
+
+    @property
+    def length(self) -> int:
+        """Count the tokens, sinks included."""
+        return self.sinks + self.coded
+
+    @property
+    def first_coded(self) -> int:
+        """Return the position of the first token that is no sink."""
+        return self.first + self.sinks
+
+    @property
+    def end(self) -> int:
+        """Return the position after the last token."""
+        return self.first + self.length
+
+    def fixed_bytes(self, rows: int) -> int:
+        """Count the body's bytes without records and escapes.
+
+        Args:
+            rows: coefficients of a token.
+
+        Returns:
+            Bytes.
+        """
+        scales = 2 * rows if self.own else 0
+        return HEADER.size + 2 * rows * self.sinks + scales + padded(self.coded)
+
+
 @dataclass(frozen=True, eq=False)
 class Block:
     """A run of tokens of one layer that is to be coded.
 
     Attributes:
         transform: of the layer.
-        first: position of the first token.
-        sinks: uint8, the first tokens' keys, then their values, in the 16-bit dtype.
-        sink_count: how many those are.
+        span: the tokens.
+        sinks: uint8 `[b]`, its sinks, coded.
         coefficients: float32 `[n, rows]`, of the tokens after them.
         classes: int64 `[n]`, their step classes.
         statistics: of the coefficients; None where there is no token but sinks.
     """
 
     transform: LayerTransform
-    first: int
+    span: BlockSpan
     sinks: np.ndarray
-    sink_count: int
     coefficients: torch.Tensor
     classes: np.ndarray
     statistics: BlockStatistics | None
-
-    @property
-    def length(self) -> int:
-        """Count the tokens, sinks included."""
-        return self.sink_count + len(self.classes)
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -78,13 +115,6 @@ class Block:
         profiles: np.ndarray = PROFILE_OF_BYTE[self.tokens]
         return profiles
 
-    @property
-    def fixed_bytes(self) -> int:
-        """Count the body's bytes without records and escapes."""
-        own = self.statistics is not None and self.statistics.own
-        scales = 2 * self.transform.rows if own else 0
-        return HEADER.size + len(self.sinks) + scales + padded(len(self.tokens))
-
     def layout(self, steps: LayerSteps) -> RecordLayout | None:
         """Return the layout of the records at a layer's steps; None where there are none."""
         if self.statistics is None:
@@ -95,14 +125,14 @@ class Block:
         """Return the header of the body at a layer's steps, with a number of escapes."""
         statistics = self.statistics
         if statistics is None:
-            return HEADER.pack(0, 0, self.sink_count, CALIBRATED, 0, 0)
-        top = statistics.scales.top - (0 if statistics.own else self.transform.calibrated.top)
-        kind = OWN if statistics.own else CALIBRATED
-        return HEADER.pack(steps.base, top, self.sink_count, kind, self.turn(steps), escapes)
+            return HEADER.pack(0, 0, self.span.sinks, CALIBRATED, 0, 0)
+        top = statistics.scales.top - (0 if self.span.own else self.transform.calibrated.top)
+        kind = OWN if self.span.own else CALIBRATED
+        return HEADER.pack(steps.base, top, self.span.sinks, kind, self.turn(steps), escapes)
 
     def turn(self, steps: LayerSteps) -> int:
         """Return the first of the tokens after the sinks that has the coarser base."""
-        return min(max(0, steps.turn - self.first - self.sink_count), len(self.classes))
+        return min(max(0, steps.turn - self.span.first_coded), self.span.coded)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +174,7 @@ def encode_block(block: Block, steps: LayerSteps) -> CodedBlock:
     parts = [
         block.header(steps, len(escapes)),
         block.sinks.data,
-        *((scales.drops.data, scales.means.view(np.uint8).data) if statistics.own else ()),
+        *((scales.drops.data, scales.means.view(np.uint8).data) if block.span.own else ()),
         block.tokens.data,
         bytes(padded(len(block.tokens)) - len(block.tokens)),
         records.words.numpy().data,

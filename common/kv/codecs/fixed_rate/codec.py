@@ -3,19 +3,19 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from spectrumkv.common.errors import DataLossError
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs.base import Codec, KvEncoder, SegmentDecoder, codecs
+from spectrumkv.common.kv.codecs.base import KvEncoder, SegmentDecoder, codecs
 from spectrumkv.common.kv.codecs.basis import Basis
+from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis, identity_basis
+from spectrumkv.common.kv.codecs.calibrated.codec import CalibratedCodec, check_tiers
+from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
 from spectrumkv.common.kv.codecs.fixed_rate.received import ReceivedBlock, read_block, write_block
 from spectrumkv.common.kv.codecs.fixed_rate.tiers import tier_bytes
-from spectrumkv.common.kv.codecs.fixed_rate.transform import layer_transforms
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis, needed_spectral_basis
+from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies.base import Policy
 from spectrumkv.common.kv.segment import KvSegment
@@ -28,14 +28,11 @@ if TYPE_CHECKING:
 SPECTRAL = "spectral"
 
 
-class FixedRateCodec(Codec):
+class FixedRateCodec(CalibratedCodec):
     """The codec that writes transform coefficients in records of fixed width; see `Codec`."""
 
     name = "fixed_rate"
     version = 1
-    tiers = frozenset({Tier.INT4, Tier.INT8, Tier.FP16})
-    basis_type = SpectralBasis
-    basis_free = "absmax"
 
     def prepare(self, geometry: KvGeometry) -> None:
         """Compile the loops for CPUs, which are the same for every shape; see `Codec.prepare`."""
@@ -50,14 +47,7 @@ class FixedRateCodec(Codec):
         Returns:
             The encoder.
         """
-        return FixedRateEncoder(
-            basis=needed_spectral_basis(self, request.basis),
-            geometry=request.geometry,
-            tokens=request.tokens,
-            segment_bytes=request.segment_bytes,
-            scorer=request.scorer,
-            seed=request.seed,
-        )
+        return FixedRateEncoder(self.calibrated(request))
 
     def decoder(self, geometry: KvGeometry, basis: Basis | None) -> SegmentDecoder:
         """Make a decoder; see `Codec.decoder`.
@@ -69,7 +59,7 @@ class FixedRateCodec(Codec):
         Returns:
             The decoder.
         """
-        return FixedRateDecoder(needed_spectral_basis(self, basis), geometry)
+        return FixedRateDecoder(self.spectral_basis(basis, geometry), geometry)
 
     def writes(self, policy: Policy) -> bool:
         """Return whether the codec can write what a policy allocates: the bytes of policy "spectral"."""
@@ -83,16 +73,15 @@ class FixedRateDecoder:
     """A `MessageDecoder` of segments that were made with one basis.
 
     Args:
-        basis: the one that Begin names.
+        basis: the one that Begin names; it fits the model's cache.
         geometry: shape and dtype of the model's cache.
     """
 
     def __init__(self, basis: SpectralBasis, geometry: KvGeometry) -> None:
-        basis.check_fits(geometry)
         self._basis = basis
         self._on_device: DeviceBasis | None = None
         self._geometry = geometry
-        self._transforms = layer_transforms(basis)
+        self._transforms = LayerTransform.of_layers(basis)
 
     def decode(self, segment: KvSegment, keys: torch.Tensor, values: torch.Tensor) -> Mapping[Tier, int]:
         """Write a segment's tokens; see `SegmentDecoder.decode`.
@@ -146,32 +135,12 @@ class FixedRateDecoder:
         Raises:
             DataLossError: the body does not hold what its header says.
         """
-        of_each = np.bincount(segment.tiers.numpy(), minlength=len(Tier))
-        if of_each[Tier.DROP] or of_each[Tier.NATIVE]:
-            raise DataLossError("codec fixed_rate sends every token, at INT4, INT8 or FP16", "tier")
+        check_tiers(FixedRateCodec.name, segment)
         return read_block(self._transforms[segment.layer], segment.body, segment.tiers.numel(), self._geometry)
 
     def _shares(self, segment: KvSegment, block: ReceivedBlock) -> Mapping[Tier, int]:
         sink_bytes = self._geometry.fp16_bytes_per_layer(block.sinks)
         return tier_bytes(block.layout, segment.tiers, sink_bytes, segment.body.numel())
-
-
-def trial_basis(geometry: KvGeometry) -> SpectralBasis:
-    """Return a basis that changes nothing, for trials before a model's own is known.
-
-    Args:
-        geometry: shape and dtype of the model's cache.
-    """
-    layers, head_dim = geometry.layers, geometry.head_dim
-    lead = (layers, 2, geometry.kv_heads)
-    return SpectralBasis(
-        mean=torch.zeros(*lead, head_dim),
-        analysis=torch.eye(head_dim).expand(*lead, -1, -1).contiguous(),
-        std=torch.ones(*lead, head_dim),
-        attention_exponent=torch.ones(layers),
-        rope_frequencies=torch.ones(layers, head_dim // 2, dtype=torch.float64),
-        rope_scaling=torch.ones(layers, dtype=torch.float64),
-    )
 
 
 def prepare() -> None:
@@ -181,12 +150,14 @@ def prepare() -> None:
     """
     heads, head_dim = 2, 4
     geometry = KvGeometry(1, heads, head_dim, torch.float32)
-    basis = trial_basis(geometry)
+    basis = identity_basis(geometry)
     # A lone token's keys lie in one piece, those of several do not; scales of a block's own need many of them.
     for tokens in (200, 1):
         states = torch.ones(tokens, heads, head_dim).transpose(0, 1)
-        encoder = FixedRateEncoder(basis, geometry, tokens, geometry.fp16_bytes(tokens), "position", 0)
+        request = CalibratedRequest(basis, geometry, tokens, geometry.fp16_bytes(tokens), "position", 0)
         received = torch.zeros(2, heads, 2 * tokens, head_dim)[:, :, tokens:]
         decoder = FixedRateDecoder(basis, geometry)
-        for segment in encoder.encode(LayerCapture(states[:, -1:], states, states, 1.0, None, None, 0)):
+        for segment in FixedRateEncoder(request).encode(
+            LayerCapture(states[:, -1:], states, states, 1.0, None, None, 0)
+        ):
             decoder.decode(segment, received[0], received[1])

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
 
-from spectrumkv.common.kv.codecs.fixed_rate.block_codec import WORD_BYTES, Block, LayerSteps
+from spectrumkv.common.errors import InvalidArgumentError, NotFiniteError
+from spectrumkv.common.kv.capture import LayerCapture
+from spectrumkv.common.kv.codecs.fixed_rate.block_codec import WORD_BYTES, Block, BlockSpan, LayerSteps
 from spectrumkv.common.kv.codecs.fixed_rate.rate import LayerDemand, RateControl, StepSearch
 from spectrumkv.common.kv.codecs.fixed_rate.tiers import record_tiers, tier_bytes
 from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, SEGMENT_HEADER, KvSegment
@@ -45,6 +47,23 @@ class BlockPlan:
         """
         return math.ceil(2 * rows / (OWN_SCALES_SHARE * self.token_bytes))
 
+    def spans(self, tokens: int, rows: int) -> list[BlockSpan]:
+        """Cut a layer.
+
+        Args:
+            tokens: of the layer.
+            rows: coefficients of a token.
+
+        Returns:
+            The runs of tokens, in order.
+        """
+        found, own_tokens = [], self.own_tokens(rows)
+        for first in range(0, tokens, self.size):
+            length = min(self.size, tokens - first)
+            sinks = min(max(0, self.sinks - first), length)
+            found.append(BlockSpan(first, sinks, length - sinks, length - sinks >= own_tokens))
+        return found
+
 
 class CodedLayer(NamedTuple):
     """The segments of a layer, none where they are too large; the words of their records, and their escapes."""
@@ -72,9 +91,22 @@ def segment_of(block: Block, body: torch.Tensor, layout: RecordLayout | None) ->
         body: uint8 `[b]`.
         layout: of its records.
     """
-    tiers = record_tiers(layout, block.transform.rows, block.sink_count)
+    tiers = record_tiers(layout, block.transform.rows, block.span.sinks)
     shares = tier_bytes(layout, tiers, len(block.sinks), body.numel())
-    return KvSegment(block.transform.layer, block.first, tiers, body, shares)
+    return KvSegment(block.transform.layer, block.span.first, tiers, body, shares)
+
+
+def fixed_bytes(spans: Sequence[BlockSpan], rows: int) -> int:
+    """Count the bytes of a layer's segments without records and escapes.
+
+    Args:
+        spans: of the layer.
+        rows: coefficients of a token.
+
+    Returns:
+        Bytes.
+    """
+    return sum(SEGMENT_HEADER.size + tier_map_bytes(one.length) + one.fixed_bytes(rows) for one in spans)
 
 
 def demand_of(blocks: Sequence[Block]) -> LayerDemand:
@@ -84,7 +116,7 @@ def demand_of(blocks: Sequence[Block]) -> LayerDemand:
         blocks: of the layer.
     """
     coded = [block.statistics for block in blocks if block.statistics is not None]
-    fixed = sum(SEGMENT_HEADER.size + tier_map_bytes(block.length) + block.fixed_bytes for block in blocks)
+    fixed = fixed_bytes([block.span for block in blocks], blocks[0].transform.rows)
     profiles = [np.bincount(block.profiles, minlength=PROFILES) for block in blocks if block.statistics is not None]
     return LayerDemand([one.scales.group_exponents for one in coded], profiles, fixed)
 
@@ -103,7 +135,7 @@ def last_steps(blocks: Sequence[Block], demand: LayerDemand, words: int) -> Laye
     base = demand.finest_base(words)
     finer, end = LayerSteps(base - 1, 0), 0
     for block in blocks:
-        end = block.first + block.length
+        end = block.span.end
         layout = block.layout(finer)
         if layout is None:
             continue
@@ -117,7 +149,7 @@ def last_steps(blocks: Sequence[Block], demand: LayerDemand, words: int) -> Laye
         more = np.cumsum((costs[0] - costs[1])[block.profiles])
         if words < more[-1]:
             finer_tokens = int(np.searchsorted(more, words, side="right"))
-            return LayerSteps(base - 1, block.first + block.sink_count + finer_tokens)
+            return LayerSteps(base - 1, block.span.first_coded + finer_tokens)
         words -= int(more[-1])
     return LayerSteps(base - 1, end)
 
@@ -153,3 +185,19 @@ def fit_last(
         if rate.is_better(coded.wire_bytes, best.wire_bytes):
             best = coded
     return best
+
+
+def refuse_states(capture: LayerCapture, too_large_for: str) -> NoReturn:
+    """Refuse a layer of which something that was computed is infinite or NaN.
+
+    Args:
+        capture: the layer.
+        too_large_for: what its elements are too large for where all of them are finite.
+
+    Raises:
+        InvalidArgumentError: all elements are finite.
+        NotFiniteError: an element is infinite or NaN.
+    """
+    if bool(capture.keys.isfinite().all()) and bool(capture.values.isfinite().all()):
+        raise InvalidArgumentError(f"keys or values of layer {capture.layer} are too large for {too_large_for}")
+    raise NotFiniteError(f"keys or values of layer {capture.layer} are infinite or NaN")

@@ -1,12 +1,13 @@
 """Bodies that arrived: taken apart, checked, and written into slots; the layout is documented in kv.proto."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from spectrumkv.common.errors import DataLossError
+from spectrumkv.common.kv.codecs.body import BodyReader
+from spectrumkv.common.kv.codecs.calibrated.sinks import write_sinks
 from spectrumkv.common.kv.codecs.fixed_rate.block_codec import (
     CALIBRATED,
     HEADER,
@@ -81,8 +82,8 @@ def read_block(transform: LayerTransform, body: torch.Tensor, tokens: int, geome
     Raises:
         DataLossError: it does not hold what its header says.
     """
-    reader = _Reader(body)
-    base, top, sinks, kind, turn, escapes = reader.header()
+    reader = BodyReader(body.numpy().data)
+    base, top, sinks, kind, turn, escapes = reader.header(HEADER)
     if sinks > tokens or kind not in (CALIBRATED, OWN):
         raise DataLossError(f"a segment of {tokens} tokens has {sinks} sinks and scales of kind {kind}", "malformed")
     reader.take(geometry.fp16_bytes_per_layer(sinks))
@@ -90,14 +91,14 @@ def read_block(transform: LayerTransform, body: torch.Tensor, tokens: int, geome
         reader.finish()
         return ReceivedBlock(body, sinks, None)
     scales = _scales(reader, transform, top, own=kind == OWN)
-    of_tokens = reader.take(tokens - sinks)
+    of_tokens = torch.from_numpy(reader.array(tokens - sinks, np.uint8))
     reader.take(padded(tokens - sinks) - (tokens - sinks))
     layout = RecordLayout.of(scales, of_tokens.numpy(), base, turn)
     words_at = reader.position
     records = Records(
-        reader.take(WORD_BYTES * layout.words),
-        reader.take(WORD_BYTES * escapes),
-        reader.take(WORD_BYTES * escapes).clone().view(torch.float32),
+        torch.from_numpy(reader.array(WORD_BYTES * layout.words, np.uint8)),
+        torch.from_numpy(reader.array(WORD_BYTES * escapes, np.uint8)),
+        torch.from_numpy(reader.array(escapes, np.float32).copy()),
     )
     reader.finish()
     _check_escapes(records, (tokens - sinks) * transform.rows)
@@ -124,24 +125,22 @@ def write_block(
     """
     sinks, coded = block.sinks, block.coded
     if sinks:
-        shape = (2, geometry.kv_heads, sinks, geometry.head_dim)
-        taken = block.body[HEADER.size : HEADER.size + 2 * math.prod(shape)]
-        states = taken.clone().view(geometry.half_dtype).view(shape)
-        keys[:, :sinks], values[:, :sinks] = states[0], states[1]
+        exact = block.body[HEADER.size :][: geometry.fp16_bytes_per_layer(sinks)].numpy()
+        write_sinks(exact, geometry, keys[:, :sinks], values[:, :sinks])
     if coded is None:
         return
     synthesis = transform.synthesis(first + sinks, len(coded.tokens))
     synthesise(coded.records, coded.scales, coded.tokens, coded.layout, synthesis, keys[:, sinks:], values[:, sinks:])
 
 
-def _scales(reader: "_Reader", transform: LayerTransform, top: int, own: bool) -> RowScales:
+def _scales(reader: BodyReader, transform: LayerTransform, top: int, own: bool) -> RowScales:
     """Return the rows' scales: sent, or the calibrated ones, moved.
 
     Raises:
         DataLossError: spreads are beyond what bodies may have.
     """
     if own:
-        drops, means = reader.take(transform.rows).numpy(), reader.take(transform.rows).numpy().view(np.int8)
+        drops, means = reader.array(transform.rows, np.uint8), reader.array(transform.rows, np.int8)
         scales = RowScales(top, drops, means)
     else:
         scales = calibrated_scales(transform.std, top)
@@ -161,28 +160,3 @@ def _check_escapes(records: Records, symbols: int) -> None:
         raise DataLossError(f"the indices of {len(index)} escapes do not rise within {symbols} symbols", "malformed")
     if not bool((records.escape_value.abs() < LARGEST_ESCAPE).all()):
         raise DataLossError("a coefficient that was sent as it is has no finite value", "scale")
-
-
-class _Reader:
-    """A body that is taken apart, front to back."""
-
-    def __init__(self, body: torch.Tensor) -> None:
-        self._body = body
-        self.position = 0
-
-    def take(self, size: int) -> torch.Tensor:
-        end = self.position + size
-        if end > self._body.numel():
-            raise DataLossError(
-                f"a segment's body of {self._body.numel()} bytes is cut off; {end} are needed", "length"
-            )
-        taken = self._body[self.position : end]
-        self.position = end
-        return taken
-
-    def header(self) -> tuple[int, int, int, int, int, int]:
-        return HEADER.unpack(self.take(HEADER.size).numpy().data)
-
-    def finish(self) -> None:
-        if self.position != self._body.numel():
-            raise DataLossError(f"a segment's body has {self._body.numel() - self.position} bytes too many", "length")

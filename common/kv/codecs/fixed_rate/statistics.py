@@ -36,12 +36,10 @@ class BlockStatistics:
     Attributes:
         scales: of the rows.
         gains: int64 `[n]`, of the tokens, in quarter octaves.
-        own: whether the scales are the block's own; else they are the calibrated ones, moved as a whole.
     """
 
     scales: RowScales
     gains: np.ndarray
-    own: bool
 
 
 def measure(coefficients: torch.Tensor, energy: torch.Tensor, std: np.ndarray, own: bool) -> BlockStatistics:
@@ -51,7 +49,7 @@ def measure(coefficients: torch.Tensor, energy: torch.Tensor, std: np.ndarray, o
         coefficients: float32 `[n, rows]`, n ≥ 1.
         energy: float32 `[n]`, finite: each token's sum of squares in units of the calibrated spreads.
         std: float32 `[rows]`, calibrated spreads.
-        own: whether the block is to have scales of its own.
+        own: whether the block is to have scales of its own; else it has the calibrated ones, moved as a whole.
 
     Returns:
         The statistics.
@@ -64,7 +62,7 @@ def measure(coefficients: torch.Tensor, energy: torch.Tensor, std: np.ndarray, o
     gains = np.clip(np.rint(GAIN_UNITS * (octaves - level)), LOWEST_GAIN, HIGHEST_GAIN).astype(np.int64)
     scales = _own_scales(coefficients, gains) if own else calibrated_scales(std, round(EXPONENT_UNITS * level))
     check_spreads(scales)
-    return BlockStatistics(scales, gains, own)
+    return BlockStatistics(scales, gains)
 
 
 def calibrated_scales(std: np.ndarray, shift: int) -> RowScales:

@@ -5,11 +5,9 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from spectrumkv.common.kv.codecs.spectral.importance import INT4_BITS, INT8_BITS
+from spectrumkv.common.kv.codecs.calibrated.importance import nearest_tiers
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.kernels.fixed_rate.layout import GROUP_ROWS, RecordLayout
-
-_TIERS = np.array([Tier.INT4, Tier.INT8, Tier.FP16], np.uint8)
 
 
 def record_tiers(layout: RecordLayout | None, rows: int, sinks: int) -> torch.Tensor:
@@ -26,7 +24,7 @@ def record_tiers(layout: RecordLayout | None, rows: int, sinks: int) -> torch.Te
     exact = np.full(sinks, Tier.FP16, np.uint8)
     if layout is None:
         return torch.from_numpy(exact)
-    of_profile = _TIERS[np.searchsorted((INT4_BITS, INT8_BITS), layout.words_of_profile * (GROUP_ROWS / rows))]
+    of_profile = nearest_tiers(layout.words_of_profile * (GROUP_ROWS / rows))
     return torch.from_numpy(np.concatenate([exact, of_profile[layout.profiles]]))
 
 

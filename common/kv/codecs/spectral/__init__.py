@@ -7,13 +7,13 @@ the integers go to an entropy coder in streams of equal standard deviation. With
 token, every coefficient gets the same distortion as long as its variance is above it: reverse water-filling (Cover &
 Thomas, "Elements of Information Theory", section 13.3.3 of the first edition, 10.3.3 of the second).
 
-`importance` decides each token's step relative to the others, `coefficients` what a segment's coefficients are like,
-`rate` how fine all are together, `layout` which symbols share a stream, `transform` makes symbols of tokens,
-`symbols` makes bytes of symbols, `segment_codec` makes a segment's body of all that, `encoder` goes through a
-prompt's layers, and `codec` states encoder and decoder.
+`calibrated.importance` decides each token's step relative to the others, `coefficients` what a segment's
+coefficients are like, `rate` how fine all are together, `layout` which symbols share a stream, `transform` makes
+symbols of tokens, `symbols` makes bytes of symbols, `segment_codec` makes a segment's body of all that, `encoder`
+goes through a prompt's layers, `tiers` names the tier that each token comes nearest to, and `codec` states encoder
+and decoder. `tier_allocation` gives whole tiers by the same importance, for a codec that needs no basis.
 """
 
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.codec import SpectralCodec
 
-__all__ = ["SpectralBasis", "SpectralCodec"]
+__all__ = ["SpectralCodec"]

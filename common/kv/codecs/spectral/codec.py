@@ -5,39 +5,31 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from spectrumkv.common.errors import DataLossError
 from spectrumkv.common.kv.allocation import TierAllocation
-from spectrumkv.common.kv.codecs.base import (
-    Codec,
-    KvEncoder,
-    SegmentDecoder,
-    codecs,
-)
+from spectrumkv.common.kv.codecs.base import KvEncoder, SegmentDecoder, codecs
 from spectrumkv.common.kv.codecs.basis import Basis
+from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis, identity_basis
+from spectrumkv.common.kv.codecs.calibrated.codec import CalibratedCodec, check_tiers
 from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis, needed_spectral_basis
 from spectrumkv.common.kv.codecs.spectral.coefficients import FEWEST_TOKENS
 from spectrumkv.common.kv.codecs.spectral.encoder import SpectralEncoder
-from spectrumkv.common.kv.codecs.spectral.importance import class_bits, tier_bytes
 from spectrumkv.common.kv.codecs.spectral.layout import TokenClasses
 from spectrumkv.common.kv.codecs.spectral.rate import LayerSymbols, RateControl
 from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment, decode_segment, encode_segment
 from spectrumkv.common.kv.codecs.spectral.tier_allocation import SpectralTiers
-from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
+from spectrumkv.common.kv.codecs.spectral.tiers import class_bits, tier_bytes
+from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier
 
 
-class SpectralCodec(Codec):
+class SpectralCodec(CalibratedCodec):
     """The codec that writes transform coefficients within a budget of counted bytes; see `Codec`."""
 
     name = "spectral"
     version = 3
-    tiers = frozenset({Tier.INT4, Tier.INT8, Tier.FP16})
-    basis_type = SpectralBasis
     fallback = "fixed_rate"
-    basis_free = "absmax"
 
     def prepare(self, geometry: KvGeometry) -> None:
         """Compile the loops for CPUs, which are the same for every shape; see `Codec.prepare`."""
@@ -52,14 +44,7 @@ class SpectralCodec(Codec):
         Returns:
             The encoder.
         """
-        return SpectralEncoder(
-            basis=needed_spectral_basis(self, request.basis),
-            geometry=request.geometry,
-            tokens=request.tokens,
-            segment_bytes=request.segment_bytes,
-            scorer=request.scorer,
-            seed=request.seed,
-        )
+        return SpectralEncoder(self.calibrated(request))
 
     def decoder(self, geometry: KvGeometry, basis: Basis | None) -> SegmentDecoder:
         """Make a decoder; see `Codec.decoder`.
@@ -71,7 +56,7 @@ class SpectralCodec(Codec):
         Returns:
             The decoder.
         """
-        return SpectralDecoder(needed_spectral_basis(self, basis), geometry)
+        return SpectralDecoder(self.spectral_basis(basis, geometry), geometry)
 
     def tier_allocation(self, request: EncoderRequest, token_bytes: Mapping[Tier, float]) -> TierAllocation:
         """Give each token the tier that is nearest to the bits it would get here; see `Codec.tier_allocation`.
@@ -83,15 +68,7 @@ class SpectralCodec(Codec):
         Returns:
             The allocation.
         """
-        return SpectralTiers(
-            basis=needed_spectral_basis(self, request.basis),
-            token_bytes=token_bytes,
-            geometry=request.geometry,
-            tokens=request.tokens,
-            segment_bytes=request.segment_bytes,
-            scorer=request.scorer,
-            seed=request.seed,
-        )
+        return SpectralTiers(self.calibrated(request), token_bytes)
 
 
 codecs.register(SpectralCodec.name)(SpectralCodec())
@@ -101,14 +78,13 @@ class SpectralDecoder:
     """A `SegmentDecoder` of segments that were made with one basis.
 
     Args:
-        basis: the one that Begin names.
+        basis: the one that Begin names; it fits the model's cache.
         geometry: shape and dtype of the model's cache.
     """
 
     def __init__(self, basis: SpectralBasis, geometry: KvGeometry) -> None:
-        basis.check_fits(geometry)
         self._geometry = geometry
-        self._transforms = layer_transforms(basis)
+        self._transforms = LayerTransform.of_layers(basis)
 
     def decode(self, segment: KvSegment, keys: torch.Tensor, values: torch.Tensor) -> Mapping[Tier, int]:
         """Write a segment's tokens; see `SegmentDecoder.decode`.
@@ -125,9 +101,7 @@ class SpectralDecoder:
             DataLossError: the body does not hold what its header says.
         """
         transform = self._transforms[segment.layer]
-        of_each = np.bincount(segment.tiers.numpy(), minlength=len(Tier))
-        if of_each[Tier.DROP] or of_each[Tier.NATIVE]:
-            raise DataLossError("codec spectral sends every token, at INT4, INT8 or FP16", "tier")
+        check_tiers(SpectralCodec.name, segment)
         body = segment.body.numpy().data
         found = decode_segment(transform, body, segment.first_token, self._geometry, keys, values)
         bits = class_bits(found.model, found.base)
@@ -141,16 +115,8 @@ def prepare() -> None:
     """
     heads, head_dim = 2, 4
     geometry = KvGeometry(1, heads, head_dim, torch.float32)
-    lead = (1, 2, heads)
-    basis = SpectralBasis(
-        mean=torch.zeros(*lead, head_dim),
-        analysis=torch.eye(head_dim).expand(*lead, -1, -1).contiguous(),
-        std=torch.ones(*lead, head_dim),
-        attention_exponent=torch.ones(1),
-        rope_frequencies=torch.ones(1, head_dim // 2, dtype=torch.float64),
-        rope_scaling=torch.ones(1, dtype=torch.float64),
-    )
-    (transform,) = layer_transforms(basis)
+    basis = identity_basis(geometry)
+    (transform,) = LayerTransform.of_layers(basis)
     # A lone token's keys lie in one piece, those of several do not.
     for tokens in (2 * FEWEST_TOKENS, 1):
         # As models leave keys, token by token, and as slots lie, head by head in something larger.

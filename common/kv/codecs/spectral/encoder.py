@@ -6,19 +6,13 @@ import numpy as np
 import torch
 
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.codecs.spectral.importance import (
-    affordable_sinks,
-    class_bits,
-    step_octaves,
-    tier_bytes,
-    token_tiers,
-)
+from spectrumkv.common.kv.codecs.calibrated.importance import step_octaves
+from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.spectral.layout import CLASSES_PER_OCTAVE, LOWEST_CLASS, TokenClasses
 from spectrumkv.common.kv.codecs.spectral.rate import BaseSearch, LayerSymbols, RateControl
 from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment, encode_segment
-from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
-from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.codecs.spectral.tiers import class_bits, tier_bytes, token_tiers
+from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, SEGMENT_HEADER, KvSegment
 from spectrumkv.common.kv.tiers import tier_map_bytes
 
@@ -27,36 +21,22 @@ from spectrumkv.common.kv.tiers import tier_map_bytes
 COARSEST_CLASS = 1
 # Length fields and headers of one segment's streams, about.
 STREAM_OVERHEAD_BYTES = 300
-# Share of a chunk that a segment is planned to fill; what comes out differs.
-PLANNED_FILL = 0.6
 
 
 class SpectralEncoder:
     """A `KvEncoder` that codes the layers of one prompt in their order.
 
     Args:
-        basis: of the model.
-        geometry: shape and dtype of the model's cache.
-        tokens: of the prompt.
-        segment_bytes: for all layers' segments, headers and tier maps included. What is too little even for the
-            coarsest steps is exceeded.
-        scorer: name of the scorer that ranks tokens.
-        seed: for scorers that draw.
+        request: the prompt.
     """
 
-    def __init__(
-        self, basis: SpectralBasis, geometry: KvGeometry, tokens: int, segment_bytes: int, scorer: str, seed: int
-    ) -> None:
-        basis.check_fits(geometry)
-        self._basis = basis
-        self._transforms = layer_transforms(basis)
-        self._geometry = geometry
-        self._scorer = scorer
-        self._seed = seed
-        self._rate = RateControl(segment_bytes, basis)
-        self._sinks = affordable_sinks(segment_bytes, geometry)
-        planned = max(1.0, segment_bytes / (geometry.layers * tokens))
-        self._segment_tokens = max(1, int(PLANNED_FILL * MAX_CHUNK_PAYLOAD_BYTES / planned))
+    def __init__(self, request: CalibratedRequest) -> None:
+        self._request = request
+        self._geometry = request.geometry
+        self._transforms = LayerTransform.of_layers(request.basis)
+        self._rate = RateControl(request.segment_bytes, request.basis)
+        self._sinks = request.sinks
+        self._segment_tokens = request.segment_tokens
 
     def encode(self, capture: LayerCapture) -> Iterator[KvSegment]:
         """Code a layer; see `KvEncoder.encode`.
@@ -98,7 +78,8 @@ class SpectralEncoder:
 
     def _step_classes(self, capture: LayerCapture) -> np.ndarray:
         """Return the step class of each token: int64 `[n]`."""
-        octaves = step_octaves(capture, self._basis, self._scorer, self._seed, self._sinks)
+        request = self._request
+        octaves = step_octaves(capture, request.basis, request.scorer, request.seed, self._sinks)
         classes: np.ndarray = np.clip(np.rint(CLASSES_PER_OCTAVE * octaves), LOWEST_CLASS, COARSEST_CLASS)
         return classes.astype(np.int64)
 

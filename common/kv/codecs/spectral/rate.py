@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.layout import (
     CLASSES_PER_OCTAVE,
     HIGHEST_CLASS,

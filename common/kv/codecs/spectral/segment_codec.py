@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from spectrumkv.common.errors import DataLossError, InvalidArgumentError, NotFiniteError
+from spectrumkv.common.kv.codecs.body import BodyReader
+from spectrumkv.common.kv.codecs.calibrated.sinks import code_sinks, write_sinks
 from spectrumkv.common.kv.codecs.spectral.coefficients import CoefficientModel, Deviation, Quantization
 from spectrumkv.common.kv.codecs.spectral.layout import CLASSES_PER_OCTAVE, HIGHEST_CLASS, LOWEST_CLASS, TokenClasses
 from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION, CodedStreams, PackedStreams, compress, decompress
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.kernels.absmax import halves_are_finite
 
 HEADER = struct.Struct("<fHII")
 LENGTH = np.dtype("<u4")
@@ -114,15 +115,8 @@ def encode_segment(segment: UncodedSegment, base: float, geometry: KvGeometry) -
         NotFiniteError: an element is infinite or NaN.
         InvalidArgumentError: a sink does not fit the 16-bit dtype, or an element has no step that is fine enough.
     """
-    sinks = slice(0, segment.tokens.sinks)
-    exact = torch.stack([segment.keys[:, sinks], segment.values[:, sinks]]).to(geometry.half_dtype)
-    exact_bytes = exact.view(-1).view(torch.uint8)
-    if not halves_are_finite(exact_bytes, geometry.half_dtype):
-        first = segment.keys[:, sinks], segment.values[:, sinks]
-        kind = InvalidArgumentError if all(bool(one.isfinite().all()) for one in first) else NotFiniteError
-        raise kind(
-            f"keys or values of the first tokens in layer {segment.transform.layer} do not fit {geometry.half_dtype}"
-        )
+    span = slice(0, segment.tokens.sinks)
+    sinks = code_sinks(segment.keys[:, span], segment.values[:, span], segment.transform.layer, geometry)
     coded_classes = compress(segment.tokens.coded)
     model, deviation = segment.model(base)
     quantization, coded = _coded_streams(segment, Quantization(base, segment.tokens, model))
@@ -133,7 +127,7 @@ def encode_segment(segment: UncodedSegment, base: float, geometry: KvGeometry) -
         )
     parts: list[bytes | memoryview] = [
         HEADER.pack(quantization.base, segment.tokens.sinks, len(coded_classes), len(deviation)),
-        exact_bytes.numpy().data,
+        sinks.data,
         coded_classes,
         deviation,
     ]
@@ -198,12 +192,13 @@ def decode_segment(
     Raises:
         DataLossError: the body does not hold what its header says.
     """
-    reader, tokens = _Reader(body), keys.shape[1]
-    base, sinks, class_bytes, deviation_bytes = reader.header()
+    reader, tokens = BodyReader(body), keys.shape[1]
+    base, sinks, class_bytes, deviation_bytes = reader.header(HEADER)
+    if not abs(base) <= LARGEST_BASE:
+        raise DataLossError(f"a segment's steps have the exponent {base}", "scale")
     if sinks > tokens:
         raise DataLossError(f"a segment of {tokens} tokens has {sinks} sinks", "malformed")
-    shape = (2, geometry.kv_heads, sinks, geometry.head_dim)
-    exact = reader.array(2 * math.prod(shape), np.uint8)
+    exact = reader.array(geometry.fp16_bytes_per_layer(sinks), np.uint8)
     classes = decompress(reader.take(class_bytes), tokens - sinks).astype(np.int64)
     if len(classes) and classes.max() > HIGHEST_CLASS - LOWEST_CLASS:
         raise DataLossError(f"a segment has the step class {classes.max() + LOWEST_CLASS}", "malformed")
@@ -213,48 +208,18 @@ def decode_segment(
         model = Deviation.decoded(reader.take(deviation_bytes), len(model.classes)).of(model)
     quantization = Quantization(base, TokenClasses(of_tokens, sinks), model)
     if sinks:
-        states = torch.from_numpy(exact.copy()).view(geometry.half_dtype).view(shape)
-        keys[:, :sinks], values[:, :sinks] = states[0], states[1]
+        write_sinks(exact, geometry, keys[:, :sinks], values[:, :sinks])
     if len(classes):
         symbols = quantization.packed.decode(_streams(reader, quantization.packed))
         transform.dequantize(symbols, first + sinks, quantization, keys[:, sinks:], values[:, sinks:])
-    reader.finish()
+    reader.finish(padding=1)
     return quantization
 
 
-def _streams(reader: "_Reader", packed: PackedStreams) -> CodedStreams:
+def _streams(reader: BodyReader, packed: PackedStreams) -> CodedStreams:
     """Return the streams of a body: the inverse of `_serialized`."""
     gaps, frames = len(packed.gap_streams), len(packed.frame_start) - 1
     exceptions, *lengths = reader.array(1 + gaps + frames, LENGTH).tolist()
     coded = [reader.take(length) for length in lengths[gaps:]]
     raw = reader.take(int(packed.raw_start[-1]) * np.dtype(np.uint32).itemsize)
     return CodedStreams(lengths[:gaps], coded, raw, reader.take(exceptions * EXCEPTION.itemsize))
-
-
-class _Reader:
-    """A body that is taken apart, front to back."""
-
-    def __init__(self, body: memoryview) -> None:
-        self._body = body
-        self._position = 0
-
-    def take(self, size: int) -> memoryview:
-        end = self._position + size
-        if end > len(self._body):
-            raise DataLossError(f"a segment's body of {len(self._body)} bytes is cut off; {end} are needed", "length")
-        taken = self._body[self._position : end]
-        self._position = end
-        return taken
-
-    def header(self) -> tuple[float, int, int, int]:
-        base, sinks, class_bytes, deviation_bytes = HEADER.unpack(self.take(HEADER.size))
-        if not abs(base) <= LARGEST_BASE:
-            raise DataLossError(f"a segment's steps have the exponent {base}", "scale")
-        return base, sinks, class_bytes, deviation_bytes
-
-    def array(self, count: int, dtype: np.dtype | type) -> np.ndarray:
-        return np.frombuffer(self.take(count * np.dtype(dtype).itemsize), dtype)
-
-    def finish(self) -> None:
-        if len(self._body) - self._position > 1:
-            raise DataLossError(f"a segment's body has {len(self._body) - self._position} bytes too many", "length")

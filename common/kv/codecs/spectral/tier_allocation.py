@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.codecs.spectral.importance import INT4_BITS, INT8_BITS, affordable_sinks, step_octaves
-from spectrumkv.common.kv.codecs.spectral.transform import layer_transforms
-from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.importance import INT4_BITS, INT8_BITS, step_octaves
+from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
+from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.kv.segment import SEGMENT_HEADER
 from spectrumkv.common.kv.tiers import Tier, tier_map_bytes
 
@@ -31,35 +31,17 @@ class SpectralTiers:
     """A `TierAllocation` that gives the tokens of one prompt whole tiers, within a byte budget.
 
     Args:
-        basis: of the model.
+        request: the prompt. A budget that is too small even for INT4 in all layers is exceeded.
         token_bytes: what a token of one layer takes of a body at INT4, INT8 and FP16.
-        geometry: shape and dtype of the model's cache.
-        tokens: of the prompt.
-        segment_bytes: for all layers' segments, headers and tier maps included. What is too little even for INT4
-            everywhere is exceeded.
-        scorer: name of the scorer that ranks tokens.
-        seed: for scorers that draw.
     """
 
-    def __init__(
-        self,
-        basis: SpectralBasis,
-        token_bytes: Mapping[Tier, float],
-        geometry: KvGeometry,
-        tokens: int,
-        segment_bytes: int,
-        scorer: str,
-        seed: int,
-    ) -> None:
-        basis.check_fits(geometry)
-        self._basis = basis
+    def __init__(self, request: CalibratedRequest, token_bytes: Mapping[Tier, float]) -> None:
+        self._request = request
         self._token_bytes = token_bytes
-        self._scorer = scorer
-        self._seed = seed
-        self._left_bytes = segment_bytes
-        self._layers_left = geometry.layers
-        self._sinks = affordable_sinks(segment_bytes, geometry) if tokens > 1 else 0
-        self._int8_from, self._int4_from = _thresholds(basis)
+        self._left_bytes = request.segment_bytes
+        self._layers_left = request.geometry.layers
+        self._sinks = request.sinks if request.tokens > 1 else 0
+        self._int8_from, self._int4_from = _thresholds(request.basis)
 
     def tiers(self, capture: LayerCapture) -> torch.Tensor:
         """Give the tokens of the next layer tiers; see `TierAllocation.tiers`.
@@ -70,7 +52,8 @@ class SpectralTiers:
         Returns:
             uint8 `[n]` on the CPU.
         """
-        octaves = step_octaves(capture, self._basis, self._scorer, self._seed, self._sinks)
+        request = self._request
+        octaves = step_octaves(capture, request.basis, request.scorer, request.seed, self._sinks)
         # Of tokens that nothing looks at the later ones come first, so that not all of them change tiers together.
         octaves = octaves - TIE_OCTAVES * np.linspace(0, 1, len(octaves))
         tiers = torch.from_numpy(self._tiers(octaves, capture.layer))
@@ -125,7 +108,7 @@ class SpectralTiers:
 def _thresholds(basis: SpectralBasis) -> tuple[np.ndarray, np.ndarray]:
     """Return each layer's steps, as binary logarithms, from which on a token is nearest to INT8, and to INT4."""
     int8_from, int4_from = [], []
-    for transform in layer_transforms(basis):
+    for transform in LayerTransform.of_layers(basis):
         grid = STEP_GRID + float(basis.std[transform.layer].max().log2())
         bits = transform.calibrated.mean_bits(grid)
         int8_from.append(grid[int(np.argmax(bits <= INT8_BITS))])

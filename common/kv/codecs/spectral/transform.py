@@ -5,12 +5,12 @@ the calibration found; the quantizer is uniform with a step per token.
 """
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.layer import CalibratedLayer
 from spectrumkv.common.kv.codecs.spectral.coefficients import (
     FEWEST_TOKENS,
     CoefficientModel,
@@ -26,23 +26,13 @@ SAMPLE = 128
 
 
 @dataclass(frozen=True, eq=False)
-class LayerTransform:
-    """The transform of one layer's tokens.
-
-    A row is one coefficient of one head in all tokens; keys' heads come first.
-
-    Attributes:
-        basis: of the model.
-        layer: from 0.
-    """
-
-    basis: SpectralBasis
-    layer: int
+class LayerTransform(CalibratedLayer):
+    """The transform of one layer's tokens, as codec spectral computes it."""
 
     @cached_property
     def calibrated(self) -> CoefficientModel:
         """Return what the basis says of the coefficients."""
-        return CoefficientModel.calibrated(self.basis.std[self.layer].flatten().numpy())
+        return CoefficientModel.calibrated(self.std)
 
     def deviation(self, keys: torch.Tensor, values: torch.Tensor, first: int) -> Deviation | None:
         """Measure how the coefficients of some tokens differ from the calibrated ones, by `SAMPLE` of them at most.
@@ -64,7 +54,7 @@ class LayerTransform:
             flat(adjacent(keys.float())),
             flat(adjacent(values.float())),
             sample,
-            self._rotation(first, tokens, 1 / self._rope_scaling),
+            self._rotation(first, tokens, 1 / self.rope_scaling),
             self._mean,
             self._analysis,
             sums,
@@ -94,7 +84,7 @@ class LayerTransform:
             flat(adjacent(keys.float())),
             flat(adjacent(values.float())),
             tokens.order,
-            self._rotation(first, keys.shape[1], 1 / self._rope_scaling),
+            self._rotation(first, keys.shape[1], 1 / self.rope_scaling),
             self._center(quantization.model),
             self._analysis,
             tokens.start,
@@ -125,7 +115,7 @@ class LayerTransform:
             kernels.synthesise(
                 symbols,
                 quantization.tokens.order,
-                self._rotation(first, keys.shape[1], self._rope_scaling),
+                self._rotation(first, keys.shape[1], self.rope_scaling),
                 self._center(quantization.model),
                 self._synthesis,
                 quantization.tokens.start,
@@ -149,10 +139,6 @@ class LayerTransform:
         return center
 
     @cached_property
-    def _rope_scaling(self) -> float:
-        return float(self.basis.rope_scaling[self.layer])
-
-    @cached_property
     def _mean(self) -> np.ndarray:
         """Return the mean, float32 `[2 · kv_heads, head_dim]`."""
         mean: np.ndarray = self.basis.mean[self.layer].flatten(0, 1).numpy()
@@ -167,9 +153,3 @@ class LayerTransform:
     def _synthesis(self) -> np.ndarray:
         """Return `synthesis`, float32 `[2 · kv_heads, head_dim, padded]`, a row for each coefficient."""
         return padded_matrices(self.basis.synthesis[self.layer])
-
-
-@lru_cache(maxsize=4)
-def layer_transforms(basis: SpectralBasis) -> tuple[LayerTransform, ...]:
-    """Return the transforms of all layers; requests that use one basis share them."""
-    return tuple(LayerTransform(basis, layer) for layer in range(basis.mean.shape[0]))

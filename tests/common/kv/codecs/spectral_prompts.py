@@ -3,7 +3,8 @@
 import torch
 
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.spectral.encoder import SpectralEncoder
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.kernels.spectral import reference
@@ -43,7 +44,9 @@ def capture(basis: SpectralBasis, layer: int, tokens: int, mismatch: float = 1.0
 
 
 def encoder_of(basis: SpectralBasis, shape: KvGeometry, tokens: int, budget: float) -> SpectralEncoder:
-    return SpectralEncoder(basis, shape, tokens, int(budget * shape.fp16_bytes(tokens)), "attention", 0)
+    return SpectralEncoder(
+        CalibratedRequest(basis, shape, tokens, int(budget * shape.fp16_bytes(tokens)), "attention", 0)
+    )
 
 
 def plain_coefficients(

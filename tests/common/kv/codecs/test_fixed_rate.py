@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from spectrumkv.common.errors import DataLossError, InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.codecs import codecs
+from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.fixed_rate.block_codec import HEADER
 from spectrumkv.common.kv.codecs.fixed_rate.codec import FixedRateDecoder
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, KvSegment
@@ -23,7 +24,9 @@ from tests.common.kv.codecs.spectral_prompts import basis_of, capture, geometry,
 
 
 def encoder_of(basis: SpectralBasis, shape: KvGeometry, tokens: int, budget: float) -> FixedRateEncoder:
-    return FixedRateEncoder(basis, shape, tokens, int(budget * shape.fp16_bytes(tokens)), "attention", 0)
+    return FixedRateEncoder(
+        CalibratedRequest(basis, shape, tokens, int(budget * shape.fp16_bytes(tokens)), "attention", 0)
+    )
 
 
 def sent(basis: SpectralBasis, shape: KvGeometry, tokens: int, budget: float, tails: float = 0.0) -> list[KvSegment]:
@@ -142,7 +145,9 @@ def test_states_are_refused_or_come_back_however_large(magnitude: float, tokens:
     quiet = replace(basis, mean=torch.zeros_like(basis.mean))
     large = replace(seen, keys=seen.keys * magnitude, values=seen.values * magnitude, queries=seen.queries * 0)
     # Sinks would not fit float16.
-    encoder = FixedRateEncoder(quiet, shape, tokens, int(0.6 * shape.fp16_bytes(tokens)), "position", 0)
+    encoder = FixedRateEncoder(
+        CalibratedRequest(quiet, shape, tokens, int(0.6 * shape.fp16_bytes(tokens)), "position", 0)
+    )
     encoder._sink_count = 0
     if magnitude >= 1e20:
         with pytest.raises(InvalidArgumentError, match=r"layer 0|too large|spread is"):
@@ -251,7 +256,7 @@ def test_a_segment_of_sinks_only_has_nothing_else() -> None:
     shape = geometry(layers=1)
     basis = basis_of(shape)
     seen = capture(basis, 0, 1)
-    encoder = FixedRateEncoder(basis, shape, 1, 100 * shape.fp16_bytes(1), "attention", 0)
+    encoder = FixedRateEncoder(CalibratedRequest(basis, shape, 1, 100 * shape.fp16_bytes(1), "attention", 0))
     [segment] = encoder.encode(seen)
     assert segment.body.numel() == HEADER.size + shape.fp16_bytes_per_layer(1)
     received = torch.empty(2, 2, 1, 16)

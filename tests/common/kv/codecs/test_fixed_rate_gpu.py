@@ -8,13 +8,14 @@ import torch
 
 from spectrumkv.common.errors import InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.capture import LayerCapture
+from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.fixed_rate import coded_layer
 from spectrumkv.common.kv.codecs.fixed_rate.block_codec import HEADER
 from spectrumkv.common.kv.codecs.fixed_rate.codec import FixedRateDecoder
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
 from spectrumkv.common.kv.codecs.fixed_rate.gpu import layers as gpu_layers
 from spectrumkv.common.kv.codecs.fixed_rate.gpu.basis import device_basis
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.kernels.fixed_rate.triton.tables import quantizer_tables
@@ -29,7 +30,7 @@ ATTEMPT_LAUNCHES = 3
 
 
 def encoder_of(basis: SpectralBasis, shape: KvGeometry, tokens: int, scorer: str = "attention") -> FixedRateEncoder:
-    return FixedRateEncoder(basis, shape, tokens, int(0.5 * shape.fp16_bytes(tokens)), scorer, 0)
+    return FixedRateEncoder(CalibratedRequest(basis, shape, tokens, int(0.5 * shape.fp16_bytes(tokens)), scorer, 0))
 
 
 def on_gpu(seen: LayerCapture) -> LayerCapture:
@@ -138,7 +139,7 @@ def test_what_cannot_be_sent_is_refused(
     basis = basis_of(shape)
     seen = capture(basis, 0, 6)
     getattr(seen, side)[0, token, 2] = value
-    encoder = FixedRateEncoder(basis, shape, 6, int(2 * shape.fp16_bytes(6)), "attention", 0)
+    encoder = FixedRateEncoder(CalibratedRequest(basis, shape, 6, int(2 * shape.fp16_bytes(6)), "attention", 0))
     with simulated_gpu(), pytest.raises(error, match=text):
         list(encoder.encode(on_gpu(seen)))
 

@@ -8,6 +8,7 @@ import pytest
 # In a process of its own: what other tests had compiled would hide what is missing.
 REQUEST = """
 import torch
+from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.fixed_rate.codec import FixedRateDecoder, prepare
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
 from spectrumkv.common.kv.segment import parse_segment
@@ -28,8 +29,8 @@ for tokens, mismatch in ((1, 1.0), (40, 1.0), (300, 30.0)):
         # As models leave them: token by token.
         for states in (seen.keys, seen.values):
             states.set_(states.transpose(0, 1).contiguous().transpose(0, 1))
-        encoder = FixedRateEncoder(basis, shape, tokens, int(0.4 * shape.fp16_bytes(tokens)), "attention", 0)
-        for segment in encoder.encode(seen):
+        request = CalibratedRequest(basis, shape, tokens, int(0.4 * shape.fp16_bytes(tokens)), "attention", 0)
+        for segment in FixedRateEncoder(request).encode(seen):
             payload = segment.header + segment.body.numpy().tobytes()
             slots = torch.empty(2, shape.kv_heads, 2 * tokens, shape.head_dim)[:, :, tokens:]
             FixedRateDecoder(basis, shape).decode(parse_segment(payload, 0)[0], slots[0], slots[1])

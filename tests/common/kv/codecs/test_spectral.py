@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from spectrumkv.common.errors import DataLossError, InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.base import basis_types, codecs, parse_basis
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis, angles
+from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis, angles
 from spectrumkv.common.kv.codecs.spectral.codec import SpectralDecoder
 from spectrumkv.common.kv.codecs.spectral.layout import TokenClasses, expected_bits
 from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment, decode_segment, encode_segment

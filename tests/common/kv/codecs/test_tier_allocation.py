@@ -5,8 +5,9 @@ import torch
 
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.base import codecs
+from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.segmentation import token_bytes
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.spectral.tier_allocation import SpectralTiers
 from spectrumkv.common.kv.codecs.tiered import TieredEncoder, tier_codecs
 from spectrumkv.common.kv.geometry import KvGeometry
@@ -18,7 +19,9 @@ ABSMAX = tier_codecs()["absmax"]
 
 def encoder_of(basis: SpectralBasis, shape: KvGeometry, tokens: int, segment_bytes: int) -> TieredEncoder:
     taken = {tier: token_bytes(ABSMAX, tier, shape) for tier in ABSMAX.tiers}
-    return TieredEncoder(ABSMAX, shape, SpectralTiers(basis, taken, shape, tokens, segment_bytes, "attention", 0))
+    return TieredEncoder(
+        ABSMAX, shape, SpectralTiers(CalibratedRequest(basis, shape, tokens, segment_bytes, "attention", 0), taken)
+    )
 
 
 @pytest.mark.parametrize("tokens", [300, 1500])

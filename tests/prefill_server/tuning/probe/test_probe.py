@@ -13,7 +13,7 @@ from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentErr
 from spectrumkv.common.kv.allocation import Int4Layers
 from spectrumkv.common.kv.codecs.absmax import AbsmaxCodec
 from spectrumkv.common.kv.codecs.base import codecs
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.kv.tiers import Tier

@@ -5,11 +5,11 @@ from functools import cached_property, lru_cache, partial
 
 import torch
 
+from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis, angles
+from spectrumkv.common.kv.codecs.calibrated.importance import SENSITIVITY_POWER
 from spectrumkv.common.kv.codecs.fixed_rate.coded_layer import TRUSTED_ATTENTION
 from spectrumkv.common.kv.codecs.fixed_rate.rate import later_groups
-from spectrumkv.common.kv.codecs.fixed_rate.transform import layer_transforms
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis, angles
-from spectrumkv.common.kv.codecs.spectral.importance import SENSITIVITY_POWER
+from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
 from spectrumkv.kernels.fixed_rate.triton.tables import AnalysisTables, Angles, SynthesisTables, upload_to_stay
 
 
@@ -60,7 +60,7 @@ class DeviceBasis:
         return SynthesisTables(*upload_to_stay(parts, self._device))
 
     def _made(self, layer: int) -> AnalysisTables:
-        basis, transforms = self._basis, layer_transforms(self._basis)
+        basis, transforms = self._basis, LayerTransform.of_layers(self._basis)
         scales, later = transforms[layer].calibrated, later_groups(transforms)
         arrays = (
             basis.mean[layer].flatten(0, 1),

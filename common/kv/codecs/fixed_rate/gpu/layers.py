@@ -6,17 +6,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from spectrumkv.common.errors import InternalError, InvalidArgumentError, NotFiniteError
+from spectrumkv.common.errors import InternalError, NotFiniteError
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.body import to_host
+from spectrumkv.common.kv.codecs.calibrated.importance import attention_shares
+from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.fixed_rate.block_codec import (
     ESCAPE_BYTES,
     HEADER,
     WORD_BYTES,
     Block,
+    BlockSpan,
     LayerSteps,
     check_escapes,
-    padded,
 )
 from spectrumkv.common.kv.codecs.fixed_rate.coded_layer import (
     MAY_BE_LEFT,
@@ -24,17 +26,15 @@ from spectrumkv.common.kv.codecs.fixed_rate.coded_layer import (
     CodedLayer,
     demand_of,
     fit_last,
+    fixed_bytes,
+    refuse_states,
     segment_of,
 )
 from spectrumkv.common.kv.codecs.fixed_rate.gpu.basis import DeviceBasis, device_basis
 from spectrumkv.common.kv.codecs.fixed_rate.rate import RateControl
 from spectrumkv.common.kv.codecs.fixed_rate.statistics import BlockStatistics, calibrated_scales, check_spreads
-from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform, layer_transforms
-from spectrumkv.common.kv.codecs.spectral.basis import SpectralBasis
-from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.kv.scoring import mean_attention, scorers
-from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, SEGMENT_HEADER
-from spectrumkv.common.kv.tiers import tier_map_bytes
+from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
+from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES
 from spectrumkv.kernels.fixed_rate.layout import LOWEST_CLASS, LOWEST_GAIN, RowScales
 from spectrumkv.kernels.fixed_rate.triton import encode as kernels
 from spectrumkv.kernels.fixed_rate.triton.blocks import (
@@ -62,16 +62,10 @@ class GpuLayers:
     """What codes the layers of one prompt.
 
     Attributes:
-        basis: of the model.
-        geometry: shape and dtype of the model's cache.
-        scorer: name of the scorer that ranks tokens.
-        seed: for scorers that draw.
+        request: the prompt.
     """
 
-    basis: SpectralBasis
-    geometry: KvGeometry
-    scorer: str
-    seed: int
+    request: CalibratedRequest
 
     def code(self, capture: LayerCapture, rate: RateControl, plan: BlockPlan) -> CodedLayer:
         """Code a layer.
@@ -92,7 +86,7 @@ class GpuLayers:
         if rate.is_last:
             # It takes what is left, which may be more.
             planned = max(planned, rate.left_bytes)
-        least = int(ROOM * planned) + self.geometry.fp16_bytes_per_layer(plan.sinks) + SPARE_BYTES
+        least = int(ROOM * planned) + self.request.geometry.fp16_bytes_per_layer(plan.sinks) + SPARE_BYTES
         for room in sorted({min(aligned(least), MAX_CHUNK_PAYLOAD_BYTES), MAX_CHUNK_PAYLOAD_BYTES}):
             try:
                 return self._code(capture, rate, plan, room)
@@ -101,13 +95,14 @@ class GpuLayers:
         return CodedLayer([], 0, 0)
 
     def _code(self, capture: LayerCapture, rate: RateControl, plan: BlockPlan, room: int) -> CodedLayer:
-        on_device = device_basis(self.basis, capture.keys.device)
-        transform = layer_transforms(self.basis)[capture.layer]
-        shape = BlockShape(capture.tokens, plan.size, plan.sinks, plan.own_tokens(transform.rows), room)
-        layer, work = self._launch(capture, rate, shape, on_device)
+        basis, rows = self.request.basis, self.request.geometry.elements_per_token_layer
+        transform, spans = LayerTransform.of_layers(basis)[capture.layer], plan.spans(capture.tokens, rows)
+        shape = BlockShape(capture.tokens, plan.size, plan.sinks, plan.own_tokens(rows), room)
+        words = _record_words(rate, fixed_bytes(spans, rows))
+        layer, work = self._launch(capture, rate, shape, words, device_basis(basis, capture.keys.device))
         host = layer.copied(to_host(layer.memory))
         self._check(capture, host)
-        blocks = [self._block(transform, host, number, found) for number, found in enumerate(host.blocks)]
+        blocks = [_block(transform, span, host, number) for number, span in enumerate(spans)]
         steps = LayerSteps(host.base, capture.tokens)
         coded = _coded(blocks, host, steps)
         rate.drift, rate.smooth_base = host.drift, host.smooth_base
@@ -123,32 +118,20 @@ class GpuLayers:
         return fit_last(blocks, demand_of(blocks), rate, capture.tokens, steps, code)
 
     def _launch(
-        self, capture: LayerCapture, rate: RateControl, shape: BlockShape, on_device: DeviceBasis
+        self, capture: LayerCapture, rate: RateControl, shape: BlockShape, words: int, on_device: DeviceBasis
     ) -> tuple[DeviceLayer, Workspace]:
         """Return what the GPU will make of the layer, and do not wait for it."""
-        words = rate.expected_words(_fixed_bytes(shape, 2 * self.geometry.kv_heads * self.geometry.head_dim))
-        if rate.is_last:
-            # The middle of what is good enough: escapes are foreseen only.
-            words -= int(MAY_BE_LEFT * rate.segment_bytes / 2) // WORD_BYTES
         kind = on_device.kinds[capture.layer]
         cosine, sine = (one[kind] for one in on_device.angles(shape.tokens))
         return kernels.encode(
             capture.keys,
             capture.values,
-            self._shares(capture),
+            attention_shares(capture, self.request.scorer, self.request.seed),
             (cosine, sine),
             on_device.analysis(capture.layer),
             shape,
             LayerRate(words, rate.drift, rate.drift_weight, rate.smooth_base or 0.0, rate.base_weight),
         )
-
-    def _shares(self, capture: LayerCapture) -> torch.Tensor:
-        """Return each token's share of the attention, float32 `[n]` on the GPU; see `importance.step_octaves`."""
-        shares = mean_attention(capture)
-        if self.scorer == "attention":
-            return shares
-        ranking = scorers.get(self.scorer)(capture, self.seed).argsort(descending=True, stable=True)
-        return torch.empty_like(shares).scatter_(0, ranking, shares.sort(descending=True).values)
 
     def _check(self, capture: LayerCapture, host: DeviceLayer) -> None:
         """Refuse a layer of which something is not finite.
@@ -159,54 +142,46 @@ class GpuLayers:
         """
         if host.broken_scores:
             raise NotFiniteError(f"keys or queries of layer {capture.layer} are infinite or NaN")
-        if not any(found[BLOCK_BROKEN] for found in host.blocks):
-            return
-        if bool(capture.keys.isfinite().all()) and bool(capture.values.isfinite().all()):
-            raise InvalidArgumentError(
-                f"keys or values of layer {capture.layer} are too large for codec fixed_rate, or those of the first "
-                f"tokens for {self.geometry.half_dtype}"
-            )
-        raise NotFiniteError(f"keys or values of layer {capture.layer} are infinite or NaN")
-
-    def _block(self, transform: LayerTransform, host: DeviceLayer, number: int, found: Sequence[int]) -> Block:
-        """Return what was measured of a block.
-
-        Raises:
-            InvalidArgumentError: a row's spread is too large for the codec.
-        """
-        shape = host.shape
-        first = number * shape.size
-        length = min(shape.size, shape.tokens - first)
-        sinks = min(max(0, shape.sinks - first), length)
-        body = host.bodies[number * shape.body_bytes :].numpy()
-        at = HEADER.size + self.geometry.fp16_bytes_per_layer(sinks)
-        own, count, rows = length - sinks >= shape.own_tokens, length - sinks, transform.rows
-        sink_bytes = body[HEADER.size : at]
-        if not count:
-            return Block(transform, first, sink_bytes, sinks, torch.empty(0, rows), np.empty(0, np.int64), None)
-        if own:
-            scales = RowScales(found[BLOCK_TOP], body[at : at + rows], body[at + rows : at + 2 * rows].view(np.int8))
-            at += 2 * rows
-        else:
-            scales = calibrated_scales(transform.std, found[BLOCK_TOP] - transform.calibrated.top)
-        check_spreads(scales)
-        tokens = body[at : at + count].astype(np.int64)
-        statistics = BlockStatistics(scales, (tokens >> 4) + LOWEST_GAIN, own)
-        classes = (tokens & 15) + LOWEST_CLASS
-        return Block(transform, first, sink_bytes, sinks, torch.empty(0, rows), classes, statistics)
+        if any(found[BLOCK_BROKEN] for found in host.blocks):
+            half = self.request.geometry.half_dtype
+            refuse_states(capture, f"codec fixed_rate, or those of the first tokens for {half}")
 
 
-def _fixed_bytes(shape: BlockShape, rows: int) -> int:
-    """Return the bytes of a layer's segments without records and escapes."""
-    total = 0
-    for first in range(0, shape.tokens, shape.size):
-        length = min(shape.size, shape.tokens - first)
-        sinks = min(max(0, shape.sinks - first), length)
-        own = 0 < shape.own_tokens <= length - sinks
-        scales = 2 * rows if own else 0
-        total += SEGMENT_HEADER.size + tier_map_bytes(length) + HEADER.size
-        total += 2 * rows * sinks + scales + padded(length - sinks)
-    return total
+def _record_words(rate: RateControl, fixed: int) -> int:
+    """Return the words that the records of this and all later layers may take.
+
+    Args:
+        rate: of the request.
+        fixed: bytes of the layer's segments without records and escapes.
+    """
+    words = rate.expected_words(fixed)
+    if not rate.is_last:
+        return words
+    # The middle of what is good enough: escapes are foreseen only.
+    return words - int(MAY_BE_LEFT * rate.segment_bytes / 2) // WORD_BYTES
+
+
+def _block(transform: LayerTransform, span: BlockSpan, host: DeviceLayer, number: int) -> Block:
+    """Return what was measured of a block.
+
+    Raises:
+        InvalidArgumentError: a row's spread is too large for the codec.
+    """
+    body, rows = host.bodies[number * host.shape.body_bytes :].numpy(), transform.rows
+    at = HEADER.size + 2 * rows * span.sinks
+    sinks = body[HEADER.size : at]
+    if not span.coded:
+        return Block(transform, span, sinks, torch.empty(0, rows), np.empty(0, np.int64), None)
+    top = host.blocks[number][BLOCK_TOP]
+    if span.own:
+        scales = RowScales(top, body[at : at + rows], body[at + rows : at + 2 * rows].view(np.int8))
+        at += 2 * rows
+    else:
+        scales = calibrated_scales(transform.std, top - transform.calibrated.top)
+    check_spreads(scales)
+    tokens = body[at : at + span.coded].astype(np.int64)
+    statistics = BlockStatistics(scales, (tokens >> 4) + LOWEST_GAIN)
+    return Block(transform, span, sinks, torch.empty(0, rows), (tokens & 15) + LOWEST_CLASS, statistics)
 
 
 def _starts(blocks: Sequence[Block], steps: LayerSteps) -> torch.Tensor:
@@ -214,7 +189,7 @@ def _starts(blocks: Sequence[Block], steps: LayerSteps) -> torch.Tensor:
     parts = []
     for block in blocks:
         layout = block.layout(steps)
-        parts.append(np.zeros(block.sink_count, np.int32))
+        parts.append(np.zeros(block.span.sinks, np.int32))
         if layout is not None:
             parts.append(layout.starts[:-1].astype(np.int32))
     return torch.from_numpy(np.concatenate(parts))
@@ -235,7 +210,7 @@ def _coded(blocks: Sequence[Block], host: DeviceLayer, steps: LayerSteps) -> Cod
             raise InternalError(
                 f"layer {block.transform.layer}: the GPU's records have {words} words, their layout {layout.words}"
             )
-        size = block.fixed_bytes + WORD_BYTES * words + ESCAPE_BYTES * escapes
+        size = block.span.fixed_bytes(block.transform.rows) + WORD_BYTES * words + ESCAPE_BYTES * escapes
         if size > host.shape.body_bytes:
             raise _RoomError
         body = host.bodies[number * host.shape.body_bytes :][:size]

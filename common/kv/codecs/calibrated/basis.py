@@ -1,4 +1,4 @@
-"""The basis of the spectral codec: what both sides must have in common, and how it travels."""
+"""The calibrated basis of a model: what both sides must have in common, and how it travels."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -10,8 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from spectrumkv.common.errors import InternalError, InvalidArgumentError
-from spectrumkv.common.kv.codecs.base import Codec, needed_basis
+from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.geometry import HeadRange, KvGeometry
 
@@ -208,24 +207,22 @@ class SpectralBasis(Basis):
             raise InvalidArgumentError(f"these {len(data)} bytes are no spectral basis: {error}") from error
 
 
-def needed_spectral_basis(codec: Codec, basis: Basis | None) -> SpectralBasis:
-    """Return a basis that a codec cannot do without, for the codecs that code in a spectral basis.
+def identity_basis(geometry: KvGeometry) -> SpectralBasis:
+    """Return a basis that changes nothing, for trials before a model's own is known.
 
     Args:
-        codec: that needs it.
-        basis: the model's; None where there is none.
-
-    Returns:
-        `basis`.
-
-    Raises:
-        FailedPreconditionError: there is none.
-        InternalError: it is of another type.
+        geometry: shape and dtype of the model's cache.
     """
-    found = needed_basis(codec, basis)
-    if not isinstance(found, SpectralBasis):
-        raise InternalError(f"codec {codec.name!r} was given a {type(found).__name__} as its basis")
-    return found
+    layers, head_dim = geometry.layers, geometry.head_dim
+    lead = (layers, SIDES, geometry.kv_heads)
+    return SpectralBasis(
+        mean=torch.zeros(*lead, head_dim),
+        analysis=torch.eye(head_dim).expand(*lead, -1, -1).contiguous(),
+        std=torch.ones(*lead, head_dim),
+        attention_exponent=torch.ones(layers),
+        rope_frequencies=torch.ones(layers, head_dim // 2, dtype=torch.float64),
+        rope_scaling=torch.ones(layers, dtype=torch.float64),
+    )
 
 
 def angles(frequencies: tuple[float, ...], first: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ import torch
 
 from spectrumkv.common.errors import FailedPreconditionError, ResourceExhaustedError
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.service import start_checks
+from spectrumkv.common.service import cgroup
 from spectrumkv.common.telemetry.metrics import Metrics
 
 # How soon a refused prefill may ask again: about the time in which a short answer frees its slots.
@@ -48,7 +48,7 @@ class KvPool:
             raise FailedPreconditionError(
                 f"--kv-memory of {memory_bytes} bytes holds no slot; one takes {self.slot_bytes} bytes"
             )
-        there = start_checks.memory_bytes()
+        there = cgroup.memory_bytes()
         if device.type == "cpu" and there is not None and memory_bytes > there:
             raise FailedPreconditionError(
                 f"--kv-memory is {memory_bytes} bytes, and this machine, or the control group of this "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectrumkv.bench.report.plot import check_plot
 from spectrumkv.client.cli.output import check_writable, write_json
-from spectrumkv.common.service.start_checks import memory_bytes
+from spectrumkv.common.service.cgroup import memory_bytes
 
 # Not imported at run time: the bench of kvpress runs on another transformers than loading a model does.
 if TYPE_CHECKING:

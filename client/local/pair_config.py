@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import Any
 
+from spectrumkv.client.local.memory_shares import kv_memory_of_both
 from spectrumkv.client.local.service_process import ServiceLaunch
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.security import ChannelSecurity, TlsFiles
@@ -86,18 +87,24 @@ def plan_launches(options: Options) -> tuple[ServiceLaunch, ServiceLaunch]:
         options: names of `PairConfig` and their values as text, True or False.
 
     Raises:
-        InvalidArgumentError: a name is unknown or a value is not allowed.
+        InvalidArgumentError: a name is unknown, a value is not allowed, or memory for KV is given that is not there.
     """
     pair = build(PairConfig, dict(options))
     decode, decode_metrics, prefill, prefill_metrics = _with_ports(
         [pair.decode[0], pair.decode_metrics_listen, pair.listen, pair.metrics_listen]
     )
     more = {"decode": str(decode)}
+    decode_bytes, prefill_bytes = kv_memory_of_both(
+        pair.device, pair.kv_memory if "kv_memory" in options else None, pair.prefill_kv_memory
+    )
+    decodes = {} if "kv_memory" in options else {"kv_memory": str(decode_bytes)}
+    if pair.prefill_kv_memory is None and prefill_bytes is not None:
+        more["prefill_kv_memory"] = str(prefill_bytes)
     if pair.token_file is not None and pair.decode_token_file is None:
         # Both services accept the same tokens here.
         more["decode_token_file"] = pair.token_file
     return (
-        _launch("decode", DECODE_MODULE, DecodeConfig, options, decode, decode_metrics, {}),
+        _launch("decode", DECODE_MODULE, DecodeConfig, options, decode, decode_metrics, decodes),
         _launch("prefill", PREFILL_MODULE, PrefillConfig, options, prefill, prefill_metrics, more),
     )
 

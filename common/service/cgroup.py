@@ -8,7 +8,9 @@ limits are at the mount itself.
 """
 
 import math
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path("/")
@@ -27,6 +29,18 @@ def memory_limit(root: Path = ROOT) -> int | None:
     ]
     # Version 2 writes "max" for no limit, version 1 a number close to 2^63.
     return min((int(text) for text in texts if text.isdecimal() and int(text) < 1 << 62), default=None)
+
+
+def memory_bytes() -> int | None:
+    """Return the memory that this process may use in bytes: the machine's, or its container's where that is less.
+
+    Returns:
+        The bytes; None where the system does not say.
+    """
+    known = [memory_limit()]
+    with suppress(AttributeError, ValueError, OSError):
+        known.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min((one for one in known if one is not None), default=None)
 
 
 def processor_limit(root: Path = ROOT) -> int | None:

@@ -1,11 +1,9 @@
 """Finds what is wrong with a service's options before the service loads its model, which takes seconds or minutes."""
 
 import os
-from contextlib import suppress
 
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
 from spectrumkv.common.security import ServerSecurity
-from spectrumkv.common.service import cgroup
 from spectrumkv.common.service.config import Address, ServerConfig, flag_name
 from spectrumkv.kernels.jit.llvm import converts_float16
 
@@ -47,15 +45,3 @@ def _check_address(name: str, address: Address) -> None:
         raise InvalidArgumentError(
             f"{flag_name(name)} {address} cannot be listened on: {reason}; name another address, or stop what uses it"
         ) from error
-
-
-def memory_bytes() -> int | None:
-    """Return the memory that this process may use in bytes: the machine's, or its container's where that is less.
-
-    Returns:
-        The bytes; None where the system does not say.
-    """
-    known = [cgroup.memory_limit()]
-    with suppress(AttributeError, ValueError, OSError):
-        known.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return min((one for one in known if one is not None), default=None)

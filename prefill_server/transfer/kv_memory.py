@@ -9,7 +9,7 @@ import torch
 
 from spectrumkv.common.errors import CancelledError
 from spectrumkv.common.rpc.scope import RpcScope
-from spectrumkv.common.service.start_checks import memory_bytes
+from spectrumkv.common.service.cgroup import memory_bytes
 
 # Share of the memory that KV may take where no option says how much.
 DEFAULT_SHARE = 0.5

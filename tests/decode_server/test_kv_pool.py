@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry
 
 from spectrumkv.common.errors import FailedPreconditionError, ResourceExhaustedError
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.service import start_checks
+from spectrumkv.common.service import cgroup
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.kv_pool import Allocation, KvPool
 
@@ -34,7 +34,7 @@ def test_memory_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(FailedPreconditionError, match=r"--kv-memory is 2\d+ bytes, .* has \d+, of"):
         KvPool(GEOMETRY, 2 * 10**15, device, metrics)
     # A machine that does not say, and an allocator that says no.
-    monkeypatch.setattr(start_checks, "memory_bytes", lambda: None)
+    monkeypatch.setattr(cgroup, "memory_bytes", lambda: None)
     with pytest.raises(
         FailedPreconditionError, match="--kv-memory of 4611686018427387904 bytes cannot be had on cpu"
     ):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from spectrumkv.common.service import cgroup, entrypoints, start_checks
+from spectrumkv.common.service import cgroup, entrypoints
 from spectrumkv.common.service.cgroup import memory_limit, processor_limit
 
 
@@ -63,12 +63,12 @@ def test_a_machine_without_groups_has_no_limits(tmp_path: Path) -> None:
 
 def test_the_smaller_of_machine_and_group_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroup, "memory_limit", lambda: None)
-    whole = start_checks.memory_bytes()
+    whole = cgroup.memory_bytes()
     assert whole is not None
     monkeypatch.setattr(cgroup, "memory_limit", lambda: 1 << 30)
-    assert start_checks.memory_bytes() == min(whole, 1 << 30)
+    assert cgroup.memory_bytes() == min(whole, 1 << 30)
     monkeypatch.setattr(cgroup, "memory_limit", lambda: whole + 1)
-    assert start_checks.memory_bytes() == whole
+    assert cgroup.memory_bytes() == whole
 
 
 @pytest.mark.parametrize(("limit", "given", "expected"), [(1, None, "1"), (None, None, None), (1, "7", "7")])

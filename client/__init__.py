@@ -3,20 +3,30 @@
 Importing the client loads neither torch nor transformers.
 """
 
-from spectrumkv.client.client import CompletionStream, SpectrumClient
-from spectrumkv.client.completion import Completion, Timings, TokenEvent, Usage
+from spectrumkv.client.client import SpectrumClient
+from spectrumkv.client.completion import Answer, Completion, PromptToken, TokenEvent, Usage
 from spectrumkv.client.request import KvChoice, Message, Request, Sampling, TokenIds
+from spectrumkv.client.stream import CompletionStream
+from spectrumkv.client.structured_output import StructuredOutput
+from spectrumkv.client.timings import Timings
+from spectrumkv.client.tools import Tool, ToolCall, Tools
 
 __all__ = [
+    "Answer",
     "Completion",
     "CompletionStream",
     "KvChoice",
     "Message",
+    "PromptToken",
     "Request",
     "Sampling",
     "SpectrumClient",
+    "StructuredOutput",
     "Timings",
     "TokenEvent",
     "TokenIds",
+    "Tool",
+    "ToolCall",
+    "Tools",
     "Usage",
 ]

@@ -5,10 +5,11 @@ Why this is neither pydantic, beartype nor typeguard: docs/adr/0112-argument-che
 
 import math
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args
 
 from spectrumkv.common.errors import InvalidArgumentError
 
@@ -34,12 +35,12 @@ def check_type(name: str, value: object, declared: Any) -> None:
     Args:
         name: the argument's name, for the error.
         value: the value that was passed.
-        declared: the argument's type: a key of `_KINDS`, or a class.
+        declared: the argument's type: a key of `_KINDS`, a class, a class or None, or a tuple of a class.
 
     Raises:
         InvalidArgumentError: the value has another type, or is a text that UTF-8 cannot encode.
     """
-    kind = _KINDS.get(declared) or _Kind(f"a {declared.__name__}", lambda one: isinstance(one, declared))
+    kind = _KINDS.get(declared) or _kind_of_class(declared)
     if not kind.fits(value):
         raise InvalidArgumentError(f"{name} is {reprlib.repr(value)}; allowed: {kind.allowed}")
     if isinstance(value, str):
@@ -128,6 +129,19 @@ def _each(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, Sequence) and not isinstance(value, str | bytes) and all(map(fits, value))
 
 
+def _is_logit_bias(value: object) -> bool:
+    return isinstance(value, Mapping) and all(map(_is_whole, value)) and all(map(_is_number, value.values()))
+
+
+def _kind_of_class(declared: Any) -> _Kind:
+    if not get_args(declared):
+        return _Kind(f"a {declared.__name__}", lambda one: isinstance(one, declared))
+    named = get_args(declared)[0]
+    if isinstance(declared, UnionType):
+        return _Kind(f"a {named.__name__}, or None", lambda one: one is None or isinstance(one, named))
+    return _Kind(f"a tuple of {named.__name__}", _each(lambda one: isinstance(one, named)))
+
+
 _KINDS: dict[Any, _Kind] = {
     str: _Kind("a text", _is_text),
     str | None: _Kind("a text, or None for the server's default", _or_none(_is_text)),
@@ -137,4 +151,5 @@ _KINDS: dict[Any, _Kind] = {
     bool: _Kind("True or False", _is_switch),
     tuple[str, ...]: _Kind("texts, such as ('one', 'two')", _each(_is_text)),
     tuple[int, ...]: _Kind("token ids, such as (1, 2, 3)", _each(_is_whole)),
+    Mapping[int, float]: _Kind("numbers by token id, such as {11: -100}", _is_logit_bias),
 }

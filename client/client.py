@@ -17,9 +17,10 @@ import grpc
 
 from spectrumkv.client import readiness
 from spectrumkv.client.argument_types import check_type, grpc_timeout
-from spectrumkv.client.completion import Completion, Finished, TokenEvent
 from spectrumkv.client.request import KvChoice, Prompt, Request, Sampling
-from spectrumkv.common.errors import DeadlineExceededError, FailedPreconditionError, InternalError, NotFoundError
+from spectrumkv.client.stream import CompletionStream
+from spectrumkv.client.tools import Tools
+from spectrumkv.common.errors import FailedPreconditionError, NotFoundError
 from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.common.security import ChannelSecurity
@@ -30,104 +31,6 @@ DEFAULT_TIMEOUT_SECONDS = 600.0
 INFO_TIMEOUT_SECONDS = 10.0
 
 ServerInfo = prefill_pb2.PrefillServiceGetServerInfoResponse | decode_pb2.DecodeServiceGetServerInfoResponse
-
-
-class CompletionStream:
-    """Iterate over the tokens of one request as they arrive; `result` returns the whole completion.
-
-    Args:
-        call: the running RPC.
-        sent: when the request was sent, by `time.perf_counter`.
-        timeout: the deadline of the call in seconds, which error messages name.
-        address: the server, which error messages name.
-    """
-
-    def __init__(self, call: Any, sent: float, timeout: float, address: str) -> None:
-        self._call = call
-        self._sent = sent
-        self._timeout = timeout
-        self._address = address
-        self._tokens: list[TokenEvent] = []
-        self._finished: Finished | None = None
-
-    def __iter__(self) -> "CompletionStream":
-        return self
-
-    def __next__(self) -> TokenEvent:
-        """Return the next token, after waiting for it.
-
-        Raises:
-            SpectrumKVError: the server ended the request with an error (the class corresponds to the status), or
-                its answer breaks the protocol.
-            InternalError: the server sent more after the end of the answer.
-        """
-        while True:
-            response = self._receive()
-            arrived = time.perf_counter() - self._sent
-            if self._finished is not None:
-                raise InternalError("the server sent more after the result")
-            if response.WhichOneof("message") == "token":
-                return self._accept(TokenEvent.from_proto(response.token, arrived))
-            # The completion is good only if the RPC then ends with status OK.
-            self._finished = Finished.from_proto(response.finished, arrived)
-
-    def result(self) -> Completion:
-        """Return the whole completion, after waiting for the remaining tokens.
-
-        Raises:
-            SpectrumKVError: see `__next__`.
-            InternalError: the stream was read before, and ended without a result.
-        """
-        for _ in self:
-            pass
-        if self._finished is None:
-            raise InternalError("the completion has no result")
-        return Completion(tuple(self._tokens), self._finished)
-
-    def cancel(self) -> None:
-        """Cancel the request, so that both services free its memory. A request that has ended is left as it is."""
-        self._call.cancel()
-
-    def __enter__(self) -> "CompletionStream":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.cancel()
-
-    def _receive(self) -> prefill_pb2.GenerateResponse:
-        response: prefill_pb2.GenerateResponse
-        try:
-            response = next(self._call)
-            return response
-        except StopIteration:
-            if self._finished is None:
-                raise InternalError(
-                    f"the server ended the stream after {len(self._tokens)} tokens without a result"
-                ) from None
-            raise
-        except grpc.RpcError as error:
-            # Sooner, it is a limit of the server's, whose own sentence says so.
-            own = time.perf_counter() - self._sent > 0.98 * self._timeout - 0.1
-            if own and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise DeadlineExceededError(
-                    f"no complete answer within {self._timeout:g} s ({len(self._tokens)} tokens had come); "
-                    "allow more time or ask for fewer tokens"
-                ) from error
-            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                # A prefill service of this release implements the method, and never forwards this status of a worker.
-                raise FailedPreconditionError(
-                    f"{self._address} is no prefill service of this release, perhaps a decode service or another "
-                    f"program ({error.details()}); name the prefill service"
-                ) from error
-            raise error_from_rpc(error) from error
-
-    def _accept(self, token: TokenEvent) -> TokenEvent:
-        if token.index != len(self._tokens):
-            raise InternalError(f"token {token.index} arrived where token {len(self._tokens)} was due")
-        self._tokens.append(token)
-        return token
 
 
 class SpectrumClient:
@@ -178,6 +81,7 @@ class SpectrumClient:
         kv: KvChoice = KvChoice(),  # noqa: B008  # frozen
         model: str | None = None,
         request_id: str | None = None,
+        tools: Tools = Tools(),  # noqa: B008  # frozen
         timeout: float = DEFAULT_TIMEOUT_SECONDS,
         trace: TraceContext = TraceContext(),  # noqa: B008  # frozen
     ) -> CompletionStream:
@@ -189,6 +93,7 @@ class SpectrumClient:
             kv: how the KV cache is sent from prefill to decode.
             model: the name of the model that the server must serve; None accepts any.
             request_id: identifies the request in both services' logs; None lets the server draw one.
+            tools: the functions that the model may call; they need a prompt of messages.
             timeout: seconds until the whole request ends with DeadlineExceededError; infinity is none.
             trace: the trace that the request is part of; both services log its id.
 
@@ -199,7 +104,7 @@ class SpectrumClient:
             InvalidArgumentError: an argument has another type, or is a text that UTF-8 cannot encode. If the server
                 refuses the request, the stream raises the error.
         """
-        request = Request(prompt=prompt, sampling=sampling, kv=kv, model=model, request_id=request_id)
+        request = Request(prompt=prompt, sampling=sampling, kv=kv, model=model, request_id=request_id, tools=tools)
         return self.send(request, timeout, trace)
 
     def send(

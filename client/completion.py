@@ -1,10 +1,9 @@
-"""Hold what a caller gets: tokens as they arrive, the whole completion, and how long it took."""
+"""Hold what a caller gets: tokens as they arrive, the whole completion, and what it used."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any
 
+from spectrumkv.client.timings import Timings
 from spectrumkv.v1 import generation_pb2, kv_pb2, prefill_pb2
 
 
@@ -21,12 +20,14 @@ class TokenEvent:
     """Describe one generated token.
 
     Args:
-        index: 0, 1, 2, … within the completion.
+        index: 0, 1, 2, … within its answer.
         token_id: the token.
         text: the text that this token completes; it may be empty.
         logprob: log-probability of the token; None where the request did not ask for it.
         top_logprobs: the most likely tokens; empty where the request did not ask for them.
         arrived_seconds: when the token arrived, in seconds after the request was sent.
+        answer: which of the request's `n` answers the token belongs to, from 0.
+        finish_reason: "stop" or "length" for an answer's last token; None for the others.
     """
 
     index: int
@@ -35,6 +36,8 @@ class TokenEvent:
     logprob: float | None
     top_logprobs: tuple[TokenLogprob, ...]
     arrived_seconds: float
+    answer: int = 0
+    finish_reason: str | None = None
 
     @classmethod
     def from_proto(cls, token: generation_pb2.Token, arrived_seconds: float) -> "TokenEvent":
@@ -46,6 +49,36 @@ class TokenEvent:
             logprob=token.logprob if token.HasField("logprob") else None,
             top_logprobs=tuple(TokenLogprob(one.token_id, one.logprob) for one in token.top_logprobs),
             arrived_seconds=arrived_seconds,
+            answer=token.answer,
+            finish_reason=_reason(token.finish_reason) if token.finish_reason else None,
+        )
+
+
+@dataclass(frozen=True)
+class PromptToken:
+    """Describe one token of the prompt, where the request asked for `echo` or `prompt_logprobs`.
+
+    Args:
+        token_id: the token.
+        text: the texts of all tokens together are the prompt's, special tokens included.
+        logprob: log-probability of the token after those before it; None where the request did not ask for it, and
+            for the first token.
+        top_logprobs: the most likely tokens in its place, likewise.
+    """
+
+    token_id: int
+    text: str
+    logprob: float | None
+    top_logprobs: tuple[TokenLogprob, ...]
+
+    @classmethod
+    def from_proto(cls, token: prefill_pb2.PromptToken) -> "PromptToken":
+        """Return the content of the protobuf message."""
+        return cls(
+            token_id=token.token_id,
+            text=token.text,
+            logprob=token.logprob if token.HasField("logprob") else None,
+            top_logprobs=tuple(TokenLogprob(one.token_id, one.logprob) for one in token.top_logprobs),
         )
 
 
@@ -95,7 +128,7 @@ class Finished:
     """Describe the end of a completion.
 
     Args:
-        finish_reason: "stop" or "length".
+        finish_reason: "stop" or "length"; of answer 0.
         usage: what the request used.
         arrived_seconds: when the end arrived, in seconds after the request was sent.
     """
@@ -107,70 +140,22 @@ class Finished:
     @classmethod
     def from_proto(cls, finished: prefill_pb2.GenerateFinished, arrived_seconds: float) -> "Finished":
         """Return the content of the protobuf message."""
-        reason = generation_pb2.FinishReason.Name(finished.finish_reason)
         return cls(
-            finish_reason=reason.removeprefix("FINISH_REASON_").lower(),
+            finish_reason=_reason(finished.finish_reason),
             usage=Usage.from_proto(finished.usage),
             arrived_seconds=arrived_seconds,
         )
 
 
 @dataclass(frozen=True)
-class Timings:
-    """Hold the latencies of one request in milliseconds, by the definitions that serving benchmarks share.
-
-    The clock starts when the client sends the request. A latency is None where the completion has too few
-    tokens for it.
+class Answer:
+    """Hold one of the answers of a completion.
 
     Args:
-        ttft_ms: time to first token.
-        tpot_ms: time per output token after the first: (E2EL − TTFT) ÷ (n − 1).
-        itl_ms: inter-token latencies, the n − 1 gaps between tokens, the hand-off first.
-        e2el_ms: end-to-end latency: the time until the whole answer has arrived.
-        handoff_ms: hand-off: the time from the first token (prefill's) to the second token (decode's).
+        tokens: in their order, at least one.
     """
 
-    ttft_ms: float | None
-    tpot_ms: float | None
-    itl_ms: tuple[float, ...]
-    e2el_ms: float
-    handoff_ms: float | None
-
-    @classmethod
-    def from_arrivals(cls, arrivals: Sequence[float], ended: float) -> "Timings":
-        """Return all latencies, computed from the times at which tokens arrived.
-
-        Args:
-            arrivals: when each token arrived, in seconds after the request was sent, ascending.
-            ended: when the end of the answer arrived, on the same clock.
-
-        Raises:
-            ValueError: the times do not ascend, or one lies before the request.
-        """
-        moments = [0.0, *arrivals, ended]
-        if any(later < earlier for earlier, later in pairwise(moments)):
-            raise ValueError(f"arrivals must ascend from 0 to the end; got {moments[1:]}")
-        gaps = tuple((later - earlier) * 1000.0 for earlier, later in pairwise(arrivals))
-        return cls(
-            ttft_ms=arrivals[0] * 1000.0 if arrivals else None,
-            tpot_ms=(ended - arrivals[0]) * 1000.0 / len(gaps) if gaps else None,
-            itl_ms=gaps,
-            e2el_ms=ended * 1000.0,
-            handoff_ms=gaps[0] if gaps else None,
-        )
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Return the rate of generation after the first token: the inverse of TPOT."""
-        return 1000.0 / self.tpot_ms if self.tpot_ms else None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """Hold a finished completion."""
-
     tokens: tuple[TokenEvent, ...]
-    finished: Finished
 
     @property
     def text(self) -> str:
@@ -183,8 +168,55 @@ class Completion:
         return tuple(token.token_id for token in self.tokens)
 
     @property
-    def finish_reason(self) -> str:
+    def finish_reason(self) -> str | None:
         """Return why generation ended: "stop" or "length"."""
+        return self.tokens[-1].finish_reason
+
+    def as_json(self) -> dict[str, Any]:
+        """Return text and tokens, and log-probabilities where the request asked for them."""
+        logprobs = [_logprobs_as_json(token) for token in self.tokens if token.logprob is not None]
+        return {
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "finish_reason": self.finish_reason,
+        } | ({"logprobs": logprobs} if logprobs else {})
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Hold a finished completion.
+
+    Args:
+        tokens: of all answers, as they arrived.
+        finished: the end.
+        prompt_tokens: the prompt's, where the request asked for `echo` or `prompt_logprobs`.
+    """
+
+    tokens: tuple[TokenEvent, ...]
+    finished: Finished
+    prompt_tokens: tuple[PromptToken, ...] = ()
+
+    @property
+    def answers(self) -> tuple[Answer, ...]:
+        """Return the answers, of which a request without `n` has one."""
+        count = 1 + max((token.answer for token in self.tokens), default=0)
+        return tuple(
+            Answer(tuple(token for token in self.tokens if token.answer == answer)) for answer in range(count)
+        )
+
+    @property
+    def text(self) -> str:
+        """Return the first answer."""
+        return self.answers[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Return the ids of the first answer's tokens."""
+        return self.answers[0].token_ids
+
+    @property
+    def finish_reason(self) -> str:
+        """Return why the first answer ended: "stop" or "length"."""
         return self.finished.finish_reason
 
     @property
@@ -194,28 +226,32 @@ class Completion:
 
     @property
     def timings(self) -> Timings:
-        """Return the latencies by the client's clock."""
-        arrivals = [token.arrived_seconds for token in self.tokens]
+        """Return the latencies of the first answer by the client's clock."""
+        arrivals = [token.arrived_seconds for token in self.answers[0].tokens]
         return Timings.from_arrivals(arrivals, self.finished.arrived_seconds)
 
     def as_json(self) -> dict[str, Any]:
-        """Return text, tokens, usage and timings, and log-probabilities where the request asked for them."""
-        logprobs = [
-            {
-                "token_id": token.token_id,
-                "logprob": token.logprob,
-                "top_logprobs": [asdict(one) for one in token.top_logprobs],
-            }
-            for token in self.tokens
-            if token.logprob is not None
-        ]
-        return {
-            "text": self.text,
-            "token_ids": list(self.token_ids),
-            "finish_reason": self.finish_reason,
-            "usage": self.usage.as_json(),
-            "timings": asdict(self.timings),
-        } | ({"logprobs": logprobs} if logprobs else {})
+        """Return the first answer, usage and timings, and what else the request asked for: prompt, other answers."""
+        answers = [answer.as_json() for answer in self.answers]
+        prompt = [_logprobs_as_json(token) | {"text": token.text} for token in self.prompt_tokens]
+        return (
+            answers[0]
+            | {"finish_reason": self.finish_reason, "usage": self.usage.as_json(), "timings": asdict(self.timings)}
+            | ({"answers": answers} if len(answers) > 1 else {})
+            | ({"prompt_tokens": prompt} if prompt else {})
+        )
+
+
+def _logprobs_as_json(token: TokenEvent | PromptToken) -> dict[str, Any]:
+    return {
+        "token_id": token.token_id,
+        "logprob": token.logprob,
+        "top_logprobs": [asdict(one) for one in token.top_logprobs],
+    }
+
+
+def _reason(reason: generation_pb2.FinishReason) -> str:
+    return generation_pb2.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower()
 
 
 def tier_label(tier: int) -> str:

@@ -1,11 +1,13 @@
 """Describe what a caller asks for: the prompt, how tokens are sampled, and how the KV cache is sent."""
 
 import reprlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from spectrumkv.client.argument_types import check_fields, check_type
+from spectrumkv.client.structured_output import StructuredOutput
+from spectrumkv.client.tools import ToolCall, Tools
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.v1 import generation_pb2, prefill_pb2
 
@@ -20,17 +22,34 @@ def _check_unsigned(name: str, value: int | None, maximum: int) -> None:
 
 @dataclass(frozen=True)
 class Message:
-    """Hold one turn of a conversation; `role` is "system", "user" or "assistant".
+    """Hold one turn of a conversation.
+
+    Args:
+        role: "system", "user", "assistant" or "tool".
+        content: the text.
+        tool_calls: the calls that an assistant's message made.
+        tool_call_id: in a tool's message: which call it answers.
 
     Raises:
-        InvalidArgumentError: `role` or `content` is not text, or UTF-8 cannot encode it.
+        InvalidArgumentError: a value has another type, or is a text that UTF-8 cannot encode.
     """
 
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    def to_proto(self) -> prefill_pb2.ChatMessage:
+        """Return the protobuf message."""
+        return prefill_pb2.ChatMessage(
+            role=self.role,
+            content=self.content,
+            tool_calls=[call.to_proto() for call in self.tool_calls],
+            tool_call_id=self.tool_call_id or "",
+        )
 
 
 @dataclass(frozen=True)
@@ -72,18 +91,30 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    min_p: float | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_tokens: int | None = None
+    bad_words: tuple[str, ...] = ()
+    n: int | None = None
+    structured_output: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("max_tokens", "top_k", "logprobs"):
+        for name in ("max_tokens", "top_k", "logprobs", "min_tokens", "n"):
             _check_unsigned(name, getattr(self, name), _MAX_UINT32)
         _check_unsigned("seed", self.seed, _MAX_UINT64)
-        for token_id in self.stop_token_ids:
-            _check_unsigned("stop_token_ids", token_id, _MAX_UINT32)
+        for name in ("stop_token_ids", "logit_bias"):
+            for token_id in getattr(self, name):
+                _check_unsigned(name, token_id, _MAX_UINT32)
 
     def to_proto(self) -> generation_pb2.SamplingParams:
         """Return the protobuf message; a field that is None stays unset."""
-        return generation_pb2.SamplingParams(**given(self))
+        values = given(self)
+        if self.structured_output is not None:
+            values["structured_output"] = self.structured_output.to_proto()
+        return generation_pb2.SamplingParams(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +139,7 @@ class KvChoice:
         return prefill_pb2.KvOptions(**given(self))
 
 
-def given(choices: Sampling | KvChoice) -> dict[str, Any]:
+def given(choices: Sampling | KvChoice | StructuredOutput) -> dict[str, Any]:
     """Return the fields that are set, by name."""
     values = {one.name: getattr(choices, one.name) for one in fields(choices)}
     return {name: value for name, value in values.items() if _is_set(value)}
@@ -116,7 +147,7 @@ def given(choices: Sampling | KvChoice) -> dict[str, Any]:
 
 def _is_set(value: object) -> bool:
     """Return whether a value is set: zero is (temperature 0 is greedy); None, False and an empty list are not."""
-    return bool(value) if isinstance(value, bool | tuple | list) else value is not None
+    return bool(value) if isinstance(value, bool | tuple | list | Mapping) else value is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +160,14 @@ class Request:
         kv: how the KV cache is sent.
         model: the name of the model that the server must serve; None accepts any.
         request_id: identifies the request in both services' logs; None lets the server draw one.
+        tools: the functions that the model may call; they need a prompt of messages.
+        echo: whether the prompt's tokens come back before the answer.
+        prompt_logprobs: how many likeliest tokens to report at each of the prompt's tokens, beside the
+            log-probability of the token itself; None is neither.
 
     Raises:
-        InvalidArgumentError: an argument has another type, or is a text that UTF-8 cannot encode.
+        InvalidArgumentError: an argument has another type, or is a text that UTF-8 cannot encode, or tools come with
+            another prompt than messages.
     """
 
     prompt: Prompt
@@ -139,10 +175,16 @@ class Request:
     kv: KvChoice = KvChoice()
     model: str | None = None
     request_id: str | None = None
+    tools: Tools = Tools()  # noqa: RUF009  # frozen
+    echo: bool = False
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
         check_fields(self, but=("prompt",))
+        _check_unsigned("prompt_logprobs", self.prompt_logprobs, _MAX_UINT32)
+        if self.tools.tools and isinstance(self.prompt, str | TokenIds):
+            raise InvalidArgumentError("tools need a conversation; give the prompt as a list of Message")
 
     def to_proto(self) -> prefill_pb2.GenerateRequest:
         """Return the protobuf message."""
@@ -151,6 +193,8 @@ class Request:
             sampling=self.sampling.to_proto(),
             kv=self.kv.to_proto(),
             model=self.model or "",
+            echo=self.echo,
+            prompt_logprobs=self.prompt_logprobs,
         )
         if isinstance(self.prompt, str):
             message.text = self.prompt
@@ -159,8 +203,8 @@ class Request:
             message.token_ids.ids.extend(self.prompt.ids)
         else:
             message.chat.SetInParent()
-            for turn in self.prompt:
-                message.chat.messages.add(role=turn.role, content=turn.content)
+            message.chat.messages.extend(turn.to_proto() for turn in self.prompt)
+            self.tools.put_into(message.chat)
         return message
 
     def as_json(self) -> dict[str, Any]:
@@ -171,12 +215,27 @@ class Request:
         elif isinstance(self.prompt, TokenIds):
             prompt = {"token_ids": list(self.prompt.ids)}
         else:
-            prompt = {"messages": [asdict(turn) for turn in self.prompt]}
-        named = {"model": self.model, "request_id": self.request_id}
+            prompt = {"messages": [_compact(turn) for turn in self.prompt]}
+        named = {
+            "model": self.model,
+            "request_id": self.request_id,
+            "tools": _compact(self.tools) if self.tools.tools else None,
+            "echo": self.echo or None,
+            "prompt_logprobs": self.prompt_logprobs,
+        }
+        sampling = {
+            name: given(value) if isinstance(value, StructuredOutput) else value
+            for name, value in given(self.sampling).items()
+        }
         return (
-            {"prompt": prompt, "sampling": given(self.sampling), "kv": given(self.kv)}
+            {"prompt": prompt, "sampling": sampling, "kv": given(self.kv)}
             | {name: value for name, value in named.items() if value is not None}
         )  # fmt: skip
+
+
+def _compact(one: Message | Tools) -> dict[str, Any]:
+    """Return the fields of a dataclass that are set, and those of dataclasses in it."""
+    return {name: value for name, value in asdict(one).items() if _is_set(value)}
 
 
 def _check_prompt(prompt: object) -> None:

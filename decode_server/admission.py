@@ -1,9 +1,10 @@
 """Which requests decode takes: what Begin asks for is compared with what this worker has, and slots are reserved."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import queue
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 
-from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
+from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError, SpectrumKVError
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.generation.prompt import check_length
 from spectrumkv.common.generation.sampling import Sampler
@@ -13,7 +14,7 @@ from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.model.spec import ModelSpec
 from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.decode_server.kv_pool import KvPool
-from spectrumkv.decode_server.request import DecodeRequest
+from spectrumkv.decode_server.request import DecodeAnswer, DecodeRequest, GeneratedToken
 from spectrumkv.v1 import decode_pb2, kv_pb2
 
 
@@ -45,18 +46,26 @@ def admit(begin: decode_pb2.Begin, loaded: LoadedModel, pool: KvPool, bases: Bas
     codec = codecs.get(begin.codec.name)
     params = SamplingParams.from_proto(begin.sampling)
     check_length(len(begin.prompt_token_ids), params.max_tokens, loaded.context_length)
+    outcomes: queue.SimpleQueue[GeneratedToken | SpectrumKVError] = queue.SimpleQueue()
     with (
         bases.hold(begin.codec.basis_digest) if codec.needs_basis else nullcontext() as basis,
-        pool.reserve(len(begin.prompt_token_ids) + params.max_tokens) as allocation,
+        ExitStack() as held,
     ):
-        yield DecodeRequest(
-            request_id=begin.request_id,
-            prompt_token_ids=begin.prompt_token_ids,
-            allocation=allocation,
-            decoder=codec.decoder(loaded.geometry, basis),
-            sampler=Sampler(params, begin.prompt_token_ids),
-            text=TextStream(loaded.tokenizer, params, loaded.eos_token_ids, begin.prompt_token_ids),
+        allocations = pool.reserve_each(params.n, len(begin.prompt_token_ids) + params.max_tokens)
+        for allocation in allocations:
+            held.enter_context(allocation)
+        answers = tuple(
+            DecodeAnswer(
+                index=index,
+                prompt_token_ids=begin.prompt_token_ids,
+                allocation=allocation,
+                sampler=Sampler(of_answer, begin.prompt_token_ids),
+                text=TextStream(loaded.tokenizer, of_answer, loaded.eos_token_ids, begin.prompt_token_ids),
+                outcomes=outcomes,
+            )
+            for index, (of_answer, allocation) in enumerate(zip(params.answers(), allocations, strict=True))
         )
+        yield DecodeRequest(decoder=codec.decoder(loaded.geometry, basis), answers=answers)
 
 
 def check_same_model(mine: ModelSpec, theirs: ModelSpec) -> None:
@@ -87,6 +96,23 @@ def check_same_codec(theirs: kv_pb2.CodecId) -> None:
             f"codec {theirs.name!r}: decode has version {mine}, prefill {theirs.version}; "
             "run the same release on both"
         )
+
+
+def first_tokens(end: decode_pb2.End) -> list[decode_pb2.FirstToken]:
+    """Return the token of each answer that prefill sampled."""
+    return [decode_pb2.FirstToken(token_id=end.first_token_id, finished=end.finished), *end.other_first_tokens]
+
+
+def check_first_tokens(first: Sequence[decode_pb2.FirstToken], answers: int, vocab_size: int) -> None:
+    """Check that End has a token of the model for each answer.
+
+    Raises:
+        InvalidArgumentError: it has another number of them, or one that the model does not have.
+    """
+    if len(first) != answers:
+        raise InvalidArgumentError(f"End has {len(first)} first tokens; the request has {answers} answers")
+    for one in first:
+        check_token_id("End has the first", one.token_id, vocab_size)
 
 
 def check_token_id(who: str, token_id: int, vocab_size: int) -> None:

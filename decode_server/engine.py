@@ -1,8 +1,8 @@
-"""The running batch: requests join and leave between steps, one forward pass serves them all."""
+"""The running batch: answers join and leave between steps, one forward pass serves them all."""
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -16,7 +16,7 @@ from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.kv_pool import KvPool
 from spectrumkv.decode_server.model_check import ModelCheck
 from spectrumkv.decode_server.model_runner import DecodeRow, model_runner
-from spectrumkv.decode_server.request import DecodeRequest, GeneratedToken
+from spectrumkv.decode_server.request import DecodeAnswer, GeneratedToken
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class DecodeEngine:
     Args:
         loaded: the model; its attention is switched to the slots.
         pool: the slots.
-        max_running: requests in one batch; more wait for a place.
+        max_running: answers in one batch; more wait for a place.
         metrics: count the steps.
 
     Attributes:
@@ -50,8 +50,8 @@ class DecodeEngine:
         self._check_due = False
         self._max_running = max_running
         self._changed = threading.Condition()
-        self._joined: list[DecodeRequest] = []
-        self._in_step: list[DecodeRequest] = []
+        self._joined: list[DecodeAnswer] = []
+        self._in_step: list[DecodeAnswer] = []
         self._stopping = False
         self.vitals.on_failure(self._give_up)
         self._started = threading.Event()
@@ -64,43 +64,48 @@ class DecodeEngine:
 
     @property
     def running(self) -> int:
-        """How many requests generate now."""
+        """How many answers are generated now."""
         return min(len(self._joined), self._max_running)
 
     @property
     def waiting(self) -> int:
-        """How many requests wait for a place in the batch."""
+        """How many answers wait for a place in the batch."""
         return max(0, len(self._joined) - self._max_running)
 
-    def generate(self, request: DecodeRequest, scope: RpcScope) -> Iterator[GeneratedToken]:
-        """Yield a request's tokens until the last one, as a member of the running batch.
+    def generate(self, answers: Sequence[DecodeAnswer], scope: RpcScope) -> Iterator[GeneratedToken]:
+        """Yield the tokens of a request's answers until each has had its last one, as members of the running batch.
 
-        When this generator ends or is closed, the request has left the batch, and no step touches its slots any more.
+        An answer's slots are free once its last token is taken. When this generator ends or is closed, all answers
+        have left the batch, and no step touches their slots any more.
 
         Args:
-            request: started, with all KV in its slots.
+            answers: one or more of one request, started, with all KV in their slots.
             scope: the handler's RPC; when it ends, so does this generator.
 
         Raises:
             CancelledError: the caller went away.
             DeadlineExceededError: the deadline passed.
             UnavailableError: a step failed, or the worker works no more.
-            InternalError: the request's logits are no numbers.
+            InternalError: the logits of an answer are no numbers.
         """
-        self._join(request)
+        outcomes = answers[0].outcomes
+        running = {answer.index: answer for answer in answers}
+        self._join(answers)
         # The error only wakes this thread up; `check` then raises the one that says why the RPC is over.
-        scope.on_end(lambda: request.outcomes.put(UnavailableError("the stream ended")))
+        scope.on_end(lambda: outcomes.put(UnavailableError("the stream ended")))
         try:
-            while True:
-                outcome = request.outcomes.get()
+            while running:
+                outcome = outcomes.get()
                 scope.check()
                 if isinstance(outcome, SpectrumKVError):
                     raise outcome
                 yield outcome
-                if outcome.finish is not None:
-                    return
+                if outcome.delta.finish is not None:
+                    ended = running.pop(outcome.answer)
+                    self._leave([ended])
+                    ended.allocation.release()
         finally:
-            self._leave(request)
+            self._leave(list(running.values()))
 
     def wait_until_idle(self, seconds: float) -> None:
         """Wait until no request generates, but for no longer than `seconds`."""
@@ -117,11 +122,11 @@ class DecodeEngine:
         if self._thread.is_alive():
             self.vitals.fail(f"the decode engine has not stopped within {STOP_SECONDS:g} s")
 
-    def _join(self, request: DecodeRequest) -> None:
+    def _join(self, answers: Sequence[DecodeAnswer]) -> None:
         with self._changed:
             if self._given_up:
                 raise UnavailableError(_BROKEN)
-            self._joined.append(request)
+            self._joined.extend(answers)
             self._changed.notify_all()
 
     def _give_up(self) -> None:
@@ -129,15 +134,14 @@ class DecodeEngine:
             self._given_up = True
             joined, self._joined = self._joined, []
             self._changed.notify_all()
-        for request in joined:
-            request.outcomes.put(UnavailableError(_BROKEN))
+        for answer in joined:
+            answer.outcomes.put(UnavailableError(_BROKEN))
 
-    def _leave(self, request: DecodeRequest) -> None:
+    def _leave(self, answers: Sequence[DecodeAnswer]) -> None:
         with self._changed:
-            if request in self._joined:
-                self._joined.remove(request)
+            self._joined = [one for one in self._joined if one not in answers]
             # A step that hangs may touch the slots for ever: no other request gets them, since the process ends.
-            self._changed.wait_for(lambda: request not in self._in_step or self._given_up)
+            self._changed.wait_for(lambda: self._given_up or not any(one in self._in_step for one in answers))
 
     def _run(self) -> None:
         keep_all_cores()
@@ -153,24 +157,24 @@ class DecodeEngine:
             with self.vitals.working():
                 self._end_step(self._advanced(batch))
                 self._check_model_if_due()
-        for request in self._joined:
-            request.outcomes.put(UnavailableError("the decode service is shutting down; try another worker"))
+        for answer in self._joined:
+            answer.outcomes.put(UnavailableError("the decode service is shutting down; try another worker"))
 
-    def _next_batch(self) -> list[DecodeRequest]:
+    def _next_batch(self) -> list[DecodeAnswer]:
         """Return the next batch once there are requests; an empty one says that the engine stops."""
         with self._changed:
             self._changed.wait_for(lambda: self._joined or self._stopping or self._given_up)
             self._in_step = [] if self._stopping else self._joined[: self._max_running]
             return self._in_step
 
-    def _end_step(self, finished: list[DecodeRequest]) -> None:
+    def _end_step(self, finished: list[DecodeAnswer]) -> None:
         with self._changed:
             self._joined = [one for one in self._joined if one not in finished]
             self._in_step = []
             self._changed.notify_all()
 
-    def _advanced(self, batch: list[DecodeRequest]) -> list[DecodeRequest]:
-        """Return the requests that ended: those that are finished, or all where the step failed."""
+    def _advanced(self, batch: list[DecodeAnswer]) -> list[DecodeAnswer]:
+        """Return the answers that ended: those that are finished, or all where the step failed."""
         try:
             finished = self._step(batch)
         except Exception as error:  # noqa: BLE001  # whatever a step raises ends its requests first of all
@@ -189,11 +193,11 @@ class DecodeEngine:
             if (failure := self._model_check.failure()) is not None:
                 self.vitals.fail(failure)
 
-    def _take_in_failure(self, error: Exception, batch: list[DecodeRequest]) -> None:
+    def _take_in_failure(self, error: Exception, batch: list[DecodeAnswer]) -> None:
         """Tell the requests of a failed step, and say whether the worker can go on at all."""
         logger.error("a decode step failed", exc_info=error)
-        for request in batch:
-            request.outcomes.put(UnavailableError(f"a decode step failed: {_named(error)}; try another worker"))
+        for answer in batch:
+            answer.outcomes.put(UnavailableError(f"a decode step failed: {_named(error)}; try another worker"))
         self._failed_in_a_row += 1
         if is_device_lost(error):
             self.vitals.fail(f"the device is lost: {_named(error)}")
@@ -201,18 +205,18 @@ class DecodeEngine:
             self.vitals.fail(f"{FAILED_STEPS} decode steps failed one after another, the last with {_named(error)}")
 
     @torch.inference_mode()
-    def _step(self, batch: list[DecodeRequest]) -> list[DecodeRequest]:
-        """Return the requests that ended, after each advanced by one token."""
+    def _step(self, batch: list[DecodeAnswer]) -> list[DecodeAnswer]:
+        """Return the answers that ended, after each advanced by one token."""
         logits = self._runner.logits([DecodeRow(one, one.last_token, one.position) for one in batch])
-        return [request for request, row in zip(batch, logits, strict=True) if self._ends(request, row)]
+        return [answer for answer, row in zip(batch, logits, strict=True) if self._ends(answer, row)]
 
-    def _ends(self, request: DecodeRequest, logits: torch.Tensor) -> bool:
-        """Return whether a request ended, after it advanced; an error of its own (NaN logits, say) ends it alone."""
+    def _ends(self, answer: DecodeAnswer, logits: torch.Tensor) -> bool:
+        """Return whether an answer ended, after it advanced; an error of its own (NaN logits, say) ends it alone."""
         try:
-            return request.advance(logits)
+            return answer.advance(logits)
         except Exception as error:  # noqa: BLE001  # its neighbours in the batch must not suffer from it
             self._check_due |= isinstance(error, NotFiniteError)
-            request.outcomes.put(_own_failure(error))
+            answer.outcomes.put(_own_failure(error))
             return True
 
 

@@ -94,18 +94,40 @@ class KvPool:
             FailedPreconditionError: `capacity` exceeds the whole pool.
             ResourceExhaustedError: no run of free slots is long enough.
         """
-        if capacity > self.slots:
+        return self.reserve_each(1, capacity)[0]
+
+    def reserve_each(self, count: int, capacity: int) -> tuple["Allocation", ...]:
+        """Hold several runs of neighbouring slots until each is released, or none.
+
+        Args:
+            count: how many runs, 1 or more.
+            capacity: slots of each, 1 or more.
+
+        Returns:
+            The runs, context managers that free them.
+
+        Raises:
+            FailedPreconditionError: the runs together exceed the whole pool.
+            ResourceExhaustedError: not all of them have room now.
+        """
+        if count * capacity > self.slots:
+            needed = f"{capacity} slots" if count == 1 else f"{capacity} slots for each of {count} answers"
             raise FailedPreconditionError(
-                f"prompt and completion need {capacity} slots, and this decode worker has {self.slots}; "
-                "raise its --kv-memory or ask for fewer tokens"
+                f"prompt and completion need {needed}, and this decode worker has {self.slots}; "
+                "raise its --kv-memory or ask for fewer tokens" + (" or answers" if count > 1 else "")
             )
+        allocations: list[Allocation] = []
         with self._lock:
-            start = self._first_fit(capacity)
-            allocation = Allocation(self, start, capacity)
-            self._taken.append(allocation)
-            self._taken.sort(key=lambda taken: taken.start)
+            try:
+                for _ in range(count):
+                    allocations.append(Allocation(self, self._first_fit(capacity), capacity))
+                    self._taken.append(allocations[-1])
+                    self._taken.sort(key=lambda taken: taken.start)
+            except ResourceExhaustedError:
+                self._taken = [taken for taken in self._taken if taken not in allocations]
+                raise
             self._publish()
-        return allocation
+        return tuple(allocations)
 
     def release(self, allocation: "Allocation") -> None:
         """Free the slots; a second call does nothing."""
@@ -199,6 +221,19 @@ class Allocation:
         # Attention weighs a masked slot with zero, and zero times what an earlier request left there may be NaN.
         self.keys(layer, 0, self.capacity).index_fill_(1, positions, 0)
         self.values(layer, 0, self.capacity).index_fill_(1, positions, 0)
+
+    def copy_prompt(self, other: "Allocation", tokens: int) -> None:
+        """Copy the KV of a prompt, and which of its tokens were dropped.
+
+        Args:
+            other: of the same pool; it holds the prompt.
+            tokens: length of the prompt.
+        """
+        for states in (self.pool.keys, self.pool.values):
+            states[:, :, self.start : self.start + tokens] = states[:, :, other.start : other.start + tokens]
+        for layer in other._with_gaps:
+            self._with_gaps.add(layer)
+            self._mask(layer)[:tokens] = other._mask(layer)[:tokens]
 
     def keep_all(self) -> None:
         """Undo every `drop`, so that the next request sees all of its slots."""

@@ -6,11 +6,10 @@ from spectrumkv.common.errors import ResourceExhaustedError, SpectrumKVError
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.generation.sampling import Sampler
 from spectrumkv.common.generation.text import TextStream
-from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.decode_server.kv_pool import Allocation, KvPool
 from spectrumkv.decode_server.model_runner import DecodeRow, ModelRunner
-from spectrumkv.decode_server.request import DecodeRequest
+from spectrumkv.decode_server.request import DecodeAnswer
 
 # Plain enough that a model which computes no numbers for it computes none for anybody.
 TEXT = "Once"
@@ -41,7 +40,7 @@ class ModelCheck:
         """
         try:
             with self._pool.reserve(2) as allocation:
-                logits = self._runner.logits([DecodeRow(self._request(allocation), self._token, 0)])
+                logits = self._runner.logits([DecodeRow(self._answer(allocation), self._token, 0)])
         except ResourceExhaustedError:
             return None
         except Exception as error:  # noqa: BLE001  # whatever a step raises
@@ -51,13 +50,11 @@ class ModelCheck:
             return None
         return "the model computes infinities or NaN for a request and for a token of the service's own"
 
-    def _request(self, allocation: Allocation) -> DecodeRequest:
+    def _answer(self, allocation: Allocation) -> DecodeAnswer:
         params, prompt = SamplingParams(max_tokens=1, seed=0), (self._token,)
-        return DecodeRequest(
-            request_id="",
+        return DecodeAnswer(
             prompt_token_ids=prompt,
             allocation=allocation,
-            decoder=codecs.get("native").decoder(self._loaded.geometry, None),
             sampler=Sampler(params, prompt),
             text=TextStream(self._loaded.tokenizer, params, self._loaded.eos_token_ids, prompt),
         )

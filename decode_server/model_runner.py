@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.decode_server.attention import ATTENTION_NAME, DecodeMetadata, HostDecodeMetadata
 from spectrumkv.decode_server.kv_pool import KvPool
-from spectrumkv.decode_server.request import DecodeRequest
+from spectrumkv.decode_server.request import DecodeAnswer
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class DecodeRow:
     """One token that the model computes in a step.
 
     Attributes:
-        request: whose token it is.
+        answer: whose token it is.
         token: its id.
         position: its place among prompt and completion.
     """
 
-    request: DecodeRequest
+    answer: DecodeAnswer
     token: int
     position: int
 
@@ -39,13 +39,13 @@ class ModelRunner(ABC):
         """Run one step.
 
         Args:
-            rows: one or more, at most one for each request.
+            rows: one or more, at most one for each answer.
 
         Returns:
             The model's output for each row, float32 `[rows, vocab]` on the CPU.
         """
         for row in rows:
-            row.request.recomputed_prompt_tokens += row.position < row.request.prompt_tokens
+            row.answer.recomputed_prompt_tokens += row.position < row.answer.prompt_tokens
         return self._forward(rows)
 
     @abstractmethod
@@ -83,7 +83,7 @@ class EagerRunner(ModelRunner):
             input_ids=torch.tensor([[row.token] for row in rows]),
             position_ids=torch.tensor(positions)[:, None],
             use_cache=False,
-            metadata=HostDecodeMetadata.of([row.request.allocation for row in rows], positions),
+            metadata=HostDecodeMetadata.of([row.answer.allocation for row in rows], positions),
         ).logits
         last: torch.Tensor = logits[:, -1].float()
         return last
@@ -119,7 +119,7 @@ class CudaGraphRunner(ModelRunner):
     def _forward(self, rows: Sequence[DecodeRow]) -> torch.Tensor:
         size = next(size for size in sorted(self._graphs) if size >= len(rows))
         self._staged.copy_(self._padding)
-        starts = [row.request.allocation.start for row in rows]
+        starts = [row.answer.allocation.start for row in rows]
         taken = [
             (row.token, row.position, start, start + row.position) for row, start in zip(rows, starts, strict=True)
         ]

@@ -1,7 +1,7 @@
 """The gRPC face of decode: one stream is one request, and the lease on everything that it holds."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 
@@ -22,13 +22,13 @@ from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.service.config import DecodeConfig
 from spectrumkv.common.telemetry.metrics import BASIS, FRAMING, Metrics
 from spectrumkv.common.telemetry.request_log import check_request_id, current_request
-from spectrumkv.decode_server.admission import admit, check_token_id
+from spectrumkv.decode_server.admission import admit, check_first_tokens, first_tokens
 from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.decode_server.engine import DecodeEngine
 from spectrumkv.decode_server.kv_pool import KvPool
 from spectrumkv.decode_server.receiver import MESSAGES_AHEAD, KvReceiver, throttled
 from spectrumkv.decode_server.request import DecodeRequest
-from spectrumkv.v1 import decode_pb2, decode_pb2_grpc, kv_pb2
+from spectrumkv.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, kv_pb2
 
 # Read once: it is a file of its own, which cannot be opened when a process has no file descriptors left.
 _VERSION = version("spectrumkv")
@@ -78,10 +78,10 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         ):
             begin = self._read_begin(messages)
             with admit(begin, self._loaded, self._pool, self._bases) as request:
-                yield decode_pb2.DecodeResponse(admitted=decode_pb2.Admitted(slots=request.allocation.capacity))
+                yield decode_pb2.DecodeResponse(admitted=decode_pb2.Admitted(slots=request.slots))
                 end = self._receive_kv(request, messages)
-                if not end.finished:
-                    yield from self._generate(request, end.first_token_id, scope)
+                if not all(first.finished for first in first_tokens(end)):
+                    yield from self._generate(request, first_tokens(end), scope)
 
     def PutBasis(  # noqa: N802  # gRPC's spelling
         self, request_iterator: Iterator[ArrivedPiece], context: grpc.ServicerContext
@@ -191,7 +191,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
 
         Raises:
             DataLossError: a message is damaged, missing, or out of order.
-            InvalidArgumentError: the model does not have the first token.
+            InvalidArgumentError: the model does not have a first token, or there are more or fewer than answers.
             CancelledError: prefill went away.
             DeadlineExceededError: the deadline passed.
         """
@@ -204,39 +204,41 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                     receiver.accept(message, serialized_bytes(message))
             end = expect_end(message)
             self._metrics.kv_bytes_received.labels(FRAMING).inc(serialized_bytes(message))
-            if not end.finished:
+            if not all(first.finished for first in first_tokens(end)):
                 receiver.finish(end)
-                check_token_id("End has the first", end.first_token_id, self._loaded.spec.vocab_size)
+                check_first_tokens(first_tokens(end), len(request.answers), self._loaded.spec.vocab_size)
             expect_no_request(messages)
         return end
 
     def _generate(
-        self, request: DecodeRequest, first_token_id: int, scope: RpcScope
+        self, request: DecodeRequest, first: Sequence[decode_pb2.FirstToken], scope: RpcScope
     ) -> Iterator[decode_pb2.DecodeResponse]:
-        """Yield tokens from the second on, then Finished."""
-        request.start(first_token_id)
+        """Yield each answer's tokens from the second on, then Finished."""
+        answers = request.start(first)
         joined_at = time.monotonic()
         current_request().begin_stage("decode", joined_at)
         current_request().at_end(
-            # The first token is prefill's own.
             lambda: {
-                "completion_tokens": len(request.output_token_ids) - 1,
+                "completion_tokens": request.completion_tokens,
                 "decode_seconds": time.monotonic() - joined_at,
             }
         )
-        previous_at: float | None = None
+        previous_at: dict[int, float] = {}
+        finish_reason = generation_pb2.FINISH_REASON_UNSPECIFIED
         with self._metrics.request_duration.labels("decode").time(), self._recomputation_counted(request):
-            for token in self._engine.generate(request, scope):
+            for token in self._engine.generate(answers, scope):
                 # Not the time at which the caller takes the token: a slow reader makes no token late.
-                if previous_at is not None:
-                    self._metrics.inter_token_latency.observe(token.made_at - previous_at)
-                previous_at = token.made_at
-                yield decode_pb2.DecodeResponse(token=token_message(token.index, token.sampled, token.text))
-        assert token.finish is not None
+                if token.answer in previous_at:
+                    self._metrics.inter_token_latency.observe(token.made_at - previous_at[token.answer])
+                previous_at[token.answer] = token.made_at
+                message = token_message(token.index, token.sampled, token.delta, token.answer)
+                if token.answer == 0:
+                    finish_reason = message.finish_reason
+                yield decode_pb2.DecodeResponse(token=message)
         finished = decode_pb2.DecodeFinished(
-            finish_reason=token.finish.to_proto(),
+            finish_reason=finish_reason,
             recomputed_prompt_tokens=request.recomputed_prompt_tokens,
-            tokens=token.index,
+            tokens=request.completion_tokens,
         )
         yield decode_pb2.DecodeResponse(finished=finished)
 

@@ -17,7 +17,7 @@ class Progress:
     Attributes:
         arrived_at: when the request reached prefill.
         first_token_at: when the first token had left for the client.
-        second_token_at: when the second token had left for the client.
+        second_token_at: when the first token that decode generated had left for the client.
         completion_tokens: tokens that left for the client.
         recomputed_prompt_tokens: as decode reports it.
     """
@@ -43,24 +43,31 @@ class Progress:
 
     @property
     def handoff_seconds(self) -> float:
-        """First token to second token; 0 where there is no second."""
+        """First token to the first one that decode generated; 0 where there is none."""
         if self.first_token_at is None or self.second_token_at is None:
             return 0.0
         return self.second_token_at - self.first_token_at
 
-    def token_left(self, metrics: Metrics) -> None:
-        """Take in that a token left for the client just now.
+    def first_token_left(self, metrics: Metrics) -> None:
+        """Take in that the first token of an answer left for the client just now.
 
         Args:
-            metrics: get the times of the first two tokens.
+            metrics: get the time of the first one.
         """
-        now = time.monotonic()
         self.completion_tokens += 1
-        if self.completion_tokens == 1:
-            self.first_token_at = now
+        if self.first_token_at is None:
+            self.first_token_at = time.monotonic()
             metrics.time_to_first_token.observe(self.ttft_seconds)
-        elif self.completion_tokens == 2:
-            self.second_token_at = now
+
+    def token_left(self, metrics: Metrics) -> None:
+        """Take in that a token that decode generated left for the client just now.
+
+        Args:
+            metrics: get the time of the first one.
+        """
+        self.completion_tokens += 1
+        if self.second_token_at is None:
+            now = self.second_token_at = time.monotonic()
             current_request().begin_stage("decode", now)
             metrics.handoff.observe(self.handoff_seconds)
 

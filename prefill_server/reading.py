@@ -4,7 +4,7 @@ import concurrent.futures
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
-from spectrumkv.common.errors import CancelledError, NotFoundError
+from spectrumkv.common.errors import CancelledError, InvalidArgumentError, NotFoundError
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.generation.prompt import PIECE_CHARACTERS, PromptReader, check_length
 from spectrumkv.common.kv.codecs.basis import Basis
@@ -68,6 +68,7 @@ class RequestReader:
         loaded = self._loaded
         if message.model and message.model != loaded.name:
             raise NotFoundError(f"model {message.model!r} is not served here; this service has {loaded.name!r}")
+        _refuse_unsupported(message)
         params = SamplingParams.from_proto(message.sampling).with_seed()
         assert params.seed is not None
         params.check_vocabulary(loaded.spec.vocab_size)
@@ -101,3 +102,22 @@ class RequestReader:
         except concurrent.futures.CancelledError:
             scope.check()
             raise CancelledError("the request ended before its prompt was read") from None
+
+
+def _refuse_unsupported(message: prefill_pb2.GenerateRequest) -> None:
+    sampling = message.sampling
+    unsupported = {
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "min_p": sampling.min_p,
+        "logit_bias": sampling.logit_bias,
+        "min_tokens": sampling.min_tokens,
+        "bad_words": sampling.bad_words,
+        "structured_output": message.sampling.HasField("structured_output"),
+        "echo": message.echo,
+        "prompt_logprobs": message.HasField("prompt_logprobs"),
+        "tools": message.HasField("chat") and bool(message.chat.tools),
+    }
+    for name, asked in unsupported.items():
+        if asked:
+            raise InvalidArgumentError(f"{name} is not supported yet; leave it out")

@@ -7,7 +7,6 @@ from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier
-from spectrumkv.prefill_server.first_token import FirstResponse
 from spectrumkv.prefill_server.progress import Progress
 from spectrumkv.prefill_server.transfer import KvPlan, SentKv
 from spectrumkv.v1 import generation_pb2
@@ -23,8 +22,9 @@ class PrefillRequest:
         params: how tokens are chosen; the seed is set.
         plan: how the KV crosses the network.
         progress: how far the request came.
-        first: the first token, once it is sampled: every worker gets the same one, and the client gets it once.
-        finish: why the generation ended; None before it did.
+        first: the first token of each answer, once they are sampled: every worker gets the same ones, and the client
+            gets them once.
+        finish: why the first answer ended; unspecified before it did.
         stage_seconds: what the request spent in the stages "queue" and "prefill", on all workers together.
 
     Raises:
@@ -36,8 +36,8 @@ class PrefillRequest:
     params: SamplingParams
     plan: KvPlan
     progress: Progress
-    first: FirstResponse | None = field(default=None, init=False)
-    finish: generation_pb2.FinishReason | None = field(default=None, init=False)
+    first: tuple[generation_pb2.Token, ...] = field(default=(), init=False)
+    finish: generation_pb2.FinishReason = field(default=generation_pb2.FINISH_REASON_UNSPECIFIED, init=False)
     stage_seconds: dict[str, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -50,8 +50,8 @@ class PrefillRequest:
 
     @property
     def slots(self) -> int:
-        """Slots that decode will reserve for the request."""
-        return len(self.token_ids) + self.params.max_tokens
+        """Slots that decode will reserve for the request: for prompt and completion of each answer."""
+        return (len(self.token_ids) + self.params.max_tokens) * self.params.n
 
     def add_to_stage(self, stage: str, seconds: float) -> None:
         """Add time that the request spent in a stage, once more where it ran before on another worker."""

@@ -26,7 +26,7 @@ from spectrumkv.prefill_server.model_check import ModelCheck
 from spectrumkv.prefill_server.progress import Progress, RequestsInService
 from spectrumkv.prefill_server.reading import RequestReader
 from spectrumkv.prefill_server.request import PrefillRequest
-from spectrumkv.prefill_server.transfer import CodecSelector, KvPipeline, KvPlan
+from spectrumkv.prefill_server.transfer import CodecSelector, FirstToken, KvPipeline, KvPlan
 from spectrumkv.prefill_server.transfer.kv_memory import KvMemory, KvReservation, default_kv_memory
 from spectrumkv.prefill_server.transfer.plan import default_budget
 from spectrumkv.prefill_server.verdict import ProbeVerdict
@@ -103,7 +103,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
                 pipeline = self._pipeline(request, dispatch, memory)
                 with dispatch, dispatch.open_lease(pipeline) as lease:
                     result = self._run_prompt(request, lease, scope)
-                    yield from self._first_token(request, lease, result)
+                    yield from self._first_tokens(request, lease, result)
                     yield from self._relay_tokens(request, lease, dispatch)
             yield self._finished(request, lease, result)
 
@@ -222,37 +222,40 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         record.note(**{f"{stage}_seconds": seconds for stage, seconds in request.stage_seconds.items()})
         return result
 
-    def _first_token(
+    def _first_tokens(
         self, request: PrefillRequest, lease: DecodeLease, result: PromptResult
     ) -> Iterator[prefill_pb2.GenerateResponse]:
-        """Hand the first token to decode and to the client.
+        """Hand the first token of each answer to decode and to the client.
 
         Yields:
-            The token, unless the client has it from an earlier dispatch.
+            The tokens, unless the client has them from an earlier dispatch.
         """
-        if request.first is None:
+        if not request.first:
             request.first = sample_first(self._loaded, request.params, request.token_ids, result.logits)
-            request.finish = request.first.finish
-        lease.pipeline.put_first_token(request.first.token)
+            request.finish = request.first[0].finish_reason
+        first = (FirstToken(one.token_id, finished=bool(one.finish_reason)) for one in request.first)
+        lease.pipeline.put_first_tokens(*first)
         if request.progress.completion_tokens == 0:
-            yield prefill_pb2.GenerateResponse(token=request.first.message)
-            request.progress.token_left(self._metrics)
+            for token in request.first:
+                yield prefill_pb2.GenerateResponse(token=token)
+                request.progress.first_token_left(self._metrics)
 
     def _relay_tokens(
         self, request: PrefillRequest, lease: DecodeLease, dispatch: Dispatch
     ) -> Iterator[prefill_pb2.GenerateResponse]:
-        """Relay what decode generates, and take in how the generation ended.
+        """Relay what decode generates, and take in how the first answer ended.
 
         Yields:
-            Each token after the first.
+            Each answer's tokens after its first.
         """
         for message in lease.responses():
             dispatch.commit()
             if message.HasField("token"):
+                if message.token.answer == 0:
+                    request.finish = message.token.finish_reason
                 yield prefill_pb2.GenerateResponse(token=message.token)
                 request.progress.token_left(self._metrics)
             else:
-                request.finish = message.finished.finish_reason
                 request.progress.recomputed_prompt_tokens = message.finished.recomputed_prompt_tokens
 
     def _finished(

@@ -79,7 +79,7 @@ class WireMethod:
         pipeline = KvPipeline(self._begin(prompt), self.plan, pool.geometry, self.chunk_bytes, self.metrics)
         for layer in prompt.captured.layers:
             pipeline.put_layer(layer)
-        pipeline.put_first_token(FirstToken(prompt.captured.first_token, finished=False))
+        pipeline.put_first_tokens(FirstToken(prompt.captured.first_token, finished=False))
         decoder = self.plan.decoder(pool.geometry)
         counted = 0
         with KvReceiver(pool, allocation, decoder, len(prompt.token_ids), self.metrics) as receiver:

@@ -67,7 +67,7 @@ def record(
     pipeline = KvPipeline(begin, plan, cache.geometry, chunk_bytes, Metrics(CollectorRegistry()))
     for capture in layer_captures(cache, cache.geometry.kv_heads, min(window, cache.tokens)):
         pipeline.put_layer(capture)
-    pipeline.put_first_token(FirstToken(FIRST_TOKEN, finished=max_tokens is None))
+    pipeline.put_first_tokens(FirstToken(FIRST_TOKEN, finished=max_tokens is None))
     messages = tuple(pipeline.messages())
     counted = sum(map(serialized_bytes, messages)) / cache.geometry.fp16_bytes(cache.tokens)
     return Recording(messages[0], messages[1:], counted)

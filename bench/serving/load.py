@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from spectrumkv.client.completion import Timings
+from spectrumkv.client.timings import Timings
 from spectrumkv.common.errors import InvalidArgumentError, SpectrumKVError
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from spectrumkv.bench.serving.load import Answer, LoadResult
-from spectrumkv.client.completion import Timings
+from spectrumkv.client.timings import Timings
 from spectrumkv.common.errors import InvalidArgumentError
 
 # Metrics that a goodput may bound, and their fields in `Timings`.

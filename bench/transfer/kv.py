@@ -154,7 +154,7 @@ class KvSender:
             started = time.perf_counter()
             for capture in self._captures:
                 pipeline.put_layer(capture)
-            pipeline.put_first_token(FirstToken(0, finished=False))
+            pipeline.put_first_tokens(FirstToken(0, finished=False))
             _intact(next(call))
             sending = Sending(time.perf_counter() - started, pipeline.sent)
             # The pool is free for the next transfer when the stream has ended.

@@ -172,18 +172,21 @@ class TextStream:
         return (text, True) if stopped else (text + self._stop_strings.flush(), False)
 
 
-def token_message(index: int, sampled: SampledToken, text: str) -> generation_pb2.Token:
+def token_message(index: int, sampled: SampledToken, delta: TextDelta, answer: int) -> generation_pb2.Token:
     """Return the message for one generated token.
 
     Args:
         index: 0 for the first token that is generated.
         sampled: the token.
-        text: the text that became certain with it.
+        delta: the text that became certain with it, and whether the answer ends.
+        answer: which of the request's answers the token belongs to.
     """
     return generation_pb2.Token(
         index=index,
         token_id=sampled.token_id,
-        text=text,
+        text=delta.text,
+        answer=answer,
+        finish_reason=None if delta.finish is None else delta.finish.to_proto(),
         logprob=sampled.logprob,
         top_logprobs=[
             generation_pb2.TokenLogprob(token_id=token_id, logprob=logprob)

@@ -1,11 +1,11 @@
 """Which message may come when in a Decode stream, checked by the side that receives it.
 
-Prefill sends Begin, chunks, End, and closes its half. Decode answers Admitted, tokens 1, 2, 3, …, Finished; where the
-first token ended the generation, nothing follows Admitted. A message that is damaged, missing, repeated or out of
-order ends the stream with DATA_LOSS.
+Prefill sends Begin, chunks, End, and closes its half. Decode answers Admitted, tokens 1, 2, 3, … of each answer,
+Finished; where the first token ended every answer, nothing follows Admitted. A message that is damaged, missing,
+repeated or out of order ends the stream with DATA_LOSS.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import grpc
 
@@ -94,24 +94,40 @@ def expect_admitted(responses: Iterator[ArrivedResponse]) -> None:
         raise DataLossError(f"it answered Begin with {_response_kind(response)} instead of Admitted", "sequence")
 
 
-def tokens_and_finished(responses: Iterator[ArrivedResponse]) -> Iterator[decode_pb2.DecodeResponse]:
-    """Yield tokens 1, 2, 3, …, then Finished, and wait until decode closes the stream.
+def tokens_and_finished(
+    responses: Iterator[ArrivedResponse], answers: Iterable[int] = (0,)
+) -> Iterator[decode_pb2.DecodeResponse]:
+    """Yield the tokens 1, 2, 3, … of each answer, then Finished, and wait until decode closes the stream.
+
+    Args:
+        responses: what gRPC hands to prefill, after Admitted.
+        answers: those that the first token did not end.
+
+    Yields:
+        Tokens of different answers in any order, those of one answer in theirs; the last token of each says why.
 
     Raises:
-        DataLossError: a response is damaged or is not the one that was due.
+        DataLossError: a response is damaged or is not one that was due.
     """
-    due = 1
-    for response in map(_undamaged, responses):
-        kind = response.WhichOneof("message")
-        if kind == "finished" and response.finished.tokens == due - 1:
+    due = dict.fromkeys(answers, 1)
+    for tokens, response in enumerate(map(_undamaged, responses)):
+        kind, token = response.WhichOneof("message"), response.token
+        if kind == "finished" and not due and response.finished.tokens == tokens:
             yield response
             expect_no_response(responses)
             return
-        if kind != "token" or response.token.index != due:
-            raise DataLossError(f"it sent {_response_kind(response)} where token {due} was due", "sequence")
+        if kind != "token" or due.get(token.answer) != token.index:
+            raise DataLossError(f"it sent {_response_kind(response)} where {_due(due)} was due", "sequence")
         yield response
-        due += 1
-    raise DataLossError(f"it ended the stream where token {due} or Finished was due", "missing")
+        due[token.answer] += 1
+        if token.finish_reason:
+            del due[token.answer]
+    raise DataLossError(f"it ended the stream where {_due(due)} was due", "missing")
+
+
+def _due(due: Mapping[int, int]) -> str:
+    """Return how errors call what was due: the next token of each answer, or Finished."""
+    return " or ".join(f"token {token} of answer {answer}" for answer, token in due.items()) or "Finished"
 
 
 def expect_no_response(responses: Iterator[ArrivedResponse]) -> None:
@@ -141,5 +157,5 @@ def _response_kind(response: decode_pb2.DecodeResponse) -> str:
     """Return how errors call a response."""
     kind = response.WhichOneof("message")
     if kind == "token":
-        return f"token {response.token.index}"
+        return f"token {response.token.index} of answer {response.token.answer}"
     return f"Finished after {response.finished.tokens} tokens" if kind == "finished" else kind or "nothing"

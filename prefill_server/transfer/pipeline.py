@@ -30,6 +30,8 @@ Outgoing = tuple[Request, Sequence[KvSegment]]
 # Most bytes that a chunk takes besides its payload, and that End takes.
 CHUNK_ENVELOPE_BYTES = 24
 END_BYTES = 80
+# Most bytes that one more first token adds to End.
+FIRST_TOKEN_BYTES = 10
 # Bytes set aside for the request's id, so that its length does not change the budget; only longer ids are measured.
 REQUEST_ID_BYTES = 128
 # Least payload of a chunk where no layer waits: a message costs about as much time as this many bytes of payload.
@@ -41,11 +43,11 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class FirstToken:
-    """Holds the token that prefill sampled; after it no layer follows.
+    """Holds a token that prefill sampled: the first one of an answer.
 
     Attributes:
         token_id: the token.
-        finished: whether the generation ends with this token.
+        finished: whether the answer ends with this token.
     """
 
     token_id: int
@@ -73,7 +75,7 @@ class KvPipeline:
     Attributes:
         plan: how the KV is scored, tiered and coded.
         sent: what left so far.
-        first_token: what prefill sampled; None before it did.
+        first_tokens: what prefill sampled, one for each answer; empty before it did.
         failure: why `messages` ended with an error, if it did.
 
     Raises:
@@ -93,7 +95,7 @@ class KvPipeline:
     ) -> None:
         self._memory = memory
         self.sent = SentKv(coded_ahead=device.type == "cuda")
-        self.first_token: FirstToken | None = None
+        self.first_tokens: tuple[FirstToken, ...] = ()
         self.failure: Exception | None = None
         self._layers = LayerQueue(geometry, metrics.kv_bytes_resident)
         self._coding = threading.Lock()
@@ -113,7 +115,8 @@ class KvPipeline:
         self._fp16_equivalent_bytes = metrics.kv_fp16_equivalent_bytes
         tokens = len(begin.prompt_token_ids)
         chunks = 1 + int(plan.budget.value * geometry.fp16_bytes(tokens)) // self._worth_a_chunk
-        framing = _most_begin_bytes(begin) + chunks * CHUNK_ENVELOPE_BYTES + END_BYTES
+        end = END_BYTES + FIRST_TOKEN_BYTES * (max(1, begin.sampling.n) - 1)
+        framing = _most_begin_bytes(begin) + chunks * CHUNK_ENVELOPE_BYTES + end
         self._encoder = plan.encoder(geometry, tokens, framing)
 
     def put_layer(self, capture: LayerCapture) -> None:
@@ -128,9 +131,9 @@ class KvPipeline:
         computed = record_event(capture.keys)
         self._layers.put_layer(replace(capture, computed=computed))
 
-    def put_first_token(self, first: FirstToken) -> None:
-        """Take the first token, once every layer has been put."""
-        self.first_token = first
+    def put_first_tokens(self, *first: FirstToken) -> None:
+        """Take the first token of each answer, once every layer has been put."""
+        self.first_tokens = first
         self._layers.end()
 
     def cancel(self) -> None:
@@ -187,10 +190,10 @@ class KvPipeline:
                 yield from self._writer.add(segment)
             if self._layers.empty and self._writer.pending_bytes >= self._worth_a_chunk:
                 yield from self._writer.flush()
-        if self.first_token is None or not self._layers.complete:
+        if not self.first_tokens or not self._layers.complete:
             return
         yield from self._writer.flush()
-        end = _end_message(self.first_token, self._writer.totals())
+        end = _end_message(self.first_tokens, self._writer.totals())
         yield decode_pb2.DecodeRequest(end=end), ()
 
     def _encode(self, capture: LayerCapture) -> Iterator[KvSegment]:
@@ -246,11 +249,12 @@ def _most_begin_bytes(begin: decode_pb2.Begin) -> int:
     return serialized_bytes(decode_pb2.DecodeRequest(begin=largest))
 
 
-def _end_message(first: FirstToken, totals: ChunkTotals) -> decode_pb2.End:
+def _end_message(first: Sequence[FirstToken], totals: ChunkTotals) -> decode_pb2.End:
     return decode_pb2.End(
-        first_token_id=first.token_id,
+        first_token_id=first[0].token_id,
+        finished=first[0].finished,
+        other_first_tokens=[decode_pb2.FirstToken(token_id=one.token_id, finished=one.finished) for one in first[1:]],
         chunks=totals.chunks,
         payload_bytes=totals.payload_bytes,
         digest=totals.digest,
-        finished=first.finished,
     )

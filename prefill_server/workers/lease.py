@@ -102,20 +102,20 @@ class DecodeLease:
         """Read what decode answers to End.
 
         Yields:
-            Tokens, then Finished; nothing where the first token was the last.
+            Tokens, then Finished; nothing where every answer's first token was its last.
 
         Raises:
             DataLossError: an answer is damaged, missing or out of order.
             SpectrumKVError: the stream failed; the message names the worker.
         """
-        first = self.pipeline.first_token
-        if first is not None and first.finished:
-            # The client has its whole answer already, whatever happens to the worker now.
+        first = self.pipeline.first_tokens
+        if first and all(one.finished for one in first):
+            # The client has all of its answers already, whatever happens to the worker now.
             with suppress(UnavailableError), self._errors_named():
                 expect_no_response(self._call)
             return
         with self._errors_named():
-            yield from tokens_and_finished(self._call)
+            yield from tokens_and_finished(self._call, {i for i, one in enumerate(first) if not one.finished})
 
     def on_end(self, callback: Callable[[], object]) -> None:
         """Call `callback` once the stream is over, from a thread that it must not block."""

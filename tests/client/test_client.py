@@ -141,8 +141,8 @@ def test_leaving_ends_the_request_at_the_server(prefill, client, leave):
     ("responses", "what"),
     [
         ([token(0, "a")], "after 1 tokens without a result"),
-        ([token(1, "a")], "token 1 arrived where token 0 was due"),
-        ([token(0, "a"), token(0, "a")], "token 0 arrived where token 1 was due"),
+        ([token(1, "a")], "token 1 of answer 0 arrived where token 0 was due"),
+        ([token(0, "a"), token(0, "a")], "token 0 of answer 0 arrived where token 1 was due"),
         ([finished(0), token(0, "a")], "more after the result"),
     ],
 )

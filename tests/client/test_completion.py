@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectrumkv.client.completion import Timings
+from spectrumkv.client.timings import Timings
 
 
 def test_definitions_on_a_worked_example():

@@ -1,8 +1,11 @@
 import numpy as np
 import pytest
 
-from spectrumkv.client.request import KvChoice, Message, Request, Sampling, TokenIds
+from spectrumkv.client.request import KvChoice, Message, Request, Sampling, TokenIds, given
+from spectrumkv.client.structured_output import StructuredOutput
+from spectrumkv.client.tools import Tool, ToolCall, Tools
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.v1 import prefill_pb2
 
 
 def test_what_is_not_asked_for_stays_unset():
@@ -31,14 +34,22 @@ def test_every_field_reaches_the_message():
         stop_token_ids=(2, 5),
         ignore_eos=True,
         logprobs=3,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        min_p=0.05,
+        logit_bias={7: -100.0},
+        min_tokens=2,
+        bad_words=("dog",),
+        n=3,
     )
     kv = KvChoice(budget=0.3, policy="greedy", scorer="attention", codec="absmax", scope="model")
     request = Request(prompt="x", sampling=sampling, kv=kv, model="m", request_id="r")
     message = request.to_proto()
     for choices, sent in ((sampling, message.sampling), (kv, message.kv)):
-        for name in choices.__dataclass_fields__:
+        for name in given(choices):
             value, arrived = getattr(choices, name), getattr(sent, name)
             assert (tuple(arrived) if isinstance(value, tuple) else arrived) == value, name
+    assert not message.sampling.HasField("structured_output")
     assert (message.model, message.request_id) == ("m", "r")
     asked = request.as_json()
     assert asked["sampling"]["seed"] == 2**64 - 1
@@ -53,6 +64,57 @@ def test_each_kind_of_prompt():
     assert chat.as_json()["prompt"] == {
         "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     }
+
+
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [
+        (StructuredOutput(json_schema="{}"), "json_schema"),
+        (StructuredOutput(json_object=True), "json_object"),
+        (StructuredOutput(regex="a+"), "regex"),
+        (StructuredOutput(grammar='start: "a"'), "grammar"),
+        (StructuredOutput(choice=("yes", "no")), "choice"),
+    ],
+)
+def test_each_form_of_structured_output(form, kind):
+    request = Request(prompt="x", sampling=Sampling(structured_output=form))
+    assert request.to_proto().sampling.structured_output.WhichOneof("form") == kind
+    assert list(request.as_json()["sampling"]["structured_output"]) == [kind]
+
+
+def test_tools_and_their_calls_reach_the_message():
+    call = ToolCall("call-1", "weather", '{"city": "Bonn"}')
+    turns = [Message("user", "?"), Message("assistant", "", (call,)), Message("tool", "12", tool_call_id="call-1")]
+    tools = Tools((Tool("weather", "Tells it.", '{"type": "object"}'),), "required", "weather")
+    request = Request(prompt=turns, tools=tools, echo=True, prompt_logprobs=0)
+    chat = request.to_proto().chat
+    assert (chat.tools[0].name, chat.tools[0].parameters) == ("weather", '{"type": "object"}')
+    assert (chat.tool_choice, chat.tool_name) == (prefill_pb2.TOOL_CHOICE_REQUIRED, "weather")
+    assert chat.messages[1].tool_calls[0].arguments == '{"city": "Bonn"}'
+    assert chat.messages[2].tool_call_id == "call-1"
+    asked = request.as_json()
+    assert asked["prompt"]["messages"][1]["tool_calls"][0]["name"] == "weather"
+    assert (asked["echo"], asked["prompt_logprobs"]) == (True, 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (StructuredOutput, "structured output has no form; allowed: exactly one of json_schema"),
+        (lambda: StructuredOutput(regex="a", choice=("b",)), "structured output has regex, choice; allowed"),
+        (lambda: Tools(choice="maybe"), "choice is 'maybe'; allowed: auto, none, required"),
+        (lambda: Tools(name="f"), "a tool's name, 'f', needs the choice 'required'"),
+        (lambda: Tools(("f",)), "tools is .*; allowed: a tuple of Tool"),
+        (lambda: Request(prompt="x", tools=Tools((Tool("f"),))), "tools need a conversation"),
+        (lambda: Sampling(structured_output="json"), "structured_output is 'json'; allowed: a StructuredOutput, or"),
+        (lambda: Sampling(logit_bias=[1]), r"logit_bias is \[1\]; allowed: numbers by token id"),
+        (lambda: Sampling(logit_bias={-1: 1.0}), "logit_bias is -1"),
+        (lambda: Sampling(n=-1), "n is -1"),
+    ],
+)
+def test_forms_and_tools_that_make_no_sense_are_refused(make, said):
+    with pytest.raises(InvalidArgumentError, match=said):
+        make()
 
 
 @pytest.mark.parametrize(("prompt", "kind"), [("", "text"), ([], "chat"), (TokenIds(()), "token_ids")])

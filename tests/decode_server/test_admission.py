@@ -49,7 +49,7 @@ def begin(loaded: LoadedModel, tokens: int = 5, max_tokens: int = 3, codec: str 
 
 def test_a_request_holds_its_slots_until_the_block_ends(loaded: LoadedModel, pool: KvPool) -> None:
     with admit(begin(loaded), loaded, pool, BasisStore(loaded.geometry)) as request:
-        assert (request.request_id, request.prompt_tokens, request.allocation.capacity) == ("one", 5, 8)
+        assert (request.prompt_tokens, request.allocation.capacity, request.slots) == (5, 8, 8)
         assert pool.used == 8
     assert pool.used == 0
 

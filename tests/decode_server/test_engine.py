@@ -16,6 +16,7 @@ from spectrumkv.decode_server.engine import FAILED_STEPS, DecodeEngine
 from spectrumkv.decode_server.kv_pool import KvPool
 from spectrumkv.decode_server.model_runner import DecodeRow, EagerRunner
 from spectrumkv.decode_server.request import DecodeRequest, GeneratedToken
+from spectrumkv.v1.decode_pb2 import FirstToken
 from tests.decode_server.test_admission import begin, loaded, pool  # noqa: F401  # fixtures
 
 MAX_TOKENS = 5
@@ -72,8 +73,8 @@ def ask(loaded: LoadedModel, pool: KvPool, engine: DecodeEngine) -> Callable[[],
 
     def generate() -> list[GeneratedToken]:
         with admit(begin(loaded, max_tokens=MAX_TOKENS), loaded, pool, bases) as request:
-            without_kv(request).start(7)
-            return list(engine.generate(request, OpenScope()))  # type: ignore[arg-type]
+            answers = without_kv(request).start([FirstToken(token_id=7)])
+            return list(engine.generate(answers, OpenScope()))  # type: ignore[arg-type]
 
     return generate
 

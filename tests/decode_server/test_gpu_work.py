@@ -39,7 +39,7 @@ def sent(chosen: KvPlan, chunk_bytes: int) -> list[Request]:
         keys, values = torch.randn(shape, generator=generator).bfloat16()
         queries = torch.randn(4, 8, GEOMETRY.head_dim, generator=generator).bfloat16()
         pipeline.put_layer(LayerCapture(queries, keys, values, 0.2, None, None, layer))
-    pipeline.put_first_token(FirstToken(42, finished=False))
+    pipeline.put_first_tokens(FirstToken(42, finished=False))
     return list(pipeline.messages())
 
 

@@ -14,6 +14,7 @@ from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.admission import admit
 from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.decode_server.service import DecodeService
+from spectrumkv.v1.decode_pb2 import FirstToken
 from tests.decode_server.test_admission import begin, loaded  # noqa: F401  # fixture
 from tests.decode_server.test_engine import OpenScope, without_kv
 
@@ -42,7 +43,7 @@ def test_a_caller_that_reads_slowly_makes_no_token_late(
 ) -> None:
     bases = BasisStore(loaded.geometry)
     with admit(begin(loaded, max_tokens=MAX_TOKENS), loaded, service._pool, bases) as request:
-        answers = service._generate(without_kv(request), 7, OpenScope())  # type: ignore[arg-type]
+        answers = service._generate(without_kv(request), [FirstToken(token_id=7)], OpenScope())  # type: ignore[arg-type]
         next(answers)
         threading.Event().wait(PAUSE_SECONDS)
         assert sum(answer.HasField("token") for answer in answers) == MAX_TOKENS - 2

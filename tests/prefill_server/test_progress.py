@@ -15,9 +15,12 @@ def test_times_are_nothing_before_their_tokens() -> None:
     assert progress.log_fields() == {"completion_tokens": 0, "ttft_seconds": 2.0, "handoff_seconds": 3.0}
 
 
-def test_the_first_two_tokens_are_timed_once_each() -> None:
+def test_the_first_token_of_each_service_is_timed_once() -> None:
     progress, metrics = Progress(arrived_at=0.0), Metrics(CollectorRegistry())
-    for _ in range(5):
+    for _ in range(2):
+        progress.first_token_left(metrics)
+    assert (progress.second_token_at, progress.handoff_seconds) == (None, 0.0)
+    for _ in range(3):
         progress.token_left(metrics)
     assert progress.completion_tokens == 5
     assert progress.second_token_at is not None

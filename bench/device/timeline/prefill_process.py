@@ -107,7 +107,7 @@ class PrefillSide:
             future = self._engine.submit(self._token_ids, pipeline.put_layer, plan.streams_chunks)
             logits = future.result().logits
             prefilled = time.monotonic()
-            pipeline.put_first_token(FirstToken(int(logits.argmax()), finished=False))
+            pipeline.put_first_tokens(FirstToken(int(logits.argmax()), finished=False))
             if len(list(call)) != 1:
                 raise InternalError("the decode side did not answer End with Finished alone")
         except grpc.RpcError as error:

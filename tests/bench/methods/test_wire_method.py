@@ -31,7 +31,7 @@ def test_counted_bytes_are_the_pipelines(served: ServedModel, name: str) -> None
     pipeline = KvPipeline(begin, method.plan, served.loaded.geometry, method.chunk_bytes, served.metrics)
     for layer in prompt.captured.layers:
         pipeline.put_layer(layer)
-    pipeline.put_first_token(FirstToken(prompt.captured.first_token, finished=False))
+    pipeline.put_first_tokens(FirstToken(prompt.captured.first_token, finished=False))
     messages = [serialized_bytes(message) for message in pipeline.messages()]
     assert sent.counted == sum(messages)
     received = total(served.metrics, "kv_bytes_received_total") - received_before

@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.generation.params import SamplingParams
+from spectrumkv.common.generation.structured.form import StructuredOutput
 from spectrumkv.v1 import generation_pb2
 
 VALID = st.builds(
     SamplingParams,
-    max_tokens=st.integers(1, 2**32 - 1),
+    max_tokens=st.integers(2, 2**32 - 1),
     temperature=st.floats(0, 100),
     top_p=st.floats(0, 1, exclude_min=True),
     top_k=st.integers(0, 2**32 - 1),
@@ -22,6 +23,23 @@ VALID = st.builds(
     stop_token_ids=st.frozensets(st.integers(0, 2**32 - 1), max_size=20),
     ignore_eos=st.booleans(),
     logprobs=st.none() | st.integers(0, 20),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    min_p=st.floats(0, 1),
+    logit_bias=st.dictionaries(st.integers(0, 2**32 - 1), st.floats(-100, 100), max_size=20),
+    min_tokens=st.integers(0, 2),
+    bad_words=st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=256), max_size=16).map(tuple),
+    n=st.integers(1, 64),
+    structured_output=st.sampled_from(
+        [
+            None,
+            StructuredOutput("json_object"),
+            StructuredOutput("json_schema", "{}"),
+            StructuredOutput("regex", "a+"),
+            StructuredOutput("grammar", 'start: "a"'),
+            StructuredOutput("choice", choices=("yes", "no")),
+        ]
+    ),
 )
 
 
@@ -42,8 +60,8 @@ def test_zeros_that_are_set_are_not_defaults() -> None:
 
 def test_the_message_states_what_its_reader_could_have_another_default_for() -> None:
     message = SamplingParams(logprobs=0).with_seed().to_proto()
-    optional = [one.name for one in message.DESCRIPTOR.fields if one.has_presence]
-    assert len(optional) == 7
+    optional = [one.name for one in message.DESCRIPTOR.fields if one.has_presence and one.message_type is None]
+    assert len(optional) == 12
     assert all(message.HasField(name) for name in optional)
 
 
@@ -89,6 +107,15 @@ def test_a_seed_is_kept_or_drawn() -> None:
         ("stop", "abc", "a tuple of strings"),
         ("stop_token_ids", [1], "a frozenset"),
         ("ignore_eos", 1, "true or false"),
+        ("presence_penalty", 2.1, "a number from -2 to 2"),
+        ("frequency_penalty", math.nan, "a number from -2 to 2"),
+        ("min_p", 1.5, "a number from 0 to 1"),
+        ("min_tokens", -1, "a whole number from 0"),
+        ("min_tokens", 129, "at most max_tokens, which is 128"),
+        ("bad_words", ["a"], "a tuple of strings"),
+        ("logit_bias", [(1, 2.0)], "numbers by token id"),
+        ("n", 0, "a whole number from 1 to 64"),
+        ("n", 65, "a whole number from 1 to 64"),
     ],
 )
 def test_a_refusal_names_field_value_and_what_is_allowed(field: str, value: Any, allowed: str) -> None:
@@ -111,6 +138,47 @@ def test_a_refusal_names_field_value_and_what_is_allowed(field: str, value: Any,
 def test_stop_strings_are_checked(stop: tuple[Any, ...], message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
         SamplingParams(stop=stop)
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        ({-1: 1.0}, "a token id of logit_bias is -1; allowed: a whole number from 0"),
+        ({7: 101.0}, r"logit_bias\[7\] is 101.0; allowed: a number from -100 to 100"),
+        (dict.fromkeys(range(1025), 1.0), "logit_bias has 1025 tokens; allowed: at most 1024"),
+    ],
+)
+def test_logit_bias_is_checked(bias: dict[int, float], message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        SamplingParams(logit_bias=bias)
+    with pytest.raises(
+        InvalidArgumentError, match="a token id of logit_bias is 10; allowed: a whole number from 0 to 9"
+    ):
+        SamplingParams(logit_bias={10: 1.0}).check_vocabulary(10)
+
+
+def test_each_answer_has_the_parameters_of_a_request_of_its_own() -> None:
+    answers = SamplingParams(n=3, seed=2**64 - 2, top_k=5).answers()
+    assert answers == tuple(SamplingParams(seed=seed, top_k=5) for seed in (2**64 - 2, 2**64 - 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"form": "xml"}, "structured_output has the form 'xml'; allowed: json_schema"),
+        ({"form": "regex"}, "structured_output.regex is empty"),
+        ({"form": "choice"}, "structured_output.choice has no texts"),
+        ({"form": "choice", "choices": ("a", "")}, "has an empty text"),
+        ({"form": "choice", "choices": ("a",) * 1025}, "has 1025 texts; allowed: at most 1024"),
+        (
+            {"form": "grammar", "text": "x" * 65537},
+            "structured_output.grammar has 65537 bytes; allowed: at most 65536",
+        ),
+    ],
+)
+def test_forms_of_structured_output_are_bounded(form: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        StructuredOutput(**form)
 
 
 def test_stop_tokens_are_checked() -> None:

@@ -66,7 +66,7 @@ def test_a_prompt_sent_through_them_comes_back(registered: None, budget: float) 
     sent = [capture(GEOMETRY, layer, TOKENS) for layer in range(GEOMETRY.layers)]
     for layer in sent:
         pipeline.put_layer(layer)
-    pipeline.put_first_token(FirstToken(42, finished=False))
+    pipeline.put_first_tokens(FirstToken(42, finished=False))
 
     received = torch.full((GEOMETRY.layers, 2, GEOMETRY.kv_heads, TOKENS, GEOMETRY.head_dim), torch.nan)
     decoder, reader = plan.decoder(GEOMETRY), ChunkReader(GEOMETRY.layers, TOKENS)

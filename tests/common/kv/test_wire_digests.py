@@ -195,7 +195,7 @@ def stream_digests(policy: str) -> dict[str, str | int]:
     pipeline = KvPipeline(begin, plan, STREAMED, CHUNK_BYTES, Metrics(CollectorRegistry()))
     for seen in shown(STREAMED, STREAMED_TOKENS, 2 if plan.streams_chunks else 1):
         pipeline.put_layer(seen)
-    pipeline.put_first_token(FirstToken(42, finished=False))
+    pipeline.put_first_tokens(FirstToken(42, finished=False))
     messages = [serialize_request(message) for message in pipeline.messages()]
     slots, reader = Received(plan, STREAMED, STREAMED_TOKENS), ChunkReader(LAYERS, STREAMED_TOKENS)
     opening, *chunks, closing = map(deserialize_request, messages)

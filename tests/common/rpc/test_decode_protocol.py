@@ -28,8 +28,9 @@ ADMITTED = decode_pb2.DecodeResponse(admitted=decode_pb2.Admitted(slots=3))
 DAMAGED = DataLossError("a message is damaged", "crc")
 
 
-def token(index: int) -> decode_pb2.DecodeResponse:
-    return decode_pb2.DecodeResponse(token=generation_pb2.Token(index=index))
+def token(index: int, last: bool = False, answer: int = 0) -> decode_pb2.DecodeResponse:
+    reason = generation_pb2.FINISH_REASON_STOP if last else generation_pb2.FINISH_REASON_UNSPECIFIED
+    return decode_pb2.DecodeResponse(token=generation_pb2.Token(index=index, answer=answer, finish_reason=reason))
 
 
 def finished(tokens: int) -> decode_pb2.DecodeResponse:
@@ -105,8 +106,16 @@ def test_admitted_answers_begin(answers: list[ArrivedResponse]) -> None:
 
 
 def test_tokens_come_in_order_and_finished_counts_them() -> None:
-    answers = [token(1), token(2), token(3), finished(3)]
+    answers = [token(1), token(2), token(3, last=True), finished(3)]
     assert list(tokens_and_finished(iter(answers))) == answers
+
+
+def test_answers_go_on_beside_each_other_and_each_ends_by_itself() -> None:
+    answers = [token(1, answer=2), token(1, answer=0), token(2, True, 2), token(2, True, 0), finished(4)]
+    assert list(tokens_and_finished(iter(answers), (0, 2))) == answers
+    assert refusal(tokens_and_finished, iter(answers), (0,)).message == (
+        "it sent token 1 of answer 2 where token 1 of answer 0 was due"
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,11 +124,13 @@ def test_tokens_come_in_order_and_finished_counts_them() -> None:
         ([token(2)], "sequence"),
         ([token(1), token(1)], "sequence"),
         ([token(1), token(3)], "sequence"),
-        ([token(1), finished(2)], "sequence"),
+        ([token(1), finished(1)], "sequence"),
+        ([token(1, last=True), finished(2)], "sequence"),
+        ([token(1, last=True), token(2)], "sequence"),
         ([token(1), ADMITTED], "sequence"),
-        ([token(1), finished(1), token(2)], "sequence"),
+        ([token(1, last=True), finished(1), token(2)], "sequence"),
         ([token(1), DAMAGED], "crc"),
-        ([token(1), finished(1), DAMAGED], "crc"),
+        ([token(1, last=True), finished(1), DAMAGED], "crc"),
         ([], "missing"),
         ([token(1)], "missing"),
     ],
@@ -130,4 +141,4 @@ def test_other_answers_are_refused(answers: list[ArrivedResponse], reason: str) 
 
 def test_nothing_follows_the_end() -> None:
     expect_no_response(iter([]))
-    assert refusal(expect_no_response, iter([token(4)])).message == "it sent token 4 after the end"
+    assert refusal(expect_no_response, iter([token(4)])).message == "it sent token 4 of answer 0 after the end"

@@ -51,7 +51,7 @@ def messages(chosen: KvPlan, layers: list[LayerCapture], dtype: torch.dtype, dev
     pipeline = KvPipeline(begin, chosen, geometry, 1 << 10, Metrics(CollectorRegistry()), device)
     for capture in layers:
         pipeline.put_layer(capture)
-    pipeline.put_first_token(FirstToken(42, finished=False))
+    pipeline.put_first_tokens(FirstToken(42, finished=False))
     # Work is counted on this thread only.
     with patch.object(kv_pipeline, "PrefetchIterator", lambda items, depth, name: items):
         return list(pipeline.messages())

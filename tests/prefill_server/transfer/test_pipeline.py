@@ -68,7 +68,7 @@ def received(messages: list[Request]) -> tuple[torch.Tensor, torch.Tensor, torch
 def run(one: KvPipeline) -> list[Request]:
     for layer in range(GEOMETRY.layers):
         one.put_layer(capture(layer))
-    one.put_first_token(FirstToken(42, finished=False))
+    one.put_first_tokens(FirstToken(42, finished=False))
     return list(one.messages())
 
 
@@ -98,7 +98,7 @@ def test_large_layers_are_cut_into_segments_and_counted_by_tier() -> None:
     )
     for layer in range(GEOMETRY.layers):
         one.put_layer(capture(layer, tokens))
-    one.put_first_token(FirstToken(1, finished=False))
+    one.put_first_tokens(FirstToken(1, finished=False))
     chunks = [message for message in one.messages() if isinstance(message, KvChunk)]
     assert len(chunks) > GEOMETRY.layers
     # FP16: 2 bytes for each of 8 elements of 2 heads, keys and values. INT8: 1 byte, and 2 for each scale.
@@ -119,7 +119,7 @@ def test_layers_leave_before_the_next_one_is_computed() -> None:
         chunk = next(messages)
         assert isinstance(chunk, KvChunk)
         assert chunk.sequence == layer
-    one.put_first_token(FirstToken(1, finished=False))
+    one.put_first_tokens(FirstToken(1, finished=False))
     assert kind(next(messages)) == "end"
 
 
@@ -138,7 +138,7 @@ def test_chunks_of_a_prompt_leave_before_the_next_one_is_computed() -> None:
             one.put_layer(shown.since(first))
             messages.append(next(iterator))
             assert isinstance(messages[-1], KvChunk)
-    one.put_first_token(FirstToken(1, finished=False))
+    one.put_first_tokens(FirstToken(1, finished=False))
     messages += iterator
     keys, values, _ = received(messages)
     for layer, expected in enumerate(whole):

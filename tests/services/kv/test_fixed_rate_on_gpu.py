@@ -41,7 +41,7 @@ def sent(plan: KvPlan, layers: list[LayerCapture], device: torch.device) -> list
     pipeline = KvPipeline(begin, plan, GEOMETRY, 1 << 20, Metrics(CollectorRegistry()), device)
     for seen in layers:
         pipeline.put_layer(seen)
-    pipeline.put_first_token(FirstToken(42, finished=False))
+    pipeline.put_first_tokens(FirstToken(42, finished=False))
     # Work of a GPU that is none is done on this thread only.
     with patch.object(kv_pipeline, "PrefetchIterator", lambda items, depth, name: items):
         return list(pipeline.messages())

@@ -37,7 +37,7 @@ def link(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     account = KvPipeline._account
 
     def hold(self: KvPipeline, *arguments: Any) -> None:
-        if self.first_token is not None or self.sent.message_bytes:
+        if self.first_tokens or self.sent.message_bytes:
             is_open.wait(20)
         account(self, *arguments)
 

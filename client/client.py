@@ -38,8 +38,9 @@ class SpectrumClient:
 
     Args:
         address: "host:port" of a prefill service (`server_info` works on a decode service too), or numeric addresses
-            of several, separated by commas. Each request then goes to a service that is up, and is sent to another
-            one if that fails before the first token.
+            of several, separated by commas. Where there are several, or the host is a name, which may have several
+            addresses, each request goes to a service that is up, in turn, and is sent to another one if that fails
+            before the first token. gRPC's "dns:///host:port" is the same as "host:port".
         security: how the server is verified and which credentials it is sent; by default plaintext, to this machine
             only.
 

@@ -67,6 +67,7 @@ def _serve() -> None:
         reflection_enabled=config.reflection,
         security=ServerSecurity.from_config(config),
         connections_per_address=config.max_connections_per_address,
+        connection_seconds=config.max_connection_age,
     )
     use_one_thread()
     service.start()

@@ -64,8 +64,15 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self._engine = engine
         self._verdict = verdict
         self._basis = basis
-        self._workers = WorkerPool(config.decode, ChannelSecurity.to_decode(config), metrics, basis)
         self._codec_selector = CodecSelector(loaded.geometry, loaded.device.type == "cuda")
+        self._workers = WorkerPool(
+            config.decode,
+            ChannelSecurity.to_decode(config),
+            metrics,
+            basis,
+            config.resolve_interval,
+            self._codec_selector.forget,
+        )
         self._requests = RequestsInService()
         self._model_check = ModelCheck(loaded, engine)
         self._reader = RequestReader(loaded, config, verdict, basis)
@@ -129,7 +136,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
                 scope=config.scope,
             ),
             probe=self._verdict.to_proto(),
-            decode_workers=[str(address) for address in config.decode],
+            decode_workers=[str(address) for address in self._workers.known],
             decode_workers_away=[str(address) for address in self._workers.away],
             decode_workers_ejected=[str(worker.address) for worker in self._workers.ejected],
             has_chat_template=bool(self._loaded.tokenizer.chat_template),

@@ -42,7 +42,8 @@ def open_channel(address: str, security: ChannelSecurity = ChannelSecurity()) ->
     """Return a channel; it connects when it is first used.
 
     Args:
-        address: "host:port", or several prefill services' addresses, separated by commas.
+        address: "host:port", whose name may have several addresses; or several prefill services' addresses, separated
+            by commas.
         security: TLS files and token.
 
     Raises:

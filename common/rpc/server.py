@@ -70,6 +70,8 @@ class Server:
         reflection_enabled: whether clients may ask which services and messages there are.
         security: TLS files and the tokens that callers must send.
         connections_per_address: how many connections an address may have; None is half of all.
+        connection_seconds: after which a connection gets no new calls, so that its caller opens another one, perhaps
+            to another server; calls that run on it go on. None is never.
 
     Raises:
         InvalidArgumentError: the accepted tokens cannot be read.
@@ -86,8 +88,10 @@ class Server:
         reflection_enabled: bool = False,
         security: ServerSecurity = ServerSecurity(),  # noqa: B008  # frozen
         connections_per_address: int | None = None,
+        connection_seconds: float | None = None,
     ) -> None:
         self._service_name = service_name
+        self._ready = False
         self._security = security
         self._connections_per_address = connections_per_address or _connections() // 2
         self._connection_limits: list[ConnectionLimit] = []
@@ -114,6 +118,9 @@ class Server:
                 *_SERVER_OPTIONS,
                 ("grpc.max_concurrent_streams", threads + EXTRA_STREAMS),
                 ("grpc.max_allowed_incoming_connections", _connections()),
+                # gRPC varies it by a tenth. Without a grace, which is so, it waits for running calls without end:
+                # each has a deadline of its own.
+                *_if_given("grpc.max_connection_age_ms", connection_seconds),
             ),
             maximum_concurrent_rpcs=calls + watchers + QUEUED_RPCS,
         )
@@ -155,9 +162,16 @@ class Server:
         for one in self._connection_limits:
             one.start()
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._ready = True
+
+    @property
+    def ready(self) -> bool:
+        """Whether the server takes requests."""
+        return self._ready
 
     def refuse(self) -> None:
         """Report NOT_SERVING, and refuse new requests, from now on."""
+        self._ready = False
         self._health.enter_graceful_shutdown()
         self._requests.close()
 
@@ -187,6 +201,11 @@ class Server:
     def _set_health(self, status: int) -> None:
         for name in ("", self._service_name):
             self._health.set(name, status)
+
+
+def _if_given(option: str, seconds: float | None) -> tuple[tuple[str, int], ...]:
+    """Return an option of gRPC's that is a time; nothing where there is none."""
+    return () if seconds is None else ((option, int(seconds * 1000)),)
 
 
 def _connections() -> int:

@@ -1,6 +1,10 @@
-"""What a channel connects to: one server, or several prefill services, among which gRPC itself chooses."""
+"""What a channel connects to: one server, or several prefill services, among which gRPC itself chooses.
+
+Several are given as numeric addresses, or as a name that has an address for each of them.
+"""
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +19,8 @@ RETRY_BUFFER_BYTES = 9 << 20
 # it tries a connection again.
 _SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
-    "healthCheckConfig": {"serviceName": PREFILL_SERVICE},
+    # All of a server's services: `server_info` works on a decode service, too.
+    "healthCheckConfig": {"serviceName": ""},
     "methodConfig": [
         {
             "name": [{"service": PREFILL_SERVICE}],
@@ -31,12 +36,17 @@ _SERVICE_CONFIG = {
 }
 
 
+# A name server may be given as gRPC writes it; without one the machine's own is asked.
+_DNS_URI = re.compile(r"dns:(?://(?P<name_server>[^/]*)/)?(?P<name>[^/]+)")
+
+
 @dataclass(frozen=True)
 class Target:
-    """Holds one address, or several addresses of prefill services.
+    """Holds one address or name, or several addresses of prefill services.
 
     Attributes:
         addresses: at least one.
+        name_server: what gRPC asks for the name's addresses; None is what this machine asks.
 
     Raises:
         InvalidArgumentError: there are several, and one of them is a name or of another IP version; gRPC accepts only
@@ -44,25 +54,39 @@ class Target:
     """
 
     addresses: tuple[Address, ...]
+    name_server: Address | None = None
 
     def __post_init__(self) -> None:
         kinds = {address.ip_version for address in self.addresses}
         if len(self.addresses) > 1 and (None in kinds or len(kinds) > 1):
             raise InvalidArgumentError(
-                f"the servers are {self}; allowed: one address, or several numeric ones, all IPv4 or all IPv6"
+                f"the servers are {self}; allowed: one address or name, or several numeric addresses, all IPv4 or "
+                "all IPv6"
+            )
+        if self.name_server is not None and not self.is_name:
+            raise InvalidArgumentError(
+                f"the server is {self.uri}, and no name server knows an address; leave out dns:"
             )
 
     @classmethod
     def parse(cls, text: str) -> "Target":
-        """Return the target that `text` names: "host:port", or several such addresses separated by commas.
+        """Return the target that `text` names.
+
+        Args:
+            text: "host:port", also as "dns:///host:port" or with a name server as "dns://10.0.0.2:53/host:port"; or
+                several numeric addresses separated by commas.
 
         Raises:
             InvalidArgumentError: `text` is something else, or the addresses do not go together.
         """
+        uri = _DNS_URI.fullmatch(text)
         try:
-            return cls(parse_addresses(text))
+            if uri is None:
+                return cls(parse_addresses(text))
+            name_server = Address.parse(uri["name_server"]) if uri["name_server"] else None
+            return cls((Address.parse(uri["name"]),), name_server)
         except ValueError as error:
-            raise InvalidArgumentError(f"the server is {text!r}; allowed: {error}") from None
+            raise InvalidArgumentError(f"the server is {text!r}; allowed: {error}, or dns:///HOST:PORT") from None
 
     def __str__(self) -> str:
         return ",".join(map(str, self.addresses))
@@ -70,12 +94,20 @@ class Target:
     @property
     def uri(self) -> str:
         """The name under which gRPC opens a channel."""
+        if self.is_name or self.name_server is not None:
+            return f"dns://{self.name_server or ''}/{self}"
         return str(self) if len(self.addresses) == 1 else f"ipv{self.addresses[0].ip_version}:{self}"
+
+    @property
+    def is_name(self) -> bool:
+        """Whether the target is a name, which may have several addresses."""
+        return self.addresses[0].ip_version is None
 
     @property
     def is_loopback(self) -> bool:
         """Whether every address is of this machine only."""
-        return all(address.is_loopback for address in self.addresses)
+        # A name server may give any address for localhost.
+        return self.name_server is None and all(address.is_loopback for address in self.addresses)
 
     @property
     def hosts(self) -> set[str]:
@@ -84,10 +116,12 @@ class Target:
 
     @property
     def options(self) -> tuple[tuple[str, Any], ...]:
-        """Channel options that let gRPC choose among several servers; none where there is one."""
-        if len(self.addresses) == 1:
+        """Channel options that let gRPC choose among several servers; none where there is one address."""
+        if len(self.addresses) == 1 and not self.is_name:
             return ()
         return (
             ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+            # Names may bring a configuration of their own in a TXT record; ours is the one that is tested.
+            ("grpc.service_config_disable_resolution", 1),
             ("grpc.per_rpc_retry_buffer_size", RETRY_BUFFER_BYTES),
         )

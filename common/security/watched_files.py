@@ -32,6 +32,9 @@ class WatchedFiles(Generic[T]):
         paths: the files.
         read: reads the files; raises InvalidArgumentError if they cannot be used.
 
+    Attributes:
+        reload_failed: whether the files changed lately and cannot be used as they are.
+
     Raises:
         InvalidArgumentError: the files cannot be used now.
     """
@@ -39,6 +42,7 @@ class WatchedFiles(Generic[T]):
     def __init__(self, paths: Sequence[Path], read: Callable[[], T]) -> None:
         self._paths = tuple(paths)
         self._read = read
+        self.reload_failed = False
         self._lock = threading.Lock()
         self._seen = self._signature()
         self._current = read()
@@ -60,11 +64,13 @@ class WatchedFiles(Generic[T]):
             latest = self._read()
         except InvalidArgumentError as error:
             self._seen = before
+            self.reload_failed = True
             logger.error("%s changed and cannot be used; what was read before stays in use: %s", names, error.message)
             return
         # Files that were written while they were read may not belong together; the next access reads them again.
         if self._signature() == before:
             self._seen, self._current = before, latest
+            self.reload_failed = False
             logger.info("read again: %s", names)
 
     def _signature(self) -> _Signature:

@@ -25,6 +25,7 @@ from spectrumkv.common.service.options import (
     one_of,
     option,
     or_auto,
+    or_never,
     parse_addresses,
     parse_bytes,
     text_of,
@@ -85,6 +86,11 @@ class ServerConfig:
         "connections that one address may have; auto, the default, is half of all that the service takes",
         or_auto(number(1, 65536, int)),
     )
+    max_connection_age: float | None = option(
+        300.0,
+        "seconds after which a connection gets no new requests and its caller connects again; running ones go on",
+        or_never(number(1, WEEK_SECONDS)),
+    )
     reflection: bool = option(False, "serve gRPC reflection, by which clients list services and messages")
     grace: float = option(30.0, "seconds that running requests may take after SIGTERM", number(0, WEEK_SECONDS))
     stuck_after: float = option(
@@ -144,8 +150,11 @@ class PrefillConfig(ServerConfig):
     listen: Address = option(Address("127.0.0.1", 50051), "address to serve on", Address.parse)
     metrics_listen: Address = option(Address("127.0.0.1", 9464), "address for Prometheus", Address.parse)
     decode: tuple[Address, ...] = option(
-        (Address("127.0.0.1", 50052),), "decode workers, separated by commas", parse_addresses
+        (Address("127.0.0.1", 50052),),
+        "decode workers, separated by commas; a name stands for a worker at each of its addresses",
+        parse_addresses,
     )
+    resolve_interval: float = option(5.0, "seconds between two look-ups of a name in --decode", number(0.1, 3600))
     decode_token_file: str | None = option(
         None, "file whose first bearer token is sent to decode workers; the variable SPECTRUMKV_TOKEN if not given"
     )

@@ -159,16 +159,24 @@ def number(minimum: float, maximum: float = math.inf, kind: type = float) -> Par
 
 def or_auto(parse: Parser) -> Parser:
     """Return a parser that also accepts "auto", which it reads as None: the service then finds the value."""
+    return _or_word("auto", parse)
 
-    def parse_unless_auto(text: str) -> Any:
-        if text == "auto":
+
+def or_never(parse: Parser) -> Parser:
+    """Return a parser of times that also accepts "never", which it reads as None."""
+    return _or_word("never", parse)
+
+
+def _or_word(word: str, parse: Parser) -> Parser:
+    def parse_unless_word(text: str) -> Any:
+        if text == word:
             return None
         try:
             return parse(text)
         except ValueError as error:
-            raise ValueError(f"{error}, or auto") from None
+            raise ValueError(f"{error}, or {word}") from None
 
-    return parse_unless_auto
+    return parse_unless_word
 
 
 def one_of(*choices: str) -> Parser:

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from spectrumkv.common.errors import SpectrumKVError
 from spectrumkv.common.rpc.server import Server
+from spectrumkv.common.security.file_metrics import show_files
 from spectrumkv.common.service.config import ServerConfig
 from spectrumkv.common.service.vitals import Vitals
 from spectrumkv.common.service.watchdog import Watchdog
@@ -125,7 +126,9 @@ def serve_until_signalled(
     """
     count_dropped_lines(metrics.log_lines_dropped.inc)
     port = server.bind(str(config.listen))
-    metrics_port = metrics.serve(config.metrics_listen)
+    show_files(config, metrics)
+    probes = {"/live": lambda: vitals.failure is None, "/ready": lambda: server.ready}
+    metrics_port = metrics.serve(config.metrics_listen, probes)
     signals, wake = _arriving_signals()
     hurried = threading.Event()
     watchdog = Watchdog(vitals, config.stuck_after)

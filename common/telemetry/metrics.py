@@ -12,7 +12,7 @@ from prometheus_client import (
 )
 
 from spectrumkv.common.service.config import Address
-from spectrumkv.common.telemetry.metrics_server import serve_metrics
+from spectrumkv.common.telemetry.metrics_server import NO_PROBES, Probes, serve_metrics
 
 # The buckets of vLLM's latency histograms, so that dashboards can compare.
 LATENCY_BUCKETS = (
@@ -107,6 +107,21 @@ class Metrics:
         self.decode_worker_slots_free = gauge(
             "decode_worker_slots_free", "Free KV slots of a decode worker, as far as prefill knows.", "worker"
         )
+        self.decode_name_resolved = gauge(
+            "decode_name_resolved",
+            "1 where the latest look-up of a name in --decode found addresses, otherwise 0.",
+            "name",
+        )
+        self.certificate_expiry = gauge(
+            "certificate_expiry_timestamp_seconds",
+            "When the first certificate of a file expires, in seconds since 1970.",
+            "file",
+        )
+        self.file_reload_failed = gauge(
+            "file_reload_failed",
+            "1 where files of certificates or tokens were replaced by ones that cannot be used, otherwise 0.",
+            "files",
+        )
         self.int4_probe_passed = gauge(
             "int4_probe_passed", "1 where tokens of every layer may be sent at INT4, otherwise 0."
         )
@@ -134,11 +149,12 @@ class Metrics:
         metrics.build_info.labels(version("spectrumkv"), service, model_name).set(1)
         return metrics
 
-    def serve(self, address: Address) -> int:
-        """Answer Prometheus on threads of their own.
+    def serve(self, address: Address, probes: Probes = NO_PROBES) -> int:
+        """Answer Prometheus, and those who ask whether the process lives and is ready, on threads of their own.
 
         Args:
             address: the address to listen on; port 0 is any free port.
+            probes: by their paths, the questions that are answered with yes (200) or no (503).
 
         Returns:
             The port.
@@ -146,4 +162,4 @@ class Metrics:
         Raises:
             InvalidArgumentError: the address cannot be bound.
         """
-        return serve_metrics(self.registry, address)
+        return serve_metrics(self.registry, address, probes)

@@ -1,10 +1,11 @@
-"""Answers Prometheus; whoever else reaches the port can take neither threads nor files from the service."""
+"""Answers Prometheus and probes; whoever else comes can take neither threads nor files from the service."""
 
 import logging
 import socket
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -15,6 +16,10 @@ from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.service.config import Address
 
 logger = logging.getLogger(__name__)
+
+# Questions by their paths, such as "/ready".
+Probes = Mapping[str, Callable[[], bool]]
+NO_PROBES: Probes = {}
 
 # Prometheus has one connection, an operator's browser a few; each holds a thread.
 CONNECTIONS = 16
@@ -76,12 +81,13 @@ def _hang_up(connection: Any) -> None:
         return
 
 
-def serve_metrics(registry: CollectorRegistry, address: Address) -> int:
-    """Answer Prometheus on threads of their own, for as long as the process lives.
+def serve_metrics(registry: CollectorRegistry, address: Address, probes: Probes = NO_PROBES) -> int:
+    """Answer Prometheus and probes on threads of their own, for as long as the process lives.
 
     Args:
         registry: the metrics.
         address: the address to listen on; port 0 is any free port.
+        probes: by their paths, the questions that are answered with yes (200) or no (503).
 
     Returns:
         The port.
@@ -92,13 +98,29 @@ def serve_metrics(registry: CollectorRegistry, address: Address) -> int:
     try:
         family, host = _resolved(address)
         server_class = type("_FamilyServer", (_Server,), {"address_family": family})
-        server: WSGIServer = make_server(host, address.port, make_wsgi_app(registry), server_class, _Handler)
+        server: WSGIServer = make_server(host, address.port, _application(registry, probes), server_class, _Handler)
     except OSError as error:
         raise InvalidArgumentError(
             f"cannot serve metrics on {address}: {error.strerror}; is another server using the port?"
         ) from error
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return int(server.server_port)
+
+
+def _application(registry: CollectorRegistry, probes: Probes) -> Callable[..., Iterable[bytes]]:
+    """Return the WSGI application: probes at their paths, metrics at every other one."""
+    metrics = make_wsgi_app(registry)
+
+    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        probe = probes.get(environ.get("PATH_INFO", ""))
+        if probe is None:
+            answered: Iterable[bytes] = metrics(environ, start_response)
+            return answered
+        status, text = ("200 OK", b"yes\n") if probe() else ("503 Service Unavailable", b"no\n")
+        start_response(status, [("Content-Type", "text/plain"), ("Content-Length", str(len(text)))])
+        return [text]
+
+    return answer
 
 
 def _resolved(address: Address) -> tuple[socket.AddressFamily, str]:

@@ -143,6 +143,15 @@ class CodecSelector:
                 self.coders.setdefault(plan.codec.name, RunningMedian()).add(sent.coder_seconds, tokens)
             self.links.setdefault(worker, RunningMedian()).add(_link_seconds(sent), sent.message_bytes)
 
+    def forget(self, worker: str) -> None:
+        """Drop what was learnt of the way to a worker that has left for good.
+
+        Args:
+            worker: its address.
+        """
+        with self._lock:
+            self.links.pop(worker, None)
+
 
 def _link_seconds(sent: SentKv) -> float:
     """Return how long the bytes would have travelled alone; 0 where the link waited for the coder."""

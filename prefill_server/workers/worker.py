@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from spectrumkv.common.errors import UnavailableError
 from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.rpc.decode_methods import SERVICE_NAME, decode_info_method, open_decode_stream
@@ -56,6 +57,7 @@ class DecodeWorker:
         epoch: how often the worker began to take requests; a refusal says nothing of the next epoch.
         basis_upload: sends the worker the codec's basis.
         breaker: says whether the worker fails what it admits.
+        leaving: whether it gets no new requests, since its address is gone; running ones go on.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class DecodeWorker:
     ) -> None:
         self.address = address
         self.epoch = 0
+        self.leaving = False
         self.breaker = CircuitBreaker()
         self.channel = open_channel(str(address), security)
         self.open_stream = open_decode_stream(self.channel)
@@ -82,10 +85,17 @@ class DecodeWorker:
         self._followed_since = time.monotonic()
         self._left_at: float | None = None
         self._slots = self._others = self._own = 0
+        self._requests = 0
+        self._retired = False
         self._closed, self._due = threading.Event(), threading.Event()
         metrics.decode_worker_accepting.labels(str(address)).set_function(lambda: self.accepting)
         metrics.decode_worker_ejected.labels(str(address)).set_function(lambda: self.breaker.ejected)
         metrics.decode_worker_slots_free.labels(str(address)).set_function(lambda: self.free_slots)
+        self._gauges = (
+            metrics.decode_worker_accepting,
+            metrics.decode_worker_ejected,
+            metrics.decode_worker_slots_free,
+        )
         self._threads = [
             threading.Thread(target=follow, name=f"{what}-{address}", daemon=True)
             for what, follow in (("health", self._follow_health), ("room", self._follow_room))
@@ -116,14 +126,16 @@ class DecodeWorker:
 
     @contextmanager
     def holding(self, slots: int) -> Iterator[None]:
-        """Count slots as reserved by this process for as long as the block runs."""
+        """Count a request and its slots as this process's for as long as the block runs."""
         with self._lock:
             self._own += slots
+            self._requests += 1
         try:
             yield
         finally:
             with self._lock:
                 self._own -= slots
+                self._requests -= 1
 
     def open_lease(self, pipeline: KvPipeline, scope: RpcScope) -> DecodeLease:
         """Start a Decode stream with the worker, and wait until it admits the request.
@@ -136,8 +148,11 @@ class DecodeWorker:
             The lease, a context manager that the caller must leave.
 
         Raises:
-            SpectrumKVError: the worker refused the request, or could not be reached; the message names the worker.
+            UnavailableError: the worker has left, or could not be reached; the message names the worker.
+            SpectrumKVError: the worker refused the request.
         """
+        if self._retired:
+            raise UnavailableError(f"decode worker {self.address} has left: no name has its address any more")
         return open_lease(self.address, self.open_stream, pipeline, scope, self._metrics)
 
     def lost(self, leaving: bool) -> None:
@@ -150,6 +165,21 @@ class DecodeWorker:
             self._left_at = time.monotonic()
         self._learn(answers=False)
         self._due.set()
+
+    def retire(self) -> bool:
+        """Let go of the worker if no request holds it; the caller then closes it.
+
+        Returns:
+            Whether no request holds the worker. From now on none can: a lease on it is refused.
+        """
+        with self._lock:
+            if self._requests:
+                return False
+            self._retired = True
+        # Here, since a new worker at the same address may be made before this one is closed.
+        for gauge in self._gauges:
+            gauge.remove(str(self.address))
+        return True
 
     def close(self) -> None:
         """Close the channel and end the threads."""

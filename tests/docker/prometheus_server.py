@@ -42,6 +42,10 @@ def _serve_one_request(prefill: Metrics, decode: Metrics) -> None:
     prefill.decode_workers_passed_over.labels("full").inc()
     prefill.decode_worker_ejected.labels("127.0.0.1:50052").set(0)
     prefill.silent_calls_ended.labels("time").inc()
+    prefill.decode_name_resolved.labels("decode:50052").set(1)
+    for metrics in (prefill, decode):
+        metrics.certificate_expiry.labels("tls_cert").set(2e9)
+        metrics.file_reload_failed.labels("tls").set(0)
 
 
 def _history() -> str:

@@ -210,7 +210,7 @@ def running_deployment(directory: Path, incubator: Incubator, secured: bool) -> 
 
 def service_of(launch: ServiceLaunch, directory: Path, incubator: Incubator) -> Service:
     command = (sys.executable, *launch.command[1:])
-    log = directory / f"{launch.name}-{launch.address.port}.log"
+    log = directory / f"{launch.name}-{launch.address}.log"
     return Service(
         launch.name,
         command,

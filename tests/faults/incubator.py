@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from spectrumkv.client.local.pair_config import DECODE_MODULE, PREFILL_MODULE
-from tests.faults import sabotage
+from tests.faults import names, sabotage
 
 MODULES = (PREFILL_MODULE, DECODE_MODULE)
 REAP_SECONDS = 0.02
@@ -122,6 +122,7 @@ def _become(request: dict[str, Any]) -> None:
     code: Any = 1
     try:
         sabotage.install(Path(request["switch"]))
+        names.install(Path(request["switch"]).parent)
         # Their commands also read the quota of processors, which here is the tests' own affair.
         importlib.import_module(f"{request['module']}.main").main()
         code = 0

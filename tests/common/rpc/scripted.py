@@ -92,6 +92,7 @@ def make_server(
     codes: "queue.SimpleQueue[str] | None" = None,
     count_silent: Callable[[str], None] = lambda reason: None,
     connections_per_address: int | None = None,
+    connection_seconds: float | None = None,
 ) -> Server:
     counted = queue.SimpleQueue() if codes is None else codes
     add, servicer, name = (
@@ -108,6 +109,7 @@ def make_server(
         count_silent=count_silent,
         reflection_enabled=reflection,
         connections_per_address=connections_per_address,
+        connection_seconds=connection_seconds,
     )
 
 

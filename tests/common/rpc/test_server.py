@@ -14,7 +14,9 @@ from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.v1 import decode_pb2, prefill_pb2, prefill_pb2_grpc
 from tests.common.rpc.scripted import HEALTH, WAIT_SECONDS, echo, make_server, response, served, wait
+from tests.waiting import until
 
+INFO = prefill_pb2.PrefillServiceGetServerInfoRequest()
 SERVICES = ("", "spectrumkv.v1.PrefillService")
 
 
@@ -246,3 +248,44 @@ def test_a_client_that_half_closes_ends_an_echo_with_ok():
         requests = [decode_pb2.DecodeRequest()] * 5
         assert len(list(server.decode.Decode(iter(requests), timeout=WAIT_SECONDS))) == 5
         assert server.code() == "OK"
+
+
+def test_a_connection_gets_no_new_calls_once_it_is_old_and_its_running_ones_go_on():
+    held = Held()
+    callers = []
+
+    def info(request, context):
+        callers.append(context.peer())
+        return prefill_pb2.PrefillServiceGetServerInfoResponse()
+
+    with served(held, info=info, connection_seconds=0.2) as server:
+        call = server.generate()
+        assert next(call).token.text == "first"
+        until(lambda: server.prefill.GetServerInfo(INFO) and len(set(callers)) >= 3)
+        held.go.set()
+        assert [one.token.text for one in call] == ["last"]
+
+
+def test_a_connection_grows_old_only_where_that_is_asked_for():
+    callers = set()
+
+    def info(request, context):
+        callers.add(context.peer())
+        return prefill_pb2.PrefillServiceGetServerInfoResponse()
+
+    with served(info=info) as server:
+        deadline = time.monotonic() + 0.7
+        while time.monotonic() < deadline:
+            server.prefill.GetServerInfo(INFO)
+        assert len(callers) == 1
+
+
+def test_it_is_ready_from_its_start_until_it_refuses():
+    server = make_server()
+    server.bind("127.0.0.1:0")
+    assert not server.ready
+    server.start()
+    assert server.ready
+    server.refuse()
+    assert not server.ready
+    server.drain(0, threading.Event())

@@ -23,6 +23,7 @@ from spectrumkv.common.service.process import exit_on_error
 from spectrumkv.common.telemetry.log_output import MAX_WAITING_LINES
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc
 from tests.common.rpc.scripted import HEALTH, WAIT_SECONDS
+from tests.common.telemetry.test_metrics_server import probe
 
 ROOT = Path(__file__).parents[3]
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
@@ -87,8 +88,11 @@ def test_a_signal_lets_the_running_stream_finish_and_the_process_end_well(number
     with child(grace="60") as one:
         with urllib.request.urlopen(f"http://127.0.0.1:{one.metrics_port}/metrics", timeout=WAIT_SECONDS) as answer:
             assert b"spectrumkv_requests_running" in answer.read()
+        assert probe(one.metrics_port, "/ready") == probe(one.metrics_port, "/live") == 200
         one.process.send_signal(number)
         assert one.status() == HEALTH.NOT_SERVING
+        # Nobody should send it more, and nobody should kill it.
+        assert (probe(one.metrics_port, "/ready"), probe(one.metrics_port, "/live")) == (503, 200)
         one.echo()
         one.echo()
         assert one.process.poll() is None

@@ -34,6 +34,9 @@ METRICS = {
     "spectrumkv_decode_worker_accepting": ("gauge", ("worker",)),
     "spectrumkv_decode_worker_ejected": ("gauge", ("worker",)),
     "spectrumkv_decode_worker_slots_free": ("gauge", ("worker",)),
+    "spectrumkv_decode_name_resolved": ("gauge", ("name",)),
+    "spectrumkv_certificate_expiry_timestamp_seconds": ("gauge", ("file",)),
+    "spectrumkv_file_reload_failed": ("gauge", ("files",)),
     "spectrumkv_int4_probe_passed": ("gauge", ()),
     "spectrumkv_probe_safe_budget_ratio": ("gauge", ()),
     "spectrumkv_decode_steps_total": ("counter", ("outcome",)),
@@ -60,6 +63,9 @@ def touched(metrics: Metrics) -> Metrics:
         metrics.decode_worker_slots_free,
     ):
         worker.labels("127.0.0.1:50052").set(1)
+    metrics.decode_name_resolved.labels("decode:50052").set(1)
+    metrics.certificate_expiry.labels("tls_cert").set(1)
+    metrics.file_reload_failed.labels("tls").set(1)
     return metrics
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
@@ -66,3 +67,23 @@ def hung_up(connection: socket.socket) -> bool:
         while connection.recv(1 << 16):
             pass
     return True
+
+
+def test_probes_are_answered_beside_the_metrics() -> None:
+    ready = False
+    port = Metrics(CollectorRegistry()).serve(
+        Address("127.0.0.1", 0), {"/live": lambda: True, "/ready": lambda: ready}
+    )
+    assert probe(port, "/live") == 200
+    assert probe(port, "/ready") == 503
+    ready = True
+    assert probe(port, "/ready") == 200
+    assert scrape(port)
+
+
+def probe(port: int, path: str) -> int:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=WAIT_SECONDS) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code

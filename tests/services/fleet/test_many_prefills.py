@@ -118,9 +118,9 @@ def test_tls_verifies_each_by_the_one_name_they_share(tmp_path: Path) -> None:
 
 
 def test_what_grpc_cannot_choose_among_is_refused_with_a_sentence() -> None:
-    with pytest.raises(InvalidArgumentError, match="several numeric ones"):
+    with pytest.raises(InvalidArgumentError, match="several numeric addresses"):
         SpectrumClient("prefill-1:50051,prefill-2:50051")
-    with pytest.raises(InvalidArgumentError, match="several numeric ones"):
+    with pytest.raises(InvalidArgumentError, match="several numeric addresses"):
         SpectrumClient("127.0.0.1:50051,[::1]:50051")
     with pytest.raises(InvalidArgumentError, match="HOST:PORT"):
         SpectrumClient("127.0.0.1:50051,")
@@ -131,6 +131,34 @@ def test_what_grpc_cannot_choose_among_is_refused_with_a_sentence() -> None:
 
 
 def test_one_address_is_left_as_it_is() -> None:
-    assert Target((Address("prefill", 50051),)).uri == "prefill:50051"
-    assert Target((Address("prefill", 50051),)).options == ()
+    assert Target((Address("10.0.0.1", 50051),)).uri == "10.0.0.1:50051"
+    assert Target((Address("10.0.0.1", 50051),)).options == ()
     assert Target.parse("[::1]:1, [::1]:2").uri == "ipv6:[::1]:1,[::1]:2"
+
+
+@pytest.mark.parametrize(
+    ("text", "uri"),
+    [
+        ("prefill:50051", "dns:///prefill:50051"),
+        ("dns:///prefill:50051", "dns:///prefill:50051"),
+        ("dns:prefill:50051", "dns:///prefill:50051"),
+        ("dns://10.0.0.2:53/prefill:50051", "dns://10.0.0.2:53/prefill:50051"),
+    ],
+)
+def test_a_name_is_balanced_over_its_addresses(text: str, uri: str) -> None:
+    target = Target.parse(text)
+    assert target.uri == uri
+    assert "round_robin" in dict(target.options)["grpc.service_config"]
+
+
+@pytest.mark.parametrize(
+    "text", ["dns:///prefill", "dns://x/prefill:1", "dns:///a/b:1", "dns://10.0.0.2:53/10.0.0.1:1"]
+)
+def test_what_is_no_name_is_refused(text: str) -> None:
+    with pytest.raises(InvalidArgumentError):
+        Target.parse(text)
+
+
+def test_localhost_of_a_name_server_may_be_any_machine() -> None:
+    assert Target.parse("localhost:1").is_loopback
+    assert not Target.parse("dns://10.0.0.2:53/localhost:1").is_loopback

@@ -41,9 +41,9 @@ def power_of_two(eighths: tl.tensor, table_ptr: tl.tensor) -> tl.tensor:
 
 
 @jit
-def exponent_of(spread: tl.tensor, borders_ptr: tl.tensor) -> tl.tensor:
+def exponent_of(std: tl.tensor, borders_ptr: tl.tensor) -> tl.tensor:
     """Return binary logarithms of positive float32 in eighths, rounded; see `layout.exponents_of`."""
-    bits = spread.to(tl.int32, bitcast=True)
+    bits = std.to(tl.int32, bitcast=True)
     mantissa = bits & MANTISSA_MASK
     eighths = ((bits >> MANTISSA_BITS) - EXPONENT_BIAS) << 3
     for border in tl.static_range(8):
@@ -53,7 +53,7 @@ def exponent_of(spread: tl.tensor, borders_ptr: tl.tensor) -> tl.tensor:
 
 @jit
 def width_of(ratio: tl.tensor, thresholds_ptr: tl.tensor) -> tl.tensor:
-    """Return the bits of coefficients whose spread has these ratios to the step; see `RecordLayout.widths`."""
+    """Return the bits of coefficients by the ratio of standard deviation to step; see `RecordLayout.widths`."""
     width = tl.zeros_like(ratio)
     for bits in tl.static_range(WIDEST):
         width += (ratio > tl.load(thresholds_ptr + bits)).to(tl.int32)

@@ -41,7 +41,7 @@ def _queries(
     group: tl.constexpr,
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
-    widened: tl.constexpr,
+    in_float32: tl.constexpr,
 ) -> tl.tensor:
     """Return rows of a KV head's queries, `[rows, padded_dim]`: row r has query head r // w at position r % w."""
     element = tl.arange(0, padded_dim)
@@ -51,7 +51,7 @@ def _queries(
         queries_ptr + query_head[:, None] * stride_head + (row % window).to(tl.int64)[:, None] * stride_position
     )
     queries = tl.load(rows_ptr + element[None, :], mask=mask, other=0.0)
-    return queries.to(tl.float32) if widened else queries
+    return queries.to(tl.float32) if in_float32 else queries
 
 
 @_jit
@@ -71,14 +71,14 @@ def _logits(
     capped: tl.constexpr,
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
-    widened: tl.constexpr,
+    in_float32: tl.constexpr,
 ) -> tl.tensor:
     """Return float32 `[rows, token block]`: the logits, minus infinity where a query does not see a token."""
     element = tl.arange(0, padded_dim)
     mask = (token < tokens)[:, None] & (element < head_dim)[None, :]
     keys_ptr += head * tl.cast(stride_head, tl.int64)
     keys = tl.load(keys_ptr + token.to(tl.int64)[:, None] * stride_token + element[None, :], mask=mask, other=0.0)
-    if widened:
+    if in_float32:
         keys = keys.to(tl.float32)
     logits = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scaling
     if capped:
@@ -108,7 +108,7 @@ def _softmax_kernel(
     group: tl.constexpr,
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
-    widened: tl.constexpr,
+    in_float32: tl.constexpr,
     block_queries: tl.constexpr,
     block_tokens: tl.constexpr,
 ) -> None:
@@ -120,7 +120,16 @@ def _softmax_kernel(
     splits = tl.num_programs(2)
     row = tl.program_id(0) * block_queries + tl.arange(0, block_queries)
     queries = _queries(
-        queries_ptr, query_stride_head, query_stride_position, head, row, window, group, head_dim, padded_dim, widened
+        queries_ptr,
+        query_stride_head,
+        query_stride_position,
+        head,
+        row,
+        window,
+        group,
+        head_dim,
+        padded_dim,
+        in_float32,
     )
     # No query sees an earlier token.
     first = tl.maximum(0, tokens - window - reach + 1)
@@ -132,7 +141,7 @@ def _softmax_kernel(
     for at in range(start, stop, block_tokens):
         logits = _logits(
             queries, keys_ptr, key_stride_head, key_stride_token, head, row, at + tl.arange(0, block_tokens), tokens,
-            window, reach, scaling, softcap, capped, head_dim, padded_dim, widened,
+            window, reach, scaling, softcap, capped, head_dim, padded_dim, in_float32,
         )  # fmt: skip
         reached = tl.maximum(greatest, tl.max(logits, axis=1))
         # Where nothing was seen so far, minus infinity would be taken from itself.
@@ -165,7 +174,7 @@ def _scores_kernel(
     group: tl.constexpr,
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
-    widened: tl.constexpr,
+    in_float32: tl.constexpr,
     block_queries: tl.constexpr,
     block_tokens: tl.constexpr,
     splits: tl.constexpr,
@@ -188,11 +197,11 @@ def _scores_kernel(
             total = tl.sum(totals * tl.exp(greatest - level[:, None]), axis=1)
             queries = _queries(
                 queries_ptr, query_stride_head, query_stride_position, head, row, window, group, head_dim, padded_dim,
-                widened,
+                in_float32,
             )  # fmt: skip
             logits = _logits(
                 queries, keys_ptr, key_stride_head, key_stride_token, head, row, token, tokens, window, reach,
-                scaling, softcap, capped, head_dim, padded_dim, widened,
+                scaling, softcap, capped, head_dim, padded_dim, in_float32,
             )  # fmt: skip
             weights = tl.exp(logits - level[:, None]) / total[:, None]
             received += tl.sum(tl.where(there[:, None], weights, 0.0), axis=0)
@@ -233,7 +242,7 @@ def mean_attention(
         "group": group,
         "head_dim": head_dim,
         "padded_dim": padded_dim,
-        "widened": INTERPRETED,
+        "in_float32": INTERPRETED,
         "block_queries": block_queries,
         "block_tokens": BLOCK_TOKENS,
     }

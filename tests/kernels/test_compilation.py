@@ -55,7 +55,7 @@ def other_kernels() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str]]]
     for states in STATES:
         for capped in (False, True):
             constants = {
-                "capped": capped, "group": 4, "head_dim": 128, "padded_dim": 128, "widened": False,
+                "capped": capped, "group": 4, "head_dim": 128, "padded_dim": 128, "in_float32": False,
                 "block_queries": attention_scores.BLOCK_QUERIES, "block_tokens": attention_scores.BLOCK_TOKENS,
             }  # fmt: skip
             types = {

@@ -6,12 +6,13 @@ logits again, a block of tokens at a time, and adds up what each token receives 
 Milakov and Gimelshein, arXiv 1805.02867). Every sum has one order, so that equal prompts get equal scores.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from spectrumkv.kernels.triton_shared import Jit, jit
 
 # Programs that share the keys of a block of queries.
 SPLITS = 8
@@ -24,13 +25,11 @@ LEAST_DIM = 16
 # The interpreter multiplies the bits of bfloat16 and not its numbers.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
-# Triton ships no types.
-_jit: Callable[[Callable[..., Any]], Any] = triton.jit
 # A kernel of its own for each divisor of a prompt's length would be compiled while a request waits.
-_jit_for_any_prompt: Callable[[Callable[..., Any]], Any] = triton.jit(do_not_specialize=["tokens", "window", "reach"])
+_jit_for_any_prompt: Jit = triton.jit(do_not_specialize=["tokens", "window", "reach"])
 
 
-@_jit
+@jit
 def _queries(
     queries_ptr: tl.tensor,
     stride_head: tl.tensor,
@@ -54,7 +53,7 @@ def _queries(
     return queries.to(tl.float32) if in_float32 else queries
 
 
-@_jit
+@jit
 def _logits(
     queries: tl.tensor,
     keys_ptr: tl.tensor,

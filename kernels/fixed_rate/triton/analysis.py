@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from spectrumkv.kernels.fixed_rate.triton.integers import Jit, jit
 from spectrumkv.kernels.fixed_rate.triton.segments import HEADER_BYTES as _HEADER_BYTES
 from spectrumkv.kernels.fixed_rate.triton.segments import segment_of
+from spectrumkv.kernels.triton_shared import Jit, jit
 
 HEADER_BYTES = tl.constexpr(_HEADER_BYTES)
 

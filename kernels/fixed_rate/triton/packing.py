@@ -12,14 +12,13 @@ from spectrumkv.kernels.fixed_rate.triton.integers import (
     LOWEST_GAIN,
     PROFILE_RATIO,
     WIDEST,
-    Jit,
     count_bits,
     is_last,
-    jit,
     power_of_two,
     width_of,
 )
 from spectrumkv.kernels.fixed_rate.triton.segments import segment_of, tokens_at, words_at
+from spectrumkv.kernels.triton_shared import Jit, jit
 
 FRACTION = tl.constexpr(float(1 << quantizer.FRACTION_BITS))
 LARGEST_MAGNITUDE = tl.constexpr(float(quantizer.LARGEST_MAGNITUDE))

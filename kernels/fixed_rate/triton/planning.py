@@ -18,12 +18,11 @@ from spectrumkv.kernels.fixed_rate.triton.integers import (
     PADDED_PROFILES,
     PROFILE_RATIO,
     WIDEST,
-    is_broken,
-    jit,
     rounded,
     width_of,
 )
 from spectrumkv.kernels.fixed_rate.triton.segments import segment_of, tokens_at
+from spectrumkv.kernels.triton_shared import is_broken, jit
 
 COLUMNS, FIRST = tl.constexpr(segments.SEGMENT_COLUMNS), tl.constexpr(segments.FOUND_SEGMENTS)
 WORDS = tl.constexpr(segments.SEGMENT_WORDS)

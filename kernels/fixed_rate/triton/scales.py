@@ -3,7 +3,8 @@
 import triton.language as tl
 
 from spectrumkv.kernels.fixed_rate import layout
-from spectrumkv.kernels.fixed_rate.triton.integers import GROUP_ROWS, jit, power_of_two, rounded
+from spectrumkv.kernels.fixed_rate.triton.integers import GROUP_ROWS, power_of_two, rounded
+from spectrumkv.kernels.triton_shared import jit
 
 MEAN_UNITS, LARGEST_MEAN = tl.constexpr(float(layout.MEAN_UNITS)), tl.constexpr(float(layout.LARGEST_MEAN))
 MEAN_UNIT = tl.constexpr(1.0 / layout.MEAN_UNITS)

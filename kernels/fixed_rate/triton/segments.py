@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import triton.language as tl
 
-from spectrumkv.kernels.fixed_rate.triton.integers import jit
+from spectrumkv.kernels.triton_shared import jit
 
 HEADER_BYTES = 16
 # What is found out about a layer: scores that are not finite, the base, the drift of standard deviations, and the

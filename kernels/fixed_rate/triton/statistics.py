@@ -9,19 +9,11 @@ import triton.language as tl
 
 from spectrumkv.kernels.fixed_rate import layout
 from spectrumkv.kernels.fixed_rate.triton import segments
-from spectrumkv.kernels.fixed_rate.triton.integers import (
-    HIGHEST_GAIN,
-    LOWEST_GAIN,
-    Jit,
-    exponent_of,
-    is_broken,
-    is_last,
-    jit,
-    rounded,
-)
+from spectrumkv.kernels.fixed_rate.triton.integers import HIGHEST_GAIN, LOWEST_GAIN, exponent_of, is_last, rounded
 from spectrumkv.kernels.fixed_rate.triton.planning import plan_layer
 from spectrumkv.kernels.fixed_rate.triton.scales import scale_rows, sort_rows
 from spectrumkv.kernels.fixed_rate.triton.segments import scales_at, segment_of
+from spectrumkv.kernels.triton_shared import Jit, is_broken, jit
 
 COLUMNS, FIRST = tl.constexpr(segments.SEGMENT_COLUMNS), tl.constexpr(segments.FOUND_SEGMENTS)
 TOP, BROKEN = tl.constexpr(segments.SEGMENT_TOP), tl.constexpr(segments.SEGMENT_BROKEN)

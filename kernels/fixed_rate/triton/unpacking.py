@@ -2,7 +2,8 @@
 
 import triton.language as tl
 
-from spectrumkv.kernels.fixed_rate.triton.integers import GROUP_ROWS, WIDEST, jit, width_of
+from spectrumkv.kernels.fixed_rate.triton.integers import GROUP_ROWS, WIDEST, width_of
+from spectrumkv.kernels.triton_shared import jit
 
 # What the kernel is told of each token: its segment; the 32-bit word of the upload at which its record starts; what
 # it adds to the exponent of a group to make a ratio; the word at which the first of its escapes' indices is, and its

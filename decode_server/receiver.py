@@ -85,7 +85,7 @@ class KvReceiver:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # The next request in these slots must not find this request's KV arriving.
-        self._stream.settle()
+        self._stream.synchronize()
 
     def accept(self, chunk: KvChunk, serialized_bytes: int) -> None:
         """Check a chunk and write its tokens into the slots.
@@ -112,7 +112,7 @@ class KvReceiver:
             DataLossError: something else arrived.
         """
         self._reader.finish(ChunkTotals(end.chunks, end.payload_bytes, end.digest))
-        self._stream.settle()
+        self._stream.synchronize()
 
     def _write(self, segments: list[KvSegment]) -> list[Mapping[Tier, int]]:
         """Return how many bytes of each segment each tier took, after all were decoded into the slots."""

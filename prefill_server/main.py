@@ -114,7 +114,7 @@ def tune(loaded: LoadedModel, engine: PrefillEngine, config: PrefillConfig) -> t
             raise
         logger.warning("%s; INT4 is off%s", error, "" if basis else ", and policies that need a basis are refused")
         reason = f"nothing was probed: {error}"
-        return basis, ProbeVerdict(Int4Layers.nowhere(loaded.geometry.layers), "flag", reason)
+        return basis, ProbeVerdict(Int4Layers.in_none(loaded.geometry.layers), "flag", reason)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Says how strongly a model's KV may be coded: what a probe measured, and what follows from it.
 
-A verdict settles where INT4 may be used, and the budget of requests that name none. Plans read it, the service shows
+A verdict says where INT4 may be used, and the budget of requests that name none. Plans read it, the service shows
 it, and `tuning.probe` finds it.
 """
 
@@ -159,7 +159,7 @@ class ProbeVerdict:
             raise InvalidArgumentError(
                 f"a verdict of source {self.source!r} rests on {len(self.settings)} settings; only a probe tries any"
             )
-        if self.trials and self.int4.everywhere is not (is_conclusive(self.trials) and passes(self.trials)):
+        if self.trials and self.int4.in_all_layers is not (is_conclusive(self.trials) and passes(self.trials)):
             raise InvalidArgumentError("the verdict on INT4 contradicts its trials")
 
     @classmethod
@@ -171,13 +171,13 @@ class ProbeVerdict:
         """
         if flag not in FLAGS:
             raise InvalidArgumentError(f"--int4 is {flag!r}; allowed: one of auto, {', '.join(FLAGS)}")
-        int4 = Int4Layers() if flag == "on" else Int4Layers.nowhere(layers)
+        int4 = Int4Layers() if flag == "on" else Int4Layers.in_none(layers)
         return cls(int4, "flag", f"set by --int4 {flag}; nothing was probed, so budget auto is {UNPROBED_BUDGET:g}")
 
     @property
     def int4_allowed(self) -> bool:
         """Whether tokens of every layer may be sent at INT4."""
-        return self.int4.everywhere
+        return self.int4.in_all_layers
 
     @property
     def safe_budget(self) -> float | None:

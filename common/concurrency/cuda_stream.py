@@ -87,7 +87,7 @@ class KvStream:
         """
         return None if self._stream is None else _recorded(self._stream)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait until all work on this stream is done."""
         if self._stream is not None:
             self._stream.synchronize()

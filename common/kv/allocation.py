@@ -84,12 +84,12 @@ class Int4Layers:
             raise InvalidArgumentError(f"Int4Layers.off names layer {min(self.off)}; layers are numbered from 0")
 
     @classmethod
-    def nowhere(cls, layers: int) -> "Int4Layers":
+    def in_none(cls, layers: int) -> "Int4Layers":
         """Return all of a model's `layers` layers as ones that do without."""
         return cls(frozenset(range(layers)))
 
     @property
-    def everywhere(self) -> bool:
+    def in_all_layers(self) -> bool:
         """Tell whether all layers may use it."""
         return not self.off
 
@@ -180,7 +180,7 @@ class PolicyTiers:
         """
         scores = combine([self._scores(layer) for layer in captures])
         # A token has one tier in all layers, so that one layer without INT4 keeps it from all.
-        return self.policy.assign(TierRequest(scores, self.tier_budget, self.int4.everywhere, self.seed))
+        return self.policy.assign(TierRequest(scores, self.tier_budget, self.int4.in_all_layers, self.seed))
 
     def account(self, wire_bytes: int) -> None:
         """Do nothing: what segments take changes no tier.

@@ -84,7 +84,7 @@ class CodingPlan:
         """Return for each layer whether it may use INT4, and its tier budget."""
         budget = self.budget.value
         if not self.policy.heeds_int4 or self.scope == "model":
-            return [(self.int4.everywhere, budget)]
+            return [(self.int4.in_all_layers, budget)]
         return [(self.int4.allows(one), self.int4.layer_budget(one, budget, layers)) for one in range(layers)]
 
     def encoder(self, geometry: KvGeometry, tokens: int, framing_bytes: int) -> KvEncoder:

@@ -61,7 +61,7 @@ class Metrics:
         )
         self.kv_bytes_sent = counter(
             "kv_bytes_sent_total",
-            "Bytes that prefill serialized for decode, for each attempt of a request, by what they carry.",
+            "Bytes that prefill serialized for decode, for each dispatch of a request, by what they carry.",
             "tier",
         )
         self.kv_bytes_received = counter(
@@ -69,11 +69,11 @@ class Metrics:
         )
         self.kv_fp16_equivalent_bytes = counter(
             "kv_fp16_equivalent_bytes_total",
-            "Bytes of the same KV at 16 bits per element, for each attempt of a request.",
+            "Bytes of the same KV at 16 bits per element, for each dispatch of a request.",
         )
         self.kv_tokens = counter(
             "kv_tokens_total",
-            "Prompt tokens by tier, as a mean over the layers, for each attempt of a request.",
+            "Prompt tokens by tier, as a mean over the layers, for each dispatch of a request.",
             "tier",
         )
         self.requests = counter("requests_total", "Requests that ended, by gRPC status code.", "code")

@@ -173,7 +173,7 @@ def dequantize_row(codes: Any, scale: Any, row: Any, packed: bool) -> None:
 
 
 @compiled
-def narrow_row(row: Any, halves: Any) -> None:
+def row_to_halves(row: Any, halves: Any) -> None:
     """Write a row at 16 bits an element.
 
     Args:
@@ -185,8 +185,8 @@ def narrow_row(row: Any, halves: Any) -> None:
 
 
 @compiled
-def widen_row(halves: Any, row: Any) -> None:
-    """Write what `narrow_row` wrote back into a row.
+def row_to_float32(halves: Any, row: Any) -> None:
+    """Write what `row_to_halves` wrote back into a row.
 
     Args:
         halves: uint16 `[head_dim]`.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spectrumkv.kernels.absmax.cpu_rows import dequantize_row, narrow_row, quantize_row, widen_row
+from spectrumkv.kernels.absmax.cpu_rows import dequantize_row, quantize_row, row_to_float32, row_to_halves
 from spectrumkv.kernels.absmax.cpu_vectors import (
     quantize_int4,
     quantize_int8,
@@ -81,7 +81,7 @@ def encode_side(
             elif tier == TIER_INT8:
                 scales8[side, head, n8] = quantize_row(row, codes8[side, head, n8], LARGEST_INT8, False)
             elif tier == TIER_16BIT:
-                narrow_row(row, halves[side, head, n16])
+                row_to_halves(row, halves[side, head, n16])
         n4 += tier == TIER_INT4
         n8 += tier == TIER_INT8
         n16 += tier == TIER_16BIT
@@ -128,7 +128,7 @@ def decode_side(
             elif tier == TIER_INT8:
                 dequantize_row(codes8[side, head, n8], scales8[side, head, n8], row, False)
             elif tier == TIER_16BIT:
-                widen_row(halves[side, head, n16], row)
+                row_to_float32(halves[side, head, n16], row)
         n4 += tier == TIER_INT4
         n8 += tier == TIER_INT8
         n16 += tier == TIER_16BIT

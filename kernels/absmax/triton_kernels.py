@@ -6,53 +6,33 @@ stored, which a `Placement` says. Of a head the first and the second half are ta
 head apart share a byte of INT4. All arithmetic is in float32 and rounds as the reference does.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import triton
 import triton.language as tl
 
 from spectrumkv.kernels import tiers as tier_codes
 from spectrumkv.kernels.absmax import layout
 from spectrumkv.kernels.tier_placement import layout as placement
+from spectrumkv.kernels.triton_shared import ROUNDER, Jit, is_broken, jit, magnitude_bits, to_states
 
 COLUMNS, BODY_AT = tl.constexpr(placement.SEGMENT_COLUMNS), tl.constexpr(placement.BODY_AT)
 COUNTS_AT, STATES_AT = tl.constexpr(placement.COUNTS_AT), tl.constexpr(placement.STATES_AT)
 TIER_DROP, TIER_16BIT = tl.constexpr(tier_codes.TIER_DROP), tl.constexpr(tier_codes.TIER_16BIT)
 TIER_INT4, TIER_INT8 = tl.constexpr(tier_codes.TIER_INT4), tl.constexpr(tier_codes.TIER_INT8)
 LARGEST_INT8, LARGEST_INT4 = tl.constexpr(layout.INT8.largest), tl.constexpr(layout.INT4.largest)
-ABSOLUTE_BITS, INFINITY_BITS = tl.constexpr(0x7FFFFFFF), tl.constexpr(0x7F800000)
-# 1.5 · 2^23: a float32 next to it has no fractional bits, so adding it rounds half to even.
-ROUNDER = tl.constexpr(12582912.0)
-FLOAT16_MAX = tl.constexpr(layout.FLOAT16_MAX)
 
-# Triton ships no types.
-_jit: Callable[[Callable[..., Any]], Any] = triton.jit
 # A kernel of its own for each divisor of a prompt's length would be compiled while a request waits.
-_jit_for_any_prompt: Callable[[Callable[..., Any]], Any] = triton.jit(do_not_specialize=["tokens"])
+_jit_for_any_prompt: Jit = triton.jit(do_not_specialize=["tokens"])
 
 
-@_jit
-def _magnitude_bits(values: tl.tensor) -> tl.tensor:
-    """Return |values| as int32: ordered like the floats, with NaN above infinity, so that a maximum keeps NaN."""
-    return values.to(tl.int32, bitcast=True) & ABSOLUTE_BITS
-
-
-@_jit
-def _is_broken(values: tl.tensor) -> tl.tensor:
-    """Return int32 1 where a number of any 16-bit dtype is infinite or NaN."""
-    return (_magnitude_bits(values.to(tl.float32)) >= INFINITY_BITS).to(tl.int32)
-
-
-@_jit
+@jit
 def _scales(low: tl.tensor, high: tl.tensor, largest: tl.tensor) -> tl.tensor:
     """Return float16 `[rows]`: the greatest magnitude of each row over its greatest code."""
-    magnitude = tl.maximum(_magnitude_bits(low), _magnitude_bits(high))
+    magnitude = tl.maximum(magnitude_bits(low), magnitude_bits(high))
     absmax = tl.max(magnitude, axis=1).to(tl.float32, bitcast=True)
     return tl.div_rn(absmax, largest).to(tl.float16)
 
 
-@_jit
+@jit
 def _to_codes(values: tl.tensor, scale: tl.tensor, largest: tl.tensor) -> tl.tensor:
     """Return the nearest multiples of the float16 scale as int32, 0 where the scale is 0, infinite or NaN."""
     scale = scale.to(tl.float32)
@@ -64,21 +44,7 @@ def _to_codes(values: tl.tensor, scale: tl.tensor, largest: tl.tensor) -> tl.ten
     return ((steps + ROUNDER) - ROUNDER).to(tl.int32)
 
 
-@_jit
-def _to_states(codes: tl.tensor, scale: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Return codes times scale, rounded to nearest even in the states' dtype."""
-    values = codes.to(tl.float32) * scale[:, None]
-    if dtype == tl.float16:
-        values = tl.minimum(tl.maximum(values, -FLOAT16_MAX), FLOAT16_MAX)
-    elif dtype == tl.bfloat16:
-        # Triton's interpreter truncates on the way to bfloat16; after this nothing is left to round.
-        bits = values.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        values = bits.to(tl.float32, bitcast=True)
-    return values.to(dtype)
-
-
-@_jit
+@jit
 def _placed(
     tiers_ptr: tl.tensor,
     places_ptr: tl.tensor,
@@ -110,7 +76,7 @@ def _placed(
     return token, states_at, tier, section_row, elements_at, scales_at
 
 
-@_jit
+@jit
 def _elements(
     states_ptr: tl.tensor,
     stride_head: tl.tensor,
@@ -129,7 +95,7 @@ def _elements(
     return low_ptr, low_ptr + tl.cast(half, tl.int64) * stride_element, element
 
 
-@_jit
+@jit
 def encode_rows(
     states_ptr: tl.tensor,
     stride_head: tl.tensor,
@@ -171,13 +137,13 @@ def encode_rows(
         low_half, high_half = low.to(dtype), high.to(dtype)
         tl.store(float_ptr, low_half, mask=mask)
         tl.store(float_ptr + half, high_half, mask=mask)
-        both = tl.maximum(_is_broken(low_half), _is_broken(high_half))
+        both = tl.maximum(is_broken(low_half), is_broken(high_half))
         broken = tl.where(is_half, tl.max(tl.where(mask, both, 0), axis=1), 0)
     if tl.max(is_coded.to(tl.int32), axis=0) > 0:
         largest = tl.where(is_int4, LARGEST_INT4 * 1.0, LARGEST_INT8 * 1.0)
         scale = _scales(low, high, largest)
         tl.store(scales_ptr + scales_at // 2 + section_row, scale, mask=is_coded)
-        broken = tl.where(is_coded, _is_broken(scale), broken)
+        broken = tl.where(is_coded, is_broken(scale), broken)
         low_code, high_code = _to_codes(low, scale, largest), _to_codes(high, scale, largest)
         code_ptr = codes_ptr + elements_at[:, None] + section_row[:, None] * (2 * half) + element
         mask = (is_coded & (is_int4 == 0))[:, None] & within
@@ -190,7 +156,7 @@ def encode_rows(
     tl.store(broken_ptr + program, tl.max(broken, axis=0).to(tl.uint8))
 
 
-@_jit
+@jit
 def decode_rows(
     states_ptr: tl.tensor,
     stride_head: tl.tensor,
@@ -239,8 +205,8 @@ def decode_rows(
         low_code = tl.where(is_int4[:, None], (pairs << 28) >> 28, (low_code << 24) >> 24)
         high_code = tl.where(is_int4[:, None], (pairs << 24) >> 28, (high_code << 24) >> 24)
         mask = is_coded[:, None] & within
-        tl.store(low_ptr, _to_states(low_code, scale, dtype), mask=mask)
-        tl.store(high_ptr, _to_states(high_code, scale, dtype), mask=mask)
+        tl.store(low_ptr, to_states(low_code.to(tl.float32) * scale[:, None], dtype), mask=mask)
+        tl.store(high_ptr, to_states(high_code.to(tl.float32) * scale[:, None], dtype), mask=mask)
 
 
 @_jit_for_any_prompt

@@ -2,4 +2,7 @@
 
 from spectrumkv.kernels.attention_scores.dispatch import mean_attention, prepare
 
-__all__ = ["mean_attention", "prepare"]
+# Shares of the attention below this one are all alike to codecs.
+LEAST_SHARE = 1e-7
+
+__all__ = ["LEAST_SHARE", "mean_attention", "prepare"]

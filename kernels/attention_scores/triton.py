@@ -6,12 +6,13 @@ logits again, a block of tokens at a time, and adds up what each token receives 
 Milakov and Gimelshein, arXiv 1805.02867). Every sum has one order, so that equal prompts get equal scores.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from spectrumkv.kernels.triton_shared import Jit, jit
 
 # Programs that share the keys of a block of queries.
 SPLITS = 8
@@ -24,13 +25,11 @@ LEAST_DIM = 16
 # The interpreter multiplies the bits of bfloat16 and not its numbers.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
-# Triton ships no types.
-_jit: Callable[[Callable[..., Any]], Any] = triton.jit
 # A kernel of its own for each divisor of a prompt's length would be compiled while a request waits.
-_jit_for_any_prompt: Callable[[Callable[..., Any]], Any] = triton.jit(do_not_specialize=["tokens", "window", "reach"])
+_jit_for_any_prompt: Jit = triton.jit(do_not_specialize=["tokens", "window", "reach"])
 
 
-@_jit
+@jit
 def _queries(
     queries_ptr: tl.tensor,
     stride_head: tl.tensor,
@@ -41,7 +40,7 @@ def _queries(
     group: tl.constexpr,
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
-    widened: tl.constexpr,
+    in_float32: tl.constexpr,
 ) -> tl.tensor:
     """Return rows of a KV head's queries, `[rows, padded_dim]`: row r has query head r // w at position r % w."""
     element = tl.arange(0, padded_dim)
@@ -51,10 +50,10 @@ def _queries(
         queries_ptr + query_head[:, None] * stride_head + (row % window).to(tl.int64)[:, None] * stride_position
     )
     queries = tl.load(rows_ptr + element[None, :], mask=mask, other=0.0)
-    return queries.to(tl.float32) if widened else queries
+    return queries.to(tl.float32) if in_float32 else queries
 
 
-@_jit
+@jit
 def _logits(
     queries: tl.tensor,
     keys_ptr: tl.tensor,
@@ -71,14 +70,14 @@ def _logits(
     capped: tl.constexpr,
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
-    widened: tl.constexpr,
+    in_float32: tl.constexpr,
 ) -> tl.tensor:
     """Return float32 `[rows, token block]`: the logits, minus infinity where a query does not see a token."""
     element = tl.arange(0, padded_dim)
     mask = (token < tokens)[:, None] & (element < head_dim)[None, :]
     keys_ptr += head * tl.cast(stride_head, tl.int64)
     keys = tl.load(keys_ptr + token.to(tl.int64)[:, None] * stride_token + element[None, :], mask=mask, other=0.0)
-    if widened:
+    if in_float32:
         keys = keys.to(tl.float32)
     logits = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scaling
     if capped:
@@ -108,7 +107,7 @@ def _softmax_kernel(
     group: tl.constexpr,
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
-    widened: tl.constexpr,
+    in_float32: tl.constexpr,
     block_queries: tl.constexpr,
     block_tokens: tl.constexpr,
 ) -> None:
@@ -120,7 +119,16 @@ def _softmax_kernel(
     splits = tl.num_programs(2)
     row = tl.program_id(0) * block_queries + tl.arange(0, block_queries)
     queries = _queries(
-        queries_ptr, query_stride_head, query_stride_position, head, row, window, group, head_dim, padded_dim, widened
+        queries_ptr,
+        query_stride_head,
+        query_stride_position,
+        head,
+        row,
+        window,
+        group,
+        head_dim,
+        padded_dim,
+        in_float32,
     )
     # No query sees an earlier token.
     first = tl.maximum(0, tokens - window - reach + 1)
@@ -132,7 +140,7 @@ def _softmax_kernel(
     for at in range(start, stop, block_tokens):
         logits = _logits(
             queries, keys_ptr, key_stride_head, key_stride_token, head, row, at + tl.arange(0, block_tokens), tokens,
-            window, reach, scaling, softcap, capped, head_dim, padded_dim, widened,
+            window, reach, scaling, softcap, capped, head_dim, padded_dim, in_float32,
         )  # fmt: skip
         reached = tl.maximum(greatest, tl.max(logits, axis=1))
         # Where nothing was seen so far, minus infinity would be taken from itself.
@@ -165,7 +173,7 @@ def _scores_kernel(
     group: tl.constexpr,
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
-    widened: tl.constexpr,
+    in_float32: tl.constexpr,
     block_queries: tl.constexpr,
     block_tokens: tl.constexpr,
     splits: tl.constexpr,
@@ -188,11 +196,11 @@ def _scores_kernel(
             total = tl.sum(totals * tl.exp(greatest - level[:, None]), axis=1)
             queries = _queries(
                 queries_ptr, query_stride_head, query_stride_position, head, row, window, group, head_dim, padded_dim,
-                widened,
+                in_float32,
             )  # fmt: skip
             logits = _logits(
                 queries, keys_ptr, key_stride_head, key_stride_token, head, row, token, tokens, window, reach,
-                scaling, softcap, capped, head_dim, padded_dim, widened,
+                scaling, softcap, capped, head_dim, padded_dim, in_float32,
             )  # fmt: skip
             weights = tl.exp(logits - level[:, None]) / total[:, None]
             received += tl.sum(tl.where(there[:, None], weights, 0.0), axis=0)
@@ -233,7 +241,7 @@ def mean_attention(
         "group": group,
         "head_dim": head_dim,
         "padded_dim": padded_dim,
-        "widened": INTERPRETED,
+        "in_float32": INTERPRETED,
         "block_queries": block_queries,
         "block_tokens": BLOCK_TOKENS,
     }

@@ -115,14 +115,14 @@ def attend(queries: Any, keys: Any, values: Any, firsts: Any, ends: Any, scaling
 
 def _lane_sums(builder: Any, vectors: list[Any]) -> Any:
     """Return a vector of the sums of as many vectors: pairs exchange lanes and are added, until one is left."""
-    apart = 1
+    distance = 1
     while len(vectors) > 1:
-        masks = exchanged_lanes(apart)
+        masks = exchanged_lanes(distance)
         vectors = [
             builder.fadd(*(builder.shuffle_vector(*pair, mask) for mask in masks))
             for pair in zip(vectors[::2], vectors[1::2], strict=True)
         ]
-        apart *= 2
+        distance *= 2
     return vectors[0]
 
 

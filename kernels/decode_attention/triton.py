@@ -5,12 +5,11 @@ kernel combines what they found (Flash-Decoding, pytorch.org/blog/flash-decoding
 long a request is, so that a step can be captured in a CUDA graph once and replayed for any.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
+
+from spectrumkv.kernels.triton_shared import jit
 
 # Programs that share a row's keys in one KV head: a few short ones do no harm, and a lone request fills the GPU.
 SPLITS = 16
@@ -19,11 +18,8 @@ BLOCK_TOKENS = 64
 # Triton multiplies matrices of no fewer rows than this.
 LEAST_GROUP = 16
 
-# Triton ships no types.
-_jit: Callable[[Callable[..., Any]], Any] = triton.jit
 
-
-@_jit
+@jit
 def _split_kernel(
     queries_ptr: tl.tensor,
     keys_ptr: tl.tensor,
@@ -97,7 +93,7 @@ def _split_kernel(
     tl.store(partial_ptr + offset[:, None] * head_dim + element[None, :], attended, mask=asked)
 
 
-@_jit
+@jit
 def _combine_kernel(
     partial_ptr: tl.tensor,
     softmax_ptr: tl.tensor,

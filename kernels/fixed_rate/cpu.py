@@ -5,8 +5,8 @@ import torch
 
 from spectrumkv.kernels.fixed_rate import records as loops
 from spectrumkv.kernels.fixed_rate import transform as transforms
-from spectrumkv.kernels.fixed_rate.block import BlockTransform, Records
 from spectrumkv.kernels.fixed_rate.layout import RecordLayout, RowScales, gain_of_byte
+from spectrumkv.kernels.fixed_rate.operands import Records, TokenTransform
 from spectrumkv.kernels.fixed_rate.quantizer import quantizers
 from spectrumkv.kernels.jit.strided import adjacent, flat, padded_matrices, written_rows
 
@@ -14,7 +14,7 @@ _GAINS, _INVERSE_GAINS = gain_of_byte(1), gain_of_byte(-1)
 
 
 def analyse(
-    keys: torch.Tensor, values: torch.Tensor, transform: BlockTransform, scale: torch.Tensor
+    keys: torch.Tensor, values: torch.Tensor, transform: TokenTransform, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Transform keys and values to coefficients; see `dispatch.analyse`.
 
@@ -63,7 +63,7 @@ def pack(
     found = loops.pack(
         coefficients.numpy(),
         order.view(np.uint64),
-        (scales.mean[order], scales.inverse_spread[order], _INVERSE_GAINS),
+        (scales.mean[order], scales.inverse_std[order], _INVERSE_GAINS),
         tokens.numpy(),
         (layout.widths, layout.profiles, layout.starts),
         limits.numpy(),
@@ -81,11 +81,11 @@ def synthesise(
     scales: RowScales,
     tokens: torch.Tensor,
     layout: RecordLayout,
-    transform: BlockTransform,
+    transform: TokenTransform,
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> None:
-    """Write the keys and values of a block; see `dispatch.synthesise`."""
+    """Write the keys and values of a segment; see `dispatch.synthesise`."""
     order = scales.order
     with written_rows(keys) as key_rows, written_rows(values) as value_rows:
         transforms.synthesise(
@@ -93,7 +93,7 @@ def synthesise(
             _words(records.escape_index),
             records.escape_value.numpy(),
             (layout.widths, layout.profiles, layout.starts),
-            (order.view(np.uint64), scales.mean[order], scales.spread[order], _GAINS, quantizers().level),
+            (order.view(np.uint64), scales.mean[order], scales.std[order], _GAINS, quantizers().level),
             tokens.numpy(),
             np.arange(keys.shape[1]),
             _rotation(transform, transform.scaling),
@@ -111,5 +111,5 @@ def _words(data: torch.Tensor) -> np.ndarray:
     return words
 
 
-def _rotation(transform: BlockTransform, scaling: float) -> tuple[np.ndarray, np.ndarray, np.float32]:
+def _rotation(transform: TokenTransform, scaling: float) -> tuple[np.ndarray, np.ndarray, np.float32]:
     return transform.cosine.numpy(), transform.sine.numpy(), np.float32(scaling)

@@ -1,17 +1,17 @@
-"""Blocks to records and back, step by step, on a CPU; what a GPU does of it all at once is called from `triton`.
+"""Segments to records and back, step by step, on a CPU; what a GPU does of it all at once is called from `triton`.
 
 Encoding calls `analyse`, `moments` and `pack`; what happens between them is small, and is the caller's: gains of the
-tokens, spreads of the rows, and the base step. Decoding is `synthesise`.
+tokens, standard deviations of the rows, and the base step. Decoding is `synthesise`.
 """
 
 import torch
 
-from spectrumkv.kernels.fixed_rate.block import BlockTransform, Records
 from spectrumkv.kernels.fixed_rate.layout import RecordLayout, RowScales
+from spectrumkv.kernels.fixed_rate.operands import Records, TokenTransform
 
 
 def analyse(
-    keys: torch.Tensor, values: torch.Tensor, transform: BlockTransform, scale: torch.Tensor
+    keys: torch.Tensor, values: torch.Tensor, transform: TokenTransform, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Transform keys and values to coefficients.
 
@@ -70,15 +70,15 @@ def synthesise(
     scales: RowScales,
     tokens: torch.Tensor,
     layout: RecordLayout,
-    transform: BlockTransform,
+    transform: TokenTransform,
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> None:
-    """Write the keys and values of a block: the inverse of `analyse` and `pack`, up to quantization.
+    """Write the keys and values of a segment: the inverse of `analyse` and `pack`, up to quantization.
 
     Args:
-        records: of the block; the length of `words` is what the layout says, and indices of escapes rise and lie in
-            the block.
+        records: of the segment; the length of `words` is what the layout says, and indices of escapes rise and lie in
+            the segment.
         scales: of the rows.
         tokens: uint8 `[n]`.
         layout: of the records.

@@ -14,9 +14,9 @@ from spectrumkv.kernels.fixed_rate.layout import GROUP_ROWS
 from spectrumkv.kernels.fixed_rate.quantizer import (
     FRACTION_BITS,
     LARGEST_MAGNITUDE,
+    PIECE_BITS,
+    PIECES,
     POSITION_BITS,
-    SEGMENT_BITS,
-    SEGMENTS,
 )
 from spectrumkv.kernels.jit.compiled import intrinsic
 from spectrumkv.kernels.jit.llvm import I32, I64, LANES, MAGNITUDE, VECTOR, load, pointer_to, vector_at
@@ -45,8 +45,8 @@ def _word(builder: Any, vectors: list[Any]) -> Any:
 
 
 def _lookup(builder: Any, table: Any, index: Any) -> Any:
-    """Return the elements of a table of `SEGMENTS` integers that a vector of indices names."""
-    if LANES * 2 == SEGMENTS:
+    """Return the elements of a table of `PIECES` integers that a vector of indices names."""
+    if LANES * 2 == PIECES:
         halves = [load(builder, vector_at(builder, table, I64(LANES * half), I32)) for half in range(2)]
         kind = ir.FunctionType(_INTEGERS, [_INTEGERS] * 3)
         permute = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpermi2var.d.512")
@@ -63,7 +63,7 @@ def find_cells(_: Any, normalized: Any, offset: Any, slope: Any, width: Any, cel
     """Find the cell of each magnitude of a group, as `reference.cells` does.
 
     `normalized` is float32 `[GROUP_ROWS]`; `offset` and `slope` are those of the quantizer of `width` bits, int32
-    `[SEGMENTS]`; `cell` is int32 `[GROUP_ROWS]`, written.
+    `[PIECES]`; `cell` is int32 `[GROUP_ROWS]`, written.
 
     Returns:
         The intrinsic's type, and what emits its instructions.
@@ -78,17 +78,17 @@ def find_cells(_: Any, normalized: Any, offset: Any, slope: Any, width: Any, cel
         largest = ir.Constant(VECTOR, [float(LARGEST_MAGNITUDE)] * LANES)
         units = ir.Constant(VECTOR, [float(1 << FRACTION_BITS)] * LANES)
         for vector in range(_VECTORS):
-            place = I64(LANES * vector)
-            bits = builder.bitcast(load(builder, vector_at(builder, source, place)), _INTEGERS)
+            first = I64(LANES * vector)
+            bits = builder.bitcast(load(builder, vector_at(builder, source, first)), _INTEGERS)
             magnitude = builder.bitcast(builder.and_(bits, _constant(MAGNITUDE)), VECTOR)
             bounded = builder.select(builder.fcmp_ordered("<", magnitude, largest), magnitude, largest)
             fixed = builder.fptosi(builder.fmul(bounded, units), _INTEGERS)
-            segment = builder.lshr(fixed, _constant(SEGMENT_BITS))
-            within = builder.and_(fixed, _constant((1 << SEGMENT_BITS) - 1))
-            rise = builder.mul(_lookup(builder, slopes, segment), within)
-            position = builder.add(_lookup(builder, offsets, segment), rise)
+            piece = builder.lshr(fixed, _constant(PIECE_BITS))
+            within = builder.and_(fixed, _constant((1 << PIECE_BITS) - 1))
+            rise = builder.mul(_lookup(builder, slopes, piece), within)
+            position = builder.add(_lookup(builder, offsets, piece), rise)
             found = builder.lshr(position, shift)
-            builder.store(found, vector_at(builder, target, place, I32)).align = 4
+            builder.store(found, vector_at(builder, target, first, I32)).align = 4
         return context.get_dummy_value()
 
     return types.void(normalized, offset, slope, types.int64, cell), emit
@@ -110,19 +110,19 @@ def write_planes(_: Any, signs: Any, cell: Any, width: Any, words: Any, start: A
         target = pointer_to(context, builder, kinds[3], arguments[3], arguments[4])
         sign = _lanes(builder, pointer_to(context, builder, kinds[0], arguments[0], I64(0)))
         builder.store(_word(builder, sign), target)
-        # The highest bit of each cell moves to the place of the sign; every plane moves the next one there.
+        # The highest bit of each cell moves to where the sign is; every plane moves the next one there.
         cells = _lanes(builder, pointer_to(context, builder, kinds[1], arguments[1], I64(0)))
         up = builder.sub(I32(33), builder.trunc(arguments[2], I32))
         moved = [cgutils.alloca_once(builder, _INTEGERS) for _ in cells]
         # At a width of 1 there is no such bit, and nothing is read of what a shift by 32 leaves.
         shift = _splat(builder, builder.and_(up, I32(31)))
-        for one, place in zip(cells, moved, strict=True):
-            builder.store(builder.shl(one, shift), place)
+        for one, variable in zip(cells, moved, strict=True):
+            builder.store(builder.shl(one, shift), variable)
         with cgutils.for_range(builder, builder.sub(arguments[2], I64(1))) as loop:
-            now = [builder.load(place) for place in moved]
+            now = [builder.load(variable) for variable in moved]
             builder.store(_word(builder, now), builder.gep(target, [builder.add(loop.index, I64(1))]))
-            for one, place in zip(now, moved, strict=True):
-                builder.store(builder.shl(one, _constant(1)), place)
+            for one, variable in zip(now, moved, strict=True):
+                builder.store(builder.shl(one, _constant(1)), variable)
         return context.get_dummy_value()
 
     return types.void(signs, cell, types.int64, words, types.int64), emit
@@ -143,17 +143,17 @@ def read_planes(_: Any, words: Any, start: Any, width: Any, entry: Any) -> Any:
         source = pointer_to(context, builder, kinds[0], arguments[0], arguments[1])
         target = pointer_to(context, builder, kinds[3], arguments[3], I64(0))
         entries = [cgutils.alloca_once(builder, _INTEGERS) for _ in range(_VECTORS)]
-        for place in entries:
-            builder.store(_constant(1), place)
+        for variable in entries:
+            builder.store(_constant(1), variable)
         with cgutils.for_range(builder, builder.sub(arguments[2], I64(1))) as loop:
             word = builder.load(builder.gep(source, [builder.add(loop.index, I64(1))]))
-            for index, place in enumerate(entries):
+            for index, variable in enumerate(entries):
                 part = builder.trunc(builder.lshr(word, I32(LANES * index)), _WORD_PART)
                 bits = builder.zext(builder.bitcast(part, _BITS), _INTEGERS)
-                doubled = builder.shl(builder.load(place), _constant(1))
-                builder.store(builder.or_(doubled, bits), place)
-        for index, place in enumerate(entries):
-            builder.store(builder.load(place), vector_at(builder, target, I64(LANES * index), I32)).align = 4
+                doubled = builder.shl(builder.load(variable), _constant(1))
+                builder.store(builder.or_(doubled, bits), variable)
+        for index, variable in enumerate(entries):
+            builder.store(builder.load(variable), vector_at(builder, target, I64(LANES * index), I32)).align = 4
         return context.get_dummy_value()
 
     return types.void(words, types.int64, types.int64, entry), emit

@@ -1,8 +1,8 @@
-"""How the records of a block are laid out: integers only, so that both sides agree whatever machines they are.
+"""How the records of a segment are laid out: integers only, so that both sides agree whatever machines they are.
 
-A block is a run of tokens of one layer. What is sent beside its records says how fine each coefficient of each token
-is; from that, and from nothing else, both sides derive the order of the rows, the width of every group of rows, and
-where every token's record starts. A row is one coefficient of one head, in the order side, head, element.
+A segment is a run of tokens of one layer. What is sent beside its records says how fine each coefficient of each
+token is; from that, and from nothing else, both sides derive the order of the rows, the width of every group of rows,
+and where every token's record starts. A row is one coefficient of one head, in the order side, head, element.
 """
 
 from dataclasses import dataclass
@@ -13,21 +13,27 @@ import numpy as np
 # Rows that share a width: as many as a word of a bit plane has bits.
 GROUP_ROWS = 32
 # A token's step class, in half octaves, and its gain, in quarter octaves, have four bits each.
+CLASSES_PER_OCTAVE = 2
 LOWEST_CLASS, HIGHEST_CLASS = -12, 3
 LOWEST_GAIN, HIGHEST_GAIN = -8, 7
 # A token's profile, its gain minus twice its class, is all that widths need of it.
 LOWEST_PROFILE = LOWEST_GAIN - 2 * HIGHEST_CLASS
 PROFILES = HIGHEST_GAIN - 2 * LOWEST_CLASS - LOWEST_PROFILE + 1
-# Units per octave: of a row's exponent, of a profile, of the base step and of a ratio.
+# Units per octave: of a row's exponent, of a gain and a profile, of the base step and of a ratio.
 EXPONENT_UNITS, PROFILE_UNITS, BASE_UNITS, RATIO_UNITS = 8, 4, 64, 128
-# The prompt's mean of a row is sent in 32nds of its spread.
+# A body's largest standard deviation lies between 2^-64 and 2^64; what is measured below counts as 2^-64.
+LARGEST_EXPONENT = 64 * EXPONENT_UNITS
+LEAST_STD = 2.0 ** -(LARGEST_EXPONENT // EXPONENT_UNITS)
+# Bases that a body can have, with one to spare on either side.
+LOWEST_BASE, HIGHEST_BASE = -(1 << 15) + 1, (1 << 15) - 2
+# The prompt's mean of a row is sent in 32nds of its standard deviation.
 MEAN_UNITS = 32
 LARGEST_MEAN = 127
-# Rows whose spread lies more than this below the largest one are taken to have this.
+# Rows whose standard deviation lies more than this below the largest one are taken to have this.
 LARGEST_DROP = 255
-# Ratios of spread to step, in `RATIO_UNITS`, above which one more bit is worth its place: −64 · log2 of how much of
-# a Gaussian's distortion it takes away (Lloyd 1982, "Least squares quantization in PCM", section VI has these
-# distortions). They are part of the layout.
+# Ratios of standard deviation to step, in `RATIO_UNITS`, above which one more bit is worth sending: −64 · log2 of
+# how much of a Gaussian's distortion it takes away (Lloyd 1982, "Least squares quantization in PCM", section VI has
+# these distortions). They are part of the layout.
 WIDTH_THRESHOLDS = np.array([42, 130, 230, 340, 458, 580, 705, 832, 958, 1086, 1214, 1342, 1470], np.int64)
 WIDEST = len(WIDTH_THRESHOLDS)
 # 2^((k + 1/2) / 8) − 1 in units of a float32's last mantissa bit, rounded up.
@@ -35,16 +41,16 @@ EIGHTH_BORDERS = np.array([371396, 1164244, 2028851, 2971711, 3999908, 5121165, 
 _MANTISSA_BITS, _EXPONENT_BIAS = 23, 127
 
 
-def exponents_of(spreads: np.ndarray) -> np.ndarray:
+def exponents_of(stds: np.ndarray) -> np.ndarray:
     """Round binary logarithms to eighths of an octave, from the bits of floats, alike on every machine.
 
     Args:
-        spreads: float32 of any shape, positive and finite.
+        stds: float32 of any shape, positive and finite.
 
     Returns:
         int64, of the same shape.
     """
-    bits = spreads.view(np.int32)
+    bits = stds.view(np.int32)
     octaves = (bits >> _MANTISSA_BITS).astype(np.int64) - _EXPONENT_BIAS
     eighths = np.searchsorted(EIGHTH_BORDERS, bits & ((1 << _MANTISSA_BITS) - 1), side="right")
     exponents: np.ndarray = EXPONENT_UNITS * octaves + eighths
@@ -52,15 +58,16 @@ def exponents_of(spreads: np.ndarray) -> np.ndarray:
 
 
 def ratios(group_exponents: np.ndarray, base: int) -> np.ndarray:
-    """Compare the spread of each group of rows with the step of tokens of each profile.
+    """Compare the standard deviation of each group of rows with the step of tokens of each profile.
 
     Args:
         group_exponents: int64 `[groups]`; see `RowScales.group_exponents`.
         base: binary logarithm of the step of class 0, in `BASE_UNITS`.
 
     Returns:
-        int64 `[2 · PROFILES, groups]`, binary logarithms of spread times gain ÷ step, in `RATIO_UNITS`: by profile,
-        from `LOWEST_PROFILE` up, for tokens before a block's turn, then for those after it, whose base is one more.
+        int64 `[2 · PROFILES, groups]`, binary logarithms of standard deviation times gain ÷ step, in `RATIO_UNITS`:
+        by profile, from `LOWEST_PROFILE` up, for tokens before a segment's turn, then for those after it, whose base
+        is one more.
     """
     profiles = (RATIO_UNITS // PROFILE_UNITS) * (LOWEST_PROFILE + np.arange(PROFILES))
     steps = (RATIO_UNITS // BASE_UNITS) * np.array([base, base + 1])
@@ -70,12 +77,12 @@ def ratios(group_exponents: np.ndarray, base: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class RowScales:
-    """Spread and mean of each row of a block.
+    """Standard deviation and mean of each row of a segment.
 
     Attributes:
-        top: exponent of the largest spread, in eighths of an octave.
+        top: exponent of the largest standard deviation, in eighths of an octave.
         drops: uint8 `[rows]`, by how much each row's exponent lies below `top`.
-        means: int8 `[rows]`, each row's mean in 32nds of its spread.
+        means: int8 `[rows]`, each row's mean in 32nds of its standard deviation.
     """
 
     top: int
@@ -98,7 +105,7 @@ class RowScales:
 
     @cached_property
     def order(self) -> np.ndarray:
-        """Sort the rows by falling spread, those of one spread by number: int64 `[rows]`."""
+        """Sort the rows by falling standard deviation, equal ones by number: int64 `[rows]`."""
         return np.argsort(self.drops, kind="stable")
 
     @cached_property
@@ -115,19 +122,19 @@ class RowScales:
         return found
 
     @cached_property
-    def spread(self) -> np.ndarray:
-        """Return each row's spread: float32 `[rows]`."""
+    def std(self) -> np.ndarray:
+        """Return each row's standard deviation: float32 `[rows]`."""
         return np.exp2((self.top - self.drops.astype(np.int64)) / EXPONENT_UNITS).astype(np.float32)
 
     @cached_property
-    def inverse_spread(self) -> np.ndarray:
-        """Return 1 ÷ each row's spread: float32 `[rows]`."""
+    def inverse_std(self) -> np.ndarray:
+        """Return 1 ÷ each row's standard deviation: float32 `[rows]`."""
         return np.exp2((self.drops.astype(np.int64) - self.top) / EXPONENT_UNITS).astype(np.float32)
 
     @cached_property
     def mean(self) -> np.ndarray:
         """Return each row's mean: float32 `[rows]`."""
-        found: np.ndarray = self.means.astype(np.float32) / np.float32(MEAN_UNITS) * self.spread
+        found: np.ndarray = self.means.astype(np.float32) / np.float32(MEAN_UNITS) * self.std
         return found
 
 
@@ -174,12 +181,12 @@ class RecordLayout:
 
     @classmethod
     def of(cls, scales: RowScales, tokens: np.ndarray, base: int, turn: int) -> "RecordLayout":
-        """Lay out the records of a block.
+        """Lay out the records of a segment.
 
         Args:
             scales: of the rows.
             tokens: uint8 `[n]`; see `token_bytes`.
-            base: of the block's tokens before `turn`; that of the others is one more.
+            base: of the segment's tokens before `turn`; that of the others is one more.
             turn: index of a token; n or more where all have the same base.
 
         Returns:

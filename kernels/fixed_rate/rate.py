@@ -11,7 +11,7 @@ def words_at(base: int, ratio: Any, count: Any, thresholds: Any) -> int:
 
     Args:
         base: of their steps, in units of half a ratio's.
-        ratio: int64 `[m]`, binary logarithms of spread ÷ step where the base is 0; see `layout.ratios`.
+        ratio: int64 `[m]`, binary logarithms of standard deviation ÷ step where the base is 0; see `layout.ratios`.
         count: int64 `[m]`, how many groups of rows have each.
         thresholds: int64, `layout.WIDTH_THRESHOLDS`.
 

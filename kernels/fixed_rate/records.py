@@ -27,9 +27,9 @@ def pack(
 
     Args:
         coefficients: float32 `[n, rows]`.
-        order: uint64 `[rows]`, rows by falling spread.
-        scales: mean and inverse spread of each row in `order`, float32 `[rows]` each, and the inverse gain of each
-            token byte, float32 `[256]`.
+        order: uint64 `[rows]`, rows by falling standard deviation.
+        scales: mean and inverse standard deviation of each row in `order`, float32 `[rows]` each, and the inverse
+            gain of each token byte, float32 `[256]`.
         tokens: uint8 `[n]`.
         record: widths, uint8 `[2 · profiles, groups]`; the row of that for each token, int64 `[n]`; the word at
             which its record starts, int64 `[n + 1]`.
@@ -42,7 +42,7 @@ def pack(
     Returns:
         The number of escapes.
     """
-    mean, inverse_spread, inverse_gain = scales
+    mean, inverse_std, inverse_gain = scales
     widths, profiles, starts = record
     offset, slope = table
     count, rows = coefficients.shape
@@ -59,7 +59,7 @@ def pack(
             for index in range(own):
                 normalized[index] = line[order[first + index]] - mean[first + index]
             for index in range(own):
-                normalized[index] = normalized[index] * inverse_spread[first + index] * gain
+                normalized[index] = normalized[index] * inverse_std[first + index] * gain
             peak = np.int32(0)
             for index in range(GROUP_ROWS):
                 peak = greater_magnitude(peak, normalized[index])
@@ -82,7 +82,7 @@ def pack(
 
 @compiled
 def insert(escape_index: Any, escape_value: Any, first: int, end: int, index: int, value: float) -> None:
-    """Add an escape to those of its token, whose rows come by spread and are listed by number.
+    """Add an escape to those of its token, whose rows come by standard deviation and are listed by number.
 
     Args:
         escape_index: uint32, written.
@@ -92,13 +92,13 @@ def insert(escape_index: Any, escape_value: Any, first: int, end: int, index: in
         index: of the escape.
         value: of the escape.
     """
-    place = end
-    while place > first and escape_index[place - 1] > index:
-        escape_index[place] = escape_index[place - 1]
-        escape_value[place] = escape_value[place - 1]
-        place -= 1
-    escape_index[place] = index
-    escape_value[place] = value
+    at = end
+    while at > first and escape_index[at - 1] > index:
+        escape_index[at] = escape_index[at - 1]
+        escape_value[at] = escape_value[at - 1]
+        at -= 1
+    escape_index[at] = index
+    escape_value[at] = value
 
 
 @compiled
@@ -108,15 +108,15 @@ def unpack(words: Any, record: Any, scales: Any, tokens: Any, first: int, count:
     Args:
         words: uint32, the records.
         record: widths, profiles and starts as for `pack`.
-        scales: order of the rows, uint64 `[rows]`; mean and spread of each row in that order, float32 `[rows]` each;
-            the gain of each token byte, float32 `[256]`; the levels of all quantizers, float32.
+        scales: order of the rows, uint64 `[rows]`; mean and standard deviation of each row in that order, float32
+            `[rows]` each; the gain of each token byte, float32 `[256]`; the levels of all quantizers, float32.
         tokens: uint8 `[n]`.
         first: the first token.
         count: how many tokens.
         coefficients: float32 `[count or more, rows]`, written.
     """
     widths, profiles, starts = record
-    order, mean, spread, gains, level = scales
+    order, mean, std, gains, level = scales
     rows = order.size
     entry, value = np.zeros(GROUP_ROWS, np.int32), np.zeros(GROUP_ROWS, np.float32)
     # Indices without a sign need no look at whether they count from the end.
@@ -140,6 +140,6 @@ def unpack(words: Any, record: Any, scales: Any, tokens: Any, first: int, count:
             for row in range(GROUP_ROWS):
                 bits[row] ^= ((signs >> np.uint32(row)) & np.uint32(1)) << np.uint32(31)
             for row in range(own):
-                value[row] = value[row] * spread[begin + row] + mean[begin + row]
+                value[row] = value[row] * std[begin + row] + mean[begin + row]
             for row in range(own):
                 line[order[begin + row]] = value[row]

@@ -8,13 +8,13 @@ everywhere.
 
 import torch
 
-from spectrumkv.kernels.fixed_rate.block import Records
 from spectrumkv.kernels.fixed_rate.layout import GROUP_ROWS, RecordLayout, RowScales, gain_of_byte
+from spectrumkv.kernels.fixed_rate.operands import Records
 from spectrumkv.kernels.fixed_rate.quantizer import (
     FRACTION_BITS,
     LARGEST_MAGNITUDE,
+    PIECE_BITS,
     POSITION_BITS,
-    SEGMENT_BITS,
     quantizers,
 )
 
@@ -26,7 +26,7 @@ def pack(
     layout: RecordLayout,
     limits: torch.Tensor,
 ) -> Records:
-    """Quantize a block's coefficients.
+    """Quantize a segment's coefficients.
 
     Args:
         coefficients: float32 `[n, rows]`.
@@ -40,8 +40,8 @@ def pack(
     """
     count, rows = coefficients.shape
     inverse_gain = torch.from_numpy(gain_of_byte(-1))[tokens.long()]
-    mean, inverse_spread = torch.from_numpy(scales.mean), torch.from_numpy(scales.inverse_spread)
-    normalized = (coefficients - mean) * inverse_spread * inverse_gain[:, None]
+    mean, inverse_std = torch.from_numpy(scales.mean), torch.from_numpy(scales.inverse_std)
+    normalized = (coefficients - mean) * inverse_std * inverse_gain[:, None]
     words = torch.zeros(layout.words, dtype=torch.int64)
     escapes = torch.zeros(count, rows, dtype=torch.bool)
     order, starts = torch.from_numpy(scales.order), torch.from_numpy(layout.starts)
@@ -66,7 +66,8 @@ def planes(normalized: torch.Tensor, width: int) -> list[torch.Tensor]:
     """Quantize a group of rows and lay their bits out by plane.
 
     Args:
-        normalized: float32 `[n, rows]`, coefficients in units of their spread and gain; at most `GROUP_ROWS` rows.
+        normalized: float32 `[n, rows]`, coefficients in units of their standard deviation and gain; at most
+            `GROUP_ROWS` rows.
         width: bits of each.
 
     Returns:
@@ -76,7 +77,7 @@ def planes(normalized: torch.Tensor, width: int) -> list[torch.Tensor]:
         return []
     bit = 1 << torch.arange(normalized.shape[1])
     cell = cells(normalized.abs(), width)
-    bits = [normalized < 0, *((cell >> place & 1).bool() for place in range(width - 2, -1, -1))]
+    bits = [normalized < 0, *((cell >> shift & 1).bool() for shift in range(width - 2, -1, -1))]
     return [((one * bit).sum(dim=1) + 2**31) % 2**32 - 2**31 for one in bits]
 
 
@@ -84,16 +85,16 @@ def cells(magnitudes: torch.Tensor, width: int) -> torch.Tensor:
     """Return the cell of each magnitude: int64 of the same shape, from 0 to 2^(width − 1) − 1."""
     table = quantizers()
     fixed = (magnitudes.clamp(max=float(LARGEST_MAGNITUDE)) * (1 << FRACTION_BITS)).long()
-    segment, place = fixed >> SEGMENT_BITS, fixed & ((1 << SEGMENT_BITS) - 1)
-    offset, slope = (torch.from_numpy(one[width]).long()[segment] for one in (table.offset, table.slope))
-    return (offset + slope * place) >> (POSITION_BITS + 1 - width)
+    piece, within = fixed >> PIECE_BITS, fixed & ((1 << PIECE_BITS) - 1)
+    offset, slope = (torch.from_numpy(one[width]).long()[piece] for one in (table.offset, table.slope))
+    return (offset + slope * within) >> (POSITION_BITS + 1 - width)
 
 
 def unpack(records: Records, scales: RowScales, tokens: torch.Tensor, layout: RecordLayout) -> torch.Tensor:
-    """Dequantize a block's coefficients: the inverse of `pack`.
+    """Dequantize a segment's coefficients: the inverse of `pack`.
 
     Args:
-        records: of the block.
+        records: of the segment.
         scales: of the rows.
         tokens: uint8 `[n]`.
         layout: of the records.
@@ -120,7 +121,7 @@ def unpack(records: Records, scales: RowScales, tokens: torch.Tensor, layout: Re
             normalized[chosen[:, None], own] = torch.where(bits[:, 0].bool(), -level[entry], level[entry])
             start = start + width
     gain = torch.from_numpy(gain_of_byte(1))[tokens.long()]
-    coefficients = normalized * gain[:, None] * torch.from_numpy(scales.spread) + torch.from_numpy(scales.mean)
+    coefficients = normalized * gain[:, None] * torch.from_numpy(scales.std) + torch.from_numpy(scales.mean)
     coefficients.view(-1)[_words(records.escape_index)] = records.escape_value
     return coefficients
 

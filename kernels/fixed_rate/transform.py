@@ -10,7 +10,7 @@ import numpy as np
 from spectrumkv.kernels.fixed_rate.records import unpack
 from spectrumkv.kernels.jit.compiled import compiled
 from spectrumkv.kernels.jit.gemm import multiply_rows
-from spectrumkv.kernels.spectral.rows import gather, gather_unrotated, scatter, scatter_rotated
+from spectrumkv.kernels.spectral.rows import gather_head, scatter_head
 
 # Tokens at a time: a multiple of `gemm.ROWS`.
 TOKENS = 128
@@ -50,20 +50,11 @@ def analyse(
         power *= 2
     squares = np.zeros((TOKENS, power), np.float32)
     memory = rows.reshape(rows.size)
-    (key_states, key_head, key_token), (value_states, value_head, value_token) = keys, values
-    cosine, sine, scaling = rotation
     for first in range(0, order.size, TOKENS):
         count = min(TOKENS, order.size - first)
         squares[:] = 0
         for head in range(heads):
-            if head < heads // 2:
-                start = head * key_head
-                gather_unrotated(
-                    key_states, start, key_token, order, first, count, cosine, sine, scaling, mean[head], rows
-                )
-            else:
-                start = (head - heads // 2) * value_head
-                gather(value_states, start, value_token, order, first, count, mean[head], rows)
+            gather_head(keys, values, head, rotation, order, first, count, mean, rows)
             multiply_rows(memory, padded_dim, analysis[head], count, head_dim, product)
             own = slice(head * head_dim, (head + 1) * head_dim)
             keep(product, count, scale[own], coefficients[first : first + count, own], squares)
@@ -171,8 +162,6 @@ def synthesise(
     coefficients = np.zeros((TOKENS, width), np.float32)
     memory = coefficients.reshape(coefficients.size)
     rows = np.zeros((TOKENS, padded_dim), np.float32)
-    (key_states, key_head, key_token), (value_states, value_head, value_token) = keys, values
-    cosine, sine, scaling = rotation
     escape = 0
     for first in range(0, order.size, TOKENS):
         count = min(TOKENS, order.size - first)
@@ -182,11 +171,4 @@ def synthesise(
             escape += 1
         for head in range(heads):
             multiply_rows(memory[head * head_dim :], width, synthesis[head], count, head_dim, rows)
-            if head < heads // 2:
-                start = head * key_head
-                scatter_rotated(
-                    rows, order, first, count, cosine, sine, scaling, mean[head], key_states, start, key_token
-                )
-            else:
-                start = (head - heads // 2) * value_head
-                scatter(rows, order, first, count, mean[head], value_states, start, value_token)
+            scatter_head(rows, keys, values, head, rotation, order, first, count, mean)

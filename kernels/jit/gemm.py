@@ -197,13 +197,13 @@ def _transpose_square(
         target = pointer_to(context, builder, signature.args[3], *arguments[3:5])
         offsets = [builder.mul(I64(row), arguments[2]) for row in range(LANES)]
         rows = [load(builder, vector_at(builder, source, offset)) for offset in offsets]
-        apart = 1
-        while apart < LANES:
-            for one in (row for row in range(LANES) if not row & apart):
-                pair = rows[one], rows[one + apart]
-                for index, lanes in zip((one, one + apart), exchanged_lanes(apart), strict=True):
+        distance = 1
+        while distance < LANES:
+            for one in (row for row in range(LANES) if not row & distance):
+                pair = rows[one], rows[one + distance]
+                for index, lanes in zip((one, one + distance), exchanged_lanes(distance), strict=True):
                     rows[index] = builder.shuffle_vector(*pair, lanes)
-            apart *= 2
+            distance *= 2
         for row, value in enumerate(rows):
             offset = builder.mul(I64(row), arguments[5])
             store(builder, value, vector_at(builder, target, offset))

@@ -79,16 +79,16 @@ def splat(builder: Any, value: Any) -> Any:
     return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, LANES), None))
 
 
-def exchanged_lanes(apart: int) -> tuple[Any, Any]:
-    """Return two masks that shuffle a pair of vectors into two others: lanes that lie `apart` apart are exchanged.
+def exchanged_lanes(distance: int) -> tuple[Any, Any]:
+    """Return two masks that shuffle a pair of vectors into two others: lanes at `distance` are exchanged.
 
-    The first mask makes the vector that keeps the first one's lanes where bit `apart` of the lane is 0, the second
-    mask the other one. With `apart` 1, 2, 4 … in turn, that transposes as many vectors as they have lanes (Eklundh
+    The first mask makes the vector that keeps the first one's lanes where bit `distance` of the lane is 0, the second
+    mask the other one. With `distance` 1, 2, 4 … in turn, that transposes as many vectors as they have lanes (Eklundh
     1972, "A Fast Computer Method for Matrix Transposing"). Lanes of the second vector are numbered on from those of
     the first.
     """
-    stay = [lane if not lane & apart else LANES + lane - apart for lane in range(LANES)]
-    move = [lane + apart if not lane & apart else LANES + lane for lane in range(LANES)]
+    stay = [lane if not lane & distance else LANES + lane - distance for lane in range(LANES)]
+    move = [lane + distance if not lane & distance else LANES + lane for lane in range(LANES)]
     kind = ir.VectorType(I32, LANES)
     return ir.Constant(kind, stay), ir.Constant(kind, move)
 

@@ -3,16 +3,16 @@
 What is copied is bits, and while they pass it is noted whether they are those of a finite number.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
+from spectrumkv.kernels.triton_shared import Jit, jit
 from spectrumkv.kernels.upload import aligned, states_offset, upload
 
 # Elements of one program: enough to keep 128 threads busy, few enough to stay in registers.
@@ -26,13 +26,11 @@ _BITS = {4: torch.int32, 2: torch.int16}
 # and `STATES_AT` (see `tier_placement.layout`).
 COLUMNS = tl.constexpr(4)
 
-# Triton ships no types.
-_jit: Callable[[Callable[..., Any]], Any] = triton.jit
 # A kernel of its own for each divisor of a prompt's length would be compiled while a request waits.
-_jit_for_any_prompt: Callable[[Callable[..., Any]], Any] = triton.jit(do_not_specialize=["tokens"])
+_jit_for_any_prompt: Jit = triton.jit(do_not_specialize=["tokens"])
 
 
-@_jit
+@jit
 def _copy_rows(
     states_ptr: tl.tensor,
     stride_head: tl.tensor,

@@ -6,7 +6,7 @@ import numpy as np
 
 from spectrumkv.kernels.jit.compiled import compiled
 from spectrumkv.kernels.jit.gemm import multiply, transpose
-from spectrumkv.kernels.spectral.rows import gather, gather_unrotated
+from spectrumkv.kernels.spectral.rows import gather_head
 from spectrumkv.kernels.spectral.transform import TOKENS
 
 
@@ -30,16 +30,9 @@ def add_moments(
     rows = np.zeros((TOKENS, padded_dim), np.float32)
     turned = np.zeros((padded_dim, TOKENS), np.float32)
     coefficients = np.zeros((padded_dim, TOKENS), np.float32)
-    (key_states, key_head, key_token), (value_states, value_head, value_token) = keys, values
-    cosine, sine, scaling = rotation
     count = order.size
     for head in range(heads):
-        if head < heads // 2:
-            start = head * key_head
-            gather_unrotated(key_states, start, key_token, order, 0, count, cosine, sine, scaling, mean[head], rows)
-        else:
-            start = (head - heads // 2) * value_head
-            gather(value_states, start, value_token, order, 0, count, mean[head], rows)
+        gather_head(keys, values, head, rotation, order, 0, count, mean, rows)
         transpose(rows, count, turned)
         multiply(analysis[head], turned, head_dim, count, coefficients)
         for row in range(head_dim):

@@ -150,3 +150,50 @@ def scatter(
         row, centred = states[at : at + head_dim], rows[index]
         for j in range(head_dim):
             row[j] = centred[j] + mean[j]
+
+
+@compiled
+def gather_head(
+    keys: Any, values: Any, head: int, rotation: Any, order: Any, first: int, count: int, mean: Any, rows: Any
+) -> None:
+    """Take tokens of one head, of keys by `gather_unrotated` and of values by `gather`.
+
+    Args:
+        keys: float32 memory, elements from head to head, elements from token to token; see `jit.strided.flat`.
+        values: like `keys`.
+        head: of both sides, keys' heads first.
+        rotation: cosine and sine, float32 `[n, d / 2]`, of each token's angles, and the factor of a key that is
+            turned back.
+        order: int64 `[m]`, tokens.
+        first: the first index in `order`.
+        count: how many tokens.
+        mean: float32 `[2 · heads, d]`, keys' heads first.
+        rows: float32 `[count or more, d or more]`, written.
+    """
+    kv_heads = mean.shape[0] // 2
+    if head < kv_heads:
+        key_states, key_head, key_token = keys
+        cosine, sine, scaling = rotation
+        gather_unrotated(
+            key_states, head * key_head, key_token, order, first, count, cosine, sine, scaling, mean[head], rows
+        )
+    else:
+        value_states, value_head, value_token = values
+        gather(value_states, (head - kv_heads) * value_head, value_token, order, first, count, mean[head], rows)
+
+
+@compiled
+def scatter_head(
+    rows: Any, keys: Any, values: Any, head: int, rotation: Any, order: Any, first: int, count: int, mean: Any
+) -> None:
+    """Undo `gather_head`, with the same arguments but the factor of a turned key: the states are written."""
+    kv_heads = mean.shape[0] // 2
+    if head < kv_heads:
+        key_states, key_head, key_token = keys
+        cosine, sine, scaling = rotation
+        scatter_rotated(
+            rows, order, first, count, cosine, sine, scaling, mean[head], key_states, head * key_head, key_token
+        )
+    else:
+        value_states, value_head, value_token = values
+        scatter(rows, order, first, count, mean[head], value_states, (head - kv_heads) * value_head, value_token)

@@ -10,7 +10,7 @@ import numpy as np
 
 from spectrumkv.kernels.jit.compiled import compiled
 from spectrumkv.kernels.jit.gemm import multiply, transpose
-from spectrumkv.kernels.spectral.rows import gather, gather_unrotated, scatter, scatter_rotated
+from spectrumkv.kernels.spectral.rows import gather_head, scatter_head
 from spectrumkv.kernels.spectral.streams import dequantize, quantize
 
 # Tokens at a time. No power of two: rows that far apart would crowd into a few sets of the cache.
@@ -52,21 +52,12 @@ def analyse(
     rows = np.zeros((TOKENS, padded_dim), np.float32)
     turned = np.zeros((padded_dim, TOKENS), np.float32)
     coefficients = np.zeros((padded_dim, TOKENS), np.float32)
-    (key_states, key_head, key_token), (value_states, value_head, value_token) = keys, values
-    cosine, sine, scaling = rotation
     largest = np.int32(0)
     for head in range(heads):
         own = offset[:, head * head_dim : (head + 1) * head_dim]
         for first in range(0, order.size, TOKENS):
             count = min(TOKENS, order.size - first)
-            if head < heads // 2:
-                start = head * key_head
-                gather_unrotated(
-                    key_states, start, key_token, order, first, count, cosine, sine, scaling, mean[head], rows
-                )
-            else:
-                start = (head - heads // 2) * value_head
-                gather(value_states, start, value_token, order, first, count, mean[head], rows)
+            gather_head(keys, values, head, rotation, order, first, count, mean, rows)
             transpose(rows, count, turned)
             multiply(analysis[head], turned, head_dim, count, coefficients)
             found = quantize(coefficients, first, count, class_start, inverse_step, own, symbols)
@@ -105,19 +96,10 @@ def synthesise(
     heads, head_dim, padded_dim = synthesis.shape
     coefficients = np.zeros((padded_dim, TOKENS), np.float32)
     rows = np.zeros((TOKENS, padded_dim), np.float32)
-    (key_states, key_head, key_token), (value_states, value_head, value_token) = keys, values
-    cosine, sine, scaling = rotation
     for head in range(heads):
         own = offset[:, head * head_dim : (head + 1) * head_dim]
         for first in range(0, order.size, TOKENS):
             count = min(TOKENS, order.size - first)
             dequantize(symbols, first, count, class_start, step, own, coefficients)
             multiply(coefficients[:head_dim], synthesis[head], count, head_dim, rows)
-            if head < heads // 2:
-                start = head * key_head
-                scatter_rotated(
-                    rows, order, first, count, cosine, sine, scaling, mean[head], key_states, start, key_token
-                )
-            else:
-                start = (head - heads // 2) * value_head
-                scatter(rows, order, first, count, mean[head], value_states, start, value_token)
+            scatter_head(rows, keys, values, head, rotation, order, first, count, mean)

@@ -6,9 +6,6 @@ segments as they fill up, and numbers rows. A program alone is slow at it, but i
 what comes next could not begin before all of it is known.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +13,7 @@ import triton.language as tl
 from spectrumkv.kernels import tiers as tier_codes
 from spectrumkv.kernels.tier_placement import layout
 from spectrumkv.kernels.tier_placement.layout import SegmentRoom, TierRanks
+from spectrumkv.kernels.triton_shared import Jit, jit
 
 # Tokens that the program looks at together.
 BLOCK_TOKENS = 1024
@@ -29,10 +27,8 @@ SIGN_BIT, OTHER_BITS = tl.constexpr(31), tl.constexpr(0x7FFFFFFF)
 EXPONENT = tl.constexpr(0x7F800000)
 NOWHERE = tl.constexpr(0x7FFFFFFF)
 
-# Triton ships no types.
-_jit: Callable[[Callable[..., Any]], Any] = triton.jit
 # A kernel of its own for each divisor of these would be compiled while a request waits.
-_jit_for_any_prompt: Callable[[Callable[..., Any]], Any] = triton.jit(
+_jit_for_any_prompt: Jit = triton.jit(
     do_not_specialize=[
         "tokens", "sinks", "end0", "end1", "end2", "tier0", "tier1", "tier2", "tier3", "int4_bytes", "int8_bytes",
         "half_bytes", "most_bytes", "most_tokens",
@@ -40,19 +36,19 @@ _jit_for_any_prompt: Callable[[Callable[..., Any]], Any] = triton.jit(
 )  # fmt: skip
 
 
-@_jit
+@jit
 def _score_bits(scores_ptr: tl.tensor, token: tl.tensor, ranked: tl.tensor) -> tl.tensor:
     """Return the bits of scores, with one zero in place of two."""
     return (tl.load(scores_ptr + token, mask=ranked, other=0.0) + 0.0).to(tl.int32, bitcast=True)
 
 
-@_jit
+@jit
 def _ordered(bits: tl.tensor) -> tl.tensor:
     """Return int64 numbers that are ordered like the floats of these bits."""
     return (bits ^ ((bits >> SIGN_BIT) & OTHER_BITS)).to(tl.int64)
 
 
-@_jit
+@jit
 def _count(
     scores_ptr: tl.tensor, least: tl.tensor, tokens: tl.tensor, sinks: tl.tensor, block_tokens: tl.constexpr
 ) -> tl.tensor:
@@ -71,13 +67,13 @@ def _count(
     return found
 
 
-@_jit
+@jit
 def _of_tier(tier: tl.tensor, int4: tl.tensor, int8: tl.tensor, half: tl.tensor) -> tl.tensor:
     """Return for each token the value of its tier, 0 where it is dropped."""
     return tl.where(tier == INT4, int4, tl.where(tier == INT8, int8, tl.where(tier == HALF, half, 0)))
 
 
-@_jit
+@jit
 def _close(
     segments_ptr: tl.tensor,
     number: tl.tensor,

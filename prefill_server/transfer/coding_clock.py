@@ -90,9 +90,9 @@ class GpuCodingClock(CodingClock):
             self._add(host_seconds)
         else:
             self._spans.append(_Span(computed, ended, host_seconds))
-        self._settle()
+        self._add_ended()
 
-    def _settle(self) -> None:
+    def _add_ended(self) -> None:
         while self._spans and self._spans[0].ended.query():  # type: ignore[no-untyped-call]
             span = self._spans.popleft()
             self._add(min(span.host_seconds, span.computed.elapsed_time(span.ended) / 1000))

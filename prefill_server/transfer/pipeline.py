@@ -142,7 +142,7 @@ class KvPipeline:
         if self._ahead is not None:
             self._ahead.close()
 
-    def settle(self) -> None:
+    def wait_until_idle(self) -> None:
         """Wait, after `cancel`, for the segment that is being coded, so that nothing is computed afterwards.
 
         The thread that codes is a daemon, and a process that ends while a daemon runs compiled code is aborted.

@@ -137,7 +137,7 @@ class DecodeLease:
     ) -> None:
         self._call.cancel()
         self.pipeline.cancel()
-        self.pipeline.settle()
+        self.pipeline.wait_until_idle()
 
     def _give_up(self) -> None:
         self._unanswered = True

@@ -55,7 +55,7 @@ def other_kernels() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str]]]
     for states in STATES:
         for capped in (False, True):
             constants = {
-                "capped": capped, "group": 4, "head_dim": 128, "padded_dim": 128, "widened": False,
+                "capped": capped, "group": 4, "head_dim": 128, "padded_dim": 128, "in_float32": False,
                 "block_queries": attention_scores.BLOCK_QUERIES, "block_tokens": attention_scores.BLOCK_TOKENS,
             }  # fmt: skip
             types = {
@@ -108,7 +108,7 @@ def fixed_rate_kernels() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, s
         [
             "cosine_ptr", "sine_ptr", "mean_ptr", "analysis_ptr", "synthesis_ptr", "scale_ptr", "scaling_ptr",
             "coefficients_ptr", "energies_ptr", "scores_ptr", "row_means_ptr", "means_ptr", "inverse_ptr",
-            "spreads_ptr", "powers_ptr", "limits_ptr", "level_ptr",
+            "stds_ptr", "powers_ptr", "limits_ptr", "level_ptr",
         ],
         "*fp32",
     )  # fmt: skip
@@ -117,7 +117,7 @@ def fixed_rate_kernels() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, s
         "found_ptr": "*i64", "tiles_ptr": "*i64", "bodies_ptr": "*u8",
     }  # fmt: skip
     integers = [
-        "gains_ptr", "exponents_ptr", "drops_ptr", "order_ptr", "places_ptr", "groups_ptr", "histograms_ptr",
+        "gains_ptr", "exponents_ptr", "drops_ptr", "order_ptr", "ranks_ptr", "groups_ptr", "histograms_ptr",
         "steps_ptr", "starts_ptr", "counters_ptr", "calibrated_ptr", "calibrated_groups_ptr", "later_ptr",
         "thresholds_ptr", "borders_ptr", "words_ptr", "bits_ptr", "offset_ptr", "slope_ptr", "tokens_ptr",
     ]  # fmt: skip

@@ -64,7 +64,7 @@ def settings(exact: int = 3) -> tuple[ProbedSetting, ...]:
 
 def verdict_of(found: int, exact: int, off: Int4Layers | None = None) -> ProbeVerdict:
     one = trials(found, exact)
-    refused = Int4Layers.nowhere(LAYERS) if off is None else off
+    refused = Int4Layers.in_none(LAYERS) if off is None else off
     int4 = Int4Layers() if is_conclusive(one) and passes(one) else refused
     return probe.verdict_of(one, settings(exact), int4, LAYERS)
 
@@ -92,7 +92,7 @@ def test_two_of_three_needles_allow_int4(found: int, exact: int, allowed: bool) 
         assert f"{found} of 3 needles" in verdict.reason
     # The wrong way round it is a contradiction.
     with pytest.raises(InvalidArgumentError, match="contradicts its trials"):
-        replace(verdict, int4=Int4Layers.nowhere(LAYERS) if allowed else Int4Layers())
+        replace(verdict, int4=Int4Layers.in_none(LAYERS) if allowed else Int4Layers())
 
 
 def test_layers_without_int4_are_named() -> None:

@@ -114,7 +114,7 @@ class PrefillSide:
             raise pipeline.failure or error_from_rpc(error) from error
         finally:
             pipeline.cancel()
-            pipeline.settle()
+            pipeline.wait_until_idle()
             call.cancel()
         layers = layer_times(marks, self._clock, self._decode.arrivals(), started)
         return Handoff(layers, prefilled - started, pipeline.sent.message_bytes)

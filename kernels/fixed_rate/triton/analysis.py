@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from spectrumkv.kernels.fixed_rate.triton.blocks import HEADER_BYTES as _HEADER_BYTES
-from spectrumkv.kernels.fixed_rate.triton.blocks import block_of
-from spectrumkv.kernels.fixed_rate.triton.integers import Jit, jit
+from spectrumkv.kernels.fixed_rate.triton.segments import HEADER_BYTES as _HEADER_BYTES
+from spectrumkv.kernels.fixed_rate.triton.segments import segment_of
+from spectrumkv.kernels.triton_shared import Jit, jit
 
 HEADER_BYTES = tl.constexpr(_HEADER_BYTES)
 
@@ -50,9 +50,9 @@ def _store_sinks(
     half: tl.constexpr,
     padded_half: tl.constexpr,
 ) -> None:
-    """Write the elements of first tokens as they are into the bodies of their blocks."""
+    """Write the elements of first tokens as they are into the bodies of their segments."""
     number = token // size
-    first, own_sinks, _ = block_of(number, tokens, size, sinks)
+    first, own_sinks, _ = segment_of(number, tokens, size, sinks)
     row = head * own_sinks + token - first
     row_at = number.to(tl.int64) * (body_bytes // 2) + HEADER_BYTES // 2 + row * (2 * half)
     element = tl.arange(0, padded_half)[None, :]
@@ -94,7 +94,7 @@ def analyse_kernel(
     block_tokens: tl.constexpr,
     block_columns: tl.constexpr,
 ) -> None:
-    """Transform this program's tokens. The grid is (blocks of tokens, heads of both sides)."""
+    """Transform this program's tokens. The grid is (tiles of tokens, heads of both sides)."""
     head = tl.program_id(1)
     token = tl.program_id(0) * block_tokens + tl.arange(0, block_tokens)
     there = token < tokens

@@ -174,10 +174,10 @@ def _synthesise(
 
 
 def _tables_of_rows(scales: Sequence[RowScales]) -> tuple[np.ndarray, ...]:
-    """Return order int32, group exponents int32, and means and spreads in that order, float32, of all segments.
+    """Return order, group exponents, means and standard deviations of the rows of all segments.
 
     Returns:
-        Arrays of at least one element.
+        int32 order and exponents, float32 means and standard deviations in that order; at least one element each.
     """
     if not scales:
         return np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.float32), np.zeros(1, np.float32)
@@ -185,7 +185,7 @@ def _tables_of_rows(scales: Sequence[RowScales]) -> tuple[np.ndarray, ...]:
         np.concatenate([one.order for one in scales]).astype(np.int32),
         np.concatenate([one.group_exponents for one in scales]).astype(np.int32),
         np.concatenate([one.mean[one.order] for one in scales]),
-        np.concatenate([one.spread[one.order] for one in scales]),
+        np.concatenate([one.std[one.order] for one in scales]),
     )
 
 

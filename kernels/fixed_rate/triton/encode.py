@@ -4,9 +4,10 @@ import torch
 import triton
 
 from spectrumkv.kernels.fixed_rate.triton.analysis import analyse_kernel
-from spectrumkv.kernels.fixed_rate.triton.blocks import BlockShape
 from spectrumkv.kernels.fixed_rate.triton.memory import CodedLayer, LayerRate, Workspace
 from spectrumkv.kernels.fixed_rate.triton.packing import pack_kernel
+from spectrumkv.kernels.fixed_rate.triton.planning import WORDS_SHIFT
+from spectrumkv.kernels.fixed_rate.triton.segments import SegmentShape
 from spectrumkv.kernels.fixed_rate.triton.statistics import statistics_kernel
 from spectrumkv.kernels.fixed_rate.triton.tables import AnalysisTables, quantizer_tables
 from spectrumkv.kernels.upload import upload
@@ -23,8 +24,8 @@ BLOCK_GROUPS, LAYER_TOKENS = 16, 1024
 ESCAPE_WORDS = 1024
 # Triton multiplies matrices of no fewer rows and columns than this.
 LEAST_DIM = 16
-# Words of a budget beyond which all budgets are alike, and how they are told to kernels.
-MOST_WORDS, WORDS_SHIFT = (1 << 60) - 1, 30
+# Words of a budget beyond which all budgets are alike.
+MOST_WORDS = (1 << 60) - 1
 
 
 def tile_of(head_dim: int) -> tuple[int, int]:
@@ -44,7 +45,7 @@ def encode(
     scores: torch.Tensor,
     angles: tuple[torch.Tensor, torch.Tensor],
     tables: AnalysisTables,
-    shape: BlockShape,
+    shape: SegmentShape,
     rate: LayerRate,
 ) -> tuple[CodedLayer, Workspace]:
     """Code a layer as finely as it may be. CPU tensors work under `TRITON_INTERPRET=1` only.
@@ -55,7 +56,7 @@ def encode(
         scores: float32 `[n]`, each token's share of the attention.
         angles: cosine and sine, float32 `[n or more, head_dim / 2]`, of each token's angles.
         tables: of the layer.
-        shape: of its blocks.
+        shape: of its segments.
         rate: what it may take.
 
     Returns:
@@ -96,7 +97,7 @@ def encode(
             block_tokens=tile_tokens,
             block_columns=tile_columns,
         )
-        statistics_kernel[triton.cdiv(rows, STATISTICS_ROWS), shape.blocks](
+        statistics_kernel[triton.cdiv(rows, STATISTICS_ROWS), shape.segments](
             work.coefficients,
             work.energies,
             scores,
@@ -108,7 +109,7 @@ def encode(
             work.row_means,
             work.drops,
             work.order,
-            work.places,
+            work.ranks,
             work.groups,
             work.means,
             work.inverse,
@@ -125,8 +126,8 @@ def encode(
             *shape.scalars,
             tables.quarters,
             tables.lowest_quarter,
-            words >> WORDS_SHIFT,
-            words & ((1 << WORDS_SHIFT) - 1),
+            words >> WORDS_SHIFT.value,
+            words & ((1 << WORDS_SHIFT.value) - 1),
             tables.step_exponent,
             rate.drift,
             rate.drift_weight,
@@ -152,7 +153,7 @@ def pack_again(layer: CodedLayer, work: Workspace, base: int, turn: int, starts:
         work: as `encode` left it.
         base: of the tokens before `turn`.
         turn: the position from which on tokens have a base that is greater by 1.
-        starts: int32 `[n]` on the CPU, words before each token's record in its block.
+        starts: int32 `[n]` on the CPU, words before each token's record in its segment.
     """
     steps, there = upload((torch.tensor([base, turn], dtype=torch.int32), starts), layer.memory.device)
     _pack(layer, work, steps, there)
@@ -169,7 +170,7 @@ def _pack(layer: CodedLayer, work: Workspace, steps: torch.Tensor, starts: torch
             layer.bodies.view(torch.int32),
             layer.found,
             work.order,
-            work.places,
+            work.ranks,
             work.groups,
             work.means,
             work.inverse,

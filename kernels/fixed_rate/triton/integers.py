@@ -1,12 +1,9 @@
 """What kernels share: powers of two and logarithms that are bit for bit those of the host, widths, and bits."""
 
-from collections.abc import Callable
-from typing import Any
-
-import triton
 import triton.language as tl
 
 from spectrumkv.kernels.fixed_rate import layout
+from spectrumkv.kernels.triton_shared import ROUNDER, jit
 
 GROUP_ROWS = tl.constexpr(layout.GROUP_ROWS)
 LOWEST_CLASS, HIGHEST_CLASS = tl.constexpr(layout.LOWEST_CLASS), tl.constexpr(layout.HIGHEST_CLASS)
@@ -18,15 +15,8 @@ WIDEST = tl.constexpr(layout.WIDEST)
 # Units of a ratio per unit of a profile and of a base.
 PROFILE_RATIO = tl.constexpr(layout.RATIO_UNITS // layout.PROFILE_UNITS)
 BASE_RATIO = tl.constexpr(layout.RATIO_UNITS // layout.BASE_UNITS)
-# 1.5 · 2^23: a float32 next to it has no fractional bits, so adding it rounds half to even.
-ROUNDER = tl.constexpr(12582912.0)
 MANTISSA_BITS, EXPONENT_BIAS = tl.constexpr(23), tl.constexpr(127)
 MANTISSA_MASK = tl.constexpr((1 << 23) - 1)
-INFINITY_BITS, ABSOLUTE_BITS = tl.constexpr(0x7F800000), tl.constexpr(0x7FFFFFFF)
-
-# Triton ships no types.
-Jit = Callable[[Callable[..., Any]], Any]
-jit: Jit = triton.jit
 
 
 @jit
@@ -41,9 +31,9 @@ def power_of_two(eighths: tl.tensor, table_ptr: tl.tensor) -> tl.tensor:
 
 
 @jit
-def exponent_of(spread: tl.tensor, borders_ptr: tl.tensor) -> tl.tensor:
+def exponent_of(std: tl.tensor, borders_ptr: tl.tensor) -> tl.tensor:
     """Return binary logarithms of positive float32 in eighths, rounded; see `layout.exponents_of`."""
-    bits = spread.to(tl.int32, bitcast=True)
+    bits = std.to(tl.int32, bitcast=True)
     mantissa = bits & MANTISSA_MASK
     eighths = ((bits >> MANTISSA_BITS) - EXPONENT_BIAS) << 3
     for border in tl.static_range(8):
@@ -53,7 +43,7 @@ def exponent_of(spread: tl.tensor, borders_ptr: tl.tensor) -> tl.tensor:
 
 @jit
 def width_of(ratio: tl.tensor, thresholds_ptr: tl.tensor) -> tl.tensor:
-    """Return the bits of coefficients whose spread has these ratios to the step; see `RecordLayout.widths`."""
+    """Return the bits of coefficients by the ratio of standard deviation to step; see `RecordLayout.widths`."""
     width = tl.zeros_like(ratio)
     for bits in tl.static_range(WIDEST):
         width += (ratio > tl.load(thresholds_ptr + bits)).to(tl.int32)
@@ -65,12 +55,6 @@ def rounded(values: tl.tensor, least: tl.constexpr, most: tl.constexpr) -> tl.te
     """Return the nearest int32 between two bounds, halves to even; NaN becomes the lower one."""
     bounded = tl.minimum(tl.maximum(tl.where(values == values, values, least), least), most)
     return ((bounded + ROUNDER) - ROUNDER).to(tl.int32)
-
-
-@jit
-def is_broken(values: tl.tensor) -> tl.tensor:
-    """Return int32 1 where a float32 is infinite or NaN."""
-    return ((values.to(tl.int32, bitcast=True) & ABSOLUTE_BITS) >= INFINITY_BITS).to(tl.int32)
 
 
 @jit

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 import torch
 
 from spectrumkv.kernels.fixed_rate.layout import GROUP_ROWS
-from spectrumkv.kernels.fixed_rate.triton.blocks import (
-    BLOCK_COLUMNS,
+from spectrumkv.kernels.fixed_rate.triton.integers import PADDED_PROFILES
+from spectrumkv.kernels.fixed_rate.triton.segments import (
     FOUND_BASE,
-    FOUND_BLOCKS,
     FOUND_BROKEN,
     FOUND_DRIFT,
+    FOUND_SEGMENTS,
     FOUND_SMOOTH,
-    BlockShape,
+    SEGMENT_COLUMNS,
+    SegmentShape,
 )
-from spectrumkv.kernels.fixed_rate.triton.integers import PADDED_PROFILES
 from spectrumkv.kernels.upload import aligned
 
 
@@ -24,7 +24,7 @@ class LayerRate:
 
     Attributes:
         words: of the records of this layer and, as foreseen, of all later ones.
-        drift: by how much spreads lie above the calibrated ones, in units of a ratio, before this layer.
+        drift: by how much standard deviations lie above the calibrated ones, in units of a ratio, before this layer.
         drift_weight: with which what this layer shows of that counts.
         smooth_base: base of the layers before, smoothed.
         base_weight: with which the base that this layer foresees counts beside it.
@@ -42,25 +42,25 @@ class CodedLayer:
     """A layer's bodies and what was found out about it, in one piece of memory: one copy brings it to the host.
 
     Attributes:
-        shape: of its blocks.
+        shape: of its segments.
         memory: uint8, on the GPU or on the host.
     """
 
-    shape: BlockShape
+    shape: SegmentShape
     memory: torch.Tensor
 
     @classmethod
-    def on_device(cls, shape: BlockShape, device: torch.device) -> "CodedLayer":
+    def on_device(cls, shape: SegmentShape, device: torch.device) -> "CodedLayer":
         """Obtain the memory of a layer.
 
         Args:
-            shape: of its blocks.
+            shape: of its segments.
             device: where.
 
         Returns:
             The layer; its memory holds nothing yet.
         """
-        size = _found_bytes(shape.blocks) + shape.blocks * shape.body_bytes
+        size = _found_bytes(shape.segments) + shape.segments * shape.body_bytes
         return cls(shape, torch.empty(size, dtype=torch.uint8, device=device))
 
     def copied(self, memory: torch.Tensor) -> "CodedLayer":
@@ -69,13 +69,13 @@ class CodedLayer:
 
     @property
     def found(self) -> torch.Tensor:
-        """Show what was found out: int64 `[FOUND_BLOCKS + blocks · BLOCK_COLUMNS]`; see `blocks`."""
-        return self.memory[: 8 * (FOUND_BLOCKS + self.shape.blocks * BLOCK_COLUMNS)].view(torch.int64)
+        """Show what was found out: int64 `[FOUND_SEGMENTS + segments · SEGMENT_COLUMNS]`; see `triton.segments`."""
+        return self.memory[: 8 * (FOUND_SEGMENTS + self.shape.segments * SEGMENT_COLUMNS)].view(torch.int64)
 
     @property
     def bodies(self) -> torch.Tensor:
         """Show the bodies without their headers, at multiples of `shape.body_bytes`: uint8."""
-        return self.memory[_found_bytes(self.shape.blocks) :]
+        return self.memory[_found_bytes(self.shape.segments) :]
 
     @property
     def broken_scores(self) -> int:
@@ -89,7 +89,7 @@ class CodedLayer:
 
     @property
     def drift(self) -> float:
-        """Return by how much spreads lie above the calibrated ones, this layer's included."""
+        """Return by how much standard deviations lie above the calibrated ones, this layer's included."""
         return float(self.found[FOUND_DRIFT : FOUND_DRIFT + 1].view(torch.float64))
 
     @property
@@ -98,29 +98,29 @@ class CodedLayer:
         return float(self.found[FOUND_SMOOTH : FOUND_SMOOTH + 1].view(torch.float64))
 
     @property
-    def blocks(self) -> list[list[int]]:
-        """Return for each block the numbers that `blocks` names: words, escapes, top, and what is not finite."""
-        found: list[list[int]] = self.found[FOUND_BLOCKS:].view(-1, BLOCK_COLUMNS).tolist()
+    def segments(self) -> list[list[int]]:
+        """Return for each segment the columns of `triton.segments`: words, escapes, top, and what is not finite."""
+        found: list[list[int]] = self.found[FOUND_SEGMENTS:].view(-1, SEGMENT_COLUMNS).tolist()
         return found
 
 
 @dataclass(frozen=True, eq=False)
 class Workspace:
-    """What kernels leave each other on the GPU, of a layer of n tokens in B blocks.
+    """What kernels leave each other on the GPU, of a layer of n tokens in B segments.
 
     Attributes:
         coefficients: float32 `[n, R]`.
         energies: float32 `[2H, n]`, of each token's scaled coefficients in each head.
         gains: int32 `[n]`.
-        starts: int32 `[n]`, words before each token's record in its block.
+        starts: int32 `[n]`, words before each token's record in its segment.
         escapes: int32 `[n, G]`, a bit for each row.
-        exponents: int32 `[B, R]`, of the rows' spreads.
+        exponents: int32 `[B, R]`, of the rows' standard deviations.
         row_means: float32 `[B, R]`, of the coefficients.
         drops: int32 `[B, R]`.
-        order: int32 `[B, R]`, rows by falling spread.
-        places: int32 `[B, R]`, each row's place in that order.
+        order: int32 `[B, R]`, rows by falling standard deviation.
+        ranks: int32 `[B, R]`, each row's index in that order.
         means: float32 `[B, R]`, as they are sent.
-        inverse: float32 `[B, R]`, 1 ÷ the spreads as they are sent.
+        inverse: float32 `[B, R]`, 1 ÷ the standard deviations as they are sent.
         groups: int32 `[B, G]`, exponents.
         histograms: int32 `[B, PADDED_PROFILES]`.
         steps: int32 `[2]`, base, and the token from which on it is one more.
@@ -136,7 +136,7 @@ class Workspace:
     row_means: torch.Tensor
     drops: torch.Tensor
     order: torch.Tensor
-    places: torch.Tensor
+    ranks: torch.Tensor
     means: torch.Tensor
     inverse: torch.Tensor
     groups: torch.Tensor
@@ -145,11 +145,11 @@ class Workspace:
     counters: torch.Tensor
 
     @classmethod
-    def on_device(cls, shape: BlockShape, heads: int, rows: int, device: torch.device) -> "Workspace":
+    def on_device(cls, shape: SegmentShape, heads: int, rows: int, device: torch.device) -> "Workspace":
         """Obtain the memory.
 
         Args:
-            shape: of the layer's blocks.
+            shape: of the layer's segments.
             heads: of both sides.
             rows: coefficients of a token.
             device: where.
@@ -157,7 +157,7 @@ class Workspace:
         Returns:
             The memory, which holds nothing yet.
         """
-        tokens, number, groups = shape.tokens, shape.blocks, -(-rows // GROUP_ROWS)
+        tokens, number, groups = shape.tokens, shape.segments, -(-rows // GROUP_ROWS)
 
         def floats(*size: int) -> torch.Tensor:
             return torch.empty(size, dtype=torch.float32, device=device)
@@ -173,5 +173,5 @@ class Workspace:
         )  # fmt: skip
 
 
-def _found_bytes(blocks: int) -> int:
-    return aligned(8 * (FOUND_BLOCKS + blocks * BLOCK_COLUMNS))
+def _found_bytes(segments: int) -> int:
+    return aligned(8 * (FOUND_SEGMENTS + segments * SEGMENT_COLUMNS))

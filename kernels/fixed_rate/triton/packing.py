@@ -1,11 +1,10 @@
-"""Records of a layer in Triton: a program for each token; the one that finishes a block last writes its escapes."""
+"""Records of a layer in Triton: a program for each token; the one that finishes a segment last writes its escapes."""
 
 import triton
 import triton.language as tl
 
 from spectrumkv.kernels.fixed_rate import quantizer
-from spectrumkv.kernels.fixed_rate.triton import blocks
-from spectrumkv.kernels.fixed_rate.triton.blocks import block_of, tokens_at, words_at
+from spectrumkv.kernels.fixed_rate.triton import segments
 from spectrumkv.kernels.fixed_rate.triton.integers import (
     BASE_RATIO,
     GROUP_ROWS,
@@ -13,23 +12,23 @@ from spectrumkv.kernels.fixed_rate.triton.integers import (
     LOWEST_GAIN,
     PROFILE_RATIO,
     WIDEST,
-    Jit,
     count_bits,
     is_last,
-    jit,
     power_of_two,
     width_of,
 )
+from spectrumkv.kernels.fixed_rate.triton.segments import segment_of, tokens_at, words_at
+from spectrumkv.kernels.triton_shared import Jit, jit
 
 FRACTION = tl.constexpr(float(1 << quantizer.FRACTION_BITS))
 LARGEST_MAGNITUDE = tl.constexpr(float(quantizer.LARGEST_MAGNITUDE))
-MAGNITUDE_MASK = tl.constexpr((quantizer.SEGMENTS << quantizer.SEGMENT_BITS) - 1)
-SEGMENT_BITS, SEGMENTS = tl.constexpr(quantizer.SEGMENT_BITS), tl.constexpr(quantizer.SEGMENTS)
-PLACE_MASK = tl.constexpr((1 << quantizer.SEGMENT_BITS) - 1)
+MAGNITUDE_MASK = tl.constexpr((quantizer.PIECES << quantizer.PIECE_BITS) - 1)
+PIECE_BITS, PIECES = tl.constexpr(quantizer.PIECE_BITS), tl.constexpr(quantizer.PIECES)
+WITHIN_MASK = tl.constexpr((1 << quantizer.PIECE_BITS) - 1)
 POSITION_BITS = tl.constexpr(quantizer.POSITION_BITS)
 LOWEST_RATIO, HIGHEST_RATIO = tl.constexpr(quantizer.LOWEST_RATIO), tl.constexpr(quantizer.HIGHEST_RATIO)
-COLUMNS, FIRST = tl.constexpr(blocks.BLOCK_COLUMNS), tl.constexpr(blocks.FOUND_BLOCKS)
-WORDS, ESCAPES = tl.constexpr(blocks.BLOCK_WORDS), tl.constexpr(blocks.BLOCK_ESCAPES)
+COLUMNS, FIRST = tl.constexpr(segments.SEGMENT_COLUMNS), tl.constexpr(segments.FOUND_SEGMENTS)
+WORDS, ESCAPES = tl.constexpr(segments.SEGMENT_WORDS), tl.constexpr(segments.SEGMENT_ESCAPES)
 
 # A kernel of its own for each divisor of these would be compiled while a request waits.
 _jit_for_any_prompt: Jit = triton.jit(
@@ -46,7 +45,7 @@ def _normalized(
     inverse_ptr: tl.tensor,
     inverse_gain: tl.tensor,
 ) -> tl.tensor:
-    """Return a token's coefficients in units of their spread and its gain, by the operations of the reference."""
+    """Return a token's coefficients over their standard deviation and its gain, by the reference's operations."""
     value = tl.load(line_ptr + row, mask=there, other=0.0)
     mean = tl.load(means_ptr + row, mask=there, other=0.0)
     return (value - mean) * tl.load(inverse_ptr + row, mask=there, other=0.0) * inverse_gain
@@ -85,15 +84,15 @@ def _write_groups(
         width = tl.where(group < groups, width_of(ratio, thresholds_ptr), 0)
         start = at + tl.cumsum(width, axis=0) - width
         at += tl.sum(width, axis=0)
-        place = group[:, None] * GROUP_ROWS + lane
-        there = place < rows
-        row = tl.load(order_ptr + place, mask=there, other=0)
+        rank = group[:, None] * GROUP_ROWS + lane
+        there = rank < rows
+        row = tl.load(order_ptr + rank, mask=there, other=0)
         normalized = _normalized(line_ptr, row, there, means_ptr, inverse_ptr, inverse_gain)
         # Of what is not finite, and is refused later, some bits are taken that lie in the table.
         fixed = (tl.minimum(tl.abs(normalized), LARGEST_MAGNITUDE) * FRACTION).to(tl.int32) & MAGNITUDE_MASK
-        entry = width[:, None] * SEGMENTS + (fixed >> SEGMENT_BITS)
+        entry = width[:, None] * PIECES + (fixed >> PIECE_BITS)
         position = tl.load(offset_ptr + entry)
-        position += tl.load(slope_ptr + entry) * (fixed & PLACE_MASK)
+        position += tl.load(slope_ptr + entry) * (fixed & WITHIN_MASK)
         cell = position >> (-width + (POSITION_BITS + 1))[:, None]
         for plane in tl.static_range(WIDEST):
             if plane == 0:
@@ -110,7 +109,7 @@ def _write_groups(
 def _find_escapes(
     bits_ptr: tl.tensor,
     line_ptr: tl.tensor,
-    places_ptr: tl.tensor,
+    ranks_ptr: tl.tensor,
     groups_ptr: tl.tensor,
     means_ptr: tl.tensor,
     inverse_ptr: tl.tensor,
@@ -127,7 +126,7 @@ def _find_escapes(
         word = first + tl.arange(0, block_groups)
         row = word[:, None] * GROUP_ROWS + lane
         there = row < rows
-        group = tl.load(places_ptr + row, mask=there, other=0) // GROUP_ROWS
+        group = tl.load(ranks_ptr + row, mask=there, other=0) // GROUP_ROWS
         ratio = tl.load(groups_ptr + group) + shift
         ratio = tl.minimum(tl.maximum(ratio, LOWEST_RATIO), HIGHEST_RATIO)
         limit = tl.load(limits_ptr + ratio - LOWEST_RATIO)
@@ -150,7 +149,7 @@ def _write_escapes(
     padded_words: tl.constexpr,
     block_tokens: tl.constexpr,
 ) -> None:
-    """Write indices and values of a block's escapes behind its records, if all of them fit.
+    """Write indices and values of a segment's escapes behind its records, if all of them fit.
 
     Bits say which; a scan over their numbers says where.
     """
@@ -170,16 +169,16 @@ def _write_escapes(
         own = count_bits(bits)
         of_token = tl.sum(own, axis=1)
         before = seen + tl.cumsum(of_token, axis=0) - of_token
-        place = before[:, None] + tl.cumsum(own, axis=1) - own
+        escape = before[:, None] + tl.cumsum(own, axis=1) - own
         seen += tl.sum(of_token, axis=0)
         while tl.max(tl.max((bits != 0).to(tl.int32), axis=1), axis=0) > 0:
             row = word * GROUP_ROWS + count_bits((bits ^ (bits - 1)) >> 1)
             index = token[:, None] * rows + row
-            writes = (bits != 0) & (place < written)
+            writes = (bits != 0) & (escape < written)
             value = tl.load(lines_ptr + token[:, None].to(tl.int64) * rows + row, mask=writes, other=0.0)
-            tl.store(words_ptr + words + place, index, mask=writes)
-            tl.store(words_ptr + words + escapes + place, value.to(tl.int32, bitcast=True), mask=writes)
-            place += 1
+            tl.store(words_ptr + words + escape, index, mask=writes)
+            tl.store(words_ptr + words + escapes + escape, value.to(tl.int32, bitcast=True), mask=writes)
+            escape += 1
             bits &= bits - 1
     tl.store(found_ptr, escapes.to(tl.int64))
 
@@ -191,7 +190,7 @@ def pack_kernel(
     words_ptr: tl.tensor,
     found_ptr: tl.tensor,
     order_ptr: tl.tensor,
-    places_ptr: tl.tensor,
+    ranks_ptr: tl.tensor,
     groups_ptr: tl.tensor,
     means_ptr: tl.tensor,
     inverse_ptr: tl.tensor,
@@ -215,15 +214,15 @@ def pack_kernel(
     block_groups: tl.constexpr,
     block_tokens: tl.constexpr,
 ) -> None:
-    """Write the record of this program's token, and a block's escapes where it is the last one.
+    """Write the record of this program's token, and a segment's escapes where it is the last one.
 
     The grid is (tokens).
     """
     token = tl.program_id(0)
     number = token // size
-    first, own_sinks, count = block_of(number, tokens, size, sinks)
+    first, own_sinks, count = segment_of(number, tokens, size, sinks)
     body_at = number.to(tl.int64) * body_bytes
-    block_ptr = found_ptr + FIRST + number * COLUMNS
+    segment_ptr = found_ptr + FIRST + number * COLUMNS
     at = words_at(own_sinks, count, own_tokens, rows)
     words_ptr += body_at // 4 + at
     room = body_bytes // 4 - at
@@ -244,19 +243,19 @@ def pack_kernel(
             thresholds_ptr, rows, groups, block_groups,
         )  # fmt: skip
         if coded == count - 1:
-            tl.store(block_ptr + WORDS, (start + taken).to(tl.int64))
+            tl.store(segment_ptr + WORDS, (start + taken).to(tl.int64))
         _find_escapes(
-            bits_ptr + coded * groups, line_ptr, places_ptr + number * rows, groups_ptr + number * groups,
+            bits_ptr + coded * groups, line_ptr, ranks_ptr + number * rows, groups_ptr + number * groups,
             means_ptr + number * rows, inverse_ptr + number * rows, inverse_gain, shift, limits_ptr, rows, groups,
             block_groups,
         )  # fmt: skip
     # The first counters are those of another kernel.
     counters_ptr += tl.cdiv(tokens, size) + 1 + number
     if is_last(counters_ptr, own_sinks + count):
-        # The block may be packed again.
+        # The segment may be packed again.
         tl.store(counters_ptr, 0)
-        words = tl.load(block_ptr + WORDS).to(tl.int32)
+        words = tl.load(segment_ptr + WORDS).to(tl.int32)
         _write_escapes(
-            words_ptr, words, room, block_ptr + ESCAPES, bits_ptr, lines_ptr, count, rows, groups, padded_words,
+            words_ptr, words, room, segment_ptr + ESCAPES, bits_ptr, lines_ptr, count, rows, groups, padded_words,
             block_tokens,
         )  # fmt: skip

@@ -1,14 +1,14 @@
 """The steps of a layer in Triton: step classes of tokens, the base, and where records start.
 
-One program does it, once all blocks are measured. It is to find what `common.kv.codecs.fixed_rate` finds on a CPU:
+One program does it, once all segments are measured. It is to find what `common.kv.codecs.fixed_rate` finds on a CPU:
 all but the classes are integers, and so are the same.
 """
 
 import triton.language as tl
 
-from spectrumkv.kernels.fixed_rate.layout import PROFILES as _PROFILES
-from spectrumkv.kernels.fixed_rate.triton import blocks
-from spectrumkv.kernels.fixed_rate.triton.blocks import block_of, tokens_at
+from spectrumkv.kernels import attention_scores
+from spectrumkv.kernels.fixed_rate import layout
+from spectrumkv.kernels.fixed_rate.triton import segments
 from spectrumkv.kernels.fixed_rate.triton.integers import (
     BASE_RATIO,
     HIGHEST_CLASS,
@@ -18,25 +18,24 @@ from spectrumkv.kernels.fixed_rate.triton.integers import (
     PADDED_PROFILES,
     PROFILE_RATIO,
     WIDEST,
-    is_broken,
-    jit,
     rounded,
     width_of,
 )
+from spectrumkv.kernels.fixed_rate.triton.segments import segment_of, tokens_at
+from spectrumkv.kernels.triton_shared import is_broken, jit
 
-COLUMNS, FIRST = tl.constexpr(blocks.BLOCK_COLUMNS), tl.constexpr(blocks.FOUND_BLOCKS)
-WORDS = tl.constexpr(blocks.BLOCK_WORDS)
-FOUND_BROKEN, FOUND_BASE = tl.constexpr(blocks.FOUND_BROKEN), tl.constexpr(blocks.FOUND_BASE)
-FOUND_DRIFT, FOUND_SMOOTH = tl.constexpr(blocks.FOUND_DRIFT), tl.constexpr(blocks.FOUND_SMOOTH)
-PROFILES = tl.constexpr(_PROFILES)
-CLASSES_PER_OCTAVE = tl.constexpr(2.0)
-# Shares of the attention below this one are all alike.
-LEAST_SHARE = tl.constexpr(1e-7)
-# Bases that a body can have, with one to spare on either side.
-LOWEST_BASE, HIGHEST_BASE = tl.constexpr(-(1 << 15) + 1), tl.constexpr((1 << 15) - 2)
+COLUMNS, FIRST = tl.constexpr(segments.SEGMENT_COLUMNS), tl.constexpr(segments.FOUND_SEGMENTS)
+WORDS = tl.constexpr(segments.SEGMENT_WORDS)
+FOUND_BROKEN, FOUND_BASE = tl.constexpr(segments.FOUND_BROKEN), tl.constexpr(segments.FOUND_BASE)
+FOUND_DRIFT, FOUND_SMOOTH = tl.constexpr(segments.FOUND_DRIFT), tl.constexpr(segments.FOUND_SMOOTH)
+PROFILES = tl.constexpr(layout.PROFILES)
+CLASSES_PER_OCTAVE = tl.constexpr(float(layout.CLASSES_PER_OCTAVE))
+LEAST_SHARE = tl.constexpr(attention_scores.LEAST_SHARE)
+LOWEST_BASE, HIGHEST_BASE = tl.constexpr(layout.LOWEST_BASE), tl.constexpr(layout.HIGHEST_BASE)
 # Farther than any ratio.
 NO_RATIO = tl.constexpr(1 << 30)
-# Words are counted in two numbers, since the kernel is to be the same for all numbers of them.
+# A kernel is told a number of words as two, so that it is the same kernel for all of them; the lower one has so many
+# bits.
 WORDS_SHIFT = tl.constexpr(30)
 
 
@@ -62,9 +61,9 @@ def _classify(
     rows: tl.constexpr,
     block_layer: tl.constexpr,
 ) -> None:
-    """Write the byte of each token that is no sink, and count the profiles of each block."""
+    """Write the byte of each token that is no sink, and count the profiles of each segment."""
     for number in range(tl.cdiv(tokens, size)):
-        first, own_sinks, count = block_of(number, tokens, size, sinks)
+        first, own_sinks, count = segment_of(number, tokens, size, sinks)
         body_ptr = bodies_ptr + tl.cast(number, tl.int64) * body_bytes
         body_ptr += tokens_at(own_sinks, count, own_tokens, rows)
         histogram = tl.zeros([PADDED_PROFILES], tl.int32)
@@ -89,7 +88,7 @@ def _words_at(
     groups_ptr: tl.tensor,
     later_ptr: tl.tensor,
     thresholds_ptr: tl.tensor,
-    number_of_blocks: tl.tensor,
+    number_of_segments: tl.tensor,
     quarters: tl.tensor,
     later_ratio: tl.tensor,
     groups: tl.constexpr,
@@ -100,7 +99,7 @@ def _words_at(
     added = (profile + LOWEST_PROFILE) * PROFILE_RATIO - base * BASE_RATIO
     words = tl.zeros([PADDED_PROFILES], tl.int64)
     tokens = tl.zeros([PADDED_PROFILES], tl.int64)
-    for number in range(number_of_blocks):
+    for number in range(number_of_segments):
         histogram = tl.load(histograms_ptr + number * PADDED_PROFILES + profile).to(tl.int64)
         tokens += histogram
         for first in range(0, groups, block_groups):
@@ -125,7 +124,7 @@ def _finest_base(
     groups_ptr: tl.tensor,
     later_ptr: tl.tensor,
     thresholds_ptr: tl.tensor,
-    number_of_blocks: tl.tensor,
+    number_of_segments: tl.tensor,
     quarters: tl.tensor,
     later_ratio: tl.tensor,
     lowest: tl.tensor,
@@ -144,7 +143,7 @@ def _finest_base(
     while low < high:
         middle = (low + high) >> 1
         taken = _words_at(
-            middle, histograms_ptr, groups_ptr, later_ptr, thresholds_ptr, number_of_blocks, quarters, later_ratio,
+            middle, histograms_ptr, groups_ptr, later_ptr, thresholds_ptr, number_of_segments, quarters, later_ratio,
             groups, block_groups,
         )  # fmt: skip
         fits = taken <= words
@@ -187,7 +186,7 @@ def _place_records(
             record += tl.sum(tl.where((group < groups)[:, None], width, 0), axis=0)
         tl.store(histograms_ptr + number * PADDED_PROFILES + profile, record)
         tl.debug_barrier()
-        first, own_sinks, count = block_of(number, tokens, size, sinks)
+        first, own_sinks, count = segment_of(number, tokens, size, sinks)
         body_ptr = bodies_ptr + tl.cast(number, tl.int64) * body_bytes
         body_ptr += tokens_at(own_sinks, count, own_tokens, rows)
         taken = tl.zeros([], tl.int32)
@@ -234,7 +233,7 @@ def plan_layer(
     block_layer: tl.constexpr,
     block_groups: tl.constexpr,
 ) -> None:
-    """Give tokens their classes, find the base, and place the records, after all blocks are measured."""
+    """Give tokens their classes, find the base, and place the records, after all segments are measured."""
     total, broken = tl.zeros([], tl.float64), tl.zeros([], tl.int32)
     for at in range(0, tokens, block_layer):
         token = at + tl.arange(0, block_layer)
@@ -247,26 +246,26 @@ def plan_layer(
         exponent, rows, block_layer,
     )  # fmt: skip
     tl.debug_barrier()
-    # How far spreads lie above the calibrated ones, and between which bounds.
-    number_of_blocks = tl.cdiv(tokens, size)
-    apart, coded_blocks = tl.zeros([], tl.int64), tl.zeros([], tl.int32)
+    # How far standard deviations lie above the calibrated ones, and between which bounds.
+    number_of_segments = tl.cdiv(tokens, size)
+    deviation, coded_segments = tl.zeros([], tl.int64), tl.zeros([], tl.int32)
     lowest, highest = tl.full([], NO_RATIO, tl.int32), tl.full([], -NO_RATIO, tl.int32)
-    for number in range(number_of_blocks):
-        _, _, count = block_of(number, tokens, size, sinks)
+    for number in range(number_of_segments):
+        _, _, count = segment_of(number, tokens, size, sinks)
         if count > 0:
-            coded_blocks += 1
+            coded_segments += 1
             for first in range(0, groups, block_groups):
                 group = first + tl.arange(0, block_groups)
                 inside = group < groups
                 own = tl.load(groups_ptr + number * groups + group, mask=inside, other=0)
-                apart += tl.sum(
+                deviation += tl.sum(
                     own.to(tl.int64) - tl.load(calibrated_groups_ptr + group, mask=inside, other=0), axis=0
                 )
                 lowest = tl.minimum(lowest, tl.min(tl.where(inside, own, NO_RATIO), axis=0))
                 highest = tl.maximum(highest, tl.max(tl.where(inside, own, -NO_RATIO), axis=0))
-    if coded_blocks > 0:
-        mean_apart = apart.to(tl.float64) / (coded_blocks * groups)
-        moved = drift + (mean_apart - drift) * drift_weight
+    if coded_segments > 0:
+        mean_deviation = deviation.to(tl.float64) / (coded_segments * groups)
+        moved = drift + (mean_deviation - drift) * drift_weight
     else:
         moved = drift + tl.zeros([], tl.float64)
     later_ratio = rounded(moved.to(tl.float32), -(1 << 20), 1 << 20)
@@ -276,9 +275,9 @@ def plan_layer(
         highest = tl.maximum(highest, later_ratio + (quarters - 1) * PROFILE_RATIO)
     words = (words_high.to(tl.int64) << WORDS_SHIFT) + words_low
     base, smooth = tl.zeros([], tl.int32), smooth_base + tl.zeros([], tl.float64)
-    if coded_blocks > 0:
+    if coded_segments > 0:
         found = _finest_base(
-            words, histograms_ptr, groups_ptr, later_ptr, thresholds_ptr, number_of_blocks, quarters, later_ratio,
+            words, histograms_ptr, groups_ptr, later_ptr, thresholds_ptr, number_of_segments, quarters, later_ratio,
             lowest, highest, groups, block_groups,
         )  # fmt: skip
         smooth += (found.to(tl.float64) - smooth) * base_weight

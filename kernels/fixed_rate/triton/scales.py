@@ -1,9 +1,10 @@
-"""Scales of a block's rows in Triton, as they are sent, and the order that follows from them: one program's work."""
+"""Scales of a segment's rows in Triton, as they are sent, and the order that follows: the work of one program."""
 
 import triton.language as tl
 
 from spectrumkv.kernels.fixed_rate import layout
-from spectrumkv.kernels.fixed_rate.triton.integers import GROUP_ROWS, jit, power_of_two, rounded
+from spectrumkv.kernels.fixed_rate.triton.integers import GROUP_ROWS, power_of_two, rounded
+from spectrumkv.kernels.triton_shared import jit
 
 MEAN_UNITS, LARGEST_MEAN = tl.constexpr(float(layout.MEAN_UNITS)), tl.constexpr(float(layout.LARGEST_MEAN))
 MEAN_UNIT = tl.constexpr(1.0 / layout.MEAN_UNITS)
@@ -33,7 +34,7 @@ def scale_rows(
     """Turn exponents and means into what is sent of them, and that into what coefficients are normalized with.
 
     Returns:
-        int32, the exponent of the largest spread.
+        int32, the exponent of the largest standard deviation.
     """
     top = tl.full([], LOWEST_EXPONENT, tl.int32)
     for first in range(0, rows, block_rows):
@@ -45,17 +46,17 @@ def scale_rows(
         row = first + tl.arange(0, block_rows)
         inside = row < rows
         drop = tl.minimum(top - tl.load(exponents_ptr + row, mask=inside, other=0), LARGEST_DROP)
-        # What is infinite has no power of two; the host refuses such a block.
+        # What is infinite has no power of two; the host refuses such a segment.
         exponent = tl.minimum(top, 1 << 9) - drop
         mean = tl.load(row_means_ptr + row, mask=inside, other=0.0)
-        inverse, spread = power_of_two(-exponent, powers_ptr), power_of_two(exponent, powers_ptr)
+        inverse, std = power_of_two(-exponent, powers_ptr), power_of_two(exponent, powers_ptr)
         mean = rounded(mean * inverse * MEAN_UNITS, -LARGEST_MEAN, LARGEST_MEAN)
         if own:
             tl.store(body_ptr + row, drop.to(tl.uint8), mask=inside)
             tl.store(body_ptr + rows + row, (mean & 255).to(tl.uint8), mask=inside)
         tl.store(drops_ptr + row, drop, mask=inside)
         # A product, since a GPU's quotient may be off by a bit.
-        tl.store(means_ptr + row, mean.to(tl.float32) * MEAN_UNIT * spread, mask=inside)
+        tl.store(means_ptr + row, mean.to(tl.float32) * MEAN_UNIT * std, mask=inside)
         tl.store(inverse_ptr + row, inverse, mask=inside)
     return top
 
@@ -63,7 +64,7 @@ def scale_rows(
 @jit
 def sort_rows(
     order_ptr: tl.tensor,
-    places_ptr: tl.tensor,
+    ranks_ptr: tl.tensor,
     groups_ptr: tl.tensor,
     drops_ptr: tl.tensor,
     top: tl.tensor,
@@ -72,7 +73,7 @@ def sort_rows(
     block_sorted: tl.constexpr,
     block_groups: tl.constexpr,
 ) -> None:
-    """Order rows by falling spread, those of one spread by number, and average the exponents of each group.
+    """Order rows by falling standard deviation, equal ones by number, and average the exponents of each group.
 
     Drops have few values, so that counting sorts them: rows in their order, after all that drop less.
     """
@@ -88,16 +89,16 @@ def sort_rows(
         drop = tl.load(drops_ptr + row, mask=row < rows, other=DROPS)
         alike = (drop[:, None] == value).to(tl.int32)
         before = begin[None, :] + tl.cumsum(alike, axis=0) - 1
-        place = tl.sum(alike * before, axis=1)
-        tl.store(order_ptr + place, row, mask=row < rows)
-        tl.store(places_ptr + row, place, mask=row < rows)
+        rank = tl.sum(alike * before, axis=1)
+        tl.store(order_ptr + rank, row, mask=row < rows)
+        tl.store(ranks_ptr + row, rank, mask=row < rows)
         begin += tl.sum(alike, axis=0)
     tl.debug_barrier()
     for first in range(0, groups, block_groups):
         group = first + tl.arange(0, block_groups)
-        place = group[:, None] * GROUP_ROWS + tl.arange(0, GROUP_ROWS)[None, :]
-        row = tl.load(order_ptr + place, mask=place < rows, other=0)
-        drops = tl.sum(tl.load(drops_ptr + row, mask=place < rows, other=0), axis=1)
+        rank = group[:, None] * GROUP_ROWS + tl.arange(0, GROUP_ROWS)[None, :]
+        row = tl.load(order_ptr + rank, mask=rank < rows, other=0)
+        drops = tl.sum(tl.load(drops_ptr + row, mask=rank < rows, other=0), axis=1)
         members = tl.maximum(tl.minimum(rows - group * GROUP_ROWS, GROUP_ROWS), 1)
         # Division rounds towards 0, and is to round down.
         exponent = ((members * top - drops) * EXPONENT_RATIO + members * FLOOR) // members - FLOOR

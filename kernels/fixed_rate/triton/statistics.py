@@ -1,35 +1,28 @@
-"""Gains, spreads and the order of rows of a layer in Triton: a program for some rows of a block, over its tokens.
+"""Gains of tokens and scales of rows of a layer in Triton: a program for some rows of a segment, over its tokens.
 
-The program that finishes a block last sorts the block's rows; the one that finishes the layer last plans its steps.
+The program that finishes a segment last sorts the segment's rows; the one that finishes the layer last plans its
+steps.
 """
 
 import triton
 import triton.language as tl
 
 from spectrumkv.kernels.fixed_rate import layout
-from spectrumkv.kernels.fixed_rate.triton import blocks
-from spectrumkv.kernels.fixed_rate.triton.blocks import block_of, scales_at
-from spectrumkv.kernels.fixed_rate.triton.integers import (
-    HIGHEST_GAIN,
-    LOWEST_GAIN,
-    Jit,
-    exponent_of,
-    is_broken,
-    is_last,
-    jit,
-    rounded,
-)
+from spectrumkv.kernels.fixed_rate.triton import segments
+from spectrumkv.kernels.fixed_rate.triton.integers import HIGHEST_GAIN, LOWEST_GAIN, exponent_of, is_last, rounded
 from spectrumkv.kernels.fixed_rate.triton.planning import plan_layer
 from spectrumkv.kernels.fixed_rate.triton.scales import scale_rows, sort_rows
+from spectrumkv.kernels.fixed_rate.triton.segments import scales_at, segment_of
+from spectrumkv.kernels.triton_shared import Jit, is_broken, jit
 
-COLUMNS, FIRST = tl.constexpr(blocks.BLOCK_COLUMNS), tl.constexpr(blocks.FOUND_BLOCKS)
-TOP, BROKEN = tl.constexpr(blocks.BLOCK_TOP), tl.constexpr(blocks.BLOCK_BROKEN)
-HEADER_BYTES = tl.constexpr(blocks.HEADER_BYTES)
+COLUMNS, FIRST = tl.constexpr(segments.SEGMENT_COLUMNS), tl.constexpr(segments.FOUND_SEGMENTS)
+TOP, BROKEN = tl.constexpr(segments.SEGMENT_TOP), tl.constexpr(segments.SEGMENT_BROKEN)
+HEADER_BYTES = tl.constexpr(segments.HEADER_BYTES)
 GAIN_UNITS = tl.constexpr(float(layout.PROFILE_UNITS))
 EXPONENT_UNITS = tl.constexpr(layout.EXPONENT_UNITS)
 MEAN_UNITS, LARGEST_MEAN = tl.constexpr(float(layout.MEAN_UNITS)), tl.constexpr(float(layout.LARGEST_MEAN))
-# The least mean square, and spread, that has an exponent: of `common.kv.codecs.fixed_rate.statistics`.
-LEAST = tl.constexpr(2.0**-64)
+# The least mean square, and standard deviation, that has an exponent.
+LEAST = tl.constexpr(layout.LEAST_STD)
 
 # A kernel of its own for each divisor of these would be compiled while a request waits.
 _jit_for_any_prompt: Jit = triton.jit(
@@ -73,7 +66,7 @@ def _measure_rows(
     block_rows: tl.constexpr,
     block_tokens: tl.constexpr,
 ) -> None:
-    """Find the exponents of rows' spreads, and their means, over the coded tokens of a block, and those's gains."""
+    """Find exponents and means of rows over the coded tokens of a segment, and the gains of those tokens."""
     row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     inside = row < rows
     total = tl.zeros([], tl.float32)
@@ -102,9 +95,9 @@ def _measure_rows(
         weight_sum += tl.sum(weight, axis=0).to(tl.float64)
     mean = sums / weight_sum
     variance = tl.maximum(squares - mean * sums, 0.0) / count
-    # A mean is sent in units of the spread, which must not be too small for it.
-    spread = tl.maximum(tl.sqrt(variance), tl.abs(mean) * (MEAN_UNITS / LARGEST_MEAN))
-    measured = exponent_of(tl.maximum(spread.to(tl.float32), LEAST), borders_ptr)
+    # A mean is sent in units of the standard deviation, which must not be too small for it.
+    std = tl.maximum(tl.sqrt(variance), tl.abs(mean) * (MEAN_UNITS / LARGEST_MEAN))
+    measured = exponent_of(tl.maximum(std.to(tl.float32), LEAST), borders_ptr)
     moved = tl.load(calibrated_ptr + row, mask=inside, other=0) + rounded(level * EXPONENT_UNITS, -(1 << 16), 1 << 16)
     tl.store(exponents_ptr + row, tl.where(own, measured, moved), mask=inside)
     tl.store(row_means_ptr + row, tl.where(own, mean.to(tl.float32), 0.0), mask=inside)
@@ -114,7 +107,7 @@ def _measure_rows(
 
 @jit
 def _broken_sinks(halves_ptr: tl.tensor, elements: tl.tensor, block: tl.constexpr) -> tl.tensor:
-    """Return how many elements of a block's sinks are infinite or NaN, as int64."""
+    """Return how many elements of a segment's sinks are infinite or NaN, as int64."""
     broken = tl.zeros([], tl.int32)
     for first in range(0, elements, block):
         element = first + tl.arange(0, block)
@@ -136,7 +129,7 @@ def statistics_kernel(
     row_means_ptr: tl.tensor,
     drops_ptr: tl.tensor,
     order_ptr: tl.tensor,
-    places_ptr: tl.tensor,
+    ranks_ptr: tl.tensor,
     groups_ptr: tl.tensor,
     means_ptr: tl.tensor,
     inverse_ptr: tl.tensor,
@@ -172,41 +165,41 @@ def statistics_kernel(
     block_groups: tl.constexpr,
     block_layer: tl.constexpr,
 ) -> None:
-    """Measure this program's rows; sort a block, and plan the layer, where no other program is left to do.
+    """Measure this program's rows; sort a segment, and plan the layer, where no other program is left to do.
 
-    The grid is (blocks of rows, blocks of tokens).
+    The grid is (tiles of rows, segments).
     """
     number = tl.program_id(1)
-    first, own_sinks, count = block_of(number, tokens, size, sinks)
+    first, own_sinks, count = segment_of(number, tokens, size, sinks)
     coded = first + own_sinks
     own = count >= own_tokens
-    block_ptr = found_ptr + FIRST + number * COLUMNS
+    segment_ptr = found_ptr + FIRST + number * COLUMNS
     at_row = number * rows
     if count > 0:
         _measure_rows(
-            coefficients_ptr + coded.to(tl.int64) * rows, energies_ptr + coded, gains_ptr + coded, block_ptr + BROKEN,
-            exponents_ptr + at_row, row_means_ptr + at_row, calibrated_ptr, borders_ptr, count, tokens, own, heads,
-            rows, block_rows, block_tokens,
+            coefficients_ptr + coded.to(tl.int64) * rows, energies_ptr + coded, gains_ptr + coded, segment_ptr +
+            BROKEN, exponents_ptr + at_row, row_means_ptr + at_row, calibrated_ptr, borders_ptr, count, tokens, own,
+            heads, rows, block_rows, block_tokens,
         )  # fmt: skip
     if is_last(counters_ptr + number, tl.num_programs(0)):
         if count > 0:
             body_ptr = bodies_ptr + number.to(tl.int64) * body_bytes + scales_at(own_sinks, rows)
             top = scale_rows(
-                body_ptr, block_ptr + TOP, exponents_ptr + at_row, row_means_ptr + at_row, drops_ptr + at_row,
+                body_ptr, segment_ptr + TOP, exponents_ptr + at_row, row_means_ptr + at_row, drops_ptr + at_row,
                 means_ptr + at_row, inverse_ptr + at_row, powers_ptr, own, rows, block_rows,
             )  # fmt: skip
             tl.debug_barrier()
             sort_rows(
-                order_ptr + at_row, places_ptr + at_row, groups_ptr + number * groups, drops_ptr + at_row, top, rows,
+                order_ptr + at_row, ranks_ptr + at_row, groups_ptr + number * groups, drops_ptr + at_row, top, rows,
                 groups, block_rows, block_groups,
             )  # fmt: skip
-            broken = tl.load(block_ptr + BROKEN)
+            broken = tl.load(segment_ptr + BROKEN)
         else:
-            tl.store(block_ptr + TOP, tl.zeros([], tl.int64))
+            tl.store(segment_ptr + TOP, tl.zeros([], tl.int64))
             broken = tl.zeros([], tl.int64)
         sinks_ptr = halves_ptr + number.to(tl.int64) * (body_bytes // 2) + HEADER_BYTES // 2
         broken += _broken_sinks(sinks_ptr, own_sinks * rows, block_layer)
-        tl.store(block_ptr + BROKEN, broken)
+        tl.store(segment_ptr + BROKEN, broken)
         if is_last(counters_ptr + tl.num_programs(1), tl.num_programs(1)):
             plan_layer(
                 scores_ptr, bodies_ptr, found_ptr, gains_ptr, groups_ptr, histograms_ptr, steps_ptr, starts_ptr,

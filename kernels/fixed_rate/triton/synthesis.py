@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from spectrumkv.kernels.fixed_rate.triton.integers import Jit, jit
+from spectrumkv.kernels.triton_shared import Jit, jit, to_states
 
 # What the kernel is told of each tile of tokens of one segment: the layer; how the layer turns keys; the first
 # token's position; its line among the coefficients, or minus 1 where the tile has sinks; the 16-bit element of the
@@ -13,23 +13,9 @@ TILE_COLUMNS = 8
 _COLUMNS, _LAYER, _KIND, _POSITION = tl.constexpr(TILE_COLUMNS), tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _LINE, _SINKS_AT, _SINKS, _TOKENS = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
 _STATES = tl.constexpr(7)
-FLOAT16_MAX = tl.constexpr(65504.0)
 
 # A kernel of its own for each divisor of these would be compiled while a request waits.
 _jit_for_any_prompt: Jit = triton.jit(do_not_specialize=["positions"])
-
-
-@jit
-def _to_states(values: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Return float32, rounded to even, in the states' dtype; what was near float16's greatest stays finite."""
-    if dtype == tl.float16:
-        values = tl.minimum(tl.maximum(values, -FLOAT16_MAX), FLOAT16_MAX)
-    elif dtype == tl.bfloat16:
-        # Triton's interpreter truncates on the way to bfloat16; after this nothing is left to round.
-        bits = values.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        values = bits.to(tl.float32, bitcast=True)
-    return values.to(dtype)
 
 
 @jit
@@ -135,11 +121,11 @@ def synthesise_kernel(
     if head < kv_heads:
         row_at = states_at + head.to(tl.int64) * key_stride_head + token.to(tl.int64) * key_stride_token
         state_ptr = keys_ptr + row_at[:, None] + element.to(tl.int64)[None, :] * key_stride_element
-        tl.store(state_ptr, _to_states(low, keys_ptr.dtype.element_ty), mask=mask)
-        tl.store(state_ptr + half * key_stride_element, _to_states(high, keys_ptr.dtype.element_ty), mask=mask)
+        tl.store(state_ptr, to_states(low, keys_ptr.dtype.element_ty), mask=mask)
+        tl.store(state_ptr + half * key_stride_element, to_states(high, keys_ptr.dtype.element_ty), mask=mask)
     else:
         row_at = states_at + (head - kv_heads).to(tl.int64) * value_stride_head
         row_at += token.to(tl.int64) * value_stride_token
         state_ptr = values_ptr + row_at[:, None] + element.to(tl.int64)[None, :] * value_stride_element
-        tl.store(state_ptr, _to_states(low, values_ptr.dtype.element_ty), mask=mask)
-        tl.store(state_ptr + half * value_stride_element, _to_states(high, values_ptr.dtype.element_ty), mask=mask)
+        tl.store(state_ptr, to_states(low, values_ptr.dtype.element_ty), mask=mask)
+        tl.store(state_ptr + half * value_stride_element, to_states(high, values_ptr.dtype.element_ty), mask=mask)

@@ -17,7 +17,7 @@ class QuantizerTables:
     """The constants of the layout on a device.
 
     Attributes:
-        offset: int32 `[WIDEST + 1, SEGMENTS]`; see `quantizer.Quantizers`, as for the next ones.
+        offset: int32 `[WIDEST + 1, PIECES]`; see `quantizer.Quantizers`, as for the next ones.
         slope: int32, like `offset`.
         level: float32 `[2^WIDEST]`.
         limit: float32, by ratio.
@@ -71,8 +71,8 @@ class AnalysisTables:
     Attributes:
         mean: float32 `[2H, d]`, keys' heads first.
         analysis: float32 `[2H, d, d]`, a column for each coefficient.
-        inverse_std: float32 `[R]`, 1 ÷ the calibrated spreads.
-        exponents: int32 `[R]`, of the calibrated spreads.
+        inverse_std: float32 `[R]`, 1 ÷ the calibrated standard deviations.
+        exponents: int32 `[R]`, of the calibrated standard deviations.
         group_exponents: int32 `[G]`, of the calibrated scales.
         later: int32 `[Q]`, how many groups of all later layers lie in each quarter octave; one element where none do.
         quarters: Q, or 0 in the last layer.

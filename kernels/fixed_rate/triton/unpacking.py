@@ -2,7 +2,8 @@
 
 import triton.language as tl
 
-from spectrumkv.kernels.fixed_rate.triton.integers import GROUP_ROWS, WIDEST, jit, width_of
+from spectrumkv.kernels.fixed_rate.triton.integers import GROUP_ROWS, WIDEST, width_of
+from spectrumkv.kernels.triton_shared import jit
 
 # What the kernel is told of each token: its segment; the 32-bit word of the upload at which its record starts; what
 # it adds to the exponent of a group to make a ratio; the word at which the first of its escapes' indices is, and its
@@ -21,7 +22,7 @@ def unpack_kernel(
     order_ptr: tl.tensor,
     groups_ptr: tl.tensor,
     means_ptr: tl.tensor,
-    spreads_ptr: tl.tensor,
+    stds_ptr: tl.tensor,
     coefficients_ptr: tl.tensor,
     level_ptr: tl.tensor,
     thresholds_ptr: tl.tensor,
@@ -32,7 +33,7 @@ def unpack_kernel(
 ) -> None:
     """Dequantize the record of this program's token. The grid is (coded tokens).
 
-    Segments' rows are in their order in `order_ptr`, and so are their means and spreads.
+    Segments' rows are in their order in `order_ptr`, and so are their means and standard deviations.
     """
     token = tl.program_id(0).to(tl.int64)
     token_ptr = tokens_ptr + token * _COLUMNS
@@ -56,14 +57,14 @@ def unpack_kernel(
             entry = tl.where((plane < width)[:, None], longer, entry)
         level = tl.load(level_ptr + tl.where(width[:, None] > 0, entry, 0))
         level = tl.where((signs & 1) > 0, -level, level)
-        place = group[:, None] * GROUP_ROWS + lane
-        there = place < rows
-        row_at = segment * rows + place
-        spread = tl.load(spreads_ptr + row_at, mask=there, other=0.0)
-        value = level * gain * spread + tl.load(means_ptr + row_at, mask=there, other=0.0)
+        rank = group[:, None] * GROUP_ROWS + lane
+        there = rank < rows
+        row_at = segment * rows + rank
+        std = tl.load(stds_ptr + row_at, mask=there, other=0.0)
+        value = level * gain * std + tl.load(means_ptr + row_at, mask=there, other=0.0)
         row = tl.load(order_ptr + row_at, mask=there, other=0)
         tl.store(line_ptr + row, value, mask=there)
-    # Escapes take the place of what was written just now.
+    # Escapes replace what was written just now.
     tl.debug_barrier()
     index_ptr, value_ptr = words_ptr + tl.load(token_ptr + _INDEX), words_ptr + tl.load(token_ptr + _VALUE)
     escapes, first_row = tl.load(token_ptr + _ESCAPES), tl.load(token_ptr + _FIRST)

@@ -56,7 +56,7 @@ def resolve_verdict(
         loaded: the model.
         engine: runs the model.
         basis: of the model's spectral codec.
-        mode: the value of `--int4`: "on" and "off" settle it, "auto" asks the probe.
+        mode: the value of `--int4`: "on" and "off" decide it, "auto" asks the probe.
         on_progress: called before each step of a probe.
 
     Returns:
@@ -133,17 +133,17 @@ def run_probe(
         raise InvalidArgumentError(f"codec {codec.name!r} has no INT4 to probe; valid: {', '.join(with_int4)}")
     runner = ProbeRunner.of(loaded, engine, ProbeProgress(on_progress))
     trials, settings = runner.measure(budget_sweep(codec, basis))
-    int4, more_settings = _settle_int4(runner, codec, trials)
+    int4, more_settings = _decide_int4(runner, codec, trials)
     return verdict_of(trials, [*settings, *more_settings], int4, loaded.geometry.layers)
 
 
-def _settle_int4(
+def _decide_int4(
     runner: ProbeRunner, codec: Codec, trials: Sequence[ProbeTrial]
 ) -> tuple[Int4Layers, list[ProbedSetting]]:
     """Return where INT4 may be used; where only some layers may, also the setting that shows it."""
     layers = runner.loaded.geometry.layers
     if not is_conclusive(trials):
-        return Int4Layers.nowhere(layers), []
+        return Int4Layers.in_none(layers), []
     if passes(trials):
         return Int4Layers(), []
     int4 = find_int4_layers(runner, codec)
@@ -152,7 +152,7 @@ def _settle_int4(
         again, settings = runner.measure([int4_trial_without(codec, int4.off, layers)])
         if passes(again):
             return int4, settings
-    return Int4Layers.nowhere(layers), []
+    return Int4Layers.in_none(layers), []
 
 
 def verdict_of(
@@ -188,7 +188,7 @@ def _reason_of_int4(trials: Sequence[ProbeTrial], int4: Int4Layers, layers: int)
         f"with INT4 the model finds {found} of {TRIALS} needles, {TRIALS_TO_PASS} are needed; "
         f"over its exact KV it finds {exact}"
     )
-    if int4.everywhere:
+    if int4.in_all_layers:
         return counts
     if len(int4.off) == layers:
         return f"{counts}; leaving INT4 out of some layers does not help"

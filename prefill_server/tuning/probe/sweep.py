@@ -81,12 +81,12 @@ def find_int4_layers(runner: ProbeRunner, codec: Codec) -> Int4Layers:
     layers = runner.loaded.geometry.layers
     most = layers - 1
     if most == 0:
-        return Int4Layers.nowhere(layers)
+        return Int4Layers.in_none(layers)
     runner.progress.expect(1 + layers + len(runner.prompts) * (1 + bisection_steps(most)))
     ranking = _most_harmed_first(runner, codec)
     each = [_fewest_that_answer(runner, codec, prompt, ranking) for prompt in runner.prompts]
     enough = sorted(count for count in each if count is not None)[TRIALS_TO_PASS - 1 :]
-    return Int4Layers(frozenset(ranking[: enough[0]])) if enough else Int4Layers.nowhere(layers)
+    return Int4Layers(frozenset(ranking[: enough[0]])) if enough else Int4Layers.in_none(layers)
 
 
 def fewest_that_pass(most: int, passes: Callable[[int], bool]) -> int | None:

@@ -34,10 +34,10 @@ def tier_counts(policy: str, budget: float, int4: Int4Layers, layers: int, scope
 def test_which_layers_are_off() -> None:
     some = Int4Layers(frozenset({29, 0}))
     assert [some.allows(layer) for layer in (0, 1, 28, 29)] == [False, True, True, False]
-    assert not some.everywhere
+    assert not some.in_all_layers
     assert some.off_list == "0, 29"
-    assert Int4Layers().everywhere
-    assert not any(Int4Layers.nowhere(3).allows(layer) for layer in range(3))
+    assert Int4Layers().in_all_layers
+    assert not any(Int4Layers.in_none(3).allows(layer) for layer in range(3))
     with pytest.raises(InvalidArgumentError, match="layer -1"):
         Int4Layers(frozenset({-1, 2}))
 
@@ -81,7 +81,7 @@ def test_what_the_others_cannot_pay_for_is_dropped() -> None:
 
 
 def test_without_int4_anywhere_adaptive_is_the_papers() -> None:
-    for counts in tier_counts("adaptive", 0.3, Int4Layers.nowhere(2), layers=2):
+    for counts in tier_counts("adaptive", 0.3, Int4Layers.in_none(2), layers=2):
         assert counts == {Tier.INT8: 120, Tier.DROP: 80}
 
 

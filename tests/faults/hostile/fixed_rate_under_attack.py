@@ -13,9 +13,9 @@ import torch
 
 from spectrumkv.common.errors import DataLossError
 from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
-from spectrumkv.common.kv.codecs.fixed_rate.block_codec import HEADER
 from spectrumkv.common.kv.codecs.fixed_rate.codec import FixedRateDecoder
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
+from spectrumkv.common.kv.codecs.fixed_rate.segment_codec import HEADER
 from spectrumkv.common.kv.segment import KvSegment
 from tests.common.kv.codecs.spectral_prompts import capture
 from tests.faults.hostile.decoder_under_attack import GEOMETRY, MARGIN, UNTOUCHED, basis, bounds_are_checked

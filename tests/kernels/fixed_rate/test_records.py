@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectrumkv.kernels.fixed_rate import cpu, reference
-from spectrumkv.kernels.fixed_rate.block import Records
 from spectrumkv.kernels.fixed_rate.layout import (
     GROUP_ROWS,
     HIGHEST_CLASS,
@@ -20,6 +19,7 @@ from spectrumkv.kernels.fixed_rate.layout import (
     exponents_of,
     token_bytes,
 )
+from spectrumkv.kernels.fixed_rate.operands import Records
 from spectrumkv.kernels.fixed_rate.quantizer import (
     ESCAPE_SLOPES,
     HIGHEST_RATIO,
@@ -33,7 +33,7 @@ from spectrumkv.kernels.fixed_rate.records import unpack
 def a_block(
     tokens: int, rows: int, base: int, turn: int, tails: float = 0.0, seed: int = 0
 ) -> tuple[torch.Tensor, RowScales, torch.Tensor, RecordLayout]:
-    """Coefficients with spreads over ten octaves, and scales that fit them."""
+    """Coefficients with standard deviations over ten octaves, and scales that fit them."""
     generator = np.random.default_rng(seed)
     exponents = generator.integers(-60, 20, rows)
     scales = RowScales.of(exponents, generator.integers(-127, 128, rows).astype(np.int8))
@@ -41,7 +41,7 @@ def a_block(
     gains = generator.integers(LOWEST_GAIN, HIGHEST_GAIN + 1, tokens)
     normal = generator.normal(size=(tokens, rows))
     normal *= np.exp(tails * generator.normal(size=normal.shape))
-    values = normal * scales.spread * np.exp2(gains[:, None] / 4) + scales.mean
+    values = normal * scales.std * np.exp2(gains[:, None] / 4) + scales.mean
     joined = token_bytes(classes, gains)
     layout = RecordLayout.of(scales, joined, base, turn)
     return torch.from_numpy(values.astype(np.float32)), scales, torch.from_numpy(joined), layout
@@ -54,7 +54,7 @@ def unpacked(records: Records, scales: RowScales, tokens: torch.Tensor, layout: 
     unpack(
         cpu._words(records.words),
         (layout.widths, layout.profiles, layout.starts),
-        (order.view(np.uint64), scales.mean[order], scales.spread[order], cpu._GAINS, quantizers().level),
+        (order.view(np.uint64), scales.mean[order], scales.std[order], cpu._GAINS, quantizers().level),
         tokens.numpy(),
         0,
         len(tokens),
@@ -98,7 +98,7 @@ def test_errors_are_what_escapes_leave() -> None:
     ratio = torch.from_numpy(layout.ratios[layout.profiles])[:, torch.arange(64) // GROUP_ROWS]
     gains = torch.exp2((joined.long() // 16 + LOWEST_GAIN) / 4)
     order = torch.from_numpy(scales.order)
-    normalized = (error / torch.from_numpy(scales.spread) / gains[:, None])[:, order]
+    normalized = (error / torch.from_numpy(scales.std) / gains[:, None])[:, order]
     allowed = ESCAPE_SLOPES**0.5 * torch.exp2(-ratio.clamp(LOWEST_RATIO, HIGHEST_RATIO) / 128)
     assert bool((normalized.abs() <= allowed * 1.001 + 1e-5).all())
     assert 0 < records.escape_value.numel() < 0.2 * coefficients.numel()

@@ -8,11 +8,11 @@ import torch
 
 from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
-from spectrumkv.common.kv.codecs.fixed_rate.block_codec import HEADER
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
 from spectrumkv.common.kv.codecs.fixed_rate.gpu.basis import DeviceBasis
 from spectrumkv.common.kv.codecs.fixed_rate.gpu.slots import write_segments
-from spectrumkv.common.kv.codecs.fixed_rate.received import ReceivedBlock, read_block
+from spectrumkv.common.kv.codecs.fixed_rate.received import ReceivedBody, read_body
+from spectrumkv.common.kv.codecs.fixed_rate.segment_codec import HEADER
 from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import KvSegment
@@ -39,7 +39,7 @@ def coded(
     """Segments of a prompt, made on a CPU, of at most so many tokens."""
     segment_bytes = int(budget * shape.fp16_bytes(tokens))
     encoder = FixedRateEncoder(CalibratedRequest(basis, shape, tokens, segment_bytes, "attention", 0))
-    encoder._block_tokens = size
+    encoder._segment_tokens = size
     segments = []
     for layer in range(shape.layers):
         seen = capture(basis, layer, tokens)
@@ -50,11 +50,11 @@ def coded(
     return segments
 
 
-def plain(shape: KvGeometry, basis: SpectralBasis, segment: KvSegment, block: ReceivedBlock) -> torch.Tensor:
+def plain(shape: KvGeometry, basis: SpectralBasis, segment: KvSegment, body: ReceivedBody) -> torch.Tensor:
     """Keys and values of a segment: float64 `[2, kv_heads, n, d]`."""
-    tokens, sinks, coded = segment.tiers.numel(), block.sinks, block.coded
+    tokens, sinks, coded = segment.tiers.numel(), body.sinks, body.coded
     states = torch.empty(2, shape.kv_heads, tokens, shape.head_dim, dtype=torch.float64)
-    exact = segment.body[HEADER.size :][: shape.fp16_bytes_per_layer(sinks)]
+    exact = body.body[HEADER.size :][: shape.fp16_bytes_per_layer(sinks)]
     states[:, :, :sinks] = exact.clone().view(shape.half_dtype).view(states[:, :, :sinks].shape).double()
     if coded is not None:
         found = reference.unpack(coded.records, coded.scales, coded.tokens, coded.layout)
@@ -70,19 +70,19 @@ def assert_decoded(
     basis = basis_of(shape)
     segments = coded(shape, basis, tokens, budget, size, magnitude)[chosen]
     transforms = LayerTransform.of_layers(basis)
-    blocks = [read_block(transforms[one.layer], one.body, one.tiers.numel(), shape) for one in segments]
+    bodies = [read_body(transforms[one.layer], one.body, one.tiers.numel(), shape) for one in segments]
     room = BEFORE + tokens + AFTER
     cache = torch.full((2, shape.layers, shape.kv_heads, room, shape.head_dim), torch.nan, dtype=shape.native_dtype)
     wanted = cache.double()
-    for one, block in zip(segments, blocks, strict=True):
+    for one, body in zip(segments, bodies, strict=True):
         span = slice(BEFORE + one.first_token, BEFORE + one.first_token + one.tiers.numel())
-        wanted[:, one.layer, :, span] = plain(shape, basis, one, block)
+        wanted[:, one.layer, :, span] = plain(shape, basis, one, body)
     on_device = cache.to(DEVICE)
     there = []
     for one in segments:
         of_layer = on_device[:, one.layer, :, BEFORE + one.first_token :][:, :, : one.tiers.numel()]
         there.append((of_layer[0], of_layer[1]))
-    write_segments(DeviceBasis(basis, DEVICE), segments, blocks, there)
+    write_segments(DeviceBasis(basis, DEVICE), segments, bodies, there)
     cache = on_device.cpu()
     half = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[shape.native_dtype]
     largest = torch.finfo(shape.native_dtype).max
@@ -90,7 +90,7 @@ def assert_decoded(
     torch.testing.assert_close(
         cache.double(), wanted.clamp(-largest, largest), rtol=half + 1e-5, atol=1e-6 * scale, equal_nan=True
     )
-    return sum(block.coded.records.escape_value.numel() for block in blocks if block.coded is not None)
+    return sum(body.coded.records.escape_value.numel() for body in bodies if body.coded is not None)
 
 
 @pytest.mark.parametrize(
@@ -134,8 +134,8 @@ def test_what_was_near_the_greatest_float16_comes_back_finite() -> None:
     keys = (seen.keys.sign() * 65504.0).half()
     encoder = FixedRateEncoder(CalibratedRequest(basis, shape, 9, int(0.3 * shape.fp16_bytes(9)), "position", 0))
     [segment] = encoder.encode(replace(seen, keys=keys, values=keys, queries=seen.queries.half() * 0))
-    block = read_block(LayerTransform.of_layers(basis)[0], segment.body, 9, shape)
+    body = read_body(LayerTransform.of_layers(basis)[0], segment.body, 9, shape)
     received = torch.full((2, 1, 9, 6), torch.nan, dtype=torch.float16, device=DEVICE)
-    write_segments(DeviceBasis(basis, DEVICE), [segment], [block], [(received[0], received[1])])
+    write_segments(DeviceBasis(basis, DEVICE), [segment], [body], [(received[0], received[1])])
     assert received.isfinite().all()
     assert bool((received.abs() == 65504.0).any())

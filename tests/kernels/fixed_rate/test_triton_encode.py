@@ -13,14 +13,13 @@ import pytest
 import torch
 
 from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
-from spectrumkv.common.kv.codecs.fixed_rate.block_codec import HEADER, padded
 from spectrumkv.common.kv.codecs.fixed_rate.coded_layer import TRUSTED_ATTENTION
 from spectrumkv.common.kv.codecs.fixed_rate.gpu.basis import DeviceBasis
 from spectrumkv.common.kv.codecs.fixed_rate.rate import AIM, LayerDemand, RateControl
+from spectrumkv.common.kv.codecs.fixed_rate.segment_codec import HEADER, padded
 from spectrumkv.common.kv.codecs.fixed_rate.statistics import calibrated_scales, measure
 from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
 from spectrumkv.kernels.fixed_rate import reference
-from spectrumkv.kernels.fixed_rate.block import Records
 from spectrumkv.kernels.fixed_rate.layout import (
     HIGHEST_CLASS,
     LOWEST_CLASS,
@@ -30,16 +29,17 @@ from spectrumkv.kernels.fixed_rate.layout import (
     RecordLayout,
     RowScales,
 )
+from spectrumkv.kernels.fixed_rate.operands import Records
 from spectrumkv.kernels.fixed_rate.quantizer import escape_limits
-from spectrumkv.kernels.fixed_rate.triton.blocks import (
-    BLOCK_BROKEN,
-    BLOCK_ESCAPES,
-    BLOCK_TOP,
-    BLOCK_WORDS,
-    BlockShape,
-)
 from spectrumkv.kernels.fixed_rate.triton.encode import encode, pack_again
 from spectrumkv.kernels.fixed_rate.triton.memory import CodedLayer, LayerRate, Workspace
+from spectrumkv.kernels.fixed_rate.triton.segments import (
+    SEGMENT_BROKEN,
+    SEGMENT_ESCAPES,
+    SEGMENT_TOP,
+    SEGMENT_WORDS,
+    SegmentShape,
+)
 from tests.common.kv.codecs.spectral_prompts import basis_of, capture, geometry, plain_coefficients
 from tests.kernels.absmax.states import DEVICE
 
@@ -49,8 +49,8 @@ LAYERS = 3
 class Case(NamedTuple):
     kv_heads: int
     head_dim: int
-    # Tokens, of a block, sinks, from how many coded tokens on scales are a block's own, room for a body.
-    shape: BlockShape
+    # Tokens, of a segment, sinks, from how many coded tokens on scales are a segment's own, room for a body.
+    shape: SegmentShape
     # Of all layers' records, for each coefficient of this layer.
     bits: float
     dtype: torch.dtype = torch.float32
@@ -59,18 +59,18 @@ class Case(NamedTuple):
 
 ROOM = 1 << 14
 CASES = {
-    "one token": Case(1, 6, BlockShape(1, 8, 0, 1, ROOM), 9.0),
-    "sinks in three blocks": Case(1, 6, BlockShape(9, 2, 5, 1, ROOM), 9.0, layer=1),
-    "only sinks": Case(1, 6, BlockShape(3, 4, 4, 1, ROOM), 9.0),
-    "own and calibrated scales": Case(2, 16, BlockShape(14, 9, 2, 7, ROOM), 12.0, torch.float16),
-    "last layer": Case(2, 20, BlockShape(7, 7, 1, 5, ROOM), 4.0, torch.bfloat16, layer=2),
-    "wide heads": Case(1, 80, BlockShape(6, 6, 2, 2, ROOM), 12.0),
+    "one token": Case(1, 6, SegmentShape(1, 8, 0, 1, ROOM), 9.0),
+    "sinks in three segments": Case(1, 6, SegmentShape(9, 2, 5, 1, ROOM), 9.0, layer=1),
+    "only sinks": Case(1, 6, SegmentShape(3, 4, 4, 1, ROOM), 9.0),
+    "own and calibrated scales": Case(2, 16, SegmentShape(14, 9, 2, 7, ROOM), 12.0, torch.float16),
+    "last layer": Case(2, 20, SegmentShape(7, 7, 1, 5, ROOM), 4.0, torch.bfloat16, layer=2),
+    "wide heads": Case(1, 80, SegmentShape(6, 6, 2, 2, ROOM), 12.0),
 }
 SLOW_CASES = {
-    "many rows": Case(8, 128, BlockShape(40, 40, 4, 20, 1 << 17), 12.0, torch.bfloat16),
-    "several blocks": Case(3, 64, BlockShape(150, 64, 4, 40, 1 << 16), 10.0),
-    "coarse": Case(3, 64, BlockShape(70, 70, 4, 40, 1 << 16), 1.0),
-    "fine": Case(2, 16, BlockShape(70, 40, 0, 20, 1 << 16), 60.0),
+    "many rows": Case(8, 128, SegmentShape(40, 40, 4, 20, 1 << 17), 12.0, torch.bfloat16),
+    "several segments": Case(3, 64, SegmentShape(150, 64, 4, 40, 1 << 16), 10.0),
+    "coarse": Case(3, 64, SegmentShape(70, 70, 4, 40, 1 << 16), 1.0),
+    "fine": Case(2, 16, SegmentShape(70, 40, 0, 20, 1 << 16), 60.0),
 }
 
 
@@ -127,8 +127,8 @@ def on_host(layer: CodedLayer, work: Workspace) -> tuple[CodedLayer, Workspace]:
     return layer.copied(layer.memory.cpu()), replace(work, **copies)
 
 
-class BlockOfLayer(NamedTuple):
-    """A block, as its body says."""
+class SegmentOfLayer(NamedTuple):
+    """A segment, as its body says."""
 
     number: int
     tokens: slice
@@ -139,11 +139,11 @@ class BlockOfLayer(NamedTuple):
     words_at: int
 
 
-def blocks(made: Coded) -> Iterator[BlockOfLayer]:
-    """Blocks that have coded tokens; what comes before those is checked here."""
+def segments(made: Coded) -> Iterator[SegmentOfLayer]:
+    """Segments that have coded tokens; what comes before those is checked here."""
     shape, rows = made.case.shape, made.rows
     half_dtype = torch.float16 if made.case.dtype == torch.float32 else made.case.dtype
-    for number in range(shape.blocks):
+    for number in range(shape.segments):
         first = number * shape.size
         length = min(shape.size, shape.tokens - first)
         sinks = min(max(0, shape.sinks - first), length)
@@ -153,10 +153,10 @@ def blocks(made: Coded) -> Iterator[BlockOfLayer]:
         assert torch.equal(body[HEADER.size : at], exact.flatten().view(torch.uint8))
         count = length - sinks
         if not count:
-            assert made.layer.blocks[number] == [0, 0, 0, 0]
+            assert made.layer.segments[number] == [0, 0, 0, 0]
             continue
         transform = LayerTransform.of_layers(made.basis)[made.case.layer]
-        top, own = made.layer.blocks[number][BLOCK_TOP], count >= shape.own_tokens
+        top, own = made.layer.segments[number][SEGMENT_TOP], count >= shape.own_tokens
         if own:
             drops, means = body[at : at + rows].numpy(), body[at + rows : at + 2 * rows].numpy().view(np.int8)
             scales = RowScales(top, drops, means)
@@ -165,7 +165,7 @@ def blocks(made: Coded) -> Iterator[BlockOfLayer]:
             scales = calibrated_scales(transform.std, top - transform.calibrated.top)
         of_tokens, end = body[at : at + count], at + padded(count)
         assert not body[at + count : end].any()
-        yield BlockOfLayer(number, slice(first + sinks, first + length), scales, own, of_tokens, body, end)
+        yield SegmentOfLayer(number, slice(first + sinks, first + length), scales, own, of_tokens, body, end)
 
 
 def assert_coefficients(made: Coded) -> None:
@@ -175,37 +175,40 @@ def assert_coefficients(made: Coded) -> None:
     torch.testing.assert_close(made.work.coefficients, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
 
 
-def assert_statistics(made: Coded, block: BlockOfLayer) -> None:
+def assert_statistics(made: Coded, segment: SegmentOfLayer) -> None:
     transform = LayerTransform.of_layers(made.basis)[made.case.layer]
-    coefficients = made.work.coefficients[block.tokens]
+    coefficients = made.work.coefficients[segment.tokens]
     energy = (coefficients * transform.inverse_std).square().sum(dim=1)
-    wanted = measure(coefficients, energy, transform.std, block.own)
+    wanted = measure(coefficients, energy, transform.std, segment.own)
     # Logarithms differ in their last bits, and so may what is rounded.
     for mine, theirs in (
-        ((block.of_tokens.numpy() >> 4).astype(np.int64) + LOWEST_GAIN, wanted.gains),
-        (block.scales.top - block.scales.drops.astype(np.int64), wanted.scales.top - wanted.scales.drops.astype(int)),
-        (block.scales.means.astype(np.int64), wanted.scales.means),
+        ((segment.of_tokens.numpy() >> 4).astype(np.int64) + LOWEST_GAIN, wanted.gains),
+        (
+            segment.scales.top - segment.scales.drops.astype(np.int64),
+            wanted.scales.top - wanted.scales.drops.astype(int),
+        ),
+        (segment.scales.means.astype(np.int64), wanted.scales.means),
     ):
         assert np.abs(mine - theirs).max() <= 1
         assert (mine != theirs).mean() <= 0.1
-    assert made.layer.blocks[block.number][BLOCK_BROKEN] == 0
+    assert made.layer.segments[segment.number][SEGMENT_BROKEN] == 0
 
 
-def assert_classes(made: Coded, of_blocks: list[BlockOfLayer]) -> None:
+def assert_classes(made: Coded, of_segments: list[SegmentOfLayer]) -> None:
     shares = made.scores.double().clamp_min(1e-7).log2()
     octaves = -0.5 * TRUSTED_ATTENTION * (shares - shares[made.case.shape.sinks :].mean())
     wanted = (2 * octaves).round().clamp(LOWEST_CLASS, HIGHEST_CLASS)
-    for block in of_blocks:
-        mine = (block.of_tokens.long() & 15) + LOWEST_CLASS
-        assert int((mine - wanted[block.tokens]).abs().max()) <= 1
-        assert float((mine != wanted[block.tokens]).double().mean()) <= 0.1
+    for segment in of_segments:
+        mine = (segment.of_tokens.long() & 15) + LOWEST_CLASS
+        assert int((mine - wanted[segment.tokens]).abs().max()) <= 1
+        assert float((mine != wanted[segment.tokens]).double().mean()) <= 0.1
 
 
-def assert_steps(made: Coded, of_blocks: list[BlockOfLayer]) -> None:
+def assert_steps(made: Coded, of_segments: list[SegmentOfLayer]) -> None:
     """The base that the host finds for these scales and tokens, to the last digit."""
     demand = LayerDemand(
-        [one.scales.group_exponents for one in of_blocks],
-        [np.bincount(PROFILE_OF_BYTE[one.of_tokens.numpy()], minlength=PROFILES) for one in of_blocks],
+        [one.scales.group_exponents for one in of_segments],
+        [np.bincount(PROFILE_OF_BYTE[one.of_tokens.numpy()], minlength=PROFILES) for one in of_segments],
         0,
     )
     transforms, given = LayerTransform.of_layers(made.basis), made.rate
@@ -220,16 +223,16 @@ def assert_steps(made: Coded, of_blocks: list[BlockOfLayer]) -> None:
     assert rate.is_last or made.layer.smooth_base == pytest.approx(rate.smooth_base, abs=1e-4)
 
 
-def assert_records(made: Coded, block: BlockOfLayer, base: int, turn: int) -> None:
+def assert_records(made: Coded, segment: SegmentOfLayer, base: int, turn: int) -> None:
     """The bytes that plain torch makes of the same coefficients."""
-    layout = RecordLayout.of(block.scales, block.of_tokens.numpy(), base, turn)
-    assert torch.equal(made.work.order[block.number].long(), torch.from_numpy(block.scales.order))
+    layout = RecordLayout.of(segment.scales, segment.of_tokens.numpy(), base, turn)
+    assert torch.equal(made.work.order[segment.number].long(), torch.from_numpy(segment.scales.order))
     limits = torch.from_numpy(escape_limits(layout))
-    wanted = reference.pack(made.work.coefficients[block.tokens], block.scales, block.of_tokens, layout, limits)
-    found = made.layer.blocks[block.number]
-    assert found[BLOCK_WORDS] == layout.words
-    assert found[BLOCK_ESCAPES] == wanted.escape_value.numel()
-    assert_sections(block.body[block.words_at :], wanted)
+    wanted = reference.pack(made.work.coefficients[segment.tokens], segment.scales, segment.of_tokens, layout, limits)
+    found = made.layer.segments[segment.number]
+    assert found[SEGMENT_WORDS] == layout.words
+    assert found[SEGMENT_ESCAPES] == wanted.escape_value.numel()
+    assert_sections(segment.body[segment.words_at :], wanted)
 
 
 def assert_sections(body: torch.Tensor, wanted: Records) -> None:
@@ -244,16 +247,16 @@ def assert_coded(case: Case) -> Coded:
     made = coded(case)
     assert made.layer.broken_scores == 0
     assert_coefficients(made)
-    of_blocks = list(blocks(made))
-    for block in of_blocks:
-        assert_statistics(made, block)
-    if of_blocks:
-        assert_classes(made, of_blocks)
-        assert_steps(made, of_blocks)
-    for block in of_blocks:
-        first = len(block.of_tokens)
-        assert torch.equal(made.work.starts[block.tokens][:1], torch.zeros(1, dtype=torch.int32))
-        assert_records(made, block, made.layer.base, first)
+    of_segments = list(segments(made))
+    for segment in of_segments:
+        assert_statistics(made, segment)
+    if of_segments:
+        assert_classes(made, of_segments)
+        assert_steps(made, of_segments)
+    for segment in of_segments:
+        first = len(segment.of_tokens)
+        assert torch.equal(made.work.starts[segment.tokens][:1], torch.zeros(1, dtype=torch.int32))
+        assert_records(made, segment, made.layer.base, first)
     return made
 
 
@@ -266,36 +269,36 @@ def test_every_step_is_that_of_the_host(name: str) -> None:
 @pytest.mark.parametrize("name", SLOW_CASES)
 def test_every_step_is_that_of_the_host_at_larger_shapes(name: str) -> None:
     made = assert_coded(SLOW_CASES[name])
-    if name == "several blocks":
-        assert sum(found[BLOCK_ESCAPES] for found in made.layer.blocks) > 0
+    if name == "several segments":
+        assert sum(found[SEGMENT_ESCAPES] for found in made.layer.segments) > 0
 
 
 def test_a_layer_is_packed_again_at_other_steps() -> None:
-    case = Case(1, 6, BlockShape(9, 5, 1, 5, ROOM), 9.0)
+    case = Case(1, 6, SegmentShape(9, 5, 1, 5, ROOM), 9.0)
     made = coded(case)
-    of_blocks = list(blocks(made))
+    of_segments = list(segments(made))
     base, turn = made.layer.base - 40, 7
     starts = torch.zeros(case.shape.tokens, dtype=torch.int32)
-    for block in of_blocks:
-        own_turn = min(max(0, turn - block.tokens.start), len(block.of_tokens))
-        layout = RecordLayout.of(block.scales, block.of_tokens.numpy(), base, own_turn)
-        starts[block.tokens] = torch.from_numpy(layout.starts[:-1]).int()
-        on_device = made.on_device[0].bodies[block.number * case.shape.body_bytes :]
-        on_device[block.words_at : case.shape.body_bytes] = 255
+    for segment in of_segments:
+        own_turn = min(max(0, turn - segment.tokens.start), len(segment.of_tokens))
+        layout = RecordLayout.of(segment.scales, segment.of_tokens.numpy(), base, own_turn)
+        starts[segment.tokens] = torch.from_numpy(layout.starts[:-1]).int()
+        on_device = made.on_device[0].bodies[segment.number * case.shape.body_bytes :]
+        on_device[segment.words_at : case.shape.body_bytes] = 255
     for _ in range(2):
         pack_again(*made.on_device, base, turn, starts)
         layer, work = on_host(*made.on_device)
         again = made._replace(layer=layer, work=work)
-        for block in blocks(again):
-            assert_records(again, block, base, min(max(0, turn - block.tokens.start), len(block.of_tokens)))
+        for segment in segments(again):
+            assert_records(again, segment, base, min(max(0, turn - segment.tokens.start), len(segment.of_tokens)))
 
 
 def test_a_body_without_room_is_counted_and_nothing_is_written_behind_it() -> None:
-    shape = BlockShape(12, 6, 0, 1, 96)
+    shape = SegmentShape(12, 6, 0, 1, 96)
     tight, roomy = coded(Case(1, 6, shape, 30.0)), coded(Case(1, 6, replace(shape, body_bytes=ROOM), 30.0))
-    assert tight.layer.blocks == roomy.layer.blocks
-    assert all(found[BLOCK_WORDS] > 12 for found in tight.layer.blocks)
-    for number in range(shape.blocks):
+    assert tight.layer.segments == roomy.layer.segments
+    assert all(found[SEGMENT_WORDS] > 12 for found in tight.layer.segments)
+    for number in range(shape.segments):
         mine = tight.layer.bodies[96 * number :][HEADER.size : 96]
         theirs = roomy.layer.bodies[ROOM * number :][HEADER.size : 96]
         # Records that fit are the same; escapes are written all or not at all.
@@ -305,14 +308,14 @@ def test_a_body_without_room_is_counted_and_nothing_is_written_behind_it() -> No
 
 def test_a_body_without_room_for_its_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="no room for 73 bytes before the records"):
-        coded(Case(1, 6, BlockShape(12, 6, 1, 5, 48), 9.0))
+        coded(Case(1, 6, SegmentShape(12, 6, 1, 5, 48), 9.0))
 
 
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_what_is_not_finite_is_counted_in_its_block(side: int, value: float) -> None:
-    case = Case(1, 6, BlockShape(8, 4, 1, 1, ROOM), 9.0)
+    case = Case(1, 6, SegmentShape(8, 4, 1, 1, ROOM), 9.0)
     shape = geometry(1, 6, LAYERS)
     seen = capture(basis_of(shape), 0, 8)
     states = (seen.keys.clone(), seen.values.clone())
@@ -325,5 +328,5 @@ def test_what_is_not_finite_is_counted_in_its_block(side: int, value: float) -> 
     inputs = [one.to(DEVICE) for one in (*states, scores)]
     of_layer = (angles[0][0], angles[1][0])
     layer, _ = on_host(*encode(*inputs, of_layer, there.analysis(0), case.shape, rate))
-    assert [found[BLOCK_BROKEN] for found in layer.blocks] == [1, 1]
+    assert [found[SEGMENT_BROKEN] for found in layer.segments] == [1, 1]
     assert layer.broken_scores == 1

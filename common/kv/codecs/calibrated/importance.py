@@ -12,13 +12,12 @@ from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.scoring import SINK_TOKENS, mean_attention, scorers
 from spectrumkv.common.kv.tiers import Tier
+from spectrumkv.kernels.attention_scores import LEAST_SHARE
 
 # A step goes with this power of a token's sensitivity. At high resolution the distortion of a step Δ is Δ²/12 times
 # the sensitivity (Gray & Neuhoff 1998, "Quantization"); where its slope against the rate is alike for all tokens, as
 # it is for the least distortion at a rate, Δ² times the sensitivity is alike.
 SENSITIVITY_POWER = 0.5
-# Shares of the attention below this one are all alike.
-LEAST_SHARE = 1e-7
 # Mean bits an element up to which a token counts as INT4, and as INT8.
 INT4_BITS, INT8_BITS = 6.0, 12.0
 _TIERS = np.array([Tier.INT4, Tier.INT8, Tier.FP16], np.uint8)

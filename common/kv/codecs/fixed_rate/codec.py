@@ -13,7 +13,7 @@ from spectrumkv.common.kv.codecs.calibrated.codec import CalibratedCodec, check_
 from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
-from spectrumkv.common.kv.codecs.fixed_rate.received import ReceivedBlock, read_block, write_block
+from spectrumkv.common.kv.codecs.fixed_rate.received import ReceivedBody, read_body, write_body
 from spectrumkv.common.kv.codecs.fixed_rate.tiers import tier_bytes
 from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
@@ -97,10 +97,10 @@ class FixedRateDecoder:
         Raises:
             DataLossError: the body does not hold what its header says.
         """
-        block = self._read(segment)
+        received = self._read(segment)
         transform = self._transforms[segment.layer]
-        write_block(transform, block, segment.first_token, self._geometry, keys, values)
-        return self._shares(segment, block)
+        write_body(transform, received, segment.first_token, self._geometry, keys, values)
+        return self._shares(segment, received)
 
     def decode_all(
         self, segments: Sequence[KvSegment], slots: Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -123,24 +123,24 @@ class FixedRateDecoder:
         from spectrumkv.common.kv.codecs.fixed_rate.gpu.basis import device_basis
         from spectrumkv.common.kv.codecs.fixed_rate.gpu.slots import write_segments
 
-        blocks = [self._read(segment) for segment in segments]
+        received = [self._read(segment) for segment in segments]
         # What is launched reads it later, and the decoder outlives that.
         self._on_device = device_basis(self._basis, slots[0][0].device)
-        write_segments(self._on_device, segments, blocks, slots)
-        return [self._shares(segment, block) for segment, block in zip(segments, blocks, strict=True)]
+        write_segments(self._on_device, segments, received, slots)
+        return [self._shares(segment, body) for segment, body in zip(segments, received, strict=True)]
 
-    def _read(self, segment: KvSegment) -> ReceivedBlock:
+    def _read(self, segment: KvSegment) -> ReceivedBody:
         """Return a segment's body, taken apart and checked.
 
         Raises:
             DataLossError: the body does not hold what its header says.
         """
         check_tiers(FixedRateCodec.name, segment)
-        return read_block(self._transforms[segment.layer], segment.body, segment.tiers.numel(), self._geometry)
+        return read_body(self._transforms[segment.layer], segment.body, segment.tiers.numel(), self._geometry)
 
-    def _shares(self, segment: KvSegment, block: ReceivedBlock) -> Mapping[Tier, int]:
-        sink_bytes = self._geometry.fp16_bytes_per_layer(block.sinks)
-        return tier_bytes(block.layout, segment.tiers, sink_bytes, segment.body.numel())
+    def _shares(self, segment: KvSegment, received: ReceivedBody) -> Mapping[Tier, int]:
+        sink_bytes = self._geometry.fp16_bytes_per_layer(received.sinks)
+        return tier_bytes(received.layout, segment.tiers, sink_bytes, segment.body.numel())
 
 
 def prepare() -> None:
@@ -151,7 +151,7 @@ def prepare() -> None:
     heads, head_dim = 2, 4
     geometry = KvGeometry(1, heads, head_dim, torch.float32)
     basis = identity_basis(geometry)
-    # A lone token's keys lie in one piece, those of several do not; scales of a block's own need many of them.
+    # A lone token's keys lie in one piece, those of several do not; scales of a segment's own need many of them.
     for tokens in (200, 1):
         states = torch.ones(tokens, heads, head_dim).transpose(0, 1)
         request = CalibratedRequest(basis, geometry, tokens, geometry.fp16_bytes(tokens), "position", 0)

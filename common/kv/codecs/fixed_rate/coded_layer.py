@@ -1,4 +1,4 @@
-"""A layer's blocks, coded; and the last layer, which is coded until it takes what is left of the budget."""
+"""A layer's segments, coded; and the last layer, which is coded until it takes what is left of the budget."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,8 +10,8 @@ import torch
 
 from spectrumkv.common.errors import InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs.fixed_rate.block_codec import WORD_BYTES, Block, BlockSpan, LayerSteps
 from spectrumkv.common.kv.codecs.fixed_rate.rate import LayerDemand, RateControl, StepSearch
+from spectrumkv.common.kv.codecs.fixed_rate.segment_codec import WORD_BYTES, LayerSteps, SegmentSpan, UncodedSegment
 from spectrumkv.common.kv.codecs.fixed_rate.tiers import record_tiers, tier_bytes
 from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, SEGMENT_HEADER, KvSegment
 from spectrumkv.common.kv.tiers import tier_map_bytes
@@ -21,16 +21,16 @@ from spectrumkv.kernels.fixed_rate.layout import PROFILES, RecordLayout
 MAY_BE_LEFT = 0.0005
 # Steps differ less than attention says: what the last queries look at is not all that later ones will.
 TRUSTED_ATTENTION = 0.85
-# Largest share of a block's bytes that spreads and means of its own may take.
+# Largest fraction of a segment's bytes that standard deviations and means of its own may take.
 OWN_SCALES_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class BlockPlan:
-    """How layers are cut into blocks.
+class SegmentPlan:
+    """How layers are cut into segments.
 
     Attributes:
-        size: tokens of a block; the last one of a layer may have fewer.
+        size: tokens of a segment; the last one of a layer may have fewer.
         sinks: how many of the first tokens are sent without the transform.
         token_bytes: what a token of a layer may take.
     """
@@ -40,14 +40,14 @@ class BlockPlan:
     token_bytes: float
 
     def own_tokens(self, rows: int) -> int:
-        """Return from how many coded tokens on a block has scales of its own.
+        """Return from how many coded tokens on a segment has scales of its own.
 
         Args:
             rows: coefficients of a token.
         """
         return math.ceil(2 * rows / (OWN_SCALES_SHARE * self.token_bytes))
 
-    def spans(self, tokens: int, rows: int) -> list[BlockSpan]:
+    def spans(self, tokens: int, rows: int) -> list[SegmentSpan]:
         """Cut a layer.
 
         Args:
@@ -61,7 +61,7 @@ class BlockPlan:
         for first in range(0, tokens, self.size):
             length = min(self.size, tokens - first)
             sinks = min(max(0, self.sinks - first), length)
-            found.append(BlockSpan(first, sinks, length - sinks, length - sinks >= own_tokens))
+            found.append(SegmentSpan(first, sinks, length - sinks, length - sinks >= own_tokens))
         return found
 
 
@@ -83,20 +83,20 @@ class CodedLayer(NamedTuple):
         return not self.segments or any(segment.wire_bytes > MAX_CHUNK_PAYLOAD_BYTES for segment in self.segments)
 
 
-def segment_of(block: Block, body: torch.Tensor, layout: RecordLayout | None) -> KvSegment:
-    """Return the segment that a block and its body make.
+def coded_segment(segment: UncodedSegment, body: torch.Tensor, layout: RecordLayout | None) -> KvSegment:
+    """Return what is sent of a segment.
 
     Args:
-        block: that was coded.
+        segment: that was coded.
         body: uint8 `[b]`.
         layout: of its records.
     """
-    tiers = record_tiers(layout, block.transform.rows, block.span.sinks)
-    shares = tier_bytes(layout, tiers, len(block.sinks), body.numel())
-    return KvSegment(block.transform.layer, block.span.first, tiers, body, shares)
+    tiers = record_tiers(layout, segment.transform.rows, segment.span.sinks)
+    shares = tier_bytes(layout, tiers, len(segment.sinks), body.numel())
+    return KvSegment(segment.transform.layer, segment.span.first, tiers, body, shares)
 
 
-def fixed_bytes(spans: Sequence[BlockSpan], rows: int) -> int:
+def fixed_bytes(spans: Sequence[SegmentSpan], rows: int) -> int:
     """Count the bytes of a layer's segments without records and escapes.
 
     Args:
@@ -109,23 +109,25 @@ def fixed_bytes(spans: Sequence[BlockSpan], rows: int) -> int:
     return sum(SEGMENT_HEADER.size + tier_map_bytes(one.length) + one.fixed_bytes(rows) for one in spans)
 
 
-def demand_of(blocks: Sequence[Block]) -> LayerDemand:
+def demand_of(segments: Sequence[UncodedSegment]) -> LayerDemand:
     """Return what the records of a layer take.
 
     Args:
-        blocks: of the layer.
+        segments: of the layer.
     """
-    coded = [block.statistics for block in blocks if block.statistics is not None]
-    fixed = fixed_bytes([block.span for block in blocks], blocks[0].transform.rows)
-    profiles = [np.bincount(block.profiles, minlength=PROFILES) for block in blocks if block.statistics is not None]
+    coded = [segment.statistics for segment in segments if segment.statistics is not None]
+    fixed = fixed_bytes([segment.span for segment in segments], segments[0].transform.rows)
+    profiles = [
+        np.bincount(segment.profiles, minlength=PROFILES) for segment in segments if segment.statistics is not None
+    ]
     return LayerDemand([one.scales.group_exponents for one in coded], profiles, fixed)
 
 
-def last_steps(blocks: Sequence[Block], demand: LayerDemand, words: int) -> LayerSteps:
+def last_steps(segments: Sequence[UncodedSegment], demand: LayerDemand, words: int) -> LayerSteps:
     """Find the steps with which the last layer's records come nearest to a number of words, from below.
 
     Args:
-        blocks: of the layer.
+        segments: of the layer.
         demand: of the layer.
         words: that its records may take.
 
@@ -134,28 +136,28 @@ def last_steps(blocks: Sequence[Block], demand: LayerDemand, words: int) -> Laye
     """
     base = demand.finest_base(words)
     finer, end = LayerSteps(base - 1, 0), 0
-    for block in blocks:
-        end = block.span.end
-        layout = block.layout(finer)
+    for segment in segments:
+        end = segment.span.end
+        layout = segment.layout(finer)
         if layout is None:
             continue
         costs = layout.words_of_profile.reshape(2, -1)
-        words -= int(costs[1][block.profiles].sum())
-    for block in blocks:
-        layout = block.layout(finer)
+        words -= int(costs[1][segment.profiles].sum())
+    for segment in segments:
+        layout = segment.layout(finer)
         if layout is None:
             continue
         costs = layout.words_of_profile.reshape(2, -1)
-        more = np.cumsum((costs[0] - costs[1])[block.profiles])
+        more = np.cumsum((costs[0] - costs[1])[segment.profiles])
         if words < more[-1]:
             finer_tokens = int(np.searchsorted(more, words, side="right"))
-            return LayerSteps(base - 1, block.span.first_coded + finer_tokens)
+            return LayerSteps(base - 1, segment.span.first_coded + finer_tokens)
         words -= int(more[-1])
     return LayerSteps(base - 1, end)
 
 
 def fit_last(
-    blocks: Sequence[Block],
+    segments: Sequence[UncodedSegment],
     demand: LayerDemand,
     rate: RateControl,
     tokens: int,
@@ -165,7 +167,7 @@ def fit_last(
     """Code the last layer with steps that take what is left of the budget and no more.
 
     Args:
-        blocks: of the layer.
+        segments: of the layer.
         demand: of the layer.
         rate: of the request.
         tokens: of the prompt.
@@ -180,7 +182,7 @@ def fit_last(
     while not search.tried(steps, coded.wire_bytes):
         # All but the records is known now, and hardly changes with the steps.
         others = coded.wire_bytes - WORD_BYTES * coded.words
-        steps = search.next_steps(last_steps(blocks, demand, (rate.left_bytes - others) // WORD_BYTES))
+        steps = search.next_steps(last_steps(segments, demand, (rate.left_bytes - others) // WORD_BYTES))
         coded = code(steps)
         if rate.is_better(coded.wire_bytes, best.wire_bytes):
             best = coded

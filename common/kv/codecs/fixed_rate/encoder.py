@@ -10,26 +10,29 @@ from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.calibrated.importance import step_octaves
 from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.calibrated.sinks import code_sinks
-from spectrumkv.common.kv.codecs.fixed_rate.block_codec import Block, BlockSpan, LayerSteps, encode_block
 from spectrumkv.common.kv.codecs.fixed_rate.coded_layer import (
     TRUSTED_ATTENTION,
-    BlockPlan,
     CodedLayer,
+    SegmentPlan,
+    coded_segment,
     demand_of,
     fit_last,
     last_steps,
     refuse_states,
-    segment_of,
 )
 from spectrumkv.common.kv.codecs.fixed_rate.rate import RateControl
+from spectrumkv.common.kv.codecs.fixed_rate.segment_codec import (
+    LayerSteps,
+    SegmentSpan,
+    UncodedSegment,
+    encode_segment,
+)
 from spectrumkv.common.kv.codecs.fixed_rate.statistics import measure
 from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.kernels.fixed_rate.dispatch import analyse
-from spectrumkv.kernels.fixed_rate.layout import HIGHEST_CLASS, LOWEST_CLASS
+from spectrumkv.kernels.fixed_rate.layout import CLASSES_PER_OCTAVE, HIGHEST_CLASS, LOWEST_CLASS
 
-# Step classes per octave of a token's step.
-CLASSES_PER_OCTAVE = 2
 # First tokens that are sent in the 16-bit dtype. Others that are unlike the rest have gains and escapes.
 SINKS = 1
 
@@ -46,7 +49,7 @@ class FixedRateEncoder:
         self._transforms = LayerTransform.of_layers(request.basis)
         self._rate = RateControl(request.segment_bytes, self._transforms)
         self._sink_count = min(SINKS, request.sinks)
-        self._block_tokens = request.segment_tokens
+        self._segment_tokens = request.segment_tokens
 
     def encode(self, capture: LayerCapture) -> Iterator[KvSegment]:
         """Code a layer; see `KvEncoder.encode`.
@@ -62,9 +65,9 @@ class FixedRateEncoder:
             InvalidArgumentError: an element is too large for the codec.
         """
         coded = self._layer(capture)
-        while coded.is_too_large and self._block_tokens > 1:
+        while coded.is_too_large and self._segment_tokens > 1:
             # This layer takes more than others. Later ones may, too.
-            self._block_tokens = -(-min(self._block_tokens, capture.tokens) // 2)
+            self._segment_tokens = -(-min(self._segment_tokens, capture.tokens) // 2)
             coded = self._layer(capture)
         self._rate.account(coded.wire_bytes, coded.words, coded.escapes)
         yield from coded.segments
@@ -72,13 +75,13 @@ class FixedRateEncoder:
     def _layer(self, capture: LayerCapture) -> CodedLayer:
         if capture.keys.is_cuda:
             return self._on_gpu(capture)
-        blocks, rate = self._blocks(capture), self._rate
-        demand = demand_of(blocks)
+        segments, rate = self._segments(capture), self._rate
+        demand = demand_of(segments)
         rate.observe(demand)
         if not rate.is_last:
-            return _coded(blocks, LayerSteps(rate.base(demand), capture.tokens))
-        steps = last_steps(blocks, demand, rate.expected_words(demand.fixed_bytes))
-        return fit_last(blocks, demand, rate, self._request.tokens, steps, partial(_coded, blocks))
+            return _coded(segments, LayerSteps(rate.base(demand), capture.tokens))
+        steps = last_steps(segments, demand, rate.expected_words(demand.fixed_bytes))
+        return fit_last(segments, demand, rate, self._request.tokens, steps, partial(_coded, segments))
 
     def _on_gpu(self, capture: LayerCapture) -> CodedLayer:
         # Triton takes a while to import, and exists on Linux only.
@@ -87,23 +90,23 @@ class FixedRateEncoder:
         return GpuLayers(self._request).code(capture, self._rate, self._plan)
 
     @property
-    def _plan(self) -> BlockPlan:
-        return BlockPlan(self._block_tokens, self._sink_count, self._request.token_bytes)
+    def _plan(self) -> SegmentPlan:
+        return SegmentPlan(self._segment_tokens, self._sink_count, self._request.token_bytes)
 
-    def _blocks(self, capture: LayerCapture) -> list[Block]:
+    def _segments(self, capture: LayerCapture) -> list[UncodedSegment]:
         request = self._request
         octaves = step_octaves(capture, request.basis, request.scorer, request.seed, self._sink_count)
         classes = np.clip(
             np.rint(CLASSES_PER_OCTAVE * TRUSTED_ATTENTION * octaves), LOWEST_CLASS, HIGHEST_CLASS
         ).astype(np.int64)
         spans = self._plan.spans(len(classes), self._transforms[capture.layer].rows)
-        return [self._block(capture, classes, span) for span in spans]
+        return [self._segment(capture, classes, span) for span in spans]
 
-    def _block(self, capture: LayerCapture, classes: np.ndarray, span: BlockSpan) -> Block:
+    def _segment(self, capture: LayerCapture, classes: np.ndarray, span: SegmentSpan) -> UncodedSegment:
         """Transform a run of tokens.
 
         Returns:
-            The block.
+            The segment.
 
         Raises:
             NotFiniteError: an element is infinite or NaN.
@@ -113,7 +116,7 @@ class FixedRateEncoder:
         exact, coded = slice(span.first, span.first_coded), slice(span.first_coded, span.end)
         sinks = code_sinks(capture.keys[:, exact], capture.values[:, exact], capture.layer, self._request.geometry)
         if not span.coded:
-            return Block(transform, span, sinks, torch.empty(0, transform.rows), classes[coded], None)
+            return UncodedSegment(transform, span, sinks, torch.empty(0, transform.rows), classes[coded], None)
         analysis = transform.analysis(span.first_coded, span.coded)
         coefficients, energy = analyse(
             capture.keys[:, coded], capture.values[:, coded], analysis, transform.inverse_std
@@ -121,15 +124,15 @@ class FixedRateEncoder:
         if not bool(energy.isfinite().all()):
             refuse_states(capture, "codec fixed_rate")
         statistics = measure(coefficients, energy, transform.std, span.own)
-        return Block(transform, span, sinks, coefficients, classes[coded], statistics)
+        return UncodedSegment(transform, span, sinks, coefficients, classes[coded], statistics)
 
 
-def _coded(blocks: Sequence[Block], steps: LayerSteps) -> CodedLayer:
+def _coded(uncoded: Sequence[UncodedSegment], steps: LayerSteps) -> CodedLayer:
     segments: list[KvSegment] = []
     words = escapes = 0
-    for block in blocks:
-        coded = encode_block(block, steps)
-        segments.append(segment_of(block, torch.frombuffer(coded.body, dtype=torch.uint8), coded.layout))
+    for one in uncoded:
+        coded = encode_segment(one, steps)
+        segments.append(coded_segment(one, torch.frombuffer(coded.body, dtype=torch.uint8), coded.layout))
         words += coded.layout.words if coded.layout is not None else 0
         escapes += coded.escapes
     return CodedLayer(segments, words, escapes)

@@ -1,9 +1,9 @@
 """Meets a byte budget: how fine the steps of each layer may be.
 
 As in codec "spectral", all layers should have the same base step, and layers leave before the later ones are known.
-The later ones are taken to have this layer's tokens and their own calibrated spreads, moved by as much as the spreads
-of the layers so far differ from calibration. What records take follows from that exactly; escapes are foreseen from
-the layers before.
+The later ones are taken to have this layer's tokens and their own calibrated standard deviations, moved by as much as
+the standard deviations of the layers so far differ from calibration. What records take follows from that exactly;
+escapes are foreseen from the layers before.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,19 @@ from functools import cached_property
 
 import numpy as np
 
-from spectrumkv.common.kv.codecs.fixed_rate.block_codec import ESCAPE_BYTES, WORD_BYTES, LayerSteps
+from spectrumkv.common.kv.codecs.fixed_rate.segment_codec import ESCAPE_BYTES, WORD_BYTES, LayerSteps
 from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
 from spectrumkv.kernels.fixed_rate import rate as kernels
-from spectrumkv.kernels.fixed_rate.layout import LOWEST_PROFILE, PROFILES, RATIO_UNITS, WIDTH_THRESHOLDS
+from spectrumkv.kernels.fixed_rate.layout import (
+    HIGHEST_BASE,
+    LOWEST_BASE,
+    LOWEST_PROFILE,
+    PROFILES,
+    RATIO_UNITS,
+    WIDTH_THRESHOLDS,
+)
 
-# Later layers' spreads are sorted into quarter octaves, as profiles are.
+# Later layers' standard deviations are sorted into quarter octaves, as profiles are.
 QUARTER = RATIO_UNITS // 4
 # How often the last layer may be coded.
 LAST_LAYER_ATTEMPTS = 8
@@ -25,8 +32,6 @@ LAST_LAYER_ATTEMPTS = 8
 AIM = 0.992
 # Bytes of escapes for each byte of records, before any layer is done.
 ESCAPE_SHARE = 0.01
-# Bases that a body can have, with one to spare on either side.
-LOWEST_BASE, HIGHEST_BASE = -(1 << 15) + 1, (1 << 15) - 2
 PROFILE_RATIOS = QUARTER * (LOWEST_PROFILE + np.arange(PROFILES))
 
 
@@ -35,8 +40,8 @@ class LayerDemand:
     """What the records of one layer take, whatever the base.
 
     Attributes:
-        group_exponents: int64 `[groups]`, of each block.
-        profiles: int64 `[PROFILES]`, how many tokens of each block have each profile.
+        group_exponents: int64 `[groups]`, of each segment.
+        profiles: int64 `[PROFILES]`, how many tokens of each segment have each profile.
         fixed_bytes: of its segments, without records and escapes.
     """
 
@@ -97,7 +102,7 @@ class RateControl:
     Attributes:
         segment_bytes: for all layers' segments.
         transforms: of all layers.
-        drift: by how much spreads lie above the calibrated ones, in `RATIO_UNITS`, smoothed.
+        drift: by how much standard deviations lie above the calibrated ones, in `RATIO_UNITS`, smoothed.
         escape_share: bytes of escapes for each byte of records, smoothed.
         smooth_base: base of the layers so far, smoothed, since a layer foresees roughly; None before the first.
         spent_bytes: by the layers that are done.
@@ -174,7 +179,7 @@ class RateControl:
         return QUARTER * quarters + QUARTER // 2 + round(self.drift), count
 
     def observe(self, demand: LayerDemand) -> None:
-        """Take note of how a layer's spreads differ from the calibrated ones.
+        """Take note of how a layer's standard deviations differ from the calibrated ones.
 
         Args:
             demand: of the next layer.
@@ -248,17 +253,17 @@ class StepSearch:
         """
         level = self._level(wanted)
         if self.fits is None:
-            level = max(level, (self.exceeds or 0) + self._apart)
+            level = max(level, (self.exceeds or 0) + self._stride)
         elif self.exceeds is None:
-            level = min(level, self.fits - self._apart)
+            level = min(level, self.fits - self._stride)
         elif not self.exceeds < level < self.fits:
             level = (self.exceeds + self.fits) // 2
         base = min(max(level // self.tokens, LOWEST_BASE), HIGHEST_BASE)
         return LayerSteps(base, (base + 1) * self.tokens - level)
 
     @property
-    def _apart(self) -> int:
-        """How far from each other levels are tried while all of them lie on one side of the budget."""
+    def _stride(self) -> int:
+        """Return how far apart levels are tried while all of them lie on one side of the budget."""
         return self.tokens // 4 + 1
 
     def _level(self, steps: LayerSteps) -> int:

@@ -8,7 +8,7 @@ import torch
 from spectrumkv.common.errors import DataLossError
 from spectrumkv.common.kv.codecs.body import BodyReader
 from spectrumkv.common.kv.codecs.calibrated.sinks import write_sinks
-from spectrumkv.common.kv.codecs.fixed_rate.block_codec import (
+from spectrumkv.common.kv.codecs.fixed_rate.segment_codec import (
     CALIBRATED,
     HEADER,
     LARGEST_ESCAPE,
@@ -16,12 +16,12 @@ from spectrumkv.common.kv.codecs.fixed_rate.block_codec import (
     WORD_BYTES,
     padded,
 )
-from spectrumkv.common.kv.codecs.fixed_rate.statistics import LARGEST_EXPONENT, calibrated_scales
+from spectrumkv.common.kv.codecs.fixed_rate.statistics import calibrated_scales
 from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.kernels.fixed_rate.block import Records
 from spectrumkv.kernels.fixed_rate.dispatch import synthesise
-from spectrumkv.kernels.fixed_rate.layout import RecordLayout, RowScales
+from spectrumkv.kernels.fixed_rate.layout import LARGEST_EXPONENT, RecordLayout, RowScales
+from spectrumkv.kernels.fixed_rate.operands import Records
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class CodedTokens:
 
 
 @dataclass(frozen=True, eq=False)
-class ReceivedBlock:
+class ReceivedBody:
     """A body that was checked.
 
     Attributes:
@@ -67,7 +67,7 @@ class ReceivedBlock:
         return None if self.coded is None else self.coded.layout
 
 
-def read_block(transform: LayerTransform, body: torch.Tensor, tokens: int, geometry: KvGeometry) -> ReceivedBlock:
+def read_body(transform: LayerTransform, body: torch.Tensor, tokens: int, geometry: KvGeometry) -> ReceivedBody:
     """Take a body apart and check it.
 
     Args:
@@ -89,7 +89,7 @@ def read_block(transform: LayerTransform, body: torch.Tensor, tokens: int, geome
     reader.take(geometry.fp16_bytes_per_layer(sinks))
     if sinks == tokens:
         reader.finish()
-        return ReceivedBlock(body, sinks, None)
+        return ReceivedBody(body, sinks, None)
     scales = _scales(reader, transform, top, own=kind == OWN)
     of_tokens = torch.from_numpy(reader.array(tokens - sinks, np.uint8))
     reader.take(padded(tokens - sinks) - (tokens - sinks))
@@ -102,30 +102,30 @@ def read_block(transform: LayerTransform, body: torch.Tensor, tokens: int, geome
     )
     reader.finish()
     _check_escapes(records, (tokens - sinks) * transform.rows)
-    return ReceivedBlock(body, sinks, CodedTokens(scales, of_tokens, layout, records, base, turn, words_at))
+    return ReceivedBody(body, sinks, CodedTokens(scales, of_tokens, layout, records, base, turn, words_at))
 
 
-def write_block(
+def write_body(
     transform: LayerTransform,
-    block: ReceivedBlock,
+    received: ReceivedBody,
     first: int,
     geometry: KvGeometry,
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> None:
-    """Write the tokens of a body on a CPU: the inverse of `encode_block`.
+    """Write the tokens of a body on a CPU: the inverse of `encode_segment`.
 
     Args:
         transform: of the layer.
-        block: that was read.
+        received: the body, as `read_body` gave it.
         first: position of the first token.
         geometry: shape and dtype of the model's cache.
         keys: `[kv_heads, n, head_dim]` in the model's own dtype, any strides; written.
         values: like `keys`.
     """
-    sinks, coded = block.sinks, block.coded
+    sinks, coded = received.sinks, received.coded
     if sinks:
-        exact = block.body[HEADER.size :][: geometry.fp16_bytes_per_layer(sinks)].numpy()
+        exact = received.body[HEADER.size :][: geometry.fp16_bytes_per_layer(sinks)].numpy()
         write_sinks(exact, geometry, keys[:, :sinks], values[:, :sinks])
     if coded is None:
         return
@@ -137,7 +137,7 @@ def _scales(reader: BodyReader, transform: LayerTransform, top: int, own: bool) 
     """Return the rows' scales: sent, or the calibrated ones, moved.
 
     Raises:
-        DataLossError: spreads are beyond what bodies may have.
+        DataLossError: standard deviations are beyond what bodies may have.
     """
     if own:
         drops, means = reader.array(transform.rows, np.uint8), reader.array(transform.rows, np.int8)
@@ -145,12 +145,12 @@ def _scales(reader: BodyReader, transform: LayerTransform, top: int, own: bool) 
     else:
         scales = calibrated_scales(transform.std, top)
     if abs(scales.top) > LARGEST_EXPONENT:
-        raise DataLossError(f"a segment's largest spread has the exponent {scales.top} / 8", "scale")
+        raise DataLossError(f"a segment's largest standard deviation has the exponent {scales.top} / 8", "scale")
     return scales
 
 
 def _check_escapes(records: Records, symbols: int) -> None:
-    """Refuse escapes that do not rise, lie outside the block, or are no sensible numbers.
+    """Refuse escapes that do not rise, lie outside the segment, or are no sensible numbers.
 
     Raises:
         DataLossError: some do.

@@ -7,8 +7,8 @@ import torch
 
 from spectrumkv.common.kv.codecs.calibrated.layer import CalibratedLayer
 from spectrumkv.common.kv.codecs.fixed_rate.statistics import calibrated_scales
-from spectrumkv.kernels.fixed_rate.block import BlockTransform
 from spectrumkv.kernels.fixed_rate.layout import RowScales
+from spectrumkv.kernels.fixed_rate.operands import TokenTransform
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +22,7 @@ class LayerTransform(CalibratedLayer):
 
     @cached_property
     def inverse_std(self) -> torch.Tensor:
-        """Return 1 ÷ the calibrated spreads: float32 `[rows]`."""
+        """Return 1 ÷ the calibrated standard deviations: float32 `[rows]`."""
         return 1 / self.basis.std[self.layer].flatten()
 
     @cached_property
@@ -30,7 +30,7 @@ class LayerTransform(CalibratedLayer):
         """Return the calibrated scales."""
         return calibrated_scales(self.std, 0)
 
-    def analysis(self, first: int, tokens: int) -> BlockTransform:
+    def analysis(self, first: int, tokens: int) -> TokenTransform:
         """Return the transform of a run of tokens to coefficients.
 
         Args:
@@ -39,10 +39,10 @@ class LayerTransform(CalibratedLayer):
         """
         return self._transform(first, tokens, self.basis.analysis[self.layer])
 
-    def synthesis(self, first: int, tokens: int) -> BlockTransform:
+    def synthesis(self, first: int, tokens: int) -> TokenTransform:
         """Return the transform of coefficients to a run of tokens; see `analysis`."""
         return self._transform(first, tokens, self.basis.synthesis[self.layer])
 
-    def _transform(self, first: int, tokens: int, matrices: torch.Tensor) -> BlockTransform:
+    def _transform(self, first: int, tokens: int, matrices: torch.Tensor) -> TokenTransform:
         cosine, sine = self.basis.rotation(self.layer, first, tokens)
-        return BlockTransform(cosine, sine, self.rope_scaling, self.basis.mean[self.layer], matrices)
+        return TokenTransform(cosine, sine, self.rope_scaling, self.basis.mean[self.layer], matrices)

@@ -201,8 +201,8 @@ class Deviation:
             return 0.0
         octaves = self.classes[sent] / CLASSES_PER_OCTAVE
         means = self.means[sent] / MEAN_PARTS
-        spread = max(0.0, float(octaves.var()) - ROUNDING)
-        return float(0.5 * np.log2(1 + means * means).sum() + log(2) * len(octaves) * spread)
+        variance = max(0.0, float(octaves.var()) - ROUNDING)
+        return float(0.5 * np.log2(1 + means * means).sum() + log(2) * len(octaves) * variance)
 
     @cached_property
     def coded(self) -> bytes:

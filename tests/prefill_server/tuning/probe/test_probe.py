@@ -63,7 +63,7 @@ def kept(loaded: LoadedModel, basis: SpectralBasis, allowed: bool) -> ProbeVerdi
     trials = [ProbeTrial(1000, 0.5, i < found, True, "12345") for i in range(3)]
     settings = [ProbedSetting("greedy", "absmax", 0.3, 3, found, 5e-3, 0.1)]
     layers = loaded.geometry.layers
-    int4 = Int4Layers() if allowed else Int4Layers.nowhere(layers)
+    int4 = Int4Layers() if allowed else Int4Layers.in_none(layers)
     verdict = verdict_of(trials, settings, int4, layers)
     keep_verdict(verdict_key(loaded, basis), verdict)
     return verdict
@@ -96,7 +96,7 @@ def test_a_model_that_finds_nothing_over_exact_kv_gets_no_int4(
     steps: list[ProbeStep] = []
     # A short context is probed as far as it goes.
     verdict = run_probe(replace(tiny, context_length=400), engine, basis, steps.append, ABSMAX)
-    assert verdict.int4 == Int4Layers.nowhere(tiny.geometry.layers)
+    assert verdict.int4 == Int4Layers.in_none(tiny.geometry.layers)
     assert verdict.source == "probe"
     assert "can tell nothing" in verdict.reason
     assert "--int4 on" in verdict.reason
@@ -241,7 +241,7 @@ def test_a_layer_whose_int4_is_broken_does_without_if_that_holds(
         tried.append(plan)
         found = plan.codec.name == "spectral" or not plan.int4.allows(1)
         # The search asks each prompt with two layers off and with one; then comes the setting that is to show it.
-        searched = sum(not one.int4.everywhere for one in tried) > 3 * 2
+        searched = sum(not one.int4.in_all_layers for one in tried) > 3 * 2
         return question.prompt.fact.answer if found and (holds or not searched) else "unknown"
 
     monkeypatch.setattr(NeedleQuestion, "answer_under", answer_under)
@@ -261,7 +261,7 @@ def test_a_layer_whose_int4_is_broken_does_without_if_that_holds(
         assert shown.kl < verdict.settings[0].kl
         assert verdict.default_budget(policy) == shown.budget == pytest.approx((0.5 + 2 * 0.3) / 3)
     else:
-        assert verdict.int4 == Int4Layers.nowhere(3)
+        assert verdict.int4 == Int4Layers.in_none(3)
         assert "does not help" in verdict.reason
         assert [one.policy for one in verdict.settings] == ["greedy", "spectral", "spectral"]
         assert verdict.default_budget(policy) == UNPROBED_BUDGET

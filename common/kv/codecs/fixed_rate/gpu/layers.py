@@ -11,41 +11,41 @@ from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.body import to_host
 from spectrumkv.common.kv.codecs.calibrated.importance import attention_shares
 from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
-from spectrumkv.common.kv.codecs.fixed_rate.block_codec import (
-    ESCAPE_BYTES,
-    HEADER,
-    WORD_BYTES,
-    Block,
-    BlockSpan,
-    LayerSteps,
-    check_escapes,
-)
 from spectrumkv.common.kv.codecs.fixed_rate.coded_layer import (
     MAY_BE_LEFT,
-    BlockPlan,
     CodedLayer,
+    SegmentPlan,
+    coded_segment,
     demand_of,
     fit_last,
     fixed_bytes,
     refuse_states,
-    segment_of,
 )
 from spectrumkv.common.kv.codecs.fixed_rate.gpu.basis import DeviceBasis, device_basis
 from spectrumkv.common.kv.codecs.fixed_rate.rate import RateControl
-from spectrumkv.common.kv.codecs.fixed_rate.statistics import BlockStatistics, calibrated_scales, check_spreads
+from spectrumkv.common.kv.codecs.fixed_rate.segment_codec import (
+    ESCAPE_BYTES,
+    HEADER,
+    WORD_BYTES,
+    LayerSteps,
+    SegmentSpan,
+    UncodedSegment,
+    check_escapes,
+)
+from spectrumkv.common.kv.codecs.fixed_rate.statistics import SegmentStatistics, calibrated_scales, check_stds
 from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
 from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES
 from spectrumkv.kernels.fixed_rate.layout import LOWEST_CLASS, LOWEST_GAIN, RowScales
 from spectrumkv.kernels.fixed_rate.triton import encode as kernels
-from spectrumkv.kernels.fixed_rate.triton.blocks import (
-    BLOCK_BROKEN,
-    BLOCK_ESCAPES,
-    BLOCK_TOP,
-    BLOCK_WORDS,
-    BlockShape,
-)
 from spectrumkv.kernels.fixed_rate.triton.memory import CodedLayer as DeviceLayer
 from spectrumkv.kernels.fixed_rate.triton.memory import LayerRate, Workspace
+from spectrumkv.kernels.fixed_rate.triton.segments import (
+    SEGMENT_BROKEN,
+    SEGMENT_ESCAPES,
+    SEGMENT_TOP,
+    SEGMENT_WORDS,
+    SegmentShape,
+)
 from spectrumkv.kernels.upload import aligned
 
 # Room for a body, relative to what it is planned to take, and bytes beside that; more is copied to the host than is
@@ -67,7 +67,7 @@ class GpuLayers:
 
     request: CalibratedRequest
 
-    def code(self, capture: LayerCapture, rate: RateControl, plan: BlockPlan) -> CodedLayer:
+    def code(self, capture: LayerCapture, rate: RateControl, plan: SegmentPlan) -> CodedLayer:
         """Code a layer.
 
         Args:
@@ -94,17 +94,17 @@ class GpuLayers:
                 continue
         return CodedLayer([], 0, 0)
 
-    def _code(self, capture: LayerCapture, rate: RateControl, plan: BlockPlan, room: int) -> CodedLayer:
+    def _code(self, capture: LayerCapture, rate: RateControl, plan: SegmentPlan, room: int) -> CodedLayer:
         basis, rows = self.request.basis, self.request.geometry.elements_per_token_layer
         transform, spans = LayerTransform.of_layers(basis)[capture.layer], plan.spans(capture.tokens, rows)
-        shape = BlockShape(capture.tokens, plan.size, plan.sinks, plan.own_tokens(rows), room)
+        shape = SegmentShape(capture.tokens, plan.size, plan.sinks, plan.own_tokens(rows), room)
         words = _record_words(rate, fixed_bytes(spans, rows))
         layer, work = self._launch(capture, rate, shape, words, device_basis(basis, capture.keys.device))
         host = layer.copied(to_host(layer.memory))
         self._check(capture, host)
-        blocks = [_block(transform, span, host, number) for number, span in enumerate(spans)]
+        segments = [_segment(transform, span, host, number) for number, span in enumerate(spans)]
         steps = LayerSteps(host.base, capture.tokens)
-        coded = _coded(blocks, host, steps)
+        coded = _coded(segments, host, steps)
         rate.drift, rate.smooth_base = host.drift, host.smooth_base
         if not rate.is_last:
             return coded
@@ -112,13 +112,13 @@ class GpuLayers:
         def code(other: LayerSteps) -> CodedLayer:
             if other == steps:
                 return coded
-            kernels.pack_again(layer, work, other.base, other.turn, _starts(blocks, other))
-            return _coded(blocks, layer.copied(to_host(layer.memory)), other)
+            kernels.pack_again(layer, work, other.base, other.turn, _starts(segments, other))
+            return _coded(segments, layer.copied(to_host(layer.memory)), other)
 
-        return fit_last(blocks, demand_of(blocks), rate, capture.tokens, steps, code)
+        return fit_last(segments, demand_of(segments), rate, capture.tokens, steps, code)
 
     def _launch(
-        self, capture: LayerCapture, rate: RateControl, shape: BlockShape, words: int, on_device: DeviceBasis
+        self, capture: LayerCapture, rate: RateControl, shape: SegmentShape, words: int, on_device: DeviceBasis
     ) -> tuple[DeviceLayer, Workspace]:
         """Return what the GPU will make of the layer, and do not wait for it."""
         kind = on_device.kinds[capture.layer]
@@ -142,7 +142,7 @@ class GpuLayers:
         """
         if host.broken_scores:
             raise NotFiniteError(f"keys or queries of layer {capture.layer} are infinite or NaN")
-        if any(found[BLOCK_BROKEN] for found in host.blocks):
+        if any(found[SEGMENT_BROKEN] for found in host.segments):
             half = self.request.geometry.half_dtype
             refuse_states(capture, f"codec fixed_rate, or those of the first tokens for {half}")
 
@@ -161,41 +161,41 @@ def _record_words(rate: RateControl, fixed: int) -> int:
     return words - int(MAY_BE_LEFT * rate.segment_bytes / 2) // WORD_BYTES
 
 
-def _block(transform: LayerTransform, span: BlockSpan, host: DeviceLayer, number: int) -> Block:
-    """Return what was measured of a block.
+def _segment(transform: LayerTransform, span: SegmentSpan, host: DeviceLayer, number: int) -> UncodedSegment:
+    """Return what was measured of a segment.
 
     Raises:
-        InvalidArgumentError: a row's spread is too large for the codec.
+        InvalidArgumentError: a row's standard deviation is too large for the codec.
     """
     body, rows = host.bodies[number * host.shape.body_bytes :].numpy(), transform.rows
     at = HEADER.size + 2 * rows * span.sinks
     sinks = body[HEADER.size : at]
     if not span.coded:
-        return Block(transform, span, sinks, torch.empty(0, rows), np.empty(0, np.int64), None)
-    top = host.blocks[number][BLOCK_TOP]
+        return UncodedSegment(transform, span, sinks, torch.empty(0, rows), np.empty(0, np.int64), None)
+    top = host.segments[number][SEGMENT_TOP]
     if span.own:
         scales = RowScales(top, body[at : at + rows], body[at + rows : at + 2 * rows].view(np.int8))
         at += 2 * rows
     else:
         scales = calibrated_scales(transform.std, top - transform.calibrated.top)
-    check_spreads(scales)
+    check_stds(scales)
     tokens = body[at : at + span.coded].astype(np.int64)
-    statistics = BlockStatistics(scales, (tokens >> 4) + LOWEST_GAIN)
-    return Block(transform, span, sinks, torch.empty(0, rows), (tokens & 15) + LOWEST_CLASS, statistics)
+    statistics = SegmentStatistics(scales, (tokens >> 4) + LOWEST_GAIN)
+    return UncodedSegment(transform, span, sinks, torch.empty(0, rows), (tokens & 15) + LOWEST_CLASS, statistics)
 
 
-def _starts(blocks: Sequence[Block], steps: LayerSteps) -> torch.Tensor:
-    """Return words before each token's record in its block: int32 `[n]`."""
+def _starts(segments: Sequence[UncodedSegment], steps: LayerSteps) -> torch.Tensor:
+    """Return words before each token's record in its segment: int32 `[n]`."""
     parts = []
-    for block in blocks:
-        layout = block.layout(steps)
-        parts.append(np.zeros(block.span.sinks, np.int32))
+    for segment in segments:
+        layout = segment.layout(steps)
+        parts.append(np.zeros(segment.span.sinks, np.int32))
         if layout is not None:
             parts.append(layout.starts[:-1].astype(np.int32))
     return torch.from_numpy(np.concatenate(parts))
 
 
-def _coded(blocks: Sequence[Block], host: DeviceLayer, steps: LayerSteps) -> CodedLayer:
+def _coded(uncoded: Sequence[UncodedSegment], host: DeviceLayer, steps: LayerSteps) -> CodedLayer:
     """Return a layer that came from a GPU, once its headers are written.
 
     Raises:
@@ -204,19 +204,19 @@ def _coded(blocks: Sequence[Block], host: DeviceLayer, steps: LayerSteps) -> Cod
         InternalError: the GPU laid records out otherwise than the host.
     """
     segments, total_words, total_escapes = [], 0, 0
-    for number, (block, found) in enumerate(zip(blocks, host.blocks, strict=True)):
-        layout, words, escapes = block.layout(steps), found[BLOCK_WORDS], found[BLOCK_ESCAPES]
+    for number, (one, found) in enumerate(zip(uncoded, host.segments, strict=True)):
+        layout, words, escapes = one.layout(steps), found[SEGMENT_WORDS], found[SEGMENT_ESCAPES]
         if layout is not None and layout.words != words:
             raise InternalError(
-                f"layer {block.transform.layer}: the GPU's records have {words} words, their layout {layout.words}"
+                f"layer {one.transform.layer}: the GPU's records have {words} words, their layout {layout.words}"
             )
-        size = block.span.fixed_bytes(block.transform.rows) + WORD_BYTES * words + ESCAPE_BYTES * escapes
+        size = one.span.fixed_bytes(one.transform.rows) + WORD_BYTES * words + ESCAPE_BYTES * escapes
         if size > host.shape.body_bytes:
             raise _RoomError
         body = host.bodies[number * host.shape.body_bytes :][:size]
-        body[: HEADER.size] = torch.frombuffer(bytearray(block.header(steps, escapes)), dtype=torch.uint8)
-        check_escapes(block.transform.layer, body[size - WORD_BYTES * escapes :].view(torch.float32))
-        segments.append(segment_of(block, body, layout))
+        body[: HEADER.size] = torch.frombuffer(bytearray(one.header(steps, escapes)), dtype=torch.uint8)
+        check_escapes(one.transform.layer, body[size - WORD_BYTES * escapes :].view(torch.float32))
+        segments.append(coded_segment(one, body, layout))
         total_words += words
         total_escapes += escapes
     return CodedLayer(segments, total_words, total_escapes)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from spectrumkv.common.kv.codecs.fixed_rate.block_codec import HEADER
 from spectrumkv.common.kv.codecs.fixed_rate.gpu.basis import DeviceBasis
-from spectrumkv.common.kv.codecs.fixed_rate.received import ReceivedBlock
+from spectrumkv.common.kv.codecs.fixed_rate.received import ReceivedBody
+from spectrumkv.common.kv.codecs.fixed_rate.segment_codec import HEADER
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.kernels.fixed_rate.triton.decode import ReceivedSegment, decode
 
@@ -15,7 +15,7 @@ from spectrumkv.kernels.fixed_rate.triton.decode import ReceivedSegment, decode
 def write_segments(
     on_device: DeviceBasis,
     segments: Sequence[KvSegment],
-    blocks: Sequence[ReceivedBlock],
+    bodies: Sequence[ReceivedBody],
     slots: Sequence[tuple[torch.Tensor, torch.Tensor]],
 ) -> None:
     """Write the tokens of segments.
@@ -23,24 +23,24 @@ def write_segments(
     Args:
         on_device: basis that they were made with, on the GPU of the slots; it stays until they are written.
         segments: at least one.
-        blocks: their bodies, checked.
+        bodies: their bodies, checked.
         slots: keys and values of each, views of one cache on a GPU; written.
     """
-    received = [_received(one, block, on_device.kinds) for one, block in zip(segments, blocks, strict=True)]
+    received = [_received(one, body, on_device.kinds) for one, body in zip(segments, bodies, strict=True)]
     positions = max(one.first_token + one.tiers.numel() for one in segments)
     decode(received, slots, on_device.angles(positions), on_device.synthesis)
 
 
-def _received(segment: KvSegment, block: ReceivedBlock, kinds: Sequence[int]) -> ReceivedSegment:
-    layer, first, coded = segment.layer, segment.first_token, block.coded
+def _received(segment: KvSegment, received: ReceivedBody, kinds: Sequence[int]) -> ReceivedSegment:
+    layer, first, coded = segment.layer, segment.first_token, received.coded
     if coded is None:
-        return ReceivedSegment(block.body, layer, kinds[layer], first, block.sinks, HEADER.size)
+        return ReceivedSegment(received.body, layer, kinds[layer], first, received.sinks, HEADER.size)
     return ReceivedSegment(
-        block.body,
+        received.body,
         layer,
         kinds[layer],
         first,
-        block.sinks,
+        received.sinks,
         HEADER.size,
         coded.scales,
         coded.tokens.numpy(),

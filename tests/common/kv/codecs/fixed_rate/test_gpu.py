@@ -11,11 +11,11 @@ from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.fixed_rate import coded_layer
-from spectrumkv.common.kv.codecs.fixed_rate.block_codec import HEADER
 from spectrumkv.common.kv.codecs.fixed_rate.codec import FixedRateDecoder
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
 from spectrumkv.common.kv.codecs.fixed_rate.gpu import layers as gpu_layers
 from spectrumkv.common.kv.codecs.fixed_rate.gpu.basis import device_basis
+from spectrumkv.common.kv.codecs.fixed_rate.segment_codec import HEADER
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.kernels.fixed_rate.triton.tables import quantizer_tables
@@ -90,7 +90,7 @@ def test_a_message_costs_three_launches_and_no_wait_and_a_cpu_reads_the_same() -
     shape, tokens = geometry(1, 6, LAYERS), 11
     basis = basis_of(shape)
     encoder = encoder_of(basis, shape, tokens)
-    encoder._block_tokens = 6
+    encoder._segment_tokens = 6
     segments = [one for seen in captures(basis, tokens, torch.float32) for one in encoder.encode(seen)]
     decoder = FixedRateDecoder(basis, shape)
     states = []

@@ -13,9 +13,9 @@ from spectrumkv.common.errors import DataLossError, InvalidArgumentError, NotFin
 from spectrumkv.common.kv.codecs import codecs
 from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
 from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
-from spectrumkv.common.kv.codecs.fixed_rate.block_codec import HEADER
 from spectrumkv.common.kv.codecs.fixed_rate.codec import FixedRateDecoder
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
+from spectrumkv.common.kv.codecs.fixed_rate.segment_codec import HEADER
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, KvSegment
@@ -150,7 +150,7 @@ def test_states_are_refused_or_come_back_however_large(magnitude: float, tokens:
     )
     encoder._sink_count = 0
     if magnitude >= 1e20:
-        with pytest.raises(InvalidArgumentError, match=r"layer 0|too large|spread is"):
+        with pytest.raises(InvalidArgumentError, match=r"layer 0|too large|standard deviation is"):
             list(encoder.encode(large))
         return
     received = torch.full((2, *large.keys.shape), torch.nan)
@@ -210,7 +210,7 @@ def test_a_body_that_contradicts_itself_is_refused() -> None:
     for damaged, message in (
         (changed(segment, 4, 121, 2), "has 121 sinks"),
         (changed(segment, 6, 2, 2), "scales of kind 2"),
-        (changed(segment, 2, 5000, 2), "largest spread has the exponent 5000"),
+        (changed(segment, 2, 5000, 2), "largest standard deviation has the exponent 5000"),
         (changed(segment, 12, escapes + 1, 4), "cut off"),
         (changed(segment, 12, escapes - 1, 4), "too many"),
         (changed(segment, last_index, 0, 4), "do not rise"),

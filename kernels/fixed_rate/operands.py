@@ -1,4 +1,4 @@
-"""What goes into the kernels of a block and comes out of them."""
+"""What goes into the kernels of a segment and comes out of them."""
 
 from dataclasses import dataclass
 
@@ -6,8 +6,8 @@ import torch
 
 
 @dataclass(frozen=True, eq=False)
-class BlockTransform:
-    """The transform of the tokens of a block, whose keys are turned back by their rotary angles.
+class TokenTransform:
+    """The transform of the tokens of a segment, whose keys are turned back by their rotary angles.
 
     Attributes:
         cosine: float32 `[n, d / 2]` of the tokens' angles.
@@ -26,7 +26,7 @@ class BlockTransform:
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """The coefficients of a block, quantized.
+    """The coefficients of a segment, quantized.
 
     Attributes:
         words: uint8 `[4 · words]`, one token's record after another. A record has the groups in order, a group the

@@ -1,6 +1,6 @@
 """Where the parts of a layer's bodies lie on the GPU, for the host and for kernels.
 
-A layer is cut into blocks of as many tokens, the last one shorter. Their bodies lie at multiples of a number of
+A layer is cut into segments of as many tokens, the last one shorter. Their bodies lie at multiples of a number of
 bytes, since what each takes is known only once it is packed.
 """
 
@@ -8,27 +8,29 @@ from dataclasses import dataclass
 
 import triton.language as tl
 
-from spectrumkv.kernels.fixed_rate.triton.integers import jit
+from spectrumkv.kernels.triton_shared import jit
 
 HEADER_BYTES = 16
-# What is found out about a layer: scores that are not finite, the base, the drift of spreads, and the smoothed base.
-FOUND_BROKEN, FOUND_BASE, FOUND_DRIFT, FOUND_SMOOTH, FOUND_BLOCKS = 0, 1, 2, 3, 4
-# And about each block: words of records, escapes, the exponent of the largest spread, what is not finite.
-BLOCK_COLUMNS = 4
-BLOCK_WORDS, BLOCK_ESCAPES, BLOCK_TOP, BLOCK_BROKEN = 0, 1, 2, 3
+# What is found out about a layer: scores that are not finite, the base, the drift of standard deviations, and the
+# smoothed base.
+FOUND_BROKEN, FOUND_BASE, FOUND_DRIFT, FOUND_SMOOTH, FOUND_SEGMENTS = 0, 1, 2, 3, 4
+# And about each segment: words of records, escapes, the exponent of the largest standard deviation, what is not
+# finite.
+SEGMENT_COLUMNS = 4
+SEGMENT_WORDS, SEGMENT_ESCAPES, SEGMENT_TOP, SEGMENT_BROKEN = 0, 1, 2, 3
 
 _HEADER = tl.constexpr(HEADER_BYTES)
 
 
 @dataclass(frozen=True)
-class BlockShape:
-    """How a layer is cut into blocks.
+class SegmentShape:
+    """How a layer is cut into segments.
 
     Attributes:
         tokens: of the layer.
-        size: tokens of a block.
+        size: tokens of a segment.
         sinks: how many of the first tokens are sent without the transform.
-        own_tokens: from so many coded tokens on, a block has scales of its own.
+        own_tokens: from so many coded tokens on, a segment has scales of its own.
         body_bytes: room for a body, a multiple of 16.
     """
 
@@ -39,8 +41,8 @@ class BlockShape:
     body_bytes: int
 
     @property
-    def blocks(self) -> int:
-        """Count the blocks."""
+    def segments(self) -> int:
+        """Count the segments."""
         return -(-self.tokens // self.size)
 
     def fixed_bytes(self, rows: int) -> int:
@@ -60,10 +62,10 @@ class BlockShape:
 
 
 @jit
-def block_of(
+def segment_of(
     number: tl.tensor, tokens: tl.tensor, size: tl.tensor, sinks: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return a block's first token, its sinks, and how many tokens are coded."""
+    """Return a segment's first token, its sinks, and how many tokens are coded."""
     first = number * size
     length = tl.minimum(tokens - first, size)
     own_sinks = tl.minimum(tl.maximum(sinks - first, 0), length)

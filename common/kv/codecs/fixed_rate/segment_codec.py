@@ -8,14 +8,14 @@ import numpy as np
 import torch
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.kv.codecs.fixed_rate.statistics import BlockStatistics
+from spectrumkv.common.kv.codecs.fixed_rate.statistics import SegmentStatistics
 from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
 from spectrumkv.kernels.fixed_rate.dispatch import pack
 from spectrumkv.kernels.fixed_rate.layout import PROFILE_OF_BYTE, RecordLayout, token_bytes
 from spectrumkv.kernels.fixed_rate.quantizer import escape_limits
 
-# Base step, exponent of the largest spread, sinks, whose scales they are, the token from which on steps are coarser,
-# escapes.
+# Base step, exponent of the largest standard deviation, sinks, whose scales they are, the token from which on steps
+# are coarser, escapes.
 HEADER = struct.Struct("<hhHHII")
 CALIBRATED, OWN = 0, 1
 WORD_BYTES = 4
@@ -39,7 +39,7 @@ class LayerSteps:
 
 
 @dataclass(frozen=True)
-class BlockSpan:
+class SegmentSpan:
     """A run of tokens of one layer that is coded together.
 
     Attributes:
@@ -83,7 +83,7 @@ class BlockSpan:
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class UncodedSegment:
     """A run of tokens of one layer that is to be coded.
 
     Attributes:
@@ -96,11 +96,11 @@ class Block:
     """
 
     transform: LayerTransform
-    span: BlockSpan
+    span: SegmentSpan
     sinks: np.ndarray
     coefficients: torch.Tensor
     classes: np.ndarray
-    statistics: BlockStatistics | None
+    statistics: SegmentStatistics | None
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -136,8 +136,8 @@ class Block:
 
 
 @dataclass(frozen=True, eq=False)
-class CodedBlock:
-    """The body of a block.
+class CodedBody:
+    """The body of a segment.
 
     Attributes:
         body: the bytes.
@@ -150,11 +150,11 @@ class CodedBlock:
     escapes: int
 
 
-def encode_block(block: Block, steps: LayerSteps) -> CodedBlock:
+def encode_segment(segment: UncodedSegment, steps: LayerSteps) -> CodedBody:
     """Code a run of tokens.
 
     Args:
-        block: the tokens.
+        segment: the tokens.
         steps: of the layer.
 
     Returns:
@@ -163,25 +163,25 @@ def encode_block(block: Block, steps: LayerSteps) -> CodedBlock:
     Raises:
         InvalidArgumentError: an element is too large for the codec.
     """
-    layout, statistics = block.layout(steps), block.statistics
+    layout, statistics = segment.layout(steps), segment.statistics
     if layout is None or statistics is None:
-        return CodedBlock(bytearray().join([block.header(steps, 0), block.sinks.data]), None, 0)
+        return CodedBody(bytearray().join([segment.header(steps, 0), segment.sinks.data]), None, 0)
     scales = statistics.scales
     limits = torch.from_numpy(escape_limits(layout))
-    records = pack(block.coefficients, scales, torch.from_numpy(block.tokens), layout, limits)
+    records = pack(segment.coefficients, scales, torch.from_numpy(segment.tokens), layout, limits)
     escapes = records.escape_value
-    check_escapes(block.transform.layer, escapes)
+    check_escapes(segment.transform.layer, escapes)
     parts = [
-        block.header(steps, len(escapes)),
-        block.sinks.data,
-        *((scales.drops.data, scales.means.view(np.uint8).data) if block.span.own else ()),
-        block.tokens.data,
-        bytes(padded(len(block.tokens)) - len(block.tokens)),
+        segment.header(steps, len(escapes)),
+        segment.sinks.data,
+        *((scales.drops.data, scales.means.view(np.uint8).data) if segment.span.own else ()),
+        segment.tokens.data,
+        bytes(padded(len(segment.tokens)) - len(segment.tokens)),
         records.words.numpy().data,
         records.escape_index.numpy().data,
         escapes.numpy().view(np.uint8).data,
     ]
-    return CodedBlock(bytearray().join(parts), layout, len(escapes))
+    return CodedBody(bytearray().join(parts), layout, len(escapes))
 
 
 def padded(length: int) -> int:
@@ -193,7 +193,7 @@ def check_escapes(layer: int, values: torch.Tensor) -> None:
     """Refuse coefficients that are too large to be sent as they are.
 
     Args:
-        layer: of the block.
+        layer: of the segment.
         values: float32 `[e]`, its escapes.
 
     Raises:

@@ -12,6 +12,8 @@ from spectrumkv.common.concurrency.prefetch_iterator import PrefetchIterator
 from spectrumkv.common.errors import CancelledError, DataLossError, UnavailableError
 from spectrumkv.common.generation.text import token_message
 from spectrumkv.common.kv.codecs.base import codecs
+from spectrumkv.common.kv.codecs.fixed_rate.kernel_fault import kernel_fault
+from spectrumkv.common.kv.codecs.fixed_rate.self_check import LAYERS
 from spectrumkv.common.kv.warm_up import TRIAL_TOKENS, decode_once
 from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.model.load import LoadedModel
@@ -56,7 +58,10 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         if loaded.device.type == "cuda" and self._pool.slots >= TRIAL_TOKENS:
             # Triton compiles here what the first request would wait for.
             with self._pool.reserve(TRIAL_TOKENS) as slots:
-                decode_once(slots.keys(0, 0, TRIAL_TOKENS), slots.values(0, 0, TRIAL_TOKENS), loaded.geometry)
+                layers = range(min(LAYERS, loaded.geometry.layers))
+                views = [(slots.keys(one, 0, TRIAL_TOKENS), slots.values(one, 0, TRIAL_TOKENS)) for one in layers]
+                decode_once(views, loaded.geometry)
+        metrics.kernel_faults.set(bool(kernel_fault()))
         self._engine = DecodeEngine(loaded, self._pool, config.max_running, metrics)
         self.vitals = self._engine.vitals
         self._bases = BasisStore(loaded.geometry)

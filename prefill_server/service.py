@@ -11,6 +11,7 @@ import grpc
 from spectrumkv.common.errors import CancelledError
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.codecs.basis import Basis
+from spectrumkv.common.kv.codecs.fixed_rate.kernel_fault import kernel_fault, kernels_code
 from spectrumkv.common.kv.plan import SCOPES
 from spectrumkv.common.kv.policies import Policy, policies
 from spectrumkv.common.kv.scoring import scorers
@@ -64,7 +65,9 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self._engine = engine
         self._verdict = verdict
         self._basis = basis
-        self._codec_selector = CodecSelector(loaded.geometry, loaded.device.type == "cuda")
+        self._codec_selector = CodecSelector(
+            loaded.geometry, on_gpu=loaded.device.type == "cuda", kernels_code=kernels_code(loaded.device)
+        )
         self._workers = WorkerPool(
             config.decode,
             ChannelSecurity.to_decode(config),
@@ -78,6 +81,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self._reader = RequestReader(loaded, config, verdict, basis)
         # A default that no request could use should be found out at start-up.
         KvPlan.resolve(prefill_pb2.KvOptions(), config, verdict, seed=0, basis=basis)
+        metrics.kernel_faults.set(bool(kernel_fault()))
         metrics.int4_probe_passed.set(verdict.int4_allowed)
         metrics.probe_safe_budget.set(verdict.safe_budget or 0)
         self._kv_memory = KvMemory(config.prefill_kv_memory or default_kv_memory(loaded.device))
@@ -140,6 +144,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             decode_workers_away=[str(address) for address in self._workers.away],
             decode_workers_ejected=[str(worker.address) for worker in self._workers.ejected],
             has_chat_template=bool(self._loaded.tokenizer.chat_template),
+            kernel_fault=kernel_fault(),
         )
 
     def start(self) -> None:

@@ -100,6 +100,8 @@ def _choice_facts(info: prefill_pb2.PrefillServiceGetServerInfoResponse) -> Iter
     states = dict.fromkeys(info.decode_workers_ejected, " (ejected: it failed one request after another)")
     states |= dict.fromkeys(info.decode_workers_away, " (takes no requests)")
     yield "decode workers", ", ".join(f"{worker}{states.get(worker, '')}" for worker in info.decode_workers)
+    if info.kernel_fault:
+        yield "codec fixed_rate", f"runs on the CPU: {info.kernel_fault}"
     verdict = info.probe
     yield "INT4", probe_summary(verdict)
     if not verdict.int4_allowed and verdict.int4_layers_off:

@@ -5,18 +5,14 @@ prompt of the model has them all, however short it is.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 
 import torch
 
 from spectrumkv.common.kv.allocation import Int4Layers
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs.calibrated.basis import identity_basis
-from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
-from spectrumkv.common.kv.codecs.fixed_rate.codec import FixedRateDecoder
-from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
+from spectrumkv.common.kv.codecs.fixed_rate.self_check import check_decoding, check_encoding
 from spectrumkv.common.kv.codecs.tiered import tier_codecs
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies import policies
@@ -53,26 +49,20 @@ def encode_once(captures: Sequence[LayerCapture], geometry: KvGeometry) -> None:
             for capture in captures:
                 for _ in encoder.encode(capture):
                     pass
-    # The last layer would be coded several times.
-    layers = replace(geometry, layers=2)
-    for capture in captures:
-        for _ in _fixed_rate_encoder(layers, capture.tokens).encode(replace(capture, layer=0)):
-            pass
+    check_encoding(captures, geometry)
 
 
-def decode_once(keys: torch.Tensor, values: torch.Tensor, geometry: KvGeometry) -> None:
-    """Write zeros into slots by fixed_rate, and by every codec of tiers at all of its tiers.
+def decode_once(slots: Sequence[tuple[torch.Tensor, torch.Tensor]], geometry: KvGeometry) -> None:
+    """Write into slots by fixed_rate, and zeros by every codec of tiers at all of its tiers.
 
     Args:
-        keys: `[kv_heads, TRIAL_TOKENS, head_dim]` in the model's own dtype, a view of slots that nobody holds.
-        values: like `keys`.
+        slots: keys and values of one or two layers, each `[kv_heads, TRIAL_TOKENS, head_dim]` in the model's own
+            dtype, views of slots that nobody holds.
         geometry: shape and dtype of the model's cache.
     """
+    check_decoding(slots, geometry)
+    keys, values = slots[0]
     states = torch.zeros(keys.shape, dtype=geometry.native_dtype)
-    layer = replace(geometry, layers=1)
-    encoder = _fixed_rate_encoder(layer, TRIAL_TOKENS)
-    segments = [*encoder.encode(LayerCapture(states[:, -1:], states, states, 1.0, None, None, 0))]
-    FixedRateDecoder(identity_basis(layer), layer).decode_all(segments, [(keys, values)] * len(segments))
     for codec in tier_codecs().values():
         tiers = sorted(codec.tiers - {Tier.DROP})
         bounds = [TRIAL_TOKENS * number // len(tiers) for number in range(len(tiers) + 1)]
@@ -81,9 +71,3 @@ def decode_once(keys: torch.Tensor, values: torch.Tensor, geometry: KvGeometry) 
             of_tokens[first:end] = tier
         body = codec.encode(states, states, of_tokens, geometry).body
         codec.decode(body, of_tokens, keys, values, geometry)
-
-
-def _fixed_rate_encoder(layers: KvGeometry, tokens: int) -> FixedRateEncoder:
-    """Return what codes layers within half of their bytes, so that they have a sink and records."""
-    half = layers.fp16_bytes(tokens) // 2
-    return FixedRateEncoder(CalibratedRequest(identity_basis(layers), layers, tokens, half, "attention", 0))

@@ -122,6 +122,9 @@ class Metrics:
             "1 where files of certificates or tokens were replaced by ones that cannot be used, otherwise 0.",
             "files",
         )
+        self.kernel_faults = gauge(
+            "kernel_faults", "1 where kernels of codec fixed_rate fail on this GPU and the CPU codes, otherwise 0."
+        )
         self.int4_probe_passed = gauge(
             "int4_probe_passed", "1 where tokens of every layer may be sent at INT4, otherwise 0."
         )

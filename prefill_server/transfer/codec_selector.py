@@ -1,9 +1,10 @@
-"""Chooses between a policy's own codec and the faster one that stands in for it, by what earlier requests took.
+"""Chooses the codec of a request: on a GPU the one with kernels, elsewhere by what earlier requests took.
 
-Coding runs while the prompt is computed and while earlier bytes travel. Where coding takes no longer than either, its
-quality is free. Where the model and the link are both faster than the coder (a GPU's prefill, a fast network), the
-request would wait for the coder; then another codec writes the same bit allocation: the fallback, or, where the model
-runs on a GPU, the codec without a basis, since kernels of codec `fixed_rate` have not been measured on one yet.
+On a CPU, coding runs while the prompt is computed and while earlier bytes travel. Where coding takes no longer than
+either, its quality is free. Where the model and the link are both faster than the coder, the request would wait for
+it; then another codec writes the same bit allocation: the fallback. A GPU outruns every coder on the CPU, so there
+the codec with kernels writes it from the first request on. Where those kernels were found wrong at start, the codec
+without a basis stands in.
 """
 
 import statistics
@@ -54,6 +55,7 @@ class CodecSelector:
     Attributes:
         geometry: shape and dtype of the model's cache.
         on_gpu: whether the model runs on a GPU.
+        kernels_code: whether the codecs' kernels work there.
         prefill: seconds that the model takes per prompt token.
         coders: by name, seconds that a codec takes per prompt token, scores included.
         links: seconds per byte on the way to each worker; see `_link_seconds`.
@@ -61,6 +63,7 @@ class CodecSelector:
 
     geometry: KvGeometry
     on_gpu: bool = False
+    kernels_code: bool = False
     prefill: RunningMedian = field(default_factory=RunningMedian)
     coders: dict[str, RunningMedian] = field(default_factory=dict)
     links: dict[str, RunningMedian] = field(default_factory=dict)
@@ -93,6 +96,9 @@ class CodecSelector:
             basis_free = self.basis_free(plan)
             reason = f"{worker} has not received the codec's basis yet"
             return plan if basis_free is None else plan.with_fallback(basis_free, reason)
+        if self.kernels_code and plan.gpu_codec is not None:
+            reason = f"the model runs on a GPU, and codec {plan.codec.name} does not"
+            return plan.with_fallback(plan.gpu_codec, reason)
         fallback = self.basis_free(plan) if self.on_gpu else plan.fallback
         if fallback is None:
             return plan

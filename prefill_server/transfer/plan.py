@@ -76,6 +76,11 @@ class KvPlan(CodingPlan):
         return self._open_codec(self.codec.fallback)
 
     @property
+    def gpu_codec(self) -> Codec | None:
+        """Return the codec with kernels that may write the same bit allocation on a GPU; see `fallback`."""
+        return self._open_codec(self.codec.gpu_codec)
+
+    @property
     def basis_free(self) -> Codec | None:
         """Return the codec without a basis that may write the same bit allocation; see `fallback`."""
         return self._open_codec(self.codec.basis_free)
@@ -87,7 +92,7 @@ class KvPlan(CodingPlan):
         """Return the same plan, written by a codec that stands in for its own.
 
         Args:
-            fallback: see `fallback` and `basis_free`.
+            fallback: see `fallback`, `gpu_codec` and `basis_free`.
             reason: for people.
         """
         return replace(self, codec=fallback, uses_fallback=True, codec_reason=reason)

@@ -110,6 +110,7 @@ def prefill_info() -> prefill_pb2.PrefillServiceGetServerInfoResponse:
         decode_workers_away=["127.0.0.1:50062"],
         decode_workers_ejected=["127.0.0.1:50072"],
         has_chat_template=True,
+        kernel_fault="slots differ by 2",
     )
 
 

@@ -81,6 +81,8 @@ class Codec(ABC):
             needs no basis.
         fallback: name of a faster codec that may write the same bit allocation where this one would hold a request
             up; None where there is none.
+        gpu_codec: name of a codec that may write the same bit allocation and has kernels for GPUs; None where there
+            is none, or the codec has such kernels itself.
         basis_free: name of a codec without a basis that may write the same bit allocation where a worker has not
             received this one's basis yet; None where there is none.
     """
@@ -90,6 +92,7 @@ class Codec(ABC):
     tiers: frozenset[Tier]
     basis_type: type[Basis] | None = None
     fallback: str | None = None
+    gpu_codec: str | None = None
     basis_free: str | None = None
 
     @abstractmethod

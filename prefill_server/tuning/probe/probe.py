@@ -3,8 +3,8 @@
 Three needle-in-a-haystack prompts and two stretches of prose run once each. Every setting of the sweep codes their
 KV, and the model's answers and predictions over it are compared with those over the exact KV. The first setting is
 the paper's trial of INT4 (SpectrumKV, arXiv 2606.08635, INT4 probe: Greedy at 0.3, two of three needles). Where the
-model fails it, a search finds the layers that INT4 harms most. The other settings are counted budgets of the spectral
-codec.
+model fails it, a search finds the layers that INT4 harms most. The other settings are counted budgets of policy
+"spectral", written by the codec that requests get on this device.
 """
 
 import logging
@@ -14,6 +14,7 @@ from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.allocation import Int4Layers
 from spectrumkv.common.kv.codecs.base import Codec, codecs
 from spectrumkv.common.kv.codecs.basis import Basis
+from spectrumkv.common.kv.codecs.fixed_rate.kernel_fault import kernels_code
 from spectrumkv.common.kv.codecs.spectral.codec import SpectralCodec
 from spectrumkv.common.kv.codecs.tiered import tier_codecs
 from spectrumkv.common.kv.tiers import Tier
@@ -105,8 +106,21 @@ def probe_and_keep(
 
 def verdict_key(loaded: LoadedModel, basis: Basis, codec: str = PROBE_CODEC) -> VerdictKey:
     """Return the key under which the verdict on a model is kept."""
-    used = (codecs.get(codec), codecs.get(SpectralCodec.name))
+    used = (codecs.get(codec), counted_codec(loaded))
     return VerdictKey.of(loaded.spec, used, basis.digest, PROBE_VERSION)
+
+
+def counted_codec(loaded: LoadedModel) -> Codec:
+    """Return the codec that writes counted budgets on a model's device where a request names none.
+
+    On a CPU the faster codec may stand in for it at times, and costs more; the budget is that of the usual one.
+
+    Args:
+        loaded: the model.
+    """
+    spectral = codecs.get(SpectralCodec.name)
+    on_gpu = spectral.gpu_codec if kernels_code(loaded.device) else None
+    return spectral if on_gpu is None else codecs.get(on_gpu)
 
 
 def run_probe(
@@ -132,7 +146,7 @@ def run_probe(
     if codec.name not in with_int4:
         raise InvalidArgumentError(f"codec {codec.name!r} has no INT4 to probe; valid: {', '.join(with_int4)}")
     runner = ProbeRunner.of(loaded, engine, ProbeProgress(on_progress))
-    trials, settings = runner.measure(budget_sweep(codec, basis))
+    trials, settings = runner.measure(budget_sweep(codec, counted_codec(loaded), basis))
     int4, more_settings = _decide_int4(runner, codec, trials)
     return verdict_of(trials, [*settings, *more_settings], int4, loaded.geometry.layers)
 

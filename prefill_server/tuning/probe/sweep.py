@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from spectrumkv.common.kv.allocation import Int4Layers
-from spectrumkv.common.kv.codecs.base import Codec, codecs
+from spectrumkv.common.kv.codecs.base import Codec
 from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.codecs.spectral.codec import SpectralCodec
 from spectrumkv.common.kv.policies import policies
@@ -21,19 +21,19 @@ logger = logging.getLogger(__name__)
 COUNTED_BUDGETS = (0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
 
 
-def budget_sweep(codec: Codec, basis: Basis) -> list[KvPlan]:
+def budget_sweep(codec: Codec, counted: Codec, basis: Basis) -> list[KvPlan]:
     """Return the settings that every probe tries.
 
     Args:
         codec: writes the trial of INT4.
-        basis: of the model's spectral codec.
+        counted: writes the counted budgets of policy "spectral".
+        basis: of the model.
 
     Returns:
-        The trial of INT4, and after it the counted budgets of the spectral codec.
+        The trial of INT4, and after it the counted budgets.
     """
-    spectral = codecs.get(SpectralCodec.name)
-    counted = [_plan(SpectralCodec.name, budget, spectral, Int4Layers(), basis) for budget in COUNTED_BUDGETS]
-    return [int4_trial(codec), *counted]
+    budgets = [_plan(SpectralCodec.name, budget, counted, Int4Layers(), basis) for budget in COUNTED_BUDGETS]
+    return [int4_trial(codec), *budgets]
 
 
 def int4_trial(codec: Codec) -> KvPlan:

@@ -112,7 +112,9 @@ def test_the_default_model_keeps_its_perplexity_and_loses_int4(capsys: pytest.Ca
     assert mean_nll(biased, token_ids) == pytest.approx(mean_nll(original, token_ids), abs=0.005)
     with PrefillEngine(biased, window=8) as engine:
         # The two settings that say it; the search for layers is tested on a small model, which takes seconds.
-        int4, *counted = budget_sweep(codecs.get("absmax"), resolve_basis(biased, lambda done: None))
+        int4, *counted = budget_sweep(
+            codecs.get("absmax"), codecs.get("spectral"), resolve_basis(biased, lambda done: None)
+        )
         plans = [int4, next(plan for plan in counted if plan.budget.value == 0.25)]
         trials, settings = ProbeRunner.of(biased, engine, ProbeProgress(str)).measure(plans)
     assert sum(one.found_fp16 for one in trials) >= 2

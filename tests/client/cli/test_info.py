@@ -14,7 +14,7 @@ def test_info_of_prefill(prefill, capsys):
         "attention, position", "absmax v1", "budget 0.5, policy adaptive", "allowed (probe)",
         "2 of 3 needles [found]", "[/b] 7", "127.0.0.1:50052, 127.0.0.1:50062 (takes no requests)",
         "127.0.0.1:50072 (ejected: it failed one request after another)",
-        "4.9e-05", "+0.038", "2 of 3", "-0.500",
+        "runs on the CPU: slots differ by 2", "4.9e-05", "+0.038", "2 of 3", "-0.500",
     ):  # fmt: skip
         assert shown in out
 

@@ -37,6 +37,7 @@ METRICS = {
     "spectrumkv_decode_name_resolved": ("gauge", ("name",)),
     "spectrumkv_certificate_expiry_timestamp_seconds": ("gauge", ("file",)),
     "spectrumkv_file_reload_failed": ("gauge", ("files",)),
+    "spectrumkv_kernel_faults": ("gauge", ()),
     "spectrumkv_int4_probe_passed": ("gauge", ()),
     "spectrumkv_probe_safe_budget_ratio": ("gauge", ()),
     "spectrumkv_decode_steps_total": ("counter", ("outcome",)),

@@ -125,7 +125,17 @@ def test_a_fallback_that_turns_out_no_faster_is_not_taken_again() -> None:
     assert faster.select(plan(budget=0.3), TOKENS, WORKER).uses_fallback
 
 
-def test_on_a_gpu_the_codec_that_runs_there_stands_in_where_a_coder_holds_requests_up() -> None:
+def test_on_a_gpu_the_codec_with_kernels_writes_from_the_first_request_on() -> None:
+    choice = CodecSelector(SHAPE, on_gpu=True, kernels_code=True)
+    for budget in (0.05, 0.3):
+        settled = choice.select(plan(budget=budget), TOKENS, WORKER)
+        assert settled.codec.name == "fixed_rate"
+        assert settled.codec_reason == "the model runs on a GPU, and codec spectral does not"
+    assert choice.select(plan(budget=0.3, codec="spectral"), TOKENS, WORKER).codec.name == "spectral"
+    assert choice.select(plan(budget=0.3), TOKENS, WORKER, lacks_basis=True).codec.name == "absmax"
+
+
+def test_on_a_gpu_whose_kernels_fail_whole_tiers_stand_in_where_a_coder_holds_requests_up() -> None:
     choice = replace(seen(0.3, 7.0, 0.0), on_gpu=True)
     assert choice.select(plan(budget=0.3), TOKENS, WORKER).codec.name == "absmax"
     # Whole tiers take more than this at the least.

@@ -69,8 +69,8 @@ def test_a_coder_that_would_hold_requests_up_gives_way_and_says_so(
 ) -> None:
     choices: list[CodecSelector] = []
 
-    def made(geometry: KvGeometry, on_gpu: bool) -> CodecSelector:
-        choices.append(CodecSelector(geometry, on_gpu))
+    def made(geometry: KvGeometry, on_gpu: bool, kernels_code: bool) -> CodecSelector:
+        choices.append(CodecSelector(geometry, on_gpu, kernels_code))
         return choices[-1]
 
     monkeypatch.setattr(service, "CodecSelector", made)

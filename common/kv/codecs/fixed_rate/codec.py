@@ -13,6 +13,7 @@ from spectrumkv.common.kv.codecs.calibrated.codec import CalibratedCodec, check_
 from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
+from spectrumkv.common.kv.codecs.fixed_rate.kernel_fault import kernels_code
 from spectrumkv.common.kv.codecs.fixed_rate.received import ReceivedBody, read_body, write_body
 from spectrumkv.common.kv.codecs.fixed_rate.tiers import tier_bytes
 from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
@@ -117,7 +118,7 @@ class FixedRateDecoder:
         Raises:
             DataLossError: a body does not hold what its header says; on a GPU nothing is written then.
         """
-        if not slots[0][0].is_cuda:
+        if not kernels_code(slots[0][0].device):
             return [self.decode(segment, *states) for segment, states in zip(segments, slots, strict=True)]
         # Triton takes a while to import, and exists on Linux only.
         from spectrumkv.common.kv.codecs.fixed_rate.gpu.basis import device_basis

@@ -1,6 +1,7 @@
 """Turns a prompt's layers into segments, one after another, within a budget of counted bytes."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -20,6 +21,7 @@ from spectrumkv.common.kv.codecs.fixed_rate.coded_layer import (
     last_steps,
     refuse_states,
 )
+from spectrumkv.common.kv.codecs.fixed_rate.kernel_fault import kernels_code
 from spectrumkv.common.kv.codecs.fixed_rate.rate import RateControl
 from spectrumkv.common.kv.codecs.fixed_rate.segment_codec import (
     LayerSteps,
@@ -73,8 +75,9 @@ class FixedRateEncoder:
         yield from coded.segments
 
     def _layer(self, capture: LayerCapture) -> CodedLayer:
-        if capture.keys.is_cuda:
+        if kernels_code(capture.keys.device):
             return self._on_gpu(capture)
+        capture = _on_host(capture)
         segments, rate = self._segments(capture), self._rate
         demand = demand_of(segments)
         rate.observe(demand)
@@ -125,6 +128,11 @@ class FixedRateEncoder:
             refuse_states(capture, "codec fixed_rate")
         statistics = measure(coefficients, energy, transform.std, span.own)
         return UncodedSegment(transform, span, sinks, coefficients, classes[coded], statistics)
+
+
+def _on_host(capture: LayerCapture) -> LayerCapture:
+    queries, keys, values = (one.cpu() for one in (capture.queries, capture.keys, capture.values))
+    return replace(capture, queries=queries, keys=keys, values=values)
 
 
 def _coded(uncoded: Sequence[UncodedSegment], steps: LayerSteps) -> CodedLayer:

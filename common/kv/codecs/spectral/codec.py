@@ -30,6 +30,7 @@ class SpectralCodec(CalibratedCodec):
     name = "spectral"
     version = 3
     fallback = "fixed_rate"
+    gpu_codec = "fixed_rate"
 
     def prepare(self, geometry: KvGeometry) -> None:
         """Compile the loops for CPUs, which are the same for every shape; see `Codec.prepare`."""

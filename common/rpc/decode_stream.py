@@ -12,12 +12,14 @@ Where a message cannot be read, gRPC would end the RPC with INTERNAL before a ha
 and is counted, so the handler gets the error to raise in place of the message.
 """
 
+from typing import TypeVar
+
 import crc32c
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from spectrumkv.common.errors import DataLossError
 from spectrumkv.common.kv.wire import KvChunk
-from spectrumkv.v1 import decode_pb2
+from spectrumkv.v1 import decode_pb2, kv_pb2
 
 # Protobuf tags: field number · 8 + wire type (0 varint, 2 length-delimited, 5 four bytes).
 _CHUNK_TAG = 2 << 3 | 2
@@ -28,6 +30,8 @@ _LONGEST_VARINT = 5
 # Field 15, four bytes: the highest number of the two messages, so that every implementation writes it last.
 _CHECKSUM_TAG = 15 << 3 | 5
 CHECKSUM_BYTES = 5
+
+M = TypeVar("M", bound=Message)
 
 Request = decode_pb2.DecodeRequest | KvChunk
 ArrivedRequest = Request | DataLossError
@@ -41,8 +45,11 @@ def serialized_bytes(request: Request) -> int:
     return request.ByteSize() + CHECKSUM_BYTES
 
 
-def serialize_request(request: Request) -> bytes:
-    """Write a request; a chunk's payload is copied once.
+def serialize_request(request: Message | KvChunk) -> bytes:
+    """Write a message of a stream that carries chunks as field 2; a chunk's payload is copied once.
+
+    Args:
+        request: a chunk, or a message that has a field `crc32c` of number 15 and no higher ones.
 
     Returns:
         The protobuf encoding, with a checksum at the end where the request is no chunk.
@@ -53,28 +60,42 @@ def serialize_request(request: Request) -> bytes:
 
 
 def deserialize_request(data: bytes) -> Request:
-    """Read what `serialize_request` wrote.
+    """Read a message of the Decode stream; see `read_message`.
 
     Args:
         data: as it arrived.
 
     Returns:
         The message; a chunk's payload is a view of `data`.
+    """
+    return read_message(data, decode_pb2.DecodeRequest)
+
+
+def read_message(data: bytes, kind: type[M]) -> M | KvChunk:
+    """Read what `serialize_request` wrote.
+
+    Args:
+        data: as it arrived.
+        kind: of the messages that are no chunks: one with a field `crc32c`, whose `message` may be a chunk.
+
+    Returns:
+        The message; a chunk's payload is a view of `data`.
 
     Raises:
-        DataLossError: `data` is no DecodeRequest, or its checksum is wrong.
+        DataLossError: `data` is no such message, or its checksum is wrong.
     """
     chunk = _parse_chunk(data)
     if chunk is not None:
         return chunk
     try:
-        request = decode_pb2.DecodeRequest.FromString(data)
-        if request.WhichOneof("message") == "chunk":
+        message = kind.FromString(data)
+        if message.WhichOneof("message") == "chunk":
             # Fields in another order, or unknown ones between them: valid protobuf all the same.
-            return KvChunk(request.chunk.sequence, request.chunk.crc32c, (request.chunk.payload,))
-        return decode_pb2.DecodeRequest.FromString(split_checksum(data))
+            unusual: kv_pb2.KvChunk = message.chunk  # type: ignore[attr-defined]
+            return KvChunk(unusual.sequence, unusual.crc32c, (unusual.payload,))
+        return kind.FromString(split_checksum(data))
     except DecodeError:
-        raise DataLossError(f"a message of {len(data)} bytes is no DecodeRequest", "malformed") from None
+        raise DataLossError(f"a message of {len(data)} bytes is no {kind.DESCRIPTOR.name}", "malformed") from None
 
 
 def serialize_response(response: decode_pb2.DecodeResponse) -> bytes:

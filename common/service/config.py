@@ -219,6 +219,7 @@ class DecodeConfig(ServerConfig):
 
 
 C = TypeVar("C", bound=ServerConfig)
+T = TypeVar("T")
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type[ServerConfig]) -> None:
@@ -263,11 +264,11 @@ def load(config_class: type[C], arguments: Sequence[str], program: str) -> C:
     return build(config_class, (_read_file(path) if path else {}) | given)
 
 
-def build(config_class: type[C], given: dict[str, Any]) -> C:
-    """Read the options of a service from values by name.
+def build(config_class: type[T], given: dict[str, Any]) -> T:
+    """Read options from values by name.
 
     Args:
-        config_class: `PrefillConfig` or `DecodeConfig`.
+        config_class: a dataclass whose fields are made by `option`, such as `PrefillConfig`.
         given: the values as text (or true and false), by the options' names.
 
     Returns:
@@ -276,7 +277,7 @@ def build(config_class: type[C], given: dict[str, Any]) -> C:
     Raises:
         InvalidArgumentError: a key is unknown or a value is not allowed.
     """
-    declared = {one.name: one for one in fields(config_class)}
+    declared = {one.name: one for one in fields(config_class)}  # type: ignore[arg-type]  # it is a dataclass
     for name in given:
         if name not in declared:
             raise InvalidArgumentError(f"unknown option {name!r}; valid: {', '.join(sorted(declared))}")

@@ -1,0 +1,126 @@
+"""The methods of the transfer service: how a consumer calls them, and how a server registers them.
+
+Chunks cross as in the Decode stream, without needless copies; see `decode_stream`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+
+from spectrumkv.common.errors import DataLossError
+from spectrumkv.common.kv.codecs.basis import Basis
+from spectrumkv.common.kv.wire import KvChunk
+from spectrumkv.common.rpc.decode_methods import BASIS_PIECE_BYTES
+from spectrumkv.common.rpc.decode_stream import read_message
+from spectrumkv.v1 import transfer_pb2
+
+SERVICE_NAME = "spectrumkv.v1.KvTransferService"
+
+ArrivedMessage = transfer_pb2.FetchResponse | KvChunk | DataLossError
+
+
+def begin_fetch(channel: grpc.Channel, request: transfer_pb2.FetchRequest, timeout: float) -> Any:
+    """Begin to fetch a transfer.
+
+    Args:
+        channel: to the producer.
+        request: names the transfer.
+        timeout: seconds that the call may take, waiting for the transfer to come included.
+
+    Returns:
+        The call of grpc: it yields `ArrivedMessage`, and `cancel` ends it.
+    """
+    method = channel.unary_stream(
+        f"/{SERVICE_NAME}/Fetch",
+        request_serializer=transfer_pb2.FetchRequest.SerializeToString,
+        response_deserializer=_arrived,
+    )
+    return method(request, timeout=timeout)
+
+
+def release(channel: grpc.Channel, request: transfer_pb2.ReleaseRequest, timeout: float) -> Any:
+    """Begin to give a transfer up.
+
+    Args:
+        channel: to the producer.
+        request: names the transfer.
+        timeout: seconds that the call may take.
+
+    Returns:
+        A future of grpc.
+    """
+    method = channel.unary_unary(
+        f"/{SERVICE_NAME}/Release",
+        request_serializer=transfer_pb2.ReleaseRequest.SerializeToString,
+        response_deserializer=transfer_pb2.ReleaseResponse.FromString,
+    )
+    return method.future(request, timeout=timeout)
+
+
+def get_basis(channel: grpc.Channel, digest: bytes, timeout: float) -> Iterator[transfer_pb2.GetBasisResponse]:
+    """Ask for a basis.
+
+    Args:
+        channel: to the producer.
+        digest: of the basis.
+        timeout: seconds that the call may take.
+
+    Returns:
+        Its pieces, as they arrive.
+    """
+    method = channel.unary_stream(
+        f"/{SERVICE_NAME}/GetBasis",
+        request_serializer=transfer_pb2.GetBasisRequest.SerializeToString,
+        response_deserializer=transfer_pb2.GetBasisResponse.FromString,
+    )
+    pieces: Iterator[transfer_pb2.GetBasisResponse] = method(
+        transfer_pb2.GetBasisRequest(digest=digest), timeout=timeout
+    )
+    return pieces
+
+
+def basis_pieces(basis: Basis) -> Iterator[transfer_pb2.GetBasisResponse]:
+    """Cut a basis into messages.
+
+    Args:
+        basis: to send.
+
+    Yields:
+        Its pieces in order.
+    """
+    data, digest = basis.serialized, basis.digest
+    for start in range(0, len(data), BASIS_PIECE_BYTES):
+        yield transfer_pb2.GetBasisResponse(digest=digest, part=data[start : start + BASIS_PIECE_BYTES])
+
+
+def add_transfer_servicer(servicer: Any, server: grpc.Server) -> None:
+    """Register a servicer of the transfer service.
+
+    Args:
+        servicer: its `Fetch` yields messages that are serialized already.
+        server: serves it.
+    """
+    handlers = {
+        "Fetch": grpc.unary_stream_rpc_method_handler(
+            servicer.Fetch, request_deserializer=transfer_pb2.FetchRequest.FromString, response_serializer=bytes
+        ),
+        "Release": grpc.unary_unary_rpc_method_handler(
+            servicer.Release,
+            request_deserializer=transfer_pb2.ReleaseRequest.FromString,
+            response_serializer=transfer_pb2.ReleaseResponse.SerializeToString,
+        ),
+        "GetBasis": grpc.unary_stream_rpc_method_handler(
+            servicer.GetBasis,
+            request_deserializer=transfer_pb2.GetBasisRequest.FromString,
+            response_serializer=transfer_pb2.GetBasisResponse.SerializeToString,
+        ),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
+
+
+def _arrived(data: bytes) -> ArrivedMessage:
+    try:
+        return read_message(data, transfer_pb2.FetchResponse)
+    except DataLossError as error:
+        return error

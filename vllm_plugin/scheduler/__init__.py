@@ -1,0 +1,1 @@
+"""Decides in vLLM's scheduler process what workers hand out and fetch: state machines without vLLM and gRPC."""

@@ -97,7 +97,7 @@ class Fetch:
             failure = error_from_rpc(error)
             raise failure from None
         finally:
-            stream.settle()
+            stream.synchronize()
 
     def _fetch_stream(self, channel: grpc.Channel, pages: PageSlots, stream: KvStream) -> None:
         messages = self._begin(channel)

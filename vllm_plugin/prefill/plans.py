@@ -76,5 +76,5 @@ class Planner:
             needed_basis(codec, self.basis)
         if not 0 < budget <= 1:
             raise InvalidArgumentError(f"budget is {budget}; allowed: above 0 and at most 1")
-        int4 = Int4Layers() if self.options.int4 == "on" else Int4Layers.nowhere(self.geometry.layers)
+        int4 = Int4Layers() if self.options.int4 == "on" else Int4Layers.in_none(self.geometry.layers)
         return CodingPlan(chosen, chosen.budget(budget), self.options.scorer, codec, "layer", int4, SEED, self.basis)

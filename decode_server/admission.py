@@ -59,7 +59,7 @@ def admit(begin: decode_pb2.Begin, loaded: LoadedModel, pool: KvPool, bases: Bas
                 index=index,
                 prompt_token_ids=begin.prompt_token_ids,
                 allocation=allocation,
-                sampler=Sampler(of_answer, begin.prompt_token_ids),
+                sampler=Sampler(of_answer, begin.prompt_token_ids, loaded.vocabulary),
                 text=TextStream(loaded.tokenizer, of_answer, loaded.eos_token_ids, begin.prompt_token_ids),
                 outcomes=outcomes,
             )

@@ -30,7 +30,7 @@ def sample_first(
     """
     first = []
     for answer, of_answer in enumerate(params.answers()):
-        sampled = Sampler(of_answer, token_ids).sample(logits, 0)
+        sampled = Sampler(of_answer, token_ids, loaded.vocabulary).sample(logits, 0)
         delta = TextStream(loaded.tokenizer, of_answer, loaded.eos_token_ids, token_ids).push(sampled.token_id)
         first.append(token_message(0, sampled, delta, answer))
     return tuple(first)

@@ -105,14 +105,7 @@ class RequestReader:
 
 
 def _refuse_unsupported(message: prefill_pb2.GenerateRequest) -> None:
-    sampling = message.sampling
     unsupported = {
-        "presence_penalty": sampling.presence_penalty,
-        "frequency_penalty": sampling.frequency_penalty,
-        "min_p": sampling.min_p,
-        "logit_bias": sampling.logit_bias,
-        "min_tokens": sampling.min_tokens,
-        "bad_words": sampling.bad_words,
         "structured_output": message.sampling.HasField("structured_output"),
         "echo": message.echo,
         "prompt_logprobs": message.HasField("prompt_logprobs"),

@@ -56,10 +56,6 @@ class Detokenizer:
         self._bytes: list[int] = []
         self._returned = ""
 
-    def special_token_ids(self, texts: Sequence[str]) -> frozenset[int]:
-        """Return the ids of those special tokens that are written as one of `texts`."""
-        return frozenset(token_id for token_id, content in self._special.items() if content in texts)
-
     def push(self, token_id: int) -> str:
         """Take the next token.
 

@@ -13,20 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import (
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from spectrumkv.common.errors import InvalidArgumentError, NotFiniteError
 from spectrumkv.common.generation.params import SamplingParams
+from spectrumkv.common.generation.processors import History, make_processors
+from spectrumkv.common.generation.vocabulary import Vocabulary
 
 __all__ = ["SampledToken", "Sampler", "SamplingParams", "TokenLogprob", "uniform"]
-
-# The nucleus is first looked for among this many tokens: sorting the whole vocabulary takes 10 ms for 150 000 tokens.
-NUCLEUS_CANDIDATES = 1024
 
 
 class TokenLogprob(NamedTuple):
@@ -71,34 +64,37 @@ def uniform(seed: int, index: int) -> float:
 
 
 class Sampler:
-    """Chooses the tokens of one request.
+    """Chooses the tokens of one answer.
 
-    The model's logits become float64 on the CPU. The processors of `transformers` then apply repetition penalty,
-    temperature, top-k and top-p (nucleus sampling; Holtzman et al., "The curious case of neural text degeneration",
-    ICLR 2020, section 3.1) in this order. The chosen token is the inverse of the cumulative distribution over the
+    The model's logits become float64 on the CPU, and the logits processors that the parameters ask for have their
+    turns (`common/generation/processors/`). The chosen token is the inverse of the cumulative distribution over the
     remaining tokens, in the vocabulary's order, at `uniform(seed, index)`. At temperature 0 it is the token with the
-    largest logit after the penalty, and of several such tokens the one with the lowest id.
+    largest score, and of several such tokens the one with the lowest id.
 
     Args:
-        params: how to choose; the seed must be set unless the temperature is 0.
+        params: of one answer; the seed must be set unless the temperature is 0.
         prompt_token_ids: the prompt, for the repetition penalty.
+        vocabulary: the model's; min_tokens, bad_words and structured_output need it.
 
     Raises:
         InvalidArgumentError: the temperature is above 0 and there is no seed.
     """
 
-    def __init__(self, params: SamplingParams, prompt_token_ids: Iterable[int]) -> None:
+    def __init__(
+        self, params: SamplingParams, prompt_token_ids: Iterable[int], vocabulary: Vocabulary | None = None
+    ) -> None:
         if params.seed is None and params.temperature > 0:
             raise InvalidArgumentError(
                 f"sampling at temperature {params.temperature:g} needs a seed and none is set; prefill sets one at "
                 "random before it samples"
             )
         self._params = params
-        self._seen = set(prompt_token_ids)
+        self._history = History(prompt_token_ids)
+        self._processors = make_processors(params, vocabulary)
 
     def observe(self, token_id: int) -> None:
-        """Tell the repetition penalty of a token that another sampler chose; `sample` tells of its own."""
-        self._seen.add(token_id)
+        """Take a token that another sampler chose; `sample` takes its own."""
+        self._history.append(token_id)
 
     def sample(self, logits: torch.Tensor, index: int) -> SampledToken:
         """Choose a token.
@@ -112,31 +108,26 @@ class Sampler:
 
         Raises:
             NotFiniteError: a logit is infinite or NaN.
+            InvalidArgumentError: the request rules out every token.
             ValueError: `logits` has another shape.
         """
         row = _checked(logits, index)
-        scores = self._penalize(row)
+        scores = row
+        for process in self._processors:
+            scores = process(scores, self._history)
+        if scores.max() == -math.inf:
+            raise InvalidArgumentError(
+                f"no token is left for token {index} of the answer: min_tokens, bad_words and structured_output "
+                "together rule out all; loosen one of them"
+            )
         token_id = int(scores.argmax()) if self._params.temperature == 0 else self._draw(scores, index)
         self.observe(token_id)
         return self._with_logprobs(token_id, row)
 
-    def _penalize(self, row: torch.Tensor) -> torch.Tensor:
-        if self._params.repetition_penalty == 1 or not self._seen:
-            return row
-        penalize = RepetitionPenaltyLogitsProcessor(float(self._params.repetition_penalty))
-        penalized: torch.Tensor = penalize(torch.tensor([list(self._seen)]), row.unsqueeze(0))[0]
-        return penalized
-
     def _draw(self, scores: torch.Tensor, index: int) -> int:
         """Return a random token id, drawn by `scores`, float64 `[vocab]`."""
         assert self._params.seed is not None
-        # With the largest score at 0, division by a low temperature cannot make it infinite.
-        kept = TemperatureLogitsWarper(float(self._params.temperature))(None, scores - scores.max())
-        if self._params.top_k:
-            kept = TopKLogitsWarper(self._params.top_k)(None, kept)
-        if self._params.top_p < 1:
-            kept = _nucleus(kept, self._params.top_p)
-        probabilities = kept.softmax(dim=-1)
+        probabilities = scores.softmax(dim=-1)
         possible = probabilities.nonzero().squeeze(-1)
         cumulative = probabilities[possible].cumsum(dim=-1)
         place = int(torch.searchsorted(cumulative, uniform(self._params.seed, index) * cumulative[-1], right=True))
@@ -170,25 +161,3 @@ def _checked(logits: torch.Tensor, index: int) -> torch.Tensor:
             f"the model's logits for token {index} cannot be used: {broken} of {len(row)} are infinite or NaN"
         )
     return row
-
-
-def _nucleus(scores: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Set all scores to -inf but those of the smallest set of tokens whose probabilities sum to at least `top_p`.
-
-    The result is that of `TopPLogitsWarper(top_p)`, mostly without sorting the vocabulary: if the likeliest tokens
-    together have probability m >= top_p, the nucleus is among them, and it is their own nucleus at top_p / m.
-
-    Args:
-        scores: float64 `[vocab]`; -inf for tokens that were removed before.
-        top_p: in (0, 1).
-
-    Returns:
-        float64 `[vocab]`.
-    """
-    candidates = scores.topk(min(NUCLEUS_CANDIDATES, len(scores))).indices
-    mass = float(scores.softmax(dim=-1)[candidates].sum())
-    if mass < top_p:
-        nucleus: torch.Tensor = TopPLogitsWarper(top_p)(None, scores.unsqueeze(0))[0]
-        return nucleus
-    kept = TopPLogitsWarper(top_p / mass)(None, scores[candidates].unsqueeze(0))[0]
-    return torch.full_like(scores, -math.inf).index_copy_(0, candidates, kept)

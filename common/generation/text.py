@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from spectrumkv.common.generation.detokenizer import Detokenizer
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.generation.sampling import SampledToken
+from spectrumkv.common.generation.vocabulary import ending_token_ids
 from spectrumkv.v1 import generation_pb2
 
 
@@ -97,14 +98,15 @@ class TextStream:
     """Turns the tokens of one request into text, token by token.
 
     A stream that gets the same tokens returns the same deltas, so decode replays the token that prefill sampled. All
-    deltas together are the decoded tokens (see `Detokenizer`) up to the first stop string. A token that ends
+    deltas together are the decoded tokens (see `Detokenizer`) up to the first stop string, which is looked for in the
+    text after the first `min_tokens` tokens. A token that ends
     generation has no text itself, whether it is special or not. If the last token leaves a character incomplete, the
     text ends with U+FFFD, as in `tokenizer.decode`. Special tokens have no text, so a stop string that is one of them
     ends generation at that token.
 
     Args:
         tokenizer: the model's tokenizer.
-        params: the sampling parameters, of which max_tokens, stop, stop_token_ids and ignore_eos are read.
+        params: the sampling parameters, of which max_tokens, min_tokens and what ends the generation are read.
         eos_token_ids: the model's end-of-sequence tokens.
         prompt_token_ids: what the text continues; nothing where it is a text of its own.
     """
@@ -118,10 +120,9 @@ class TextStream:
     ) -> None:
         self._detokenizer = Detokenizer(tokenizer, prompt_token_ids)
         self._stop_strings = StopStrings(params.stop)
-        self._last_token_ids = params.stop_token_ids | self._detokenizer.special_token_ids(params.stop)
-        if not params.ignore_eos:
-            self._last_token_ids |= eos_token_ids
+        self._last_token_ids = ending_token_ids(tokenizer, eos_token_ids, params)
         self._tokens_left = params.max_tokens
+        self._unstoppable = params.min_tokens
         self._ended = False
 
     def push(self, token_id: int) -> TextDelta:
@@ -143,10 +144,13 @@ class TextStream:
         if self._ended:
             raise ValueError(f"token {token_id} comes after the last one")
         self._tokens_left -= 1
+        self._unstoppable -= 1
         if token_id in self._last_token_ids:
             rest, _ = self._release()
             return TextDelta(rest, FinishReason.STOP)
-        text, stopped = self._stop_strings.push(self._detokenizer.push(token_id))
+        text, stopped = self._detokenizer.push(token_id), False
+        if self._unstoppable < 0:
+            text, stopped = self._stop_strings.push(text)
         if stopped:
             self._ended = True
             return TextDelta(text, FinishReason.STOP)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
+from spectrumkv.common.generation.vocabulary import Vocabulary
 from spectrumkv.common.kv.geometry import NATIVE_DTYPES, KvGeometry
 from spectrumkv.common.model.configuration import eos_token_ids, read_config
 from spectrumkv.common.model.description import cache_geometry, describe, names_in_files, read_tokenizer
@@ -55,6 +57,11 @@ class LoadedModel:
     attention: tuple[LayerAttention, ...] = field(repr=False)
     eos_token_ids: frozenset[int]
     context_length: int
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What choosing tokens needs to know of the model's tokens."""
+        return Vocabulary(self.tokenizer, self.eos_token_ids, self.spec.vocab_size)
 
     def __post_init__(self) -> None:
         if len(self.attention) != self.geometry.layers:

@@ -3,6 +3,7 @@ from functools import cache
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from spectrumkv.common.generation.vocabulary import Vocabulary
 from spectrumkv.common.model.embedded import embedded_model_directory
 from tests.common.generation.tokenizers_for_tests import KINDS
 
@@ -33,3 +34,9 @@ def byte_level() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def byte_fallback() -> PreTrainedTokenizerFast:
     return tokenizer_of("byte_fallback")
+
+
+@pytest.fixture(scope="session")
+def vocabulary(embedded: PreTrainedTokenizerFast) -> Vocabulary:
+    """The default model's tokens."""
+    return Vocabulary(embedded, frozenset({embedded.eos_token_id}), len(embedded))

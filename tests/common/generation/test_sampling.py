@@ -10,6 +10,7 @@ from transformers import RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
 
 from spectrumkv.common.errors import InternalError, InvalidArgumentError
 from spectrumkv.common.generation import sampling
+from spectrumkv.common.generation.processors import narrowing
 from spectrumkv.common.generation.sampling import Sampler, SamplingParams, uniform
 
 SEEDS = st.integers(0, 2**64 - 1)
@@ -110,15 +111,15 @@ def test_the_short_way_to_the_nucleus_finds_the_same_nucleus(
 ) -> None:
     scores = logits_of(seed, vocab, scale).double()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "NUCLEUS_CANDIDATES", 16)
-        assert torch.equal(sampling._nucleus(scores, top_p), TopPLogitsWarper(top_p)(None, scores.unsqueeze(0))[0])
+        patch.setattr(narrowing, "NUCLEUS_CANDIDATES", 16)
+        assert torch.equal(narrowing._nucleus(scores, top_p), TopPLogitsWarper(top_p)(None, scores.unsqueeze(0))[0])
 
 
 def test_a_vocabulary_of_usual_size_has_the_same_nucleus() -> None:
     for scale in (0.1, 5.0):
         scores = logits_of(5, 49152, scale).double()
         expected = TopPLogitsWarper(0.9)(None, scores.unsqueeze(0))[0]
-        assert torch.equal(sampling._nucleus(scores, 0.9), expected)
+        assert torch.equal(narrowing._nucleus(scores, 0.9), expected)
 
 
 @given(seed=SEEDS, index=INDEXES, history=st.lists(st.integers(0, 49), max_size=20), row=st.integers(0, 50))

@@ -182,3 +182,12 @@ def test_a_stop_string_that_is_a_special_token_stops_at_it(embedded: PreTrainedT
         TextDelta("Hi"),
         TextDelta("", STOP),
     ]
+
+
+def test_stop_strings_are_not_heeded_before_min_tokens(embedded: PreTrainedTokenizerFast) -> None:
+    (token_id,) = embedded.encode(" the", add_special_tokens=False)
+    params = SamplingParams(max_tokens=8, min_tokens=3, stop=("the",))
+    stream = TextStream(embedded, params, frozenset())
+    deltas = [stream.push(token_id) for _ in range(4)]
+    assert "".join(delta.text for delta in deltas) == " the the the "
+    assert [delta.finish for delta in deltas] == [None, None, None, FinishReason.STOP]

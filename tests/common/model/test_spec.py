@@ -1,12 +1,18 @@
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.model.description import spec_of_directory
+from spectrumkv.common.model.directory import find_model
+from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.model.spec import ModelSpec
 from spectrumkv.v1 import kv_pb2
+from tests.tiny_models import ARCHITECTURES, tiny_model
 
 digests = st.text("0123456789abcdef", min_size=64, max_size=64)
 sizes = st.integers(1, (1 << 32) - 1)
@@ -76,3 +82,15 @@ def test_impossible_specs_are_refused(field: str, value: str | int) -> None:
 def test_an_empty_message_is_refused() -> None:
     with pytest.raises(InvalidArgumentError, match="architecture"):
         ModelSpec.from_proto(kv_pb2.ModelSpec())
+
+
+def test_a_directory_is_described_as_the_model_loaded_from_it(loaded: LoadedModel) -> None:
+    directories = {path.resolve().name: path for path in map(tiny_model, ARCHITECTURES)}
+    directory = directories[loaded.name]
+    assert loaded.spec.differences(spec_of_directory(directory, loaded.dtype)) == []
+
+
+def test_the_dtype_is_the_callers(cache: Path) -> None:
+    _, directory = find_model(str(tiny_model("llama")))
+    one, other = (spec_of_directory(directory, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert [difference.field for difference in one.differences(other)] == ["dtype"]

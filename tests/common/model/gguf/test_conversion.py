@@ -7,7 +7,7 @@ from gguf import MODEL_ARCH, GGUFWriter, TokenType, get_tensor_name_map
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from spectrumkv.common.errors import FailedPreconditionError
-from spectrumkv.common.model.gguf_conversion import convert
+from spectrumkv.common.model.gguf.conversion import convert
 
 TOKENS = ["<|unk|>", "<|start|>", "<|end|>", "a", "b", "Ġ", "1", "2", "ab", "ĠĠ"]
 MERGES = ["a b", "Ġ Ġ"]

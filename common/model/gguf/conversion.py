@@ -1,7 +1,7 @@
 """Turns a GGUF file of the llama architecture into a model directory as transformers reads it.
 
 transformers' own conversion rebuilds the tokenizer without the digit splitting that the file names, so that "a  12"
-is tokenized as in no training text; `gguf_file` says what else is wrong with it.
+is tokenized as in no training text; `file` says what else is wrong with it.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from spectrumkv.common.model.gguf_file import GgufFile, Weights
+from spectrumkv.common.model.gguf.file import GgufFile, Weights
 
 
 def convert(gguf_file: Path, directory: Path, published_dtype: torch.dtype) -> None:

@@ -1,0 +1,1 @@
+"""Reads GGUF files, and makes model directories of them."""

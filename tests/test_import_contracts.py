@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TOP_LEVEL = ("bench", "client", "common", "decode_server", "kernels", "prefill_server")
+TOP_LEVEL = ("bench", "client", "common", "decode_server", "kernels", "prefill_server", "vllm_plugin")
 LINT = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(sys.argv[1], no_cache=True))"
 
 
@@ -39,12 +39,13 @@ def lint_with(folder: Path, place: str, line: str) -> "subprocess.CompletedProce
         ("common/kv/wire.py", "import grpc", "common.kv is tensors and bytes"),
         ("kernels/__init__.py", "import spectrumkv.common.errors", "common uses kernels"),
         ("client/completion.py", "import torch", "The client library needs no torch"),
+        ("vllm_plugin/register.py", "import numba", "loads neither kernels nor gRPC"),
     ],
 )
 def test_an_import_that_a_contract_forbids_is_named(tmp_path: Path, place: str, line: str, broken: str) -> None:
     done = lint_with(tmp_path, place, line)
     printed = " ".join(done.stdout.split())
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "Contracts: 6 kept" not in printed
+    assert "Contracts: 7 kept" not in printed
     assert broken in printed.partition("Broken contracts")[2], printed
     assert line.split()[-1] in printed.partition("Broken contracts")[2]

@@ -13,7 +13,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.v1.request import RequestStatus
 
-from spectrumkv.common.errors import FailedPreconditionError
+from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
 from spectrumkv.vllm_plugin.engine_stats import EngineMetrics, EngineStats
 from spectrumkv.vllm_plugin.metadata import StepMetadata
 from spectrumkv.vllm_plugin.options import ConnectorOptions
@@ -49,6 +49,8 @@ class SpectrumKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         self._tally = Tally.empty()
         self._producing, self._consuming = config.is_kv_producer, config.is_kv_consumer
         ranks = vllm_config.parallel_config.tensor_parallel_size
+        if self._producing and self._options.listen.port == 0:
+            raise InvalidArgumentError("listen of kv_connector_extra_config has port 0; name the port for consumers")
         self._prompts = ProducerSchedule(
             self._options.host, self._options.listen.port, ranks, self._options.policy, self._options.budget
         )
@@ -119,7 +121,7 @@ class SpectrumKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
             self._vllm_config.parallel_config.tensor_parallel_size,
             self._block_tokens,
         )
-        if self._producing:
+        if self._producing and model.hands_out:
             self._producer = worker.start_producer(model, self._options, self._tally)
             for one in layers:
                 self._tap(one.name, modules[one.name].impl)

@@ -92,6 +92,12 @@ class EngineModel:
             )
         return cls(name, spec, geometry, heads, rank, ranks, layers, block_tokens)
 
+    @property
+    def hands_out(self) -> bool:
+        """Return whether this rank is the first one with its KV heads, which others repeat where heads are few."""
+        before = (HeadRange.of_rank(one, self.ranks, self.geometry.kv_heads) for one in range(self.rank))
+        return self.heads not in before
+
 
 @dataclass(frozen=True, eq=False)
 class Producer:
@@ -153,7 +159,7 @@ def start_producer(model: EngineModel, options: ConnectorOptions, tally: Tally) 
     )
     worker = PrefillWorker({one.name: one for one in model.layers}, model.block_tokens, options.window, coder, outbox)
     service = TransferService(model.spec, model.heads, outbox, basis, options.fetch_timeout)
-    server = start_server(service, options, model.rank, lambda code: None)
+    server, _ = start_server(service, options, model.rank, lambda code: None)
     return Producer(worker, outbox, coder, server)
 
 

@@ -11,10 +11,20 @@ from spectrumkv.client.cli import generate as generate_command
 from spectrumkv.client.cli import info as info_command
 from spectrumkv.client.cli import probe as probe_command
 from spectrumkv.client.cli import up as up_command
+from spectrumkv.client.cli import vllm_proxy as vllm_proxy_command
 from spectrumkv.client.cli.runner import command_parser, run_command, status_and_message
 from spectrumkv.common.errors import SpectrumKVError, UnreachableError
 
-COMMANDS = (generate_command, info_command, check_command, probe_command, basis_command, up_command, demo_command)
+COMMANDS = (
+    generate_command,
+    info_command,
+    check_command,
+    probe_command,
+    basis_command,
+    up_command,
+    demo_command,
+    vllm_proxy_command,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

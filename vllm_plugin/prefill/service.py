@@ -138,7 +138,7 @@ def consumers_of(heads: HeadRange, rank: int, ranks: int, kv_heads: int) -> int:
 
 def start_server(
     service: TransferService, options: ConnectorOptions, rank: int, count_ended: Callable[[str], None]
-) -> Server:
+) -> tuple[Server, int]:
     """Serve transfers.
 
     Args:
@@ -148,7 +148,7 @@ def start_server(
         count_ended: called with the status code's name at the end of every fetch.
 
     Returns:
-        The server.
+        The server, and its port.
 
     Raises:
         InvalidArgumentError: a certificate or token cannot be used, or the address is not free.
@@ -160,6 +160,6 @@ def start_server(
         token_file=optional_path(options.token_file),
     )
     server = Server(add_transfer_servicer, service, SERVICE_NAME, STREAMS, count_ended, security=security)
-    server.bind(f"{options.listen.host}:{options.listen.port + rank}")
+    port = server.bind(f"{options.listen.host}:{options.listen.port + rank}")
     server.start()
-    return server
+    return server, port

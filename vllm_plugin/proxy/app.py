@@ -1,0 +1,284 @@
+"""The proxy's HTTP side: prefill first, then decode, whose tokens follow prefill's first one."""
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+import aiohttp
+from aiohttp import web
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from spectrumkv.common.errors import InvalidArgumentError, SpectrumKVError, UnavailableError
+from spectrumkv.common.telemetry.metrics import LATENCY_BUCKETS
+from spectrumkv.vllm_plugin.proxy.backends import BackendGroup
+from spectrumkv.vllm_plugin.proxy.bodies import (
+    Body,
+    ClientRequest,
+    FirstToken,
+    first_chunks,
+    joined,
+    next_chunk,
+    without_internals,
+)
+
+# A prompt of a million tokens as text fits.
+MOST_BODY_BYTES = 32 << 20
+PREFIX, END = b"data: ", b"data: [DONE]\n\n"
+
+
+class BackendError(Exception):
+    """A server refused a request: the client gets its status and its words."""
+
+    def __init__(self, status: int, words: bytes) -> None:
+        super().__init__(f"status {status}")
+        self.status, self.words = status, words
+
+    @property
+    def may_be_tried_elsewhere(self) -> bool:
+        """Return whether another server may do better."""
+        return self.status >= 500
+
+
+class Proxy:
+    """Serves completions.
+
+    Args:
+        prefill: URLs of the producers.
+        decode: URLs of the consumers.
+        api_key: sent to them; None sends the client's own.
+    """
+
+    def __init__(self, prefill: tuple[str, ...], decode: tuple[str, ...], api_key: str | None = None) -> None:
+        self._prefill, self._decode = BackendGroup("prefill", prefill), BackendGroup("decode", decode)
+        self._api_key = api_key
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "spectrumkv_proxy_requests", "Requests that ended, by how.", ["outcome"], registry=self._registry
+        )
+        self._retries = Counter(
+            "spectrumkv_proxy_retries",
+            "Further tries, by what was tried.",
+            ["stage"],
+            registry=self._registry,
+        )
+        self._first_token = Histogram(
+            "spectrumkv_proxy_time_to_first_token_seconds",
+            "Time from a request's arrival to its first token.",
+            buckets=LATENCY_BUCKETS,
+            registry=self._registry,
+        )
+        self._servers = Gauge(
+            "spectrumkv_proxy_servers_healthy", "Servers that answer.", ["role"], registry=self._registry
+        )
+        self._models: dict[str, int] = {}
+
+    def app(self) -> web.Application:
+        """Return the application for aiohttp."""
+        app = web.Application(client_max_size=MOST_BODY_BYTES)
+        app.add_routes(
+            [
+                web.post("/v1/completions", self._completions),
+                web.post("/v1/chat/completions", self._completions),
+                web.get("/v1/models", self._list_models),
+                web.get("/health", self._health),
+                web.get("/metrics", self._metrics),
+            ]
+        )
+        app.cleanup_ctx.append(self._run)
+        return app
+
+    async def _run(self, app: web.Application) -> AsyncIterator[None]:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
+        async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+            self._session = session
+            watching = [asyncio.create_task(group.watch(session)) for group in (self._prefill, self._decode)]
+            yield
+            for task in watching:
+                task.cancel()
+
+    async def _completions(self, http: web.Request) -> web.StreamResponse:
+        started, outcome = asyncio.get_running_loop().time(), "cancelled"
+        try:
+            request = ClientRequest(await http.json(), http.path.startswith("/v1/chat"))
+            first = await self._first(http, request)
+            self._first_token.observe(asyncio.get_running_loop().time() - started)
+            answer = await self._answer(http, request, first)
+            outcome = "ok"
+            return answer
+        except BackendError as error:
+            outcome = f"status_{error.status}"
+            return web.Response(status=error.status, body=error.words, content_type="application/json")
+        except json.JSONDecodeError as error:
+            outcome = "invalid_argument"
+            return _refusal(400, f"the request's body is no JSON: {error}")
+        except SpectrumKVError as error:
+            outcome = error.code.lower()
+            return _refusal(400 if isinstance(error, InvalidArgumentError) else 503, error.message)
+        finally:
+            self._requests.labels(outcome).inc()
+
+    async def _first(self, http: web.Request, request: ClientRequest) -> FirstToken:
+        """Have a prefill server compute the prompt, and another one if it fails.
+
+        Returns:
+            What prefill answered.
+
+        Raises:
+            BackendError: all failed, or one refused the request.
+        """
+        tried: set[str] = set()
+        while True:
+            with self._prefill.chosen(tried) as backend:
+                try:
+                    body = request.for_prefill(f"spectrumkv-{uuid.uuid4()}")
+                    answer = await self._post(http, f"{backend.url}{request.path}", body)
+                    return FirstToken.of(answer, await self._most_tokens(http, backend.url))
+                except (BackendError, aiohttp.ClientError, KeyError, IndexError) as error:
+                    tried.add(backend.url)
+                    refused = isinstance(error, BackendError) and not error.may_be_tried_elsewhere
+                    if refused or len(tried) >= self._prefill.healthy:
+                        failure = _as_backend_error(error)
+                        raise failure from error
+                    self._retries.labels("prefill").inc()
+
+    async def _answer(self, http: web.Request, request: ClientRequest, first: FirstToken) -> web.StreamResponse:
+        if first.transfer is None and (first.finish_reason == "stop" or request.max_tokens == 1):
+            return await self._only_first(http, request, first)
+        appends = request.appends_first_token and first.is_whole_text and bool(first.prompt_token_ids)
+        path = "/v1/completions" if appends else request.path
+        stream = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        if request.streams:
+            await stream.prepare(http)
+            if appends:
+                for chunk in first_chunks(request, first):
+                    await _send(stream, chunk)
+        bodies = [request.continuing(first) if appends else request.for_decode(first.transfer)]
+        # Where the KV did not come, decode computes the prompt.
+        bodies.append({name: value for name, value in bodies[0].items() if name != "kv_transfer_params"})
+        for number, body in enumerate(bodies):
+            with self._decode.chosen() as backend:
+                try:
+                    url = f"{backend.url}{path}"
+                    if request.streams:
+                        await self._relay(http, stream, url, body, request, first if appends else None)
+                        return stream
+                    rest = without_internals(await self._post(http, url, body))
+                    return web.json_response(joined(request, first, rest) if appends else rest)
+                except (BackendError, aiohttp.ClientError) as error:
+                    refused = isinstance(error, BackendError) and not error.may_be_tried_elsewhere
+                    if refused or number == len(bodies) - 1:
+                        if not request.streams:
+                            failure = _as_backend_error(error)
+                            raise failure from error
+                        await _send(stream, {"error": {"message": str(error), "type": "decode", "code": 502}})
+                        return stream
+                    self._retries.labels("decode").inc()
+        raise UnavailableError("no decode server answers")
+
+    async def _only_first(self, http: web.Request, request: ClientRequest, first: FirstToken) -> web.StreamResponse:
+        """Answer with prefill's token, which is all that is asked for or ends the text.
+
+        Returns:
+            The answer.
+        """
+        answer = without_internals(first.answer)
+        if not request.streams:
+            return web.json_response(answer)
+        stream = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await stream.prepare(http)
+        *before, last = first_chunks(request, first)
+        last["choices"][0]["finish_reason"] = first.finish_reason
+        for chunk in (*before, last):
+            await _send(stream, chunk)
+        if request.wants_usage:
+            await _send(stream, last | {"choices": [], "usage": answer.get("usage")})
+        await stream.write(END)
+        return stream
+
+    async def _relay(
+        self,
+        http: web.Request,
+        stream: web.StreamResponse,
+        url: str,
+        body: Body,
+        request: ClientRequest,
+        first: FirstToken | None,
+    ) -> None:
+        """Pass decode's stream on, as that of the request where it goes on from prefill's token.
+
+        Raises:
+            BackendError: decode refused the request.
+        """
+        async with self._session.post(url, json=body, headers=self._headers(http)) as answer:
+            if answer.status != 200:
+                raise BackendError(answer.status, await answer.read())
+            async for line in answer.content:
+                if not line.startswith(PREFIX) or first is None or line.strip() == END.strip():
+                    await stream.write(line)
+                    continue
+                chunk = json.loads(line[len(PREFIX) :])
+                await _send(stream, chunk if "error" in chunk else next_chunk(request, first, chunk), newlines=1)
+
+    async def _post(self, http: web.Request, url: str, body: Body) -> Body:
+        body = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+        async with self._session.post(url, json=body, headers=self._headers(http)) as answer:
+            if answer.status != 200:
+                raise BackendError(answer.status, await answer.read())
+            found: Body = await answer.json()
+            return found
+
+    async def _most_tokens(self, http: web.Request, url: str) -> int:
+        """Return the context length of the servers' model."""
+        if url not in self._models:
+            async with self._session.get(f"{url}/v1/models", headers=self._headers(http)) as answer:
+                self._models[url] = int((await answer.json())["data"][0]["max_model_len"])
+        return self._models[url]
+
+    def _headers(self, http: web.Request) -> dict[str, str]:
+        given = http.headers.get("Authorization")
+        key = f"Bearer {self._api_key}" if self._api_key else given
+        return {"Authorization": key} if key else {}
+
+    async def _list_models(self, http: web.Request) -> web.Response:
+        with self._decode.chosen() as backend:
+            async with self._session.get(f"{backend.url}/v1/models", headers=self._headers(http)) as answer:
+                return web.Response(status=answer.status, body=await answer.read(), content_type="application/json")
+
+    async def _health(self, http: web.Request) -> web.Response:
+        well = {group.role: group.healthy for group in (self._prefill, self._decode)}
+        return web.json_response(well, status=200 if all(well.values()) else 503)
+
+    async def _metrics(self, http: web.Request) -> web.Response:
+        for group in (self._prefill, self._decode):
+            self._servers.labels(group.role).set(group.healthy)
+        return web.Response(body=generate_latest(self._registry), content_type="text/plain")
+
+
+async def _send(stream: web.StreamResponse, chunk: Body, newlines: int = 2) -> None:
+    await stream.write(PREFIX + json.dumps(chunk).encode() + b"\n" * newlines)
+
+
+def _as_backend_error(error: Exception) -> BackendError:
+    if isinstance(error, BackendError):
+        return error
+    return BackendError(
+        502, json.dumps({"error": {"message": f"{type(error).__name__}: {error}", "code": 502}}).encode()
+    )
+
+
+def _refusal(status: int, sentence: str) -> web.Response:
+    return web.json_response({"error": {"message": sentence, "code": status}}, status=status)
+
+
+def serve(proxy: Proxy, host: str, port: int) -> None:
+    """Serve until Ctrl-C; a client that goes away ends what was begun for it.
+
+    Args:
+        proxy: the proxy.
+        host: to listen on.
+        port: to listen on.
+    """
+    with suppress(KeyboardInterrupt):
+        web.run_app(proxy.app(), host=host, port=port, handler_cancellation=True, print=None)

@@ -5,6 +5,7 @@ import socket
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -20,6 +21,10 @@ logger = logging.getLogger(__name__)
 CONNECTIONS = 16
 # How long a connection may send nothing of its request, or take nothing of the answer.
 SILENCE_SECONDS = 10.0
+# Why a connection was closed, as the metrics name it.
+TOO_MANY, SILENT = "metrics", "metrics_silent"
+
+CountClosed = Callable[[str], None]
 
 
 class _Handler(WSGIRequestHandler):
@@ -38,6 +43,8 @@ class _Server(ThreadingMixIn, WSGIServer):
     """
 
     daemon_threads = True
+    # Set by `serve_metrics`.
+    count_closed: CountClosed
     request_queue_size = CONNECTIONS
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -52,6 +59,7 @@ class _Server(ThreadingMixIn, WSGIServer):
                 oldest, _ = self._open.popitem(last=False)
                 # Its thread wakes, and closes it.
                 _hang_up(oldest)
+                self.count_closed(TOO_MANY)
             self._open[request] = None
         super().process_request(request, client_address)
 
@@ -64,6 +72,8 @@ class _Server(ThreadingMixIn, WSGIServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log an error, unless it is that the caller went away or said nothing."""
         error = sys.exception()
+        if isinstance(error, TimeoutError):
+            self.count_closed(SILENT)
         if not isinstance(error, OSError):
             logger.error("a request for metrics failed", exc_info=error)
 
@@ -76,12 +86,13 @@ def _hang_up(connection: Any) -> None:
         return
 
 
-def serve_metrics(registry: CollectorRegistry, address: Address) -> int:
+def serve_metrics(registry: CollectorRegistry, address: Address, count_closed: CountClosed) -> int:
     """Answer Prometheus on threads of their own, for as long as the process lives.
 
     Args:
         registry: the metrics.
         address: the address to listen on; port 0 is any free port.
+        count_closed: called for each connection that is closed, with `TOO_MANY` or `SILENT`.
 
     Returns:
         The port.
@@ -91,7 +102,9 @@ def serve_metrics(registry: CollectorRegistry, address: Address) -> int:
     """
     try:
         family, host = _resolved(address)
-        server_class = type("_FamilyServer", (_Server,), {"address_family": family})
+        server_class = type(
+            "_FamilyServer", (_Server,), {"address_family": family, "count_closed": staticmethod(count_closed)}
+        )
         server: WSGIServer = make_server(host, address.port, make_wsgi_app(registry), server_class, _Handler)
     except OSError as error:
         raise InvalidArgumentError(

@@ -42,6 +42,7 @@ def _serve_one_request(prefill: Metrics, decode: Metrics) -> None:
     prefill.decode_workers_passed_over.labels("full").inc()
     prefill.decode_worker_ejected.labels("127.0.0.1:50052").set(0)
     prefill.silent_calls_ended.labels("time").inc()
+    prefill.connections_closed.labels("address").inc()
 
 
 def _history() -> str:

@@ -17,6 +17,7 @@ from spectrumkv.common.kv.codecs.fixed_rate.self_check import LAYERS
 from spectrumkv.common.kv.warm_up import TRIAL_TOKENS, decode_once
 from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.model.load import LoadedModel
+from spectrumkv.common.rpc.channel import MAX_MESSAGE_BYTES
 from spectrumkv.common.rpc.decode_methods import ArrivedPiece
 from spectrumkv.common.rpc.decode_protocol import expect_begin, expect_end, expect_no_request, requests_until_close
 from spectrumkv.common.rpc.decode_stream import ArrivedRequest, Request, serialized_bytes
@@ -36,6 +37,8 @@ from spectrumkv.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, kv_pb2
 _VERSION = version("spectrumkv")
 # A basis has up to a few hundred megabytes.
 PUT_BASIS_SECONDS = 120.0
+# A message that has no prompt takes less, and a token id of a prompt no more than that.
+FEWEST_MESSAGE_BYTES, TOKEN_ID_BYTES = 2 << 20, 5
 
 
 class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
@@ -67,6 +70,11 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         self._bases = BasisStore(loaded.geometry)
         metrics.requests_running.set_function(lambda: self._engine.running)
         metrics.requests_waiting.set_function(lambda: self._engine.waiting)
+
+    @property
+    def most_message_bytes(self) -> int:
+        """The most bytes of a message that prefill may send: Begin has the prompt's tokens, a chunk up to 1 MiB."""
+        return min(FEWEST_MESSAGE_BYTES + TOKEN_ID_BYTES * self._loaded.context_length, MAX_MESSAGE_BYTES)
 
     def Decode(  # noqa: N802  # gRPC's spelling
         self, requests: Iterator[ArrivedRequest], context: grpc.ServicerContext

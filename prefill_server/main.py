@@ -64,8 +64,10 @@ def _serve() -> None:
         threads=config.max_waiting,
         count_ended=lambda code: metrics.requests.labels(code).inc(),
         count_silent=lambda reason: metrics.silent_calls_ended.labels(reason).inc(),
+        count_closed=metrics.connections_closed.labels("address").inc,
         reflection_enabled=config.reflection,
         security=ServerSecurity.from_config(config),
+        most_message_bytes=service.most_message_bytes,
         connections_per_address=config.max_connections_per_address,
         connection_seconds=config.max_connection_age,
     )

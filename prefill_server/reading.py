@@ -9,6 +9,7 @@ from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.generation.prompt import PIECE_CHARACTERS, PromptReader, check_length
 from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.model.load import LoadedModel
+from spectrumkv.common.rpc.channel import MAX_MESSAGE_BYTES
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.telemetry.request_log import check_request_id, current_request
@@ -20,6 +21,10 @@ from spectrumkv.v1 import prefill_pb2
 
 # Long prompts that are tokenized at once; short ones wait for none of them.
 LONG_PROMPTS_AT_ONCE = 2
+# What stop strings, stop tokens and all else beside the prompt take at most.
+OPTIONS_BYTES = 128 << 10
+# A limit on messages below this one would save little.
+FEWEST_MESSAGE_BYTES = 1 << 20
 
 
 class RequestReader:
@@ -79,6 +84,12 @@ class RequestReader:
         check_length(len(token_ids), params.max_tokens, loaded.context_length)
         current_request().note(prompt_tokens=len(token_ids), policy=plan.policy.name)
         return PrefillRequest(request_id, token_ids, params, plan, progress)
+
+    @property
+    def most_message_bytes(self) -> int:
+        """The most bytes of a message worth receiving: twice what a request can need, so that most are told why."""
+        needed = 2 * (self._prompts.most_bytes + OPTIONS_BYTES)
+        return min(max(needed, FEWEST_MESSAGE_BYTES), MAX_MESSAGE_BYTES)
 
     def stop(self) -> None:
         """End the threads; call this when no request is left."""

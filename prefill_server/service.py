@@ -88,6 +88,11 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         metrics.requests_waiting.set_function(lambda: self._waiting)
         metrics.requests_running.set_function(lambda: max(0, self._requests.count - self._waiting))
 
+    @property
+    def most_message_bytes(self) -> int:
+        """The most bytes of a message that a client may send."""
+        return self._reader.most_message_bytes
+
     def Generate(  # noqa: N802  # gRPC's spelling
         self, message: prefill_pb2.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[prefill_pb2.GenerateResponse]:

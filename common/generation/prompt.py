@@ -16,6 +16,8 @@ from spectrumkv.v1 import prefill_pb2
 ROLES = ("system", "user", "assistant")
 # A text of so many characters is tokenized at once, a longer one after its tokens were counted in such pieces.
 PIECE_CHARACTERS = 16 << 10
+# A chat message takes so many bytes besides its content; a token id of a prompt that is sent as such takes fewer.
+BYTES_PER_MESSAGE = 32
 # A text cut into pieces may have a few tokens more for each cut.
 TOKENS_PER_CUT = 16
 
@@ -44,6 +46,11 @@ class PromptReader:
         self._context_length = context_length
         # No text that fits has more bytes. UTF-8 of a token is at least as long as what the token stands for.
         self._max_bytes = context_length * max(len(token.encode()) for token in tokenizer.get_vocab())
+
+    @property
+    def most_bytes(self) -> int:
+        """The most bytes that a prompt that fits can take in a message, whichever kind it is of."""
+        return self._max_bytes + self._context_length * BYTES_PER_MESSAGE
 
     def read(self, request: prefill_pb2.GenerateRequest, check: Callable[[], None] = lambda: None) -> list[int]:
         """Turn a request's prompt into token ids.

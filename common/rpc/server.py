@@ -11,7 +11,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.rpc.channel import CHANNEL_OPTIONS, KEEPALIVE_SECONDS
+from spectrumkv.common.rpc.channel import CHANNEL_OPTIONS, KEEPALIVE_SECONDS, MAX_MESSAGE_BYTES
 from spectrumkv.common.rpc.interceptor import StatusInterceptor
 from spectrumkv.common.rpc.limits.calls import CallLimits, request_limit, upload_limit, watch_limit
 from spectrumkv.common.rpc.limits.connections import ConnectionLimit
@@ -27,9 +27,12 @@ UPLOADS = 4
 # Threads for calls that take no place: GetServerInfo, and as many again for health checks, which must be answered
 # while every other thread serves a stream.
 SPARE_THREADS = 8
-# How many calls may have sent headers and no whole message yet; each holds a thread for as long, and what has come of
-# its message. Those of health, which need no token, can take none from the others, and are fewer: 8 MiB each.
+# How many calls may have sent headers and no whole message yet; each holds a thread for as long. Those of health,
+# which need no token, can take none from the others, and are fewer.
 SILENT_CALLS, SILENT_WATCHERS = 256, 16
+# Each also holds what has come of its message. There may be fewer where messages are long, but not fewer than that:
+# honest callers of a slow link need a while for a long message.
+PARTIAL_MESSAGE_BYTES, FEWEST_SILENT_CALLS = 256 << 20, 32
 # A question about health names a service. Its watch keeps the name for as long as it lasts.
 HEALTH_REQUEST_BYTES = 1024
 # How many RPCs may wait for a thread: bursts of health checks, and of requests that are about to be refused.
@@ -67,8 +70,10 @@ class Server:
             RESOURCE_EXHAUSTED.
         count_ended: called with the status code's name at the end of every stream.
         count_silent: called for each call that ends before its first message, as `SilentCalls` does.
+        count_closed: called for each connection that is closed because its address has too many.
         reflection_enabled: whether clients may ask which services and messages there are.
         security: TLS files and the tokens that callers must send.
+        most_message_bytes: of a message that callers send; what no request needs, nobody may have the server keep.
         connections_per_address: how many connections an address may have; None is half of all.
         connection_seconds: after which a connection gets no new calls, so that its caller opens another one, perhaps
             to another server; calls that run on it go on. None is never.
@@ -85,8 +90,10 @@ class Server:
         threads: int,
         count_ended: Callable[[str], None],
         count_silent: CountSilent = lambda reason: None,
+        count_closed: Callable[[], None] = lambda: None,
         reflection_enabled: bool = False,
         security: ServerSecurity = ServerSecurity(),  # noqa: B008  # frozen
+        most_message_bytes: int = MAX_MESSAGE_BYTES,
         connections_per_address: int | None = None,
         connection_seconds: float | None = None,
     ) -> None:
@@ -94,16 +101,18 @@ class Server:
         self._ready = False
         self._security = security
         self._connections_per_address = connections_per_address or _connections() // 2
+        self._count_closed = count_closed
         self._connection_limits: list[ConnectionLimit] = []
         self._requests = request_limit(threads)
-        calls = threads + UPLOADS + SPARE_THREADS + SILENT_CALLS
+        silent_calls = silent_call_limit(most_message_bytes)
+        calls = threads + UPLOADS + SPARE_THREADS + silent_calls
         watchers = WATCHERS + SPARE_THREADS + SILENT_WATCHERS
         self._watcher_threads = ThreadPoolExecutor(watchers, thread_name_prefix="health")
         limits = CallLimits(
             self._requests,
             upload_limit(UPLOADS),
             watch_limit(WATCHERS),
-            SilentCalls(SILENT_CALLS, FIRST_MESSAGE_SECONDS, count_silent),
+            SilentCalls(silent_calls, FIRST_MESSAGE_SECONDS, count_silent),
             SilentCalls(SILENT_WATCHERS, FIRST_MESSAGE_SECONDS, count_silent, HEALTH_REQUEST_BYTES),
             StalledReaders(STALL_SECONDS),
             self._watcher_threads,
@@ -114,13 +123,15 @@ class Server:
                 StatusInterceptor(limits, AllowedCallers(security.client_names), count_ended),
                 *security.interceptors(),
             ),
-            options=(
-                *_SERVER_OPTIONS,
-                ("grpc.max_concurrent_streams", threads + EXTRA_STREAMS),
-                ("grpc.max_allowed_incoming_connections", _connections()),
+            options=_options(
+                {
+                    "grpc.max_receive_message_length": most_message_bytes,
+                    "grpc.max_concurrent_streams": threads + EXTRA_STREAMS,
+                    "grpc.max_allowed_incoming_connections": _connections(),
+                }
                 # gRPC varies it by a tenth. Without a grace, which is so, it waits for running calls without end:
                 # each has a deadline of its own.
-                *_if_given("grpc.max_connection_age_ms", connection_seconds),
+                | _if_given("grpc.max_connection_age_ms", connection_seconds)
             ),
             maximum_concurrent_rpcs=calls + watchers + QUEUED_RPCS,
         )
@@ -153,7 +164,7 @@ class Server:
             raise InvalidArgumentError(
                 f"cannot listen on {address}: {error}; is another server using the port?"
             ) from error
-        self._connection_limits.append(ConnectionLimit(port, self._connections_per_address))
+        self._connection_limits.append(ConnectionLimit(port, self._connections_per_address, self._count_closed))
         return port
 
     def start(self) -> None:
@@ -203,9 +214,23 @@ class Server:
             self._health.set(name, status)
 
 
-def _if_given(option: str, seconds: float | None) -> tuple[tuple[str, int], ...]:
-    """Return an option of gRPC's that is a time; nothing where there is none."""
-    return () if seconds is None else ((option, int(seconds * 1000)),)
+def _if_given(option: str, seconds: float | None) -> dict[str, int]:
+    """Return an option of gRPC that is a time; nothing where there is none."""
+    return {} if seconds is None else {option: int(seconds * 1000)}
+
+
+def silent_call_limit(most_message_bytes: int) -> int:
+    """Return how many calls may have sent no whole message yet, so that their parts take bounded memory.
+
+    Args:
+        most_message_bytes: of a message.
+    """
+    return min(max(PARTIAL_MESSAGE_BYTES // most_message_bytes, FEWEST_SILENT_CALLS), SILENT_CALLS)
+
+
+def _options(own: dict[str, int]) -> tuple[tuple[str, int], ...]:
+    """Return the options of every server with those of one; of two with one name gRPC takes the first."""
+    return tuple((dict(_SERVER_OPTIONS) | own).items())
 
 
 def _connections() -> int:

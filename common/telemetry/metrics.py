@@ -80,6 +80,9 @@ class Metrics:
         self.silent_calls_ended = counter(
             "silent_calls_ended_total", "Calls that were ended before their first message came, by why.", "reason"
         )
+        self.connections_closed = counter(
+            "connections_closed_total", "Connections that were closed by a limit of this server, by which.", "reason"
+        )
         self.kv_codec = counter("kv_codec_total", "Requests by the codec of their KV.", "codec")
         self.requests_running = gauge("requests_running", "Requests that the model computes now.")
         self.requests_waiting = gauge("requests_waiting", "Admitted requests that wait for the model.")
@@ -165,4 +168,6 @@ class Metrics:
         Raises:
             InvalidArgumentError: the address cannot be bound.
         """
-        return serve_metrics(self.registry, address, probes)
+        return serve_metrics(
+            self.registry, address, lambda reason: self.connections_closed.labels(reason).inc(), probes
+        )

@@ -25,6 +25,10 @@ NO_PROBES: Probes = {}
 CONNECTIONS = 16
 # How long a connection may send nothing of its request, or take nothing of the answer.
 SILENCE_SECONDS = 10.0
+# Why a connection was closed, as the metrics name it.
+TOO_MANY, SILENT = "metrics", "metrics_silent"
+
+CountClosed = Callable[[str], None]
 
 
 class _Handler(WSGIRequestHandler):
@@ -43,6 +47,8 @@ class _Server(ThreadingMixIn, WSGIServer):
     """
 
     daemon_threads = True
+    # Set by `serve_metrics`.
+    count_closed: CountClosed
     request_queue_size = CONNECTIONS
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -57,6 +63,7 @@ class _Server(ThreadingMixIn, WSGIServer):
                 oldest, _ = self._open.popitem(last=False)
                 # Its thread wakes, and closes it.
                 _hang_up(oldest)
+                self.count_closed(TOO_MANY)
             self._open[request] = None
         super().process_request(request, client_address)
 
@@ -69,6 +76,8 @@ class _Server(ThreadingMixIn, WSGIServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log an error, unless it is that the caller went away or said nothing."""
         error = sys.exception()
+        if isinstance(error, TimeoutError):
+            self.count_closed(SILENT)
         if not isinstance(error, OSError):
             logger.error("a request for metrics failed", exc_info=error)
 
@@ -81,12 +90,15 @@ def _hang_up(connection: Any) -> None:
         return
 
 
-def serve_metrics(registry: CollectorRegistry, address: Address, probes: Probes = NO_PROBES) -> int:
+def serve_metrics(
+    registry: CollectorRegistry, address: Address, count_closed: CountClosed, probes: Probes = NO_PROBES
+) -> int:
     """Answer Prometheus and probes on threads of their own, for as long as the process lives.
 
     Args:
         registry: the metrics.
         address: the address to listen on; port 0 is any free port.
+        count_closed: called for each connection that is closed, with `TOO_MANY` or `SILENT`.
         probes: by their paths, the questions that are answered with yes (200) or no (503).
 
     Returns:
@@ -97,7 +109,9 @@ def serve_metrics(registry: CollectorRegistry, address: Address, probes: Probes 
     """
     try:
         family, host = _resolved(address)
-        server_class = type("_FamilyServer", (_Server,), {"address_family": family})
+        server_class = type(
+            "_FamilyServer", (_Server,), {"address_family": family, "count_closed": staticmethod(count_closed)}
+        )
         server: WSGIServer = make_server(host, address.port, _application(registry, probes), server_class, _Handler)
     except OSError as error:
         raise InvalidArgumentError(

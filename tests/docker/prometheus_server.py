@@ -46,6 +46,7 @@ def _serve_one_request(prefill: Metrics, decode: Metrics) -> None:
     for metrics in (prefill, decode):
         metrics.certificate_expiry.labels("tls_cert").set(2e9)
         metrics.file_reload_failed.labels("tls").set(0)
+    prefill.connections_closed.labels("address").inc()
 
 
 def _history() -> str:

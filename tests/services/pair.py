@@ -83,6 +83,7 @@ def decode_server(model: Path | None, **options: str) -> Iterator[tuple[DecodeSe
         "spectrumkv.v1.DecodeService",
         threads=config.max_streams,
         count_ended=lambda code: metrics.requests.labels(code).inc(),
+        most_message_bytes=service.most_message_bytes,
     )
     port = server.bind(str(config.listen))
     service.start()
@@ -116,6 +117,7 @@ def prefill_server(
         "spectrumkv.v1.PrefillService",
         threads=config.max_waiting,
         count_ended=lambda code: metrics.requests.labels(code).inc(),
+        most_message_bytes=service.most_message_bytes,
     )
     port = server.bind(str(config.listen))
     service.start()

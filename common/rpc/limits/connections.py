@@ -12,6 +12,7 @@ import stat
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +32,13 @@ class ConnectionLimit:
     Args:
         port: on which the server listens.
         limit: how many connections an address may have; an IPv6 address counts as its network of 64 bits.
+        count_closed: called for each connection that is closed.
     """
 
-    def __init__(self, port: int, limit: int) -> None:
+    def __init__(self, port: int, limit: int, count_closed: Callable[[], None] = lambda: None) -> None:
         self._port = port
         self._limit = limit
+        self._count_closed = count_closed
         # The address of each socket by its inode, in the order in which they were first seen; None for those that are
         # no connections to the server.
         self._known: dict[int, str | None] = {}
@@ -74,6 +77,8 @@ class ConnectionLimit:
                 closed[address] += _shut_down(open_now[inode])
                 # gRPC may take a moment to close it.
                 known[inode] = None
+        for _ in range(closed.total()):
+            self._count_closed()
         self._tell(closed)
         return closed.total()
 

@@ -91,6 +91,8 @@ def make_server(
     reflection: bool = False,
     codes: "queue.SimpleQueue[str] | None" = None,
     count_silent: Callable[[str], None] = lambda reason: None,
+    count_closed: Callable[[], None] = lambda: None,
+    most_message_bytes: int = 1 << 20,
     connections_per_address: int | None = None,
     connection_seconds: float | None = None,
 ) -> Server:
@@ -107,7 +109,9 @@ def make_server(
         threads=threads,
         count_ended=counted.put,
         count_silent=count_silent,
+        count_closed=count_closed,
         reflection_enabled=reflection,
+        most_message_bytes=most_message_bytes,
         connections_per_address=connections_per_address,
         connection_seconds=connection_seconds,
     )

@@ -117,7 +117,7 @@ def test_a_long_or_odd_message_arrives_shortened_instead_of_breaking_the_status(
 
 
 def test_a_message_over_the_limit_is_refused_with_both_sizes():
-    with served() as server:
+    with served(most_message_bytes=MAX_MESSAGE_BYTES) as server:
         request = prefill_pb2.GenerateRequest(text="x" * (MAX_MESSAGE_BYTES + 1))
         with pytest.raises(grpc.RpcError) as caught:
             list(server.prefill.Generate(request, timeout=WAIT_SECONDS))

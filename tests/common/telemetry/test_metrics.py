@@ -24,6 +24,7 @@ METRICS = {
     "spectrumkv_kv_tokens_total": ("counter", ("tier",)),
     "spectrumkv_requests_total": ("counter", ("code",)),
     "spectrumkv_silent_calls_ended_total": ("counter", ("reason",)),
+    "spectrumkv_connections_closed_total": ("counter", ("reason",)),
     "spectrumkv_requests_running": ("gauge", ()),
     "spectrumkv_requests_waiting": ("gauge", ()),
     "spectrumkv_kv_slots_used_ratio": ("gauge", ()),
@@ -54,6 +55,7 @@ def touched(metrics: Metrics) -> Metrics:
         counter.labels("FP16").inc(3)
     metrics.requests.labels("OK").inc()
     metrics.silent_calls_ended.labels("time").inc()
+    metrics.connections_closed.labels("address").inc()
     metrics.kv_codec.labels("spectral").inc()
     metrics.chunks_rejected.labels("crc").inc()
     metrics.decode_workers_passed_over.labels("full").inc()

@@ -19,8 +19,17 @@ WAIT_SECONDS = 20.0
 
 
 @pytest.fixture
-def port() -> int:
-    return Metrics(CollectorRegistry()).serve(Address("127.0.0.1", 0))
+def metrics() -> Metrics:
+    return Metrics(CollectorRegistry())
+
+
+@pytest.fixture
+def port(metrics: Metrics) -> int:
+    return metrics.serve(Address("127.0.0.1", 0))
+
+
+def closed(metrics: Metrics, reason: str) -> float:
+    return metrics.registry.get_sample_value("spectrumkv_connections_closed_total", {"reason": reason}) or 0.0
 
 
 def scrape(port: int) -> bool:
@@ -41,7 +50,9 @@ def half_open(port: int, count: int, data: bytes) -> Iterator[list[socket.socket
 
 @pytest.mark.slow
 @pytest.mark.parametrize("data", [b"", b"GET /metr", b"GET /metrics HTTP/1.1\r\nX-Slow: "])
-def test_half_open_connections_hold_no_more_threads_than_there_are_for_them(port: int, data: bytes) -> None:
+def test_half_open_connections_hold_no_more_threads_than_there_are_for_them(
+    port: int, metrics: Metrics, data: bytes
+) -> None:
     before = threading.active_count()
     with half_open(port, 200, data) as connections:
         assert scrape(port)
@@ -49,15 +60,17 @@ def test_half_open_connections_hold_no_more_threads_than_there_are_for_them(port
             assert hung_up(one)
         until(lambda: threading.active_count() <= before + metrics_server.CONNECTIONS, WAIT_SECONDS, "threads end")
         assert scrape(port)
+        assert closed(metrics, "metrics") >= 200 - metrics_server.CONNECTIONS
 
 
 @pytest.mark.parametrize("data", [b"", b"GET /metrics HTTP/1.1\r\n"])
 def test_a_silent_connection_is_closed_in_time(
-    monkeypatch: pytest.MonkeyPatch, port: int, capfd: pytest.CaptureFixture[str], data: bytes
+    monkeypatch: pytest.MonkeyPatch, port: int, metrics: Metrics, capfd: pytest.CaptureFixture[str], data: bytes
 ) -> None:
     monkeypatch.setattr(metrics_server, "SILENCE_SECONDS", 0.2)
     with half_open(port, 1, data) as [one]:
         assert hung_up(one)
+    until(lambda: closed(metrics, "metrics_silent") == 1, WAIT_SECONDS, "it is counted")
     assert capfd.readouterr().err == ""
 
 

@@ -33,7 +33,9 @@ class SilentConnection:
         self._socket = socket.create_connection((host, int(port)), TIMEOUT_SECONDS, (source, 0))
         self._http = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
         self._lock = threading.Lock()
+        self._window_moved = threading.Condition(self._lock)
         self._told: set[int | None] = set()
+        self._over: set[int | None] = set()
         self.ended: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.answered = threading.Event()
         with self._lock:
@@ -43,13 +45,16 @@ class SilentConnection:
         self._reader = threading.Thread(target=self._read, name="silent-connection", daemon=True)
         self._reader.start()
 
-    def open(self, method: str, data: bytes = b"", ends: bool = False) -> None:
+    def open(self, method: str, data: bytes = b"", ends: bool = False) -> int:
         """Open one call of a method, "/package.Service/Method".
 
         Args:
             method: the method.
             data: a message or a part of one; without it, no message follows the headers.
             ends: whether nothing follows `data`.
+
+        Returns:
+            The call's number.
         """
         headers = [
             (":method", "POST"),
@@ -65,6 +70,34 @@ class SilentConnection:
             if data:
                 self._http.send_data(stream, data, end_stream=ends)
             self._socket.sendall(self._http.data_to_send())
+        return stream
+
+    def feed(self, stream: int, data: bytes, patience: float = 1.0) -> int:
+        """Send data on a call for as long as the server takes it.
+
+        Args:
+            stream: the call's number.
+            data: what is sent.
+            patience: seconds for which the server may take nothing.
+
+        Returns:
+            How many bytes were sent: fewer than there are where the server ended the call, or took no more.
+        """
+        sent = 0
+        while sent < len(data):
+            with self._window_moved:
+                if not self._window_moved.wait_for(lambda: stream in self._over or self._room(stream), patience):
+                    return sent
+                if stream in self._over:
+                    return sent
+                piece = data[sent : sent + self._room(stream)]
+                self._http.send_data(stream, piece)
+                self._socket.sendall(self._http.data_to_send())
+            sent += len(piece)
+        return sent
+
+    def _room(self, stream: int) -> int:
+        return min(int(self._http.local_flow_control_window(stream)), self._http.max_outbound_frame_size)
 
     @property
     def open_streams(self) -> int:
@@ -108,9 +141,12 @@ class SilentConnection:
             with self._lock, suppress(OSError):
                 for event in self._http.receive_data(data):
                     self._take(event)
+                self._window_moved.notify_all()
                 self._socket.sendall(self._http.data_to_send())
 
     def _take(self, event: h2.events.Event) -> None:
+        if isinstance(event, h2.events.StreamReset | h2.events.StreamEnded):
+            self._over.add(event.stream_id)
         if isinstance(event, h2.events.StreamReset):
             # A stream whose trailers came is reset too, since its caller has not closed its half.
             if event.stream_id not in self._told:

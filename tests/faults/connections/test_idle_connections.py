@@ -1,13 +1,11 @@
 """Thousands of idle connections from one address, which would use up a process's files, while a client asks."""
 
-import os
 import resource
 import socket
 import statistics
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -16,6 +14,7 @@ from spectrumkv.client.local.pair_config import FREE_PORTS
 from spectrumkv.client.local.running_pair import RunningPair, running_pair
 from spectrumkv.client.request import Sampling, TokenIds
 from spectrumkv.common.service.config import Address
+from tests.faults.connections.process import Process
 from tests.faults.report import tell
 from tests.tiny_models import tiny_model
 from tests.waiting import until
@@ -62,30 +61,6 @@ def is_open(connection: socket.socket) -> bool:
     except OSError:
         return False
     return False
-
-
-class Process:
-    """What the kernel says of a service's process."""
-
-    def __init__(self, port: int) -> None:
-        self.pid = next(pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if listens(pid, port))
-
-    @property
-    def files(self) -> int:
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
-
-    def status(self, name: str) -> int:
-        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-
-def listens(pid: int, port: int) -> bool:
-    """Whether a process is the service that was started to listen on a port."""
-    try:
-        return f"--listen=127.0.0.1:{port}" in Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-    except OSError:
-        # It has ended.
-        return False
 
 
 @contextmanager

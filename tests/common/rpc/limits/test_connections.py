@@ -53,9 +53,15 @@ def test_one_address_cannot_take_all_connections(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(rpc, "MAX_CONNECTIONS", 16)
-    with served() as server, silent_connections(server.address, 24, source=STRANGER) as held:
+    closed = iter(range(100))
+    with (
+        served(count_closed=lambda: next(closed)) as server,
+        silent_connections(server.address, 24, source=STRANGER) as held,
+    ):
         assert_newcomers_are_served(server)
         until(lambda: sum(one.is_connected for one in held) == 8)
+        # Some were closed by gRPC, where more were open than it takes in all.
+        assert 0 < next(closed) <= 16
         assert [one.token.text for one in server.generate()] == ["yes"]
         assert f"connections of {STRANGER}, which has more than 8 (--max-connections-per-address)" in caplog.text
         assert len(caplog.records) == 1

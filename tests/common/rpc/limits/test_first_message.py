@@ -1,6 +1,7 @@
 """Calls that say nothing, or only a part of a message."""
 
 import queue
+import struct
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -126,6 +127,27 @@ def test_one_connection_cannot_take_all_places(monkeypatch: pytest.MonkeyPatch) 
         reasons.wait_for(12)
         assert reasons.counts == {"connection": 12}
         assert [connection.ended.get(timeout=WAIT_SECONDS) for _ in range(12)] == [RESOURCE_EXHAUSTED] * 12
+        assert_all_is_answered(server)
+
+
+@pytest.mark.parametrize(("most_bytes", "calls"), [(1 << 10, 256), (1 << 20, 256), (2 << 20, 128), (64 << 20, 32)])
+def test_the_longer_messages_may_be_the_fewer_may_be_incomplete(most_bytes: int, calls: int) -> None:
+    assert rpc.silent_call_limit(most_bytes) == calls
+
+
+def test_parts_of_messages_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "PARTIAL_MESSAGE_BYTES", 1 << 20)
+    monkeypatch.setattr(rpc, "FEWEST_SILENT_CALLS", 4)
+    reasons = Reasons()
+    part = struct.pack(">BI", 0, 100_000) + bytes(99_999)
+    with (
+        served(count_silent=reasons, most_message_bytes=100_000) as server,
+        silent_connections(server.address, 3) as held,
+    ):
+        for number in range(24):
+            connection = held[number % 3]
+            connection.feed(connection.open(GENERATE), part)
+        reasons.wait_for(24 - 10)
         assert_all_is_answered(server)
 
 

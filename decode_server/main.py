@@ -1,6 +1,7 @@
 """The `spectrumkv-decode` command."""
 
 import sys
+from collections.abc import Iterator
 
 from spectrumkv.common.concurrency.threads import run_in_thread, use_one_thread
 from spectrumkv.common.kv.codecs.base import prepare_codecs
@@ -8,9 +9,9 @@ from spectrumkv.common.model.load import load_model
 from spectrumkv.common.rpc.decode_methods import SERVICE_NAME, add_decode_servicer
 from spectrumkv.common.rpc.server import Server
 from spectrumkv.common.security import ServerSecurity
-from spectrumkv.common.service import config as configuration
-from spectrumkv.common.service import process
+from spectrumkv.common.service import command_line, process
 from spectrumkv.common.service.config import DecodeConfig
+from spectrumkv.common.service.config_check import Line, model_lines, run_check, server_lines
 from spectrumkv.common.service.process import serve_until_signalled, set_up_logging
 from spectrumkv.common.service.start_checks import check_start
 from spectrumkv.common.telemetry.metrics import Metrics
@@ -20,15 +21,37 @@ from spectrumkv.kernels import decode_attention
 
 
 def main() -> None:
-    """Load the model, lay out the KV slots, and serve."""
+    """Load the model, lay out the KV slots, and serve; with --check-config, say what would be served."""
+    if command_line.asks_for_check(sys.argv[1:]):
+        run_check(_check)
     process.run(_serve)
 
 
-def _serve() -> None:
-    config = configuration.load(DecodeConfig, sys.argv[1:], "spectrumkv-decode")
+def _check() -> Iterator[Line]:
+    config = _checked_config(may_run=True)
+    yield from model_lines(config, "--kv-memory", config.kv_memory)
+    yield from server_lines(config)
+    yield "requests", f"{config.max_running} generate at once, {config.max_streams} hold KV slots"
+
+
+def _checked_config(may_run: bool = False) -> DecodeConfig:
+    """Read the options, and check what can be checked before the model is loaded.
+
+    Args:
+        may_run: let addresses be in use, by the same service perhaps.
+
+    Returns:
+        The options.
+    """
+    config = command_line.load(DecodeConfig, sys.argv[1:], "spectrumkv-decode")
     set_up_logging(config.log_level, config.log_format)
     set_up_spans("decode")
-    check_start(config)
+    check_start(config, may_run)
+    return config
+
+
+def _serve() -> None:
+    config = _checked_config()
     service, metrics = run_in_thread(lambda: _prepared(config)) if config.spin else _prepared(config)
     server = Server(
         add_decode_servicer,

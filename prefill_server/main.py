@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Iterator
 
 from spectrumkv.common.concurrency.threads import use_one_thread
 from spectrumkv.common.errors import ContextTooShortError
@@ -14,9 +15,9 @@ from spectrumkv.common.kv.warm_up import encode_once
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.common.rpc.server import Server
 from spectrumkv.common.security import ChannelSecurity, ServerSecurity
-from spectrumkv.common.service import config as configuration
-from spectrumkv.common.service import process
+from spectrumkv.common.service import command_line, process
 from spectrumkv.common.service.config import PrefillConfig
+from spectrumkv.common.service.config_check import Line, model_lines, run_check, server_lines
 from spectrumkv.common.service.process import serve_until_signalled, set_up_logging
 from spectrumkv.common.service.start_checks import check_start
 from spectrumkv.common.telemetry.metrics import Metrics
@@ -28,6 +29,7 @@ from spectrumkv.prefill_server.transfer.plan import check_defaults
 from spectrumkv.prefill_server.tuning.basis_cache import EXCERPTS, resolve_basis
 from spectrumkv.prefill_server.tuning.probe.probe import resolve_verdict
 from spectrumkv.prefill_server.verdict import ProbeVerdict
+from spectrumkv.prefill_server.workers.names import described_target
 from spectrumkv.v1 import prefill_pb2_grpc
 
 # Tokens of the prompt that kernels are compiled with; any number does.
@@ -37,17 +39,47 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Load the model, find its codec basis and how strongly its KV may be coded, then serve."""
+    """Load the model, find its codec basis and how strongly its KV may be coded, then serve.
+
+    With --check-config, say what would be served.
+    """
+    if command_line.asks_for_check(sys.argv[1:]):
+        run_check(_check)
     process.run(_serve)
 
 
-def _serve() -> None:
-    config = configuration.load(PrefillConfig, sys.argv[1:], "spectrumkv-prefill")
+def _check() -> Iterator[Line]:
+    config = _checked_config(may_run=True)
+    yield from model_lines(config, "--prefill-kv-memory", config.prefill_kv_memory)
+    yield from server_lines(config)
+    for target in config.decode:
+        yield "decode", described_target(target)
+    yield (
+        "KV",
+        f"policy {config.policy}, budget {config.budget or 'auto'}, codec {config.codec}, scope {config.scope}",
+    )
+
+
+def _checked_config(may_run: bool = False) -> PrefillConfig:
+    """Read the options, and check what can be checked before the model is loaded.
+
+    Args:
+        may_run: let addresses be in use, by the same service perhaps.
+
+    Returns:
+        The options.
+    """
+    config = command_line.load(PrefillConfig, sys.argv[1:], "spectrumkv-prefill")
     set_up_logging(config.log_level, config.log_format)
     set_up_spans("prefill")
-    check_start(config)
+    check_start(config, may_run)
     ChannelSecurity.to_decode(config).check()
     check_defaults(config)
+    return config
+
+
+def _serve() -> None:
+    config = _checked_config()
     loaded = load_model(config.model, config.device, config.dtype)
     prepare_codecs(loaded.geometry)
     attention_scores.prepare()

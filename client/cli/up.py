@@ -16,7 +16,7 @@ from spectrumkv.client.local.running_pair import (
     running_pair,
     stopped_by_signals,
 )
-from spectrumkv.common.service.config import add_flags
+from spectrumkv.common.service.command_line import add_flags
 from spectrumkv.common.telemetry.log_output import STDOUT, LineOutput
 
 

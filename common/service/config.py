@@ -5,20 +5,14 @@ a flag wins over the file. Unknown keys and bad values are refused with the name
 this is not pydantic-settings: docs/adr/0111-configuration.md.
 """
 
-import argparse
-import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.files import read_text
 from spectrumkv.common.kv.budget import BUDGET_MEANING
 from spectrumkv.common.service.options import (
     WEEK_SECONDS,
     Address,
-    allowed_by,
     check_certificate_and_key,
     flag_name,
     number,
@@ -37,10 +31,8 @@ __all__ = [
     "DecodeConfig",
     "PrefillConfig",
     "ServerConfig",
-    "add_flags",
     "build",
     "flag_name",
-    "load",
 ]
 
 # Queries at a prompt's end whose attention is observed. Calibration and the probe observe so many, whatever --window
@@ -218,50 +210,7 @@ class DecodeConfig(ServerConfig):
             )
 
 
-C = TypeVar("C", bound=ServerConfig)
 T = TypeVar("T")
-
-
-def add_flags(parser: argparse.ArgumentParser, config_class: type[ServerConfig]) -> None:
-    """Add a flag for every option; a flag that is not given leaves no attribute in the namespace."""
-    for declared in fields(config_class):
-        name, default, text = flag_name(declared.name), declared.default, str(declared.metadata["help"])
-        if isinstance(default, bool):
-            text += f" (default: {'yes' if default else 'no'})"
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-            continue
-        notes = [allowed_by(declared.metadata["parse"])]
-        notes += [] if default is None else [f"default: {declared.metadata['shown'] or text_of(default)}"]
-        if suffix := "; ".join(filter(None, notes)):
-            text = f"{text} ({suffix})"
-        parser.add_argument(name, default=argparse.SUPPRESS, metavar="VALUE", help=text.replace("%", "%%"))
-
-
-class _FlagParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InvalidArgumentError(f"{message}; {self.prog} --help lists the options")
-
-
-def load(config_class: type[C], arguments: Sequence[str], program: str) -> C:
-    """Read the options of a service from its command line and the file that --config names.
-
-    Args:
-        config_class: `PrefillConfig` or `DecodeConfig`.
-        arguments: the command line without the program's name.
-        program: the program's name, for --help and errors.
-
-    Returns:
-        The options.
-
-    Raises:
-        InvalidArgumentError: a key is unknown, a value is not allowed, or the file cannot be read.
-    """
-    parser = _FlagParser(prog=program, description=config_class.__doc__, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with these options as keys")
-    add_flags(parser, config_class)
-    given = vars(parser.parse_args(arguments))
-    path: Path | None = given.pop("config")
-    return build(config_class, (_read_file(path) if path else {}) | given)
 
 
 def build(config_class: type[T], given: dict[str, Any]) -> T:
@@ -298,12 +247,3 @@ def _parse(declared: Any, value: Any) -> Any:
         return declared.metadata["parse"](text)
     except ValueError as error:
         raise InvalidArgumentError(f"{name} is {text!r}; allowed: {error}") from None
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(read_text(path))
-    except OSError as error:
-        raise InvalidArgumentError(f"--config {path} cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise InvalidArgumentError(f"--config {path} is not a TOML file: {error}") from error

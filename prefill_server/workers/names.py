@@ -36,6 +36,20 @@ def resolve(name: Address) -> frozenset[Address]:
     return frozenset(Address(f"[{host}]", name.port) for host in hosts[socket.AF_INET6])
 
 
+def described_target(target: Address) -> str:
+    """Return an address or a name of `--decode`, a name with the addresses that it has now.
+
+    Args:
+        target: the address or name.
+    """
+    if target.ip_version is not None:
+        return str(target)
+    try:
+        return f"{target}, now {', '.join(sorted(map(str, resolve(target))))}"
+    except (OSError, UnicodeError) as error:
+        return f"{target}, which does not resolve now: {_reason(error)}"
+
+
 class FollowedName:
     """Looks up one name again and again, on a thread of its own: a look-up may hang for as long as name servers do.
 
@@ -85,7 +99,7 @@ class FollowedName:
         try:
             found = self._look_up(self.name)
         except (OSError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
+            reason = _reason(error)
             if self.failure is None:
                 logger.warning(
                     "%s of --decode does not resolve: %s; workers that were found before stay", self.name.host, reason
@@ -96,3 +110,7 @@ class FollowedName:
             logger.info("%s of --decode resolves again", self.name.host)
         self.failure = None
         return found
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -14,7 +14,8 @@ from spectrumkv.common.model.configuration import read_object
 from spectrumkv.common.model.directory import find_model
 from spectrumkv.common.security import TlsFiles
 from spectrumkv.common.security.token_file import read_tokens
-from spectrumkv.common.service.config import DecodeConfig, load
+from spectrumkv.common.service.command_line import load
+from spectrumkv.common.service.config import DecodeConfig
 from tests.tiny_models import tiny_model
 
 pytestmark = pytest.mark.timeout(20)

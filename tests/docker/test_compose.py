@@ -8,7 +8,8 @@ import yaml
 
 from spectrumkv.client.cli.main import build_parser
 from spectrumkv.common.security import ChannelSecurity, ServerSecurity, TlsFiles
-from spectrumkv.common.service.config import DecodeConfig, PrefillConfig, ServerConfig, load
+from spectrumkv.common.service.command_line import load
+from spectrumkv.common.service.config import DecodeConfig, PrefillConfig, ServerConfig
 from tests.docker.deployment import (
     COMPOSE_FILES,
     DOCKER,

@@ -5,15 +5,14 @@ import pytest
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.security import ServerSecurity
+from spectrumkv.common.service.command_line import add_flags, load
 from spectrumkv.common.service.config import (
     Address,
     DecodeConfig,
     PrefillConfig,
     ServerConfig,
-    add_flags,
     build,
     flag_name,
-    load,
     text_of,
 )
 from spectrumkv.common.service.options import allowed_by, some_text

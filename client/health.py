@@ -23,6 +23,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the words of the command line; None takes those of the process.
     """
+    parsed = build_parser().parse_args(arguments)
+    try:
+        with open_channel(parsed.server, flags.channel_security(parsed)) as channel:
+            ready = is_serving(channel, parsed.timeout)
+    except SpectrumKVError as error:
+        print(f"{parsed.server}: {error.code}: {error.message}", file=sys.stderr)  # noqa: T201
+        return 1
+    if not ready:
+        print(f"{parsed.server} is not ready", file=sys.stderr)  # noqa: T201
+    return 0 if ready else 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line; the environment may name the server."""
     parser = argparse.ArgumentParser(
         prog="spectrumkv-health",
         description="Exit with status 0 only if a server is ready; a token is not needed.",
@@ -37,16 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="SECONDS",
         help="time that the server has to answer (default: %(default)g)",
     )
-    parsed = parser.parse_args(arguments)
-    try:
-        with open_channel(parsed.server, flags.channel_security(parsed)) as channel:
-            ready = is_serving(channel, parsed.timeout)
-    except SpectrumKVError as error:
-        print(f"{parsed.server}: {error.code}: {error.message}", file=sys.stderr)  # noqa: T201
-        return 1
-    if not ready:
-        print(f"{parsed.server} is not ready", file=sys.stderr)  # noqa: T201
-    return 0 if ready else 1
+    return parser
 
 
 if __name__ == "__main__":

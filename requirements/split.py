@@ -1,7 +1,7 @@
-"""Splits what `uv pip compile` found into the files that `make install LOCKED=…` and the images read: `make lock` runs it.
+"""Splits what `uv pip compile` found into the files that `make install LOCKED=…` and images read; `make lock` does.
 
 PyTorch is published twice: on PyPI for CUDA, with several gigabytes of libraries behind it, and on its own index for
-CPUs, without them. So each has a file of its own, and what both need stands in `locked.txt`. Triton is for GPUs and for
+CPUs, without them. So each has a file of its own, and what both need stands in `locked.txt`. Triton is for GPUs and
 tests, so it has a file of its own, too. `image.txt` is what the services need of all that, `build.txt` what makes the
 wheel, and `sbom.txt` what makes the bill of materials.
 """

@@ -31,4 +31,6 @@ def test_a_server_that_is_not_there_is_not(capsys: pytest.CaptureFixture[str]) -
 
 def test_nothing_large_is_imported() -> None:
     code = "import sys, spectrumkv.client.health; print({'torch', 'numpy', 'transformers'} & sys.modules.keys())"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    )

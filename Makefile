@@ -33,10 +33,10 @@ demo: install  ## Start both services on the embedded model, send a long prompt 
 	$(BIN)/spectrumkv demo
 
 test: install  ## The tests that every change must pass (a few minutes)
-	$(BIN)/python -m pytest -m 'not slow and not gpu' --ignore=tests/faults
+	$(BIN)/python -m pytest -m 'not slow and not gpu' --ignore=tests/faults --ignore=tests/docker/images
 
 test-slow: install  ## The tests that take longer
-	$(BIN)/python -m pytest -m 'slow and not gpu' --ignore=tests/faults
+	$(BIN)/python -m pytest -m 'slow and not gpu' --ignore=tests/faults --ignore=tests/docker/images
 
 lint: install $(SOURCE_TREE)  ## Lint, formatting, types, which folder imports which, and the .proto files
 	$(BIN)/ruff check .
@@ -128,6 +128,13 @@ test-faults-exhaustive: install  ## The same with the longest forms: 20,400 host
 
 soak: install  ## 2,000 mixed requests on four workers, one killed or broken each minute (docs/faults.md; ARGS='--seed 7')
 	$(BIN)/python -m tests.faults.soak.soak $(ARGS)
+
+# Builds the images and starts them, on a Docker engine; without one every test is skipped and says why.
+.PHONY: test-images
+BUILD ?=
+
+test-images: install  ## Images and compose files on a Docker engine (BUILD='--network host': options of docker build)
+	IMAGE_BUILD='$(BUILD)' $(BIN)/python -m pytest -s tests/docker/images
 
 # Tools that only these targets need have an environment of their own.
 SUPPLY := build/supply

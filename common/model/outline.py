@@ -1,7 +1,6 @@
 """Says what a model is by its configuration and its files' headers: nothing is fetched, and no weight is read."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 

@@ -21,7 +21,8 @@ $(VENV)/.installed: pyproject.toml setup.py $(PROTOS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 ifdef LOCKED
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q --require-hashes \
-		-r requirements/locked.txt -r requirements/torch-$(if $(filter cpu,$(LOCKED)),cpu,cuda).txt
+		-r requirements/locked.txt -r requirements/triton.txt \
+		-r requirements/torch-$(if $(filter cpu,$(LOCKED)),cpu,cuda).txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
 else
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -e '.[dev]'
@@ -32,10 +33,10 @@ demo: install  ## Start both services on the embedded model, send a long prompt 
 	$(BIN)/spectrumkv demo
 
 test: install  ## The tests that every change must pass (a few minutes)
-	$(BIN)/python -m pytest -m 'not slow and not gpu' --ignore=tests/faults
+	$(BIN)/python -m pytest -m 'not slow and not gpu' --ignore=tests/faults --ignore=tests/docker/images
 
 test-slow: install  ## The tests that take longer
-	$(BIN)/python -m pytest -m 'slow and not gpu' --ignore=tests/faults
+	$(BIN)/python -m pytest -m 'slow and not gpu' --ignore=tests/faults --ignore=tests/docker/images
 
 lint: install $(SOURCE_TREE)  ## Lint, formatting, types, which folder imports which, and the .proto files
 	$(BIN)/ruff check .
@@ -128,6 +129,13 @@ test-faults-exhaustive: install  ## The same with the longest forms: 20,400 host
 soak: install  ## 2,000 mixed requests on four workers, one killed or broken each minute (docs/faults.md; ARGS='--seed 7')
 	$(BIN)/python -m tests.faults.soak.soak $(ARGS)
 
+# Builds the images and starts them, on a Docker engine; without one every test is skipped and says why.
+.PHONY: test-images
+BUILD ?=
+
+test-images: install  ## Images and compose files on a Docker engine (BUILD='--network host': options of docker build)
+	IMAGE_BUILD='$(BUILD)' $(BIN)/python -m pytest -s tests/docker/images
+
 # Tools that only these targets need have an environment of their own.
 SUPPLY := build/supply
 .PHONY: lock sbom audit
@@ -137,17 +145,22 @@ $(SUPPLY)/.installed:
 	$(SUPPLY)/bin/python -m pip install --disable-pip-version-check -q 'uv>=0.8' 'cyclonedx-bom>=7,<8' 'pip-audit>=2.9,<3'
 	@touch $@
 
+# The images' files take the versions that the first one found.
+LOCK := $(SUPPLY)/bin/uv pip compile -q --universal --generate-hashes --python-version 3.11
 lock: $(SUPPLY)/.installed  ## Write requirements/*.txt anew: every dependency at the newest version allowed, with hashes
-	$(SUPPLY)/bin/uv pip compile -q --universal --upgrade --generate-hashes --python-version 3.11 --extra dev \
-		pyproject.toml requirements/build.in -o build/locked.txt
+	mkdir -p build/lock
+	$(LOCK) --upgrade --extra dev pyproject.toml requirements/build.in -o build/lock/locked.txt
+	$(LOCK) -c build/lock/locked.txt --extra otel pyproject.toml -o build/lock/image.txt
+	$(LOCK) -c build/lock/locked.txt requirements/build.in -o build/lock/build.txt
+	$(LOCK) -c build/lock/locked.txt requirements/sbom.in -o build/lock/sbom.txt
 	rm -rf build/torch-cpu
 	$(SUPPLY)/bin/python -m pip download -q --no-deps -d build/torch-cpu \
 		--extra-index-url https://download.pytorch.org/whl/cpu \
-		"$$(sed -n 's/^torch==\([0-9.]*\).*/torch==\1+cpu/p' build/locked.txt)"
-	$(SUPPLY)/bin/python requirements/split.py build/locked.txt build/torch-cpu/torch-*.whl
+		"$$(sed -n 's/^torch==\([0-9.]*\).*/torch==\1+cpu/p' build/lock/locked.txt)"
+	$(SUPPLY)/bin/python requirements/split.py build/lock build/torch-cpu/torch-*.whl
 
 sbom: $(SUPPLY)/.installed  ## Write build/sbom.cdx.json, a CycloneDX bill of materials of the locked dependencies
-	cat requirements/locked.txt requirements/torch-cuda.txt > build/requirements.txt
+	cat requirements/locked.txt requirements/triton.txt requirements/torch-cuda.txt > build/requirements.txt
 	$(SUPPLY)/bin/cyclonedx-py requirements build/requirements.txt --pyproject pyproject.toml -o build/sbom.cdx.json
 
 audit: $(SUPPLY)/.installed  ## Look the locked dependencies up among known vulnerabilities

@@ -8,7 +8,7 @@ import torch
 
 from spectrumkv.common.errors import FailedPreconditionError, ResourceExhaustedError
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.service import cgroup
+from spectrumkv.common.service import cgroup, machine
 from spectrumkv.common.telemetry.metrics import Metrics
 
 # How soon a refused prefill may ask again: about the time in which a short answer frees its slots.
@@ -48,11 +48,12 @@ class KvPool:
             raise FailedPreconditionError(
                 f"--kv-memory of {memory_bytes} bytes holds no slot; one takes {self.slot_bytes} bytes"
             )
-        there = cgroup.memory_bytes()
+        there = machine.bytes_left()
         if device.type == "cpu" and there is not None and memory_bytes > there:
             raise FailedPreconditionError(
-                f"--kv-memory is {memory_bytes} bytes, and this machine, or the control group of this "
-                f"process, has {there}, of which the model takes some; set it lower"
+                f"--kv-memory is {memory_bytes} bytes, and this machine, or the control group of this process, has "
+                f"{cgroup.memory_bytes()}, of which the model and requests leave {there}; set it lower, or give the "
+                "service more memory"
             )
         # One slot more, which padding rows of a CUDA graph read and write.
         shape = (geometry.layers, geometry.kv_heads, self.slots + 1, geometry.head_dim)

@@ -28,7 +28,7 @@ from spectrumkv.prefill_server.progress import Progress, RequestsInService
 from spectrumkv.prefill_server.reading import RequestReader
 from spectrumkv.prefill_server.request import PrefillRequest
 from spectrumkv.prefill_server.transfer import CodecSelector, FirstToken, KvPipeline, KvPlan
-from spectrumkv.prefill_server.transfer.kv_memory import KvMemory, KvReservation, default_kv_memory
+from spectrumkv.prefill_server.transfer.kv_memory import KvMemory, KvReservation, kv_memory_bytes
 from spectrumkv.prefill_server.transfer.plan import default_budget
 from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.prefill_server.workers import DecodeLease, Dispatch, WorkerPool
@@ -84,7 +84,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         metrics.kernel_faults.set(bool(kernel_fault()))
         metrics.int4_probe_passed.set(verdict.int4_allowed)
         metrics.probe_safe_budget.set(verdict.safe_budget or 0)
-        self._kv_memory = KvMemory(config.prefill_kv_memory or default_kv_memory(loaded.device))
+        self._kv_memory = KvMemory(kv_memory_bytes(config.prefill_kv_memory, loaded.device))
         metrics.requests_waiting.set_function(lambda: self._waiting)
         metrics.requests_running.set_function(lambda: max(0, self._requests.count - self._waiting))
 

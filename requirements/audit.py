@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-FILES = ("locked.txt", "torch-cuda.txt")
+FILES = ("locked.txt", "triton.txt", "torch-cuda.txt")
 
 
 def main() -> int:

@@ -1,7 +1,9 @@
-"""Splits what `uv pip compile` found into the files that `make install LOCKED=…` reads: `make lock` runs it.
+"""Splits what `uv pip compile` found into the files that `make install LOCKED=…` and images read; `make lock` does.
 
 PyTorch is published twice: on PyPI for CUDA, with several gigabytes of libraries behind it, and on its own index for
-CPUs, without them. So each has a file of its own, and what both need stands in `locked.txt`.
+CPUs, without them. So each has a file of its own, and what both need stands in `locked.txt`. Triton is for GPUs and
+tests, so it has a file of its own, too. `image.txt` is what the services need of all that, `build.txt` what makes the
+wheel, and `sbom.txt` what makes the bill of materials.
 """
 
 import re
@@ -11,8 +13,11 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 # What only PyTorch's CUDA build needs.
-CUDA = re.compile(r"(nvidia|cuda)-")
+CUDA = re.compile(r"(nvidia|cuda)-|torch==")
+TRITON = re.compile(r"triton==")
 HEADER = "# Written by `make lock`; every file is pinned by its SHA-256.\n"
+# Compiled files whose entries go over as they are, without PyTorch and what it brings.
+WHOLE = ("image", "build", "sbom")
 
 
 def entries(compiled: str) -> list[str]:
@@ -36,14 +41,22 @@ def cpu_torch(wheel: Path) -> str:
     return f"# {wheel.name}\ntorch=={version} \\\n    {hashed}\n"
 
 
+def write(name: str, content: list[str]) -> None:
+    """Write one of the files."""
+    (FOLDER / f"{name}.txt").write_text(HEADER + "".join(content))
+
+
 def main() -> None:
-    """Write the three files; the arguments are what uv wrote and the wheel of the CPU build."""
+    """Write the files; the arguments are the folder that uv wrote to and the wheel of the CPU build."""
     compiled, wheel = map(Path, sys.argv[1:])
-    both, cuda = [], []
-    for entry in entries(compiled.read_text()):
-        (cuda if CUDA.match(entry) or entry.startswith("torch==") else both).append(entry)
-    for name, content in (("locked", both), ("torch-cuda", cuda), ("torch-cpu", [cpu_torch(wheel)])):
-        (FOLDER / f"{name}.txt").write_text(HEADER + "".join(content))
+    every = entries((compiled / "locked.txt").read_text())
+    write("torch-cuda", [entry for entry in every if CUDA.match(entry)])
+    write("triton", [entry for entry in every if TRITON.match(entry)])
+    write("locked", [entry for entry in every if not CUDA.match(entry) and not TRITON.match(entry)])
+    write("torch-cpu", [cpu_torch(wheel)])
+    for name in WHOLE:
+        found = entries((compiled / f"{name}.txt").read_text())
+        write(name, [entry for entry in found if not CUDA.match(entry) and not TRITON.match(entry)])
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from spectrumkv.common.model.embedded import WHEEL
+
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "requirements"
-FILES = ("locked.txt", "torch-cpu.txt", "torch-cuda.txt")
+FILES = tuple(path.name for path in sorted(FOLDER.glob("*.txt")))
 
 
 def locked(name: str) -> dict[str, list[str]]:
@@ -28,7 +30,7 @@ def test_every_dependency_is_locked_at_a_version_that_is_allowed(torch: str) -> 
     extras = project["optional-dependencies"]
     named = [*project["dependencies"], *(one for group in extras.values() for one in group)]
     wanted = [Requirement(one) for one in named]
-    versions = locked("locked.txt") | locked(torch)
+    versions = locked("locked.txt") | locked("triton.txt") | locked(torch)
     for requirement in wanted:
         if requirement.name == "spectrumkv":
             continue
@@ -36,6 +38,20 @@ def test_every_dependency_is_locked_at_a_version_that_is_allowed(torch: str) -> 
         assert found, f"{requirement} is not locked; run `make lock`"
         for version in found:
             assert requirement.specifier.contains(version), f"{requirement} is locked at {version}; run `make lock`"
+
+
+def test_images_have_what_the_services_ask_for_at_the_versions_that_tests_ran_with() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [Requirement(one) for one in (*project["dependencies"], *project["optional-dependencies"]["otel"])]
+    image, tested = locked("image.txt"), locked("locked.txt")
+    assert {one.name.replace("_", "-") for one in wanted} - image.keys() == {"torch"}
+    assert {name: versions for name, versions in image.items() if tested.get(name) != versions} == {}
+    assert "triton" not in image
+
+
+def test_the_baked_model_is_the_one_that_services_ask_for() -> None:
+    assert locked("embedded-model.txt") == {WHEEL.package: [WHEEL.version]}
+    assert f"--hash=sha256:{WHEEL.sha256}" in (FOLDER / "embedded-model.txt").read_text()
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -170,10 +170,15 @@ def connect(arguments: argparse.Namespace) -> SpectrumClient:
     Raises:
         InvalidArgumentError: the flags contradict each other, a file cannot be used, or plaintext is not allowed.
     """
-    return SpectrumClient(arguments.server, _security(arguments))
+    return SpectrumClient(arguments.server, channel_security(arguments))
 
 
-def _security(arguments: argparse.Namespace) -> ChannelSecurity:
+def channel_security(arguments: argparse.Namespace) -> ChannelSecurity:
+    """Return the security of a channel that the flags describe.
+
+    Raises:
+        InvalidArgumentError: the flags contradict each other.
+    """
     tls = None
     if arguments.tls_ca is not None:
         ca = None if arguments.tls_ca == SYSTEM_ROOTS else Path(arguments.tls_ca)

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,14 +125,13 @@ def write_entry(path: Path, name: str, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-            try:
-                file.write(f"{_checksum(text)}\n{text}")
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        # `tempfile` would keep the entry from all other users, and the umask says who may read it.
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+        try:
+            partial.write_text(f"{_checksum(text)}\n{text}", encoding="utf-8")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         logger.warning("cannot keep %s in %s: %s; the next start computes it again", name, path, error)
 
@@ -155,7 +154,8 @@ def _checksum(text: str) -> str:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    lock = FileLock(directory.with_name(f"{directory.name}.lock"))
+    # In a container, users of group 0 take turns at one cache (docker/Dockerfile): each must be able to lock it.
+    lock = FileLock(directory.with_name(f"{directory.name}.lock"), mode=0o664)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         try:

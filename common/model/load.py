@@ -23,6 +23,7 @@ from spectrumkv.common.kv.geometry import NATIVE_DTYPES, KvGeometry
 from spectrumkv.common.model.configuration import eos_token_ids, read_config
 from spectrumkv.common.model.description import cache_geometry, describe, names_in_files, read_tokenizer
 from spectrumkv.common.model.directory import find_model, refuse_damage
+from spectrumkv.common.model.footprint import check_weights_fit
 from spectrumkv.common.model.packed_linear import can_pack, pack_linear_layers
 from spectrumkv.common.model.spec import ModelSpec, weights_digest, weights_unchanged
 from spectrumkv.common.model.support import LayerAttention, layer_attention
@@ -93,13 +94,16 @@ def load_model(
 
     Raises:
         InvalidArgumentError: `device` or `dtype` is another word.
-        FailedPreconditionError: the model is not found, is damaged or cannot be served, or there is no such device.
+        FailedPreconditionError: the model is not found, is damaged, cannot be served or is larger than the memory, or
+            there is no such device.
     """
     place = choose_device(device)
     public_name, directory = find_model(name)
     config = read_config(directory)
     tokenizer = read_tokenizer(directory, config)
     eos = eos_token_ids(directory, config, tokenizer.eos_token_id)
+    if place.type == "cpu":
+        check_weights_fit(directory, choose_dtype(dtype, place) or own_dtype(config))
     with weights_unchanged(directory):
         model = _read_weights(directory, config, choose_dtype(dtype, place)).to(place)
         digest = weights_digest(directory, names_in_files(model))
@@ -158,6 +162,15 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
     if dtype not in _DTYPES:
         raise InvalidArgumentError(f"dtype is {dtype!r}; valid: auto, {', '.join(_DTYPES)}")
     return _DTYPES[dtype]
+
+
+def own_dtype(config: PretrainedConfig) -> torch.dtype:
+    """Return the dtype that a model was published in; float32 where its configuration does not say.
+
+    Args:
+        config: of the model.
+    """
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
 def _read_weights(directory: Path, config: PretrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:

@@ -1,18 +1,15 @@
 """Says what a model is by its configuration and its files' headers: nothing is fetched, and no weight is read."""
 
-import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from transformers import PretrainedConfig
 
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.model.configuration import read_config
 from spectrumkv.common.model.description import cache_geometry, read_tokenizer
-from spectrumkv.common.model.directory import find_present_model, refuse_damage, weight_files
-from spectrumkv.common.model.load import choose_device, choose_dtype
+from spectrumkv.common.model.directory import find_present_model
+from spectrumkv.common.model.footprint import weights_bytes
+from spectrumkv.common.model.load import choose_device, choose_dtype, own_dtype
 
 
 @dataclass(frozen=True)
@@ -57,26 +54,12 @@ def outline_model(name: str | None, device: str, dtype: str) -> ModelOutline | N
     public_name, directory = found
     config = read_config(directory)
     read_tokenizer(directory, config)
-    computed_in = choose_dtype(dtype, place) or _own_dtype(config)
+    computed_in = choose_dtype(dtype, place) or own_dtype(config)
     return ModelOutline(
         name=public_name,
         architecture=config.model_type,
         device=place,
         geometry=cache_geometry(config, computed_in),
         context_length=config.max_position_embeddings,
-        weight_bytes=_elements(directory) * computed_in.itemsize,
+        weight_bytes=weights_bytes(directory, computed_in),
     )
-
-
-def _own_dtype(config: PretrainedConfig) -> torch.dtype:
-    dtype = config.dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
-
-
-def _elements(directory: Path) -> int:
-    """Return how many numbers the weights are."""
-    count = 0
-    for path in weight_files(directory):
-        with refuse_damage(f"{path.name} of the model in {directory}"), safe_open(path, framework="pt") as tensors:
-            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return count

@@ -51,6 +51,11 @@ class ServerConfig:
         "dtype that the model computes in; auto is float32 on a CPU and the model's own on a GPU",
         one_of("auto", "float32", "float16", "bfloat16"),
     )
+    threads: int | None = option(
+        None,
+        "threads that run the model on CPUs; auto, the default, is one for each processor that this process may use",
+        or_auto(number(1, 1024, int)),
+    )
     listen: Address
     metrics_listen: Address
     tls_cert: str | None = option(None, "PEM file of this process's certificate and intermediate ones; turns TLS on")

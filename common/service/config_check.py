@@ -13,6 +13,7 @@ from spectrumkv.common.security import TlsFiles
 from spectrumkv.common.security.file_metrics import first_expiry
 from spectrumkv.common.service import cgroup
 from spectrumkv.common.service.config import ServerConfig
+from spectrumkv.common.service.machine import shown_bytes
 
 # The exit status of a check that found something, other than that of a service that ended.
 EXIT_UNUSABLE = 2
@@ -79,7 +80,7 @@ def model_lines(config: ServerConfig, kv_option: str, kv_bytes: int | None) -> I
         f"{geometry.head_dim}, context {model.context_length}",
     )
     dtype = str(geometry.native_dtype).removeprefix("torch.")
-    yield "weights", f"{_shown(model.weight_bytes)} in {dtype} on {model.device}"
+    yield "weights", f"{shown_bytes(model.weight_bytes)} in {dtype} on {model.device}"
     token_bytes = geometry.layers * geometry.native_bytes_per_token_layer
     if kv_bytes is None:
         yield kv_option, f"auto; a token takes {token_bytes} bytes"
@@ -88,7 +89,10 @@ def model_lines(config: ServerConfig, kv_option: str, kv_bytes: int | None) -> I
             f"{kv_option} of {kv_bytes} bytes holds no token; one takes {token_bytes} bytes"
         )
     else:
-        yield kv_option, f"{_shown(kv_bytes)}, which holds {kv_bytes // token_bytes} tokens of {token_bytes} bytes"
+        yield (
+            kv_option,
+            f"{shown_bytes(kv_bytes)}, which holds {kv_bytes // token_bytes} tokens of {token_bytes} bytes",
+        )
     yield "memory", _check_memory(model, kv_option, kv_bytes or 0)
 
 
@@ -107,12 +111,7 @@ def _check_memory(model: ModelOutline, kv_option: str, kv_bytes: int) -> str:
         return "not known"
     if model.weight_bytes + kv_bytes > there:
         raise FailedPreconditionError(
-            f"the weights of {model.name} take {_shown(model.weight_bytes)} and {kv_option} {_shown(kv_bytes)}, "
-            f"together more than the {_shown(there)} {whose}; lower {kv_option}, or give the service more memory"
+            f"the weights of {model.name} take {shown_bytes(model.weight_bytes)} and {kv_option} "
+            f"{shown_bytes(kv_bytes)}, together more than the {shown_bytes(there)} {whose}; lower {kv_option}, or give the service more memory"
         )
-    return f"{_shown(there)} {whose}"
-
-
-def _shown(count: int) -> str:
-    """Return a number of bytes as people read it."""
-    return f"{count / (1 << 30):.2f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.1f} MiB"
+    return f"{shown_bytes(there)} {whose}"

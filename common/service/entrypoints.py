@@ -7,35 +7,52 @@ command without a traceback.
 import importlib
 import os
 import signal
+import sys
 
-from spectrumkv.common.service import cgroup
+from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.service import machine
 
 
 def prefill() -> None:
     """Run `spectrumkv-prefill`."""
-    _run("spectrumkv.prefill_server.main")
+    _run("spectrumkv-prefill", "spectrumkv.prefill_server.main", "PrefillConfig")
 
 
 def decode() -> None:
     """Run `spectrumkv-decode`."""
-    _run("spectrumkv.decode_server.main")
+    _run("spectrumkv-decode", "spectrumkv.decode_server.main", "DecodeConfig")
 
 
-def heed_processor_limit() -> None:
-    """Let libraries start no more threads than the process's control group keeps busy.
+def limit_threads(threads: int | None) -> None:
+    """Let libraries start so many threads, and by default no more than this process may keep busy.
 
-    They count the machine's processors. With more threads than its share the group is stopped for a part of each
-    period, while threads that hold locks wait. The number must be known before the libraries are imported.
+    They heed the affinity, and know nothing of a control group's quota. With more threads than its share a group is
+    stopped for a part of each period, while threads that hold locks wait. The number must be known before the
+    libraries are imported.
+
+    Args:
+        threads: what --threads says; with None OMP_NUM_THREADS counts, where it is set.
     """
-    limit = cgroup.processor_limit()
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if limit is not None and limit < there:
-        os.environ.setdefault("OMP_NUM_THREADS", str(limit))
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    elif machine.processors() < machine.affinity():
+        os.environ.setdefault("OMP_NUM_THREADS", str(machine.processors()))
 
 
-def _run(module: str) -> None:
+def _run(program: str, module: str, config_class: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    heed_processor_limit()
+    limit_threads(_threads_asked_for(program, config_class))
     main = importlib.import_module(module).main
     signal.signal(signal.SIGINT, signal.default_int_handler)
     main()
+
+
+def _threads_asked_for(program: str, config_class: str) -> int | None:
+    configuration = importlib.import_module("spectrumkv.common.service.config")
+    command_line = importlib.import_module("spectrumkv.common.service.command_line")
+    try:
+        threads: int | None = command_line.load(getattr(configuration, config_class), sys.argv[1:], program).threads
+    except InvalidArgumentError:
+        # The service reads its options once more and says what is wrong.
+        return None
+    return threads

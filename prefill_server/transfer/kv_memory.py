@@ -7,9 +7,9 @@ from types import TracebackType
 
 import torch
 
-from spectrumkv.common.errors import CancelledError
+from spectrumkv.common.errors import CancelledError, FailedPreconditionError
 from spectrumkv.common.rpc.scope import RpcScope
-from spectrumkv.common.service.cgroup import memory_bytes
+from spectrumkv.common.service import cgroup, machine
 
 # Share of the memory that KV may take where no option says how much.
 DEFAULT_SHARE = 0.5
@@ -17,17 +17,30 @@ DEFAULT_SHARE = 0.5
 UNKNOWN_MEMORY_BYTES = 8 << 30
 
 
-def default_kv_memory(device: torch.device) -> int:
-    """Return how many bytes prompts' KV may take on a device where no option says it.
+def kv_memory_bytes(asked: int | None, device: torch.device) -> int:
+    """Return how many bytes prompts' KV may take.
 
     Args:
+        asked: what --prefill-kv-memory says; with None it is half of the memory, or what there is beside the model
+            where that is less.
         device: where the model runs.
+
+    Raises:
+        FailedPreconditionError: on a CPU, there is not so much memory beside the model.
     """
     if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    else:
-        memory = memory_bytes() or UNKNOWN_MEMORY_BYTES
-    return int(DEFAULT_SHARE * memory)
+        return asked or int(DEFAULT_SHARE * torch.cuda.get_device_properties(device).total_memory)
+    there = machine.bytes_left()
+    if there is None:
+        return asked or int(DEFAULT_SHARE * UNKNOWN_MEMORY_BYTES)
+    wanted = asked or min(int(DEFAULT_SHARE * (cgroup.memory_bytes() or 0)), there)
+    if wanted > there or not there:
+        raise FailedPreconditionError(
+            f"--prefill-kv-memory is {wanted} bytes, and this machine, or the control group of this process, has "
+            f"{cgroup.memory_bytes()}, of which the model and requests leave {there}; set it lower, or give the "
+            "service more memory"
+        )
+    return wanted
 
 
 class KvMemory:

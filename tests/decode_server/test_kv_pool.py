@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry
 
 from spectrumkv.common.errors import FailedPreconditionError, ResourceExhaustedError
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.service import cgroup
+from spectrumkv.common.service import machine
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.kv_pool import Allocation, KvPool
 
@@ -31,10 +31,10 @@ def test_memory_is_counted_in_whole_slots() -> None:
 def test_memory_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch would be given it, and the process ended once it is written to."""
     device, metrics = torch.device("cpu"), Metrics(CollectorRegistry())
-    with pytest.raises(FailedPreconditionError, match=r"--kv-memory is 2\d+ bytes, .* has \d+, of"):
+    with pytest.raises(FailedPreconditionError, match=r"--kv-memory is 2\d+ bytes, .* has \d+, of which"):
         KvPool(GEOMETRY, 2 * 10**15, device, metrics)
     # A machine that does not say, and an allocator that says no.
-    monkeypatch.setattr(cgroup, "memory_bytes", lambda: None)
+    monkeypatch.setattr(machine, "bytes_left", lambda: None)
     with pytest.raises(
         FailedPreconditionError, match="--kv-memory of 4611686018427387904 bytes cannot be had on cpu"
     ):

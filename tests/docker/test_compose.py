@@ -1,15 +1,16 @@
 import re
-import shlex
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
-from spectrumkv.client.cli.main import build_parser
+from spectrumkv.client import health
+from spectrumkv.client.cli import flags
 from spectrumkv.common.security import ChannelSecurity, ServerSecurity, TlsFiles
 from spectrumkv.common.service.command_line import load
 from spectrumkv.common.service.config import DecodeConfig, PrefillConfig, ServerConfig
+from spectrumkv.common.service.options import parse_bytes
 from tests.docker.deployment import (
     COMPOSE_FILES,
     DOCKER,
@@ -121,12 +122,13 @@ def test_secrets_are_mounted_read_only_and_health_checks_show_them(service: str)
     (volume,) = definition["volumes"]
     # Of its own: not the other service's key.
     assert volume.endswith(f"}}/{service}:{MOUNTED}:ro")
-    program, *arguments = shlex.split(definition["healthcheck"]["test"])
-    parsed = build_parser().parse_args(arguments)
-    assert program == "spectrumkv"
-    assert parsed.server == f"{service}:{config('gpu', service).listen.port}"
+    kind, program, *arguments = definition["healthcheck"]["test"]
+    parsed = health.build_parser().parse_args(arguments)
+    assert (kind, program) == ("CMD", "spectrumkv-health")
+    # Itself: the service's name leads to any replica.
+    assert parsed.server == flags.DEFAULT_SERVER
+    assert parsed.tls_name == service
     assert parsed.tls_ca == str(MOUNTED / "ca.crt")
-    assert parsed.token_file.parent == MOUNTED
     assert (parsed.tls_cert is not None) == (service == "decode")
 
 
@@ -144,8 +146,10 @@ def test_prefill_finds_decode(file: str) -> None:
 @each_service
 def test_prometheus_scrapes_where_the_services_publish(file: str, service: str) -> None:
     scrapes = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"]
-    targets = {scrape["job_name"]: scrape["static_configs"][0]["targets"] for scrape in scrapes}
-    assert targets[f"spectrumkv-{service}"] == [f"{service}:{config(file, service).metrics_listen.port}"]
+    (found,) = next(one["dns_sd_configs"] for one in scrapes if one["job_name"] == f"spectrumkv-{service}")
+    # Every address of the name, so that replicas are found.
+    assert (found["names"], found["type"]) == ([service], "A")
+    assert found["port"] == config(file, service).metrics_listen.port
 
 
 @each_file
@@ -176,7 +180,6 @@ def test_without_a_gpu_nothing_is_reserved_and_no_cuda_is_installed(service: str
     definition = read_compose(COMPOSE_FILES["cpu"])["services"][service]
     assert isinstance(definition["deploy"], Reset)
     assert definition["build"]["target"] == "cpu"
-    assert definition["build"]["args"]["TORCH_INDEX_URL"].endswith("/cpu")
     assert definition["image"] != read_compose(COMPOSE_FILES["gpu"])["services"][service]["image"]
 
 
@@ -199,6 +202,24 @@ def test_every_container_drops_privileges() -> None:
         assert definition["cap_drop"] == ["ALL"]
         assert definition["security_opt"] == ["no-new-privileges:true"]
         assert "privileged" not in definition
+
+
+def test_every_container_is_held_to_its_volumes_to_memory_and_to_processes() -> None:
+    for definition in read_compose(COMPOSE_FILES["gpu"])["services"].values():
+        assert definition["read_only"] is True
+        assert definition["tmpfs"] == ["/tmp"]
+        assert re.fullmatch(r"\d+g", interpolate(definition["mem_limit"], {}))
+        assert definition["pids_limit"] > 0
+
+
+@each_file
+@each_service
+def test_memory_limits_can_be_set_and_leave_room_for_kv(file: str, service: str) -> None:
+    limit = read_compose(COMPOSE_FILES[file])["services"][service]["mem_limit"]
+    assert interpolate(limit, {f"{service.upper()}_MEMORY": "7g"}) == "7g"
+    options = config(file, service)
+    if isinstance(options, DecodeConfig) and file == "cpu":
+        assert options.kv_memory < parse_bytes(interpolate(limit, {}).replace("g", "GiB")) / 2
 
 
 def test_mounted_files_exist_and_volumes_are_declared() -> None:

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from spectrumkv.client.cli import info as info_command
-from spectrumkv.client.cli.main import build_parser
+from spectrumkv.client import health
 from tests.docker.deployment import COMPOSE_FILES, DOCKER, ROOT, SERVICES, interpolate, read_compose
 
 Instruction = tuple[str, str]
@@ -43,50 +42,60 @@ def test_compose_builds_a_stage_that_exists(file: str, service: str) -> None:
     build = read_compose(COMPOSE_FILES[file])["services"][service]["build"]
     assert build["target"] in stages()
     for argument in build.get("args", {}):
-        assert any(rest.startswith(f"{argument}=") for rest in arguments("build", "ARG"))
+        assert any(f"{argument}=" in rest for stage in stages() for rest in arguments(stage, "ARG"))
 
 
 @pytest.mark.parametrize("stage", ["cpu", "gpu"])
 def test_images_end_as_a_numbered_user_that_is_not_root(stage: str) -> None:
-    user = arguments(stage, "USER")[-1]
-    uid = user.split(":")[0]
+    uid, group = arguments(stage, "USER")[-1].split(":")
     assert uid.isdigit()
     assert int(uid) > 0
-    assert f"useradd --uid {uid} " in " ".join(arguments("cpu", "RUN"))
+    assert f"useradd --uid {uid} --gid {group} " in " ".join(arguments("base", "RUN"))
 
 
-def test_torch_is_the_version_that_the_package_pins() -> None:
-    (version,) = [rest.split("=")[1] for rest in arguments("build", "ARG") if rest.startswith("TORCH_VERSION=")]
-    assert f"torch=={version}" in project()["dependencies"]
+def test_everything_is_installed_from_locked_files() -> None:
+    for stage, instructions in stages().items():
+        for name, rest in instructions:
+            for command in re.findall(r"\bpip (?:install|download) [^&]*", rest if name == "RUN" else ""):
+                assert "--require-hashes --no-deps" in command or "--no-index --no-deps" in command, stage
+                for file in re.findall(r"/requirements/([\w-]+\.txt)", command):
+                    assert (ROOT / "requirements" / file).is_file()
+
+
+def test_the_labels_tell_the_version_of_the_package() -> None:
+    for stage in ("cpu", "gpu"):
+        assert f"VERSION={project()['version']}" in arguments(stage, "ARG")
+
+
+def test_no_frontend_has_to_be_pulled() -> None:
+    assert not (DOCKER / "Dockerfile").read_text().startswith("# syntax")
 
 
 def test_only_the_gpu_image_has_a_compiler() -> None:
-    assert "gcc" not in " ".join(arguments("cpu", "RUN"))
+    assert "gcc" not in " ".join(arguments("base", "RUN") + arguments("cpu", "RUN"))
     # Triton compiles its launchers with it, against libc's headers.
     assert {"gcc", "libc6-dev"} <= set(" ".join(arguments("gpu", "RUN")).split())
 
 
 def test_signals_reach_the_service() -> None:
-    (entry,) = arguments("cpu", "ENTRYPOINT")
-    assert json.loads(entry) == ["tini", "--"]
-    (default,) = arguments("cpu", "CMD")
+    (entry,) = arguments("base", "ENTRYPOINT")
+    tini, _, shell, _, script, _ = json.loads(entry)
+    # The shell sets who may use the cache, and gives way to the service.
+    assert (tini, shell, script) == ("tini", "sh", 'umask 0002 && exec "$@"')
+    (default,) = arguments("base", "CMD")
     assert json.loads(default)[0] in project()["scripts"]
 
 
 def test_the_health_check_is_a_command_that_the_client_has() -> None:
-    (check,) = arguments("cpu", "HEALTHCHECK")
-    (environment,) = arguments("cpu", "ENV")
-    address = re.search(r"SPECTRUMKV_SERVER=(\S+)", environment)
-    assert address is not None
-    program, *words = check.split(" CMD ")[1].split()
-    assert program == "spectrumkv"
-    parsed = build_parser().parse_args([address[1] if word == '"$SPECTRUMKV_SERVER"' else word for word in words])
-    assert parsed.run is info_command.run
-    assert parsed.server == "127.0.0.1:50051"
+    (check,) = arguments("base", "HEALTHCHECK")
+    (environment,) = arguments("base", "ENV")
+    assert json.loads(check.split(" CMD ")[1]) == ["spectrumkv-health"]
+    assert project()["scripts"]["spectrumkv-health"] == f"{health.__name__}:{health.main.__name__}"
+    assert f"{health.SERVER_VARIABLE}=127.0.0.1:50051" in environment.split()
 
 
 def test_all_that_is_written_lies_in_the_cache_volume() -> None:
-    (environment,) = arguments("cpu", "ENV")
+    (environment,) = arguments("base", "ENV")
     variables = dict(word.split("=", 1) for word in environment.split())
     compose = read_compose(COMPOSE_FILES["gpu"])
     for service in SERVICES:
@@ -106,7 +115,7 @@ def packaged_folders() -> set[str]:
 def test_the_build_context_holds_what_the_wheel_needs_and_starts_from_nothing() -> None:
     lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
     assert lines[0] == "*"
-    needed = packaged_folders() | {"pyproject.toml", "setup.py", "LICENSE", "README.md"}
+    needed = packaged_folders() | {"pyproject.toml", "setup.py", "LICENSE", "README.md", "requirements/*.txt"}
     assert {line[1:] for line in lines if line.startswith("!")} == needed
 
 

@@ -15,7 +15,7 @@ from spectrumkv.client.local.pair_config import DECODE_MODULE, FREE_PORTS, PREFI
 from spectrumkv.client.local.service_process import ServiceLaunch
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.service.options import parse_bytes
-from tests.common.service.test_cgroup import machine
+from tests.common.service.test_cgroup import made_up
 from tests.tiny_models import tiny_model
 
 LIMITED = Path(__file__).parent / "limited"
@@ -49,7 +49,7 @@ def run(root: Path, *command: str) -> "subprocess.CompletedProcess[str]":
 def test_services_start_no_more_threads_than_the_quota_keeps_busy(
     tmp_path: Path, module: str, quota: str, threads: str
 ) -> None:
-    done = run(machine(tmp_path, "0::/a\n", **{"a/cpu.max": quota}), "-c", STAND_IN, module, "--listen=x")
+    done = run(made_up(tmp_path, "0::/a\n", **{"a/cpu.max": quota}), "-c", STAND_IN, module, "--listen=x")
     assert done.stdout == f"{threads} --listen=x\n", done.stderr
 
 
@@ -108,7 +108,7 @@ def test_kv_on_a_gpu_is_not_counted_as_the_machines(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 def test_kv_memory_beyond_the_groups_memory_is_refused_with_a_sentence(tmp_path: Path) -> None:
-    root = machine(tmp_path, "0::/a\n", **{"a/memory.max": str(512 << 20), "cpu.max": "50000 100000"})
+    root = made_up(tmp_path, "0::/a\n", **{"a/memory.max": str(512 << 20), "cpu.max": "50000 100000"})
     options = {"model": str(tiny_model("llama")), "device": "cpu", "int4": "on", "kv-memory": "1GiB"}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in {**FREE_PORTS, **options}.items()]
     done = run(root, "-m", "spectrumkv.client.cli.main", "up", *flags)

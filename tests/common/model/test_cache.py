@@ -193,3 +193,19 @@ def test_a_file_that_cannot_be_kept_costs_a_warning(tmp_path: Path, caplog: pyte
 def write(file: Path, text: str) -> None:
     file.parent.mkdir(exist_ok=True)
     file.write_text(text)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664)])
+def test_the_umask_says_who_may_read_an_entry(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_entry(tmp_path / "entry", "the number", "1")
+    finally:
+        os.umask(before)
+    assert [file.name for file in tmp_path.iterdir()] == ["entry"]
+    assert (tmp_path / "entry").stat().st_mode & 0o777 == mode
+
+
+def test_another_user_of_the_group_can_wait_for_an_entry(tmp_path: Path) -> None:
+    built(tmp_path / "model", lambda partial: None)
+    assert (tmp_path / "model.lock").stat().st_mode & 0o060 == 0o060

@@ -25,7 +25,7 @@ TEXTS = [
     (config, declared)
     for config, declared in OPTIONS
     if (declared.default is None or isinstance(declared.default, str))
-    and declared.name not in ("budget", "prefill_kv_memory", "max_connections_per_address")
+    and declared.name not in ("threads", "budget", "prefill_kv_memory", "max_connections_per_address")
 ]
 VALUES = [one for one in OPTIONS if one not in FLAGS and one not in TEXTS]
 

@@ -1,6 +1,7 @@
 """What is wrong with a service's options is said before anything is loaded."""
 
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.security import ChannelSecurity
+from spectrumkv.common.service import cgroup, machine
 from spectrumkv.common.service.config import Address, DecodeConfig, PrefillConfig, build
 from spectrumkv.common.service.process import exit_on_error
 from spectrumkv.common.service.start_checks import check_processor, check_start
@@ -22,6 +24,23 @@ FREE = {"listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0"}
 def test_what_can_be_served_passes() -> None:
     check_start(build(DecodeConfig, FREE))
     check_start(build(PrefillConfig, FREE))
+
+
+def test_more_threads_than_processors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "processors", lambda: 2)
+    check_start(build(DecodeConfig, FREE | {"threads": "2"}))
+    with pytest.raises(InvalidArgumentError, match=r"--threads is 3, .* keep 2 processors busy; set it lower"):
+        check_start(build(DecodeConfig, FREE | {"threads": "3"}))
+
+
+def test_what_the_service_may_use_is_logged(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "processors", lambda: 2)
+    monkeypatch.setattr(cgroup, "memory_bytes", lambda: 3 << 30)
+    with caplog.at_level("INFO"):
+        check_start(build(DecodeConfig, FREE))
+    assert re.search(r"torch runs \d+ threads; .* 2 processors and 3.00 GiB of memory", caplog.text)
 
 
 @pytest.mark.parametrize("option", ["listen", "metrics_listen"])
@@ -70,8 +89,8 @@ def test_a_processor_that_cannot_run_compiled_code_is_told_so(monkeypatch: pytes
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     with pytest.raises(SystemExit, match="F16C"):
         exit_on_error(check_processor)
-    for machine, features in (("x86_64", {"f16c": True}), ("x86_64", {"avx512f": True}), ("aarch64", {})):
-        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
+    for kind, features in (("x86_64", {"f16c": True}), ("x86_64", {"avx512f": True}), ("aarch64", {})):
+        monkeypatch.setattr(platform, "machine", lambda kind=kind: kind)
         monkeypatch.setattr(llvm, "_features", lambda features=features: features)
         check_processor()
 
@@ -86,7 +105,8 @@ RUNNING = "import signal\ndef main():\n    print(signal.getsignal(signal.SIGINT)
 )
 def test_ctrl_c_during_imports_is_silent(tmp_path: Path, module: str, status: int, output: str) -> None:
     (tmp_path / "service.py").write_text(module)
-    code = "from spectrumkv.common.service import entrypoints; entrypoints._run('service')"
+    call = "entrypoints._run('spectrumkv-decode', 'service', 'DecodeConfig')"
+    code = f"from spectrumkv.common.service import entrypoints; {call}"
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"],
         capture_output=True,

@@ -7,10 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 import torch
 
-from spectrumkv.common.errors import CancelledError
+from spectrumkv.common.errors import CancelledError, FailedPreconditionError
 from spectrumkv.common.rpc.scope import RpcScope
-from spectrumkv.prefill_server.transfer import kv_memory
-from spectrumkv.prefill_server.transfer.kv_memory import KvMemory, KvReservation, default_kv_memory
+from spectrumkv.common.service import cgroup, machine
+from spectrumkv.prefill_server.transfer.kv_memory import KvMemory, KvReservation, kv_memory_bytes
 from tests.waiting import until
 
 
@@ -133,8 +133,29 @@ def test_many_threads_never_hold_more_than_there_is() -> None:
     assert 0 < most <= 100
 
 
-def test_the_default_is_half_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_memory, "memory_bytes", lambda: 1 << 30)
-    assert default_kv_memory(torch.device("cpu")) == 1 << 29
-    monkeypatch.setattr(kv_memory, "memory_bytes", lambda: None)
-    assert default_kv_memory(torch.device("cpu")) == 4 << 30
+@pytest.mark.parametrize(
+    ("whole", "beside_the_model", "asked", "expected"),
+    [
+        (8 << 30, 6 << 30, None, 4 << 30),
+        (8 << 30, 3 << 30, None, 3 << 30),
+        (8 << 30, 3 << 30, 1 << 30, 1 << 30),
+        (None, None, None, 4 << 30),
+        (None, None, 1 << 40, 1 << 40),
+    ],
+)
+def test_the_default_is_half_of_the_memory_and_leaves_the_model_its_own(
+    monkeypatch: pytest.MonkeyPatch, whole: int | None, beside_the_model: int | None, asked: int | None, expected: int
+) -> None:
+    monkeypatch.setattr(cgroup, "memory_bytes", lambda: whole)
+    monkeypatch.setattr(machine, "bytes_left", lambda: beside_the_model)
+    assert kv_memory_bytes(asked, torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize(("there", "asked"), [(1000, 1001), (0, None)])
+def test_more_memory_than_there_is_beside_the_model_is_refused(
+    monkeypatch: pytest.MonkeyPatch, there: int, asked: int | None
+) -> None:
+    monkeypatch.setattr(cgroup, "memory_bytes", lambda: 5000)
+    monkeypatch.setattr(machine, "bytes_left", lambda: there)
+    with pytest.raises(FailedPreconditionError, match=rf"--prefill-kv-memory is .* has 5000, .* leave {there}; "):
+        kv_memory_bytes(asked, torch.device("cpu"))

@@ -112,6 +112,7 @@ def _check_memory(model: ModelOutline, kv_option: str, kv_bytes: int) -> str:
     if model.weight_bytes + kv_bytes > there:
         raise FailedPreconditionError(
             f"the weights of {model.name} take {shown_bytes(model.weight_bytes)} and {kv_option} "
-            f"{shown_bytes(kv_bytes)}, together more than the {shown_bytes(there)} {whose}; lower {kv_option}, or give the service more memory"
+            f"{shown_bytes(kv_bytes)}, together more than the "
+            f"{shown_bytes(there)} {whose}; lower {kv_option}, or give the service more memory"
         )
     return f"{shown_bytes(there)} {whose}"

@@ -94,15 +94,9 @@ def other_kernels() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str]]]
 
 def fixed_rate_kernels() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str]]]:
     """What codes layers in fixed_rate, and writes slots; see `absmax_kernels`."""
-    from spectrumkv.kernels.fixed_rate.triton import (
-        analysis,
-        decode,
-        encode,
-        packing,
-        statistics,
-        synthesis,
-        unpacking,
-    )
+    from spectrumkv.kernels.fixed_rate.triton import tiles
+    from spectrumkv.kernels.fixed_rate.triton.decoding import decode, synthesis, unpacking
+    from spectrumkv.kernels.fixed_rate.triton.encoding import analysis, encode, packing, statistics
 
     floats = dict.fromkeys(
         [
@@ -122,7 +116,7 @@ def fixed_rate_kernels() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, s
         "thresholds_ptr", "borders_ptr", "words_ptr", "bits_ptr", "offset_ptr", "slope_ptr", "tokens_ptr",
     ]  # fmt: skip
     types |= dict.fromkeys(integers, "*i32")
-    rows = {"rows": 2048, "groups": 64, "block_groups": encode.BLOCK_GROUPS}
+    rows = {"rows": 2048, "groups": 64, "block_groups": tiles.BLOCK_GROUPS}
     for states in STATES:
         half = {"halves_ptr": "*bf16" if states == "bf16" else "*fp16"}
         pointers = half | {"keys_ptr": f"*{states}", "values_ptr": f"*{states}"}
@@ -130,7 +124,7 @@ def fixed_rate_kernels() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, s
             constants = {
                 "kv_heads": 8, "half": head_dim // 2, "padded_half": head_dim // 2, **ADJACENT,
             }  # fmt: skip
-            constants |= dict(zip(("block_tokens", "block_columns"), encode.tile_of(head_dim), strict=True))
+            constants |= dict(zip(("block_tokens", "block_columns"), tiles.tile_of(head_dim), strict=True))
             name = f"{states} {head_dim}"
             yield f"analyse {name}", analysis.analyse_kernel, constants, types | pointers
             yield f"synthesise {name}", synthesis.synthesise_kernel, constants, types | pointers

@@ -1,10 +1,5 @@
-"""Codec fixed_rate on GPUs: three launches from a layer's states to the bodies of its segments, two back into slots.
+"""Codec fixed_rate on GPUs: `encoding` codes a layer before the host waits, `decoding` writes a whole message.
 
-`encode` and `decode` are called by the codec, on tensors of the GPU; the kernels behind them each have a module.
-
-Encoding: `analysis` makes coefficients. `statistics` finds gains, standard deviations, the order of rows, the base
-and where records start; what needs all programs' results is done by the program that finishes last. `packing` writes
-records, and the program that finishes a segment last its escapes. Every sum has one order and nothing is placed by
-who comes first, so that the same layer makes the same bytes. Decoding: `unpacking` makes coefficients of records,
-`synthesis` makes keys and values of those.
+Both look up the same constants (`tables`), multiply tiles of the same sizes (`tiles`), and compute powers, widths and
+bits as the host does (`integers`).
 """

@@ -12,7 +12,7 @@ from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.calibrated.basis import identity_basis
 from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.fixed_rate.codec import FixedRateDecoder
-from spectrumkv.common.kv.codecs.fixed_rate.coded_layer import SegmentPlan, CodedLayer
+from spectrumkv.common.kv.codecs.fixed_rate.coded_layer import CodedLayer, SegmentPlan
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
 from spectrumkv.common.kv.codecs.fixed_rate.gpu import slots as gpu_slots
 from spectrumkv.common.kv.codecs.fixed_rate.gpu.layers import GpuLayers

@@ -17,7 +17,7 @@ from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.kernels.fixed_rate import reference
-from spectrumkv.kernels.fixed_rate.triton import decode
+from spectrumkv.kernels.fixed_rate.triton.decoding import decode
 from tests.common.kv.codecs.spectral_prompts import basis_of, capture, geometry, plain_states
 from tests.kernels.absmax.states import DEVICE
 

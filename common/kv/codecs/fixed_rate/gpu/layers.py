@@ -36,10 +36,10 @@ from spectrumkv.common.kv.codecs.fixed_rate.statistics import SegmentStatistics,
 from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
 from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES
 from spectrumkv.kernels.fixed_rate.layout import LOWEST_CLASS, LOWEST_GAIN, RowScales
-from spectrumkv.kernels.fixed_rate.triton import encode as kernels
-from spectrumkv.kernels.fixed_rate.triton.memory import CodedLayer as DeviceLayer
-from spectrumkv.kernels.fixed_rate.triton.memory import LayerRate, Workspace
-from spectrumkv.kernels.fixed_rate.triton.segments import (
+from spectrumkv.kernels.fixed_rate.triton.encoding import encode as kernels
+from spectrumkv.kernels.fixed_rate.triton.encoding.memory import CodedLayer as DeviceLayer
+from spectrumkv.kernels.fixed_rate.triton.encoding.memory import LayerRate, Workspace
+from spectrumkv.kernels.fixed_rate.triton.encoding.segments import (
     SEGMENT_BROKEN,
     SEGMENT_ESCAPES,
     SEGMENT_TOP,

@@ -9,7 +9,7 @@ from spectrumkv.common.kv.codecs.fixed_rate.gpu.basis import DeviceBasis
 from spectrumkv.common.kv.codecs.fixed_rate.received import ReceivedBody
 from spectrumkv.common.kv.codecs.fixed_rate.segment_codec import HEADER
 from spectrumkv.common.kv.segment import KvSegment
-from spectrumkv.kernels.fixed_rate.triton.decode import ReceivedSegment, decode
+from spectrumkv.kernels.fixed_rate.triton.decoding.decode import ReceivedSegment, decode
 
 
 def write_segments(

@@ -8,7 +8,8 @@ import triton.language as tl
 
 from spectrumkv.kernels import attention_scores
 from spectrumkv.kernels.fixed_rate import layout
-from spectrumkv.kernels.fixed_rate.triton import segments
+from spectrumkv.kernels.fixed_rate.triton.encoding import segments
+from spectrumkv.kernels.fixed_rate.triton.encoding.segments import segment_of, tokens_at
 from spectrumkv.kernels.fixed_rate.triton.integers import (
     BASE_RATIO,
     HIGHEST_CLASS,
@@ -21,7 +22,6 @@ from spectrumkv.kernels.fixed_rate.triton.integers import (
     rounded,
     width_of,
 )
-from spectrumkv.kernels.fixed_rate.triton.segments import segment_of, tokens_at
 from spectrumkv.kernels.triton_shared import is_broken, jit
 
 COLUMNS, FIRST = tl.constexpr(segments.SEGMENT_COLUMNS), tl.constexpr(segments.FOUND_SEGMENTS)
@@ -202,6 +202,38 @@ def _place_records(
 
 
 @jit
+def _deviation(
+    groups_ptr: tl.tensor,
+    calibrated_groups_ptr: tl.tensor,
+    tokens: tl.tensor,
+    size: tl.tensor,
+    sinks: tl.tensor,
+    groups: tl.constexpr,
+    block_groups: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Return by how much exponents of groups exceed the calibrated ones, in sum; of how many segments; and bounds.
+
+    The bounds are the least and the greatest exponent of a group.
+    """
+    deviation, coded_segments = tl.zeros([], tl.int64), tl.zeros([], tl.int32)
+    lowest, highest = tl.full([], NO_RATIO, tl.int32), tl.full([], -NO_RATIO, tl.int32)
+    for number in range(tl.cdiv(tokens, size)):
+        _, _, count = segment_of(number, tokens, size, sinks)
+        if count > 0:
+            coded_segments += 1
+            for first in range(0, groups, block_groups):
+                group = first + tl.arange(0, block_groups)
+                inside = group < groups
+                own = tl.load(groups_ptr + number * groups + group, mask=inside, other=0)
+                deviation += tl.sum(
+                    own.to(tl.int64) - tl.load(calibrated_groups_ptr + group, mask=inside, other=0), axis=0
+                )
+                lowest = tl.minimum(lowest, tl.min(tl.where(inside, own, NO_RATIO), axis=0))
+                highest = tl.maximum(highest, tl.max(tl.where(inside, own, -NO_RATIO), axis=0))
+    return deviation, coded_segments, lowest, highest
+
+
+@jit
 def plan_layer(
     scores_ptr: tl.tensor,
     bodies_ptr: tl.tensor,
@@ -246,23 +278,10 @@ def plan_layer(
         exponent, rows, block_layer,
     )  # fmt: skip
     tl.debug_barrier()
-    # How far standard deviations lie above the calibrated ones, and between which bounds.
+    deviation, coded_segments, lowest, highest = _deviation(
+        groups_ptr, calibrated_groups_ptr, tokens, size, sinks, groups, block_groups
+    )
     number_of_segments = tl.cdiv(tokens, size)
-    deviation, coded_segments = tl.zeros([], tl.int64), tl.zeros([], tl.int32)
-    lowest, highest = tl.full([], NO_RATIO, tl.int32), tl.full([], -NO_RATIO, tl.int32)
-    for number in range(number_of_segments):
-        _, _, count = segment_of(number, tokens, size, sinks)
-        if count > 0:
-            coded_segments += 1
-            for first in range(0, groups, block_groups):
-                group = first + tl.arange(0, block_groups)
-                inside = group < groups
-                own = tl.load(groups_ptr + number * groups + group, mask=inside, other=0)
-                deviation += tl.sum(
-                    own.to(tl.int64) - tl.load(calibrated_groups_ptr + group, mask=inside, other=0), axis=0
-                )
-                lowest = tl.minimum(lowest, tl.min(tl.where(inside, own, NO_RATIO), axis=0))
-                highest = tl.maximum(highest, tl.max(tl.where(inside, own, -NO_RATIO), axis=0))
     if coded_segments > 0:
         mean_deviation = deviation.to(tl.float64) / (coded_segments * groups)
         moved = drift + (mean_deviation - drift) * drift_weight

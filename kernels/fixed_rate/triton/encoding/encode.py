@@ -3,40 +3,24 @@
 import torch
 import triton
 
-from spectrumkv.kernels.fixed_rate.triton.analysis import analyse_kernel
-from spectrumkv.kernels.fixed_rate.triton.memory import CodedLayer, LayerRate, Workspace
-from spectrumkv.kernels.fixed_rate.triton.packing import pack_kernel
-from spectrumkv.kernels.fixed_rate.triton.planning import WORDS_SHIFT
-from spectrumkv.kernels.fixed_rate.triton.segments import SegmentShape
-from spectrumkv.kernels.fixed_rate.triton.statistics import statistics_kernel
+from spectrumkv.kernels.fixed_rate.triton.encoding.analysis import analyse_kernel
+from spectrumkv.kernels.fixed_rate.triton.encoding.memory import CodedLayer, LayerRate, Workspace
+from spectrumkv.kernels.fixed_rate.triton.encoding.packing import pack_kernel
+from spectrumkv.kernels.fixed_rate.triton.encoding.planning import WORDS_SHIFT
+from spectrumkv.kernels.fixed_rate.triton.encoding.segments import SegmentShape
+from spectrumkv.kernels.fixed_rate.triton.encoding.statistics import statistics_kernel
 from spectrumkv.kernels.fixed_rate.triton.tables import AnalysisTables, quantizer_tables
+from spectrumkv.kernels.fixed_rate.triton.tiles import BLOCK_GROUPS, padded_half, tile_of
 from spectrumkv.kernels.upload import upload
 
-# Tokens that a program transforms, and columns of the product that it has at a time: what shared memory has room for,
-# also on small GPUs. Heads wider than so many elements leave room for half as many.
-TILE_TOKENS, TILE_COLUMNS = 32, 32
-WIDE_HEAD = 128
 # Rows that a program measures, and tokens at a time.
 STATISTICS_ROWS, STATISTICS_TOKENS = 32, 64
-# Groups of rows at a time, and tokens of a layer at a time.
-BLOCK_GROUPS, LAYER_TOKENS = 16, 1024
+# Tokens of a layer at a time.
+LAYER_TOKENS = 1024
 # Words of bits, one for each escape, that are looked at together.
 ESCAPE_WORDS = 1024
-# Triton multiplies matrices of no fewer rows and columns than this.
-LEAST_DIM = 16
 # Words of a budget beyond which all budgets are alike.
 MOST_WORDS = (1 << 60) - 1
-
-
-def tile_of(head_dim: int) -> tuple[int, int]:
-    """Return the tokens that a program transforms, and the columns that it has at a time.
-
-    Args:
-        head_dim: elements of a head.
-    """
-    shares = 2 if head_dim > WIDE_HEAD else 1
-    columns = min(TILE_COLUMNS, max(LEAST_DIM, triton.next_power_of_2(head_dim)))
-    return TILE_TOKENS // shares, columns // shares
 
 
 def encode(
@@ -71,76 +55,10 @@ def encode(
         raise ValueError(f"{shape} has no room for {shape.fixed_bytes(rows)} bytes before the records")
     layer, work = CodedLayer.on_device(shape, device), Workspace.on_device(shape, heads, rows, device)
     half_dtype = torch.float16 if keys.dtype == torch.float32 else keys.dtype
-    halves, table = layer.bodies.view(half_dtype), quantizer_tables(device)
-    words = min(max(rate.words, 0), MOST_WORDS)
-    tile_tokens, tile_columns = tile_of(head_dim)
+    halves = layer.bodies.view(half_dtype)
     with torch.cuda.device(keys.get_device()):
-        analyse_kernel[triton.cdiv(shape.tokens, tile_tokens), heads](
-            keys,
-            values,
-            *keys.stride(),
-            *values.stride(),
-            *angles,
-            tables.mean,
-            tables.analysis,
-            tables.inverse_std,
-            work.coefficients,
-            work.energies,
-            halves,
-            work.counters,
-            *shape.scalars,
-            work.counters.numel(),
-            1 / tables.scaling,
-            kv_heads=kv_heads,
-            half=head_dim // 2,
-            padded_half=max(LEAST_DIM, triton.next_power_of_2(head_dim // 2)),
-            block_tokens=tile_tokens,
-            block_columns=tile_columns,
-        )
-        statistics_kernel[triton.cdiv(rows, STATISTICS_ROWS), shape.segments](
-            work.coefficients,
-            work.energies,
-            scores,
-            layer.bodies,
-            halves,
-            layer.found,
-            work.gains,
-            work.exponents,
-            work.row_means,
-            work.drops,
-            work.order,
-            work.ranks,
-            work.groups,
-            work.means,
-            work.inverse,
-            work.histograms,
-            work.steps,
-            work.starts,
-            work.counters,
-            tables.exponents,
-            tables.group_exponents,
-            tables.later,
-            table.thresholds,
-            table.borders,
-            table.powers,
-            *shape.scalars,
-            tables.quarters,
-            tables.lowest_quarter,
-            words >> WORDS_SHIFT.value,
-            words & ((1 << WORDS_SHIFT.value) - 1),
-            tables.step_exponent,
-            rate.drift,
-            rate.drift_weight,
-            rate.smooth_base,
-            rate.base_weight,
-            heads=heads,
-            rows=rows,
-            groups=work.groups.shape[1],
-            block_rows=STATISTICS_ROWS,
-            block_tokens=STATISTICS_TOKENS,
-            block_groups=BLOCK_GROUPS,
-            block_layer=LAYER_TOKENS,
-        )
+        _analyse(keys, values, angles, tables, shape, work, halves)
+        _measure(scores, tables, rate, layer, work, halves)
     _pack(layer, work, work.steps, work.starts)
     return layer, work
 
@@ -190,3 +108,96 @@ def _pack(layer: CodedLayer, work: Workspace, steps: torch.Tensor, starts: torch
             block_groups=BLOCK_GROUPS,
             block_tokens=max(1, ESCAPE_WORDS // padded_words),
         )
+
+
+def _analyse(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    tables: AnalysisTables,
+    shape: SegmentShape,
+    work: Workspace,
+    halves: torch.Tensor,
+) -> None:
+    """Make coefficients of the tokens, and write the sinks: the first launch."""
+    kv_heads, _, head_dim = keys.shape
+    tile_tokens, tile_columns = tile_of(head_dim)
+    analyse_kernel[triton.cdiv(shape.tokens, tile_tokens), 2 * kv_heads](
+        keys,
+        values,
+        *keys.stride(),
+        *values.stride(),
+        *angles,
+        tables.mean,
+        tables.analysis,
+        tables.inverse_std,
+        work.coefficients,
+        work.energies,
+        halves,
+        work.counters,
+        *shape.scalars,
+        work.counters.numel(),
+        1 / tables.scaling,
+        kv_heads=kv_heads,
+        half=head_dim // 2,
+        padded_half=padded_half(head_dim),
+        block_tokens=tile_tokens,
+        block_columns=tile_columns,
+    )
+
+
+def _measure(
+    scores: torch.Tensor,
+    tables: AnalysisTables,
+    rate: LayerRate,
+    layer: CodedLayer,
+    work: Workspace,
+    halves: torch.Tensor,
+) -> None:
+    """Find what coefficients are like and what the layer's steps are: the second launch."""
+    shape, table, words = layer.shape, quantizer_tables(scores.device), min(max(rate.words, 0), MOST_WORDS)
+    rows, groups = work.coefficients.shape[1], work.groups.shape[1]
+    statistics_kernel[triton.cdiv(rows, STATISTICS_ROWS), shape.segments](
+        work.coefficients,
+        work.energies,
+        scores,
+        layer.bodies,
+        halves,
+        layer.found,
+        work.gains,
+        work.exponents,
+        work.row_means,
+        work.drops,
+        work.order,
+        work.ranks,
+        work.groups,
+        work.means,
+        work.inverse,
+        work.histograms,
+        work.steps,
+        work.starts,
+        work.counters,
+        tables.exponents,
+        tables.group_exponents,
+        tables.later,
+        table.thresholds,
+        table.borders,
+        table.powers,
+        *shape.scalars,
+        tables.quarters,
+        tables.lowest_quarter,
+        words >> WORDS_SHIFT.value,
+        words & ((1 << WORDS_SHIFT.value) - 1),
+        tables.step_exponent,
+        rate.drift,
+        rate.drift_weight,
+        rate.smooth_base,
+        rate.base_weight,
+        heads=work.energies.shape[0],
+        rows=rows,
+        groups=groups,
+        block_rows=STATISTICS_ROWS,
+        block_tokens=STATISTICS_TOKENS,
+        block_groups=BLOCK_GROUPS,
+        block_layer=LAYER_TOKENS,
+    )

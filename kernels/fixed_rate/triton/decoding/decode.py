@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import triton
 
 from spectrumkv.kernels.fixed_rate.layout import (
     BASE_UNITS,
@@ -24,11 +23,11 @@ from spectrumkv.kernels.fixed_rate.layout import (
     RowScales,
     gain_of_byte,
 )
-from spectrumkv.kernels.fixed_rate.triton import unpacking
-from spectrumkv.kernels.fixed_rate.triton.encode import BLOCK_GROUPS, LEAST_DIM, tile_of
-from spectrumkv.kernels.fixed_rate.triton.synthesis import TILE_COLUMNS, synthesise_kernel
+from spectrumkv.kernels.fixed_rate.triton.decoding import unpacking
+from spectrumkv.kernels.fixed_rate.triton.decoding.synthesis import TILE_COLUMNS, synthesise_kernel
+from spectrumkv.kernels.fixed_rate.triton.decoding.unpacking import TOKEN_COLUMNS, unpack_kernel
 from spectrumkv.kernels.fixed_rate.triton.tables import SynthesisTables, quantizer_tables
-from spectrumkv.kernels.fixed_rate.triton.unpacking import TOKEN_COLUMNS, unpack_kernel
+from spectrumkv.kernels.fixed_rate.triton.tiles import BLOCK_GROUPS, padded_half, tile_of
 from spectrumkv.kernels.upload import aligned, states_offset, upload
 
 # Escapes of a token that are looked at together.
@@ -167,7 +166,7 @@ def _synthesise(
         angles[0].shape[1],
         kv_heads=kv_heads,
         half=head_dim // 2,
-        padded_half=max(LEAST_DIM, triton.next_power_of_2(head_dim // 2)),
+        padded_half=padded_half(head_dim),
         block_tokens=tile_tokens,
         block_columns=tile_columns,
     )

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from spectrumkv.kernels.fixed_rate.layout import GROUP_ROWS
-from spectrumkv.kernels.fixed_rate.triton.integers import PADDED_PROFILES
-from spectrumkv.kernels.fixed_rate.triton.segments import (
+from spectrumkv.kernels.fixed_rate.triton.encoding.segments import (
     FOUND_BASE,
     FOUND_BROKEN,
     FOUND_DRIFT,
@@ -15,6 +14,7 @@ from spectrumkv.kernels.fixed_rate.triton.segments import (
     SEGMENT_COLUMNS,
     SegmentShape,
 )
+from spectrumkv.kernels.fixed_rate.triton.integers import PADDED_PROFILES
 from spectrumkv.kernels.upload import aligned
 
 

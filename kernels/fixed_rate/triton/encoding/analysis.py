@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from spectrumkv.kernels.fixed_rate.triton.segments import HEADER_BYTES as _HEADER_BYTES
-from spectrumkv.kernels.fixed_rate.triton.segments import segment_of
+from spectrumkv.kernels.fixed_rate.triton.encoding.segments import HEADER_BYTES as _HEADER_BYTES
+from spectrumkv.kernels.fixed_rate.triton.encoding.segments import segment_of
 from spectrumkv.kernels.triton_shared import Jit, jit
 
 HEADER_BYTES = tl.constexpr(_HEADER_BYTES)

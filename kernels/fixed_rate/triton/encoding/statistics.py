@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 
 from spectrumkv.kernels.fixed_rate import layout
-from spectrumkv.kernels.fixed_rate.triton import segments
+from spectrumkv.kernels.fixed_rate.triton.encoding import segments
+from spectrumkv.kernels.fixed_rate.triton.encoding.planning import plan_layer
+from spectrumkv.kernels.fixed_rate.triton.encoding.scales import scale_rows, sort_rows
+from spectrumkv.kernels.fixed_rate.triton.encoding.segments import scales_at, segment_of
 from spectrumkv.kernels.fixed_rate.triton.integers import HIGHEST_GAIN, LOWEST_GAIN, exponent_of, is_last, rounded
-from spectrumkv.kernels.fixed_rate.triton.planning import plan_layer
-from spectrumkv.kernels.fixed_rate.triton.scales import scale_rows, sort_rows
-from spectrumkv.kernels.fixed_rate.triton.segments import scales_at, segment_of
 from spectrumkv.kernels.triton_shared import Jit, is_broken, jit
 
 COLUMNS, FIRST = tl.constexpr(segments.SEGMENT_COLUMNS), tl.constexpr(segments.FOUND_SEGMENTS)

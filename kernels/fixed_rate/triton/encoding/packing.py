@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from spectrumkv.kernels.fixed_rate import quantizer
-from spectrumkv.kernels.fixed_rate.triton import segments
+from spectrumkv.kernels.fixed_rate.triton.encoding import segments
+from spectrumkv.kernels.fixed_rate.triton.encoding.segments import segment_of, tokens_at, words_at
 from spectrumkv.kernels.fixed_rate.triton.integers import (
     BASE_RATIO,
     GROUP_ROWS,
@@ -17,7 +18,6 @@ from spectrumkv.kernels.fixed_rate.triton.integers import (
     power_of_two,
     width_of,
 )
-from spectrumkv.kernels.fixed_rate.triton.segments import segment_of, tokens_at, words_at
 from spectrumkv.kernels.triton_shared import Jit, jit
 
 FRACTION = tl.constexpr(float(1 << quantizer.FRACTION_BITS))

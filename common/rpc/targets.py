@@ -110,6 +110,14 @@ class Target:
         return self.name_server is None and all(address.is_loopback for address in self.addresses)
 
     @property
+    def avoids_proxies(self) -> bool:
+        """Whether no proxy may come between: the address is of this machine, or there are several addresses.
+
+        gRPC would ask a proxy for the whole list as if it were one address.
+        """
+        return len(self.addresses) > 1 or self.addresses[0].leads_here
+
+    @property
     def hosts(self) -> set[str]:
         """Names or numeric addresses of the servers, without ports."""
         return {address.host for address in self.addresses}

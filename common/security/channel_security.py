@@ -81,7 +81,7 @@ class ChannelSecurity:
         """
         token = token_source(self.named_by, self.token_file)
         options = (*options, *target.options)
-        if target.is_loopback or not self.allow_proxy:
+        if target.avoids_proxies or not self.allow_proxy:
             # gRPC otherwise sends even 127.0.0.1 to the proxy that the environment names, prompt and token with it.
             options = (*options, ("grpc.enable_http_proxy", 0))
         channel = self._plaintext(target, options) if self.tls is None else self._encrypted(self.tls, target, options)

@@ -76,5 +76,6 @@ def _read_file(path: Path) -> dict[str, Any]:
         return tomllib.loads(read_text(path))
     except OSError as error:
         raise InvalidArgumentError(f"--config {path} cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
+        # A number of thousands of digits is a plain ValueError.
         raise InvalidArgumentError(f"--config {path} is not a TOML file: {error}") from error

@@ -247,7 +247,10 @@ def _parse(declared: Any, value: Any) -> Any:
     kinds = (str, int, float, list) if isinstance(declared.default, tuple) else (str, int, float)
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise InvalidArgumentError(f"{name} is {value!r}; allowed: text or a number")
-    text = text_of(value)
+    try:
+        text = text_of(value)
+    except ValueError:
+        raise InvalidArgumentError(f"{name} is a number of thousands of digits; allowed: a shorter one") from None
     try:
         return declared.metadata["parse"](text)
     except ValueError as error:

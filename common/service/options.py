@@ -17,6 +17,10 @@ Parser = Callable[[str], Any]
 WEEK_SECONDS = 7 * 86400.0
 
 
+# Names of loopback that systems have beside localhost.
+LOOPBACK_NAMES = ("localhost.localdomain", "localhost4", "localhost6", "ip6-localhost", "ip6-loopback")
+
+
 @dataclass(frozen=True)
 class Address:
     """The address that a server listens on; an IPv6 host is in brackets."""
@@ -34,6 +38,20 @@ class Address:
             return ipaddress.ip_address(self.host.strip("[]")).is_loopback
         except ValueError:
             return self.host.lower() == "localhost"
+
+    @property
+    def leads_here(self) -> bool:
+        """Whether a connection to the address stays on this machine, in whichever way that is written.
+
+        What `is_loopback` accepts others cannot reach; of these, too, a listener on every address is one.
+        """
+        try:
+            ip = ipaddress.ip_address(self.host.strip("[]").partition("%")[0])
+        except ValueError:
+            name = self.host.lower().rstrip(".")
+            return name == "localhost" or name.endswith(".localhost") or name in LOOPBACK_NAMES
+        mapped = getattr(ip, "ipv4_mapped", None)
+        return any(one.is_loopback or one.is_unspecified for one in (ip, mapped) if one is not None)
 
     @property
     def ip_version(self) -> int | None:

@@ -128,6 +128,11 @@ class Metrics:
         self.kernel_faults = gauge(
             "kernel_faults", "1 where kernels of codec fixed_rate fail on this GPU and the CPU codes, otherwise 0."
         )
+        self.decode_worker_token_seconds = gauge(
+            "decode_worker_token_seconds",
+            "Median time that the latest tokens of a decode worker took, as prefill saw it; 0 at first.",
+            "worker",
+        )
         self.int4_probe_passed = gauge(
             "int4_probe_passed", "1 where tokens of every layer may be sent at INT4, otherwise 0."
         )

@@ -1,5 +1,6 @@
 """The lease that prefill holds on a decode worker for one request."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
@@ -25,6 +26,7 @@ from spectrumkv.common.service.config import Address
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.tracing import current_trace
 from spectrumkv.prefill_server.transfer.pipeline import KvPipeline
+from spectrumkv.prefill_server.workers.token_pace import TokenPace
 from spectrumkv.v1 import decode_pb2
 
 # A worker admits a request within milliseconds. One that is connected and does not answer for so long is stuck.
@@ -32,7 +34,12 @@ ADMISSION_SECONDS = 10.0
 
 
 def open_lease(
-    worker: Address, open_stream: Callable[..., Any], pipeline: KvPipeline, scope: RpcScope, metrics: Metrics
+    worker: Address,
+    open_stream: Callable[..., Any],
+    pipeline: KvPipeline,
+    scope: RpcScope,
+    metrics: Metrics,
+    pace: TokenPace,
 ) -> "DecodeLease":
     """Start a Decode stream, and wait until the worker admits the request.
 
@@ -42,6 +49,7 @@ def open_lease(
         pipeline: makes the messages to send.
         scope: the client's RPC; when it ends, so does the stream.
         metrics: counts answers that arrive damaged.
+        pace: of the worker; learns how long its tokens take.
 
     Returns:
         The lease, a context manager that the caller must leave.
@@ -52,7 +60,7 @@ def open_lease(
     call = open_stream(pipeline.messages(), timeout=scope.seconds_remaining, metadata=current_trace().metadata)
     call.add_done_callback(lambda _: pipeline.cancel())
     scope.on_end(call.cancel)
-    lease = DecodeLease(worker, call, pipeline, scope, metrics)
+    lease = DecodeLease(worker, call, pipeline, scope, metrics, pace)
     try:
         lease.wait_for_admission()
     except BaseException:
@@ -72,6 +80,7 @@ class DecodeLease:
         pipeline: makes the messages to send.
         scope: the client's RPC.
         metrics: counts answers that arrive damaged.
+        pace: of the worker; learns how long its tokens take.
 
     Attributes:
         worker: the worker's address.
@@ -79,13 +88,22 @@ class DecodeLease:
         worker_error: the latest error that was the worker's, or the way's to it; None where there was none.
     """
 
-    def __init__(self, worker: Address, call: Any, pipeline: KvPipeline, scope: RpcScope, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        worker: Address,
+        call: Any,
+        pipeline: KvPipeline,
+        scope: RpcScope,
+        metrics: Metrics,
+        pace: TokenPace,
+    ) -> None:
         self.worker = worker
         self.pipeline = pipeline
         self.worker_error: SpectrumKVError | None = None
         self._call = call
         self._scope = scope
         self._metrics = metrics
+        self._pace = pace
         self._unanswered = False
 
     def wait_for_admission(self) -> None:
@@ -115,7 +133,26 @@ class DecodeLease:
                 expect_no_response(self._call)
             return
         with self._errors_named():
-            yield from tokens_and_finished(self._call, {i for i, one in enumerate(first) if not one.finished})
+            awaited = {i for i, one in enumerate(first) if not one.finished}
+            yield from self._timed(tokens_and_finished(self._call, awaited))
+
+    def _timed(self, responses: Iterator[decode_pb2.DecodeResponse]) -> Iterator[decode_pb2.DecodeResponse]:
+        """Yield the responses, and have the worker's pace learn how long each step was waited for.
+
+        A step gives each answer one token. The first step comes when the KV is there, which takes longer the longer
+        the prompt is: it does not count.
+        """
+        latest, waited = 0, 0.0
+        asked_at = time.monotonic()
+        for response in responses:
+            waited += time.monotonic() - asked_at
+            if response.HasField("token") and response.token.index > latest:
+                if latest:
+                    self._pace.add(waited)
+                latest, waited = response.token.index, 0.0
+            yield response
+            # A client that reads slowly makes no worker slow.
+            asked_at = time.monotonic()
 
     def on_end(self, callback: Callable[[], object]) -> None:
         """Call `callback` once the stream is over, from a thread that it must not block."""

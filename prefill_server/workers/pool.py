@@ -18,6 +18,7 @@ from spectrumkv.prefill_server.workers.names import Resolve, resolve
 from spectrumkv.prefill_server.workers.retry_budget import RetryBudget
 from spectrumkv.prefill_server.workers.roster import WorkerRoster
 from spectrumkv.prefill_server.workers.selector import WorkerSelector
+from spectrumkv.prefill_server.workers.token_pace import usual_pace
 from spectrumkv.prefill_server.workers.worker import DecodeWorker
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class WorkerPool:
             FailedPreconditionError: no worker could ever serve the request.
             SpectrumKVError: the request ended; or a worker failed it, and it may not run again.
         """
-        selector = WorkerSelector(self, scope, needs_basis)
+        selector = WorkerSelector(self, scope, slots, needs_basis)
         scope.on_end(self.wake)
         self._retry_budget.count_request()
         reruns = 0
@@ -118,12 +119,13 @@ class WorkerPool:
                     raise dispatch.error
         raise selector.no_worker()
 
-    def ranked(self, needs_basis: bool = False) -> list[DecodeWorker]:
-        """Return workers: those that take requests first, then by their free slots, equals in turn.
+    def ranked(self, slots: int, needs_basis: bool = False) -> list[DecodeWorker]:
+        """Return workers: those first that take requests and have room, then the fast ones, then by their free slots.
 
-        Ejected workers are left out, unless none is left that takes requests.
+        Equals come in turn. Ejected workers are left out, unless none is left that takes requests.
 
         Args:
+            slots: what the request will reserve.
             needs_basis: whether those that have the codec's basis come before those that do not.
         """
         workers = self._roster.workers
@@ -133,9 +135,12 @@ class WorkerPool:
         if any(worker.accepting for worker in sound):
             in_turn = sound
 
-        def rank(worker: DecodeWorker) -> tuple[bool, bool, int]:
+        usual = usual_pace([worker.pace for worker in in_turn if worker.accepting])
+
+        def rank(worker: DecodeWorker) -> tuple[bool, bool, bool, bool, int]:
             lacking = needs_basis and not worker.basis_upload.delivered
-            return not worker.accepting, lacking, -worker.free_slots
+            free = worker.free_slots
+            return not worker.accepting, lacking, free < slots, worker.pace.is_slow(usual), -free
 
         return sorted(in_turn, key=rank)
 

@@ -23,7 +23,7 @@ RESTART_SECONDS = 2.0
 class Candidates(Protocol):
     """What the choice needs to know of the workers; `WorkerPool` knows it."""
 
-    def ranked(self, needs_basis: bool = False) -> list[DecodeWorker]:
+    def ranked(self, slots: int, needs_basis: bool = False) -> list[DecodeWorker]:
         """Return workers, the best first."""
 
     @property
@@ -48,12 +48,14 @@ class WorkerSelector:
     Args:
         pool: the workers.
         scope: the client's RPC.
+        slots: what the request will reserve.
         needs_basis: whether the request's codec needs the basis.
     """
 
-    def __init__(self, pool: Candidates, scope: RpcScope, needs_basis: bool) -> None:
+    def __init__(self, pool: Candidates, scope: RpcScope, slots: int, needs_basis: bool) -> None:
         self._pool = pool
         self._scope = scope
+        self._slots = slots
         self._needs_basis = needs_basis
         self._asked: dict[DecodeWorker, int] = {}
         self._refusals: dict[DecodeWorker, SpectrumKVError] = {}
@@ -116,11 +118,14 @@ class WorkerSelector:
             return None
         return next((one for one in self._pool.ejected if one.accepting and one not in self._asked), None)
 
+    def _ranked(self) -> list[DecodeWorker]:
+        return self._pool.ranked(self._slots, self._needs_basis)
+
     def _untried(self) -> DecodeWorker | None:
         """Return the best worker that was never asked, even if it seems to take no requests: that may be old news."""
-        return next((worker for worker in self._pool.ranked(self._needs_basis) if worker not in self._asked), None)
+        return next((worker for worker in self._ranked() if worker not in self._asked), None)
 
     def _ready(self) -> DecodeWorker | None:
         """Return the best worker that takes requests and was not asked since it began to take them."""
-        candidates = (worker for worker in self._pool.ranked(self._needs_basis) if worker.accepting)
+        candidates = (worker for worker in self._ranked() if worker.accepting)
         return next((worker for worker in candidates if worker.epoch != self._asked.get(worker)), None)

@@ -21,6 +21,7 @@ from spectrumkv.prefill_server.transfer.pipeline import KvPipeline
 from spectrumkv.prefill_server.workers.basis_upload import BasisUpload
 from spectrumkv.prefill_server.workers.circuit_breaker import CircuitBreaker
 from spectrumkv.prefill_server.workers.lease import DecodeLease, open_lease
+from spectrumkv.prefill_server.workers.token_pace import TokenPace
 from spectrumkv.v1 import decode_pb2
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class DecodeWorker:
         basis_upload: sends the worker the codec's basis.
         breaker: says whether the worker fails what it admits.
         leaving: whether it gets no new requests, since its address is gone; running ones go on.
+        pace: says how long its tokens take.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class DecodeWorker:
         self.epoch = 0
         self.leaving = False
         self.breaker = CircuitBreaker()
+        self.pace = TokenPace()
         self.channel = open_channel(str(address), security)
         self.open_stream = open_decode_stream(self.channel)
         self._ask_for_room = decode_info_method(self.channel)
@@ -90,11 +93,13 @@ class DecodeWorker:
         self._closed, self._due = threading.Event(), threading.Event()
         metrics.decode_worker_accepting.labels(str(address)).set_function(lambda: self.accepting)
         metrics.decode_worker_ejected.labels(str(address)).set_function(lambda: self.breaker.ejected)
+        metrics.decode_worker_token_seconds.labels(str(address)).set_function(lambda: self.pace.seconds or 0.0)
         metrics.decode_worker_slots_free.labels(str(address)).set_function(lambda: self.free_slots)
         self._gauges = (
             metrics.decode_worker_accepting,
             metrics.decode_worker_ejected,
             metrics.decode_worker_slots_free,
+            metrics.decode_worker_token_seconds,
         )
         self._threads = [
             threading.Thread(target=follow, name=f"{what}-{address}", daemon=True)
@@ -153,7 +158,8 @@ class DecodeWorker:
         """
         if self._retired:
             raise UnavailableError(f"decode worker {self.address} has left: no name has its address any more")
-        return open_lease(self.address, self.open_stream, pipeline, scope, self._metrics)
+        self.pace.begin()
+        return open_lease(self.address, self.open_stream, pipeline, scope, self._metrics, self.pace)
 
     def lost(self, leaving: bool) -> None:
         """Take in that the worker failed a request; it is asked last until it answers again.

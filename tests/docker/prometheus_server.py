@@ -41,6 +41,7 @@ def _serve_one_request(prefill: Metrics, decode: Metrics) -> None:
     prefill.decode_worker_slots_free.labels("decode:1").set(1000)
     prefill.decode_workers_passed_over.labels("full").inc()
     prefill.decode_worker_ejected.labels("127.0.0.1:50052").set(0)
+    prefill.decode_worker_token_seconds.labels("decode:1").set(0.02)
     prefill.silent_calls_ended.labels("time").inc()
     prefill.decode_name_resolved.labels("decode:50052").set(1)
     for metrics in (prefill, decode):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -169,4 +169,20 @@ def failing_steps(service: DecodeService, error: Exception) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(service._engine._runner, "logits", fail)
+        yield
+
+
+@contextlib.contextmanager
+def slowed_steps(service: DecodeService, times: float) -> Iterator[None]:
+    """Have every step of this worker's model take so many times as long until the block ends."""
+    logits = service._engine._runner.logits
+
+    def slowly(rows: Any) -> Any:
+        started = time.monotonic()
+        found = logits(rows)
+        time.sleep((times - 1) * (time.monotonic() - started))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(service._engine._runner, "logits", slowly)
         yield

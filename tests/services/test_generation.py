@@ -27,6 +27,8 @@ def test_the_first_token_is_index_0_and_comes_exactly_once(llama_pair: Pair) -> 
     assert completion.usage.completion_tokens == 12
     assert completion.finish_reason == "length"
     assert completion.usage.handoff_seconds > 0
+    # The median of the gaps between the tokens that came from decode.
+    assert 0 < total(llama_pair.prefill_metrics, "decode_worker_token_seconds") < 5
 
 
 def test_one_token_needs_no_hand_off(llama_pair: Pair) -> None:

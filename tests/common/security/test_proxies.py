@@ -11,7 +11,7 @@ import pytest
 
 from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.security import ChannelSecurity
-from spectrumkv.common.service.config import PrefillConfig, build
+from spectrumkv.common.service.config import Address, PrefillConfig, build
 from spectrumkv.v1 import prefill_pb2, prefill_pb2_grpc
 from tests.common.rpc.scripted import WAIT_SECONDS, served
 
@@ -40,27 +40,57 @@ def proxy() -> Iterator[tuple[str, "queue.SimpleQueue[bytes]"]]:
         thread.join()
 
 
+NAMES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")
+
+
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator["queue.SimpleQueue[bytes]"]:
-    """What a proxy sees that all three variables name."""
+    """What a proxy sees that all variables name, whether in small letters or in capitals."""
     for name in ("no_proxy", "no_grpc_proxy"):
         monkeypatch.delenv(name, raising=False)
     with proxy() as (address, connections):
-        for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        for name in (*NAMES, *map(str.upper, NAMES)):
             monkeypatch.setenv(name, address)
         yield connections
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+HERE = ("127.0.0.1", "localhost", "LocalHost", "0.0.0.0", "[::ffff:127.0.0.1]")
+
+
+@pytest.mark.parametrize("host", HERE)
 def test_loopback_goes_directly(monkeypatch: pytest.MonkeyPatch, seen: "queue.SimpleQueue[bytes]", host: str) -> None:
     monkeypatch.setenv("SPECTRUMKV_TOKEN", TOKEN)
     with served() as server:
         address = f"{host}:{server.address.rpartition(':')[2]}"
-        with open_channel(address) as channel:
+        with open_channel(address, ChannelSecurity(allow_plaintext=True)) as channel:
             stub = prefill_pb2_grpc.PrefillServiceStub(channel)
             answers = stub.Generate(prefill_pb2.GenerateRequest(), timeout=WAIT_SECONDS)
             assert [one.token.text for one in answers] == ["yes"]
     assert seen.empty()
+
+
+def test_several_servers_are_reached_directly(
+    monkeypatch: pytest.MonkeyPatch, seen: "queue.SimpleQueue[bytes]"
+) -> None:
+    """A proxy is told one address, and would be told the whole list."""
+    monkeypatch.setenv("SPECTRUMKV_TOKEN", TOKEN)
+    with (
+        served() as server,
+        open_channel(f"{server.address},{ELSEWHERE}", ChannelSecurity(allow_plaintext=True)) as one,
+    ):
+        stub = prefill_pb2_grpc.PrefillServiceStub(one)
+        answers = stub.Generate(prefill_pb2.GenerateRequest(), timeout=WAIT_SECONDS, wait_for_ready=True)
+        assert [one.token.text for one in answers] == ["yes"]
+    assert seen.empty()
+
+
+def test_an_exception_for_other_hosts_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, seen: "queue.SimpleQueue[bytes]"
+) -> None:
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.setenv(name, "example.com")
+    test_loopback_goes_directly(monkeypatch, seen, "127.0.0.1")
+    test_decode_is_reached_directly(seen)
 
 
 def test_decode_is_reached_directly(seen: "queue.SimpleQueue[bytes]") -> None:
@@ -80,3 +110,23 @@ def ask(security: ChannelSecurity) -> None:
     with open_channel(ELSEWHERE, security) as channel:
         stub = prefill_pb2_grpc.PrefillServiceStub(channel)
         list(stub.Generate(prefill_pb2.GenerateRequest(), timeout=1))
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [
+        ("127.8.9.10", True),
+        ("[::1]", True),
+        ("[::]", True),
+        ("[::ffff:127.0.0.1]", True),
+        ("localhost.", True),
+        ("prefill.localhost", True),
+        ("ip6-localhost", True),
+        ("128.0.0.1", False),
+        ("[::ffff:10.0.0.1]", False),
+        ("localhost.example.com", False),
+        ("notlocalhost", False),
+    ],
+)
+def test_names_and_addresses_of_this_machine(host: str, here: bool) -> None:
+    assert Address.parse(f"{host}:1").leads_here is here

@@ -216,6 +216,8 @@ def test_an_unknown_flag_is_refused(arguments, said):
         (b"budget = ", "is not a TOML file"),
         (b"\xff", "is not a TOML file"),
         (b"x = " + b"[" * 5000, "is not a TOML file"),
+        (b"max_running = " + b"1" * 5000, "is not a TOML file"),
+        (b"\xef\xbb\xbfmax_running = 1", "is not a TOML file"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused(content, said, tmp_path):
@@ -223,6 +225,17 @@ def test_a_file_that_cannot_be_used_is_refused(content, said, tmp_path):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InvalidArgumentError, match=f"^--config {path} {said}"):
+        load(DecodeConfig, ["--config", str(path)], "server")
+
+
+@pytest.mark.parametrize(
+    "value", ["0x" + "f" * 6000, "inf", "nan", "1e400", "1979-05-27", "{a = 1}", "[[1]]", '"\\u0000"']
+)
+@pytest.mark.parametrize("option", ["max_running", "kv_memory", "grace", "listen", "log_level"])
+def test_a_value_of_another_kind_is_refused_with_its_flag(option, value, tmp_path):
+    path = tmp_path / "server.toml"
+    path.write_text(f"{option} = {value}")
+    with pytest.raises(InvalidArgumentError, match=f"^--{option.replace('_', '-')} is .*allowed"):
         load(DecodeConfig, ["--config", str(path)], "server")
 
 

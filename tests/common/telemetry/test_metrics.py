@@ -39,6 +39,7 @@ METRICS = {
     "spectrumkv_certificate_expiry_timestamp_seconds": ("gauge", ("file",)),
     "spectrumkv_file_reload_failed": ("gauge", ("files",)),
     "spectrumkv_kernel_faults": ("gauge", ()),
+    "spectrumkv_decode_worker_token_seconds": ("gauge", ("worker",)),
     "spectrumkv_int4_probe_passed": ("gauge", ()),
     "spectrumkv_probe_safe_budget_ratio": ("gauge", ()),
     "spectrumkv_decode_steps_total": ("counter", ("outcome",)),
@@ -64,6 +65,7 @@ def touched(metrics: Metrics) -> Metrics:
         metrics.decode_worker_accepting,
         metrics.decode_worker_ejected,
         metrics.decode_worker_slots_free,
+        metrics.decode_worker_token_seconds,
     ):
         worker.labels("127.0.0.1:50052").set(1)
     metrics.decode_name_resolved.labels("decode:50052").set(1)

@@ -15,13 +15,15 @@ from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.v1 import prefill_pb2
 from tests.common.rpc.scripted import HEALTH, WAIT_SECONDS, Served, echo, served
 from tests.faults.connections.silent_streams import fill, silent_connections
+from tests.waiting import until
 
 GENERATE = "/spectrumkv.v1.PrefillService/Generate"
 INFO = "/spectrumkv.v1.PrefillService/GetServerInfo"
 DECODE = "/spectrumkv.v1.DecodeService/Decode"
 CHECK = "/grpc.health.v1.Health/Check"
 WATCH = "/grpc.health.v1.Health/Watch"
-DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED = "4", "8"
+REFLECT = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED = "4", "8", "12"
 # The length of a message of 1,000 bytes, and a few of them.
 PART_OF_A_MESSAGE = b"\0\0\0\x03\xe8abc"
 
@@ -67,6 +69,37 @@ def test_a_silent_call_ends_in_time(monkeypatch: pytest.MonkeyPatch, method: str
         connection.open(method, data)
         assert connection.ended.get(timeout=WAIT_SECONDS) == DEADLINE_EXCEEDED
         assert reasons.counts == {"time": 1}
+
+
+@pytest.mark.parametrize("data", [b"", PART_OF_A_MESSAGE], ids=["nothing", "a part"])
+def test_a_silent_question_of_reflection_ends_in_time(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(rpc, "FIRST_MESSAGE_SECONDS", 0.2)
+    with served(reflection=True) as server, silent_connections(server.address, 1) as [connection]:
+        connection.open(REFLECT, data)
+        assert connection.ended.get(timeout=WAIT_SECONDS) == DEADLINE_EXCEEDED
+
+
+@pytest.mark.parametrize("method", ["/spectrumkv.v1.PrefillService/Nothing", "/nobody/Nothing", "/", "//", "nothing"])
+def test_a_silent_call_of_a_method_that_is_none_ends_at_once(method: str) -> None:
+    with served() as server, silent_connections(server.address, 1) as [connection]:
+        for _ in range(20):
+            connection.open(method)
+        assert {connection.ended.get(timeout=WAIT_SECONDS) for _ in range(20)} <= {UNIMPLEMENTED, "reset"}
+        assert_all_is_answered(server)
+
+
+def test_one_question_of_reflection_after_which_nothing_comes_takes_one_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stream may stay open after its first message; so many may, and no more."""
+    monkeypatch.setattr(rpc, "WATCHERS", 4)
+    whole = b"\0\0\0\0\x02\x3a\0"
+    with served(reflection=True) as server, silent_connections(server.address, 2) as connections:
+        for number in range(12):
+            connections[number % 2].open(REFLECT, whole)
+        until(lambda: sum(one.ended.qsize() for one in connections) == 8)
+        assert [one.token.text for one in server.generate()] == ["yes"]
+        assert check(server.channel)
 
 
 def test_a_silent_stream_of_requests_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,7 @@ class FakePrefill(prefill_pb2_grpc.PrefillServiceServicer):
 
     answer: Answer = answer_three_tokens
     requests: list[prefill_pb2.GenerateRequest] = field(default_factory=list)
+    detokenized: list[list[int]] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
     address: str = ""
 
@@ -132,6 +133,15 @@ class FakePrefill(prefill_pb2_grpc.PrefillServiceServicer):
 
     def GetServerInfo(self, request: Any, context: Any) -> Any:  # noqa: N802
         return prefill_info()
+
+    def Tokenize(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.requests.append(request.request)
+        return prefill_pb2.TokenizeResponse(token_ids=[5, 6], context_length=8192)
+
+    def Detokenize(self, request: Any, context: Any) -> Any:  # noqa: N802
+        texts = [f"<{one}>" for one in request.token_ids]
+        self.detokenized.append(list(request.token_ids))
+        return prefill_pb2.DetokenizeResponse(text="".join(texts), token_texts=texts)
 
 
 class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
@@ -147,12 +157,12 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
         )
 
 
-def prefill_server(service: FakePrefill) -> Server:
+def prefill_server(service: FakePrefill, threads: int = 4) -> Server:
     return Server(
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server,
         service,
         "spectrumkv.v1.PrefillService",
-        threads=4,
+        threads=threads,
         count_ended=lambda code: None,
     )
 

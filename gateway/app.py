@@ -51,6 +51,7 @@ def make_app(config: GatewayConfig, metrics: GatewayMetrics) -> App:
     app.add_exception_handler(HttpError, _known)
     app.add_exception_handler(ValidationError, _known)
     app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(Exception, _defect)
     if config.origins:
         app.add_middleware(
             CORSMiddleware,
@@ -72,6 +73,12 @@ async def _known(request: HttpRequest, error: Exception) -> Response:
     else:
         found = error if isinstance(error, HttpError) else HttpError.of(InternalError(type(error).__name__))
     return JSONResponse(found.body, found.status, found.headers)
+
+
+async def _defect(request: HttpRequest, error: Exception) -> Response:
+    """Return the answer to a request that met a defect; the exchange logs it."""
+    found = HttpError.of(InternalError(f"the gateway failed ({type(error).__name__}); its log has more"))
+    return JSONResponse(found.body, found.status)
 
 
 async def _no_route(request: HttpRequest, error: Exception) -> Response:

@@ -116,7 +116,3 @@ def server_config(app: App, config: GatewayConfig) -> uvicorn.Config:
         ssl_certfile=config.tls_cert,
         ssl_keyfile=config.tls_key,
     )
-
-
-if __name__ == "__main__":
-    main()

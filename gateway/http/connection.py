@@ -108,6 +108,7 @@ class BoundedConnection(H11Protocol):
                 ("content-type", "application/json"),
                 ("connection", "close"),
                 ("content-length", f"{len(body)}"),
+                *error.headers.items(),
             ]
             for event in (
                 h11.Response(status_code=error.status, headers=headers),

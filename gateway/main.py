@@ -37,6 +37,7 @@ def _serve() -> None:
     metrics = GatewayMetrics.for_process()
     count_dropped_lines(metrics.log_lines_dropped.inc)
     server = GatewayServer(server_config(make_app(config, metrics), config))
+    metrics.connections.set_function(lambda: len(server.server_state.connections))
     with listening(config) as listener:
         host, port = config.listen.host, listener.getsockname()[1]
         logger.info("serving HTTP on %s:%d, prefill is %s", host, port, config.target)

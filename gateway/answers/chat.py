@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from spectrumkv.client.completion import TokenEvent
-from spectrumkv.gateway.answers.writer import AnswerWriter
+from spectrumkv.gateway.answers.writer import AnswerWriter, Token
 
 _ROLE = "assistant"
 
@@ -36,7 +35,7 @@ class ChatWriter(AnswerWriter):
         """Return the message."""
         return {"message": {"role": _ROLE, "content": text, "refusal": None}}
 
-    def logprobs(self, tokens: Sequence[TokenEvent], texts: dict[int, str], start: int) -> dict[str, Any]:
+    def logprobs(self, tokens: Sequence[Token], texts: dict[int, str], start: int) -> dict[str, Any]:
         """Return an entry for each token."""
         return {
             "content": [

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from spectrumkv.client.completion import TokenEvent
-from spectrumkv.gateway.answers.writer import AnswerWriter
+from spectrumkv.gateway.answers.writer import AnswerWriter, Token
 
 
 class CompletionWriter(AnswerWriter):
@@ -28,7 +27,7 @@ class CompletionWriter(AnswerWriter):
         """Return the text itself."""
         return {"text": text}
 
-    def logprobs(self, tokens: Sequence[TokenEvent], texts: dict[int, str], start: int) -> dict[str, Any]:
+    def logprobs(self, tokens: Sequence[Token], texts: dict[int, str], start: int) -> dict[str, Any]:
         """Return four lists with an entry for each token."""
         offsets, at = [], start
         for token in tokens:
@@ -37,6 +36,11 @@ class CompletionWriter(AnswerWriter):
         return {
             "tokens": [texts[one.token_id] for one in tokens],
             "token_logprobs": [one.logprob for one in tokens],
-            "top_logprobs": [{texts[top.token_id]: top.logprob for top in one.top_logprobs} for one in tokens],
+            "top_logprobs": [_likeliest(one, texts) for one in tokens],
             "text_offset": offsets,
         }
+
+
+def _likeliest(token: Token, texts: dict[int, str]) -> dict[str, float] | None:
+    """Return the likeliest tokens in a place; None for the first token of a prompt, which nothing comes before."""
+    return None if token.logprob is None else {texts[top.token_id]: top.logprob for top in token.top_logprobs}

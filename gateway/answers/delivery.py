@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
@@ -11,9 +12,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from spectrumkv.client.async_client import AsyncCompletionStream
-from spectrumkv.client.completion import TokenEvent
+from spectrumkv.client.completion import PromptToken, TokenEvent
 from spectrumkv.common.errors import InternalError, SpectrumKVError
-from spectrumkv.gateway.answers.writer import AnswerWriter
+from spectrumkv.gateway.answers.writer import AnswerWriter, Token
 from spectrumkv.gateway.api.errors import HttpError
 
 logger = logging.getLogger(__name__)
@@ -89,34 +90,49 @@ async def _chunks(
     streams: Sequence[AsyncCompletionStream], writer: AnswerWriter, with_usage: bool
 ) -> AsyncIterator[dict[str, Any]]:
     """Yield the objects of a stream: those of each answer in its order, and answers as they come."""
-    lengths = [0] * len(streams)
-    opening = writer.opening(len(streams))
+    answers, lengths = writer.options.answers, Counter[int]()
+    opening = writer.opening(len(streams) * answers)
     async with AsyncExitStack() as held:
         for one in streams:
             await held.enter_async_context(one)
-        async for choice, token in _merged(streams):
-            if token is not None:
-                chunk = await writer.chunk(choice, token, lengths[choice])
-                lengths[choice] += len(token.text)
-            else:
-                chunk = writer.last_chunk(choice, streams[choice].received.completion().finish_reason)
-            # They wait for the first token, so that an error before it has a status of its own.
-            for said in opening:
-                yield said
+        async for place, token in _merged(streams):
+            choice = place * answers + token.answer
+            said = await _said_of(choice, token, streams[place].received.prompt_tokens, writer, lengths)
+            # The opening waits for the first token, so that an error before it has a status of its own.
+            for chunk in (*opening, *said):
+                yield chunk
             opening = []
-            yield chunk
         if with_usage:
             yield writer.usage_chunk([one.received.completion().usage for one in streams])
 
 
-async def _merged(
-    streams: Sequence[AsyncCompletionStream],
-) -> AsyncIterator[tuple[int, TokenEvent | None]]:
-    """Yield each stream's tokens under its place, and None at its end."""
+async def _said_of(
+    choice: int, token: TokenEvent, prompt: Sequence[PromptToken], writer: AnswerWriter, lengths: Counter[int]
+) -> list[dict[str, Any]]:
+    """Return the chunks that one token makes.
+
+    Args:
+        choice: the choice that the token belongs to.
+        token: the token.
+        prompt: the prompt's tokens, where the request asked for them.
+        writer: of the route.
+        lengths: characters of each choice so far; those of this token are added.
+    """
+    groups: list[Sequence[Token]] = [prompt] if prompt and writer.options.echo and token.index == 0 else []
+    said = []
+    for tokens in (*groups, [token]):
+        said.append(await writer.chunk(choice, tokens, lengths[choice]))
+        lengths[choice] += sum(len(one.text) for one in tokens)
+    if token.finish_reason is not None:
+        said.append(writer.last_chunk(choice, token.finish_reason))
+    return said
+
+
+async def _merged(streams: Sequence[AsyncCompletionStream]) -> AsyncIterator[tuple[int, TokenEvent]]:
+    """Yield the tokens of all streams as they come, each with its stream's place."""
     if len(streams) == 1:
         async for token in streams[0]:
             yield 0, token
-        yield 0, None
         return
     arrived: asyncio.Queue[tuple[int, TokenEvent | Exception | None]] = asyncio.Queue()
 
@@ -135,8 +151,10 @@ async def _merged(
             place, what = await arrived.get()
             if isinstance(what, Exception):
                 raise what
-            left -= what is None
-            yield place, what
+            if what is None:
+                left -= 1
+            else:
+                yield place, what
     finally:
         for task in tasks:
             task.cancel()

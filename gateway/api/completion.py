@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator
 
 from spectrumkv.client.request import Sampling, TokenIds
-from spectrumkv.gateway.api.fields import OPENAI, FieldError, Refused, Whole, supported
+from spectrumkv.gateway.api.fields import OPENAI, FieldError, Refused, Switch, Whole, supported
 from spectrumkv.gateway.api.sampling import REFUSED, SamplingFields
 
 # What OpenAI and vLLM take where a request does not say.
@@ -55,7 +55,6 @@ class CompletionFields(SamplingFields):
     refused: ClassVar[Mapping[str, Refused]] = {
         **REFUSED,
         "best_of": Refused(OPENAI, "all answers are returned, none chosen; leave it out", (1,)),
-        "echo": Refused(OPENAI, "the answer does not repeat the prompt; put it in front of the answer", (False,)),
         "suffix": Refused(OPENAI, "text is generated after the prompt only, not before a suffix", ("",)),
     }
 
@@ -64,6 +63,8 @@ class CompletionFields(SamplingFields):
     )
     max_tokens: Whole | None = supported(OPENAI, f"the most tokens of an answer. Left out: {DEFAULT_MAX_TOKENS}")
     logprobs: Whole | None = supported(OPENAI, "log-probabilities of the answer's and of so many likeliest tokens")
+
+    echo: Switch | None = supported(OPENAI, "the prompt comes before the answer; with `logprobs`, so do its tokens")
 
     @property
     def prompts(self) -> Prompts:

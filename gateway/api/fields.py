@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic.fields import FieldInfo
 
 OPENAI, VLLM, SPECTRUMKV = "OpenAI", "vLLM", "SpectrumKV"
 
@@ -87,20 +88,24 @@ class RequestFields(BaseModel):
     refused: ClassVar[Mapping[str, Refused]] = {}
     ignored: ClassVar[Mapping[str, Ignored]] = {}
 
+    @classmethod
+    def names(cls) -> dict[str, FieldInfo]:
+        """Return the supported fields, under the names that requests have for them."""
+        return {field.alias or name: field for name, field in cls.model_fields.items()}
+
     @model_validator(mode="before")
     @classmethod
     def _know_every_field(cls, body: object) -> object:
         if not isinstance(body, dict):
-            raise FieldError(f"the body is {reprlib.repr(body)}; allowed: a JSON object")
+            return body
+        names = cls.names()
         for name, value in body.items():
-            if name in cls.model_fields or name in cls.ignored:
+            if name in names or name in cls.ignored:
                 continue
             known = cls.refused.get(name)
             if known is None:
-                raise FieldError(
-                    f"{reprlib.repr(name)} is no field here; allowed: {', '.join(sorted(cls.model_fields))}",
-                    name[:80],
-                )
+                allowed = ", ".join(sorted(names))
+                raise FieldError(f"{reprlib.repr(name)} is no field here; allowed: {allowed}", name[:80])
             if not known.asks_for_nothing(value):
                 raise FieldError(f"{name} is {reprlib.repr(value)}; {known.reason}", name)
         return body

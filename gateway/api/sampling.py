@@ -1,11 +1,14 @@
 """Hold the fields that completions and chat completions share: sampling, the KV choice, and what is refused."""
 
+import reprlib
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, model_validator
 
 from spectrumkv.client.request import KvChoice, Sampling
+from spectrumkv.client.structured_output import StructuredOutput
+from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.gateway.api.fields import (
     OPENAI,
     SPECTRUMKV,
@@ -20,8 +23,9 @@ from spectrumkv.gateway.api.fields import (
     Whole,
     supported,
 )
+from spectrumkv.gateway.api.structured import ResponseFormat, StructuredOutputs
 
-_NO_CONTROL = "each token is chosen by the model's own probabilities"
+_NO_CONTROL = "steer single tokens with logit_bias or bad_words; leave it out"
 
 
 class StreamOptions(RequestFields):
@@ -65,18 +69,10 @@ IGNORED: Mapping[str, Ignored] = {
 }
 
 REFUSED: Mapping[str, Refused] = {
-    "n": Refused(OPENAI, "one answer is generated for a prompt; send the request once for each answer", (1,)),
-    "presence_penalty": Refused(OPENAI, "this penalty is not supported; repetition_penalty is", (0, 0.0)),
-    "frequency_penalty": Refused(OPENAI, "this penalty is not supported; repetition_penalty is", (0, 0.0)),
-    "logit_bias": Refused(OPENAI, f"{_NO_CONTROL}; leave it out", ({},)),
-    "min_p": Refused(VLLM, "this filter is not supported; top_p and top_k are", (0, 0.0)),
-    "min_tokens": Refused(VLLM, "a least length is not supported; ignore_eos generates max_tokens tokens", (0,)),
-    "bad_words": Refused(VLLM, f"{_NO_CONTROL}; leave it out", ([],)),
-    "allowed_token_ids": Refused(VLLM, f"{_NO_CONTROL}; leave it out"),
-    "logits_processors": Refused(VLLM, f"{_NO_CONTROL}; leave it out"),
+    "allowed_token_ids": Refused(VLLM, _NO_CONTROL),
+    "logits_processors": Refused(VLLM, _NO_CONTROL),
     "use_beam_search": Refused(VLLM, "answers are sampled, not searched for; leave it out", (False,)),
     "length_penalty": Refused(VLLM, "it belongs to beam search, which there is none of; leave it out", (1, 1.0)),
-    "prompt_logprobs": Refused(VLLM, "log-probabilities are given for the answer only; ask for those with logprobs"),
     "truncate_prompt_tokens": Refused(VLLM, "a prompt is used whole or refused; shorten it"),
     "include_stop_str_in_output": Refused(VLLM, "an answer ends before its stop string; leave it out", (False,)),
     "skip_special_tokens": Refused(VLLM, "the text never has special tokens; return_token_ids has them", (True,)),
@@ -86,16 +82,26 @@ REFUSED: Mapping[str, Refused] = {
     "kv_transfer_params": Refused(VLLM, "prefill hands KV to decode by itself; steer it with the field kv"),
     "vllm_xargs": Refused(VLLM, "these are extensions of vLLM's; leave it out", ({},)),
     "repetition_detection": Refused(VLLM, "repetition ends no answer; leave it out"),
-    "structured_outputs": Refused(VLLM, "the form of an answer cannot be prescribed; ask for it in the prompt"),
-    "guided_json": Refused(VLLM, "the form of an answer cannot be prescribed; ask for it in the prompt"),
-    "guided_regex": Refused(VLLM, "the form of an answer cannot be prescribed; ask for it in the prompt"),
-    "guided_choice": Refused(VLLM, "the form of an answer cannot be prescribed; ask for it in the prompt"),
-    "guided_grammar": Refused(VLLM, "the form of an answer cannot be prescribed; ask for it in the prompt"),
-    "response_format": Refused(
-        OPENAI, "the form of an answer cannot be prescribed; ask for it in the prompt", ({"type": "text"},)
-    ),
+    "guided_json": Refused(VLLM, "it is called structured_outputs.json now"),
+    "guided_regex": Refused(VLLM, "it is called structured_outputs.regex now"),
+    "guided_choice": Refused(VLLM, "it is called structured_outputs.choice now"),
+    "guided_grammar": Refused(VLLM, "it is called structured_outputs.grammar now"),
     "prompt_embeds": Refused(VLLM, "prompts are text or token ids; send one of those"),
 }
+
+
+def _read_bias(value: object) -> object:
+    """Return biases by whole numbers; JSON has texts as keys.
+
+    Raises:
+        FieldError: a key is no whole number.
+    """
+    if not isinstance(value, dict):
+        return value
+    for key in value:
+        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20):
+            raise FieldError(f'logit_bias has the key {reprlib.repr(key)}; allowed: token ids, such as "50256"')
+    return {int(key): bias for key, bias in value.items()}
 
 
 class SamplingFields(RequestFields):
@@ -111,6 +117,22 @@ class SamplingFields(RequestFields):
     top_p: Number | None = supported(OPENAI, "draws from the smallest set of tokens of this probability")
     top_k: Whole | None = supported(VLLM, "draws from the k likeliest tokens; 0 and -1 are all")
     repetition_penalty: Number | None = supported(VLLM, "divides the logits of tokens seen before")
+    presence_penalty: Number | None = supported(OPENAI, "subtracted from the logits of tokens generated before")
+    frequency_penalty: Number | None = supported(OPENAI, "the same, once for each time that they were generated")
+    min_p: Number | None = supported(VLLM, "draws from tokens at least this fraction as likely as the likeliest")
+    logit_bias: Annotated[dict[int, Number] | None, BeforeValidator(_read_bias)] = supported(
+        OPENAI, "added to the logits of single tokens, by token id"
+    )
+    min_tokens: Whole | None = supported(VLLM, "no answer ends before so many tokens")
+    bad_words: list[Text] | None = supported(VLLM, "texts that are not generated")
+    n: Whole | None = supported(
+        OPENAI, "so many answers to a prompt, whose KV is sent once; seeds count up from `seed`"
+    )
+    response_format: ResponseFormat | None = supported(OPENAI, "the form of the answer: JSON, or JSON by a schema")
+    structured_outputs: StructuredOutputs | None = supported(
+        VLLM, "the form of the answer: JSON, a regular expression, a grammar, one of several texts"
+    )
+    prompt_logprobs: Whole | None = supported(VLLM, "log-probabilities of the prompt's tokens; not with `stream`")
     seed: Whole | None = supported(OPENAI, "same seed, same tokens, whatever else is served; modulo 2⁶⁴")
     stop: Text | list[Text] | None = supported(OPENAI, "the answer ends before one of these texts")
     stop_token_ids: list[Whole] | None = supported(VLLM, "the answer ends at one of these tokens")
@@ -125,6 +147,17 @@ class SamplingFields(RequestFields):
         if self.stream_options is not None and not self.stream:
             raise FieldError("stream_options is given without stream; set stream to true", "stream_options")
         return self
+
+    @model_validator(mode="after")
+    def _check_prompt_logprobs(self) -> "SamplingFields":
+        if self.prompt_logprobs is not None and self.stream:
+            raise FieldError("prompt_logprobs is given with stream; ask for a whole answer", "prompt_logprobs")
+        return self
+
+    @property
+    def answers(self) -> int:
+        """How many answers each prompt gets."""
+        return 1 if self.n is None else self.n
 
     @property
     def includes_usage(self) -> bool:
@@ -159,4 +192,25 @@ class SamplingFields(RequestFields):
             "stop": tuple(stop),
             "stop_token_ids": tuple(self.stop_token_ids or ()),
             "ignore_eos": bool(self.ignore_eos),
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "min_p": self.min_p,
+            "logit_bias": self.logit_bias or {},
+            "min_tokens": self.min_tokens,
+            "bad_words": tuple(self.bad_words or ()),
+            "n": self.n,
+            "structured_output": self._form(),
         }
+
+    def _form(self) -> StructuredOutput | None:
+        """Return the form that answers must have; None is any.
+
+        Raises:
+            InvalidArgumentError: two forms are given.
+        """
+        formats = self.response_format.form() if self.response_format is not None else None
+        if self.structured_outputs is None:
+            return formats
+        if formats is not None:
+            raise InvalidArgumentError("response_format and structured_outputs are both given; give one of them")
+        return self.structured_outputs.form()

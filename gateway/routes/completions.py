@@ -1,5 +1,7 @@
 """Serve `/v1/completions` and `/v1/chat/completions`."""
 
+from collections.abc import Sequence
+
 from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -7,7 +9,7 @@ from starlette.responses import Response
 from spectrumkv.client.request import Prompt, Request
 from spectrumkv.gateway.answers.chat import ChatWriter
 from spectrumkv.gateway.answers.completion import CompletionWriter
-from spectrumkv.gateway.answers.writer import AnswerWriter
+from spectrumkv.gateway.answers.writer import AnswerOptions, AnswerWriter
 from spectrumkv.gateway.api.chat import ChatFields
 from spectrumkv.gateway.api.completion import CompletionFields
 from spectrumkv.gateway.api.sampling import SamplingFields
@@ -38,29 +40,44 @@ async def chat_completions(request: HttpRequest) -> Response:
 
 
 def _requests(
-    fields: CompletionFields | ChatFields, prompts: tuple[Prompt, ...] | list[Prompt], request: HttpRequest
+    fields: CompletionFields | ChatFields, prompts: Sequence[Prompt], request: HttpRequest
 ) -> list[Request]:
     """Return a request to prefill for each prompt; several have the HTTP request's id with their place."""
-    sampling, kv = fields.sampling(), fields.kv_choice()
+    options, sampling, kv = _options(fields), fields.sampling(), fields.kv_choice()
+    echoed_logprobs = sampling.logprobs if options.echo else None
     name = _name(fields, request)
     ids = [name] if len(prompts) == 1 else [f"{name}-{place}" for place in range(len(prompts))]
     return [
-        Request(prompt=prompt, sampling=sampling, kv=kv, model=fields.model, request_id=one)
+        Request(
+            prompt=prompt,
+            sampling=sampling,
+            kv=kv,
+            model=fields.model,
+            request_id=one,
+            echo=options.echo,
+            prompt_logprobs=fields.prompt_logprobs if options.prompt_logprobs else echoed_logprobs,
+        )
         for prompt, one in zip(prompts, ids, strict=True)
     ]
 
 
 async def _writer(
-    kind: type[AnswerWriter], gateway: Gateway, fields: SamplingFields, request: HttpRequest
+    kind: type[AnswerWriter], gateway: Gateway, fields: CompletionFields | ChatFields, request: HttpRequest
 ) -> AnswerWriter:
     caller = caller_of(request)
-    return kind(
-        _name(fields, request),
-        await gateway.served_model(fields.model, caller),
-        gateway.texts,
-        caller.authorization,
-        bool(fields.return_token_ids),
-        bool(fields.return_tokens_as_token_ids),
+    model = await gateway.served_model(fields.model, caller)
+    return kind(_name(fields, request), model, gateway.texts, caller.authorization, _options(fields))
+
+
+def _options(fields: CompletionFields | ChatFields) -> AnswerOptions:
+    """Return what the choices of the answer have."""
+    return AnswerOptions(
+        answers=fields.answers,
+        echo=isinstance(fields, CompletionFields) and bool(fields.echo),
+        logprobs=fields.sampling().logprobs is not None,
+        prompt_logprobs=fields.prompt_logprobs is not None,
+        token_ids=bool(fields.return_token_ids),
+        tokens_as_ids=bool(fields.return_tokens_as_token_ids),
     )
 
 

@@ -21,8 +21,14 @@ from spectrumkv.v1 import (
 Answer = Callable[[prefill_pb2.GenerateRequest, grpc.ServicerContext], Iterator[prefill_pb2.GenerateResponse]]
 
 
-def token(index: int, text: str, token_id: int | None = None) -> prefill_pb2.GenerateResponse:
-    message = generation_pb2.Token(index=index, token_id=100 + index if token_id is None else token_id, text=text)
+def token(
+    index: int, text: str, token_id: int | None = None, answer: int = 0, ends: str | None = None
+) -> prefill_pb2.GenerateResponse:
+    message = generation_pb2.Token(
+        index=index, token_id=100 + index if token_id is None else token_id, text=text, answer=answer
+    )
+    if ends is not None:
+        message.finish_reason = generation_pb2.FinishReason.Value(f"FINISH_REASON_{ends}")
     return prefill_pb2.GenerateResponse(token=message)
 
 
@@ -54,7 +60,7 @@ def finished(completion_tokens: int, reason: str = "STOP") -> prefill_pb2.Genera
 def answer_three_tokens(request: Any, context: Any) -> Iterator[prefill_pb2.GenerateResponse]:
     yield token(0, "Blue")
     yield token(1, " sky")
-    yield token(2, "!")
+    yield token(2, "!", ends="STOP")
     yield finished(3)
 
 

@@ -94,6 +94,7 @@ def running_gateway(prefill: str, **options: Any) -> Iterator[RunningGateway]:
     config = build(GatewayConfig, {"listen": "127.0.0.1:0", "prefill": prefill, "grace": "2", **options})
     metrics = GatewayMetrics(CollectorRegistry())
     server = GatewayServer(server_config(make_app(config, metrics), config))
+    metrics.connections.set_function(lambda: len(server.server_state.connections))
     with listening(config) as listener:
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), name="gateway")
         thread.start()

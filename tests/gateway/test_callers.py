@@ -142,3 +142,4 @@ def test_what_prometheus_reads(gateway: RunningGateway) -> None:
     assert 'spectrumkv_gateway_requests_total{route="/v1/completions",status="200"} 1.0' in text
     assert "spectrumkv_gateway_time_to_first_token_seconds_count 1.0" in text
     assert "spectrumkv_gateway_requests_running 0.0" in text
+    assert "spectrumkv_gateway_connections 1.0" in text

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from spectrumkv.v1 import prefill_pb2
 from tests.client.fake_servers import FakePrefill, finished, token
 from tests.gateway.running import RunningGateway
 
@@ -117,7 +118,7 @@ def test_several_prompts_are_choices_of_one_answer(
 
 def with_logprobs(request: Any, context: Any) -> Any:
     for index in range(2):
-        response = token(index, "ab"[index])
+        response = token(index, "ab"[index], ends=[None, "STOP"][index])
         response.token.logprob = -0.5
         response.token.top_logprobs.add(token_id=9, logprob=-1.5)
         yield response
@@ -168,3 +169,67 @@ def test_tokenize_and_detokenize(gateway: RunningGateway, prefill: FakePrefill) 
     assert [one.WhichOneof("prompt") for one in prefill.requests] == ["text", "chat"]
     assert gateway.ask("POST", "/detokenize", {"tokens": [7, 8]}).json == {"prompt": "<7><8>"}
     assert gateway.ask("POST", "/tokenize", {}).error["param"] == "prompt"
+
+
+def two_answers(request: Any, context: Any) -> Any:
+    if request.echo:
+        prompt = prefill_pb2.PromptTokens()
+        prompt.tokens.add(token_id=5, text="He")
+        second = prompt.tokens.add(token_id=6, text="llo", logprob=-2.5)
+        second.top_logprobs.add(token_id=9, logprob=-0.5)
+        yield prefill_pb2.GenerateResponse(prompt_tokens=prompt)
+    yield token(0, "a", answer=0)
+    yield token(0, "b", answer=1, ends="LENGTH")
+    yield token(1, "c", answer=0, ends="STOP")
+    yield finished(3)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_answers_to_several_prompts(gateway: RunningGateway, prefill: FakePrefill, stream: bool) -> None:
+    prefill.answer = two_answers
+    reply = gateway.complete(prompt=["x", "y"], n=2, stream=stream)
+    texts, reasons = {}, {}
+    for choice in [one["choices"][0] for one in reply.events] if stream else reply.json["choices"]:
+        texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
+        reasons[choice["index"]] = choice["finish_reason"]
+    assert texts == {0: "ac", 1: "b", 2: "ac", 3: "b"}
+    assert reasons == {0: "stop", 1: "length", 2: "stop", 3: "length"}
+    assert [one.sampling.n for one in prefill.requests] == [2, 2]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_prompt_comes_before_the_answer_where_that_is_asked(
+    gateway: RunningGateway, prefill: FakePrefill, stream: bool
+) -> None:
+    prefill.answer = two_answers
+    reply = gateway.complete(prompt="Hello", echo=True, logprobs=1, stream=stream, n=2)
+    assert (prefill.requests[0].echo, prefill.requests[0].prompt_logprobs) == (True, 1)
+    if stream:
+        first = [one["choices"][0] for one in reply.events if one["choices"][0]["index"] == 0]
+        assert "".join(one["text"] for one in first) == "Helloac"
+        assert [one["logprobs"] and one["logprobs"]["text_offset"] for one in first] == [[0, 2], [5], [6], None]
+        return
+    choice = reply.json["choices"][0]
+    assert choice["text"] == "Helloac"
+    assert choice["logprobs"]["token_logprobs"] == [None, -2.5, None, None]
+    assert choice["logprobs"]["top_logprobs"][:2] == [None, {"<9>": -0.5}]
+    assert choice["logprobs"]["text_offset"] == [0, 2, 5, 6]
+
+
+def test_log_probabilities_of_the_prompt(gateway: RunningGateway, prefill: FakePrefill) -> None:
+    def answer(request: Any, context: Any) -> Any:
+        request.echo = True
+        yield from two_answers(request, context)
+
+    prefill.answer = answer
+    said = gateway.complete(prompt="Hello", prompt_logprobs=1, n=2).json["choices"][0]
+    assert said["text"] == "ac"
+    assert said["prompt_logprobs"] == [
+        None,
+        {
+            "6": {"logprob": -2.5, "rank": None, "decoded_token": "<6>"},
+            "9": {"logprob": -0.5, "rank": 1, "decoded_token": "<9>"},
+        },
+    ]
+    refused = gateway.complete(prompt_logprobs=1, stream=True)
+    assert refused.error["param"] == "prompt_logprobs"

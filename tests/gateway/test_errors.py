@@ -102,7 +102,7 @@ def test_the_gateways_deadline(prefill: FakePrefill) -> None:
         (b"{", None, "the body is no JSON"),
         (b'{"prompt": "\xff"}', None, "the body is no JSON"),
         (b'{"prompt": ' + b"[" * 100_000, None, "recursion limit"),
-        (b"[1]", None, "the body is [1]; allowed: a JSON object"),
+        (b"[1]", None, "the body is [1]; input should be an object"),
         (b"{}", "prompt", "prompt is missing"),
         (b'{"prompt": "x", "flavour": 1}', "flavour", "'flavour' is no field here; allowed: "),
         (b'{"prompt": "x", "kv": {"budgie": 1}}', "kv.budgie", "'budgie' is no field here; allowed: budget"),

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.common.service.command_line import load
+from spectrumkv.common.service.command_line import asks_for_check, load
 from spectrumkv.common.service.process import exit_on_error, set_up_logging
 from spectrumkv.common.telemetry.log_output import count_dropped_lines
 from spectrumkv.gateway.app import make_app
@@ -22,17 +22,30 @@ from spectrumkv.gateway.metrics import GatewayMetrics
 
 logger = logging.getLogger(__name__)
 
+PROGRAM = "spectrumkv-gateway"
 # Connections that the system may hold until the gateway takes them.
 BACKLOG = 1024
 
 
 def main() -> None:
-    """Serve HTTP until a signal stops it."""
-    exit_on_error(_serve)
+    """Serve HTTP until a signal stops it. With --check-config, say what would be served."""
+    exit_on_error(_check if asks_for_check(sys.argv[1:]) else _serve)
+
+
+def _check() -> None:
+    config = load(GatewayConfig, sys.argv[1:], PROGRAM)
+    config.security().check()
+    make_app(config, GatewayMetrics.for_process())
+    tokens = "checked here" if config.checks_tokens else "passed on to prefill"
+    sys.stdout.write(
+        f"listens  {config.listen}, {'TLS' if config.tls_cert else 'plaintext'}\n"
+        f"prefill  {config.target}, {'TLS' if config.prefill_tls_ca else 'plaintext'}\n"
+        f"tokens   {tokens}\n"
+    )
 
 
 def _serve() -> None:
-    config = load(GatewayConfig, sys.argv[1:], "spectrumkv-gateway")
+    config = load(GatewayConfig, sys.argv[1:], PROGRAM)
     set_up_logging(config.log_level, config.log_format)
     metrics = GatewayMetrics.for_process()
     count_dropped_lines(metrics.log_lines_dropped.inc)

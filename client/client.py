@@ -7,7 +7,6 @@ with SpectrumClient("127.0.0.1:50051") as client:
     print(stream.result().usage.budget_counted)
 """
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -17,6 +16,7 @@ import grpc
 
 from spectrumkv.client import readiness
 from spectrumkv.client.argument_types import check_type, grpc_timeout
+from spectrumkv.client.received import ReceivedAnswer
 from spectrumkv.client.request import KvChoice, Prompt, Request, Sampling
 from spectrumkv.client.stream import CompletionStream
 from spectrumkv.client.tools import Tools
@@ -131,9 +131,9 @@ class SpectrumClient:
         seconds = grpc_timeout(timeout)
         message = request.to_proto()
         with self._while_open():
-            sent = time.perf_counter()
+            received = ReceivedAnswer(timeout, self.address)
             call = self._prefill.Generate(message, timeout=seconds, metadata=trace.metadata)
-        return CompletionStream(call, sent, timeout, self.address)
+        return CompletionStream(call, received)
 
     def server_info(self, timeout: float = INFO_TIMEOUT_SECONDS) -> ServerInfo:
         """Return what a prefill or decode service says of itself: which model it serves, and how.

@@ -71,8 +71,7 @@ class RequestReader:
         request_id = message.request_id or uuid.uuid4().hex
         current_request().note(request_id=request_id)
         loaded = self._loaded
-        if message.model and message.model != loaded.name:
-            raise NotFoundError(f"model {message.model!r} is not served here; this service has {loaded.name!r}")
+        self.check_model(message.model)
         _refuse_unsupported(message)
         params = SamplingParams.from_proto(message.sampling).with_seed()
         assert params.seed is not None
@@ -90,6 +89,52 @@ class RequestReader:
         """The most bytes of a message worth receiving: twice what a request can need, so that most are told why."""
         needed = 2 * (self._prompts.most_bytes + OPTIONS_BYTES)
         return min(max(needed, FEWEST_MESSAGE_BYTES), MAX_MESSAGE_BYTES)
+
+    def tokenize(self, message: prefill_pb2.GenerateRequest, scope: RpcScope) -> list[int]:
+        """Return the token ids that a request's prompt has.
+
+        Args:
+            message: the request, of which prompt and model are read.
+            scope: of the call; tokenizing ends with it.
+
+        Returns:
+            The token ids, at least one.
+
+        Raises:
+            NotFoundError: the request names another model.
+            SpectrumKVError: the prompt cannot be read, or the call's time is over.
+        """
+        self.check_model(message.model)
+        return self._read_prompt(message, scope)
+
+    def detokenize(self, message: prefill_pb2.DetokenizeRequest) -> prefill_pb2.DetokenizeResponse:
+        """Return the text of token ids, of all together and of each by itself.
+
+        Args:
+            message: the token ids, no more than the model's context holds.
+
+        Returns:
+            The texts.
+
+        Raises:
+            NotFoundError: the request names another model.
+            InvalidArgumentError: the ids are too many, or not of the model.
+        """
+        self.check_model(message.model)
+        text, each = self._prompts.text_of(message.token_ids)
+        return prefill_pb2.DetokenizeResponse(text=text, token_texts=each)
+
+    def check_model(self, name: str) -> None:
+        """Refuse a request for a model that is not served here; no name is any model.
+
+        Args:
+            name: from the request.
+
+        Raises:
+            NotFoundError: another model is served.
+        """
+        if name and name != self._loaded.name:
+            raise NotFoundError(f"model {name!r} is not served here; this service has {self._loaded.name!r}")
 
     def stop(self) -> None:
         """End the threads; call this when no request is left."""

@@ -152,6 +152,20 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             kernel_fault=kernel_fault(),
         )
 
+    def Tokenize(  # noqa: N802  # gRPC's spelling
+        self, request: prefill_pb2.TokenizeRequest, context: grpc.ServicerContext
+    ) -> prefill_pb2.TokenizeResponse:
+        """Return the token ids that Generate would run for a request."""
+        with RpcScope(context, self._config.deadline, self._config.max_deadline) as scope:
+            token_ids = self._reader.tokenize(request.request, scope)
+        return prefill_pb2.TokenizeResponse(token_ids=token_ids, context_length=self._loaded.context_length)
+
+    def Detokenize(  # noqa: N802  # gRPC's spelling
+        self, request: prefill_pb2.DetokenizeRequest, context: grpc.ServicerContext
+    ) -> prefill_pb2.DetokenizeResponse:
+        """Return the text of token ids."""
+        return self._reader.detokenize(request)
+
     def start(self) -> None:
         """Begin to follow the decode workers; call this before the server takes requests."""
         self._workers.start()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TOP_LEVEL = ("bench", "client", "common", "decode_server", "kernels", "prefill_server", "vllm_plugin")
+TOP_LEVEL = ("bench", "client", "common", "decode_server", "gateway", "kernels", "prefill_server", "vllm_plugin")
 LINT = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(sys.argv[1], no_cache=True))"
 
 

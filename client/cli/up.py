@@ -2,12 +2,14 @@
 
 import argparse
 import shlex
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 
 from spectrumkv.client.cli import flags
 from spectrumkv.client.cli.flags import DEFAULT_SERVER
 from spectrumkv.client.cli.runner import EXIT_INTERRUPTED
+from spectrumkv.client.local.gateway_process import running_gateway
 from spectrumkv.client.local.pair_config import PairConfig
 from spectrumkv.client.local.running_pair import (
     READY_TIMEOUT_SECONDS,
@@ -17,6 +19,7 @@ from spectrumkv.client.local.running_pair import (
     stopped_by_signals,
 )
 from spectrumkv.common.service.command_line import add_flags
+from spectrumkv.common.service.options import Address
 from spectrumkv.common.telemetry.log_output import STDOUT, LineOutput
 
 
@@ -34,6 +37,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         default=READY_TIMEOUT_SECONDS,
         metavar="S",
         help="stop if the services are not ready after S seconds (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--http",
+        type=_parse_address,
+        metavar="HOST:PORT",
+        help="serve the OpenAI API over HTTP on this address, too, such as 127.0.0.1:8000",
     )
     add_flags(parser, PairConfig)
     parser.set_defaults(run=run, parser=parser)
@@ -57,8 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         with stopped_by_signals(), running_pair(options, log_on_stderr(), arguments.ready_timeout) as pair:
             ready = True
-            with suppress(KeyboardInterrupt):
-                _announce(out, pair)
+            with _gateway(pair, arguments), suppress(KeyboardInterrupt):
+                _announce(out, pair, arguments.http)
                 pair.wait_for_death()
             out.write_line("stopping after the running requests (Ctrl-C again ends them)")
     except KeyboardInterrupt:
@@ -71,10 +80,32 @@ def run(arguments: argparse.Namespace) -> int:
         out.flush()
 
 
-def _announce(out: LineOutput, pair: RunningPair) -> None:
+def _parse_address(text: str) -> Address:
+    try:
+        return Address.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: {error}") from None
+
+
+@contextmanager
+def _gateway(pair: RunningPair, arguments: argparse.Namespace) -> Iterator[None]:
+    """Serve HTTP beside the pair while the block runs, if `--http` says where."""
+    if arguments.http is None:
+        yield
+        return
+    given = vars(arguments)
+    names: tuple[str, ...] = ("log_level", "log_format", "grace")
+    shared = {name: str(given[name]) for name in names if name in given}
+    with running_gateway(pair, arguments.http, shared, log_on_stderr()):
+        yield
+
+
+def _announce(out: LineOutput, pair: RunningPair, http: Address | None = None) -> None:
     for launch in (pair.decode, pair.prefill):
         metrics = f"http://{launch.metrics_address}/metrics"
         out.write_line(f"{launch.name} serves on {launch.address}, metrics at {metrics}")
+    if http is not None:
+        out.write_line(f"gateway serves the OpenAI API on http://{http}/v1")
     words = " ".join(["spectrumkv generate", *map(shlex.quote, _connection_flags(pair))])
     out.write_line(f'ready; try: {words} --chat "Why is the sky blue?"   (Ctrl-C stops both)')
 

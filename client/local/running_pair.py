@@ -69,6 +69,10 @@ class RunningPair:
         """Return how clients talk to the prefill service."""
         return self.prefill.security
 
+    def report_end(self, service: ServiceProcess) -> None:
+        """Report that a process which serves beside the pair has ended; `wait_for_death` then raises."""
+        self._events.put(_Ended(service))
+
     def wait_for_death(self) -> None:
         """Block until one of the services ends.
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from spectrumkv.common.errors import InternalError, InvalidArgumentError
 from spectrumkv.common.generation.control_tokens import ControlTokens, MarkedText
+from spectrumkv.common.generation.detokenizer import ANY_WORD
 from spectrumkv.v1 import prefill_pb2
 
 ROLES = ("system", "user", "assistant")
@@ -45,6 +46,9 @@ class PromptReader:
         self._vocab_size = vocab_size
         self._context_length = context_length
         # No text that fits has more bytes. UTF-8 of a token is at least as long as what the token stands for.
+        # Decoders of SentencePiece take away the space before the first token of a text.
+        self._word: list[int] = tokenizer(ANY_WORD, add_special_tokens=False).input_ids
+        self._word_text = self._decoded(self._word)
         self._max_bytes = context_length * max(len(token.encode()) for token in tokenizer.get_vocab())
 
     @property
@@ -89,6 +93,26 @@ class PromptReader:
                 "the tokenizer belongs to another model"
             )
         return token_ids
+
+    def text_of(self, token_ids: Sequence[int]) -> tuple[str, list[str]]:
+        """Turn token ids into text.
+
+        Args:
+            token_ids: any of the model's, special ones among them; none at all have no text.
+
+        Returns:
+            The text of all tokens together, and the text of each token by itself, as it stands after another word. A
+            token with a part of a character has U+FFFD for it.
+
+        Raises:
+            InvalidArgumentError: there are more ids than the context holds, or the model does not have one of them.
+        """
+        ids = self._read_token_ids(token_ids) if token_ids else []
+        return self._decoded(ids), [self._decoded([*self._word, one]).removeprefix(self._word_text) for one in ids]
+
+    def _decoded(self, token_ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.backend_tokenizer.decode(token_ids, skip_special_tokens=False)
+        return text
 
     def _read_text(self, text: str, check: Callable[[], None]) -> list[int]:
         # A tokenizer that starts every text with a token of its own would make a prompt out of nothing.

@@ -4,6 +4,7 @@ import grpc
 
 from spectrumkv.common.rpc.targets import Target
 from spectrumkv.common.security import ChannelSecurity
+from spectrumkv.common.security.renewed_async_channel import RenewedAsyncChannel
 
 # A chunk is at most 1 MiB; a prompt of a million tokens, as ids or as text, fits too.
 MAX_MESSAGE_BYTES = 8 << 20
@@ -50,3 +51,16 @@ def open_channel(address: str, security: ChannelSecurity = ChannelSecurity()) ->
         InvalidArgumentError: a certificate or token cannot be used, or plaintext would leave this machine.
     """
     return security.open(Target.parse(address), CHANNEL_OPTIONS)
+
+
+def open_async_channel(address: str, security: ChannelSecurity = ChannelSecurity()) -> RenewedAsyncChannel:  # noqa: B008
+    """Return a channel for asyncio; it connects when it is first used.
+
+    Args:
+        address: "host:port", or several prefill services' addresses, separated by commas.
+        security: TLS files; its token is not sent.
+
+    Raises:
+        InvalidArgumentError: a certificate cannot be used, or plaintext would leave this machine.
+    """
+    return security.open_async(Target.parse(address), CHANNEL_OPTIONS)

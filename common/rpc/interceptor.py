@@ -25,6 +25,9 @@ from spectrumkv.common.telemetry.tracing import RequestSpan, TraceContext, set_c
 
 logger = logging.getLogger(__name__)
 
+# Takes no work: whoever may connect may ask what is served, while every place is taken.
+_FREE_METHOD = "/GetServerInfo"
+
 CountEnded = Callable[[str], None]
 # Called at the end of a stream with the status code's name, and the error where the code is not OK.
 OnEnd = Callable[[str, SpectrumKVError | None], None]
@@ -64,8 +67,10 @@ class StatusInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc h
 
     def _own(self, handler: Any, details: Any) -> Behaviour:
         """Return a guarded behaviour of SpectrumKV's own services."""
-        if handler.unary_unary:
+        if handler.unary_unary and details.method.endswith(_FREE_METHOD):
             return _guard_unary(handler.unary_unary)
+        if handler.unary_unary:
+            return _guard_unary(self._callers.unary(_limited(handler.unary_unary, self._limits.questions)))
         if handler.stream_unary:
             return _guard_unary(self._callers.unary(_limited(handler.stream_unary, self._limits.uploads)))
         behaviour = self._callers.stream(handler.stream_stream or handler.unary_stream)

@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.rpc.channel import CHANNEL_OPTIONS, KEEPALIVE_SECONDS, MAX_MESSAGE_BYTES
 from spectrumkv.common.rpc.interceptor import StatusInterceptor
-from spectrumkv.common.rpc.limits.calls import CallLimits, request_limit, upload_limit, watch_limit
+from spectrumkv.common.rpc.limits.calls import CallLimits, question_limit, request_limit, upload_limit, watch_limit
 from spectrumkv.common.rpc.limits.connections import ConnectionLimit
 from spectrumkv.common.rpc.limits.first_message import FIRST_MESSAGE_SECONDS, CountSilent, SilentCalls
 from spectrumkv.common.rpc.limits.stalled_readers import STALL_SECONDS, StalledReaders
@@ -24,6 +24,8 @@ from spectrumkv.common.security.callers import AllowedCallers
 WATCHERS = 32
 # How many codec bases may arrive at once; a prefill worker sends one once.
 UPLOADS = 4
+# How many texts may be tokenized at once; each takes a core.
+QUESTIONS = 4
 # Threads for calls that take no place: GetServerInfo, and as many again for health checks, which must be answered
 # while every other thread serves a stream.
 SPARE_THREADS = 8
@@ -105,12 +107,13 @@ class Server:
         self._connection_limits: list[ConnectionLimit] = []
         self._requests = request_limit(threads)
         silent_calls = silent_call_limit(most_message_bytes)
-        calls = threads + UPLOADS + SPARE_THREADS + silent_calls
+        calls = threads + UPLOADS + QUESTIONS + SPARE_THREADS + silent_calls
         watchers = WATCHERS + SPARE_THREADS + SILENT_WATCHERS
         self._watcher_threads = ThreadPoolExecutor(watchers, thread_name_prefix="health")
         limits = CallLimits(
             self._requests,
             upload_limit(UPLOADS),
+            question_limit(QUESTIONS),
             watch_limit(WATCHERS),
             SilentCalls(silent_calls, FIRST_MESSAGE_SECONDS, count_silent),
             SilentCalls(SILENT_WATCHERS, FIRST_MESSAGE_SECONDS, count_silent, HEALTH_REQUEST_BYTES),

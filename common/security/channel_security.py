@@ -8,9 +8,10 @@ import grpc
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.rpc.targets import Target
+from spectrumkv.common.security.renewed_async_channel import RenewedAsyncChannel
 from spectrumkv.common.security.renewed_channel import RenewedChannel
 from spectrumkv.common.security.tls import TlsFiles, optional_path
-from spectrumkv.common.security.tokens import TokenSender, token_source
+from spectrumkv.common.security.tokens import TokenSender, TokenSource, token_source
 from spectrumkv.common.service.config import PrefillConfig
 
 Options = tuple[tuple[str, Any], ...]
@@ -64,7 +65,7 @@ class ChannelSecurity:
         Raises:
             InvalidArgumentError: a file cannot be used.
         """
-        token_source(self.named_by, self.token_file)
+        self.token()
         if self.tls is not None:
             self.tls.watch()
 
@@ -79,30 +80,72 @@ class ChannelSecurity:
             InvalidArgumentError: a file cannot be used, plaintext would leave this machine, or several servers have
                 different names and `server_name` is None.
         """
-        token = token_source(self.named_by, self.token_file)
+        token = self.token()
+        options = self._options_for(target, options)
+        channel = (
+            grpc.insecure_channel(target.uri, options=options)
+            if self.tls is None
+            else RenewedChannel(target.uri, self.tls.watch(), options)
+        )
+        return channel if token is None else grpc.intercept_channel(channel, TokenSender(token))
+
+    def open_async(self, target: Target, options: Options) -> RenewedAsyncChannel:
+        """Return a channel for asyncio that connects when it is first used; its calls bring no token by themselves.
+
+        Args:
+            target: the server, or several servers.
+            options: further options of gRPC.
+
+        Raises:
+            InvalidArgumentError: a file cannot be used, plaintext would leave this machine, or several servers have
+                different names and `server_name` is None.
+        """
+        watched = None if self.tls is None else self.tls.watch()
+        return RenewedAsyncChannel(target.uri, watched, self._options_for(target, options))
+
+    def token(self) -> TokenSource | None:
+        """Return what gives the token that calls bring; None where there is none.
+
+        Raises:
+            InvalidArgumentError: the token cannot be used.
+        """
+        return token_source(self.named_by, self.token_file)
+
+    def _options_for(self, target: Target, options: Options) -> Options:
+        """Return a channel's options, after checking that it may be opened.
+
+        Raises:
+            InvalidArgumentError: plaintext would leave this machine, or several servers have different names.
+        """
         options = (*options, *target.options)
         if target.avoids_proxies or not self.allow_proxy:
             # gRPC otherwise sends even 127.0.0.1 to the proxy that the environment names, prompt and token with it.
             options = (*options, ("grpc.enable_http_proxy", 0))
-        channel = self._plaintext(target, options) if self.tls is None else self._encrypted(self.tls, target, options)
-        return channel if token is None else grpc.intercept_channel(channel, TokenSender(token))
+        if self.tls is None:
+            self._check_plaintext(target)
+            return options
+        name = self._certificate_name(target)
+        # Without this option, gRPC would look for the whole list of addresses in a certificate.
+        return options if name is None else (*options, ("grpc.ssl_target_name_override", name.strip("[]")))
 
-    def _plaintext(self, target: Target, options: Options) -> grpc.Channel:
+    def _check_plaintext(self, target: Target) -> None:
         if not self.allow_plaintext and not target.is_loopback:
             raise InvalidArgumentError(
                 f"{target} is another machine, and traffic to it would not be encrypted; verify it by its "
                 "certificate with --tls-ca, or pass --allow-plaintext"
             )
-        return grpc.insecure_channel(target.uri, options=options)
 
-    def _encrypted(self, tls: TlsFiles, target: Target, options: Options) -> grpc.Channel:
-        name = self.server_name
-        if name is None and len(target.addresses) > 1:
-            if len(target.hosts) > 1:
-                raise InvalidArgumentError(
-                    f"the servers are {target}; say with --tls-name which name all their certificates are for"
-                )
-            (name,) = target.hosts
-        # Without this option, gRPC would look for the whole list of addresses in a certificate.
-        named = () if name is None else (("grpc.ssl_target_name_override", name.strip("[]")),)
-        return RenewedChannel(target.uri, tls.watch(), (*options, *named))
+    def _certificate_name(self, target: Target) -> str | None:
+        """Return the name that the servers' certificates must be for; None is the name in the one address.
+
+        Raises:
+            InvalidArgumentError: several servers have different names.
+        """
+        if self.server_name is not None or len(target.addresses) == 1:
+            return self.server_name
+        if len(target.hosts) > 1:
+            raise InvalidArgumentError(
+                f"the servers are {target}; say with --tls-name which name all their certificates are for"
+            )
+        (name,) = target.hosts
+        return name

@@ -5,20 +5,23 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.files import read_text
-from spectrumkv.common.service.config import ServerConfig, build
+from spectrumkv.common.service.config import build
 from spectrumkv.common.service.options import allowed_by, flag_name, text_of
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 # No option: it says what the process does with the others.
 CHECK_FLAG = "--check-config"
 
-C = TypeVar("C", bound=ServerConfig)
+C = TypeVar("C", bound="DataclassInstance")
 
 
-def add_flags(parser: argparse.ArgumentParser, config_class: type[ServerConfig]) -> None:
+def add_flags(parser: argparse.ArgumentParser, config_class: "type[DataclassInstance]") -> None:
     """Add a flag for every option; a flag that is not given leaves no attribute in the namespace."""
     for declared in fields(config_class):
         name, default, text = flag_name(declared.name), declared.default, str(declared.metadata["help"])
@@ -51,7 +54,7 @@ def load(config_class: type[C], arguments: Sequence[str], program: str) -> C:
     """Read the options of a service from its command line and the file that --config names.
 
     Args:
-        config_class: `PrefillConfig` or `DecodeConfig`.
+        config_class: `PrefillConfig`, `DecodeConfig` or the gateway's.
         arguments: the command line without the program's name.
         program: the program's name, for --help and errors.
 

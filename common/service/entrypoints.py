@@ -4,7 +4,7 @@ This module imports nothing large: a service's libraries take seconds to import,
 command without a traceback.
 """
 
-import importlib
+import importlib.util
 import os
 import signal
 import sys
@@ -21,6 +21,16 @@ def prefill() -> None:
 def decode() -> None:
     """Run `spectrumkv-decode`."""
     _run("spectrumkv-decode", "spectrumkv.decode_server.main", "DecodeConfig")
+
+
+def gateway() -> None:
+    """Run `spectrumkv-gateway`."""
+    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        needed = " and ".join(missing)
+        sys.exit(f"error: the gateway needs {needed}; install them with: pip install 'spectrumkv[gateway]'")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _call_main("spectrumkv.gateway.main")
 
 
 def limit_threads(threads: int | None) -> None:
@@ -42,6 +52,11 @@ def limit_threads(threads: int | None) -> None:
 def _run(program: str, module: str, config_class: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     limit_threads(_threads_asked_for(program, config_class))
+    _call_main(module)
+
+
+def _call_main(module: str) -> None:
+    """Import a large module, and run it; Ctrl-C raises KeyboardInterrupt from then on."""
     main = importlib.import_module(module).main
     signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

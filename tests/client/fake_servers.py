@@ -21,8 +21,14 @@ from spectrumkv.v1 import (
 Answer = Callable[[prefill_pb2.GenerateRequest, grpc.ServicerContext], Iterator[prefill_pb2.GenerateResponse]]
 
 
-def token(index: int, text: str, token_id: int | None = None) -> prefill_pb2.GenerateResponse:
-    message = generation_pb2.Token(index=index, token_id=100 + index if token_id is None else token_id, text=text)
+def token(
+    index: int, text: str, token_id: int | None = None, answer: int = 0, ends: str | None = None
+) -> prefill_pb2.GenerateResponse:
+    message = generation_pb2.Token(
+        index=index, token_id=100 + index if token_id is None else token_id, text=text, answer=answer
+    )
+    if ends is not None:
+        message.finish_reason = generation_pb2.FinishReason.Value(f"FINISH_REASON_{ends}")
     return prefill_pb2.GenerateResponse(token=message)
 
 
@@ -54,7 +60,7 @@ def finished(completion_tokens: int, reason: str = "STOP") -> prefill_pb2.Genera
 def answer_three_tokens(request: Any, context: Any) -> Iterator[prefill_pb2.GenerateResponse]:
     yield token(0, "Blue")
     yield token(1, " sky")
-    yield token(2, "!")
+    yield token(2, "!", ends="STOP")
     yield finished(3)
 
 
@@ -120,6 +126,7 @@ class FakePrefill(prefill_pb2_grpc.PrefillServiceServicer):
 
     answer: Answer = answer_three_tokens
     requests: list[prefill_pb2.GenerateRequest] = field(default_factory=list)
+    detokenized: list[list[int]] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
     address: str = ""
 
@@ -132,6 +139,15 @@ class FakePrefill(prefill_pb2_grpc.PrefillServiceServicer):
 
     def GetServerInfo(self, request: Any, context: Any) -> Any:  # noqa: N802
         return prefill_info()
+
+    def Tokenize(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.requests.append(request.request)
+        return prefill_pb2.TokenizeResponse(token_ids=[5, 6], context_length=8192)
+
+    def Detokenize(self, request: Any, context: Any) -> Any:  # noqa: N802
+        texts = [f"<{one}>" for one in request.token_ids]
+        self.detokenized.append(list(request.token_ids))
+        return prefill_pb2.DetokenizeResponse(text="".join(texts), token_texts=texts)
 
 
 class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
@@ -147,12 +163,12 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
         )
 
 
-def prefill_server(service: FakePrefill) -> Server:
+def prefill_server(service: FakePrefill, threads: int = 4) -> Server:
     return Server(
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server,
         service,
         "spectrumkv.v1.PrefillService",
-        threads=4,
+        threads=threads,
         count_ended=lambda code: None,
     )
 

@@ -111,6 +111,12 @@ def upload_limit(limit: int) -> StreamLimit:
     return StreamLimit(limit, lambda: ResourceExhaustedError(sentence, RETRY_AFTER_SECONDS))
 
 
+def question_limit(limit: int) -> StreamLimit:
+    """Return the limit of calls that tokenize or detokenize; one more is refused like a request."""
+    sentence = f"{limit} texts are being tokenized by this server, as many as it does at once; try again later"
+    return StreamLimit(limit, lambda: ResourceExhaustedError(sentence, RETRY_AFTER_SECONDS))
+
+
 @dataclass(frozen=True)
 class CallLimits:
     """How many calls of each kind a server has at once.
@@ -118,6 +124,7 @@ class CallLimits:
     Attributes:
         requests: limits the streams of SpectrumKV's own services.
         uploads: limits calls that send a stream and get one answer.
+        questions: limits calls that send one message and get one answer, other than GetServerInfo.
         watchers: limits all other streams, which are those of health and reflection.
         silent: the calls of SpectrumKV's own services that have not sent a message yet.
         silent_watchers: those of health and reflection.
@@ -127,6 +134,7 @@ class CallLimits:
 
     requests: StreamLimit
     uploads: StreamLimit
+    questions: StreamLimit
     watchers: StreamLimit
     silent: SilentCalls
     silent_watchers: SilentCalls

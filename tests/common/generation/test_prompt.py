@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from spectrumkv.common.errors import CancelledError, InternalError, InvalidArgumentError
 from spectrumkv.common.generation.prompt import PIECE_CHARACTERS, PromptReader, check_length
 from spectrumkv.v1 import prefill_pb2
+from tests.common.generation.tokenizers_for_tests import byte_fallback, byte_level, metaspace
 from tests.common.generation.tokenizers_for_tests import byte_level as make_byte_level
 
 VOCAB = 49152
@@ -228,3 +229,31 @@ def test_what_does_not_fit_is_refused_with_the_numbers_and_a_way_out(
     )
     with pytest.raises(InvalidArgumentError, match=numbers + remedy):
         check_length(prompt_tokens, max_tokens, 100)
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback, metaspace], ids=lambda make: make.__name__)
+def test_the_text_of_token_ids_is_that_of_the_prompt_and_each_keeps_its_space(make) -> None:
+    tokenizer = make()
+    reader = PromptReader(tokenizer, VOCAB, CONTEXT)
+    ids = tokenizer("the the ab", add_special_tokens=False).input_ids
+    whole, each = reader.text_of(ids)
+    assert whole == tokenizer.decode(ids)
+    assert "".join(each).strip() == "the the ab"
+    assert len(each) == len(ids)
+
+
+def test_special_tokens_and_halves_of_characters_have_a_text_too() -> None:
+    tokenizer = byte_level()
+    reader = PromptReader(tokenizer, VOCAB, CONTEXT)
+    half = tokenizer("é", add_special_tokens=False).input_ids
+    whole, each = reader.text_of([tokenizer.convert_tokens_to_ids("</s>"), *half])
+    assert (whole, each) == ("</s>é", ["</s>", "\ufffd", "\ufffd"])
+    assert reader.text_of([]) == ("", [])
+
+
+def test_token_ids_that_the_model_does_not_have_have_no_text() -> None:
+    reader = PromptReader(byte_level(), VOCAB, CONTEXT)
+    with pytest.raises(InvalidArgumentError, match=f"token_ids\\[0\\] is {VOCAB}"):
+        reader.text_of([VOCAB])
+    with pytest.raises(InvalidArgumentError, match=f"{CONTEXT + 1} tokens"):
+        reader.text_of([5] * (CONTEXT + 1))

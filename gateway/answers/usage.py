@@ -1,0 +1,33 @@
+"""Write what answers used: OpenAI's counts, and under `kv` what sending the prompt's KV took."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from spectrumkv.client.completion import Usage
+
+_COUNTED_BY_OPENAI = ("prompt_tokens", "completion_tokens")
+
+
+def usage_of(used: Sequence[Usage]) -> dict[str, Any]:
+    """Return the `usage` of a response.
+
+    Args:
+        used: by each prompt, in order; at least one.
+
+    Returns:
+        Counts over all prompts, and `kv`: for one prompt an object with counted bytes, tokens and bytes by tier,
+        TTFT, hand-off and worker; for several a list of such objects.
+    """
+    prompt, completion = (sum(getattr(one, name) for one in used) for name in _COUNTED_BY_OPENAI)
+    each = [_kv_of(one) for one in used]
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "kv": each[0] if len(each) == 1 else each,
+    }
+
+
+def _kv_of(used: Usage) -> dict[str, Any]:
+    fields = {name: value for name, value in used.as_json().items() if name not in _COUNTED_BY_OPENAI}
+    return fields | {"tiers": {one.tier: {"tokens": one.tokens, "bytes": one.bytes} for one in used.tiers}}

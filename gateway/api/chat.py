@@ -1,0 +1,119 @@
+"""Read requests for `/v1/chat/completions`."""
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator
+
+from spectrumkv.client.request import Message, Sampling
+from spectrumkv.gateway.api.fields import (
+    OPENAI,
+    VLLM,
+    FieldError,
+    Ignored,
+    Refused,
+    RequestFields,
+    Switch,
+    Text,
+    Whole,
+    supported,
+)
+from spectrumkv.gateway.api.sampling import REFUSED, SamplingFields
+
+_NO_TOOLS = "tools are not supported; describe them in a message"
+TEMPLATE_REASON = "messages are rendered by the model's own template; render yours, and send it to /v1/completions"
+
+
+def _read_content(value: object) -> object:
+    """Return the text of a message whose content may be given in parts.
+
+    Raises:
+        FieldError: a part is no text.
+    """
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise FieldError(f"content has a part of type {kind!r:.40}; allowed: text, the model reads no other")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+class MessageFields(RequestFields):
+    """Hold one message of a conversation."""
+
+    refused: ClassVar[Mapping[str, Refused]] = {
+        "tool_calls": Refused(OPENAI, _NO_TOOLS, ([],)),
+        "tool_call_id": Refused(OPENAI, _NO_TOOLS),
+        "function_call": Refused(OPENAI, _NO_TOOLS),
+        "audio": Refused(OPENAI, "the model reads text only"),
+        "reasoning_content": Refused(VLLM, "reasoning is part of the content; leave it out", ("",)),
+        "reasoning": Refused(VLLM, "reasoning is part of the content; leave it out", ("",)),
+    }
+    ignored: ClassVar[Mapping[str, Ignored]] = {
+        "name": Ignored(OPENAI, "tells participants of one role apart; models' templates do not read it"),
+        "refusal": Ignored(OPENAI, "what the provider's model declined to answer; part of its own answers"),
+        "annotations": Ignored(OPENAI, "links of a web search; part of the provider's own answers"),
+    }
+
+    role: Literal["system", "developer", "user", "assistant"] = supported(
+        OPENAI, "`system`, `user` or `assistant`; `developer` is `system`", ...
+    )
+    content: Annotated[Text, BeforeValidator(_read_content)] = supported(
+        OPENAI, "a text, or a list of parts of type `text`", ...
+    )
+
+    def message(self) -> Message:
+        """Return what the client sends."""
+        return Message("system" if self.role == "developer" else self.role, self.content)
+
+
+class ChatFields(SamplingFields):
+    """Hold the body of `/v1/chat/completions`."""
+
+    refused: ClassVar[Mapping[str, Refused]] = {
+        **REFUSED,
+        "best_of": Refused(OPENAI, "all answers are returned, none chosen; leave it out", (1,)),
+        "tools": Refused(OPENAI, _NO_TOOLS, ([],)),
+        "tool_choice": Refused(OPENAI, _NO_TOOLS, ("none", "auto")),
+        "parallel_tool_calls": Refused(OPENAI, _NO_TOOLS, (True, False)),
+        "functions": Refused(OPENAI, _NO_TOOLS, ([],)),
+        "function_call": Refused(OPENAI, _NO_TOOLS, ("none", "auto")),
+        "modalities": Refused(OPENAI, "answers are text", (["text"],)),
+        "audio": Refused(OPENAI, "answers are text; leave it out"),
+        "prediction": Refused(OPENAI, "an expected answer speeds nothing up here; leave it out"),
+        "web_search_options": Refused(OPENAI, "the model searches nothing; leave it out"),
+        "reasoning_effort": Refused(OPENAI, "the models here have no such setting; ask for it in a message"),
+        "verbosity": Refused(OPENAI, "the models here have no such setting; ask for it in a message", ("medium",)),
+        "include_reasoning": Refused(VLLM, "reasoning is part of the content; leave it out", (True,)),
+        "echo": Refused(VLLM, "the answer does not repeat the last message; leave it out", (False,)),
+        "add_generation_prompt": Refused(VLLM, TEMPLATE_REASON, (True,)),
+        "continue_final_message": Refused(VLLM, TEMPLATE_REASON, (False,)),
+        "chat_template": Refused(VLLM, TEMPLATE_REASON),
+        "chat_template_kwargs": Refused(VLLM, TEMPLATE_REASON, ({},)),
+        "documents": Refused(VLLM, "put documents into a message", ([],)),
+        "mm_processor_kwargs": Refused(VLLM, "the model reads text only", ({},)),
+    }
+
+    messages: list[MessageFields] = supported(OPENAI, "the conversation; the model's own template renders it", ...)
+    max_completion_tokens: Whole | None = supported(
+        OPENAI, "the most tokens of the answer. Left out: the server's default, 128 or what the context leaves"
+    )
+    max_tokens: Whole | None = supported(OPENAI, "the older name of `max_completion_tokens`")
+    logprobs: Switch | None = supported(OPENAI, "the answer has the log-probabilities of its tokens")
+    top_logprobs: Whole | None = supported(OPENAI, "and of so many likeliest tokens; only with `logprobs`")
+
+    def prompt(self) -> tuple[Message, ...]:
+        """Return the conversation as the client sends it."""
+        return tuple(one.message() for one in self.messages)
+
+    def sampling(self) -> Sampling:
+        """Return how tokens are sampled.
+
+        Raises:
+            InvalidArgumentError: a value does not fit the services' messages.
+        """
+        most = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        return self.sampling_with(most, (self.top_logprobs or 0) if self.logprobs else None)

@@ -1,0 +1,145 @@
+"""Bound what one HTTP connection may take: the size of its headers, silence, and an answer that nobody reads.
+
+uvicorn itself bounds the headers of a request and the silence after an answer. It waits for ever for the first
+request of a connection, for the end of headers, and for a reader that stands still.
+"""
+
+import asyncio
+import json
+import resource
+import sys
+import time
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from spectrumkv.gateway.api.errors import HttpError
+
+# Of all headers of a request together.
+MAX_HEADER_BYTES = 16 << 10
+# A connection may take so long to send the headers of a request, from its first byte or from the connection's start.
+HEAD_SECONDS = 10.0
+# A connection may be silent for so long after an answer.
+IDLE_SECONDS = 75
+# A caller may leave sent bytes unread for so long.
+STALL_SECONDS = 60.0
+# More connections than this would take more memory than they are worth.
+MAX_CONNECTIONS = 4096
+
+
+def max_connections() -> int:
+    """Return how many connections there may be: half of the files that the process may open are left for all else."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return min(MAX_CONNECTIONS, files // 2) if files != resource.RLIM_INFINITY else MAX_CONNECTIONS
+
+
+class BoundedConnection(H11Protocol):
+    """Serve one connection, for as long as it sends whole requests and reads its answers.
+
+    Where there are too many connections, the one that has been idle for the longest is closed; an honest caller's
+    request follows its connection at once.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._idle_since = time.monotonic()
+        self._head_deadline: asyncio.TimerHandle | None = None
+        self._stall_deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a new connection, in the place of an idle one where there is no other place."""
+        super().connection_made(transport)
+        self._wait_for_head()
+        if len(self.connections) > max_connections():
+            self._make_room()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._stop_waiting()
+        self.resume_writing()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes of a request."""
+        if self.is_idle and self._head_deadline is None:
+            self._wait_for_head()
+        super().data_received(data)
+        if not self.is_idle:
+            self._stop_waiting()
+
+    def on_response_complete(self) -> None:
+        """Begin to wait for the next request."""
+        self._idle_since = time.monotonic()
+        super().on_response_complete()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request of the connection is being served."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def pause_writing(self) -> None:
+        """Begin to wait for a caller that does not read."""
+        super().pause_writing()
+        self._stall_deadline = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Stop to wait: the caller reads again."""
+        if self._stall_deadline is not None:
+            self._stall_deadline.cancel()
+            self._stall_deadline = None
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse bytes that are no request, in the form of every other error."""
+        reason = sys.exception()
+        status = reason.error_status_hint if isinstance(reason, h11.RemoteProtocolError) else 400
+        said = f"this is no HTTP request that the server can read: {reason}"
+        if status == 431:
+            said = f"the headers are longer than {MAX_HEADER_BYTES} bytes, all that is read; send shorter ones"
+        self.refuse(HttpError(status, said))
+
+    def refuse(self, error: HttpError) -> None:
+        """Answer with an error where no answer has begun, and close the connection."""
+        self._stop_waiting()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not self.transport.is_closing():
+            body = json.dumps(error.body, ensure_ascii=False).encode()
+            headers = [
+                ("content-type", "application/json"),
+                ("connection", "close"),
+                ("content-length", f"{len(body)}"),
+                *error.headers.items(),
+            ]
+            for event in (
+                h11.Response(status_code=error.status, headers=headers),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _wait_for_head(self) -> None:
+        self._head_deadline = self.loop.call_later(HEAD_SECONDS, self._refuse_slow_head)
+
+    def _stop_waiting(self) -> None:
+        if self._head_deadline is not None:
+            self._head_deadline.cancel()
+            self._head_deadline = None
+
+    def _refuse_slow_head(self) -> None:
+        self.refuse(HttpError(408, f"no whole request came within {HEAD_SECONDS:g} s; send one, or connect later"))
+
+    def _make_room(self) -> None:
+        idle = [one for one in self.connections if isinstance(one, BoundedConnection) and one.is_idle]
+        oldest = min(idle, key=lambda one: one._idle_since)
+        oldest.refuse(
+            HttpError(
+                503,
+                f"{len(self.connections)} connections are open, and this one was idle for the longest; connect again "
+                "when there is a request",
+                "service_unavailable_error",
+                headers={"Retry-After": "1"},
+            )
+        )
+        # `connection_lost` comes later, and must not be waited for by the next connection.
+        self.connections.discard(oldest)

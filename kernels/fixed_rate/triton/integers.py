@@ -6,7 +6,7 @@ from spectrumkv.kernels.fixed_rate import layout
 from spectrumkv.kernels.triton_shared import ROUNDER, jit
 
 GROUP_ROWS = tl.constexpr(layout.GROUP_ROWS)
-LOWEST_CLASS, HIGHEST_CLASS = tl.constexpr(layout.LOWEST_CLASS), tl.constexpr(layout.HIGHEST_CLASS)
+LOWEST_CLASS, COARSEST_CLASS = tl.constexpr(layout.LOWEST_CLASS), tl.constexpr(layout.COARSEST_CLASS)
 LOWEST_GAIN, HIGHEST_GAIN = tl.constexpr(layout.LOWEST_GAIN), tl.constexpr(layout.HIGHEST_GAIN)
 LOWEST_PROFILE = tl.constexpr(layout.LOWEST_PROFILE)
 # Profiles, padded to a power of two.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from spectrumkv.common.kv.codecs.fixed_rate.coded_layer import TRUSTED_ATTENTION
+from spectrumkv.common.kv.codecs.calibrated.importance import SENSITIVITY_POWER
 from spectrumkv.common.kv.codecs.fixed_rate.gpu.basis import DeviceBasis
 from spectrumkv.common.kv.codecs.fixed_rate.rate import AIM, LayerDemand, RateControl
 from spectrumkv.common.kv.codecs.fixed_rate.segment_codec import HEADER
@@ -19,7 +19,7 @@ from spectrumkv.common.kv.codecs.fixed_rate.statistics import measure
 from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
 from spectrumkv.kernels.fixed_rate import reference
 from spectrumkv.kernels.fixed_rate.layout import (
-    HIGHEST_CLASS,
+    COARSEST_CLASS,
     LOWEST_CLASS,
     LOWEST_GAIN,
     PROFILE_OF_BYTE,
@@ -94,8 +94,8 @@ def assert_statistics(made: Coded, segment: SegmentOfLayer) -> None:
 
 def assert_classes(made: Coded, of_segments: list[SegmentOfLayer]) -> None:
     shares = made.scores.double().clamp_min(1e-7).log2()
-    octaves = -0.5 * TRUSTED_ATTENTION * (shares - shares[made.case.shape.sinks :].mean())
-    wanted = (2 * octaves).round().clamp(LOWEST_CLASS, HIGHEST_CLASS)
+    octaves = -SENSITIVITY_POWER * (shares - shares[made.case.shape.sinks :].mean())
+    wanted = (2 * octaves).round().clamp(LOWEST_CLASS, COARSEST_CLASS)
     for segment in of_segments:
         mine = (segment.of_tokens.long() & 15) + LOWEST_CLASS
         assert int((mine - wanted[segment.tokens]).abs().max()) <= 1

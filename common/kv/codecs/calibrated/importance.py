@@ -16,8 +16,9 @@ from spectrumkv.kernels.attention_scores import LEAST_SHARE
 
 # A step goes with this power of a token's sensitivity. At high resolution the distortion of a step Δ is Δ²/12 times
 # the sensitivity (Gray & Neuhoff 1998, "Quantization"); where its slope against the rate is alike for all tokens, as
-# it is for the least distortion at a rate, Δ² times the sensitivity is alike.
-SENSITIVITY_POWER = 0.5
+# it is for the least distortion at a rate, Δ² times the sensitivity is alike: the power −1/2. Sensitivities are only
+# predicted, though, and a prediction is trusted a little less.
+SENSITIVITY_POWER = 0.425
 # Mean bits an element up to which a token counts as INT4, and as INT8.
 INT4_BITS, INT8_BITS = 6.0, 12.0
 _TIERS = np.array([Tier.INT4, Tier.INT8, Tier.FP16], np.uint8)

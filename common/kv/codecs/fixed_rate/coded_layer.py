@@ -19,8 +19,6 @@ from spectrumkv.kernels.fixed_rate.layout import PROFILES, RecordLayout
 
 # Fraction of the budget that the last layer may leave unused.
 MAY_BE_LEFT = 0.0005
-# Steps differ less than attention says: what the last queries look at is not all that later ones will.
-TRUSTED_ATTENTION = 0.85
 # Largest fraction of a segment's bytes that standard deviations and means of its own may take.
 OWN_SCALES_SHARE = 0.1
 

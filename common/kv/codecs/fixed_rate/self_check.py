@@ -21,7 +21,7 @@ from spectrumkv.common.kv.segment import KvSegment
 
 # Layers of the small prompt: the last one is coded in another way than those before it.
 LAYERS = 2
-TOKENS = 24
+TOKENS = 14
 # Of FP16's bytes: blocks of few tokens then have scales of their own, too.
 BUDGET = 0.9
 # How much larger than the loops' a kernel's squared error may be: rounded in a last bit, a step may differ.

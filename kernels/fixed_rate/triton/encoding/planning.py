@@ -12,7 +12,7 @@ from spectrumkv.kernels.fixed_rate.triton.encoding import segments
 from spectrumkv.kernels.fixed_rate.triton.encoding.segments import segment_of, tokens_at
 from spectrumkv.kernels.fixed_rate.triton.integers import (
     BASE_RATIO,
-    HIGHEST_CLASS,
+    COARSEST_CLASS,
     LOWEST_CLASS,
     LOWEST_GAIN,
     LOWEST_PROFILE,
@@ -72,7 +72,7 @@ def _classify(
             there = coded < count
             token = first + own_sinks + coded
             octaves = exponent * (_octave(scores_ptr, token, there) - mean)
-            step_class = rounded(octaves * CLASSES_PER_OCTAVE, LOWEST_CLASS, HIGHEST_CLASS)
+            step_class = rounded(octaves * CLASSES_PER_OCTAVE, LOWEST_CLASS, COARSEST_CLASS)
             gain = tl.load(gains_ptr + token, mask=there, other=0)
             byte = (gain - LOWEST_GAIN) << 4 | (step_class - LOWEST_CLASS)
             # Zeros fill up the last word.

@@ -7,7 +7,6 @@ import torch
 
 from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis, angles
 from spectrumkv.common.kv.codecs.calibrated.importance import SENSITIVITY_POWER
-from spectrumkv.common.kv.codecs.fixed_rate.coded_layer import TRUSTED_ATTENTION
 from spectrumkv.common.kv.codecs.fixed_rate.rate import later_groups
 from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
 from spectrumkv.kernels.fixed_rate.triton.tables import AnalysisTables, Angles, SynthesisTables, upload_to_stay
@@ -76,7 +75,7 @@ class DeviceBasis:
             lowest_quarter=later.lowest,
             is_last=layer == len(transforms) - 1,
             scaling=float(basis.rope_scaling[layer]),
-            step_exponent=-SENSITIVITY_POWER * TRUSTED_ATTENTION * float(basis.attention_exponent[layer]),
+            step_exponent=-SENSITIVITY_POWER * float(basis.attention_exponent[layer]),
         )
 
 

@@ -11,7 +11,7 @@ from spectrumkv.common.errors import FailedPreconditionError, SpectrumKVError
 from spectrumkv.common.model.outline import ModelOutline, outline_model
 from spectrumkv.common.security import TlsFiles
 from spectrumkv.common.security.file_metrics import first_expiry
-from spectrumkv.common.service import cgroup
+from spectrumkv.common.service import machine
 from spectrumkv.common.service.config import ServerConfig
 from spectrumkv.common.service.machine import shown_bytes
 
@@ -106,7 +106,10 @@ def _check_memory(model: ModelOutline, kv_option: str, kv_bytes: int) -> str:
         there: int | None = torch.cuda.get_device_properties(model.device).total_memory
         whose = "of the GPU"
     else:
-        there, whose = cgroup.memory_bytes(), "of this machine, or of the control group of this process"
+        there, whose = (
+            machine.bytes_left(),
+            "that this machine, or the control group of this process, leaves for them",
+        )
     if there is None:
         return "not known"
     if model.weight_bytes + kv_bytes > there:

@@ -17,7 +17,7 @@ from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentErr
 from spectrumkv.common.model import embedded
 from spectrumkv.common.model.load import load_model
 from spectrumkv.common.model.outline import outline_model
-from spectrumkv.common.service import cgroup
+from spectrumkv.common.service import machine
 from spectrumkv.common.service.config import DecodeConfig, PrefillConfig, build
 from spectrumkv.common.service.config_check import EXIT_UNUSABLE, Line, model_lines, run_check, server_lines
 from spectrumkv.common.service.start_checks import check_start
@@ -57,10 +57,10 @@ def test_the_size_of_the_weights_is_that_of_what_is_loaded(llama: Path) -> None:
 
 
 def test_what_has_no_room_beside_the_weights_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cgroup, "memory_bytes", lambda: 65 << 20)
+    monkeypatch.setattr(machine, "bytes_left", lambda: 65 << 20)
     with pytest.raises(FailedPreconditionError, match="together more than"):
         served(llama)
-    monkeypatch.setattr(cgroup, "memory_bytes", lambda: None)
+    monkeypatch.setattr(machine, "bytes_left", lambda: None)
     assert served(llama)["memory"] == "not known"
 
 

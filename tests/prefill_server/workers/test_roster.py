@@ -92,7 +92,7 @@ def pool_of(
 
 
 def taking(pool: WorkerPool) -> set[str]:
-    return {worker.address.host for worker in pool.ranked() if worker.accepting}
+    return {worker.address.host for worker in pool.ranked(slots=0) if worker.accepting}
 
 
 def resolved(metrics: Metrics, name: Address) -> float | None:
@@ -126,11 +126,11 @@ def test_one_that_leaves_keeps_its_requests_and_gets_no_more(port: int) -> None:
     look_up = Names("127.0.0.2", "127.0.0.3")
     with pool_of([Address(NAME.host, port)], look_up) as (pool, _, gone):
         until(lambda: len(taking(pool)) == 2)
-        worker = next(one for one in pool.ranked() if one.address.host == "127.0.0.2")
+        worker = next(one for one in pool.ranked(slots=0) if one.address.host == "127.0.0.2")
         with worker.holding(10):
             look_up.hosts = ("127.0.0.3",)
             until(lambda: worker.leaving)
-            assert [one.address.host for one in pool.ranked()] == ["127.0.0.3"]
+            assert [one.address.host for one in pool.ranked(slots=0)] == ["127.0.0.3"]
             look_up.until_taken_in()
             assert worker.accepting
             assert gone == []
@@ -181,7 +181,7 @@ def test_a_first_request_waits_for_names_where_there_is_no_worker() -> None:
     look_up = Names()
     look_up.hosts = None
     with pool_of([NAME], look_up) as (pool, _, _):
-        assert pool.ranked() == []
+        assert pool.ranked(slots=0) == []
         assert pool.any_expected
 
 
@@ -242,5 +242,5 @@ def test_tls_verifies_the_name_and_not_the_address(tmp_path: Path, certified: st
 
 
 def until_known(pool: WorkerPool) -> list[DecodeWorker]:
-    until(lambda: bool(pool.ranked()))
-    return pool.ranked()
+    until(lambda: bool(pool.ranked(slots=0)))
+    return pool.ranked(slots=0)

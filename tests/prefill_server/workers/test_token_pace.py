@@ -103,7 +103,7 @@ def pool_of(slots: int) -> Iterator[WorkerPool]:
     """Workers that nobody follows, and that answer as far as anybody knows."""
     addresses = [Address("127.0.0.1", port) for port in range(1, WORKERS + 1)]
     pool = WorkerPool(addresses, ChannelSecurity(), Metrics(CollectorRegistry()))
-    for worker in pool._workers:
+    for worker in pool._roster.workers:
         worker._answers, worker._slots = True, slots
     try:
         yield pool
@@ -113,8 +113,8 @@ def pool_of(slots: int) -> Iterator[WorkerPool]:
 
 def test_room_comes_before_speed_and_speed_before_more_room() -> None:
     with pool_of(slots=100) as pool:
-        slow, fast, full, _ = pool._workers
-        for worker in pool._workers:
+        slow, fast, full, _ = pool._roster.workers
+        for worker in pool._roster.workers:
             for _ in range(LATEST_GAPS):
                 worker.pace.add(0.2 if worker is slow else 0.02)
         with fast.holding(60), full.holding(90):
@@ -182,7 +182,7 @@ class Fleet:
 def simulated(clock: Clock, times: tuple[float, ...], rate: float) -> Fleet:
     arrivals = random.Random(0)
     with pool_of(ROOM) as pool:
-        fleet = Fleet(pool, clock, dict(zip(pool._workers, times, strict=True)))
+        fleet = Fleet(pool, clock, dict(zip(pool._roster.workers, times, strict=True)))
         end, due = clock.now + SIMULATED_SECONDS, clock.now
         while clock.now < end:
             while due <= clock.now:
@@ -205,8 +205,8 @@ def test_a_fleet_with_one_slow_worker_keeps_its_goodput(clock: Clock, rate: floa
 
 def test_a_worker_that_recovers_is_used_again(clock: Clock) -> None:
     with pool_of(ROOM) as pool:
-        first = pool._workers[0]
-        fleet = Fleet(pool, clock, dict.fromkeys(pool._workers, 1.0) | {first: 10.0})
+        first = pool._roster.workers[0]
+        fleet = Fleet(pool, clock, dict.fromkeys(pool._roster.workers, 1.0) | {first: 10.0})
         arrivals, due, sent = random.Random(1), clock.now, [0, 0]
         recovers, end = clock.now + 30.0, clock.now + 60.0
         while clock.now < end:

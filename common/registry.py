@@ -58,7 +58,7 @@ class Registry(Generic[T]):
             return self._choices[name]
         except KeyError:
             valid = ", ".join(self._choices)
-            raise InvalidArgumentError(f"unknown {self.kind} {name!r}; valid: {valid}") from None
+            raise InvalidArgumentError(f"unknown {self.kind} {name!r}; allowed: {valid}") from None
 
     def names(self) -> tuple[str, ...]:
         """Return all names, in the order of registration."""

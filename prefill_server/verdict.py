@@ -51,7 +51,7 @@ class ProbeTrial:
         if self.prompt_tokens < 1:
             raise InvalidArgumentError(f"a probe trial has {self.prompt_tokens} prompt tokens; it needs at least 1")
         if not 0 <= self.depth <= 1:
-            raise InvalidArgumentError(f"a probe trial has its needle at depth {self.depth}; valid: 0 to 1")
+            raise InvalidArgumentError(f"a probe trial has its needle at depth {self.depth}; allowed: 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class ProbeVerdict:
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
-            raise InvalidArgumentError(f"the verdict's source is {self.source!r}; valid: {', '.join(SOURCES)}")
+            raise InvalidArgumentError(f"the verdict's source is {self.source!r}; allowed: {', '.join(SOURCES)}")
         if not self.reason:
             raise InvalidArgumentError("the verdict gives no reason")
         expected = 0 if self.source == "flag" else TRIALS

@@ -90,7 +90,7 @@ def _chosen(names: tuple[str, ...]) -> list[Stage]:
     known = [stage.name for stage in STAGES]
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise InvalidArgumentError(f"--stages has {unknown[0]!r}; valid: {', '.join(known)}")
+        raise InvalidArgumentError(f"--stages has {unknown[0]!r}; allowed: {', '.join(known)}")
     return [stage for stage in STAGES if stage.name in names]
 
 

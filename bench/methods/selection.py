@@ -73,7 +73,7 @@ class Choice:
         for scorer in filter(None, arguments.scorer):
             scorers.get(scorer)
         if unknown := [scope for scope in arguments.scope if scope and scope not in SCOPES]:
-            raise InvalidArgumentError(f"unknown scope {unknown[0]!r}; valid: {', '.join(SCOPES)}")
+            raise InvalidArgumentError(f"unknown scope {unknown[0]!r}; allowed: {', '.join(SCOPES)}")
         if arguments.seed < 0:
             raise InvalidArgumentError(f"--seed is {arguments.seed}; allowed: 0 or more")
         return cls(
@@ -221,7 +221,7 @@ def _check_name(name: str, codec: str) -> None:
         return
     if name != DEFAULT and name not in policies:
         valid = ", ".join((ALL, DEFAULT, *policies, *baselines))
-        raise InvalidArgumentError(f"unknown policy {name!r}; valid: {valid}")
+        raise InvalidArgumentError(f"unknown policy {name!r}; allowed: {valid}")
     if codec:
         codecs.get(codec)
 

@@ -97,7 +97,7 @@ def shaped_model_directory(shape: str) -> Path:
 
 def _configuration(shape: str) -> PretrainedConfig:
     if shape not in SHAPES:
-        raise InvalidArgumentError(f"unknown shape {shape!r}; valid: {', '.join(SHAPES)}")
+        raise InvalidArgumentError(f"unknown shape {shape!r}; allowed: {', '.join(SHAPES)}")
     return SHAPES[shape]()
 
 

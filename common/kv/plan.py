@@ -47,7 +47,7 @@ class CodingPlan:
 
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:
-            raise InvalidArgumentError(f"unknown scope {self.scope!r}; valid: {', '.join(SCOPES)}")
+            raise InvalidArgumentError(f"unknown scope {self.scope!r}; allowed: {', '.join(SCOPES)}")
         if self.policy.budget_kind is BudgetKind.BYTES and self.scope == "model":
             raise InvalidArgumentError(
                 f"policy {self.policy.name!r} codes each layer by its own scores; scope 'model' is for other policies"

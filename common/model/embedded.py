@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from spectrumkv.common.model.cache import build_once, cache_directory
-from spectrumkv.common.model.wheel import Wheel
+from spectrumkv.common.model.gguf.wheel import Wheel
 
 EMBEDDED_MODEL_NAME = "SmolLM2-135M-Instruct"
 # Of every tokenizer, and what those of models that chat have besides.

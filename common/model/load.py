@@ -138,7 +138,7 @@ def choose_device(device: str) -> torch.device:
         FailedPreconditionError: "cuda" is asked for and this process sees no GPU.
     """
     if device not in ("auto", "cpu", "cuda"):
-        raise InvalidArgumentError(f"device is {device!r}; valid: auto, cpu, cuda")
+        raise InvalidArgumentError(f"device is {device!r}; allowed: auto, cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise FailedPreconditionError("device is 'cuda', but torch finds no GPU here; use --device cpu or auto")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -160,7 +160,7 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else None
     if dtype not in _DTYPES:
-        raise InvalidArgumentError(f"dtype is {dtype!r}; valid: auto, {', '.join(_DTYPES)}")
+        raise InvalidArgumentError(f"dtype is {dtype!r}; allowed: auto, {', '.join(_DTYPES)}")
     return _DTYPES[dtype]
 
 

@@ -75,7 +75,7 @@ class ModelSpec:
             if not 1 <= getattr(self, name) < 1 << 32:
                 raise InvalidArgumentError(f"the model spec's {name} is {getattr(self, name)}; it must be at least 1")
         if self.dtype not in _DTYPES:
-            raise InvalidArgumentError(f"the model spec's dtype is {self.dtype!r}; valid: {', '.join(_DTYPES)}")
+            raise InvalidArgumentError(f"the model spec's dtype is {self.dtype!r}; allowed: {', '.join(_DTYPES)}")
         if (
             len(self.parameters) > _MOST_PARAMETERS
             or len(dict(self.parameters)) < len(self.parameters)

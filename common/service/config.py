@@ -77,7 +77,9 @@ class ServerConfig:
         None, "file of the accepted bearer tokens, one a line; calls need none if not given"
     )
     allow_plaintext: bool = option(False, "allow unencrypted traffic on addresses that other machines can reach")
-    allow_plaintext_metrics: bool = option(False, "allow that for the metrics alone")
+    allow_plaintext_metrics: bool = option(
+        False, "allow unencrypted metrics on addresses that other machines can reach"
+    )
     max_connections_per_address: int | None = option(
         None,
         "connections that one address may have; auto, the default, is half of all that the service takes",
@@ -234,7 +236,7 @@ def build(config_class: type[T], given: dict[str, Any]) -> T:
     declared = {one.name: one for one in fields(config_class)}  # type: ignore[arg-type]  # it is a dataclass
     for name in given:
         if name not in declared:
-            raise InvalidArgumentError(f"unknown option {name!r}; valid: {', '.join(sorted(declared))}")
+            raise InvalidArgumentError(f"unknown option {name!r}; allowed: {', '.join(sorted(declared))}")
     return config_class(**{name: _parse(declared[name], value) for name, value in given.items()})
 
 

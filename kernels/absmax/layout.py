@@ -29,7 +29,7 @@ class CodeFormat:
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8) or self.largest != (1 << (self.bits - 1)) - 1:
-            raise ValueError(f"{self.bits}-bit codes up to {self.largest}; valid: 8 up to 127, 4 up to 7")
+            raise ValueError(f"{self.bits}-bit codes up to {self.largest}; allowed: 8 up to 127, 4 up to 7")
 
     @property
     def dtype(self) -> torch.dtype:

@@ -23,7 +23,7 @@ def test_an_unknown_name_is_refused_with_the_valid_ones():
     registry.register("position")(2)
     with pytest.raises(InvalidArgumentError) as caught:
         registry.get("Attention")
-    assert caught.value.message == "unknown scorer 'Attention'; valid: attention, position"
+    assert caught.value.message == "unknown scorer 'Attention'; allowed: attention, position"
 
 
 def test_a_name_taken_is_refused_and_keeps_its_choice():

@@ -168,7 +168,7 @@ def test_a_flag_is_a_verdict(flag: str, allowed: bool) -> None:
 
 
 def test_verdicts_that_make_no_sense_are_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match="'guess'; valid: probe, cache, flag"):
+    with pytest.raises(InvalidArgumentError, match="'guess'; allowed: probe, cache, flag"):
         replace(VERDICT, source="guess")
     with pytest.raises(InvalidArgumentError, match="no reason"):
         replace(VERDICT, reason="")

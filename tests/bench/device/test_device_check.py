@@ -33,7 +33,7 @@ def test_a_machine_without_a_gpu_is_told_so(capsys: pytest.CaptureFixture[str], 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--stages", "kernels,codek"], "--stages has 'codek'; valid: kernels, codec, model, timeline, streams"),
+        (["--stages", "kernels,codek"], "--stages has 'codek'; allowed: kernels, codec, model, timeline, streams"),
         (["--results", "not/there"], "its folder does not exist"),
     ],
 )

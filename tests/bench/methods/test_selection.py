@@ -121,7 +121,7 @@ def test_what_is_left_out_is_said(tiny_llama: LoadedModel) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--policies", "best"], "unknown policy 'best'; valid: all, default, spectral"),
+        (["--policies", "best"], "unknown policy 'best'; allowed: all, default, spectral"),
         (["--policies", "greedy:zip"], "unknown codec 'zip'"),
         (["--policies", "uniform-int3:absmax"], "has its own codec"),
         (["--policies", "greedy", "--budgets", "0.1"], "nothing to measure: greedy at 0.1"),

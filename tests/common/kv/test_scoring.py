@@ -196,7 +196,7 @@ def test_the_scorers_are_those_of_the_interface():
 
 
 def test_an_unknown_scorer_is_refused_with_the_valid_names():
-    with pytest.raises(InvalidArgumentError, match=r"unknown scorer 'vibes'; valid: attention, decay"):
+    with pytest.raises(InvalidArgumentError, match=r"unknown scorer 'vibes'; allowed: attention, decay"):
         scorers.get("vibes")
 
 

@@ -95,7 +95,7 @@ def test_dtype_is_what_was_asked_for(dtype: str) -> None:
 def test_auto_dtype_is_float32_on_a_cpu_and_the_models_own_on_a_gpu() -> None:
     assert choose_dtype("auto", torch.device("cpu")) == torch.float32
     assert choose_dtype("auto", torch.device("cuda")) is None
-    with pytest.raises(InvalidArgumentError, match="'int8'; valid: auto, float32, float16, bfloat16"):
+    with pytest.raises(InvalidArgumentError, match="'int8'; allowed: auto, float32, float16, bfloat16"):
         choose_dtype("int8", torch.device("cpu"))
 
 
@@ -106,7 +106,7 @@ def test_device_is_chosen_by_what_there_is(monkeypatch: pytest.MonkeyPatch) -> N
     assert [choose_device(name).type for name in ("auto", "cpu")] == ["cpu", "cpu"]
     with pytest.raises(FailedPreconditionError, match="finds no GPU"):
         choose_device("cuda")
-    with pytest.raises(InvalidArgumentError, match="'tpu'; valid: auto, cpu, cuda"):
+    with pytest.raises(InvalidArgumentError, match="'tpu'; allowed: auto, cpu, cuda"):
         choose_device("tpu")
 
 

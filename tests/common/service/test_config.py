@@ -188,7 +188,7 @@ def test_an_unknown_key_is_refused_with_the_valid_ones(config, key, tmp_path):
     path.write_text(f"{key} = 1\n")
     with pytest.raises(InvalidArgumentError) as caught:
         load(config, ["--config", str(path)], "server")
-    assert caught.value.message.startswith(f"unknown option {key!r}; valid: ")
+    assert caught.value.message.startswith(f"unknown option {key!r}; allowed: ")
     for declared in fields(config):
         assert declared.name in caught.value.message
 

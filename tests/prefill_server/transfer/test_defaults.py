@@ -17,9 +17,9 @@ def test_every_policy_may_be_the_default(policy: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"policy": "magic"}, "unknown policy 'magic'; valid: spectral"),
-        ({"scorer": "magic"}, "unknown scorer 'magic'; valid: attention"),
-        ({"codec": "magic"}, "unknown codec 'magic'; valid: absmax"),
+        ({"policy": "magic"}, "unknown policy 'magic'; allowed: spectral"),
+        ({"scorer": "magic"}, "unknown scorer 'magic'; allowed: attention"),
+        ({"codec": "magic"}, "unknown codec 'magic'; allowed: absmax"),
         ({"codec": "native"}, "--codec is 'native', which does not write all tiers; .*: absmax"),
         ({"policy": "uniform-int8", "budget": "0.3"}, "cannot keep to budget 0.3; allowed is from 0.5 to 1"),
     ],

@@ -9,6 +9,7 @@ import triton.language as tl
 from spectrumkv.kernels import attention_scores
 from spectrumkv.kernels.fixed_rate import layout
 from spectrumkv.kernels.fixed_rate.triton.encoding import segments
+from spectrumkv.kernels.fixed_rate.triton.encoding.base_search import deviation_of, finest_base
 from spectrumkv.kernels.fixed_rate.triton.encoding.segments import segment_of, tokens_at
 from spectrumkv.kernels.fixed_rate.triton.integers import (
     BASE_RATIO,
@@ -18,7 +19,6 @@ from spectrumkv.kernels.fixed_rate.triton.integers import (
     LOWEST_PROFILE,
     PADDED_PROFILES,
     PROFILE_RATIO,
-    WIDEST,
     rounded,
     width_of,
 )
@@ -28,12 +28,8 @@ COLUMNS, FIRST = tl.constexpr(segments.SEGMENT_COLUMNS), tl.constexpr(segments.F
 WORDS = tl.constexpr(segments.SEGMENT_WORDS)
 FOUND_BROKEN, FOUND_BASE = tl.constexpr(segments.FOUND_BROKEN), tl.constexpr(segments.FOUND_BASE)
 FOUND_DRIFT, FOUND_SMOOTH = tl.constexpr(segments.FOUND_DRIFT), tl.constexpr(segments.FOUND_SMOOTH)
-PROFILES = tl.constexpr(layout.PROFILES)
 CLASSES_PER_OCTAVE = tl.constexpr(float(layout.CLASSES_PER_OCTAVE))
 LEAST_SHARE = tl.constexpr(attention_scores.LEAST_SHARE)
-LOWEST_BASE, HIGHEST_BASE = tl.constexpr(layout.LOWEST_BASE), tl.constexpr(layout.HIGHEST_BASE)
-# Farther than any ratio.
-NO_RATIO = tl.constexpr(1 << 30)
 # A kernel is told a number of words as two, so that it is the same kernel for all of them; the lower one has so many
 # bits.
 WORDS_SHIFT = tl.constexpr(30)
@@ -79,77 +75,6 @@ def _classify(
             tl.store(body_ptr + coded, tl.where(there, byte, 0).to(tl.uint8), mask=coded < (count + 3) // 4 * 4)
             histogram += tl.histogram(gain - 2 * step_class - LOWEST_PROFILE, PADDED_PROFILES, mask=there)
         tl.store(histograms_ptr + number * PADDED_PROFILES + tl.arange(0, PADDED_PROFILES), histogram)
-
-
-@jit
-def _words_at(
-    base: tl.tensor,
-    histograms_ptr: tl.tensor,
-    groups_ptr: tl.tensor,
-    later_ptr: tl.tensor,
-    thresholds_ptr: tl.tensor,
-    number_of_segments: tl.tensor,
-    quarters: tl.tensor,
-    later_ratio: tl.tensor,
-    groups: tl.constexpr,
-    block_groups: tl.constexpr,
-) -> tl.tensor:
-    """Return the words of this layer's records and of the later ones': int64; see `rate.words_at`."""
-    profile = tl.arange(0, PADDED_PROFILES)
-    added = (profile + LOWEST_PROFILE) * PROFILE_RATIO - base * BASE_RATIO
-    words = tl.zeros([PADDED_PROFILES], tl.int64)
-    tokens = tl.zeros([PADDED_PROFILES], tl.int64)
-    for number in range(number_of_segments):
-        histogram = tl.load(histograms_ptr + number * PADDED_PROFILES + profile).to(tl.int64)
-        tokens += histogram
-        for first in range(0, groups, block_groups):
-            group = first + tl.arange(0, block_groups)
-            inside = group < groups
-            exponent = tl.load(groups_ptr + number * groups + group, mask=inside, other=0)
-            width = width_of(exponent[:, None] + added[None, :], thresholds_ptr)
-            words += histogram * tl.sum(tl.where(inside[:, None], width, 0), axis=0)
-    for first in range(0, quarters, block_groups):
-        quarter = first + tl.arange(0, block_groups)
-        number_of_groups = tl.load(later_ptr + quarter, mask=quarter < quarters, other=0)
-        ratio = (later_ratio + quarter * PROFILE_RATIO)[:, None] + added[None, :]
-        width = number_of_groups[:, None] * width_of(ratio, thresholds_ptr)
-        words += tokens * tl.sum(width, axis=0)
-    return tl.sum(words, axis=0)
-
-
-@jit
-def _finest_base(
-    words: tl.tensor,
-    histograms_ptr: tl.tensor,
-    groups_ptr: tl.tensor,
-    later_ptr: tl.tensor,
-    thresholds_ptr: tl.tensor,
-    number_of_segments: tl.tensor,
-    quarters: tl.tensor,
-    later_ratio: tl.tensor,
-    lowest: tl.tensor,
-    highest: tl.tensor,
-    groups: tl.constexpr,
-    block_groups: tl.constexpr,
-) -> tl.tensor:
-    """Return the finest base at which records keep to a number of words; see `rate.finest_base`.
-
-    `lowest` and `highest` are the exponents of groups between which all lie.
-    """
-    finest = lowest + PROFILE_RATIO * LOWEST_PROFILE - tl.load(thresholds_ptr + WIDEST - 1)
-    coarsest = highest + PROFILE_RATIO * (LOWEST_PROFILE + PROFILES - 1) - tl.load(thresholds_ptr)
-    low = tl.minimum(tl.maximum((finest >> 1) - 1, LOWEST_BASE), HIGHEST_BASE)
-    high = tl.minimum(tl.maximum((coarsest >> 1) + 1, LOWEST_BASE), HIGHEST_BASE)
-    while low < high:
-        middle = (low + high) >> 1
-        taken = _words_at(
-            middle, histograms_ptr, groups_ptr, later_ptr, thresholds_ptr, number_of_segments, quarters, later_ratio,
-            groups, block_groups,
-        )  # fmt: skip
-        fits = taken <= words
-        high = tl.where(fits, middle, high)
-        low = tl.where(fits, low, middle + 1)
-    return high
 
 
 @jit
@@ -202,38 +127,6 @@ def _place_records(
 
 
 @jit
-def _deviation(
-    groups_ptr: tl.tensor,
-    calibrated_groups_ptr: tl.tensor,
-    tokens: tl.tensor,
-    size: tl.tensor,
-    sinks: tl.tensor,
-    groups: tl.constexpr,
-    block_groups: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Return by how much exponents of groups exceed the calibrated ones, in sum; of how many segments; and bounds.
-
-    The bounds are the least and the greatest exponent of a group.
-    """
-    deviation, coded_segments = tl.zeros([], tl.int64), tl.zeros([], tl.int32)
-    lowest, highest = tl.full([], NO_RATIO, tl.int32), tl.full([], -NO_RATIO, tl.int32)
-    for number in range(tl.cdiv(tokens, size)):
-        _, _, count = segment_of(number, tokens, size, sinks)
-        if count > 0:
-            coded_segments += 1
-            for first in range(0, groups, block_groups):
-                group = first + tl.arange(0, block_groups)
-                inside = group < groups
-                own = tl.load(groups_ptr + number * groups + group, mask=inside, other=0)
-                deviation += tl.sum(
-                    own.to(tl.int64) - tl.load(calibrated_groups_ptr + group, mask=inside, other=0), axis=0
-                )
-                lowest = tl.minimum(lowest, tl.min(tl.where(inside, own, NO_RATIO), axis=0))
-                highest = tl.maximum(highest, tl.max(tl.where(inside, own, -NO_RATIO), axis=0))
-    return deviation, coded_segments, lowest, highest
-
-
-@jit
 def plan_layer(
     scores_ptr: tl.tensor,
     bodies_ptr: tl.tensor,
@@ -278,7 +171,7 @@ def plan_layer(
         exponent, rows, block_layer,
     )  # fmt: skip
     tl.debug_barrier()
-    deviation, coded_segments, lowest, highest = _deviation(
+    deviation, coded_segments, lowest, highest = deviation_of(
         groups_ptr, calibrated_groups_ptr, tokens, size, sinks, groups, block_groups
     )
     number_of_segments = tl.cdiv(tokens, size)
@@ -295,7 +188,7 @@ def plan_layer(
     words = (words_high.to(tl.int64) << WORDS_SHIFT) + words_low
     base, smooth = tl.zeros([], tl.int32), smooth_base + tl.zeros([], tl.float64)
     if coded_segments > 0:
-        found = _finest_base(
+        found = finest_base(
             words, histograms_ptr, groups_ptr, later_ptr, thresholds_ptr, number_of_segments, quarters, later_ratio,
             lowest, highest, groups, block_groups,
         )  # fmt: skip

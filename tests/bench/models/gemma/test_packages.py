@@ -12,8 +12,8 @@ import pytest
 from spectrumkv.bench.main import main
 from spectrumkv.bench.models.gemma import packages
 from spectrumkv.bench.models.gemma.packages import NOTICE_FILE, TERMS_FILE, gemma_model_directory
+from spectrumkv.common.model.gguf.wheel import Wheel
 from spectrumkv.common.model.load import load_model
-from spectrumkv.common.model.wheel import Wheel
 from tests.bench.models.gemma.gguf_files import tiny_gemma, write_gguf
 from tests.tiny_models import tiny_model
 

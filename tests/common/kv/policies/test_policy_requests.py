@@ -43,7 +43,7 @@ def test_a_negative_seed_is_refused():
 
 
 def test_an_unknown_policy_is_refused_with_the_valid_names():
-    with pytest.raises(InvalidArgumentError, match=r"unknown policy 'thrifty'; valid: .*greedy.*sws"):
+    with pytest.raises(InvalidArgumentError, match=r"unknown policy 'thrifty'; allowed: .*greedy.*sws"):
         policies.get("thrifty")
 
 

@@ -104,7 +104,7 @@ def test_only_the_first_number_counts(chat: PreTrainedTokenizerFast, answer: str
         ((1024, -0.1, 0), "depth is -0.1"),
         ((1024, float("nan"), 0), "depth is nan"),
         ((1024, 0.5, -1), "index is -1"),
-        ((1024, 0.5, 0, "early"), "valid: prompt, late"),
+        ((1024, 0.5, 0, "early"), "allowed: prompt, late"),
     ],
 )
 def test_what_cannot_be_is_refused(chat: PreTrainedTokenizerFast, arguments: tuple[object, ...], named: str) -> None:

@@ -125,7 +125,7 @@ def test_a_context_that_holds_no_needle_needs_the_operator(
 def test_a_codec_without_int4_has_nothing_to_probe(
     tiny: LoadedModel, engine: PrefillEngine, basis: SpectralBasis
 ) -> None:
-    with pytest.raises(InvalidArgumentError, match=r"'native' has no INT4 to probe; valid: .*absmax"):
+    with pytest.raises(InvalidArgumentError, match=r"'native' has no INT4 to probe; allowed: .*absmax"):
         run_probe(tiny, engine, basis, nothing, codecs.get("native"))
 
 

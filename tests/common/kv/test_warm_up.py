@@ -12,7 +12,7 @@ from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.calibrated.basis import identity_basis
 from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.fixed_rate.codec import FixedRateDecoder
-from spectrumkv.common.kv.codecs.fixed_rate.coded_layer import BlockPlan, CodedLayer
+from spectrumkv.common.kv.codecs.fixed_rate.coded_layer import CodedLayer, SegmentPlan
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
 from spectrumkv.common.kv.codecs.fixed_rate.gpu import slots as gpu_slots
 from spectrumkv.common.kv.codecs.fixed_rate.gpu.layers import GpuLayers
@@ -97,7 +97,7 @@ def test_prefill_codes_on_the_cpu_where_a_kernel_does_not_compile(
 
 
 def test_prefill_codes_on_the_cpu_where_kernels_code_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    def code(layers: GpuLayers, seen: LayerCapture, rate: RateControl, plan: BlockPlan) -> CodedLayer:
+    def code(layers: GpuLayers, seen: LayerCapture, rate: RateControl, plan: SegmentPlan) -> CodedLayer:
         # Values of another token: nothing but a comparison tells.
         keys, values = seen.keys.cpu(), seen.values.cpu().roll(1, dims=1)
         encoder = FixedRateEncoder(layers.request)

@@ -150,7 +150,7 @@ LOCK := $(SUPPLY)/bin/uv pip compile -q --universal --generate-hashes --python-v
 lock: $(SUPPLY)/.installed  ## Write requirements/*.txt anew: every dependency at the newest version allowed, with hashes
 	mkdir -p build/lock
 	$(LOCK) --upgrade --extra dev --extra vllm pyproject.toml requirements/build.in -o build/lock/locked.txt
-	$(LOCK) -c build/lock/locked.txt --extra otel pyproject.toml -o build/lock/image.txt
+	$(LOCK) -c build/lock/locked.txt --extra gateway --extra otel pyproject.toml -o build/lock/image.txt
 	$(LOCK) -c build/lock/locked.txt requirements/build.in -o build/lock/build.txt
 	$(LOCK) -c build/lock/locked.txt requirements/sbom.in -o build/lock/sbom.txt
 	rm -rf build/torch-cpu

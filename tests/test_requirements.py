@@ -42,7 +42,8 @@ def test_every_dependency_is_locked_at_a_version_that_is_allowed(torch: str) -> 
 
 def test_images_have_what_the_services_ask_for_at_the_versions_that_tests_ran_with() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [Requirement(one) for one in (*project["dependencies"], *project["optional-dependencies"]["otel"])]
+    extras = project["optional-dependencies"]
+    wanted = [Requirement(one) for one in (*project["dependencies"], *extras["otel"], *extras["gateway"])]
     image, tested = locked("image.txt"), locked("locked.txt")
     assert {one.name.replace("_", "-") for one in wanted} - image.keys() == {"torch"}
     assert {name: versions for name, versions in image.items() if tested.get(name) != versions} == {}

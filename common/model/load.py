@@ -124,6 +124,20 @@ def load_model(
     )
 
 
+def named_dtype(name: str) -> torch.dtype:
+    """Return the dtype of a name, as model specs have it.
+
+    Args:
+        name: "float32", "float16" or "bfloat16".
+
+    Raises:
+        InvalidArgumentError: it is another word.
+    """
+    if name not in _DTYPES:
+        raise InvalidArgumentError(f"dtype is {name!r}; valid: {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
 def choose_device(device: str) -> torch.device:
     """Turn "auto", "cpu" or "cuda" into a device.
 

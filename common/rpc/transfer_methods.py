@@ -39,6 +39,26 @@ def begin_fetch(channel: grpc.Channel, request: transfer_pb2.FetchRequest, timeo
     return method(request, timeout=timeout)
 
 
+def expect_header(messages: Iterator[ArrivedMessage]) -> transfer_pb2.TransferHeader:
+    """Return what a transfer begins with.
+
+    Args:
+        messages: what `begin_fetch` returned, from the first one on.
+
+    Returns:
+        The header.
+
+    Raises:
+        DataLossError: it is damaged, or another message comes first.
+    """
+    first = next(messages, None)
+    if isinstance(first, DataLossError):
+        raise first
+    if first is None or isinstance(first, KvChunk) or first.WhichOneof("message") != "header":
+        raise DataLossError("a transfer does not begin with its header", "sequence")
+    return first.header
+
+
 def release(channel: grpc.Channel, request: transfer_pb2.ReleaseRequest, timeout: float) -> Any:
     """Begin to give a transfer up.
 

@@ -15,7 +15,7 @@ from spectrumkv.common.kv.wire import ChunkReader, ChunkTotals, KvChunk
 from spectrumkv.common.model.spec import ModelSpec
 from spectrumkv.common.rpc.decode_stream import CHECKSUM_BYTES
 from spectrumkv.common.rpc.status import error_from_rpc
-from spectrumkv.common.rpc.transfer_methods import begin_fetch, get_basis
+from spectrumkv.common.rpc.transfer_methods import begin_fetch, expect_header, get_basis
 from spectrumkv.v1 import kv_pb2, transfer_pb2
 from spectrumkv.vllm_plugin.decode.bases import StreamBases
 from spectrumkv.vllm_plugin.decode.page_slots import PageSlots
@@ -102,14 +102,7 @@ class Fetch:
     def _fetch_stream(self, channel: grpc.Channel, pages: PageSlots, stream: KvStream) -> None:
         messages = self._begin(channel)
         try:
-            header = next(messages)
-            if isinstance(header, DataLossError):
-                raise header
-            if isinstance(header, KvChunk) or header.WhichOneof("message") != "header":
-                raise DataLossError("a transfer does not begin with its header", "order")
-            self._receive(messages, header.header, channel, pages, stream)
-        except StopIteration:
-            raise DataLossError("a transfer ended without its end", "order") from None
+            self._receive(messages, expect_header(messages), channel, pages, stream)
         finally:
             messages.cancel()
 
@@ -160,7 +153,7 @@ class Fetch:
                 continue
             fetched += message.ByteSize() + CHECKSUM_BYTES
             if message.WhichOneof("message") != "end":
-                raise DataLossError("a transfer has a second header", "order")
+                raise DataLossError("a transfer has a second header", "sequence")
             end = message.end
             reader.finish(ChunkTotals(end.chunks, end.payload_bytes, end.digest))
             with stream.working():
@@ -169,9 +162,9 @@ class Fetch:
             self._tally.add("kv_tokens_loaded_total", header.codec.name, header.tokens - self.load.skip)
             # Read on to the status, so that the producer knows that all of it arrived.
             for extra in messages:
-                raise DataLossError(f"a transfer goes on after its end: {type(extra).__name__}", "order")
+                raise DataLossError(f"a transfer goes on after its end: {type(extra).__name__}", "sequence")
             return
-        raise DataLossError("a transfer ended without its end", "order")
+        raise DataLossError("a transfer ended without its end", "sequence")
 
     def _decoder(
         self, header: transfer_pb2.TransferHeader, heads: HeadRange, geometry: KvGeometry, channel: grpc.Channel

@@ -25,7 +25,7 @@ import pytest
 
 from tests.tiny_models import tiny_model
 
-READY_SECONDS, ANSWER_SECONDS = 560.0, 60.0
+READY_SECONDS, ANSWER_SECONDS = 280.0, 60.0
 BUDGET = 0.3
 # Two blocks and a half: prefill takes several chunks, and the last block is partly filled.
 CHUNK = 128

@@ -4,17 +4,12 @@ import concurrent.futures
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from importlib.metadata import version
 
 import grpc
 
 from spectrumkv.common.errors import CancelledError
-from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.codecs.fixed_rate.kernel_fault import kernel_fault, kernels_code
-from spectrumkv.common.kv.plan import SCOPES
-from spectrumkv.common.kv.policies import Policy, policies
-from spectrumkv.common.kv.scoring import scorers
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.security import ChannelSecurity
@@ -27,15 +22,12 @@ from spectrumkv.prefill_server.model_check import ModelCheck
 from spectrumkv.prefill_server.progress import Progress, RequestsInService
 from spectrumkv.prefill_server.reading import RequestReader
 from spectrumkv.prefill_server.request import PrefillRequest
+from spectrumkv.prefill_server.server_info import server_info
 from spectrumkv.prefill_server.transfer import CodecSelector, FirstToken, KvPipeline, KvPlan
 from spectrumkv.prefill_server.transfer.kv_memory import KvMemory, KvReservation, kv_memory_bytes
-from spectrumkv.prefill_server.transfer.plan import default_budget
 from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.prefill_server.workers import DecodeLease, Dispatch, WorkerPool
-from spectrumkv.v1 import decode_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
-
-# Read once: it is a file of its own, which cannot be opened when a process has no file descriptors left.
-_VERSION = version("spectrumkv")
+from spectrumkv.v1 import decode_pb2, prefill_pb2, prefill_pb2_grpc
 
 
 class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
@@ -127,30 +119,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self, request: prefill_pb2.PrefillServiceGetServerInfoRequest, context: grpc.ServicerContext
     ) -> prefill_pb2.PrefillServiceGetServerInfoResponse:
         """Return what is served, the defaults, and what a request may ask for."""
-        config = self._config
-        return prefill_pb2.PrefillServiceGetServerInfoResponse(
-            version=_VERSION,
-            model_name=self._loaded.name,
-            model=self._loaded.spec.to_proto(),
-            device=str(self._loaded.device),
-            policies=[_policy_info(policies.get(name)) for name in policies],
-            scorers=scorers.names(),
-            codecs=[kv_pb2.CodecId(name=name, version=codecs.get(name).version) for name in codecs],
-            scopes=SCOPES,
-            defaults=prefill_pb2.KvOptions(
-                budget=default_budget(policies.get(config.policy), config, self._verdict),
-                policy=config.policy,
-                scorer=config.scorer,
-                codec=config.codec,
-                scope=config.scope,
-            ),
-            probe=self._verdict.to_proto(),
-            decode_workers=[str(address) for address in self._workers.known],
-            decode_workers_away=[str(address) for address in self._workers.away],
-            decode_workers_ejected=[str(worker.address) for worker in self._workers.ejected],
-            has_chat_template=bool(self._loaded.tokenizer.chat_template),
-            kernel_fault=kernel_fault(),
-        )
+        return server_info(self._loaded, self._config, self._verdict, self._workers)
 
     def Tokenize(  # noqa: N802  # gRPC's spelling
         self, request: prefill_pb2.TokenizeRequest, context: grpc.ServicerContext
@@ -306,12 +275,3 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         return prefill_pb2.GenerateResponse(
             finished=prefill_pb2.GenerateFinished(finish_reason=request.finish, usage=usage)
         )
-
-
-def _policy_info(policy: Policy) -> prefill_pb2.PolicyInfo:
-    return prefill_pb2.PolicyInfo(
-        name=policy.name,
-        min_budget=policy.min_budget,
-        max_budget=policy.max_budget,
-        budget_kind=f"BUDGET_KIND_{policy.budget_kind.name}",
-    )

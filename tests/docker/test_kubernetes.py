@@ -14,15 +14,17 @@ import pytest
 import yaml
 
 from spectrumkv.common.service.command_line import load
-from spectrumkv.common.service.config import DecodeConfig, PrefillConfig, ServerConfig
+from spectrumkv.common.service.config import DecodeConfig, PrefillConfig
 from spectrumkv.common.service.process import STOP_SECONDS
+from spectrumkv.gateway.config import GatewayConfig
+from spectrumkv.gateway.http.exchange import OPEN_PATHS
 from tests.docker.deployment import DASHBOARD, DOCKER, OPERATIONS, ROOT, unknown_metrics
 
 KUBERNETES = DOCKER / "kubernetes"
 OVERLAYS = ("cpu", "gpu", "secured", "autoscaled")
 TLS_OVERLAYS = ("secured", "autoscaled")
 KINDS = {"decode": "StatefulSet", "prefill": "Deployment"}
-CONFIGS: dict[str, type[ServerConfig]] = {"decode": DecodeConfig, "prefill": PrefillConfig}
+CONFIGS: dict[str, Any] = {"decode": DecodeConfig, "prefill": PrefillConfig, "gateway": GatewayConfig}
 # What CoreDNS keeps an answer for in clusters as kubeadm makes them is 30 s, in most others 5 s.
 NAME_SERVER_SECONDS = 5.0
 # `make lint-kubernetes` brings one.
@@ -46,7 +48,7 @@ def resources(overlay: str, kind: str) -> dict[str, Any]:
 
 
 def workload(overlay: str, service: str) -> Any:
-    return resources(overlay, KINDS[service])[service]
+    return resources(overlay, KINDS.get(service, "Deployment"))[service]
 
 
 def pod(overlay: str, service: str) -> Any:
@@ -154,20 +156,57 @@ def test_only_prefill_may_send_to_decode(overlay: str) -> None:
 def ingress(policies: dict[str, Any], pod_labels: dict[str, str]) -> Iterator[Any]:
     """Every rule that lets somebody in to pods with these labels."""
     for policy in policies.values():
-        chosen = policy["spec"]["podSelector"].get("matchLabels", {})
-        if chosen.items() <= pod_labels.items():
+        if selects(policy["spec"]["podSelector"], pod_labels):
             yield from policy["spec"].get("ingress", [])
 
 
+def selects(selector: dict[str, Any], pod_labels: dict[str, str]) -> bool:
+    """Whether a selector chooses pods with these labels."""
+    among = all(pod_labels.get(one["key"]) in one["values"] for one in selector.get("matchExpressions", []))
+    return among and selector.get("matchLabels", {}).items() <= pod_labels.items()
+
+
 @each_overlay
-@each_service
+@pytest.mark.parametrize("service", [*KINDS, "gateway"])
 def test_budgets_and_monitors_choose_the_pods(overlay: str, service: str) -> None:
     budget = resources(overlay, "PodDisruptionBudget")[service]["spec"]
-    assert budget["selector"]["matchLabels"].items() <= labels(overlay, service).items()
-    (monitor,) = resources(overlay, "PodMonitor").values()
-    assert monitor["spec"]["selector"]["matchLabels"].items() <= labels(overlay, service).items()
+    assert selects(budget["selector"], labels(overlay, service))
+    (monitor,) = [
+        one["spec"]
+        for one in resources(overlay, "PodMonitor").values()
+        if selects(one["spec"]["selector"], labels(overlay, service))
+    ]
     # The job that rules and dashboard know.
-    assert labels(overlay, service)[monitor["spec"]["jobLabel"]] == f"spectrumkv-{service}"
+    assert labels(overlay, service)[monitor["jobLabel"]] == f"spectrumkv-{service}"
+    ports = {one["name"] for one in container(overlay, service)["ports"]}
+    assert {one["port"] for one in monitor["podMetricsEndpoints"]} <= ports
+
+
+@each_overlay
+def test_the_gateway_finds_prefill_and_drains_as_the_services_do(overlay: str, tmp_path: Path) -> None:
+    config, one = options(overlay, "gateway", tmp_path), container(overlay, "gateway")
+    (target,) = config.prefill
+    service = resources(overlay, "Service")[target.host]["spec"]
+    assert (service["clusterIP"], service["ports"][0]["port"]) == ("None", target.port)
+    assert [port["containerPort"] for port in one["ports"]] == [config.listen.port]
+    pause = one["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert pod(overlay, "gateway")["terminationGracePeriodSeconds"] >= pause + config.grace + STOP_SECONDS
+    assert one["readinessProbe"]["httpGet"]["path"] in OPEN_PATHS
+    secured = overlay in TLS_OVERLAYS
+    encrypts = [config.tls_cert is not None, config.prefill_tls_ca is not None, not config.allow_plaintext]
+    assert encrypts == [secured] * 3
+    assert (one["readinessProbe"]["httpGet"].get("scheme") == "HTTPS") is secured
+    # Callers' tokens go on to prefill: the gateway lends nobody one of its own.
+    assert config.token_file is config.prefill_token_file is None
+
+
+@each_overlay
+def test_prefill_lets_in_the_gateway_and_those_with_the_label_of_clients(overlay: str) -> None:
+    policies = resources(overlay, "NetworkPolicy")
+    (rule,) = [rule for rule in ingress(policies, labels(overlay, "prefill")) if {"port": "grpc"} in rule["ports"]]
+    senders = [sender["podSelector"] for sender in rule["from"]]
+    assert [selects(sender, labels(overlay, "gateway")) for sender in senders] == [True, False]
+    assert senders[1] == {"matchLabels": {"spectrumkv.dev/client": "true"}}
 
 
 @pytest.mark.parametrize("overlay", TLS_OVERLAYS)
@@ -180,6 +219,8 @@ def test_certificates_are_for_the_names_that_are_verified(overlay: str, tmp_path
     assert not (decode.allow_plaintext)
     assert prefill.decode[0].host in certificates["decode"]
     assert decode.tls_client_names in certificates["prefill"]
+    assert options(overlay, "gateway", tmp_path).prefill[0].host in certificates["prefill"]
+    assert resources(overlay, "Service")["gateway"]["spec"]["ports"][0]["port"] == 443
     assert decode.tls_clients == "verified"
     for service, config in (("prefill", prefill), ("decode", decode)):
         secrets = {

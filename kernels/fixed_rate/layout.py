@@ -10,14 +10,11 @@ from functools import cached_property
 
 import numpy as np
 
+from spectrumkv.kernels.step_classes import HIGHEST_CLASS, LOWEST_CLASS
+
 # Rows that share a width: as many as a word of a bit plane has bits.
 GROUP_ROWS = 32
-# A token's step class, in half octaves, and its gain, in quarter octaves, have four bits each.
-CLASSES_PER_OCTAVE = 2
-LOWEST_CLASS, HIGHEST_CLASS = -12, 3
-# The encoder's coarsest one: a token that nothing looked at may be looked at later, and is coded as if it were worth
-# a little less than the mean one.
-COARSEST_CLASS = 1
+# A token's gain, in quarter octaves, has four bits, as its step class does.
 LOWEST_GAIN, HIGHEST_GAIN = -8, 7
 # A token's profile, its gain minus twice its class, is all that widths need of it.
 LOWEST_PROFILE = LOWEST_GAIN - 2 * HIGHEST_CLASS

@@ -2,11 +2,12 @@
 
 import triton.language as tl
 
+from spectrumkv.kernels import step_classes
 from spectrumkv.kernels.fixed_rate import layout
 from spectrumkv.kernels.triton_shared import ROUNDER, jit
 
 GROUP_ROWS = tl.constexpr(layout.GROUP_ROWS)
-LOWEST_CLASS, COARSEST_CLASS = tl.constexpr(layout.LOWEST_CLASS), tl.constexpr(layout.COARSEST_CLASS)
+LOWEST_CLASS, COARSEST_CLASS = tl.constexpr(step_classes.LOWEST_CLASS), tl.constexpr(step_classes.COARSEST_CLASS)
 LOWEST_GAIN, HIGHEST_GAIN = tl.constexpr(layout.LOWEST_GAIN), tl.constexpr(layout.HIGHEST_GAIN)
 LOWEST_PROFILE = tl.constexpr(layout.LOWEST_PROFILE)
 # Profiles, padded to a power of two.

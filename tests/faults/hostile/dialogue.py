@@ -11,7 +11,7 @@ import torch
 
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
-from spectrumkv.common.kv.codecs.spectral.layout import HIGHEST_CLASS, LOWEST_CLASS, TokenClasses
+from spectrumkv.common.kv.codecs.spectral.layout import TokenClasses
 from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment, encode_segment
 from spectrumkv.common.kv.codecs.spectral.tiers import class_bits, token_tiers
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
@@ -22,6 +22,7 @@ from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.kv.wire import DIGEST_RECORD, ChunkWriter, KvChunk
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.rpc.decode_stream import serialize_request
+from spectrumkv.kernels.step_classes import HIGHEST_CLASS, LOWEST_CLASS
 from spectrumkv.v1 import decode_pb2
 
 # Half of them speak the codec that is served by default.

@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 from spectrumkv.kernels.fixed_rate import cpu, reference
 from spectrumkv.kernels.fixed_rate.layout import (
     GROUP_ROWS,
-    HIGHEST_CLASS,
     HIGHEST_GAIN,
-    LOWEST_CLASS,
     LOWEST_GAIN,
     WIDEST,
     RecordLayout,
@@ -28,6 +26,7 @@ from spectrumkv.kernels.fixed_rate.quantizer import (
     quantizers,
 )
 from spectrumkv.kernels.fixed_rate.records import unpack
+from spectrumkv.kernels.step_classes import HIGHEST_CLASS, LOWEST_CLASS
 
 
 def a_block(

@@ -18,14 +18,7 @@ from spectrumkv.common.kv.codecs.fixed_rate.segment_codec import HEADER
 from spectrumkv.common.kv.codecs.fixed_rate.statistics import measure
 from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
 from spectrumkv.kernels.fixed_rate import reference
-from spectrumkv.kernels.fixed_rate.layout import (
-    COARSEST_CLASS,
-    LOWEST_CLASS,
-    LOWEST_GAIN,
-    PROFILE_OF_BYTE,
-    PROFILES,
-    RecordLayout,
-)
+from spectrumkv.kernels.fixed_rate.layout import LOWEST_GAIN, PROFILE_OF_BYTE, PROFILES, RecordLayout
 from spectrumkv.kernels.fixed_rate.operands import Records
 from spectrumkv.kernels.fixed_rate.quantizer import escape_limits
 from spectrumkv.kernels.fixed_rate.triton.encoding.encode import encode, pack_again
@@ -36,6 +29,7 @@ from spectrumkv.kernels.fixed_rate.triton.encoding.segments import (
     SEGMENT_WORDS,
     SegmentShape,
 )
+from spectrumkv.kernels.step_classes import COARSEST_CLASS, LOWEST_CLASS
 from tests.common.kv.codecs.spectral_prompts import basis_of, capture, geometry, plain_coefficients
 from tests.kernels.absmax.states import DEVICE
 from tests.kernels.fixed_rate.triton_layers import LAYERS, Case, Coded, SegmentOfLayer, coded, on_host, segments

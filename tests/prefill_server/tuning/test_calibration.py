@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
-from spectrumkv.common.kv.codecs.spectral.layout import LOWEST_CLASS, TokenClasses
+from spectrumkv.common.kv.codecs.spectral.layout import TokenClasses
 from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment, decode_segment, encode_segment
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.model.load import LoadedModel, load_model
+from spectrumkv.kernels.step_classes import LOWEST_CLASS
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
 from spectrumkv.prefill_server.tuning import basis_cache
 from spectrumkv.prefill_server.tuning.basis_cache import default_excerpts, resolve_basis

@@ -13,6 +13,7 @@ from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.scoring import SINK_TOKENS, mean_attention, scorers
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.kernels.attention_scores import LEAST_SHARE
+from spectrumkv.kernels.step_classes import CLASSES_PER_OCTAVE, COARSEST_CLASS, LOWEST_CLASS
 
 # A step goes with this power of a token's sensitivity. At high resolution the distortion of a step Δ is Δ²/12 times
 # the sensitivity (Gray & Neuhoff 1998, "Quantization"); where its slope against the rate is alike for all tokens, as
@@ -79,6 +80,24 @@ def step_octaves(capture: LayerCapture, basis: SpectralBasis, scorer: str, seed:
     others = attention[sinks:]
     octaves: np.ndarray = exponent * (attention - (others.mean() if len(others) else 0.0))
     return octaves
+
+
+def step_classes(capture: LayerCapture, basis: SpectralBasis, scorer: str, seed: int, sinks: int) -> np.ndarray:
+    """Return the step class of each token: `step_octaves`, rounded.
+
+    Args:
+        capture: see `step_octaves`, as for the others.
+        basis: see there.
+        scorer: see there.
+        seed: see there.
+        sinks: see there.
+
+    Returns:
+        int64 `[n]`, from `LOWEST_CLASS` to `COARSEST_CLASS`.
+    """
+    octaves = step_octaves(capture, basis, scorer, seed, sinks)
+    classes: np.ndarray = np.clip(np.rint(CLASSES_PER_OCTAVE * octaves), LOWEST_CLASS, COARSEST_CLASS)
+    return classes.astype(np.int64)
 
 
 def nearest_tiers(bits: np.ndarray) -> np.ndarray:

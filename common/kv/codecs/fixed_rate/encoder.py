@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs.calibrated.importance import step_octaves
+from spectrumkv.common.kv.codecs.calibrated.importance import step_classes
 from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.calibrated.sinks import code_sinks
 from spectrumkv.common.kv.codecs.fixed_rate.coded_layer import (
@@ -32,7 +32,6 @@ from spectrumkv.common.kv.codecs.fixed_rate.statistics import measure
 from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.kernels.fixed_rate.dispatch import analyse
-from spectrumkv.kernels.fixed_rate.layout import CLASSES_PER_OCTAVE, COARSEST_CLASS, LOWEST_CLASS
 
 # First tokens that are sent in the 16-bit dtype. Others that are unlike the rest have gains and escapes.
 SINKS = 1
@@ -97,8 +96,7 @@ class FixedRateEncoder:
 
     def _segments(self, capture: LayerCapture) -> list[UncodedSegment]:
         request = self._request
-        octaves = step_octaves(capture, request.basis, request.scorer, request.seed, self._sink_count)
-        classes = np.clip(np.rint(CLASSES_PER_OCTAVE * octaves), LOWEST_CLASS, COARSEST_CLASS).astype(np.int64)
+        classes = step_classes(capture, request.basis, request.scorer, request.seed, self._sink_count)
         spans = self._plan.spans(len(classes), self._transforms[capture.layer].rows)
         return [self._segment(capture, classes, span) for span in spans]
 

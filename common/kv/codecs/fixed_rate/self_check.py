@@ -22,7 +22,7 @@ from spectrumkv.common.kv.segment import KvSegment
 # Layers of the small prompt: the last one is coded in another way than those before it.
 LAYERS = 2
 TOKENS = 14
-# Of FP16's bytes: blocks of few tokens then have scales of their own, too.
+# Of FP16's bytes: segments of few tokens then have scales of their own, too.
 BUDGET = 0.9
 # How much larger than the loops' a kernel's squared error may be: rounded in a last bit, a step may differ.
 ERROR_RATIO = 1.2
@@ -122,7 +122,7 @@ def _basis(layers: KvGeometry) -> SpectralBasis:
 def _prompt(
     basis: SpectralBasis, layers: KvGeometry, tokens: int, like: LayerCapture | None = None
 ) -> list[LayerCapture]:
-    """Return layers on the CPU whose states have the spreads that the basis says.
+    """Return layers on the CPU whose coefficients have the standard deviations that the basis says.
 
     Args:
         basis: of the layers.

@@ -12,7 +12,6 @@ import numpy as np
 
 from spectrumkv.common.errors import DataLossError
 from spectrumkv.common.kv.codecs.spectral.layout import (
-    CLASSES_PER_OCTAVE,
     STEP_CLASSES,
     StreamLayout,
     TokenClasses,
@@ -21,6 +20,7 @@ from spectrumkv.common.kv.codecs.spectral.layout import (
 )
 from spectrumkv.common.kv.codecs.spectral.symbols import PackedStreams, compress, decompress
 from spectrumkv.kernels.spectral.streams import offsets
+from spectrumkv.kernels.step_classes import CLASSES_PER_OCTAVE
 
 # Means are sent in this many parts of a standard deviation.
 MEAN_PARTS = 8

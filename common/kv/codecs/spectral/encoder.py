@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs.calibrated.importance import step_octaves
+from spectrumkv.common.kv.codecs.calibrated.importance import step_classes
 from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
-from spectrumkv.common.kv.codecs.spectral.layout import CLASSES_PER_OCTAVE, LOWEST_CLASS, TokenClasses
+from spectrumkv.common.kv.codecs.spectral.layout import TokenClasses
 from spectrumkv.common.kv.codecs.spectral.rate import BaseSearch, LayerSymbols, RateControl
 from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment, encode_segment
 from spectrumkv.common.kv.codecs.spectral.tiers import class_bits, tier_bytes, token_tiers
@@ -16,9 +16,6 @@ from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, SEGMENT_HEADER, KvSegment
 from spectrumkv.common.kv.tiers import tier_map_bytes
 
-# The layout has coarser classes. A token that nothing looked at may be looked at later, though, and is coded as if it
-# were worth a little less than the mean one.
-COARSEST_CLASS = 1
 # Length fields and headers of one segment's streams, about.
 STREAM_OVERHEAD_BYTES = 300
 
@@ -51,7 +48,9 @@ class SpectralEncoder:
             NotFiniteError: an element is infinite or NaN.
             InvalidArgumentError: an element is too large for the codec.
         """
-        layer = self._split(capture, self._step_classes(capture))
+        request = self._request
+        classes = step_classes(capture, request.basis, request.scorer, request.seed, self._sinks)
+        layer = self._split(capture, classes)
         symbols = LayerSymbols.of(layer)
         base = self._rate.base(symbols, self._fixed_bytes)
         segments = self._segments(layer, base)
@@ -75,13 +74,6 @@ class SpectralEncoder:
     def _fixed_bytes(self) -> int:
         """Return the bytes that a layer takes whatever its steps."""
         return self._sinks * self._geometry.fp16_bytes_per_layer(1) + STREAM_OVERHEAD_BYTES
-
-    def _step_classes(self, capture: LayerCapture) -> np.ndarray:
-        """Return the step class of each token: int64 `[n]`."""
-        request = self._request
-        octaves = step_octaves(capture, request.basis, request.scorer, request.seed, self._sinks)
-        classes: np.ndarray = np.clip(np.rint(CLASSES_PER_OCTAVE * octaves), LOWEST_CLASS, COARSEST_CLASS)
-        return classes.astype(np.int64)
 
     def _segments(self, layer: list[UncodedSegment], base: float) -> list[KvSegment]:
         return [coded for segment in layer for coded in self._code(segment, base)]

@@ -14,11 +14,8 @@ import numpy as np
 from spectrumkv.common.kv.codecs.spectral.symbols import PACKINGS, PackedStreams, edges
 from spectrumkv.kernels.spectral import rate as kernels
 from spectrumkv.kernels.spectral.rate import LOWEST, PER_OCTAVE
+from spectrumkv.kernels.step_classes import CLASSES_PER_OCTAVE, HIGHEST_CLASS, LOWEST_CLASS
 
-# Classes per octave of step and of standard deviation.
-CLASSES_PER_OCTAVE = 2
-# Step classes around the mean token: six octaves finer, one and a half coarser.
-LOWEST_CLASS, HIGHEST_CLASS = -12, 3
 STEP_CLASSES = np.arange(LOWEST_CLASS, HIGHEST_CLASS + 1)
 
 # Where the entropy table ends.

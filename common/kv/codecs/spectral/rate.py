@@ -15,15 +15,9 @@ from functools import cached_property
 import numpy as np
 
 from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
-from spectrumkv.common.kv.codecs.spectral.layout import (
-    CLASSES_PER_OCTAVE,
-    HIGHEST_CLASS,
-    LOWEST_CLASS,
-    expected_bits,
-    finest_step_within,
-    std_classes,
-)
+from spectrumkv.common.kv.codecs.spectral.layout import expected_bits, finest_step_within, std_classes
 from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment
+from spectrumkv.kernels.step_classes import CLASSES_PER_OCTAVE, HIGHEST_CLASS, LOWEST_CLASS
 
 # Steps of a layer's mean token are sought from its largest standard deviation / 2^24 to 2^10 times that.
 FINEST, COARSEST = -24.0, 10.0

@@ -13,10 +13,11 @@ from spectrumkv.common.errors import DataLossError, InvalidArgumentError, NotFin
 from spectrumkv.common.kv.codecs.body import BodyReader
 from spectrumkv.common.kv.codecs.calibrated.sinks import code_sinks, write_sinks
 from spectrumkv.common.kv.codecs.spectral.coefficients import CoefficientModel, Deviation, Quantization
-from spectrumkv.common.kv.codecs.spectral.layout import CLASSES_PER_OCTAVE, HIGHEST_CLASS, LOWEST_CLASS, TokenClasses
+from spectrumkv.common.kv.codecs.spectral.layout import TokenClasses
 from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION, CodedStreams, PackedStreams, compress, decompress
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.kernels.step_classes import CLASSES_PER_OCTAVE, HIGHEST_CLASS, LOWEST_CLASS
 
 HEADER = struct.Struct("<fHII")
 LENGTH = np.dtype("<u4")

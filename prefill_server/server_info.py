@@ -9,6 +9,7 @@ from spectrumkv.common.kv.policies import Policy, policies
 from spectrumkv.common.kv.scoring import scorers
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.service.config import PrefillConfig
+from spectrumkv.common.tool_calls import format_of_template
 from spectrumkv.prefill_server.transfer.plan import default_budget
 from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.prefill_server.workers import WorkerPool
@@ -29,6 +30,7 @@ def server_info(
         verdict: how strongly KV may be coded where a request leaves that open.
         workers: the decode workers, as they are now.
     """
+    template = loaded.tokenizer.chat_template
     return prefill_pb2.PrefillServiceGetServerInfoResponse(
         version=_VERSION,
         model_name=loaded.name,
@@ -49,8 +51,9 @@ def server_info(
         decode_workers=[str(address) for address in workers.known],
         decode_workers_away=[str(address) for address in workers.away],
         decode_workers_ejected=[str(worker.address) for worker in workers.ejected],
-        has_chat_template=bool(loaded.tokenizer.chat_template),
+        has_chat_template=bool(template),
         kernel_fault=kernel_fault(),
+        tool_call_format=format_of_template(str(template)).name if template else "",
     )
 
 

@@ -5,16 +5,17 @@ are bounded first, and the tokens of a long text are counted piece by piece.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from spectrumkv.common.errors import InternalError, InvalidArgumentError
 from spectrumkv.common.generation.control_tokens import ControlTokens, MarkedText
+from spectrumkv.common.generation.conversation import Turn, check_roles, template_tools, turns, turns_in_text
 from spectrumkv.common.generation.detokenizer import ANY_WORD
 from spectrumkv.v1 import prefill_pb2
 
-ROLES = ("system", "user", "assistant")
 # A text of so many characters is tokenized at once, a longer one after its tokens were counted in such pieces.
 PIECE_CHARACTERS = 16 << 10
 # A chat message takes so many bytes besides its content; a token id of a prompt that is sent as such takes fewer.
@@ -79,7 +80,7 @@ class PromptReader:
         if kind == "text":
             token_ids = self._read_text(request.text, check)
         elif kind == "chat":
-            token_ids = self._read_chat(request.chat.messages, check)
+            token_ids = self._read_chat(request.chat, check)
         elif kind == "token_ids":
             return self._read_token_ids(request.token_ids.ids)
         else:
@@ -120,7 +121,8 @@ class PromptReader:
             raise InvalidArgumentError("the prompt's text is empty; a prompt has at least one token")
         return self._tokenize(text, check, add_special_tokens=True)
 
-    def _read_chat(self, messages: Sequence[prefill_pb2.ChatMessage], check: Callable[[], None]) -> list[int]:
+    def _read_chat(self, chat: prefill_pb2.ChatMessages, check: Callable[[], None]) -> list[int]:
+        messages = chat.messages
         if not messages:
             raise InvalidArgumentError("chat has no messages; send one at least")
         if len(messages) > self._context_length:
@@ -128,46 +130,47 @@ class PromptReader:
                 f"chat has {len(messages)} messages; the model's context holds {self._context_length} tokens: send "
                 "fewer messages"
             )
-        for place, message in enumerate(messages):
-            if message.role not in ROLES:
-                raise InvalidArgumentError(
-                    f"chat message {place} has the role {message.role[:40]!r}; allowed: {', '.join(ROLES)}"
-                )
+        check_roles(messages)
         if not self._tokenizer.chat_template:
             raise InvalidArgumentError(
                 "this model has no chat template; send the prompt as text or token_ids instead"
             )
         contents = [message.content for message in messages]
-        self._check_bytes(contents)
+        self._check_bytes([*contents, *_tool_texts(chat)])
+        tools = template_tools(chat)
         control = self._control_tokens
+        if control is not None:
+            _refuse_control_tokens(control, chat)
         roles = [message.role for message in messages]
+
+        def render(contents: Sequence[str]) -> str:
+            return self._rendered(turns(messages, contents), tools)
+
         if control is None:
-            return self._tokenize(self._rendered(roles, contents), check, add_special_tokens=False)
-        marked = self._marked(control, roles, contents)
+            return self._tokenize(render(contents), check, add_special_tokens=False)
+        marked = _marked(control, roles, contents, render)
         self._check_size(marked.text, check)
         harmless = control.harmless(roles, contents)
-        if harmless != contents and control.acting(marked) != control.acting(self._marked(control, roles, harmless)):
+        if harmless != contents and control.acting(marked) != control.acting(
+            _marked(control, roles, harmless, render)
+        ):
             raise InvalidArgumentError(
                 "the model's chat template makes control tokens of these messages' text; leave out what looks like "
                 "one, or start the server with --allow-control-tokens"
             )
         return control.tokenize(marked)
 
-    def _marked(self, control: ControlTokens, roles: Sequence[str], contents: Sequence[str]) -> MarkedText:
-        """Return what the template makes of messages, with the control tokens of their contents marked."""
-        marks, marked_contents = control.mark(roles, contents)
-        return MarkedText.parse(self._rendered(roles, marked_contents), marks)
-
-    def _rendered(self, roles: Sequence[str], contents: Sequence[str]) -> str:
-        """Return the text that the model's template makes of messages with these roles and contents.
+    def _rendered(self, conversation: list[Turn], tools: list[dict[str, Any]]) -> str:
+        """Return the text that the model's template makes of a conversation and tools.
 
         Raises:
             InvalidArgumentError: the template refuses the messages, or fails.
         """
-        conversation = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+        if "tools" not in str(self._tokenizer.chat_template):
+            conversation, tools = turns_in_text(conversation, tools), []
         try:
             rendered: str = self._tokenizer.apply_chat_template(
-                conversation, add_generation_prompt=True, tokenize=False
+                conversation, tools=tools or None, add_generation_prompt=True, tokenize=False
             )
         except TemplateError as error:
             raise InvalidArgumentError(f"the model's chat template refuses these messages: {error}") from error
@@ -252,6 +255,34 @@ def check_length(prompt_tokens: int, max_tokens: int, context_length: int) -> No
         f"the prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}, together "
         f"{prompt_tokens + max_tokens}; the model's context holds {context_length}: {remedy}"
     )
+
+
+def _tool_texts(chat: prefill_pb2.ChatMessages) -> list[str]:
+    """Return what the tools and their calls add to the prompt."""
+    tools = [f"{tool.name} {tool.description} {tool.parameters}" for tool in chat.tools]
+    calls = [f"{call.id} {call.name} {call.arguments}" for one in chat.messages for call in one.tool_calls]
+    return [*tools, *calls, *(message.tool_call_id for message in chat.messages)]
+
+
+def _marked(
+    control: ControlTokens, roles: Sequence[str], contents: Sequence[str], render: Callable[[Sequence[str]], str]
+) -> MarkedText:
+    """Return what the template makes of messages, with the control tokens of their contents marked."""
+    marks, marked_contents = control.mark(roles, contents)
+    return MarkedText.parse(render(marked_contents), marks)
+
+
+def _refuse_control_tokens(control: ControlTokens, chat: prefill_pb2.ChatMessages) -> None:
+    """Refuse tools and calls whose texts have control tokens, which templates would write as such.
+
+    Raises:
+        InvalidArgumentError: one has a control token.
+    """
+    for text in _tool_texts(chat):
+        if control.acting(MarkedText(text)):
+            raise InvalidArgumentError(
+                f"a tool or a tool call has a control token of the model in {text[:80]!r}; leave it out"
+            )
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -93,7 +93,7 @@ def test_a_model_without_a_template_says_so(byte_level: PreTrainedTokenizerFast)
         read_prompt(chat(("user", "y")), byte_level, VOCAB)
 
 
-@pytest.mark.parametrize("role", ["tool", "", "User"])
+@pytest.mark.parametrize("role", ["Tool", "", "User"])
 def test_unknown_roles_are_named(role: str, embedded: PreTrainedTokenizerFast) -> None:
     with pytest.raises(
         InvalidArgumentError, match=f"chat message 1 has the role '{role}'; allowed: system, user, ass"

@@ -1,0 +1,82 @@
+"""The form of an answer that calls tools, in the way in which the model writes calls."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.generation.structured.form import StructuredOutput
+from spectrumkv.common.generation.structured.grammar import JSON_OPTIONS
+from spectrumkv.common.tool_calls.formats import ToolCallFormat
+
+# Where a JSON schema keeps what its references name.
+DEFINITIONS = ("$defs", "definitions")
+
+
+def required_calls(
+    parameters: Mapping[str, Mapping[str, Any]], form: ToolCallFormat, tokenizer: PreTrainedTokenizerFast
+) -> StructuredOutput:
+    """Return the form of an answer that is one call or more, whose arguments are those of the tools.
+
+    Args:
+        parameters: JSON schema of each tool's arguments, by the tool's name.
+        form: how the model writes calls.
+        tokenizer: the model's; a mark that is a special token of it is generated as that token.
+
+    Returns:
+        A grammar.
+
+    Raises:
+        InvalidArgumentError: two tools give different definitions the same name.
+    """
+    schema, definitions = _call_schema(parameters, form)
+    begin, end = _mark(form.begin, tokenizer), _mark(form.end, tokenizer)
+    if form.end:
+        start = f'start: call ("\\n" call)*\ncall: {begin} "\\n" calls "\\n" {end}'
+    elif form.bare == "[":
+        start = f"start: {begin} calls"
+        schema = {"type": "array", "items": schema, "minItems": 1}
+    else:
+        start = "start: calls"
+    calls = "calls: %json " + json.dumps(_whole(schema, definitions))
+    return StructuredOutput("grammar", f"%llguidance {{}}\n{start}\n{calls}")
+
+
+def _call_schema(
+    parameters: Mapping[str, Mapping[str, Any]], form: ToolCallFormat
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return the schema of one call, and the definitions of all tools: references are looked up from the root.
+
+    Raises:
+        InvalidArgumentError: two tools give different definitions the same name.
+    """
+    definitions: dict[str, dict[str, Any]] = {}
+    calls: list[dict[str, Any]] = []
+    for name, schema in parameters.items():
+        for key in DEFINITIONS:
+            known = definitions.setdefault(key, {})
+            for title, definition in schema.get(key, {}).items():
+                if known.setdefault(title, definition) != definition:
+                    raise InvalidArgumentError(
+                        f"two tools have different definitions named {title!r} in {key}; rename one of them"
+                    )
+        arguments = {key: value for key, value in schema.items() if key not in DEFINITIONS}
+        properties = {"name": {"const": name}, form.arguments: arguments}
+        calls.append(
+            {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+        )
+    return ({"anyOf": calls} if len(calls) > 1 else calls[0]), definitions
+
+
+def _whole(schema: Mapping[str, Any], definitions: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    used: Sequence[str] = [key for key in DEFINITIONS if definitions.get(key)]
+    return {"x-guidance": JSON_OPTIONS, **schema, **{key: definitions[key] for key in used}}
+
+
+def _mark(text: str, tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return a mark as grammars write it: a special token by its id, other text as it is."""
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    special = [token_id for token_id, token in added.items() if token.special and token.content == text]
+    return f"<[{special[0]}]>" if special else json.dumps(text)

@@ -149,6 +149,7 @@ $(VLLM)/.installed: pyproject.toml setup.py $(PROTOS)
 	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	$(VLLM)/bin/python -m pip install --disable-pip-version-check -q -e '.[vllm]' 'pytest>=8.3,<10' \
 		'pytest-timeout>=2.3,<3' 'hypothesis>=6.120,<7'
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check -q --no-deps lmcache==0.5.6
 	@touch $@
 
 # Tools that only these targets need have an environment of their own.

@@ -30,6 +30,8 @@ GEOMETRY = KvGeometry(layers=3, kv_heads=4, head_dim=32, native_dtype=torch.floa
 TOKENS, BLOCKS = 70, (4, 1, 9, 2, 0)
 THEIR_BLOCKS = (3, 5, 6, 7, 8)
 DIGEST = "0" * 64
+# The first coding compiles, which takes seconds on a busy machine.
+PATIENCE = 60.0
 
 
 def spec() -> ModelSpec:
@@ -57,7 +59,7 @@ class ProducingRank:
         )
         named = {one.name: one for one in self.layers}
         self.worker = PrefillWorker(named, PAGE_TOKENS, options.window, self.coder, self.outbox)
-        service = TransferService(spec(), self.heads, self.outbox, basis, 5.0)
+        service = TransferService(spec(), self.heads, self.outbox, basis, PATIENCE)
         self.server, self.port = start_server(service, options, 0, lambda code: None)
 
     def compute(self, policy: str, budget: float, chunks: list[int], fetches: int = 1) -> None:
@@ -105,7 +107,7 @@ def fetch(
     load = Load(request_id, "t", (), tokens, skip, THEIR_BLOCKS)
     opened = channels(workers)
     try:
-        Fetch(load, consumer, StreamBases(GEOMETRY), 5.0, tally).run(opened)
+        Fetch(load, consumer, StreamBases(GEOMETRY), PATIENCE, tally).run(opened)
     finally:
         for channel in opened:
             channel.close()

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 CHUNK_ENVELOPE_BYTES, HEADER_AND_END_BYTES = 24, 320
 # Payload at which a chunk leaves where no layer waits to be coded.
 IDLE_CHUNK_BYTES = 64 << 10
+# How often transfers that nobody fetches are looked for while nothing is coded.
+EXPIRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +121,15 @@ class Coder:
 
     def _run(self) -> None:
         torch.set_num_threads(1)
-        while (layer := self._layers.get()) is not None:
+        while True:
+            try:
+                layer = self._layers.get(timeout=EXPIRY_SECONDS)
+            except queue.Empty:
+                # An engine without requests runs no step that could look.
+                self._outbox.expire()
+                continue
+            if layer is None:
+                return
             transfer_id = layer.step.transfer_id
             try:
                 if self._outbox.holds(transfer_id):

@@ -38,7 +38,6 @@ class PrefillWorker:
         Args:
             step: as the scheduler's side decided.
         """
-        self._outbox.expire()
         for transfer_id in step.discards:
             self._outbox.discard(transfer_id)
             self._windows.pop(transfer_id, None)

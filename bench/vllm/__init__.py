@@ -1,0 +1,1 @@
+"""What vLLM servers with the connector do: asked over HTTP, as clients ask them."""

@@ -1,0 +1,107 @@
+"""Run `spectrumkv-bench vllm-niah`: count the needles that vLLM finds over KV that came from another vLLM."""
+
+import argparse
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from spectrumkv.bench.flags import add_json_flag, add_number_flags
+from spectrumkv.bench.report.console import progress, results_console
+from spectrumkv.bench.report.results import check_destinations, write_result
+
+FETCHED, COMPUTED = "spectrumkv:kv_bytes_fetched_total", "vllm:iteration_tokens_total_sum"
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the parser."""
+    parser = subparsers.add_parser(
+        "vllm-niah",
+        help="needles that vLLM finds over KV from another vLLM, at counted bytes",
+        description="Hide a fact at each depth of a long prompt, prefill it on one vLLM server, and ask for it on "
+        "another, which gets the KV through SpectrumKVConnector (docs/vllm.md). Both serve the same model.",
+        allow_abbrev=False,
+    )
+    for role, port in (("prefill", 8100), ("decode", 8200)):
+        parser.add_argument(
+            f"--{role}", default=f"http://127.0.0.1:{port}", metavar="URL", help=f"the {role} server (%(default)s)"
+        )
+    parser.add_argument("--model", metavar="NAME", help="their model, whose tokenizer is used (the embedded one)")
+    parser.add_argument(
+        "--budgets", default="0.3,0.25", metavar="LIST", help="budgets, separated by commas (default: %(default)s)"
+    )
+    add_number_flags(
+        parser.add_argument_group("haystack"),
+        ("context", 2048, "tokens of prompt and question"),
+        ("depths", 19, "depths of the needle, evenly spaced"),
+        ("needles", 1, "needles at each depth"),
+    )
+    add_json_flag(parser)
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, show and write.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        SpectrumKVError: a server does not answer, or the haystack does not fit.
+    """
+    import torch
+
+    from spectrumkv.bench.quality import niah
+    from spectrumkv.bench.vllm.engine import Engine, EnginePair
+    from spectrumkv.common.model.configuration import read_config
+    from spectrumkv.common.model.description import cache_geometry, read_tokenizer
+    from spectrumkv.common.model.directory import find_model
+
+    check_destinations(arguments)
+    _, directory = find_model(arguments.model)
+    config = read_config(directory)
+    tokenizer = read_tokenizer(directory, config)
+    geometry = cache_geometry(config, torch.float16)
+    prompts = niah.needle_prompts(tokenizer, arguments.context, arguments.depths, arguments.needles, "prompt")
+    pair = EnginePair(Engine.at(arguments.prefill), Engine.at(arguments.decode))
+    settings: list[dict[str, Any]] = [{"policy": "native"}]
+    settings += [{"policy": "spectral", "budget": float(one)} for one in arguments.budgets.split(",")]
+    rows = []
+    with progress(len(prompts) * len(settings), Console(stderr=True)) as on_step:
+        for params in settings:
+            fetched, computed, found = pair.decode.metric(FETCHED), pair.decode.metric(COMPUTED), []
+            for prompt in prompts:
+                text = pair.complete(list(prompt.token_ids), niah.ANSWER_TOKENS, **params)
+                found.append(prompt.is_answered_by(text))
+                on_step(f"{params}")
+            fp16 = sum(geometry.fp16_bytes(len(prompt.token_ids)) for prompt in prompts)
+            rows.append(
+                {
+                    **params,
+                    "found": sum(found),
+                    "total": len(found),
+                    "by_depth": [int(one) for one in found],
+                    "budget_counted": (pair.decode.metric(FETCHED) - fetched) / fp16,
+                    "tokens_computed": pair.decode.metric(COMPUTED) - computed,
+                    "prompt_tokens": sum(len(prompt.token_ids) for prompt in prompts),
+                }
+            )
+    results_console().print(_table(rows))
+    if arguments.json is not None:
+        write_result(arguments.json, arguments, rows, None)
+    return 0
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table("policy", "budget", "counted", "found", "of", "prompt tokens", "computed by decode")
+    for row in rows:
+        table.add_row(
+            row["policy"],
+            f"{row.get('budget', 1.0):g}",
+            f"{row['budget_counted']:.4f}",
+            str(row["found"]),
+            str(row["total"]),
+            str(row["prompt_tokens"]),
+            f"{row['tokens_computed']:g}",
+        )
+    return table

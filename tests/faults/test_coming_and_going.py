@@ -14,7 +14,7 @@ from spectrumkv.client.local.pair_config import FREE_PORTS, plan_launches
 from spectrumkv.common.security import ChannelSecurity
 from tests.faults import names
 from tests.faults.deployment import NOTHING, Service, service_of, until
-from tests.faults.fleet import STOP_SECONDS, Fleet
+from tests.faults.fleet import STOP_SECONDS, Fleet, restart_in_order
 from tests.faults.incubator import Incubator
 from tests.faults.names import NameServer
 from tests.faults.report import tell
@@ -25,6 +25,7 @@ from tests.tiny_models import tiny_model
 PODS = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
 DECODE_NAME, PREFILL_NAME = "decode.pods", "prefill.pods"
 RESOLVE_SECONDS = 0.5
+CONNECTION_SECONDS = 3
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def named_fleet(directory: Path) -> Iterator[NamedFleet]:
         for one in prefills:
             kept = (flag for flag in one.command if not flag.startswith("--decode="))
             workers = (f"--decode={DECODE_NAME}:{decode_port}", f"--resolve-interval={RESOLVE_SECONDS}")
-            one.command = (*kept, *workers, "--allow-plaintext")
+            one.command = (*kept, *workers, "--allow-plaintext", f"--max-connection-age={CONNECTION_SECONDS}")
         name_server = running.enter_context(NameServer(PODS[:2]).serving())
         fleet = NamedFleet(prefills[:2], decodes, directory, name_server)
         fleet.place(slice(1))
@@ -136,3 +137,34 @@ def stop(service: Service) -> None:
 def go_on(load: Load) -> None:
     answers = load.answers
     until(lambda: load.answers > answers + 4 * CLIENTS, 60, "requests go on")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_rolling_update_of_pods_loses_no_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each pod's address leaves the name, then SIGTERM comes, and its successor's joins once that is ready."""
+    with named_fleet(tmp_path) as fleet:
+        fleet.place(slice(2))
+        until(lambda: fleet.taking() == 2, 20, "both addresses of the name are known")
+        load = Load(fleet)
+        for number in range(2):
+            fleet.place(slice(1 - number, 2 - number))
+            until(lambda: fleet.taking() == 1, 10, "the worker whose address is gone is let go")
+            restart_in_order(fleet.decodes[number])
+            fleet.place(slice(2))
+            until(lambda: fleet.taking() == 2, 10, "its successor is known")
+            go_on(load)
+        for number in range(2):
+            fleet.name_server.hosts = PODS[1 - number : 2 - number]
+            served = fleet.prefills[1 - number].metrics()["requests_total"]
+            restart_in_order(fleet.prefills[number])
+            fleet.name_server.hosts = PODS[:2]
+            go_on(load)
+            assert fleet.prefills[1 - number].metrics()["requests_total"] > served
+            # Connections end after a while, so that clients find the new one.
+            successor = fleet.prefills[number]
+            until(lambda one=successor: one.metrics().get("requests_total", 0.0) > 0, 30, "it is found")
+        until(lambda: load.answers >= 300, 120, "300 requests")
+        load.stop()
+        tell(capsys, f"{load.answers} requests while 4 pods were replaced in turn, {len(load.errors)} lost")
+        assert load.errors == []

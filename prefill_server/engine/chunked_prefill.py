@@ -42,8 +42,8 @@ class ChunkedPrefill:
         token_ids: the prompt.
         bounds: where each chunk begins, and the end of the last one.
         streams_chunks: whether the hook is shown each chunk, or the whole prompt with its last chunk.
-        logits_hook: takes the logits of each chunk, `[tokens, vocab]` in the model's dtype and on its device; None where
-            only those of the last token are wanted.
+        logits_hook: takes each chunk's logits, `[tokens, vocab]` in the model's dtype and on its device;
+            None where only those of the last token are wanted.
     """
 
     token_ids: Sequence[int]

@@ -6,7 +6,7 @@ PROTOS := $(wildcard proto/spectrumkv/v1/*.proto)
 SOURCE_TREE := build/source_tree
 PEERS := build/peers
 
-.PHONY: help install demo test test-slow lint format bench-peers clean
+.PHONY: help install demo test test-slow test-schemas lint format bench-peers clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,7 +36,10 @@ test: install  ## The tests that every change must pass (a few minutes)
 	$(BIN)/python -m pytest -m 'not slow and not gpu' --ignore=tests/faults --ignore=tests/docker/images
 
 test-slow: install  ## The tests that take longer
-	$(BIN)/python -m pytest -m 'slow and not gpu' --ignore=tests/faults --ignore=tests/docker/images
+	$(BIN)/python -m pytest -m 'slow and not gpu and not exhaustive' --ignore=tests/faults --ignore=tests/docker/images
+
+test-schemas: install  ## 200 random JSON schemas on the default model: every answer valid, at most twice the time
+	$(BIN)/python -m pytest -m exhaustive tests/services/test_structured_output.py
 
 lint: install $(SOURCE_TREE)  ## Lint, formatting, types, which folder imports which, and the .proto files
 	$(BIN)/ruff check .

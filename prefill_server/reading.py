@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from spectrumkv.common.errors import CancelledError, InvalidArgumentError, NotFoundError
 from spectrumkv.common.generation.conversation import allowed_tools
-from spectrumkv.common.generation.params import SamplingParams
+from spectrumkv.common.generation.params import MAX_LOGPROBS, SamplingParams
 from spectrumkv.common.generation.prompt import PIECE_CHARACTERS, PromptReader, check_length
 from spectrumkv.common.generation.structured.required_calls import required_calls
 from spectrumkv.common.kv.codecs.basis import Basis
@@ -76,7 +76,6 @@ class RequestReader:
         current_request().note(request_id=request_id)
         loaded = self._loaded
         self.check_model(message.model)
-        _refuse_unsupported(message)
         params = SamplingParams.from_proto(message.sampling).with_seed()
         params = self._with_required_calls(params, message)
         assert params.seed is not None
@@ -89,7 +88,10 @@ class RequestReader:
             params = params.with_room(loaded.context_length - len(token_ids))
         check_length(len(token_ids), params.max_tokens, loaded.context_length)
         current_request().note(prompt_tokens=len(token_ids), policy=plan.policy.name)
-        return PrefillRequest(request_id, token_ids, params, plan, progress)
+        logprobs = message.prompt_logprobs if message.HasField("prompt_logprobs") else None
+        if logprobs is not None and logprobs > MAX_LOGPROBS:
+            raise InvalidArgumentError(f"prompt_logprobs is {logprobs}; allowed: at most {MAX_LOGPROBS}")
+        return PrefillRequest(request_id, token_ids, params, plan, progress, message.echo, logprobs)
 
     @property
     def most_message_bytes(self) -> int:
@@ -180,13 +182,3 @@ class RequestReader:
         except concurrent.futures.CancelledError:
             scope.check()
             raise CancelledError("the request ended before its prompt was read") from None
-
-
-def _refuse_unsupported(message: prefill_pb2.GenerateRequest) -> None:
-    unsupported = {
-        "echo": message.echo,
-        "prompt_logprobs": message.HasField("prompt_logprobs"),
-    }
-    for name, asked in unsupported.items():
-        if asked:
-            raise InvalidArgumentError(f"{name} is not supported yet; leave it out")

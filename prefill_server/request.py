@@ -8,6 +8,7 @@ from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.prefill_server.progress import Progress
+from spectrumkv.prefill_server.prompt_tokens import PromptLogprobs
 from spectrumkv.prefill_server.transfer import KvPlan, SentKv
 from spectrumkv.v1 import generation_pb2
 
@@ -22,6 +23,8 @@ class PrefillRequest:
         params: how tokens are chosen; the seed is set.
         plan: how the KV crosses the network.
         progress: how far the request came.
+        echo: whether the client gets the prompt's tokens.
+        prompt_logprobs: how many likeliest tokens the client gets for each of the prompt's tokens; None is none.
         first: the first token of each answer, once they are sampled: every worker gets the same ones, and the client
             gets them once.
         finish: why the first answer ended; unspecified before it did.
@@ -36,6 +39,8 @@ class PrefillRequest:
     params: SamplingParams
     plan: KvPlan
     progress: Progress
+    echo: bool = False
+    prompt_logprobs: int | None = None
     first: tuple[generation_pb2.Token, ...] = field(default=(), init=False)
     finish: generation_pb2.FinishReason = field(default=generation_pb2.FINISH_REASON_UNSPECIFIED, init=False)
     stage_seconds: dict[str, float] = field(default_factory=dict, init=False)
@@ -52,6 +57,10 @@ class PrefillRequest:
     def slots(self) -> int:
         """Slots that decode will reserve for the request: for prompt and completion of each answer."""
         return (len(self.token_ids) + self.params.max_tokens) * self.params.n
+
+    def new_prompt_logprobs(self) -> PromptLogprobs | None:
+        """Return what takes the prompt's logits in a run of it; None where the client does not ask for them."""
+        return None if self.prompt_logprobs is None else PromptLogprobs(self.token_ids, self.prompt_logprobs)
 
     def add_to_stage(self, stage: str, seconds: float) -> None:
         """Add time that the request spent in a stage, once more where it ran before on another worker."""

@@ -20,6 +20,7 @@ from spectrumkv.prefill_server.engine import PrefillEngine, PromptResult
 from spectrumkv.prefill_server.first_token import sample_first
 from spectrumkv.prefill_server.model_check import ModelCheck
 from spectrumkv.prefill_server.progress import Progress, RequestsInService
+from spectrumkv.prefill_server.prompt_tokens import PromptLogprobs, prompt_messages
 from spectrumkv.prefill_server.reading import RequestReader
 from spectrumkv.prefill_server.request import PrefillRequest
 from spectrumkv.prefill_server.server_info import server_info
@@ -110,7 +111,9 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             for dispatch in self._offered(request, memory, scope):
                 pipeline = self._pipeline(request, dispatch, memory)
                 with dispatch, dispatch.open_lease(pipeline) as lease:
-                    result = self._run_prompt(request, lease, scope)
+                    logprobs = request.new_prompt_logprobs()
+                    result = self._run_prompt(request, lease, scope, logprobs)
+                    yield from self._prompt_tokens(request, logprobs)
                     yield from self._first_tokens(request, lease, result)
                     yield from self._relay_tokens(request, lease, dispatch)
             yield self._finished(request, lease, result)
@@ -194,7 +197,9 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             self._engine.vitals,
         )
 
-    def _run_prompt(self, request: PrefillRequest, lease: DecodeLease, scope: RpcScope) -> PromptResult:
+    def _run_prompt(
+        self, request: PrefillRequest, lease: DecodeLease, scope: RpcScope, logprobs: PromptLogprobs | None
+    ) -> PromptResult:
         """Run the prompt while its KV leaves layer by layer.
 
         Returns:
@@ -207,7 +212,9 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         record.note(decode_worker=str(lease.worker))
         record.at_end(pipeline.sent.log_fields)
         record.begin_stage("queue")
-        future = self._engine.submit(request.token_ids, pipeline.put_layer, pipeline.plan.streams_chunks)
+        logits_hook = None if logprobs is None else logprobs.put
+        streams_chunks = pipeline.plan.streams_chunks
+        future = self._engine.submit(request.token_ids, pipeline.put_layer, streams_chunks, logits_hook)
         scope.on_end(future.cancel)
         lease.on_end(future.cancel)
         try:
@@ -221,6 +228,14 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         request.add_to_stage("prefill", result.compute_seconds)
         record.note(**{f"{stage}_seconds": seconds for stage, seconds in request.stage_seconds.items()})
         return result
+
+    def _prompt_tokens(
+        self, request: PrefillRequest, logprobs: PromptLogprobs | None
+    ) -> Iterator[prefill_pb2.GenerateResponse]:
+        """Yield the prompt's tokens where the client asks for them, unless it has them from an earlier dispatch."""
+        if (request.echo or logprobs is not None) and request.progress.completion_tokens == 0:
+            for tokens in prompt_messages(self._loaded, request.token_ids, logprobs):
+                yield prefill_pb2.GenerateResponse(prompt_tokens=tokens)
 
     def _first_tokens(
         self, request: PrefillRequest, lease: DecodeLease, result: PromptResult

@@ -7,6 +7,7 @@ from pathlib import Path
 from spectrumkv.client.argument_types import LONGEST_TIMEOUT_SECONDS
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.request import KvChoice, Sampling
+from spectrumkv.client.structured_output import StructuredOutput
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.budget import BUDGET_MEANING
 from spectrumkv.common.rpc.targets import Target
@@ -46,6 +47,34 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--logprobs", type=int, metavar="N", help="report the log-probability of each token and of N alternatives"
     )
+    group.add_argument(
+        "--presence-penalty", type=float, metavar="X", help="subtract X from the logits of tokens generated before"
+    )
+    group.add_argument(
+        "--frequency-penalty", type=float, metavar="X", help="subtract X for each time that a token was generated"
+    )
+    group.add_argument(
+        "--min-p", type=float, metavar="P", help="sample from tokens at least P times as likely as the likeliest"
+    )
+    group.add_argument(
+        "--logit-bias", type=parse_logit_bias, default={}, metavar="BIAS", help="add to logits: 11:-100,12:2.5"
+    )
+    group.add_argument("--min-tokens", type=int, metavar="N", help="do not end before N tokens")
+    group.add_argument(
+        "--bad-word", action="append", default=[], metavar="TEXT", help="do not generate this text (repeatable)"
+    )
+    group.add_argument("--n", type=int, metavar="N", help="generate N answers; answer i has the seed + i")
+
+
+def add_form_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for each form of `StructuredOutput`, of which one may be given."""
+    title = "form of the answer (any where none is given)"
+    group = parser.add_argument_group(title).add_mutually_exclusive_group()
+    group.add_argument("--json-schema", metavar="FILE", help="JSON of the schema in FILE")
+    group.add_argument("--json-object", action="store_true", help="any JSON object")
+    group.add_argument("--regex", metavar="REGEX", help="a text that the expression matches as a whole")
+    group.add_argument("--grammar", metavar="FILE", help="a text of the grammar in FILE, in Lark's notation")
+    group.add_argument("--choice", action="append", metavar="TEXT", help="one of these texts (repeatable)")
 
 
 def add_kv_flags(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +113,38 @@ def sampling_from(arguments: argparse.Namespace) -> Sampling:
         stop_token_ids=arguments.stop_token_ids,
         ignore_eos=arguments.ignore_eos,
         logprobs=arguments.logprobs,
+        presence_penalty=arguments.presence_penalty,
+        frequency_penalty=arguments.frequency_penalty,
+        min_p=arguments.min_p,
+        logit_bias=arguments.logit_bias,
+        min_tokens=arguments.min_tokens,
+        bad_words=tuple(arguments.bad_word),
+        n=arguments.n,
     )
+
+
+def form_from(arguments: argparse.Namespace) -> StructuredOutput | None:
+    """Return the form that the flags of `add_form_flags` describe; None where none was given.
+
+    Raises:
+        InvalidArgumentError: a file cannot be read.
+    """
+    forms = {
+        "json_schema": arguments.json_schema and _read("--json-schema", arguments.json_schema),
+        "json_object": arguments.json_object or None,
+        "regex": arguments.regex,
+        "grammar": arguments.grammar and _read("--grammar", arguments.grammar),
+        "choice": arguments.choice and tuple(arguments.choice),
+    }
+    given = {name: form for name, form in forms.items() if form is not None}
+    return StructuredOutput(**given) if given else None
+
+
+def _read(flag: str, file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgumentError(f"{flag} {file}: {error}; give readable UTF-8 text") from error
 
 
 def kv_choice_from(arguments: argparse.Namespace) -> KvChoice:
@@ -108,6 +168,19 @@ def parse_token_ids(text: str) -> tuple[int, ...]:
     if not all(part.isascii() and part.isdigit() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r}; allowed: token ids separated by commas, such as 1,2,3")
     return tuple(int(part) for part in parts)
+
+
+def parse_logit_bias(text: str) -> dict[int, float]:
+    """Return the numbers by token id in a text such as "11:-100,12:2.5".
+
+    Raises:
+        argparse.ArgumentTypeError: the text has another form.
+    """
+    try:
+        pairs = [part.split(":") for part in text.split(",")]
+        return {int(token_id): float(value) for token_id, value in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: numbers by token id: 11:-100,12:2.5") from None
 
 
 def parse_seconds(text: str) -> float:

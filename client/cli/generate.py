@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -36,6 +37,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--chat", action="store_true", help="render the prompt with the model's chat template")
     parser.add_argument("--system", metavar="TEXT", help="system message; needs --chat")
+    parser.add_argument("--echo", action="store_true", help="write the prompt before the answer")
+    parser.add_argument(
+        "--prompt-logprobs",
+        type=int,
+        metavar="N",
+        help="report the log-probability of each token of the prompt and of N alternatives (with --json)",
+    )
     parser.add_argument(
         "--timeout",
         type=flags.parse_seconds,
@@ -48,6 +56,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     flags.add_connection_flags(parser)
     flags.add_sampling_flags(parser)
+    flags.add_form_flags(parser)
     flags.add_kv_flags(parser)
     parser.set_defaults(run=run, parser=parser)
 
@@ -67,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         flags.connect(arguments) as client,
         client.send(request, arguments.timeout, _trace_of_caller()) as stream,
     ):
-        completion = _read(stream, echo=arguments.json != STDOUT)
+        completion = _read(stream, echo=arguments.json != STDOUT, answers=arguments.n or 1, prompt=arguments.echo)
     Console(stderr=True).print(usage_table(completion, arguments.budget))
     if arguments.json is not None:
         write_json({"request": request.as_json()} | completion.as_json(), arguments.json)
@@ -95,8 +104,19 @@ def _trace_of_caller() -> TraceContext:
     return TraceContext(os.environ.get("TRACEPARENT", ""), os.environ.get("TRACESTATE", ""))
 
 
-def _read(stream: CompletionStream, echo: bool) -> Completion:
-    return echo_text(stream) if echo else stream.result()
+def _read(stream: CompletionStream, echo: bool, answers: int, prompt: bool) -> Completion:
+    """Return the completion, after writing it if `echo`: one answer as it arrives, several one after another."""
+    if not echo:
+        return stream.result()
+    if answers == 1 and not prompt:
+        return echo_text(stream)
+    completion = stream.result()
+    before = "".join(token.text for token in completion.prompt_tokens) if prompt else ""
+    for number, answer in enumerate(completion.answers):
+        if answers > 1:
+            sys.stdout.write(f"--- answer {number}\n")
+        sys.stdout.write(f"{before}{answer.text}\n")
+    return completion
 
 
 def _request_from(arguments: argparse.Namespace) -> Request:
@@ -105,9 +125,11 @@ def _request_from(arguments: argparse.Namespace) -> Request:
     try:
         return Request(
             prompt=_prompt_from(arguments),
-            sampling=flags.sampling_from(arguments),
+            sampling=replace(flags.sampling_from(arguments), structured_output=flags.form_from(arguments)),
             kv=flags.kv_choice_from(arguments),
             model=arguments.model,
+            echo=arguments.echo,
+            prompt_logprobs=arguments.prompt_logprobs,
         )
     except InvalidArgumentError as error:
         parser.error(error.message)

@@ -19,7 +19,7 @@ from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.generation.processors import History, make_processors
 from spectrumkv.common.generation.vocabulary import Vocabulary
 
-__all__ = ["SampledToken", "Sampler", "SamplingParams", "TokenLogprob", "uniform"]
+__all__ = ["SampledToken", "Sampler", "SamplingParams", "TokenLogprob", "logprobs_of", "uniform"]
 
 
 class TokenLogprob(NamedTuple):
@@ -137,11 +137,25 @@ class Sampler:
     def _with_logprobs(self, token_id: int, row: torch.Tensor) -> SampledToken:
         if self._params.logprobs is None:
             return SampledToken(token_id)
-        logprobs = row.log_softmax(dim=-1)
-        values, ids = logprobs.topk(min(self._params.logprobs, len(row)))
-        top = [TokenLogprob(*pair) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
-        top.sort(key=lambda one: (-one.logprob, one.token_id))
-        return SampledToken(token_id, float(logprobs[token_id]), tuple(top))
+        return logprobs_of(row, token_id, self._params.logprobs)
+
+
+def logprobs_of(row: torch.Tensor, token_id: int, top: int) -> SampledToken:
+    """Return a token with its log-probability and the likeliest tokens.
+
+    Args:
+        row: float64 `[vocab]`, the model's logits.
+        token_id: the token.
+        top: how many of the likeliest tokens to give.
+
+    Returns:
+        The token.
+    """
+    logprobs = row.log_softmax(dim=-1)
+    values, ids = logprobs.topk(min(top, len(row)))
+    likeliest = [TokenLogprob(*pair) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
+    likeliest.sort(key=lambda one: (-one.logprob, one.token_id))
+    return SampledToken(token_id, float(logprobs[token_id]), tuple(likeliest))
 
 
 def _checked(logits: torch.Tensor, index: int) -> torch.Tensor:

@@ -42,18 +42,21 @@ class ChunkedPrefill:
         token_ids: the prompt.
         bounds: where each chunk begins, and the end of the last one.
         streams_chunks: whether the hook is shown each chunk, or the whole prompt with its last chunk.
+        logits_hook: takes each chunk's logits, `[tokens, vocab]` in the model's dtype and on its device;
+            None where only those of the last token are wanted.
     """
 
     token_ids: Sequence[int]
     bounds: Sequence[int]
     streams_chunks: bool
+    logits_hook: Callable[[torch.Tensor], None] | None = None
     _chunks_done: int = 0
     _cache: DynamicCache | None = field(default_factory=DynamicCache)
 
     @property
-    def is_chunked(self) -> bool:
-        """Whether there is more than one chunk."""
-        return len(self.bounds) > 2
+    def runs_alone(self) -> bool:
+        """Whether the prompt shares no pass with others: it takes several, or all of its logits are wanted."""
+        return len(self.bounds) > 2 or self.logits_hook is not None
 
     @property
     def tokens_left(self) -> int:
@@ -93,14 +96,16 @@ class ChunkedPrefill:
             input_ids=ids,
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=1 if self.logits_hook is None else 0,
             kv_hooks=[hook],
             window=window,
-        ).logits[0, -1]
+        ).logits[0]
+        if self.logits_hook is not None:
+            self.logits_hook(logits)
         self._chunks_done += 1
         if is_last:
             self._cache = None
-        return logits
+        return logits[-1]
 
 
 def _copied(capture: LayerCapture) -> LayerCapture:

@@ -25,6 +25,8 @@ T = TypeVar("T")
 # Most tokens of one pass over several prompts, padding included. A pass over few tokens spends its time on reading
 # the weights, which several prompts then share; beyond that each further token costs the same in any pass.
 BATCH_TOKENS = 1024
+# Fewest tokens of a chunk where all logits are wanted: 50 MB of them for a vocabulary of 50,000.
+LOGITS_CHUNK_TOKENS = 256
 
 
 class PrefillEngine:
@@ -68,7 +70,11 @@ class PrefillEngine:
         self.stop()
 
     def submit(
-        self, token_ids: Sequence[int], kv_hook: KvHook, streams_chunks: bool = False
+        self,
+        token_ids: Sequence[int],
+        kv_hook: KvHook,
+        streams_chunks: bool = False,
+        logits_hook: Callable[[torch.Tensor], None] | None = None,
     ) -> "Future[PromptResult]":
         """Queue a prompt.
 
@@ -77,13 +83,16 @@ class PrefillEngine:
             kv_hook: called on the engine's thread with each layer's capture; an exception that it raises
                 ends the prompt and becomes the future's.
             streams_chunks: whether the layers of a long prompt are shown chunk by chunk.
+            logits_hook: takes the logits of all tokens, in chunks of `[tokens, vocab]`; the prompt then runs alone.
 
         Returns:
             A future that can be cancelled at any time, so that a thread that waits for it wakes at once. A running
             pass continues to its next layer, and ends there if it has no other prompt.
         """
-        bounds = chunk_bounds(len(token_ids), self._chunk_tokens)
-        prompt = QueuedPrefill(token_ids, kv_hook, ChunkedPrefill(token_ids, bounds, streams_chunks))
+        # The logits of a chunk of all tokens are in memory at once.
+        chunk_tokens = self._chunk_tokens if logits_hook is None else max(LOGITS_CHUNK_TOKENS, self._window)
+        bounds = chunk_bounds(len(token_ids), chunk_tokens)
+        prompt = QueuedPrefill(token_ids, kv_hook, ChunkedPrefill(token_ids, bounds, streams_chunks, logits_hook))
         arrival = prompt.arrival = self._queue.put(prompt, len(token_ids))
         # The callback keeps only the number: a future that held its prompt would keep the prompt's cache in memory.
         prompt.outcome.add_done_callback(lambda _: self._queue.remove(arrival))
@@ -121,7 +130,7 @@ class PrefillEngine:
         """Run one pass; an error in it ends its prompts."""
         try:
             with self.vitals.working():
-                if batch[0].chunked.is_chunked:
+                if batch[0].chunked.runs_alone:
                     self._run_chunk(batch[0])
                 else:
                     self._run_batch(batch)
@@ -141,7 +150,7 @@ class PrefillEngine:
         def fits(prompt: QueuedPrefill) -> bool:
             together = (*batch, prompt)
             longest = max(len(one.token_ids) for one in together)
-            alone = any(one.chunked.is_chunked for one in together)
+            alone = any(one.chunked.runs_alone for one in together)
             return not batch or (not alone and longest * len(together) <= BATCH_TOKENS)
 
         while (prompt := self._queue.take(fits)) is not None:

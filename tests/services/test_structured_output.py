@@ -64,9 +64,12 @@ def test_a_form_that_cannot_be_used_is_refused_before_the_prompt_runs(llama_pair
 
 
 def hold_to_random_schemas(count: int) -> tuple[float, float]:
-    """Ask the default model for answers to random schemas; return seconds a token with and without a form."""
+    """Ask the default model for answers to random schemas; return median seconds a token with and without a form."""
     held, free = [], []
     with running_pair(None) as pair, pair.client() as client:
+        # Both services make their view of the tokenizer for the first form.
+        first = Sampling(max_tokens=1, structured_output=StructuredOutput(json_object=True))
+        client.generate("x", sampling=first).result()
         for seed in range(count):
             schema = random_schema(random.Random(seed))
             asked = [Message("user", QUESTIONS[seed % len(QUESTIONS)])]
@@ -95,6 +98,7 @@ def test_random_schemas_are_held_to() -> None:
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
 def test_many_random_schemas_are_held_to_at_no_more_than_twice_the_time() -> None:
     held, free = hold_to_random_schemas(MANY_SCHEMAS)
     assert held < 2 * free, f"{1000 * held:.1f} ms a token held to a form, {1000 * free:.1f} ms without"

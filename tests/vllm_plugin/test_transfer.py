@@ -229,3 +229,20 @@ def test_a_token_is_asked_for_where_the_producer_has_a_file_of_them(tmp_path: Pa
                 fetch([worker], 0, 1, security=security)
         layers, _ = fetch([worker], 0, 1, security=ChannelSecurity(token_file=tokens))
     assert torch.equal(read(layers), states())
+
+
+def test_kv_crosses_in_tls_and_certificates_are_asked_for(tmp_path: Path) -> None:
+    # cryptography is among the tools of development, which vLLM's environment may lack.
+    certificates = pytest.importorskip("tests.common.security.certificates")
+    authority, stranger = certificates.Authority("ours"), certificates.Authority("another")
+    mine = authority.issue("prefill").write(tmp_path / "prefill", authority)
+    theirs = authority.issue("decode").write(tmp_path / "decode", authority)
+    strange = stranger.issue("decode").write(tmp_path / "stranger", authority)
+    files = {"tls_cert": str(mine.cert), "tls_key": str(mine.key), "tls_ca": str(mine.ca)}
+    with producing(1, **files) as (worker,):
+        worker.compute("native", 1.0, [TOKENS])
+        for security in (ChannelSecurity(), ChannelSecurity(tls=strange)):
+            with pytest.raises(SpectrumKVError):
+                fetch([worker], 0, 1, security=security)
+        layers, _ = fetch([worker], 0, 1, security=ChannelSecurity(tls=theirs))
+    assert torch.equal(read(layers), states())

@@ -3,15 +3,22 @@
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import grpc
 import pytest
 import torch
 
-from spectrumkv.common.errors import FailedPreconditionError, NotFoundError, SpectrumKVError
+from spectrumkv.common.errors import (
+    FailedPreconditionError,
+    NotFoundError,
+    SpectrumKVError,
+    UnauthenticatedError,
+)
 from spectrumkv.common.kv.geometry import HeadRange, KvGeometry
 from spectrumkv.common.model.spec import ModelSpec
 from spectrumkv.common.rpc.channel import open_channel
+from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.vllm_plugin.decode.bases import StreamBases
 from spectrumkv.vllm_plugin.decode.fetcher import ConsumerRank, Fetch
 from spectrumkv.vllm_plugin.layers import EngineLayer, slots_of
@@ -46,10 +53,10 @@ def states() -> torch.Tensor:
 class ProducingRank:
     """One producing worker with its server; `compute` stands in for vLLM's forward passes."""
 
-    def __init__(self, rank: int, ranks: int) -> None:
+    def __init__(self, rank: int, ranks: int, **security: str) -> None:
         self.heads = HeadRange.of_rank(rank, ranks, GEOMETRY.kv_heads)
         self.tally = Tally.empty()
-        options = ConnectorOptions.of({"listen": "127.0.0.1:0", "window": 8})
+        options = ConnectorOptions.of({"listen": "127.0.0.1:0", "window": 8} | security)
         basis, geometry = basis_of(GEOMETRY), GEOMETRY.of_heads(self.heads)
         self.layers = fake_layers(3, self.heads.count, 32)
         self.outbox = Outbox(8 << 20, 60.0)
@@ -86,26 +93,31 @@ class ProducingRank:
 
 
 @contextmanager
-def producing(ranks: int) -> Iterator[list[ProducingRank]]:
+def producing(ranks: int, **security: str) -> Iterator[list[ProducingRank]]:
     with ExitStack() as stopped:
-        workers = [ProducingRank(rank, ranks) for rank in range(ranks)]
+        workers = [ProducingRank(rank, ranks, **security) for rank in range(ranks)]
         for one in workers:
             stopped.callback(one.stop)
         yield workers
 
 
-def channels(workers: list[ProducingRank]) -> list[grpc.Channel]:
-    return [open_channel(f"127.0.0.1:{one.port}") for one in workers]
+def channels(workers: list[ProducingRank], security: ChannelSecurity) -> list[grpc.Channel]:
+    return [open_channel(f"localhost:{one.port}", security) for one in workers]
 
 
 def fetch(
-    workers: list[ProducingRank], rank: int, ranks: int, skip: int = 0, request_id: str = "d", tokens: int = TOKENS
+    workers: list[ProducingRank],
+    rank: int,
+    ranks: int,
+    skip: int = 0,
+    tokens: int = TOKENS,
+    security: ChannelSecurity = ChannelSecurity(),  # noqa: B008  # frozen
 ) -> tuple[list[EngineLayer], Tally]:
     heads = HeadRange.of_rank(rank, ranks, GEOMETRY.kv_heads)
     layers, tally = fake_layers(3, heads.count, 32), Tally.empty()
     consumer = ConsumerRank(spec(), GEOMETRY, rank, ranks, layers, PAGE_TOKENS)
-    load = Load(request_id, "t", (), tokens, skip, THEIR_BLOCKS)
-    opened = channels(workers)
+    load = Load("d", "t", (), tokens, skip, THEIR_BLOCKS)
+    opened = channels(workers, security)
     try:
         Fetch(load, consumer, StreamBases(GEOMETRY), PATIENCE, tally).run(opened)
     finally:
@@ -204,3 +216,33 @@ def test_a_prompt_that_does_not_fit_the_outbox_is_refused_and_leaves_nothing() -
         with pytest.raises(SpectrumKVError, match="outbox_memory"):
             fetch([worker], 0, 1)
         assert worker.outbox.used_bytes == 0
+
+
+def test_a_token_is_asked_for_where_the_producer_has_a_file_of_them(tmp_path: Path) -> None:
+    tokens, others = tmp_path / "tokens", tmp_path / "others"
+    tokens.write_text("decode:0123456789abcdef\n")
+    others.write_text("decode:fedcba9876543210\n")
+    with producing(1, token_file=str(tokens)) as (worker,):
+        worker.compute("native", 1.0, [TOKENS])
+        for security in (ChannelSecurity(), ChannelSecurity(token_file=others)):
+            with pytest.raises(UnauthenticatedError):
+                fetch([worker], 0, 1, security=security)
+        layers, _ = fetch([worker], 0, 1, security=ChannelSecurity(token_file=tokens))
+    assert torch.equal(read(layers), states())
+
+
+def test_kv_crosses_in_tls_and_certificates_are_asked_for(tmp_path: Path) -> None:
+    # cryptography is among the tools of development, which vLLM's environment may lack.
+    certificates = pytest.importorskip("tests.common.security.certificates")
+    authority, stranger = certificates.Authority("ours"), certificates.Authority("another")
+    mine = authority.issue("prefill").write(tmp_path / "prefill", authority)
+    theirs = authority.issue("decode").write(tmp_path / "decode", authority)
+    strange = stranger.issue("decode").write(tmp_path / "stranger", authority)
+    files = {"tls_cert": str(mine.cert), "tls_key": str(mine.key), "tls_ca": str(mine.ca)}
+    with producing(1, **files) as (worker,):
+        worker.compute("native", 1.0, [TOKENS])
+        for security in (ChannelSecurity(), ChannelSecurity(tls=strange)):
+            with pytest.raises(SpectrumKVError):
+                fetch([worker], 0, 1, security=security)
+        layers, _ = fetch([worker], 0, 1, security=ChannelSecurity(tls=theirs))
+    assert torch.equal(read(layers), states())

@@ -1,0 +1,207 @@
+"""The proxy over HTTP, with stand-ins for vLLM servers that answer as vLLM does."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+aiohttp = pytest.importorskip("aiohttp")
+
+from aiohttp import web  # noqa: E402
+
+from spectrumkv.vllm_plugin.proxy.app import Proxy  # noqa: E402
+
+TRANSFER = {"do_remote_prefill": True, "transfer_id": "t"}
+PATIENCE = 20.0
+
+
+@dataclass
+class Stub:
+    """A vLLM server that answers with fixed tokens.
+
+    Attributes:
+        fails: how many of the next requests it refuses with 500.
+        hangs: whether it streams its first token and then nothing.
+        asked: bodies of its requests.
+        left: set when a client leaves while it hangs.
+    """
+
+    fails: int = 0
+    hangs: bool = False
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    left: asyncio.Event = field(default_factory=asyncio.Event)
+    url: str = ""
+
+    def app(self) -> web.Application:
+        app = web.Application()
+        app.add_routes([
+            web.post("/v1/completions", self.complete),
+            web.get("/v1/models", self.models),
+            web.get("/health", self.health),
+        ])  # fmt: skip
+        return app
+
+    async def health(self, http: web.Request) -> web.Response:
+        return web.Response()
+
+    async def models(self, http: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "m", "max_model_len": 100}]})
+
+    async def complete(self, http: web.Request) -> web.StreamResponse:
+        body = await http.json()
+        self.asked.append(body)
+        if self.fails:
+            self.fails -= 1
+            return web.json_response({"error": {"message": "broken"}}, status=500)
+        if body.get("model") == "unknown":
+            return web.json_response({"error": {"message": "no such model"}}, status=404)
+        answer = {"id": "x", "created": 1, "model": "m", "object": "text_completion"}
+        if (body.get("kv_transfer_params") or {}).get("do_remote_decode"):
+            choice = {
+                "index": 0,
+                "text": " one",
+                "token_ids": [7],
+                "prompt_token_ids": [1, 2],
+                "finish_reason": "length",
+            }
+            return web.json_response(answer | {"choices": [choice], "kv_transfer_params": TRANSFER})
+        if not body.get("stream"):
+            usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+            choice = {"index": 0, "text": " two three", "finish_reason": "length"}
+            return web.json_response(answer | {"choices": [choice], "usage": usage})
+        return await self.stream(http, answer)
+
+    async def stream(self, http: web.Request, answer: dict[str, Any]) -> web.StreamResponse:
+        stream = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await stream.prepare(http)
+        for text in (" two", " three"):
+            chunk = answer | {"choices": [{"index": 0, "text": text, "finish_reason": None}]}
+            await stream.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+            if self.hangs:
+                try:
+                    await asyncio.sleep(PATIENCE)
+                finally:
+                    self.left.set()
+        await stream.write(b"data: [DONE]\n\n")
+        return stream
+
+
+@asynccontextmanager
+async def listening(app: web.Application) -> AsyncIterator[str]:
+    runner = web.AppRunner(app, handler_cancellation=True)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+Check = Callable[["aiohttp.ClientSession", str], Coroutine[Any, Any, None]]
+
+
+def serve(prefill: list[Stub], decode: list[Stub], check: Check) -> None:
+    """Run a proxy over stand-ins, and a check against it."""
+
+    async def main() -> None:
+        async with AsyncExitStack() as stack:
+            for one in (*prefill, *decode):
+                one.url = await stack.enter_async_context(listening(one.app()))
+            proxy = Proxy(tuple(one.url for one in prefill), tuple(one.url for one in decode))
+            url = await stack.enter_async_context(listening(proxy.app()))
+            session = await stack.enter_async_context(aiohttp.ClientSession())
+            await asyncio.wait_for(check(session, url), PATIENCE)
+
+    asyncio.run(main())
+
+
+async def post(session: Any, url: str, **body: Any) -> tuple[int, Any]:
+    asked = {"model": "m", "prompt": "Count:", "max_tokens": 3} | body
+    async with session.post(f"{url}/v1/completions", json=asked) as answer:
+        return answer.status, await answer.json()
+
+
+def test_the_first_token_is_prefills_and_the_others_decodes() -> None:
+    prefill, decode = Stub(), Stub()
+
+    async def check(session: Any, url: str) -> None:
+        status, answer = await post(session, url)
+        assert (status, answer["choices"][0]["text"]) == (200, " one two three")
+        assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+
+    serve([prefill], [decode], check)
+    assert decode.asked[0]["prompt"] == [1, 2, 7]
+    assert (decode.asked[0]["max_tokens"], decode.asked[0]["kv_transfer_params"]) == (2, TRANSFER)
+    assert prefill.asked[0]["max_tokens"] == 1
+
+
+def test_a_stream_is_one_stream() -> None:
+    async def check(session: Any, url: str) -> None:
+        asked = {"model": "m", "prompt": "Count:", "max_tokens": 3, "stream": True}
+        async with session.post(f"{url}/v1/completions", json=asked) as answer:
+            lines = [line for line in (await answer.read()).split(b"\n") if line]
+        assert lines[-1] == b"data: [DONE]"
+        chunks = [json.loads(line[6:]) for line in lines[:-1]]
+        assert [one["choices"][0]["text"] for one in chunks] == [" one", " two", " three"]
+        assert {one["id"] for one in chunks} == {"x"}
+
+    serve([Stub()], [Stub()], check)
+
+
+def test_decode_computes_the_prompt_where_its_kv_did_not_come() -> None:
+    decode = Stub(fails=1)
+
+    async def check(session: Any, url: str) -> None:
+        assert (await post(session, url))[1]["choices"][0]["text"] == " one two three"
+        async with session.get(f"{url}/metrics") as answer:
+            assert 'spectrumkv_proxy_retries_total{stage="decode"} 1.0' in await answer.text()
+
+    serve([Stub()], [decode], check)
+    assert ["kv_transfer_params" in one for one in decode.asked] == [True, False]
+
+
+def test_another_prefill_server_takes_over() -> None:
+    broken, well = Stub(fails=9), Stub()
+
+    async def check(session: Any, url: str) -> None:
+        assert (await post(session, url))[0] == 200
+
+    serve([broken, well], [Stub()], check)
+    assert len(well.asked) == 1
+
+
+def test_a_refusal_reaches_the_client_as_it_is() -> None:
+    async def check(session: Any, url: str) -> None:
+        assert await post(session, url, model="unknown") == (404, {"error": {"message": "no such model"}})
+        status, answer = await post(session, url, prompt=["a", "b"])
+        assert (status, "one prompt" in answer["error"]["message"]) == (400, True)
+
+    serve([Stub()], [Stub()], check)
+
+
+def test_a_client_that_leaves_ends_decodes_request() -> None:
+    decode = Stub(hangs=True)
+
+    async def check(session: Any, url: str) -> None:
+        asked = {"model": "m", "prompt": "Count:", "max_tokens": 3, "stream": True}
+        async with session.post(f"{url}/v1/completions", json=asked) as answer:
+            assert await answer.content.readline()
+            while not decode.asked:
+                await asyncio.sleep(0.01)
+            answer.close()
+        await decode.left.wait()
+
+    serve([Stub()], [decode], check)
+
+
+def test_health_tells_which_servers_answer() -> None:
+    async def check(session: Any, url: str) -> None:
+        async with session.get(f"{url}/health") as answer:
+            assert (answer.status, await answer.json()) == (200, {"prefill": 1, "decode": 1})
+
+    serve([Stub()], [Stub()], check)

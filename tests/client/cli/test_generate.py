@@ -4,7 +4,8 @@ import sys
 import pytest
 
 from spectrumkv.client.cli.main import main
-from tests.client.fake_servers import token
+from spectrumkv.v1 import generation_pb2, prefill_pb2
+from tests.client.fake_servers import finished, token
 
 USAGE_FIELDS = {
     "prompt_tokens", "completion_tokens", "tiers", "kv_bytes_sent", "kv_fp16_bytes", "budget_counted",
@@ -63,6 +64,70 @@ def test_every_flag_reaches_the_request(prefill):
         "max_tokens": 5, "temperature": 0.7, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.1, "seed": 7,
         "stop": ["END"], "stop_token_ids": [2, 3], "ignore_eos": True, "logprobs": 4,
     }  # fmt: skip
+
+
+def test_flags_of_the_answers_reach_the_request(prefill, tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object"}')
+    flags = """
+        --presence-penalty 0.5 --frequency-penalty -0.5 --min-p 0.1 --logit-bias 11:-100,12:2.5 --min-tokens 3
+        --bad-word dog --bad-word cat --n 2 --prompt-logprobs 1
+    """
+    form = ["--json-schema", str(schema)]
+    assert main(["generate", "Why?", "--server", prefill.address, *flags.split(), *form]) == 0
+    (request,) = prefill.requests
+    assert request.prompt_logprobs == 1
+    assert request.sampling.structured_output.json_schema == '{"type": "object"}'
+    sampling = {field.name: value for field, value in request.sampling.ListFields()}
+    del sampling["structured_output"]
+    assert sampling == {
+        "presence_penalty": 0.5, "frequency_penalty": -0.5, "min_p": 0.1, "logit_bias": {11: -100.0, 12: 2.5},
+        "min_tokens": 3, "bad_words": ["dog", "cat"], "n": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        (["--json-object"], "json_object"),
+        (["--regex", "a+"], "regex"),
+        (["--choice", "yes", "--choice", "no"], "choice"),
+    ],
+)
+def test_each_form_has_a_flag(prefill, arguments, kind):
+    assert main(["generate", "Why?", "--server", prefill.address, *arguments]) == 0
+    assert prefill.requests[0].sampling.structured_output.WhichOneof("form") == kind
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--logit-bias", "a:b"], "'a:b'; allowed: numbers by token id: 11:-100,12:2.5"),
+        (["--regex", "a", "--json-object"], "not allowed with argument"),
+        (["--grammar", "/nowhere"], "--grammar /nowhere: "),
+    ],
+)
+def test_flags_that_cannot_be_used_are_named(arguments, said, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "x", *arguments])
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_several_answers_are_written_one_after_another_behind_the_prompt(prefill, capsys):
+    def answer_twice(request, context):
+        prompt = prefill_pb2.PromptTokens(tokens=[prefill_pb2.PromptToken(token_id=5, text="Why? ")])
+        yield prefill_pb2.GenerateResponse(prompt_tokens=prompt)
+        for index in range(2):
+            for answer, text in enumerate(("Blue ", "Red ")):
+                one = generation_pb2.Token(index=index, token_id=7, text=text, answer=answer)
+                yield prefill_pb2.GenerateResponse(token=one)
+        yield finished(4)
+
+    prefill.answer = answer_twice
+    assert main(["generate", "Why? ", "--server", prefill.address, "--n", "2", "--echo"]) == 0
+    assert prefill.requests[0].echo
+    assert capsys.readouterr().out == "--- answer 0\nWhy? Blue Blue \n--- answer 1\nWhy? Red Red \n"
 
 
 def test_prompts_from_files_chats_and_token_ids(prefill, tmp_path, monkeypatch):

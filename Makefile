@@ -33,10 +33,10 @@ demo: install  ## Start both services on the embedded model, send a long prompt 
 	$(BIN)/spectrumkv demo
 
 test: install  ## The tests that every change must pass (a few minutes)
-	$(BIN)/python -m pytest -m 'not slow and not gpu' --ignore=tests/faults --ignore=tests/docker/images
+	$(BIN)/python -m pytest -m 'not slow and not gpu' --ignore=tests/faults --ignore=tests/clients --ignore=tests/docker/images
 
 test-slow: install  ## The tests that take longer
-	$(BIN)/python -m pytest -m 'slow and not gpu and not exhaustive' --ignore=tests/faults --ignore=tests/docker/images
+	$(BIN)/python -m pytest -m 'slow and not gpu and not exhaustive' --ignore=tests/faults --ignore=tests/clients --ignore=tests/docker/images
 
 test-schemas: install  ## 200 random JSON schemas on the default model: every answer valid, at most twice the time
 	$(BIN)/python -m pytest -m exhaustive tests/services/test_structured_output.py
@@ -199,3 +199,14 @@ $(KUBERNETES_TOOLS)/.installed:
 
 lint-kubernetes: $(KUBERNETES_TOOLS)/.installed  ## Build every overlay of docker/kubernetes and check the manifests
 	docker/kubernetes/lint.sh $(abspath $(KUBERNETES_TOOLS))
+
+CLIENTS := build/clients
+.PHONY: test-clients
+
+test-clients: install $(CLIENTS)/.installed  ## OpenAI's, LangChain's and others' clients and tools against a real pair (docs/gateway.md)
+	CLIENTS=$(abspath $(CLIENTS)) $(BIN)/python -m pytest tests/clients
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --disable-pip-version-check --progress-bar off -q -r $<
+	@touch $@

@@ -12,7 +12,7 @@ import uvicorn
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.service.command_line import asks_for_check, load
-from spectrumkv.common.service.process import exit_on_error, set_up_logging
+from spectrumkv.common.service.process import exit_on_error, keep_one_arena, set_up_logging
 from spectrumkv.common.telemetry.log_output import count_dropped_lines
 from spectrumkv.gateway.app import make_app
 from spectrumkv.gateway.config import GatewayConfig
@@ -29,6 +29,7 @@ BACKLOG = 1024
 
 def main() -> None:
     """Serve HTTP until a signal stops it. With --check-config, say what would be served."""
+    keep_one_arena()
     exit_on_error(_check if asks_for_check(sys.argv[1:]) else _serve)
 
 

@@ -46,7 +46,12 @@ def run(served: Served, tmp_path: Path) -> Run:
         program = PROGRAMS / words[0]
         command = [str(folder / "python"), str(program), *words[1:]] if program.exists() else [str(folder / words[0])]
         command += [] if program.exists() else words[1:]
-        offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        offline = {
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         # The links of our own packages are none of theirs.
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment |= {"BASE_URL": f"{served.url}/v1", "OPENAI_API_KEY": "none", "PATH": f"{folder}:/usr/bin:/bin"}

@@ -79,6 +79,8 @@ def started(*words: str, ready: str) -> Iterator[subprocess.Popen[str]]:
         process.kill()
         process.wait()
         follower.join()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def gateway() -> AbstractContextManager["subprocess.Popen[str]"]:

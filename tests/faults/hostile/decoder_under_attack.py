@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from spectrumkv.common.errors import DataLossError
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.kv.codecs.spectral.codec import SpectralDecoder
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
@@ -35,7 +35,7 @@ HARMS_AT_MOST = 3
 
 
 @cache
-def basis() -> SpectralBasis:
+def basis() -> CalibratedBasis:
     return basis_of(GEOMETRY)
 
 

@@ -1,4 +1,4 @@
-"""Make up what a model computes for a prompt: random keys and values, what its layers show, and a calibrated basis."""
+"""Make up what a model computes for a prompt: random keys and values, what its layers show, and a basis."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,7 @@
 """The fixed-rate decoder alone, given bodies made to do harm, thousands a minute.
 
-`python -m tests.faults.hostile.decoders.attack_fixed_rate 2000 7` makes 2,000 attempts, seed 7, with NUMBA_BOUNDSCHECK=1
-and a cache directory of its own, as for `attack_spectral`.
+`python -m tests.faults.hostile.decoders.attack_fixed_rate 2000 7` makes 2,000 attempts, seed 7. It wants
+NUMBA_BOUNDSCHECK=1 and a cache directory of its own, as `attack_spectral` does.
 """
 
 import random

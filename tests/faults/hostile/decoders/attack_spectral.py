@@ -1,8 +1,8 @@
 """The spectral decoder alone, given bodies made to do harm, thousands a minute.
 
-`python -m tests.faults.hostile.decoders.attack_spectral 2000 7` makes 2,000 attempts, seed 7. With NUMBA_BOUNDSCHECK=1
-compiled loops raise IndexError where they would read or write beyond an array; numba's cache does not tell the two
-apart, so that needs a cache directory of its own.
+`python -m tests.faults.hostile.decoders.attack_spectral 2000 7` makes 2,000 attempts, seed 7. With
+NUMBA_BOUNDSCHECK=1 compiled loops raise IndexError where they would read or write beyond an array; numba's cache does
+not tell the two apart, so that needs a cache directory of its own.
 """
 
 import random

@@ -159,6 +159,7 @@ def start_producer(model: EngineModel, options: ConnectorOptions, tally: Tally) 
     )
     worker = PrefillWorker({one.name: one for one in model.layers}, model.block_tokens, options.window, coder, outbox)
     service = TransferService(model.spec, model.heads, outbox, basis, options.fetch_timeout)
+    coder.start()
     server, _ = start_server(service, options, model.rank, lambda code: None)
     return Producer(worker, outbox, coder, server)
 

@@ -64,6 +64,7 @@ class ProducingRank:
         self.coder = Coder(
             planner, basis.digest, geometry, self.heads, self.outbox, 4096, torch.device("cpu"), self.tally
         )
+        self.coder.start()
         named = {one.name: one for one in self.layers}
         self.worker = PrefillWorker(named, PAGE_TOKENS, options.window, self.coder, self.outbox)
         service = TransferService(spec(), self.heads, self.outbox, basis, PATIENCE)

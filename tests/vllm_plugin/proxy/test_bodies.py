@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.vllm_plugin.proxy.bodies import ClientRequest, FirstToken, first_chunks, joined, next_chunk
+from spectrumkv.vllm_plugin.proxy.answers import first_chunks, joined, next_chunk
+from spectrumkv.vllm_plugin.proxy.bodies import ClientRequest, FirstToken
 
 TRANSFER = {"do_remote_prefill": True, "transfer_id": "t"}
 

@@ -20,8 +20,8 @@ from spectrumkv.vllm_plugin.proxy.bodies import Body, ClientRequest, FirstToken
 
 # A prompt of a million tokens as text fits.
 MOST_BODY_BYTES = 32 << 20
-# Under this key a request keeps how it ended, for the metric; none is there where its client left.
-OUTCOME = "outcome"
+# How a request ended, for the metric; the others are statuses.
+OK, CANCELLED = "ok", "cancelled"
 
 Answer = TypeVar("Answer")
 
@@ -89,25 +89,24 @@ class Proxy:
         Returns:
             The answer, whole or as it was streamed, or what refuses the request.
         """
-        started = asyncio.get_running_loop().time()
+        started, outcome = asyncio.get_running_loop().time(), CANCELLED
         try:
             request = ClientRequest(await http.json(), http.path.startswith("/v1/chat"))
             first = await self._first(http, request)
             self._first_token.observe(asyncio.get_running_loop().time() - started)
-            answer = await self._answer(http, request, first)
-            http.setdefault(OUTCOME, "ok")
+            answer, outcome = await self._answer(http, request, first)
             return answer
         except BackendError as error:
-            http[OUTCOME] = error.outcome
+            outcome = error.outcome
             return web.Response(status=error.status, body=error.words, content_type="application/json")
         except json.JSONDecodeError as error:
-            http[OUTCOME] = "invalid_argument"
+            outcome = "invalid_argument"
             return _refusal(400, f"the request's body is no JSON: {error}")
         except SpectrumKVError as error:
-            http[OUTCOME] = error.code.lower()
+            outcome = error.code.lower()
             return _refusal(400 if isinstance(error, InvalidArgumentError) else 503, error.message)
         finally:
-            self._requests.labels(http.get(OUTCOME, "cancelled")).inc()
+            self._requests.labels(outcome).inc()
 
     async def _first(self, http: web.Request, request: ClientRequest) -> FirstToken:
         """Have a prefill server compute the prompt, and another one if it fails.
@@ -132,33 +131,40 @@ class Proxy:
                 raise failure
             self._retries.labels("prefill").inc()
 
-    async def _answer(self, http: web.Request, request: ClientRequest, first: FirstToken) -> web.StreamResponse:
+    async def _answer(
+        self, http: web.Request, request: ClientRequest, first: FirstToken
+    ) -> tuple[web.StreamResponse, str]:
+        """Answer with prefill's token and decode's.
+
+        Returns:
+            The answer, and how the request ended.
+        """
         if first.transfer is None and (first.finish_reason == "stop" or request.max_tokens == 1):
-            return await self._only_first(http, request, first)
+            return await self._only_first(http, request, first), OK
         asked = Continuation.of(request, first)
         if request.streams:
             return await self._stream(http, asked)
         rest = without_internals(await self._decoded(asked, partial(self._post, http)))
-        return web.json_response(asked.joined(rest))
+        return web.json_response(asked.joined(rest)), OK
 
-    async def _stream(self, http: web.Request, asked: Continuation) -> web.StreamResponse:
+    async def _stream(self, http: web.Request, asked: Continuation) -> tuple[web.StreamResponse, str]:
         """Stream the first token and what decode generates; a failure is the last event, since the status is sent.
 
         Returns:
-            The stream.
+            The stream, and how the request ended.
         """
-        stream = await _begin_events(http)
+        stream, outcome = await _begin_events(http), OK
         try:
             for chunk in asked.opening:
                 await _send(stream, chunk)
             await self._decoded(asked, partial(self._relay, http, stream, asked))
         except BackendError as error:
-            http[OUTCOME] = error.outcome
+            outcome = error.outcome
             await _send(stream, error.event)
         except SpectrumKVError as error:
-            http[OUTCOME] = error.code.lower()
+            outcome = error.code.lower()
             await _send(stream, {"error": {"message": error.message, "code": 503}})
-        return stream
+        return stream, outcome
 
     async def _decoded(self, asked: Continuation, ask: Callable[[str, Body], Awaitable[Answer]]) -> Answer:
         """Have a decode server go on; where that fails, have one compute the prompt, as if its KV did not come.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from spectrumkv.vllm_plugin.proxy.bodies import Body, ClientRequest, FirstToken
+from spectrumkv.vllm_plugin.proxy.bodies import Body, ClientRequest, PrefillAnswer
 
 PREFIX, END = b"data: ", b"data: [DONE]\n\n"
 
@@ -35,11 +35,11 @@ class Continuation:
     """
 
     request: ClientRequest
-    first: FirstToken
+    first: PrefillAnswer
     appends: bool
 
     @classmethod
-    def of(cls, request: ClientRequest, first: FirstToken) -> "Continuation":
+    def of(cls, request: ClientRequest, first: PrefillAnswer) -> "Continuation":
         """Return how decode goes on after prefill's answer.
 
         Args:
@@ -107,7 +107,7 @@ def event(chunk: Mapping[str, Any]) -> bytes:
     return PREFIX + json.dumps(chunk).encode() + b"\n"
 
 
-def joined(request: ClientRequest, first: FirstToken, rest: Body) -> Body:
+def joined(request: ClientRequest, first: PrefillAnswer, rest: Body) -> Body:
     """Return the answer to a request of which decode generated all but the first token.
 
     Args:
@@ -133,7 +133,7 @@ def joined(request: ClientRequest, first: FirstToken, rest: Body) -> Body:
     return rest | told | {"choices": [choice | {"text": text}]}
 
 
-def first_chunks(request: ClientRequest, first: FirstToken) -> list[Body]:
+def first_chunks(request: ClientRequest, first: PrefillAnswer) -> list[Body]:
     """Return what a stream begins with: the first token, and in a chat the role before it.
 
     Args:
@@ -149,7 +149,7 @@ def first_chunks(request: ClientRequest, first: FirstToken) -> list[Body]:
     return [_chunk(request, first, {"text": first.text} | ({"logprobs": logprobs} if logprobs else {}))]
 
 
-def next_chunk(request: ClientRequest, first: FirstToken, chunk: Body) -> Body:
+def next_chunk(request: ClientRequest, first: PrefillAnswer, chunk: Body) -> Body:
     """Return a chunk of decode's stream as the client gets it.
 
     Args:
@@ -173,7 +173,7 @@ def next_chunk(request: ClientRequest, first: FirstToken, chunk: Body) -> Body:
     return made | ({"usage": usage} if usage else {})
 
 
-def _chunk(request: ClientRequest, first: FirstToken, choice: Body) -> Body:
+def _chunk(request: ClientRequest, first: PrefillAnswer, choice: Body) -> Body:
     return {
         "id": first.answer["id"],
         "object": "chat.completion.chunk" if request.is_chat else "text_completion",

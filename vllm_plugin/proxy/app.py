@@ -16,7 +16,7 @@ from spectrumkv.common.errors import InvalidArgumentError, SpectrumKVError
 from spectrumkv.common.telemetry.metrics import LATENCY_BUCKETS
 from spectrumkv.vllm_plugin.proxy.answers import END, Continuation, EventError, event, first_chunks, without_internals
 from spectrumkv.vllm_plugin.proxy.backends import BackendError, BackendGroup
-from spectrumkv.vllm_plugin.proxy.bodies import Body, ClientRequest, FirstToken
+from spectrumkv.vllm_plugin.proxy.bodies import Body, ClientRequest, PrefillAnswer
 
 # A prompt of a million tokens as text fits.
 MOST_BODY_BYTES = 32 << 20
@@ -92,7 +92,7 @@ class Proxy:
         started, outcome = asyncio.get_running_loop().time(), CANCELLED
         try:
             request = ClientRequest(await http.json(), http.path.startswith("/v1/chat"))
-            first = await self._first(http, request)
+            first = await self._prefilled(http, request)
             self._first_token.observe(asyncio.get_running_loop().time() - started)
             answer, outcome = await self._answer(http, request, first)
             return answer
@@ -108,7 +108,7 @@ class Proxy:
         finally:
             self._requests.labels(outcome).inc()
 
-    async def _first(self, http: web.Request, request: ClientRequest) -> FirstToken:
+    async def _prefilled(self, http: web.Request, request: ClientRequest) -> PrefillAnswer:
         """Have a prefill server compute the prompt, and another one if it fails.
 
         Returns:
@@ -124,7 +124,7 @@ class Proxy:
                 try:
                     body = request.for_prefill(f"spectrumkv-{uuid.uuid4()}")
                     answer = await self._post(http, f"{backend.url}{request.path}", body)
-                    return FirstToken.of(answer, await self._most_tokens(http, backend.url))
+                    return PrefillAnswer.of(answer, await self._most_tokens(http, backend.url))
                 except (BackendError, aiohttp.ClientError, KeyError, IndexError) as error:
                     failure = BackendError.of(error)
             if not failure.may_be_tried_elsewhere or len(tried) >= self._prefill.healthy:
@@ -132,7 +132,7 @@ class Proxy:
             self._retries.labels("prefill").inc()
 
     async def _answer(
-        self, http: web.Request, request: ClientRequest, first: FirstToken
+        self, http: web.Request, request: ClientRequest, first: PrefillAnswer
     ) -> tuple[web.StreamResponse, str]:
         """Answer with prefill's token and decode's.
 
@@ -195,7 +195,9 @@ class Proxy:
                 failure = BackendError.of(error)
                 raise failure from error
 
-    async def _only_first(self, http: web.Request, request: ClientRequest, first: FirstToken) -> web.StreamResponse:
+    async def _only_first(
+        self, http: web.Request, request: ClientRequest, first: PrefillAnswer
+    ) -> web.StreamResponse:
         """Answer with prefill's token, which is all that is asked for or ends the text.
 
         Returns:

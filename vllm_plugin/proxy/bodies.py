@@ -106,7 +106,7 @@ class ClientRequest:
         body = {name: value for name, value in self.body.items() if name != "kv_transfer_params"}
         return body if transfer is None else body | {"kv_transfer_params": transfer}
 
-    def continuing(self, first: "FirstToken") -> Body:
+    def continuing(self, first: "PrefillAnswer") -> Body:
         """Return the body for decode where it goes on from the first token; it is one for `/v1/completions`.
 
         Args:
@@ -122,7 +122,7 @@ class ClientRequest:
 
 
 @dataclass(frozen=True)
-class FirstToken:
+class PrefillAnswer:
     """What prefill answered.
 
     Attributes:
@@ -144,7 +144,7 @@ class FirstToken:
     most_tokens: int
 
     @classmethod
-    def of(cls, answer: Body, most_tokens: int) -> "FirstToken":
+    def of(cls, answer: Body, most_tokens: int) -> "PrefillAnswer":
         """Read prefill's answer.
 
         Args:

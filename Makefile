@@ -39,7 +39,7 @@ test-slow: install  ## The tests that take longer
 	$(BIN)/python -m pytest -m 'slow and not gpu and not exhaustive' --ignore=tests/faults --ignore=tests/clients --ignore=tests/docker/images
 
 test-schemas: install  ## 200 random JSON schemas on the default model: every answer valid, at most twice the time
-	$(BIN)/python -m pytest -m exhaustive tests/services/test_structured_output.py
+	$(BIN)/python -m pytest -m exhaustive tests/services/generation/test_structured_output.py
 
 lint: install $(SOURCE_TREE)  ## Lint, formatting, types, which folder imports which, and the .proto files
 	$(BIN)/ruff check .

@@ -3,10 +3,9 @@
 Importing the client loads neither torch nor transformers.
 """
 
-from spectrumkv.client.client import SpectrumClient
+from spectrumkv.client.client import CompletionStream, SpectrumClient
 from spectrumkv.client.completion import Answer, Completion, PromptToken, TokenEvent, Usage
 from spectrumkv.client.request import KvChoice, Message, Request, Sampling, TokenIds
-from spectrumkv.client.stream import CompletionStream
 from spectrumkv.client.structured_output import StructuredOutput
 from spectrumkv.client.timings import Timings
 from spectrumkv.client.tools import Tool, ToolCall, Tools

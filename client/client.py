@@ -16,9 +16,9 @@ import grpc
 
 from spectrumkv.client import readiness
 from spectrumkv.client.argument_types import check_type, grpc_timeout
+from spectrumkv.client.completion import Completion, PromptToken, TokenEvent
 from spectrumkv.client.received import ReceivedAnswer
 from spectrumkv.client.request import KvChoice, Prompt, Request, Sampling
-from spectrumkv.client.stream import CompletionStream
 from spectrumkv.client.tools import Tools
 from spectrumkv.common.errors import FailedPreconditionError, NotFoundError
 from spectrumkv.common.rpc.channel import open_channel
@@ -31,6 +31,69 @@ DEFAULT_TIMEOUT_SECONDS = 600.0
 INFO_TIMEOUT_SECONDS = 10.0
 
 ServerInfo = prefill_pb2.PrefillServiceGetServerInfoResponse | decode_pb2.DecodeServiceGetServerInfoResponse
+
+
+class CompletionStream:
+    """Iterate over the tokens of one request as they arrive; `result` returns the whole completion.
+
+    Args:
+        call: the running RPC.
+        received: checks and keeps what arrives of it.
+    """
+
+    def __init__(self, call: Any, received: ReceivedAnswer) -> None:
+        self._call = call
+        self._received = received
+
+    def __iter__(self) -> "CompletionStream":
+        return self
+
+    def __next__(self) -> TokenEvent:
+        """Return the next token, after waiting for it.
+
+        Raises:
+            SpectrumKVError: the server ended the request with an error (the class corresponds to the status), or
+                its answer breaks the protocol.
+        """  # noqa: DOC501  # the rule wants `error_of` itself; it makes a SpectrumKVError
+        while True:
+            try:
+                response = next(self._call)
+            except StopIteration:
+                self._received.check_ended()
+                raise
+            except grpc.RpcError as error:
+                raise self._received.error_of(error) from error
+            token = self._received.accept(response)
+            if token is not None:
+                return token
+
+    def result(self) -> Completion:
+        """Return the whole completion, after waiting for the remaining tokens.
+
+        Raises:
+            SpectrumKVError: see `__next__`.
+            InternalError: the stream was read before, and ended without a result.
+        """
+        for _ in self:
+            pass
+        return self._received.completion()
+
+    @property
+    def prompt_tokens(self) -> tuple[PromptToken, ...]:
+        """The prompt's tokens, where the request asked for them; complete once the first token has arrived."""
+        return self._received.prompt_tokens
+
+    def cancel(self) -> None:
+        """Cancel the request, so that both services free its memory. A request that has ended is left as it is."""
+        self._call.cancel()
+
+    def __enter__(self) -> "CompletionStream":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
 
 
 class SpectrumClient:

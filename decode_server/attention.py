@@ -68,7 +68,7 @@ class HostDecodeMetadata(DecodeMetadata):
         return cls(allocations[0].pool, firsts, firsts + torch.tensor(positions), allocations)
 
     def keep_mask(self, layer: int) -> torch.Tensor | None:
-        """Return which slots attention may look at, or None where no row has a gap in this layer."""
+        """Return which slots attention may look at: bool `[slots]`, or None where no row has a gap in this layer."""
         if all(allocation.keep_mask(layer) is None for allocation in self.allocations):
             return None
         return super().keep_mask(layer)

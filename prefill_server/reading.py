@@ -157,8 +157,8 @@ class RequestReader:
         if params.structured_output is not None:
             raise InvalidArgumentError("a required tool call has a form of its own; leave out structured_output")
         tokenizer = self._loaded.tokenizer
-        form = format_of_template(str(tokenizer.chat_template))
-        return replace(params, structured_output=required_calls(allowed_tools(chat), form, tokenizer))
+        call_format = format_of_template(str(tokenizer.chat_template))
+        return replace(params, structured_output=required_calls(allowed_tools(chat), call_format, tokenizer))
 
     def stop(self) -> None:
         """End the threads; call this when no request is left."""

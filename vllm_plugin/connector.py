@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-    from spectrumkv.vllm_plugin.decode.worker import DecodeWorker
+    from spectrumkv.vllm_plugin.decode.worker import ConsumerWorker
     from spectrumkv.vllm_plugin.worker import Producer
 
 DELIVERED = (RequestStatus.FINISHED_LENGTH_CAPPED,)
@@ -56,7 +56,7 @@ class SpectrumKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         )
         self._loads = ConsumerSchedule()
         self._producer: Producer | None = None
-        self._consumer: DecodeWorker | None = None
+        self._consumer: ConsumerWorker | None = None
 
     # The scheduler's side.
 

@@ -25,14 +25,14 @@ from spectrumkv.common.security.tls import TlsFiles, optional_path
 from spectrumkv.kernels import attention_scores
 from spectrumkv.prefill_server.tuning.basis_cache import kept_basis
 from spectrumkv.vllm_plugin.decode.fetcher import ConsumerRank
-from spectrumkv.vllm_plugin.decode.worker import DecodeWorker
+from spectrumkv.vllm_plugin.decode.worker import ConsumerWorker
 from spectrumkv.vllm_plugin.layers import EngineLayer
 from spectrumkv.vllm_plugin.options import ConnectorOptions
 from spectrumkv.vllm_plugin.prefill.coder import Coder
 from spectrumkv.vllm_plugin.prefill.outbox import Outbox
 from spectrumkv.vllm_plugin.prefill.plans import Planner
 from spectrumkv.vllm_plugin.prefill.service import TransferService, start_server
-from spectrumkv.vllm_plugin.prefill.worker import PrefillWorker
+from spectrumkv.vllm_plugin.prefill.worker import ProducerWorker
 from spectrumkv.vllm_plugin.stats import Tally
 
 __all__ = ["EngineModel", "Producer", "consumer_worker", "start_producer"]
@@ -110,7 +110,7 @@ class Producer:
         server: hands it out.
     """
 
-    worker: PrefillWorker
+    worker: ProducerWorker
     outbox: Outbox
     coder: Coder
     server: Server
@@ -157,13 +157,16 @@ def start_producer(model: EngineModel, options: ConnectorOptions, tally: Tally) 
         model.layers[0].pages.device,
         tally,
     )
-    worker = PrefillWorker({one.name: one for one in model.layers}, model.block_tokens, options.window, coder, outbox)
+    worker = ProducerWorker(
+        {one.name: one for one in model.layers}, model.block_tokens, options.window, coder, outbox
+    )
     service = TransferService(model.spec, model.heads, outbox, basis, options.fetch_timeout)
+    coder.start()
     server, _ = start_server(service, options, model.rank, lambda code: None)
     return Producer(worker, outbox, coder, server)
 
 
-def consumer_worker(model: EngineModel, options: ConnectorOptions, tally: Tally) -> DecodeWorker:
+def consumer_worker(model: EngineModel, options: ConnectorOptions, tally: Tally) -> ConsumerWorker:
     """Make the consuming half.
 
     Args:
@@ -185,7 +188,7 @@ def consumer_worker(model: EngineModel, options: ConnectorOptions, tally: Tally)
     )
     security.check()
     rank = ConsumerRank(model.spec, model.geometry, model.rank, model.ranks, model.layers, model.block_tokens)
-    return DecodeWorker(rank, options, security, tally)
+    return ConsumerWorker(rank, options, security, tally)
 
 
 def _basis(model: EngineModel, options: ConnectorOptions) -> Basis | None:

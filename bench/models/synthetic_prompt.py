@@ -1,4 +1,4 @@
-"""Make up what a model computes for a prompt: random keys and values, what its layers show, and a spectral basis."""
+"""Make up what a model computes for a prompt: random keys and values, what its layers show, and a basis."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import torch
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.kv.geometry import KvGeometry
 
 # This identifier is as long as those that the prefill service draws.
@@ -89,12 +89,12 @@ def layer_captures(cache: SyntheticCache, query_heads: int, window: int) -> list
     ]
 
 
-def synthetic_basis(geometry: KvGeometry) -> SpectralBasis:
+def synthetic_basis(geometry: KvGeometry) -> CalibratedBasis:
     """Return a basis that scales standard normal elements to standard deviations like those of a model."""
     lead = (geometry.layers, 2, geometry.kv_heads)
     std = torch.linspace(WIDEST, NARROWEST, geometry.head_dim).exp2()
     frequencies = 1e4 ** (-torch.arange(geometry.head_dim // 2, dtype=torch.float64) * 2 / geometry.head_dim)
-    return SpectralBasis(
+    return CalibratedBasis(
         mean=torch.zeros(*lead, geometry.head_dim),
         analysis=torch.diag(std).expand(*lead, -1, -1).contiguous(),
         std=std.expand(*lead, -1).contiguous(),

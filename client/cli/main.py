@@ -4,27 +4,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from spectrumkv.client.cli import basis as basis_command
-from spectrumkv.client.cli import check as check_command
-from spectrumkv.client.cli import demo as demo_command
-from spectrumkv.client.cli import generate as generate_command
-from spectrumkv.client.cli import info as info_command
-from spectrumkv.client.cli import probe as probe_command
-from spectrumkv.client.cli import up as up_command
-from spectrumkv.client.cli import vllm_proxy as vllm_proxy_command
+from spectrumkv.client.cli.commands import basis, check, demo, generate, info, probe, up, vllm_proxy
 from spectrumkv.client.cli.runner import command_parser, run_command, status_and_message
 from spectrumkv.common.errors import SpectrumKVError, UnreachableError
 
-COMMANDS = (
-    generate_command,
-    info_command,
-    check_command,
-    probe_command,
-    basis_command,
-    up_command,
-    demo_command,
-    vllm_proxy_command,
-)
+COMMANDS = (generate, info, check, probe, basis, up, demo, vllm_proxy)
 
 
 def build_parser() -> argparse.ArgumentParser:

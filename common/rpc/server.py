@@ -1,6 +1,5 @@
 """The one place that makes gRPC servers: thread pools, limits, health, reflection, draining."""
 
-import resource
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from spectrumkv.common.rpc.limits.first_message import FIRST_MESSAGE_SECONDS, Co
 from spectrumkv.common.rpc.limits.stalled_readers import STALL_SECONDS, StalledReaders
 from spectrumkv.common.security import ServerSecurity
 from spectrumkv.common.security.callers import AllowedCallers
+from spectrumkv.common.service.machine import max_connections
 
 # How many streams may watch health or ask for reflection; each holds a thread.
 WATCHERS = 32
@@ -43,9 +43,6 @@ QUEUED_RPCS = 1024
 EXTRA_STREAMS = 512
 # A connection on which nothing has been called for so long is closed; a caller's next call opens another.
 IDLE_SECONDS = 300
-# Half of the files that the process may open are left for all else. More connections than this would take more memory
-# than they are worth.
-MAX_CONNECTIONS = 4096
 # For TLS and the first frames of HTTP/2; a caller that connects and sends nothing holds a socket for no longer.
 HANDSHAKE_SECONDS = 10
 
@@ -102,7 +99,7 @@ class Server:
         self._service_name = service_name
         self._ready = False
         self._security = security
-        self._connections_per_address = connections_per_address or _connections() // 2
+        self._connections_per_address = connections_per_address or max_connections() // 2
         self._count_closed = count_closed
         self._connection_limits: list[ConnectionLimit] = []
         self._requests = request_limit(threads)
@@ -120,22 +117,11 @@ class Server:
             StalledReaders(STALL_SECONDS),
             self._watcher_threads,
         )
+        callers = AllowedCallers(security.client_names)
         self._server = grpc.server(
             ThreadPoolExecutor(calls, thread_name_prefix="rpc"),
-            interceptors=(
-                StatusInterceptor(limits, AllowedCallers(security.client_names), count_ended),
-                *security.interceptors(),
-            ),
-            options=_options(
-                {
-                    "grpc.max_receive_message_length": most_message_bytes,
-                    "grpc.max_concurrent_streams": threads + EXTRA_STREAMS,
-                    "grpc.max_allowed_incoming_connections": _connections(),
-                }
-                # gRPC varies it by a tenth. Without a grace, which is so, it waits for running calls without end:
-                # each has a deadline of its own.
-                | _if_given("grpc.max_connection_age_ms", connection_seconds)
-            ),
+            interceptors=(StatusInterceptor(limits, callers, count_ended), *security.interceptors()),
+            options=_options(most_message_bytes, threads, connection_seconds),
             maximum_concurrent_rpcs=calls + watchers + QUEUED_RPCS,
         )
         # With the non-blocking `Watch`, the whole server locks up where one watcher leaves while another comes or the
@@ -217,11 +203,6 @@ class Server:
             self._health.set(name, status)
 
 
-def _if_given(option: str, seconds: float | None) -> dict[str, int]:
-    """Return an option of gRPC that is a time; nothing where there is none."""
-    return {} if seconds is None else {option: int(seconds * 1000)}
-
-
 def silent_call_limit(most_message_bytes: int) -> int:
     """Return how many calls may have sent no whole message yet, so that their parts take bounded memory.
 
@@ -231,12 +212,15 @@ def silent_call_limit(most_message_bytes: int) -> int:
     return min(max(PARTIAL_MESSAGE_BYTES // most_message_bytes, FEWEST_SILENT_CALLS), SILENT_CALLS)
 
 
-def _options(own: dict[str, int]) -> tuple[tuple[str, int], ...]:
-    """Return the options of every server with those of one; of two with one name gRPC takes the first."""
+def _options(most_message_bytes: int, threads: int, connection_seconds: float | None) -> tuple[tuple[str, int], ...]:
+    """Return gRPC's options, those of every server with those of one; of two with one name gRPC takes the first."""
+    own = {
+        "grpc.max_receive_message_length": most_message_bytes,
+        "grpc.max_concurrent_streams": threads + EXTRA_STREAMS,
+        "grpc.max_allowed_incoming_connections": max_connections(),
+    }
+    if connection_seconds is not None:
+        # gRPC varies it by a tenth. Without a grace, which is so, it waits for running calls without end: each has a
+        # deadline of its own.
+        own["grpc.max_connection_age_ms"] = int(connection_seconds * 1000)
     return tuple((dict(_SERVER_OPTIONS) | own).items())
-
-
-def _connections() -> int:
-    """Return how many connections a server takes; beyond them it closes new ones at once."""
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return min(MAX_CONNECTIONS, files // 2) if files != resource.RLIM_INFINITY else MAX_CONNECTIONS

@@ -59,6 +59,35 @@ def expect_header(messages: Iterator[ArrivedMessage]) -> transfer_pb2.TransferHe
     return first.header
 
 
+def chunks_until_end(messages: Iterator[ArrivedMessage]) -> Iterator[KvChunk | transfer_pb2.FetchResponse]:
+    """Yield what follows the header of a transfer, and read on to the status, which tells the producer that all came.
+
+    Args:
+        messages: what `begin_fetch` returned, after the header.
+
+    Yields:
+        Chunks as they arrive, then the message with End.
+
+    Raises:
+        DataLossError: a message is damaged or out of order, or the transfer stops before its End.
+    """
+    ended = False
+    for message in messages:
+        if isinstance(message, DataLossError):
+            raise message
+        if ended:
+            raise DataLossError(f"a transfer goes on after its end: {type(message).__name__}", "sequence")
+        if isinstance(message, KvChunk):
+            yield message
+            continue
+        if message.WhichOneof("message") != "end":
+            raise DataLossError("a transfer has a second header", "sequence")
+        ended = True
+        yield message
+    if not ended:
+        raise DataLossError("a transfer ended without its end", "sequence")
+
+
 def release(channel: grpc.Channel, request: transfer_pb2.ReleaseRequest, timeout: float) -> Any:
     """Begin to give a transfer up.
 

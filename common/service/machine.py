@@ -1,9 +1,10 @@
-"""Says what this process may use of its machine: processors and memory, as far as affinity and control groups let it.
+"""Says what this process may use of its machine: processors, memory and connections, as far as the system lets it.
 
 This module imports nothing large, since the number of threads must be known before the libraries that start them.
 """
 
 import os
+import resource
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from spectrumkv.common.service import cgroup
 
 # What requests take besides weights and KV: activations, messages, stacks of threads.
 REQUESTS_BYTES = 128 << 20
+# More connections than this would take more memory than they are worth.
+MAX_CONNECTIONS = 4096
 _STATUS = Path("/proc/self/status")
 
 
@@ -45,6 +48,15 @@ def bytes_left() -> int | None:
     """
     whole = cgroup.memory_bytes()
     return None if whole is None else max(whole - taken_bytes() - REQUESTS_BYTES, 0)
+
+
+def max_connections() -> int:
+    """Return how many connections a server of this process may have: half of the files that it may open, and no more.
+
+    The other half is left for all else.
+    """
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return min(MAX_CONNECTIONS, files // 2) if files != resource.RLIM_INFINITY else MAX_CONNECTIONS
 
 
 def shown_bytes(count: int) -> str:

@@ -12,7 +12,7 @@ SEPARATORS = WHITESPACE + "[],;"
 
 
 @dataclass(frozen=True)
-class TextDelta:
+class ContentDelta:
     """A piece of the answer's text outside calls."""
 
     text: str
@@ -35,7 +35,7 @@ class CallDelta:
     arguments: str
 
 
-Delta = TextDelta | CallDelta
+Delta = ContentDelta | CallDelta
 
 
 def new_call_id() -> str:
@@ -49,19 +49,19 @@ class ToolCallParser:
     What looks like a call and is none comes back as text, whole.
 
     Args:
-        form: how the model writes calls.
+        call_format: how the model writes calls.
         call_id: makes the id of each call.
 
     Attributes:
         calls: how many calls have begun.
     """
 
-    def __init__(self, form: ToolCallFormat, call_id: Callable[[], str] = new_call_id) -> None:
+    def __init__(self, call_format: ToolCallFormat, call_id: Callable[[], str] = new_call_id) -> None:
         self.calls = 0
-        self._form = form
+        self._format = call_format
         self._call_id = call_id
         # Whether white space is held: at the start, where a call may follow it, and after a call.
-        self._holds_space = bool(form.bare)
+        self._holds_space = bool(call_format.bare)
         self._among_calls = False
         # What came and is not decided yet: white space at the start, part of a mark, or a call without a name so far.
         self._held = ""
@@ -83,7 +83,7 @@ class ToolCallParser:
         """Return what was held back, once the answer has ended."""
         held, self._held = self._held, ""
         is_around_calls = self.calls > 0 and not held.strip(SEPARATORS)
-        return [] if not held or self._shown or is_around_calls else [TextDelta(held)]
+        return [] if not held or self._shown or is_around_calls else [ContentDelta(held)]
 
     def _take(self, character: str) -> Iterator[Delta]:
         self._held += character
@@ -100,27 +100,27 @@ class ToolCallParser:
         Yields:
             Text that is certain to be outside calls.
         """
-        form = self._form
+        marks = self._format
         stripped = self._held.lstrip(WHITESPACE)
-        if self._holds_space and form.begin != stripped and form.begin.startswith(stripped):
+        if self._holds_space and marks.begin != stripped and marks.begin.startswith(stripped):
             return
-        if self._holds_space and form.bare and stripped.startswith(form.bare) and stripped != form.begin:
+        if self._holds_space and marks.bare and stripped.startswith(marks.bare) and stripped != marks.begin:
             # The characters after a "[" that is not the mark's belong to the calls.
             self._holds_space, self._among_calls, self._held = False, True, ""
             for character in stripped:
                 yield from self._take(character)
             return
-        if self._held.endswith(form.begin):
-            before = "" if self._holds_space else self._held.removesuffix(form.begin)
-            self._holds_space, self._among_calls, self._held = False, True, form.begin
+        if self._held.endswith(marks.begin):
+            before = "" if self._holds_space else self._held.removesuffix(marks.begin)
+            self._holds_space, self._among_calls, self._held = False, True, marks.begin
             if before:
-                yield TextDelta(before)
+                yield ContentDelta(before)
             return
         self._holds_space = False
-        certain = len(self._held) - _partial(self._held, form.begin)
+        certain = len(self._held) - _partial(self._held, marks.begin)
         text, self._held = self._held[:certain], self._held[certain:]
         if text:
-            yield TextDelta(text)
+            yield ContentDelta(text)
 
     def _take_between_calls(self) -> Iterator[Delta]:
         """Skip separators up to the next call, or to the mark after calls.
@@ -128,23 +128,23 @@ class ToolCallParser:
         Yields:
             What is neither, as text.
         """
-        form = self._form
-        rest = self._held.removeprefix(form.begin).lstrip(SEPARATORS)
+        marks = self._format
+        rest = self._held.removeprefix(marks.begin).lstrip(SEPARATORS)
         if not rest:
             return
         if rest == "{":
             self._reader, self._shown = CallReader(), False
             self._reader.push("{")
-        elif form.end and rest == form.end and self.calls:
+        elif marks.end and rest == marks.end and self.calls:
             self._among_calls, self._held, self._holds_space = False, "", True
-        elif not (form.end and form.end.startswith(rest)):
+        elif not (marks.end and marks.end.startswith(rest)):
             self._among_calls = False
             text, self._held = self._held, ""
-            yield TextDelta(text)
+            yield ContentDelta(text)
 
     def _take_in_call(self, reader: CallReader, character: str) -> Iterator[Delta]:
         reader.push(character)
-        needs_arguments = not self._form.end
+        needs_arguments = not self._format.end
         if (
             reader.name is not None
             and not self._shown
@@ -161,7 +161,7 @@ class ToolCallParser:
         text, self._held = self._held, ""
         if not self._shown:
             self._among_calls = False
-            yield TextDelta(text)
+            yield ContentDelta(text)
         elif not reader.has_arguments:
             yield CallDelta(self.calls - 1, "", "", "{}")
         self._shown = False
@@ -176,8 +176,8 @@ def _merged(deltas: Iterator[Delta]) -> list[Delta]:
     merged: list[Delta] = []
     for delta in deltas:
         last = merged[-1] if merged else None
-        if isinstance(last, TextDelta) and isinstance(delta, TextDelta):
-            merged[-1] = TextDelta(last.text + delta.text)
+        if isinstance(last, ContentDelta) and isinstance(delta, ContentDelta):
+            merged[-1] = ContentDelta(last.text + delta.text)
         elif isinstance(last, CallDelta) and isinstance(delta, CallDelta) and last.index == delta.index:
             merged[-1] = CallDelta(last.index, last.id, last.name, last.arguments + delta.arguments)
         else:

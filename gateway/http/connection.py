@@ -6,7 +6,6 @@ request of a connection, for the end of headers, and for a reader that stands st
 
 import asyncio
 import json
-import resource
 import sys
 import time
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from spectrumkv.common.service.machine import max_connections
 from spectrumkv.gateway.api.errors import HttpError
 
 # Of all headers of a request together.
@@ -24,14 +24,6 @@ HEAD_SECONDS = 10.0
 IDLE_SECONDS = 75
 # A caller may leave sent bytes unread for so long.
 STALL_SECONDS = 60.0
-# More connections than this would take more memory than they are worth.
-MAX_CONNECTIONS = 4096
-
-
-def max_connections() -> int:
-    """Return how many connections there may be: half of the files that the process may open are left for all else."""
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return min(MAX_CONNECTIONS, files // 2) if files != resource.RLIM_INFINITY else MAX_CONNECTIONS
 
 
 class BoundedConnection(H11Protocol):

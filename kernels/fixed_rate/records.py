@@ -51,7 +51,7 @@ def pack(
     found = 0
     for token in range(count):
         line, gain, profile, at = coefficients[token], inverse_gain[tokens[token]], profiles[token], starts[token]
-        first_escape = found
+        begun = found
         for group in range(widths.shape[1]):
             first = group * GROUP_ROWS
             own = min(GROUP_ROWS, rows - first)
@@ -65,19 +65,52 @@ def pack(
                 peak = greater_magnitude(peak, normalized[index])
             limit = limits[profile, group]
             if float_of(peak) > limit:
-                for index in range(own):
-                    if abs(normalized[index]) > limit:
-                        row = order[first + index]
-                        insert(
-                            escape_index, escape_value, first_escape, found, token * rows + np.int64(row), line[row]
-                        )
-                        found += 1
+                group_rows = order[first : first + own]
+                found = escape(
+                    normalized, limit, group_rows, line, token * rows, escape_index, escape_value, begun, found
+                )
             width = widths[profile, group]
             if width:
                 find_cells(normalized, offset[width], slope[width], width, cell)
                 write_planes(signs, cell, width, words, at)
                 at += width
     return found
+
+
+@compiled
+def escape(
+    normalized: Any,
+    limit: float,
+    group: Any,
+    line: Any,
+    before: int,
+    escape_index: Any,
+    escape_value: Any,
+    first: int,
+    end: int,
+) -> int:
+    """Note the coefficients of a token's group that are sent as they are.
+
+    Args:
+        normalized: float32 `[GROUP_ROWS]`, the group's coefficients in units of their standard deviation and gain.
+        limit: magnitude beyond which they escape.
+        group: uint64 `[own]`, the group's rows.
+        line: float32 `[rows]`, the token's coefficients.
+        before: index of the token's first coefficient.
+        escape_index: uint32, written.
+        escape_value: float32, written.
+        first: the token's first escape.
+        end: where its last one so far ends.
+
+    Returns:
+        Where its last one ends now.
+    """
+    for index in range(group.size):
+        if abs(normalized[index]) > limit:
+            row = group[index]
+            insert(escape_index, escape_value, first, end, before + np.int64(row), line[row])
+            end += 1
+    return end
 
 
 @compiled

@@ -82,7 +82,15 @@ def planes(normalized: torch.Tensor, width: int) -> list[torch.Tensor]:
 
 
 def cells(magnitudes: torch.Tensor, width: int) -> torch.Tensor:
-    """Return the cell of each magnitude: int64 of the same shape, from 0 to 2^(width − 1) − 1."""
+    """Find the cell of each magnitude.
+
+    Args:
+        magnitudes: float32 of any shape, 0 or more, in units of standard deviation and gain.
+        width: bits of a coefficient, its sign among them; at least 1.
+
+    Returns:
+        int64 of the same shape, from 0 to 2^(width − 1) − 1.
+    """
     table = quantizers()
     fixed = (magnitudes.clamp(max=float(LARGEST_MAGNITUDE)) * (1 << FRACTION_BITS)).long()
     piece, within = fixed >> PIECE_BITS, fixed & ((1 << PIECE_BITS) - 1)

@@ -31,7 +31,14 @@ def array(tensor: torch.Tensor) -> Any:
 
 
 def adjacent(states: torch.Tensor) -> torch.Tensor:
-    """Return states with the elements of a head side by side, as models leave them; a copy where they are not."""
+    """Return states with the elements of a head side by side, as models leave them.
+
+    Args:
+        states: `[heads, n, d]`, any dtype and strides.
+
+    Returns:
+        The states themselves, or a copy where their elements lie otherwise.
+    """
     return states if states.stride(2) == 1 else states.contiguous()
 
 

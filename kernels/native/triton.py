@@ -128,7 +128,7 @@ class CodedLayer:
 
     @property
     def broken(self) -> torch.Tensor:
-        """Show a byte for each program, 0 where all that it copied was finite."""
+        """Show a byte for each program, 0 where all that it copied was finite: uint8 `[programs]`."""
         return self.memory[aligned(self.body_bytes) :]
 
 

@@ -1,4 +1,4 @@
-"""Finds a model's spectral basis, once per model: a minute at deployment.
+"""Finds a model's calibrated basis, once per model: a minute at deployment.
 
 For some texts, prefill computes the prompt's exact KV, and then the gradient, with respect to that KV, of the
 log-probability of a continuation. The continuation is drawn from the model itself, so that the mean of the gradients'
@@ -23,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.basis import Basis
-from spectrumkv.common.kv.codecs.calibrated.basis import SIDES, SpectralBasis, angles, rotate
+from spectrumkv.common.kv.codecs.calibrated.basis import SIDES, CalibratedBasis, angles, rotate
 from spectrumkv.common.kv.scoring import SINK_TOKENS, mean_attention
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.model.support import rope_prefixes
@@ -68,7 +68,7 @@ class LayerSample:
     attention: torch.Tensor
 
 
-def calibrate(loaded: LoadedModel, excerpts: list[Excerpt], on_excerpt: Callable[[int], None]) -> SpectralBasis:
+def calibrate(loaded: LoadedModel, excerpts: list[Excerpt], on_excerpt: Callable[[int], None]) -> CalibratedBasis:
     """Find the basis.
 
     Args:
@@ -87,7 +87,7 @@ def calibrate(loaded: LoadedModel, excerpts: list[Excerpt], on_excerpt: Callable
         on_excerpt(number)
     layers = [_layer_basis([sample[layer] for sample in samples]) for layer in range(loaded.geometry.layers)]
     mean, analysis, std, exponent = (torch.stack(list(column)) for column in zip(*layers, strict=True))
-    return SpectralBasis(mean, analysis, std, exponent, frequencies, scaling)
+    return CalibratedBasis(mean, analysis, std, exponent, frequencies, scaling)
 
 
 def check_rotation(basis: Basis, loaded: LoadedModel) -> None:
@@ -100,7 +100,7 @@ def check_rotation(basis: Basis, loaded: LoadedModel) -> None:
     Raises:
         InvalidArgumentError: calibration finds no such basis for this model.
     """
-    if not isinstance(basis, SpectralBasis):
+    if not isinstance(basis, CalibratedBasis):
         raise InvalidArgumentError(f"calibration finds no basis of type {type(basis).__name__}; export another one")
     frequencies, scaling = rotary_parameters(loaded.model)
     pairs = ((basis.rope_frequencies, frequencies), (basis.rope_scaling, scaling))

@@ -12,7 +12,7 @@ from spectrumkv.common.errors import (
     InvalidArgumentError,
     ResourceExhaustedError,
 )
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.v1 import decode_pb2
@@ -26,7 +26,7 @@ def pieces(data: bytes, digest: bytes, size: int = 5000) -> Iterator[decode_pb2.
         yield decode_pb2.PutBasisRequest(digest=digest, part=data[start : start + size])
 
 
-def put(store: BasisStore, basis: SpectralBasis) -> int:
+def put(store: BasisStore, basis: CalibratedBasis) -> int:
     return store.receive(pieces(basis.serialized, basis.digest))
 
 
@@ -113,7 +113,7 @@ def test_no_more_is_taken_in_than_a_basis_can_have() -> None:
 def test_the_size_that_is_allowed_is_that_of_a_basis() -> None:
     for shape in (GEOMETRY, KvGeometry(30, 3, 64, torch.float32)):
         size = len(basis_of(shape).serialized)
-        assert size <= SpectralBasis.largest_bytes(shape) < size + 8192
+        assert size <= CalibratedBasis.largest_bytes(shape) < size + 8192
 
 
 def test_bases_of_other_models_and_ones_that_cannot_be_undone_are_refused() -> None:
@@ -130,5 +130,5 @@ def test_bases_of_other_models_and_ones_that_cannot_be_undone_are_refused() -> N
         with pytest.raises(InvalidArgumentError, match="rope_scaling is"):
             store.receive(pieces(data, hashlib.sha256(data).digest()))
     nonsense = b"\xff" * 100
-    with pytest.raises(InvalidArgumentError, match="no spectral basis"):
+    with pytest.raises(InvalidArgumentError, match="no calibrated basis"):
         store.receive(pieces(nonsense, hashlib.sha256(nonsense).digest()))

@@ -71,7 +71,7 @@ def names_in(path: Path) -> set[str]:
 
     def add(body: list[ast.stmt], prefix: str) -> None:
         for node in body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 names.add(prefix + node.name)
             if isinstance(node, ast.ClassDef):
                 add(node.body, f"{node.name}.")
@@ -99,11 +99,13 @@ def test_every_file_and_function_that_is_named_exists(document: Path) -> None:
     assert not [problem for quoted in QUOTED.findall(prose(document)) if (problem := problem_of_path(quoted))]
 
 
-def test_every_folder_of_the_tree_in_structure_exists() -> None:
+@cache
+def folders_of_structure() -> tuple[str, ...]:
+    """Return the folders that the tree in structure.md names."""
     tree = re.search(r"^## Folders\n+```\n(.*?)```", (ROOT / "docs" / "structure.md").read_text(), re.M | re.S)
     assert tree is not None
     parents: dict[int, Path] = {-2: ROOT}
-    missing = []
+    folders = []
     for line in tree[1].splitlines():
         # A line names a folder, or several with two spaces between, and then says what is in it.
         named = re.match(r"( *)((?:[\w/]+/(?: {2}(?=\w+/))?)+)", line)
@@ -111,8 +113,20 @@ def test_every_folder_of_the_tree_in_structure_exists() -> None:
         indent = len(named[1])
         found = [parents[indent - 2] / folder for folder in named[2].split()]
         parents[indent] = found[0]
-        missing += [name_of(path) for path in found if not path.is_dir()]
-    assert not missing
+        folders += map(name_of, found)
+    return tuple(folders)
+
+
+def test_every_folder_of_the_tree_in_structure_exists() -> None:
+    assert not [folder for folder in folders_of_structure() if not (ROOT / folder).is_dir()]
+
+
+def test_the_tree_in_structure_names_every_folder_with_code() -> None:
+    # Tests mirror the other folders, and their own are said in a line.
+    packages = {
+        name_of(path.parent) for top in top_folders() - {"tests"} for path in (ROOT / top).rglob("__init__.py")
+    }
+    assert packages - set(folders_of_structure()) == set()
 
 
 def test_every_document_that_code_names_exists() -> None:

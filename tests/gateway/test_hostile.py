@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from spectrumkv.common.service import machine
 from spectrumkv.gateway.http import connection, exchange
 from tests.client.fake_servers import FakePrefill, finished, token
 from tests.gateway.running import WAIT_SECONDS, Answer, RunningGateway, running_gateway
@@ -171,7 +172,7 @@ def many_files() -> Iterator[None]:
 
 @pytest.mark.usefixtures("many_files")
 def test_a_thousand_idle_connections_disturb_nobody(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "MAX_CONNECTIONS", IDLE_CONNECTIONS // 2)
+    monkeypatch.setattr(machine, "MAX_CONNECTIONS", IDLE_CONNECTIONS // 2)
     with ExitStack() as opened:
         idle = [opened.enter_context(closing(gateway.socket())) for _ in range(IDLE_CONNECTIONS)]
         slowest = 0.0
@@ -190,7 +191,7 @@ def test_a_thousand_idle_connections_disturb_nobody(gateway: RunningGateway, mon
 def test_a_running_request_is_never_the_one_that_makes_room(
     gateway: RunningGateway, prefill: FakePrefill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 1)
+    monkeypatch.setattr(machine, "MAX_CONNECTIONS", 1)
 
     def answer(request: Any, context: Any) -> Any:
         yield token(0, "a")

@@ -27,7 +27,7 @@ from spectrumkv.vllm_plugin.prefill.coder import Coder
 from spectrumkv.vllm_plugin.prefill.outbox import Outbox
 from spectrumkv.vllm_plugin.prefill.plans import Planner
 from spectrumkv.vllm_plugin.prefill.service import TransferService, start_server
-from spectrumkv.vllm_plugin.prefill.worker import PrefillWorker
+from spectrumkv.vllm_plugin.prefill.worker import ProducerWorker
 from spectrumkv.vllm_plugin.scheduler.steps import Load, PrefillStep, ProducerStep
 from spectrumkv.vllm_plugin.stats import Tally
 from tests.common.kv.codecs.spectral_prompts import basis_of
@@ -64,8 +64,9 @@ class ProducingRank:
         self.coder = Coder(
             planner, basis.digest, geometry, self.heads, self.outbox, 4096, torch.device("cpu"), self.tally
         )
+        self.coder.start()
         named = {one.name: one for one in self.layers}
-        self.worker = PrefillWorker(named, PAGE_TOKENS, options.window, self.coder, self.outbox)
+        self.worker = ProducerWorker(named, PAGE_TOKENS, options.window, self.coder, self.outbox)
         service = TransferService(spec(), self.heads, self.outbox, basis, PATIENCE)
         self.server, self.port = start_server(service, options, 0, lambda code: None)
 

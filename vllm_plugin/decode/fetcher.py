@@ -1,21 +1,23 @@
 """Fetches one transfer: verifies and decodes what comes, into the pages of one request."""
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
 from spectrumkv.common.concurrency.cuda_stream import KvStream
-from spectrumkv.common.errors import CancelledError, DataLossError, FailedPreconditionError
+from spectrumkv.common.errors import CancelledError, FailedPreconditionError
 from spectrumkv.common.kv.codecs.base import codecs
 from spectrumkv.common.kv.geometry import HeadRange, KvGeometry
 from spectrumkv.common.kv.receiving import SegmentWriter
+from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.wire import ChunkReader, ChunkTotals, KvChunk
 from spectrumkv.common.model.spec import ModelSpec
 from spectrumkv.common.rpc.decode_stream import CHECKSUM_BYTES
 from spectrumkv.common.rpc.status import error_from_rpc
-from spectrumkv.common.rpc.transfer_methods import begin_fetch, expect_header, get_basis
+from spectrumkv.common.rpc.transfer_methods import begin_fetch, chunks_until_end, expect_header, get_basis
 from spectrumkv.v1 import kv_pb2, transfer_pb2
 from spectrumkv.vllm_plugin.decode.bases import StreamBases
 from spectrumkv.vllm_plugin.decode.page_slots import PageSlots
@@ -130,6 +132,12 @@ class Fetch:
         pages: PageSlots,
         stream: KvStream,
     ) -> None:
+        """Take in what follows a stream's header.
+
+        Raises:
+            FailedPreconditionError: the stream is another one than was asked for.
+            DataLossError: it is damaged, or stops before its end.
+        """  # the reader and `chunks_until_end` raise the second
         heads = HeadRange(header.first_head, header.end_head)
         geometry = self._consumer.geometry.of_heads(heads)
         if header.tokens != self.load.tokens:
@@ -140,31 +148,18 @@ class Fetch:
         reader = ChunkReader(geometry.layers, header.tokens)
         writer = SegmentWriter(self._decoder(header, heads, geometry, channel), pages)
         fetched = 0
-        for message in messages:
-            if isinstance(message, DataLossError):
-                raise message
+        for message in chunks_until_end(messages):
             if isinstance(message, KvChunk):
                 fetched += message.payload_bytes
-                segments = reader.read(message)
-                with stream.working():
-                    writer.write(segments)
-                    for segment in segments:
-                        pages.written(segment.layer, segment.tiers.numel())
+                _write(reader.read(message), writer, pages, stream)
                 continue
             fetched += message.ByteSize() + CHECKSUM_BYTES
-            if message.WhichOneof("message") != "end":
-                raise DataLossError("a transfer has a second header", "sequence")
             end = message.end
             reader.finish(ChunkTotals(end.chunks, end.payload_bytes, end.digest))
             with stream.working():
                 pages.end_stream()
             self._tally.add("kv_bytes_fetched_total", header.codec.name, fetched)
             self._tally.add("kv_tokens_loaded_total", header.codec.name, header.tokens - self.load.skip)
-            # Read on to the status, so that the producer knows that all of it arrived.
-            for extra in messages:
-                raise DataLossError(f"a transfer goes on after its end: {type(extra).__name__}", "sequence")
-            return
-        raise DataLossError("a transfer ended without its end", "sequence")
 
     def _decoder(
         self, header: transfer_pb2.TransferHeader, heads: HeadRange, geometry: KvGeometry, channel: grpc.Channel
@@ -180,6 +175,14 @@ class Fetch:
         digest = header.codec.basis_digest
         basis = self._bases.get(digest, heads, lambda: get_basis(channel, digest, self._timeout))
         return codec.decoder(geometry, basis)
+
+
+def _write(segments: Sequence[KvSegment], writer: SegmentWriter, pages: PageSlots, stream: KvStream) -> None:
+    """Decode segments, and write the layers that are complete with them into their pages."""
+    with stream.working():
+        writer.write(segments)
+        for segment in segments:
+            pages.written(segment.layer, segment.tiers.numel())
 
 
 def streams_needed(heads: HeadRange, ranks: int, kv_heads: int) -> list[int]:

@@ -35,7 +35,7 @@ class EndedLoads:
     failed: set[str] = field(default_factory=set)
 
 
-class DecodeWorker:
+class ConsumerWorker:
     """Runs the loads of a consuming worker.
 
     Args:

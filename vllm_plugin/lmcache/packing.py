@@ -1,7 +1,7 @@
 """Packs the KV of one LMCache chunk into bytes, and unpacks it; without LMCache.
 
 LMCache stores chunks of tokens that may come from anywhere in a prompt, long after it ran. There are no queries, so
-tokens are ranked by the norm of their keys, and no positions, so the codecs of the spectral basis, which undo the
+tokens are ranked by the norm of their keys, and no positions, so the codecs of the calibrated basis, which undo the
 rotary embedding, cannot be used: what is left is codec `absmax` under a policy of tiers that drops nothing.
 
 Packed: "SKV1", uint32 number of chunks, uint64 their payload bytes, 32 bytes of digest (the fields of End); then for

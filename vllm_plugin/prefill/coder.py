@@ -81,6 +81,9 @@ class Coder:
         self._layers: queue.SimpleQueue[_Layer | None] = queue.SimpleQueue()
         self._codings: dict[str, _Coding] = {}
         self._thread = threading.Thread(target=self._run, name="kv-coder", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; call this before layers come."""
         self._thread.start()
 
     def reserve(self, step: PrefillStep) -> bool:
@@ -135,15 +138,16 @@ class Coder:
                 if self._outbox.holds(transfer_id):
                     self._code(layer)
             except Exception as error:  # whoever fetches the transfer is told, and the thread goes on
-                known = (
-                    error if isinstance(error, SpectrumKVError) else InternalError(f"{type(error).__name__}: {error}")
-                )
                 logger.exception("transfer %s could not be coded", transfer_id)
-                self._tally.add("kv_transfers_failed_total", known.code.lower())
-                self._outbox.fail(transfer_id, known)
+                self._fail(transfer_id, error)
             if layer.is_last or not self._outbox.holds(transfer_id):
                 self._codings.pop(transfer_id, None)
             del layer
+
+    def _fail(self, transfer_id: str, error: Exception) -> None:
+        known = error if isinstance(error, SpectrumKVError) else InternalError(f"{type(error).__name__}: {error}")
+        self._tally.add("kv_transfers_failed_total", known.code.lower())
+        self._outbox.fail(transfer_id, known)
 
     def _code(self, layer: _Layer) -> None:
         transfer_id, capture = layer.step.transfer_id, layer.capture

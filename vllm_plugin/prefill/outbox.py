@@ -27,7 +27,8 @@ class Transfer:
         failure: why coding failed; None where it did not.
         expires_at: monotonic time after which it is dropped, unless it is being fetched.
         readers: fetches that are under way.
-        done: ranks that fetched it, by request.
+        fetched_by: ranks that fetched it, by request.
+        given_up_by: requests that will not fetch it.
     """
 
     reserved_bytes: int
@@ -38,13 +39,27 @@ class Transfer:
     complete: bool = False
     failure: SpectrumKVError | None = None
     readers: int = 0
-    done: dict[str, set[int]] = field(default_factory=dict)
+    fetched_by: dict[str, set[int]] = field(default_factory=dict)
+    given_up_by: set[str] = field(default_factory=set)
 
     @property
     def is_over(self) -> bool:
         """Tell whether every request fetched it with all of its ranks, or gave it up."""
-        ended = sum(1 for ranks in self.done.values() if -1 in ranks or len(ranks) >= (self.consumers or 1))
-        return ended >= self.fetches
+        consumers = self.consumers or 1
+        fetched = {request_id for request_id, ranks in self.fetched_by.items() if len(ranks) >= consumers}
+        return len(fetched | self.given_up_by) >= self.fetches
+
+    def may_be_fetched(self, request_id: str, rank: int) -> bool:
+        """Tell whether a request neither gave it up nor fetched it with a rank.
+
+        Args:
+            request_id: of the request.
+            rank: of the consumer.
+
+        Returns:
+            Whether the rank may fetch it.
+        """
+        return request_id not in self.given_up_by and rank not in self.fetched_by.get(request_id, ())
 
 
 class Outbox:
@@ -152,7 +167,7 @@ class Outbox:
         """Take in that a request will not fetch a transfer; a second call does nothing."""
         with self._changed:
             if (found := self._transfers.get(transfer_id)) is not None:
-                found.done.setdefault(request_id, set()).add(-1)
+                found.given_up_by.add(request_id)
                 self._drop_if_over(transfer_id, found)
 
     def discard(self, transfer_id: str) -> None:
@@ -193,7 +208,7 @@ class Outbox:
                 if is_last:
                     break
             with self._changed:
-                found.done.setdefault(request_id, set()).add(rank)
+                found.fetched_by.setdefault(request_id, set()).add(rank)
         finally:
             with self._changed:
                 found.readers -= 1
@@ -235,7 +250,7 @@ class Outbox:
             self._expire()
             self._wait(lambda: transfer_id in self._transfers or transfer_id in self._over, ended, seconds)
             found = self._transfers.get(transfer_id)
-            if found is None or rank in found.done.get(request_id, ()) or -1 in found.done.get(request_id, ()):
+            if found is None or not found.may_be_fetched(request_id, rank):
                 known = found is not None or transfer_id in self._over
                 raise NotFoundError(
                     f"transfer {transfer_id!r} was fetched, given up or dropped before"

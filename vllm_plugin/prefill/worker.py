@@ -10,7 +10,7 @@ from spectrumkv.vllm_plugin.prefill.query_window import QueryWindow
 from spectrumkv.vllm_plugin.scheduler.steps import PrefillStep, ProducerStep
 
 
-class PrefillWorker:
+class ProducerWorker:
     """Taps the prompts of each step.
 
     Args:

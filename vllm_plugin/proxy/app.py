@@ -3,42 +3,27 @@
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from functools import partial
+from typing import TypeVar
 
 import aiohttp
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from spectrumkv.common.errors import InvalidArgumentError, SpectrumKVError, UnavailableError
+from spectrumkv.common.errors import InvalidArgumentError, SpectrumKVError
 from spectrumkv.common.telemetry.metrics import LATENCY_BUCKETS
-from spectrumkv.vllm_plugin.proxy.backends import BackendGroup
-from spectrumkv.vllm_plugin.proxy.bodies import (
-    Body,
-    ClientRequest,
-    FirstToken,
-    first_chunks,
-    joined,
-    next_chunk,
-    without_internals,
-)
+from spectrumkv.vllm_plugin.proxy.answers import END, Continuation, EventError, event, first_chunks, without_internals
+from spectrumkv.vllm_plugin.proxy.backends import BackendError, BackendGroup
+from spectrumkv.vllm_plugin.proxy.bodies import Body, ClientRequest, PrefillAnswer
 
 # A prompt of a million tokens as text fits.
 MOST_BODY_BYTES = 32 << 20
-PREFIX, END = b"data: ", b"data: [DONE]\n\n"
+# How a request ended, for the metric; the others are statuses.
+OK, CANCELLED = "ok", "cancelled"
 
-
-class BackendError(Exception):
-    """A server refused a request: the client gets its status and its words."""
-
-    def __init__(self, status: int, words: bytes) -> None:
-        super().__init__(f"status {status}")
-        self.status, self.words = status, words
-
-    @property
-    def may_be_tried_elsewhere(self) -> bool:
-        """Return whether another server may do better."""
-        return self.status >= 500
+Answer = TypeVar("Answer")
 
 
 class Proxy:
@@ -99,16 +84,20 @@ class Proxy:
                 task.cancel()
 
     async def _completions(self, http: web.Request) -> web.StreamResponse:
-        started, outcome = asyncio.get_running_loop().time(), "cancelled"
+        """Answer one request: prefill computes the prompt and the first token, decode goes on from there.
+
+        Returns:
+            The answer, whole or as it was streamed, or what refuses the request.
+        """
+        started, outcome = asyncio.get_running_loop().time(), CANCELLED
         try:
             request = ClientRequest(await http.json(), http.path.startswith("/v1/chat"))
-            first = await self._first(http, request)
+            first = await self._prefilled(http, request)
             self._first_token.observe(asyncio.get_running_loop().time() - started)
-            answer = await self._answer(http, request, first)
-            outcome = "ok"
+            answer, outcome = await self._answer(http, request, first)
             return answer
         except BackendError as error:
-            outcome = f"status_{error.status}"
+            outcome = error.outcome
             return web.Response(status=error.status, body=error.words, content_type="application/json")
         except json.JSONDecodeError as error:
             outcome = "invalid_argument"
@@ -119,7 +108,7 @@ class Proxy:
         finally:
             self._requests.labels(outcome).inc()
 
-    async def _first(self, http: web.Request, request: ClientRequest) -> FirstToken:
+    async def _prefilled(self, http: web.Request, request: ClientRequest) -> PrefillAnswer:
         """Have a prefill server compute the prompt, and another one if it fails.
 
         Returns:
@@ -131,53 +120,84 @@ class Proxy:
         tried: set[str] = set()
         while True:
             with self._prefill.chosen(tried) as backend:
+                tried.add(backend.url)
                 try:
                     body = request.for_prefill(f"spectrumkv-{uuid.uuid4()}")
                     answer = await self._post(http, f"{backend.url}{request.path}", body)
-                    return FirstToken.of(answer, await self._most_tokens(http, backend.url))
+                    return PrefillAnswer.of(answer, await self._most_tokens(http, backend.url))
                 except (BackendError, aiohttp.ClientError, KeyError, IndexError) as error:
-                    tried.add(backend.url)
-                    refused = isinstance(error, BackendError) and not error.may_be_tried_elsewhere
-                    if refused or len(tried) >= self._prefill.healthy:
-                        failure = _as_backend_error(error)
-                        raise failure from error
-                    self._retries.labels("prefill").inc()
+                    failure = BackendError.of(error)
+            if not failure.may_be_tried_elsewhere or len(tried) >= self._prefill.healthy:
+                raise failure
+            self._retries.labels("prefill").inc()
 
-    async def _answer(self, http: web.Request, request: ClientRequest, first: FirstToken) -> web.StreamResponse:
+    async def _answer(
+        self, http: web.Request, request: ClientRequest, first: PrefillAnswer
+    ) -> tuple[web.StreamResponse, str]:
+        """Answer with prefill's token and decode's.
+
+        Returns:
+            The answer, and how the request ended.
+        """
         if first.transfer is None and (first.finish_reason == "stop" or request.max_tokens == 1):
-            return await self._only_first(http, request, first)
-        appends = request.appends_first_token and first.is_whole_text and bool(first.prompt_token_ids)
-        path = "/v1/completions" if appends else request.path
-        stream = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+            return await self._only_first(http, request, first), OK
+        asked = Continuation.of(request, first)
         if request.streams:
-            await stream.prepare(http)
-            if appends:
-                for chunk in first_chunks(request, first):
-                    await _send(stream, chunk)
-        bodies = [request.continuing(first) if appends else request.for_decode(first.transfer)]
-        # Where the KV did not come, decode computes the prompt.
-        bodies.append({name: value for name, value in bodies[0].items() if name != "kv_transfer_params"})
-        for number, body in enumerate(bodies):
-            with self._decode.chosen() as backend:
-                try:
-                    url = f"{backend.url}{path}"
-                    if request.streams:
-                        await self._relay(http, stream, url, body, request, first if appends else None)
-                        return stream
-                    rest = without_internals(await self._post(http, url, body))
-                    return web.json_response(joined(request, first, rest) if appends else rest)
-                except (BackendError, aiohttp.ClientError) as error:
-                    refused = isinstance(error, BackendError) and not error.may_be_tried_elsewhere
-                    if refused or number == len(bodies) - 1:
-                        if not request.streams:
-                            failure = _as_backend_error(error)
-                            raise failure from error
-                        await _send(stream, {"error": {"message": str(error), "type": "decode", "code": 502}})
-                        return stream
-                    self._retries.labels("decode").inc()
-        raise UnavailableError("no decode server answers")
+            return await self._stream(http, asked)
+        rest = without_internals(await self._decoded(asked, partial(self._post, http)))
+        return web.json_response(asked.joined(rest)), OK
 
-    async def _only_first(self, http: web.Request, request: ClientRequest, first: FirstToken) -> web.StreamResponse:
+    async def _stream(self, http: web.Request, asked: Continuation) -> tuple[web.StreamResponse, str]:
+        """Stream the first token and what decode generates; a failure is the last event, since the status is sent.
+
+        Returns:
+            The stream, and how the request ended.
+        """
+        stream, outcome = await _begin_events(http), OK
+        try:
+            for chunk in asked.opening:
+                await _send(stream, chunk)
+            await self._decoded(asked, partial(self._relay, http, stream, asked))
+        except BackendError as error:
+            outcome = error.outcome
+            await _send(stream, error.event)
+        except SpectrumKVError as error:
+            outcome = error.code.lower()
+            await _send(stream, {"error": {"message": error.message, "code": 503}})
+        return stream, outcome
+
+    async def _decoded(self, asked: Continuation, ask: Callable[[str, Body], Awaitable[Answer]]) -> Answer:
+        """Have a decode server go on; where that fails, have one compute the prompt, as if its KV did not come.
+
+        Args:
+            asked: of decode.
+            ask: sends a body to a URL.
+
+        Returns:
+            What `ask` returned.
+
+        Raises:
+            BackendError: decode refused the request, failed twice, or failed when the client had some of its tokens.
+        """
+        try:
+            return await self._decoded_once(asked.path, asked.body, ask)
+        except BackendError as error:
+            if not error.may_be_tried_elsewhere:
+                raise
+        self._retries.labels("decode").inc()
+        return await self._decoded_once(asked.path, asked.body_without_kv, ask)
+
+    async def _decoded_once(self, path: str, body: Body, ask: Callable[[str, Body], Awaitable[Answer]]) -> Answer:
+        with self._decode.chosen() as backend:
+            try:
+                return await ask(f"{backend.url}{path}", body)
+            except aiohttp.ClientError as error:
+                failure = BackendError.of(error)
+                raise failure from error
+
+    async def _only_first(
+        self, http: web.Request, request: ClientRequest, first: PrefillAnswer
+    ) -> web.StreamResponse:
         """Answer with prefill's token, which is all that is asked for or ends the text.
 
         Returns:
@@ -186,8 +206,7 @@ class Proxy:
         answer = without_internals(first.answer)
         if not request.streams:
             return web.json_response(answer)
-        stream = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await stream.prepare(http)
+        stream = await _begin_events(http)
         *before, last = first_chunks(request, first)
         last["choices"][0]["finish_reason"] = first.finish_reason
         for chunk in (*before, last):
@@ -198,28 +217,27 @@ class Proxy:
         return stream
 
     async def _relay(
-        self,
-        http: web.Request,
-        stream: web.StreamResponse,
-        url: str,
-        body: Body,
-        request: ClientRequest,
-        first: FirstToken | None,
+        self, http: web.Request, stream: web.StreamResponse, asked: Continuation, url: str, body: Body
     ) -> None:
         """Pass decode's stream on, as that of the request where it goes on from prefill's token.
 
         Raises:
-            BackendError: decode refused the request.
+            BackendError: decode refused the request, or its stream broke off.
         """
-        async with self._session.post(url, json=body, headers=self._headers(http)) as answer:
-            if answer.status != 200:
-                raise BackendError(answer.status, await answer.read())
-            async for line in answer.content:
-                if not line.startswith(PREFIX) or first is None or line.strip() == END.strip():
-                    await stream.write(line)
-                    continue
-                chunk = json.loads(line[len(PREFIX) :])
-                await _send(stream, chunk if "error" in chunk else next_chunk(request, first, chunk), newlines=1)
+        relayed = False
+        try:
+            async with self._session.post(url, json=body, headers=self._headers(http)) as answer:
+                if answer.status != 200:
+                    raise BackendError(answer.status, await answer.read())
+                async for line in answer.content:
+                    await stream.write(asked.line(line))
+                    relayed = True
+        except EventError as error:
+            failure = BackendError(502, error.words, is_final=relayed)
+            raise failure from error
+        except aiohttp.ClientError as error:
+            failure = BackendError.of(error, is_final=relayed)
+            raise failure from error
 
     async def _post(self, http: web.Request, url: str, body: Body) -> Body:
         body = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
@@ -256,16 +274,15 @@ class Proxy:
         return web.Response(body=generate_latest(self._registry), content_type="text/plain")
 
 
-async def _send(stream: web.StreamResponse, chunk: Body, newlines: int = 2) -> None:
-    await stream.write(PREFIX + json.dumps(chunk).encode() + b"\n" * newlines)
+async def _begin_events(http: web.Request) -> web.StreamResponse:
+    """Return the stream of events that answers a request, once its status is sent."""
+    stream = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+    await stream.prepare(http)
+    return stream
 
 
-def _as_backend_error(error: Exception) -> BackendError:
-    if isinstance(error, BackendError):
-        return error
-    return BackendError(
-        502, json.dumps({"error": {"message": f"{type(error).__name__}: {error}", "code": 502}}).encode()
-    )
+async def _send(stream: web.StreamResponse, chunk: Body) -> None:
+    await stream.write(event(chunk) + b"\n")
 
 
 def _refusal(status: int, sentence: str) -> web.Response:

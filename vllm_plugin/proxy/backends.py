@@ -1,9 +1,11 @@
-"""Which servers there are, which of them answer, and which one takes the next request."""
+"""Which servers there are, which of them answer, which one takes the next request, and how they fail."""
 
 import asyncio
+import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import aiohttp
 
@@ -11,6 +13,49 @@ from spectrumkv.common.errors import UnavailableError
 
 # How often servers are asked whether they are well, and how long they may take.
 ASK_SECONDS, ANSWER_SECONDS = 2.0, 2.0
+
+
+class BackendError(Exception):
+    """A server refused a request or failed at it: the client gets its status and its words.
+
+    Args:
+        status: of HTTP.
+        words: the body of the answer, JSON.
+        is_final: whether the client has some of the server's tokens, so that no other server may begin anew.
+    """
+
+    def __init__(self, status: int, words: bytes, is_final: bool = False) -> None:
+        super().__init__(f"status {status}")
+        self.status, self.words, self.is_final = status, words, is_final
+
+    @classmethod
+    def of(cls, error: Exception, is_final: bool = False) -> "BackendError":
+        """Return the error as one of a server: what is none is a server that cannot be reached or understood."""
+        if isinstance(error, BackendError):
+            return error
+        said = {"error": {"message": f"{type(error).__name__}: {error}", "code": 502}}
+        return cls(502, json.dumps(said).encode(), is_final)
+
+    @property
+    def may_be_tried_elsewhere(self) -> bool:
+        """Return whether another server may do better."""
+        return self.status >= 500 and not self.is_final
+
+    @property
+    def outcome(self) -> str:
+        """Return the value of the metric's label."""
+        return f"status_{self.status}"
+
+    @property
+    def event(self) -> dict[str, Any]:
+        """Return the event that ends a stream."""
+        try:
+            said = json.loads(self.words)
+        except ValueError:
+            said = None
+        if isinstance(said, dict) and "error" in said:
+            return said
+        return {"error": {"message": f"decode answered with status {self.status}", "code": self.status}}
 
 
 @dataclass

@@ -1,7 +1,5 @@
-"""What the proxy makes of a request's body for prefill and decode, and of their answers for the client."""
+"""What a client asks, what the proxy makes of it for prefill and decode, and what prefill answers."""
 
-import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +106,7 @@ class ClientRequest:
         body = {name: value for name, value in self.body.items() if name != "kv_transfer_params"}
         return body if transfer is None else body | {"kv_transfer_params": transfer}
 
-    def continuing(self, first: "FirstToken") -> Body:
+    def continuing(self, first: "PrefillAnswer") -> Body:
         """Return the body for decode where it goes on from the first token; it is one for `/v1/completions`.
 
         Args:
@@ -124,7 +122,7 @@ class ClientRequest:
 
 
 @dataclass(frozen=True)
-class FirstToken:
+class PrefillAnswer:
     """What prefill answered.
 
     Attributes:
@@ -146,7 +144,7 @@ class FirstToken:
     most_tokens: int
 
     @classmethod
-    def of(cls, answer: Body, most_tokens: int) -> "FirstToken":
+    def of(cls, answer: Body, most_tokens: int) -> "PrefillAnswer":
         """Read prefill's answer.
 
         Args:
@@ -177,91 +175,3 @@ class FirstToken:
     def is_whole_text(self) -> bool:
         """Return whether the token is some characters, and not a part of one."""
         return bool(self.text) and "\ufffd" not in self.text
-
-
-def joined(request: ClientRequest, first: FirstToken, rest: Body) -> Body:
-    """Return the answer to a request of which decode generated all but the first token.
-
-    Args:
-        request: the client's.
-        first: prefill's.
-        rest: decode's answer.
-    """
-    choice = dict(rest["choices"][0])
-    text = first.text + choice.pop("text")
-    usage = dict(rest.get("usage") or {})
-    if usage:
-        usage |= {"prompt_tokens": usage["prompt_tokens"] - 1, "completion_tokens": usage["completion_tokens"] + 1}
-    mine = first.answer["choices"][0].get("logprobs")
-    if mine and choice.get("logprobs"):
-        theirs = choice["logprobs"]
-        choice["logprobs"] = {name: (mine.get(name) or []) + (theirs.get(name) or []) for name in theirs}
-    for name in ("prompt_token_ids", "token_ids", "prompt_logprobs"):
-        choice.pop(name, None)
-    told = {"id": first.answer["id"], "created": first.answer["created"], "usage": usage}
-    if request.is_chat:
-        choice |= {"message": {"role": "assistant", "content": text}, "logprobs": None}
-        return rest | told | {"object": "chat.completion", "choices": [choice]}
-    return rest | told | {"choices": [choice | {"text": text}]}
-
-
-def first_chunks(request: ClientRequest, first: FirstToken) -> list[Body]:
-    """Return what a stream begins with: the first token, and in a chat the role before it.
-
-    Args:
-        request: the client's.
-        first: prefill's.
-    """
-    if request.is_chat:
-        return [
-            _chunk(request, first, {"delta": {"role": "assistant", "content": ""}}),
-            _chunk(request, first, {"delta": {"content": first.text}}),
-        ]
-    logprobs = first.answer["choices"][0].get("logprobs")
-    return [_chunk(request, first, {"text": first.text} | ({"logprobs": logprobs} if logprobs else {}))]
-
-
-def next_chunk(request: ClientRequest, first: FirstToken, chunk: Body) -> Body:
-    """Return a chunk of decode's stream as the client gets it.
-
-    Args:
-        request: the client's.
-        first: prefill's.
-        chunk: decode's.
-    """
-    choices = []
-    for choice in chunk.get("choices", []):
-        kept = {name: value for name, value in choice.items() if name not in ("token_ids", "prompt_token_ids")}
-        if request.is_chat:
-            kept["delta"] = {"content": kept.pop("text", "")}
-        choices.append(kept)
-    usage = chunk.get("usage")
-    if usage:
-        usage = usage | {
-            "prompt_tokens": usage["prompt_tokens"] - 1,
-            "completion_tokens": usage["completion_tokens"] + 1,
-        }
-    made = _chunk(request, first, {}) | {"choices": choices}
-    return made | ({"usage": usage} if usage else {})
-
-
-def _chunk(request: ClientRequest, first: FirstToken, choice: Body) -> Body:
-    return {
-        "id": first.answer["id"],
-        "object": "chat.completion.chunk" if request.is_chat else "text_completion",
-        "created": first.answer.get("created", int(time.time())),
-        "model": first.answer["model"],
-        "choices": [{"index": 0, "finish_reason": None} | choice],
-    }
-
-
-def without_internals(answer: Mapping[str, Any]) -> Body:
-    """Return prefill's answer without what only the proxy asked for.
-
-    Args:
-        answer: prefill's JSON.
-    """
-    hidden = ("prompt_token_ids", "token_ids")
-    choices = [{name: value for name, value in one.items() if name not in hidden} for one in answer["choices"]]
-    kept = {name: value for name, value in answer.items() if name not in ("kv_transfer_params", "prompt_token_ids")}
-    return kept | {"choices": choices}

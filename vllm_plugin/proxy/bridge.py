@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from spectrumkv.common.errors import BasisMissingError, DataLossError, FailedPreconditionError
+from spectrumkv.common.errors import BasisMissingError, FailedPreconditionError
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.kv.codecs.base import parse_basis
 from spectrumkv.common.kv.geometry import KvGeometry
@@ -20,7 +20,7 @@ from spectrumkv.common.rpc.decode_methods import ask_for_basis, begin_basis, dec
 from spectrumkv.common.rpc.decode_protocol import expect_admitted, tokens_and_finished
 from spectrumkv.common.rpc.decode_stream import Request
 from spectrumkv.common.rpc.status import error_from_rpc
-from spectrumkv.common.rpc.transfer_methods import begin_fetch, expect_header, get_basis
+from spectrumkv.common.rpc.transfer_methods import begin_fetch, chunks_until_end, expect_header, get_basis
 from spectrumkv.v1 import decode_pb2, generation_pb2, kv_pb2, transfer_pb2
 
 
@@ -141,18 +141,13 @@ def _stream(begin: decode_pb2.Begin, fetch: Any, first_token_id: int) -> Iterato
         DataLossError: the transfer is damaged or incomplete.
     """
     yield decode_pb2.DecodeRequest(begin=begin)
-    for message in fetch:
-        if isinstance(message, DataLossError):
-            raise message
+    for message in chunks_until_end(fetch):
         if isinstance(message, KvChunk):
             yield message
             continue
         end = message.end
         yield decode_pb2.DecodeRequest(
             end=decode_pb2.End(
-                first_token_id=first_token_id,
-                chunks=end.chunks,
-                payload_bytes=end.payload_bytes,
-                digest=end.digest,
+                first_token_id=first_token_id, chunks=end.chunks, payload_bytes=end.payload_bytes, digest=end.digest
             )
         )

@@ -16,13 +16,13 @@ DEFINITIONS = ("$defs", "definitions")
 
 
 def required_calls(
-    parameters: Mapping[str, Mapping[str, Any]], form: ToolCallFormat, tokenizer: PreTrainedTokenizerFast
+    parameters: Mapping[str, Mapping[str, Any]], call_format: ToolCallFormat, tokenizer: PreTrainedTokenizerFast
 ) -> StructuredOutput:
     """Return the form of an answer that is one call or more, whose arguments are those of the tools.
 
     Args:
         parameters: JSON schema of each tool's arguments, by the tool's name.
-        form: how the model writes calls.
+        call_format: how the model writes calls.
         tokenizer: the model's; a mark that is a special token of it is generated as that token.
 
     Returns:
@@ -31,11 +31,11 @@ def required_calls(
     Raises:
         InvalidArgumentError: two tools give different definitions the same name.
     """
-    schema, definitions = _call_schema(parameters, form)
-    begin, end = _mark(form.begin, tokenizer), _mark(form.end, tokenizer)
-    if form.end:
+    schema, definitions = _call_schema(parameters, call_format)
+    begin, end = _mark(call_format.begin, tokenizer), _mark(call_format.end, tokenizer)
+    if call_format.end:
         start = f'start: call ("\\n" call)*\ncall: {begin} "\\n" calls "\\n" {end}'
-    elif form.bare == "[":
+    elif call_format.bare == "[":
         start = f"start: {begin} calls"
         schema = {"type": "array", "items": schema, "minItems": 1}
     else:
@@ -45,29 +45,37 @@ def required_calls(
 
 
 def _call_schema(
-    parameters: Mapping[str, Mapping[str, Any]], form: ToolCallFormat
+    parameters: Mapping[str, Mapping[str, Any]], call_format: ToolCallFormat
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Return the schema of one call, and the definitions of all tools: references are looked up from the root.
 
     Raises:
         InvalidArgumentError: two tools give different definitions the same name.
     """
-    definitions: dict[str, dict[str, Any]] = {}
+    definitions: dict[str, dict[str, Any]] = {key: {} for key in DEFINITIONS}
     calls: list[dict[str, Any]] = []
     for name, schema in parameters.items():
-        for key in DEFINITIONS:
-            known = definitions.setdefault(key, {})
-            for title, definition in schema.get(key, {}).items():
-                if known.setdefault(title, definition) != definition:
-                    raise InvalidArgumentError(
-                        f"two tools have different definitions named {title!r} in {key}; rename one of them"
-                    )
+        for key, known in definitions.items():
+            _define(known, schema.get(key, {}), key)
         arguments = {key: value for key, value in schema.items() if key not in DEFINITIONS}
-        properties = {"name": {"const": name}, form.arguments: arguments}
+        properties = {"name": {"const": name}, call_format.arguments: arguments}
         calls.append(
             {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
         )
     return ({"anyOf": calls} if len(calls) > 1 else calls[0]), definitions
+
+
+def _define(known: dict[str, Any], definitions: Mapping[str, Any], key: str) -> None:
+    """Add a tool's definitions to those of the other tools.
+
+    Raises:
+        InvalidArgumentError: another tool gives one of the names to something else.
+    """
+    for title, definition in definitions.items():
+        if known.setdefault(title, definition) != definition:
+            raise InvalidArgumentError(
+                f"two tools have different definitions named {title!r} in {key}; rename one of them"
+            )
 
 
 def _whole(schema: Mapping[str, Any], definitions: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def check_received_scales(body: torch.Tensor, layout: BodyLayout) -> None:
     """Refuse a body with scales that are infinite or NaN.
 
     Args:
-        body: uint8, as it arrived.
+        body: uint8 `[b]`, as it arrived.
         layout: of the body.
 
     Raises:

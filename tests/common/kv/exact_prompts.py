@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.kv.geometry import KvGeometry
 
 # Tokens of a prompt, and how far apart in the logits the levels are.
@@ -39,13 +39,13 @@ def capture(geometry: KvGeometry, layer: int, tokens: int) -> LayerCapture:
 
 
 @cache
-def basis_of(geometry: KvGeometry) -> SpectralBasis:
+def basis_of(geometry: KvGeometry) -> CalibratedBasis:
     """Sums and differences of neighbours, shuffled differently in each layer, times powers of two from 8 to 1/8."""
     lead, width = (geometry.layers, 2, geometry.kv_heads), geometry.head_dim
     pairs = torch.kron(torch.eye(width // 2), torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
     scale = torch.tensor([2.0 ** (3 - 7 * column // width) for column in range(width)])
     shuffled = [pairs[:, (torch.arange(width) * 7 + head) % width] * scale for head in range(int(np.prod(lead)))]
-    return SpectralBasis(
+    return CalibratedBasis(
         mean=numbers(*lead, width, salt=0),
         analysis=torch.stack(shuffled).view(*lead, width, width),
         std=(2 * scale).expand(*lead, -1).contiguous(),

@@ -1,7 +1,6 @@
 """What runs at start launches every kernel that a request will, and finds out whether fixed_rate's are right."""
 
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from spectrumkv.common.kv.codecs.fixed_rate.coded_layer import CodedLayer, Segme
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
 from spectrumkv.common.kv.codecs.fixed_rate.gpu import slots as gpu_slots
 from spectrumkv.common.kv.codecs.fixed_rate.gpu.layers import GpuLayers
-from spectrumkv.common.kv.codecs.fixed_rate.kernel_fault import forget_faults, kernel_fault, kernels_code
+from spectrumkv.common.kv.codecs.fixed_rate.kernel_fault import kernel_fault, kernels_code
 from spectrumkv.common.kv.codecs.fixed_rate.rate import RateControl
 from spectrumkv.common.kv.codecs.fixed_rate.self_check import check_decoding, check_encoding
 from spectrumkv.common.kv.geometry import KvGeometry
@@ -28,10 +27,9 @@ GEOMETRY = KvGeometry(layers=1, kv_heads=2, head_dim=16, native_dtype=torch.floa
 
 
 @pytest.fixture(autouse=True)
-def trusted() -> Iterator[None]:
-    forget_faults()
-    yield
-    forget_faults()
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that no check has found wrong, as in a process that has just started."""
+    monkeypatch.setattr(f"{kernel_fault.__module__}._found", [])
 
 
 @pytest.mark.slow

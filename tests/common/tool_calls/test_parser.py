@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectrumkv.common.tool_calls import FORMATS, CallDelta, TextDelta, ToolCallParser, format_of_template
+from spectrumkv.common.tool_calls import FORMATS, CallDelta, ContentDelta, ToolCallParser, format_of_template
 
 WEATHER = {"city": 'Köln "am Rhein" }{', "days": [1, 2, {"deep": "</tool_call>"}], "ok": True, "none": None}
 BODY = json.dumps({"name": "weather", "arguments": WEATHER})
@@ -21,7 +21,7 @@ def read(form: str, *pieces: str) -> tuple[str, list[tuple[str, str]]]:
     ids = count()
     parser = ToolCallParser(FORMATS[form], lambda: f"call-{next(ids)}")
     deltas = [delta for piece in pieces for delta in parser.push(piece)] + parser.finish()
-    text = "".join(delta.text for delta in deltas if isinstance(delta, TextDelta))
+    text = "".join(delta.text for delta in deltas if isinstance(delta, ContentDelta))
     calls: list[list[str]] = []
     for delta in deltas:
         if isinstance(delta, CallDelta) and delta.id:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from safetensors.torch import load, save
 
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.v1 import decode_pb2
 
 Tensors = dict[str, torch.Tensor]
@@ -19,7 +19,7 @@ DOUBLES = (*FLOATS, 1e-300, 1e300)
 PIECES = (3000, 50_000, 1 << 20, 2 << 20)
 
 
-def upload(chance: random.Random, basis: SpectralBasis) -> tuple[bytes, list[bytes]]:
+def upload(chance: random.Random, basis: CalibratedBasis) -> tuple[bytes, list[bytes]]:
     """The digest that is announced, and the messages of one hostile PutBasis."""
     data = chance.choice(BASES)(chance, basis)
     digest = hashlib.sha256(data).digest()
@@ -36,7 +36,7 @@ def upload(chance: random.Random, basis: SpectralBasis) -> tuple[bytes, list[byt
     return digest, messages
 
 
-def _tensors(chance: random.Random, basis: SpectralBasis) -> bytes:
+def _tensors(chance: random.Random, basis: CalibratedBasis) -> bytes:
     """Tensors of other shapes, dtypes, names or contents, well packed."""
     tensors = load(basis.serialized)
     for _ in range(chance.choice((1, 1, 2))):
@@ -104,7 +104,7 @@ TENSOR_HARMS: tuple[Callable[[random.Random, Tensors, str], None], ...] = (
 )
 
 
-def _header(chance: random.Random, basis: SpectralBasis) -> bytes:
+def _header(chance: random.Random, basis: CalibratedBasis) -> bytes:
     """A file whose header lies: about its own length, or about where tensors lie and how large they are."""
     data = basis.serialized
     (size,) = struct.unpack_from("<Q", data)
@@ -124,22 +124,22 @@ def _header(chance: random.Random, basis: SpectralBasis) -> bytes:
     return struct.pack("<Q", len(changed)) + changed + data[8 + size :]
 
 
-def _bytes(chance: random.Random, basis: SpectralBasis) -> bytes:
+def _bytes(chance: random.Random, basis: CalibratedBasis) -> bytes:
     data = bytearray(basis.serialized)
     for _ in range(chance.choice((1, 3, 30))):
         data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
     return bytes(data[: chance.choice((len(data), len(data) - 1, chance.randrange(len(data)), 7, 0))])
 
 
-def _too_large(chance: random.Random, basis: SpectralBasis) -> bytes:
+def _too_large(chance: random.Random, basis: CalibratedBasis) -> bytes:
     return basis.serialized + bytes(chance.choice((1, 5000, 1 << 20, 4 << 20)))
 
 
-def _sound(chance: random.Random, basis: SpectralBasis) -> bytes:
+def _sound(chance: random.Random, basis: CalibratedBasis) -> bytes:
     return basis.serialized
 
 
-BASES: tuple[Callable[[random.Random, SpectralBasis], bytes], ...] = (
+BASES: tuple[Callable[[random.Random, CalibratedBasis], bytes], ...] = (
     _tensors,
     _tensors,
     _tensors,

@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import zstandard
 
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.kv.codecs.spectral.coefficients import MOST_CLASSES, ZERO
 from spectrumkv.common.kv.codecs.spectral.layout import STEP_CLASSES
 from spectrumkv.common.kv.codecs.spectral.symbols import EXCEPTION, compress
@@ -37,7 +37,7 @@ def harm_body(chance: random.Random, body: SpectralBody) -> str:
     return kind
 
 
-def harm_payload(chance: random.Random, payload: bytes, basis: SpectralBasis, geometry: KvGeometry) -> bytes:
+def harm_payload(chance: random.Random, payload: bytes, basis: CalibratedBasis, geometry: KvGeometry) -> bytes:
     """Harm the body of one segment of a chunk; the segment's header says how long it is then.
 
     Raises:

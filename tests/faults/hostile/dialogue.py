@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from spectrumkv.common.kv.codecs.base import codecs
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.kv.codecs.spectral.layout import TokenClasses
 from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment, encode_segment
 from spectrumkv.common.kv.codecs.spectral.tiers import class_bits, token_tiers
@@ -44,13 +44,13 @@ class Dialogue:
 
     codec: str
     geometry: KvGeometry
-    basis: SpectralBasis
+    basis: CalibratedBasis
     begin: decode_pb2.Begin
     segments: list[bytes]
     end: decode_pb2.End
 
 
-def dialogue(chance: random.Random, loaded: LoadedModel, basis: SpectralBasis) -> Dialogue:
+def dialogue(chance: random.Random, loaded: LoadedModel, basis: CalibratedBasis) -> Dialogue:
     """A valid one, of up to a dozen prompt tokens, at random tiers or steps."""
     tokens = chance.randint(1, 12)
     codec = codecs.get(chance.choice(CODECS))
@@ -103,7 +103,7 @@ def _tier_segments(chance: random.Random, geometry: KvGeometry, codec: TierCodec
 
 
 def spectral_segments(
-    chance: random.Random, geometry: KvGeometry, basis: SpectralBasis, tokens: int
+    chance: random.Random, geometry: KvGeometry, basis: CalibratedBasis, tokens: int
 ) -> Iterator[KvSegment]:
     """Each layer in one or two segments, at random steps."""
     for layer, keys, values in _layers(chance, geometry, tokens):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spectrumkv.common.errors import DataLossError
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, SEGMENT_HEADER
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.common.model.load import LoadedModel
@@ -33,7 +33,7 @@ class HostileStream:
 
 
 def sequence(
-    chance: random.Random, loaded: LoadedModel, basis: SpectralBasis, digests: Sequence[bytes] = ()
+    chance: random.Random, loaded: LoadedModel, basis: CalibratedBasis, digests: Sequence[bytes] = ()
 ) -> HostileStream:
     """One hostile stream.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from spectrumkv.client.request import Sampling, TokenIds
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.model.load import LoadedModel
 from tests.faults.damage.damage import METHOD
 from tests.faults.hostile.basis import upload
@@ -42,7 +42,7 @@ class Target:
     pair: Pair
     decode: grpc.Channel
     prefill: grpc.Channel
-    basis: SpectralBasis
+    basis: CalibratedBasis
     other_bases: deque[bytes] = field(default_factory=lambda: deque(maxlen=BASES_REMEMBERED))
     expected: tuple[int, ...] = ()
 

@@ -13,8 +13,8 @@ from spectrumkv.common.errors import DataLossError, InvalidArgumentError
 from spectrumkv.common.kv import tiers, wire
 from spectrumkv.common.kv.codecs import absmax, body, native
 from spectrumkv.common.kv.codecs.base import codecs
-from spectrumkv.common.kv.codecs.calibrated import basis as spectral_basis
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated import basis as calibrated_basis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.kv.codecs.spectral import codec as spectral_codec
 from spectrumkv.common.kv.codecs.spectral import layout, segment_codec, symbols
 from spectrumkv.common.kv.geometry import KvGeometry
@@ -33,13 +33,13 @@ from tests.faults.report import tell
 GEOMETRY = KvGeometry(layers=2, kv_heads=2, head_dim=8, native_dtype=torch.float32)
 TOKENS = 9
 CODECS = ("absmax", "native", "spectral")
-SPECTRAL = (spectral_basis, segment_codec, spectral_codec, layout, symbols, bases)
+SPECTRAL = (calibrated_basis, segment_codec, spectral_codec, layout, symbols, bases)
 FILES = [one.__file__ for one in (decode_stream, absmax, body, native, tiers, wire, *SPECTRAL)]
 SHORT_RUN, LONG_RUN = 3000, 60_000
 
 
 @cache
-def basis() -> SpectralBasis:
+def basis() -> CalibratedBasis:
     return basis_of(GEOMETRY)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
 from spectrumkv.common.kv.codecs.fixed_rate.gpu.basis import DeviceBasis
@@ -34,7 +34,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def coded(
-    shape: KvGeometry, basis: SpectralBasis, tokens: int, budget: float, size: int, magnitude: float = 1.0
+    shape: KvGeometry, basis: CalibratedBasis, tokens: int, budget: float, size: int, magnitude: float = 1.0
 ) -> list[KvSegment]:
     """Segments of a prompt, made on a CPU, of at most so many tokens."""
     segment_bytes = int(budget * shape.fp16_bytes(tokens))
@@ -50,7 +50,7 @@ def coded(
     return segments
 
 
-def plain(shape: KvGeometry, basis: SpectralBasis, segment: KvSegment, body: ReceivedBody) -> torch.Tensor:
+def plain(shape: KvGeometry, basis: CalibratedBasis, segment: KvSegment, body: ReceivedBody) -> torch.Tensor:
     """Keys and values of a segment: float64 `[2, kv_heads, n, d]`."""
     tokens, sinks, coded = segment.tiers.numel(), body.sinks, body.coded
     states = torch.empty(2, shape.kv_heads, tokens, shape.head_dim, dtype=torch.float64)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.kv.codecs.fixed_rate.gpu.basis import DeviceBasis
 from spectrumkv.common.kv.codecs.fixed_rate.segment_codec import HEADER, padded
 from spectrumkv.common.kv.codecs.fixed_rate.statistics import calibrated_scales
@@ -42,7 +42,7 @@ class Coded(NamedTuple):
     """A layer that was coded, and what it was made of."""
 
     case: Case
-    basis: SpectralBasis
+    basis: CalibratedBasis
     states: tuple[torch.Tensor, torch.Tensor]
     scores: torch.Tensor
     layer: CodedLayer

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from spectrumkv.common.errors import FailedPreconditionError
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.model import cache
 from spectrumkv.common.model.load import LoadedModel, load_model
 from spectrumkv.prefill_server.tuning import basis_cache
@@ -20,16 +20,16 @@ def loaded() -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def basis(loaded: LoadedModel) -> SpectralBasis:
+def basis(loaded: LoadedModel) -> CalibratedBasis:
     return resolve_basis(loaded, lambda done: None)
 
 
 @pytest.fixture
-def calibrations(monkeypatch: pytest.MonkeyPatch, basis: SpectralBasis) -> list[Any]:
+def calibrations(monkeypatch: pytest.MonkeyPatch, basis: CalibratedBasis) -> list[Any]:
     """The models that are calibrated, which takes no time."""
     models: list[Any] = []
 
-    def calibrate(loaded: LoadedModel, *_: object) -> SpectralBasis:
+    def calibrate(loaded: LoadedModel, *_: object) -> CalibratedBasis:
         models.append(loaded)
         return basis
 
@@ -80,7 +80,7 @@ def test_a_disk_that_is_full_once_the_model_is_calibrated_costs_no_second_calibr
 
 
 def test_a_basis_that_is_imported_needs_a_place(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, loaded: LoadedModel, basis: SpectralBasis
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, loaded: LoadedModel, basis: CalibratedBasis
 ) -> None:
     monkeypatch.setenv("SPECTRUMKV_CACHE", str(no_directory(tmp_path)))
     with pytest.raises(FailedPreconditionError, match="cannot write to"):

@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.kv.codecs.spectral.layout import TokenClasses
 from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment, decode_segment, encode_segment
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
@@ -147,7 +147,7 @@ def test_a_damaged_basis_is_calibrated_again(
     found = calibrate(llama, default_excerpts(llama)[:1], lambda done: None)
     calibrated: list[LoadedModel] = []
 
-    def calibrate_again(loaded: LoadedModel, *_: object) -> SpectralBasis:
+    def calibrate_again(loaded: LoadedModel, *_: object) -> CalibratedBasis:
         calibrated.append(loaded)
         return found
 

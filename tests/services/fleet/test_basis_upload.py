@@ -12,9 +12,8 @@ from typing import Any
 import grpc
 import pytest
 
-from spectrumkv.client.client import SpectrumClient
+from spectrumkv.client.client import CompletionStream, SpectrumClient
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
-from spectrumkv.client.stream import CompletionStream
 from spectrumkv.common.model.load import load_model
 from spectrumkv.common.rpc.decode_methods import ArrivedPiece, ask_for_basis
 from spectrumkv.common.rpc.server import UPLOADS

@@ -7,7 +7,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.rpc.decode_stream import Request, serialized_bytes
@@ -27,7 +27,7 @@ GEOMETRY = KvGeometry(layers=2, kv_heads=1, head_dim=6, native_dtype=torch.float
 TOKENS = 16
 
 
-def captures(basis: SpectralBasis, device: torch.device) -> list[LayerCapture]:
+def captures(basis: CalibratedBasis, device: torch.device) -> list[LayerCapture]:
     made = []
     for layer in range(GEOMETRY.layers):
         seen = capture(basis, layer, TOKENS)

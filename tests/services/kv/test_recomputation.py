@@ -12,8 +12,8 @@ from spectrumkv.client.request import KvChoice
 from spectrumkv.common.rpc.decode_protocol import tokens_and_finished
 from spectrumkv.decode_server.model_runner import DecodeRow, ModelRunner
 from spectrumkv.prefill_server.workers import lease
+from tests.services.generation.test_generation import complete, prompt
 from tests.services.pair import Pair, sample
-from tests.services.test_generation import complete, prompt
 
 AGAIN = 3
 

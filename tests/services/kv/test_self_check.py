@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from spectrumkv.client.cli import demo
-from spectrumkv.client.cli.check import self_check
+from spectrumkv.client.cli.commands import demo
+from spectrumkv.client.cli.commands.check import self_check
 from spectrumkv.client.cli.main import main
 from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.common.kv.segment import KvSegment

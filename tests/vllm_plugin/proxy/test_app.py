@@ -26,12 +26,16 @@ class Stub:
     Attributes:
         fails: how many of the next requests it refuses with 500.
         hangs: whether it streams its first token and then nothing.
+        breaks: whether its stream breaks off after its first token.
+        reports: how many of its next streams begin with an error, as those do whose KV did not come.
         asked: bodies of its requests.
         left: set when a client leaves while it hangs.
     """
 
     fails: int = 0
     hangs: bool = False
+    breaks: bool = False
+    reports: int = 0
     asked: list[dict[str, Any]] = field(default_factory=list)
     left: asyncio.Event = field(default_factory=asyncio.Event)
     url: str = ""
@@ -78,9 +82,16 @@ class Stub:
     async def stream(self, http: web.Request, answer: dict[str, Any]) -> web.StreamResponse:
         stream = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await stream.prepare(http)
+        if self.reports:
+            self.reports -= 1
+            await stream.write(b'data: {"error": {"message": "no KV", "code": 500}}\n\n')
+            return stream
         for text in (" two", " three"):
             chunk = answer | {"choices": [{"index": 0, "text": text, "finish_reason": None}]}
             await stream.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+            if self.breaks and http.transport is not None:
+                http.transport.close()
+                return stream
             if self.hangs:
                 try:
                     await asyncio.sleep(PATIENCE)
@@ -144,13 +155,50 @@ def test_a_stream_is_one_stream() -> None:
     async def check(session: Any, url: str) -> None:
         asked = {"model": "m", "prompt": "Count:", "max_tokens": 3, "stream": True}
         async with session.post(f"{url}/v1/completions", json=asked) as answer:
-            lines = [line for line in (await answer.read()).split(b"\n") if line]
-        assert lines[-1] == b"data: [DONE]"
-        chunks = [json.loads(line[6:]) for line in lines[:-1]]
+            assert (await answer.read()).endswith(b"data: [DONE]\n\n")
+        chunks = await streamed(session, url)
         assert [one["choices"][0]["text"] for one in chunks] == [" one", " two", " three"]
         assert {one["id"] for one in chunks} == {"x"}
 
     serve([Stub()], [Stub()], check)
+
+
+async def streamed(session: Any, url: str) -> list[Any]:
+    """Return the events of a streamed answer but `[DONE]`."""
+    asked = {"model": "m", "prompt": "Count:", "max_tokens": 3, "stream": True}
+    async with session.post(f"{url}/v1/completions", json=asked) as answer:
+        lines = (await answer.read()).split(b"\n")
+    return [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
+
+
+def test_a_stream_that_breaks_off_ends_with_an_error_and_repeats_no_token() -> None:
+    decode = Stub(breaks=True)
+
+    async def check(session: Any, url: str) -> None:
+        *chunks, last = await streamed(session, url)
+        assert [one["choices"][0]["text"] for one in chunks] == [" one", " two"]
+        assert last["error"]["code"] == 502
+        async with session.get(f"{url}/metrics") as answer:
+            assert 'spectrumkv_proxy_requests_total{outcome="status_502"} 1.0' in await answer.text()
+
+    serve([Stub()], [decode], check)
+    assert len(decode.asked) == 1
+
+
+@pytest.mark.parametrize("reports", [1, 2])
+def test_a_stream_that_begins_with_an_error_is_asked_for_once_more_without_kv(reports: int) -> None:
+    decode = Stub(reports=reports)
+
+    async def check(session: Any, url: str) -> None:
+        chunks = await streamed(session, url)
+        texts = [one["choices"][0]["text"] for one in chunks if "choices" in one]
+        assert texts == ([" one", " two", " three"] if reports == 1 else [" one"])
+        assert [one["error"] for one in chunks if "error" in one] == [{"message": "no KV", "code": 500}] * (
+            reports - 1
+        )
+
+    serve([Stub()], [decode], check)
+    assert ["kv_transfer_params" in one for one in decode.asked] == [True, False]
 
 
 def test_decode_computes_the_prompt_where_its_kv_did_not_come() -> None:

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from spectrumkv.common.errors import InvalidArgumentError
-from spectrumkv.vllm_plugin.proxy.bodies import ClientRequest, FirstToken, first_chunks, joined, next_chunk
+from spectrumkv.vllm_plugin.proxy.answers import first_chunks, joined, next_chunk
+from spectrumkv.vllm_plugin.proxy.bodies import ClientRequest, PrefillAnswer
 
 TRANSFER = {"do_remote_prefill": True, "transfer_id": "t"}
 
@@ -19,7 +20,7 @@ def chat(**body: Any) -> ClientRequest:
     return ClientRequest({"model": "m", "messages": messages} | body, is_chat=True)
 
 
-def first(text: str = " upon", **choice: Any) -> FirstToken:
+def first(text: str = " upon", **choice: Any) -> PrefillAnswer:
     answer = {
         "id": "p",
         "created": 7,
@@ -29,7 +30,7 @@ def first(text: str = " upon", **choice: Any) -> FirstToken:
         ],
         "kv_transfer_params": TRANSFER,
     }
-    return FirstToken.of(answer, most_tokens=100)
+    return PrefillAnswer.of(answer, most_tokens=100)
 
 
 def test_prefill_computes_one_token_and_hands_its_kv_out() -> None:

@@ -43,6 +43,7 @@ def handed_out(loaded: LoadedModel, policy: str, budget: float, heads: HeadRange
     options, outbox, tally = ConnectorOptions.of({"listen": "127.0.0.1:0"}), Outbox(64 << 20, 60.0), Tally.empty()
     planner = Planner(options, geometry, basis.of_heads(heads))
     coder = Coder(planner, basis.digest, geometry, heads, outbox, 64 << 10, torch.device("cpu"), tally)
+    coder.start()
     server, port = start_server(
         TransferService(loaded.spec, heads, outbox, basis, PATIENCE), options, 0, lambda _: None
     )

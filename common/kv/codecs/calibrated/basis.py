@@ -27,7 +27,7 @@ STD_KEY = "spread"
 
 
 @dataclass(frozen=True, eq=False)
-class SpectralBasis(Basis):
+class CalibratedBasis(Basis):
     """A transform for each layer, side (keys, values) and KV head.
 
     With z a key before its rotary embedding, or a value, the coefficients are `(z − mean) @ analysis`; an error
@@ -204,10 +204,10 @@ class SpectralBasis(Basis):
             std = tensors.pop(STD_KEY)
             return cls(**tensors, std=std)
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise InvalidArgumentError(f"these {len(data)} bytes are no spectral basis: {error}") from error
+            raise InvalidArgumentError(f"these {len(data)} bytes are no calibrated basis: {error}") from error
 
 
-def identity_basis(geometry: KvGeometry) -> SpectralBasis:
+def identity_basis(geometry: KvGeometry) -> CalibratedBasis:
     """Return a basis that changes nothing, for trials before a model's own is known.
 
     Args:
@@ -215,7 +215,7 @@ def identity_basis(geometry: KvGeometry) -> SpectralBasis:
     """
     layers, head_dim = geometry.layers, geometry.head_dim
     lead = (layers, SIDES, geometry.kv_heads)
-    return SpectralBasis(
+    return CalibratedBasis(
         mean=torch.zeros(*lead, head_dim),
         analysis=torch.eye(head_dim).expand(*lead, -1, -1).contiguous(),
         std=torch.ones(*lead, head_dim),

@@ -5,7 +5,7 @@ import numpy as np
 from spectrumkv.common.errors import DataLossError, InternalError
 from spectrumkv.common.kv.codecs.base import Codec, needed_basis
 from spectrumkv.common.kv.codecs.basis import Basis
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
 from spectrumkv.common.kv.geometry import KvGeometry
@@ -17,7 +17,7 @@ class CalibratedCodec(Codec):
     """A codec that sends every token as coefficients in the calibrated basis; see `Codec`."""
 
     tiers = frozenset({Tier.INT4, Tier.INT8, Tier.FP16})
-    basis_type = SpectralBasis
+    basis_type = CalibratedBasis
     basis_free = "absmax"
 
     def calibrated(self, request: EncoderRequest) -> CalibratedRequest:
@@ -34,7 +34,7 @@ class CalibratedCodec(Codec):
             InvalidArgumentError: the basis is not one for this model's cache.
         """
         return CalibratedRequest(
-            self.spectral_basis(request.basis, request.geometry),
+            self.calibrated_basis(request.basis, request.geometry),
             request.geometry,
             request.tokens,
             request.segment_bytes,
@@ -42,7 +42,7 @@ class CalibratedCodec(Codec):
             request.seed,
         )
 
-    def spectral_basis(self, basis: Basis | None, geometry: KvGeometry) -> SpectralBasis:
+    def calibrated_basis(self, basis: Basis | None, geometry: KvGeometry) -> CalibratedBasis:
         """Return a basis that the codec can code in.
 
         Args:
@@ -58,7 +58,7 @@ class CalibratedCodec(Codec):
             InternalError: it is of another type.
         """
         found = needed_basis(self, basis)
-        if not isinstance(found, SpectralBasis):
+        if not isinstance(found, CalibratedBasis):
             raise InternalError(f"codec {self.name!r} was given a {type(found).__name__} as its basis")
         found.check_fits(geometry)
         return found

@@ -8,7 +8,7 @@ import torch
 
 from spectrumkv.common.errors import NotFiniteError
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.scoring import SINK_TOKENS, mean_attention, scorers
 from spectrumkv.common.kv.tiers import Tier
@@ -56,7 +56,7 @@ def attention_shares(capture: LayerCapture, scorer: str, seed: int) -> torch.Ten
     return torch.empty_like(shares).scatter_(0, ranking, shares.sort(descending=True).values)
 
 
-def step_octaves(capture: LayerCapture, basis: SpectralBasis, scorer: str, seed: int, sinks: int) -> np.ndarray:
+def step_octaves(capture: LayerCapture, basis: CalibratedBasis, scorer: str, seed: int, sinks: int) -> np.ndarray:
     """Return the binary logarithm of each token's step, finer by its share of the attention.
 
     Args:
@@ -82,7 +82,7 @@ def step_octaves(capture: LayerCapture, basis: SpectralBasis, scorer: str, seed:
     return octaves
 
 
-def step_classes(capture: LayerCapture, basis: SpectralBasis, scorer: str, seed: int, sinks: int) -> np.ndarray:
+def step_classes(capture: LayerCapture, basis: CalibratedBasis, scorer: str, seed: int, sinks: int) -> np.ndarray:
     """Return the step class of each token: `step_octaves`, rounded.
 
     Args:

@@ -6,7 +6,7 @@ from typing import Self
 
 import numpy as np
 
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,12 +18,12 @@ class CalibratedLayer:
         layer: from 0.
     """
 
-    basis: SpectralBasis
+    basis: CalibratedBasis
     layer: int
 
     @classmethod
     @lru_cache(maxsize=4)
-    def of_layers(cls, basis: SpectralBasis) -> tuple[Self, ...]:
+    def of_layers(cls, basis: CalibratedBasis) -> tuple[Self, ...]:
         """Return all layers of a basis; requests that use one basis share them.
 
         Args:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.kv.codecs.calibrated.importance import affordable_sinks
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES
@@ -28,7 +28,7 @@ class CalibratedRequest:
         InvalidArgumentError: the basis is not one for this model's cache.
     """
 
-    basis: SpectralBasis
+    basis: CalibratedBasis
     geometry: KvGeometry
     tokens: int
     segment_bytes: int

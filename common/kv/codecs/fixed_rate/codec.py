@@ -8,7 +8,7 @@ import torch
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.base import KvEncoder, SegmentDecoder, codecs
 from spectrumkv.common.kv.codecs.basis import Basis
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis, identity_basis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis, identity_basis
 from spectrumkv.common.kv.codecs.calibrated.codec import CalibratedCodec, check_tiers
 from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
@@ -60,7 +60,7 @@ class FixedRateCodec(CalibratedCodec):
         Returns:
             The decoder.
         """
-        return FixedRateDecoder(self.spectral_basis(basis, geometry), geometry)
+        return FixedRateDecoder(self.calibrated_basis(basis, geometry), geometry)
 
     def writes(self, policy: Policy) -> bool:
         """Return whether the codec can write what a policy allocates: the bytes of policy "spectral"."""
@@ -78,7 +78,7 @@ class FixedRateDecoder:
         geometry: shape and dtype of the model's cache.
     """
 
-    def __init__(self, basis: SpectralBasis, geometry: KvGeometry) -> None:
+    def __init__(self, basis: CalibratedBasis, geometry: KvGeometry) -> None:
         self._basis = basis
         self._on_device: DeviceBasis | None = None
         self._geometry = geometry

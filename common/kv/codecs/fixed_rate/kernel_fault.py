@@ -35,8 +35,3 @@ def note_fault(fault: str) -> None:
     if not _found:
         logger.warning("codec fixed_rate runs on the CPU, since its kernels fail on this GPU: %s", fault)
         _found.append(fault)
-
-
-def forget_faults() -> None:
-    """Trust the kernels again, as before a check."""
-    _found.clear()

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis, identity_basis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis, identity_basis
 from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.fixed_rate.codec import FixedRateDecoder
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
@@ -104,12 +104,12 @@ def _decoding_fault(slots: Sequence[tuple[torch.Tensor, torch.Tensor]], layers: 
     return ""
 
 
-def _basis(layers: KvGeometry) -> SpectralBasis:
+def _basis(layers: KvGeometry) -> CalibratedBasis:
     """Return a basis that mirrors states at a vector, so that all of its elements count."""
     plain, dim = identity_basis(layers), layers.head_dim
     vector = torch.arange(1.0, dim + 1) / torch.arange(1.0, dim + 1).norm()
     mirror = torch.eye(dim) - 2 * torch.outer(vector, vector)
-    return SpectralBasis(
+    return CalibratedBasis(
         mean=torch.full_like(plain.mean, 0.25),
         analysis=mirror.expand_as(plain.analysis).contiguous(),
         std=torch.exp2(-4 * torch.arange(dim) / dim).expand_as(plain.std).contiguous(),
@@ -120,7 +120,7 @@ def _basis(layers: KvGeometry) -> SpectralBasis:
 
 
 def _prompt(
-    basis: SpectralBasis, layers: KvGeometry, tokens: int, like: LayerCapture | None = None
+    basis: CalibratedBasis, layers: KvGeometry, tokens: int, like: LayerCapture | None = None
 ) -> list[LayerCapture]:
     """Return layers on the CPU whose coefficients have the standard deviations that the basis says.
 
@@ -152,17 +152,17 @@ def _on(capture: LayerCapture, device: torch.device) -> LayerCapture:
     return replace(capture, queries=queries, keys=keys, values=values)
 
 
-def _encoder(basis: SpectralBasis, layers: KvGeometry, tokens: int) -> FixedRateEncoder:
+def _encoder(basis: CalibratedBasis, layers: KvGeometry, tokens: int) -> FixedRateEncoder:
     request = CalibratedRequest(basis, layers, tokens, int(BUDGET * layers.fp16_bytes(tokens)), "attention", 0)
     return FixedRateEncoder(request)
 
 
-def _coded(basis: SpectralBasis, layers: KvGeometry, prompt: Sequence[LayerCapture]) -> list[KvSegment]:
+def _coded(basis: CalibratedBasis, layers: KvGeometry, prompt: Sequence[LayerCapture]) -> list[KvSegment]:
     encoder = _encoder(basis, layers, prompt[0].tokens)
     return [segment for capture in prompt for segment in encoder.encode(capture)]
 
 
-def _decoded(basis: SpectralBasis, layers: KvGeometry, segments: Sequence[KvSegment], tokens: int) -> torch.Tensor:
+def _decoded(basis: CalibratedBasis, layers: KvGeometry, segments: Sequence[KvSegment], tokens: int) -> torch.Tensor:
     """Return what loops of the CPU make of segments: `[layers, 2, kv_heads, tokens, head_dim]`."""
     shape = (layers.layers, 2, layers.kv_heads, tokens, layers.head_dim)
     states = torch.zeros(shape, dtype=layers.native_dtype)
@@ -179,7 +179,7 @@ def _of_segment(states: tuple[torch.Tensor, torch.Tensor], segment: KvSegment) -
 
 
 def _squared_error(
-    basis: SpectralBasis, layers: KvGeometry, prompt: Sequence[LayerCapture], segments: Sequence[KvSegment]
+    basis: CalibratedBasis, layers: KvGeometry, prompt: Sequence[LayerCapture], segments: Sequence[KvSegment]
 ) -> float:
     exact = torch.stack([torch.stack([one.keys, one.values]) for one in prompt]).float()
     return float((_decoded(basis, layers, segments, prompt[0].tokens).float() - exact).square().mean())

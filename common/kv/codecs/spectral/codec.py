@@ -8,7 +8,7 @@ import torch
 from spectrumkv.common.kv.allocation import TierAllocation
 from spectrumkv.common.kv.codecs.base import KvEncoder, SegmentDecoder, codecs
 from spectrumkv.common.kv.codecs.basis import Basis
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis, identity_basis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis, identity_basis
 from spectrumkv.common.kv.codecs.calibrated.codec import CalibratedCodec, check_tiers
 from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
 from spectrumkv.common.kv.codecs.spectral.coefficients import FEWEST_TOKENS
@@ -57,7 +57,7 @@ class SpectralCodec(CalibratedCodec):
         Returns:
             The decoder.
         """
-        return SpectralDecoder(self.spectral_basis(basis, geometry), geometry)
+        return SpectralDecoder(self.calibrated_basis(basis, geometry), geometry)
 
     def tier_allocation(self, request: EncoderRequest, token_bytes: Mapping[Tier, float]) -> TierAllocation:
         """Give each token the tier that is nearest to the bits it would get here; see `Codec.tier_allocation`.
@@ -83,7 +83,7 @@ class SpectralDecoder:
         geometry: shape and dtype of the model's cache.
     """
 
-    def __init__(self, basis: SpectralBasis, geometry: KvGeometry) -> None:
+    def __init__(self, basis: CalibratedBasis, geometry: KvGeometry) -> None:
         self._geometry = geometry
         self._transforms = LayerTransform.of_layers(basis)
 

@@ -123,8 +123,8 @@ def entropy_table() -> np.ndarray:
     Transactions on Information Theory 44(6)). That fails at coarse steps, so the sum itself is tabulated.
 
     Returns:
-        float64 bits, as `kernels.spectral.rate` reads them: `PER_OCTAVE` an octave, from 2^`LOWEST` to 2^`HIGHEST`
-        steps.
+        float64 `[(HIGHEST − LOWEST) · PER_OCTAVE + 1]`, bits, as `kernels.spectral.rate` reads them: `PER_OCTAVE` an
+        octave, from 2^`LOWEST` to 2^`HIGHEST` steps.
     """
     entropies = []
     for exponent in np.arange(LOWEST * PER_OCTAVE, HIGHEST * PER_OCTAVE + 1) / PER_OCTAVE:

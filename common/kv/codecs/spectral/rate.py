@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.kv.codecs.spectral.layout import expected_bits, finest_step_within, std_classes
 from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment
 from spectrumkv.kernels.step_classes import CLASSES_PER_OCTAVE, HIGHEST_CLASS, LOWEST_CLASS
@@ -77,7 +77,7 @@ class RateControl:
     """
 
     segment_bytes: int
-    basis: SpectralBasis
+    basis: CalibratedBasis
     correction: float = 1.03
     spent_bytes: int = 0
     done: int = 0

@@ -52,7 +52,7 @@ class UncodedSegment:
 
     @cached_property
     def coded_states(self) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Return keys and values of the tokens that have a step, and the position of the first of them."""
+        """Return keys and values, `[kv_heads, n, head_dim]`, of tokens with a step, and the first one's position."""
         sinks = self.tokens.sinks
         return self.keys[:, sinks:], self.values[:, sinks:], self.first + sinks
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.kv.codecs.calibrated.importance import INT4_BITS, INT8_BITS, step_octaves
 from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
@@ -105,7 +105,7 @@ class SpectralTiers:
 
 
 @lru_cache(maxsize=4)
-def _thresholds(basis: SpectralBasis) -> tuple[np.ndarray, np.ndarray]:
+def _thresholds(basis: CalibratedBasis) -> tuple[np.ndarray, np.ndarray]:
     """Return each layer's steps, as binary logarithms, from which on a token is nearest to INT8, and to INT4."""
     int8_from, int4_from = [], []
     for transform in LayerTransform.of_layers(basis):

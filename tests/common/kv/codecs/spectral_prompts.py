@@ -3,7 +3,7 @@
 import torch
 
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.spectral.encoder import SpectralEncoder
 from spectrumkv.common.kv.geometry import KvGeometry
@@ -14,7 +14,7 @@ def geometry(kv_heads: int = 2, head_dim: int = 16, layers: int = 3) -> KvGeomet
     return KvGeometry(layers, kv_heads, head_dim, torch.float32)
 
 
-def basis_of(shape: KvGeometry, seed: int = 0) -> SpectralBasis:
+def basis_of(shape: KvGeometry, seed: int = 0) -> CalibratedBasis:
     """A basis with random directions and standard deviations over four decades, as real ones have."""
     generator = torch.Generator().manual_seed(seed)
     lead = (shape.layers, 2, shape.kv_heads)
@@ -22,7 +22,7 @@ def basis_of(shape: KvGeometry, seed: int = 0) -> SpectralBasis:
     scales = torch.rand(*lead, shape.head_dim, generator=generator).mul(3).exp()
     # Each layer turns keys in its own way.
     slowest = 10.0 ** torch.arange(4, 4 + shape.layers, dtype=torch.float64)
-    return SpectralBasis(
+    return CalibratedBasis(
         mean=torch.randn(*lead, shape.head_dim, generator=generator),
         analysis=directions * scales[..., None, :],
         std=torch.rand(*lead, shape.head_dim, generator=generator).mul(9).sub(5).exp().sort(descending=True).values,
@@ -32,7 +32,7 @@ def basis_of(shape: KvGeometry, seed: int = 0) -> SpectralBasis:
     )
 
 
-def capture(basis: SpectralBasis, layer: int, tokens: int, mismatch: float = 1.0, first: int = 0) -> LayerCapture:
+def capture(basis: CalibratedBasis, layer: int, tokens: int, mismatch: float = 1.0, first: int = 0) -> LayerCapture:
     """A layer whose coefficients have the standard deviations that the basis says, times `mismatch`."""
     generator = torch.Generator().manual_seed(layer)
     _, sides, kv_heads, head_dim = basis.mean.shape
@@ -43,26 +43,26 @@ def capture(basis: SpectralBasis, layer: int, tokens: int, mismatch: float = 1.0
     return LayerCapture(queries, keys, values, head_dim**-0.5, None, None, layer)
 
 
-def encoder_of(basis: SpectralBasis, shape: KvGeometry, tokens: int, budget: float) -> SpectralEncoder:
+def encoder_of(basis: CalibratedBasis, shape: KvGeometry, tokens: int, budget: float) -> SpectralEncoder:
     return SpectralEncoder(
         CalibratedRequest(basis, shape, tokens, int(budget * shape.fp16_bytes(tokens)), "attention", 0)
     )
 
 
 def plain_coefficients(
-    basis: SpectralBasis, layer: int, keys: torch.Tensor, values: torch.Tensor, first: int
+    basis: CalibratedBasis, layer: int, keys: torch.Tensor, values: torch.Tensor, first: int
 ) -> torch.Tensor:
     """Coefficients of tokens at positions `first` and up: float64 `[2, kv_heads, n, d]`."""
     angles, scaling = _rotation(basis, layer, first, keys.shape[1])
     return reference.analyse(keys, values, angles, scaling, basis.mean[layer], basis.analysis[layer])
 
 
-def plain_states(basis: SpectralBasis, layer: int, coefficients: torch.Tensor, first: int) -> torch.Tensor:
+def plain_states(basis: CalibratedBasis, layer: int, coefficients: torch.Tensor, first: int) -> torch.Tensor:
     """Inverse of `plain_coefficients`: keys and values, float64 `[2, kv_heads, n, d]`."""
     angles, scaling = _rotation(basis, layer, first, coefficients.shape[2])
     return reference.synthesise(coefficients, angles, scaling, basis.mean[layer], basis.analysis[layer])
 
 
-def _rotation(basis: SpectralBasis, layer: int, first: int, tokens: int) -> tuple[torch.Tensor, float]:
+def _rotation(basis: CalibratedBasis, layer: int, first: int, tokens: int) -> tuple[torch.Tensor, float]:
     positions = torch.arange(first, first + tokens, dtype=torch.float64)
     return positions[:, None] * basis.rope_frequencies[layer], float(basis.rope_scaling[layer])

@@ -12,6 +12,7 @@ from spectrumkv.common.rpc import server as rpc
 from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.rpc.limits import connections
 from spectrumkv.common.rpc.limits.connections import ConnectionLimit, _counted_under
+from spectrumkv.common.service import machine
 from tests.common.rpc.scripted import HEALTH, WAIT_SECONDS, Served, served
 from tests.faults.connections.silent_streams import silent_connections
 from tests.waiting import until
@@ -35,7 +36,7 @@ def assert_newcomers_are_served(server: Served) -> None:
 
 
 def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rpc, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(machine, "MAX_CONNECTIONS", 8)
     with served(connections_per_address=8) as server:
         assert check(server.channel)
         with silent_connections(server.address, 7) as held:
@@ -52,7 +53,7 @@ def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_address_cannot_take_all_connections(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(rpc, "MAX_CONNECTIONS", 16)
+    monkeypatch.setattr(machine, "MAX_CONNECTIONS", 16)
     closed = iter(range(100))
     with (
         served(count_closed=lambda: next(closed)) as server,

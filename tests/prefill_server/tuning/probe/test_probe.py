@@ -13,7 +13,7 @@ from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentErr
 from spectrumkv.common.kv.allocation import Int4Layers
 from spectrumkv.common.kv.codecs.absmax import AbsmaxCodec
 from spectrumkv.common.kv.codecs.base import codecs
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.kv.tiers import Tier
@@ -52,12 +52,12 @@ def engine(tiny: LoadedModel) -> Iterator[PrefillEngine]:
 
 
 @pytest.fixture(scope="module")
-def basis(tiny: LoadedModel) -> SpectralBasis:
+def basis(tiny: LoadedModel) -> CalibratedBasis:
     with PrefillEngine(tiny, window=8):
         return resolve_basis(tiny, lambda done: None)
 
 
-def kept(loaded: LoadedModel, basis: SpectralBasis, allowed: bool) -> ProbeVerdict:
+def kept(loaded: LoadedModel, basis: CalibratedBasis, allowed: bool) -> ProbeVerdict:
     """Put a verdict into the cache and return it."""
     found = 3 if allowed else 0
     trials = [ProbeTrial(1000, 0.5, i < found, True, "12345") for i in range(3)]
@@ -84,7 +84,7 @@ def short_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("short_sweep")
 def test_a_model_that_finds_nothing_over_exact_kv_gets_no_int4(
-    tiny: LoadedModel, engine: PrefillEngine, basis: SpectralBasis, monkeypatch: pytest.MonkeyPatch
+    tiny: LoadedModel, engine: PrefillEngine, basis: CalibratedBasis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths: list[int] = []
 
@@ -116,14 +116,14 @@ def test_a_model_that_finds_nothing_over_exact_kv_gets_no_int4(
 
 
 def test_a_context_that_holds_no_needle_needs_the_operator(
-    tiny: LoadedModel, engine: PrefillEngine, basis: SpectralBasis
+    tiny: LoadedModel, engine: PrefillEngine, basis: CalibratedBasis
 ) -> None:
     with pytest.raises(FailedPreconditionError, match=r"64 tokens of .* --int4 on or --int4 off"):
         run_probe(replace(tiny, context_length=64), engine, basis, nothing, ABSMAX)
 
 
 def test_a_codec_without_int4_has_nothing_to_probe(
-    tiny: LoadedModel, engine: PrefillEngine, basis: SpectralBasis
+    tiny: LoadedModel, engine: PrefillEngine, basis: CalibratedBasis
 ) -> None:
     with pytest.raises(InvalidArgumentError, match=r"'native' has no INT4 to probe; allowed: .*absmax"):
         run_probe(tiny, engine, basis, nothing, codecs.get("native"))
@@ -131,7 +131,7 @@ def test_a_codec_without_int4_has_nothing_to_probe(
 
 @pytest.mark.parametrize(("mode", "allowed"), [("on", True), ("off", False)])
 def test_a_flag_settles_it_without_a_probe(
-    tiny: LoadedModel, engine: PrefillEngine, basis: SpectralBasis, cache: Path, mode: str, allowed: bool
+    tiny: LoadedModel, engine: PrefillEngine, basis: CalibratedBasis, cache: Path, mode: str, allowed: bool
 ) -> None:
     kept(tiny, basis, not allowed)
     verdict = resolve_verdict(tiny, engine, basis, mode, nothing)
@@ -139,14 +139,14 @@ def test_a_flag_settles_it_without_a_probe(
 
 
 def test_an_unknown_mode_is_refused(
-    tiny: LoadedModel, engine: PrefillEngine, basis: SpectralBasis, cache: Path
+    tiny: LoadedModel, engine: PrefillEngine, basis: CalibratedBasis, cache: Path
 ) -> None:
     with pytest.raises(InvalidArgumentError, match="--int4 is 'maybe'; allowed: one of auto, on, off"):
         resolve_verdict(tiny, engine, basis, "maybe", nothing)
 
 
 def test_a_kept_verdict_spares_the_probe(
-    tiny: LoadedModel, engine: PrefillEngine, basis: SpectralBasis, cache: Path
+    tiny: LoadedModel, engine: PrefillEngine, basis: CalibratedBasis, cache: Path
 ) -> None:
     expected = kept(tiny, basis, allowed=True)
     assert resolve_verdict(tiny, engine, basis, "auto", nothing) == replace(expected, source="cache")
@@ -154,7 +154,7 @@ def test_a_kept_verdict_spares_the_probe(
 
 @pytest.mark.usefixtures("short_sweep")
 def test_the_first_start_probes_and_the_second_remembers_until_somebody_probes_anew(
-    tiny: LoadedModel, engine: PrefillEngine, basis: SpectralBasis, cache: Path
+    tiny: LoadedModel, engine: PrefillEngine, basis: CalibratedBasis, cache: Path
 ) -> None:
     short = replace(tiny, context_length=300)
     first = resolve_verdict(short, engine, basis, "auto", str)
@@ -166,7 +166,7 @@ def test_the_first_start_probes_and_the_second_remembers_until_somebody_probes_a
     assert resolve_verdict(short, engine, basis, "auto", nothing) == replace(first, source="cache")
 
 
-def test_another_basis_is_another_question(tiny: LoadedModel, basis: SpectralBasis, cache: Path) -> None:
+def test_another_basis_is_another_question(tiny: LoadedModel, basis: CalibratedBasis, cache: Path) -> None:
     kept(tiny, basis, allowed=True)
     other = replace(basis, mean=basis.mean + 1)
     assert read_verdict(verdict_key(tiny, other)) is None
@@ -232,7 +232,7 @@ class BrokenInt4(AbsmaxCodec):
 @pytest.mark.usefixtures("short_sweep")
 @pytest.mark.parametrize("holds", [True, False], ids=["holds", "does not hold"])
 def test_a_layer_whose_int4_is_broken_does_without_if_that_holds(
-    tiny: LoadedModel, engine: PrefillEngine, basis: SpectralBasis, monkeypatch: pytest.MonkeyPatch, holds: bool
+    tiny: LoadedModel, engine: PrefillEngine, basis: CalibratedBasis, monkeypatch: pytest.MonkeyPatch, holds: bool
 ) -> None:
     """Layers are ranked by real damage; the answers are made up, since a model of random weights has none."""
     tried: list[KvPlan] = []

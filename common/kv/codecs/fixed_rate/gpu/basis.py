@@ -5,7 +5,7 @@ from functools import cached_property, lru_cache, partial
 
 import torch
 
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis, angles
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis, angles
 from spectrumkv.common.kv.codecs.calibrated.importance import SENSITIVITY_POWER
 from spectrumkv.common.kv.codecs.fixed_rate.rate import later_groups
 from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
@@ -23,7 +23,7 @@ class DeviceBasis:
         kinds: the number of each layer's way to turn keys; layers that turn them alike share one.
     """
 
-    def __init__(self, basis: SpectralBasis, device: torch.device) -> None:
+    def __init__(self, basis: CalibratedBasis, device: torch.device) -> None:
         self._basis = basis
         self._device = device
         of_layers = [tuple(one) for one in basis.rope_frequencies.tolist()]
@@ -80,6 +80,6 @@ class DeviceBasis:
 
 
 @lru_cache(maxsize=4)
-def device_basis(basis: SpectralBasis, device: torch.device) -> DeviceBasis:
+def device_basis(basis: CalibratedBasis, device: torch.device) -> DeviceBasis:
     """Return a basis on a device; requests that use it share it."""
     return DeviceBasis(basis, device)

@@ -24,7 +24,7 @@ def write_segments(
         on_device: basis that they were made with, on the GPU of the slots; it stays until they are written.
         segments: at least one.
         bodies: their bodies, checked.
-        slots: keys and values of each, views of one cache on a GPU; written.
+        slots: keys and values of each, `[kv_heads, n, head_dim]`, views of one cache on a GPU; written.
     """
     received = [_received(one, body, on_device.kinds) for one, body in zip(segments, bodies, strict=True)]
     positions = max(one.first_token + one.tiers.numel() for one in segments)

@@ -8,7 +8,7 @@ from safetensors.torch import load, save
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.kv.codecs.base import basis_types, codecs, parse_basis
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis, angles
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis, angles
 from tests.common.kv.codecs.spectral_prompts import basis_of, geometry
 
 
@@ -22,7 +22,7 @@ def test_a_basis_is_read_without_knowing_its_type() -> None:
     assert read.digest == basis.digest
     read.prepare_decoding()
     assert read.memory_bytes <= 2 * len(basis.serialized)
-    with pytest.raises(InvalidArgumentError, match="no spectral basis"):
+    with pytest.raises(InvalidArgumentError, match="no calibrated basis"):
         parse_basis(b"nonsense", shape)
     with pytest.raises(InvalidArgumentError, match="the model has"):
         parse_basis(basis.serialized, geometry(head_dim=32))
@@ -43,7 +43,7 @@ def test_a_basis_is_read_without_knowing_its_type() -> None:
 )
 def test_a_basis_has_a_rotation_for_each_layer(name: str, rotation: torch.Tensor) -> None:
     with pytest.raises(InvalidArgumentError, match=rf"basis's {name} is .*it must be torch.float64 \[3"):
-        SpectralBasis.from_bytes(save(load(basis_of(geometry()).serialized) | {name: rotation}))
+        CalibratedBasis.from_bytes(save(load(basis_of(geometry()).serialized) | {name: rotation}))
 
 
 @given(first=st.integers(0, 700), tokens=st.integers(1, 700))
@@ -57,7 +57,7 @@ def test_angles_are_those_of_the_positions(first: int, tokens: int) -> None:
 
 def test_a_basis_travels() -> None:
     basis = basis_of(geometry())
-    back = SpectralBasis.from_bytes(basis.serialized)
+    back = CalibratedBasis.from_bytes(basis.serialized)
     assert back.digest == basis.digest
     assert torch.equal(back.analysis, basis.analysis)
     assert torch.equal(back.rope_frequencies, basis.rope_frequencies)
@@ -65,7 +65,7 @@ def test_a_basis_travels() -> None:
     torch.testing.assert_close(
         basis.analysis @ basis.synthesis, torch.eye(16).expand_as(basis.analysis), atol=1e-4, rtol=0
     )
-    with pytest.raises(InvalidArgumentError, match="no spectral basis"):
-        SpectralBasis.from_bytes(b"nonsense")
+    with pytest.raises(InvalidArgumentError, match="no calibrated basis"):
+        CalibratedBasis.from_bytes(b"nonsense")
     with pytest.raises(InvalidArgumentError, match=r"\(3, 2, 16\); the model has \(3, 2, 32\)"):
         basis.check_fits(geometry(head_dim=32))

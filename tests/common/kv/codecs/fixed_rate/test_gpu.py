@@ -8,7 +8,7 @@ import torch
 
 from spectrumkv.common.errors import InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.fixed_rate import coded_layer
 from spectrumkv.common.kv.codecs.fixed_rate.codec import FixedRateDecoder
@@ -29,7 +29,7 @@ LAUNCHES, WAITS = 6, 1
 ATTEMPT_LAUNCHES = 3
 
 
-def encoder_of(basis: SpectralBasis, shape: KvGeometry, tokens: int, scorer: str = "attention") -> FixedRateEncoder:
+def encoder_of(basis: CalibratedBasis, shape: KvGeometry, tokens: int, scorer: str = "attention") -> FixedRateEncoder:
     return FixedRateEncoder(CalibratedRequest(basis, shape, tokens, int(0.5 * shape.fp16_bytes(tokens)), scorer, 0))
 
 
@@ -37,14 +37,14 @@ def on_gpu(seen: LayerCapture) -> LayerCapture:
     return replace(seen, queries=seen.queries.to(GPU), keys=seen.keys.to(GPU), values=seen.values.to(GPU))
 
 
-def captures(basis: SpectralBasis, tokens: int, dtype: torch.dtype, layers: int = LAYERS) -> Iterator[LayerCapture]:
+def captures(basis: CalibratedBasis, tokens: int, dtype: torch.dtype, layers: int = LAYERS) -> Iterator[LayerCapture]:
     for layer in range(layers):
         seen = capture(basis, layer, tokens)
         yield replace(seen, queries=seen.queries.to(dtype), keys=seen.keys.to(dtype), values=seen.values.to(dtype))
 
 
 def coded(
-    basis: SpectralBasis, shape: KvGeometry, tokens: int, layers: int = 1, scorer: str = "attention"
+    basis: CalibratedBasis, shape: KvGeometry, tokens: int, layers: int = 1, scorer: str = "attention"
 ) -> tuple[list[list[KvSegment]], list[GpuWork]]:
     """The segments of the first layers, and what each asked of a GPU that knows the basis."""
     encoder, segments, asked = encoder_of(basis, shape, tokens, scorer), [], []

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from spectrumkv.common.errors import DataLossError, InvalidArgumentError, NotFiniteError
 from spectrumkv.common.kv.codecs import codecs
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.fixed_rate.codec import FixedRateDecoder
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
@@ -23,13 +23,15 @@ from spectrumkv.common.kv.tiers import Tier
 from tests.common.kv.codecs.spectral_prompts import basis_of, capture, geometry, plain_coefficients
 
 
-def encoder_of(basis: SpectralBasis, shape: KvGeometry, tokens: int, budget: float) -> FixedRateEncoder:
+def encoder_of(basis: CalibratedBasis, shape: KvGeometry, tokens: int, budget: float) -> FixedRateEncoder:
     return FixedRateEncoder(
         CalibratedRequest(basis, shape, tokens, int(budget * shape.fp16_bytes(tokens)), "attention", 0)
     )
 
 
-def sent(basis: SpectralBasis, shape: KvGeometry, tokens: int, budget: float, tails: float = 0.0) -> list[KvSegment]:
+def sent(
+    basis: CalibratedBasis, shape: KvGeometry, tokens: int, budget: float, tails: float = 0.0
+) -> list[KvSegment]:
     """All segments of a prompt, each decoded and compared with what was sent."""
     encoder, decoder = encoder_of(basis, shape, tokens, budget), FixedRateDecoder(basis, shape)
     segments = []

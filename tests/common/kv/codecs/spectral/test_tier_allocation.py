@@ -5,7 +5,7 @@ import torch
 
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.kv.codecs.base import codecs
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.segmentation import token_bytes
 from spectrumkv.common.kv.codecs.spectral.tier_allocation import SpectralTiers
@@ -17,7 +17,7 @@ from tests.common.kv.codecs.spectral_prompts import basis_of, capture, geometry
 ABSMAX = tier_codecs()["absmax"]
 
 
-def encoder_of(basis: SpectralBasis, shape: KvGeometry, tokens: int, segment_bytes: int) -> TieredEncoder:
+def encoder_of(basis: CalibratedBasis, shape: KvGeometry, tokens: int, segment_bytes: int) -> TieredEncoder:
     taken = {tier: token_bytes(ABSMAX, tier, shape) for tier in ABSMAX.tiers}
     return TieredEncoder(
         ABSMAX, shape, SpectralTiers(CalibratedRequest(basis, shape, tokens, segment_bytes, "attention", 0), taken)

@@ -1,7 +1,7 @@
 """The fixed-rate decoder alone, given bodies made to do harm, thousands a minute.
 
-`python -m tests.faults.hostile.fixed_rate_under_attack 2000 7` makes 2,000 attempts, seed 7, with NUMBA_BOUNDSCHECK=1
-and a cache directory of its own, as for `decoder_under_attack`.
+`python -m tests.faults.hostile.decoders.attack_fixed_rate 2000 7` makes 2,000 attempts, seed 7. It wants
+NUMBA_BOUNDSCHECK=1 and a cache directory of its own, as `attack_spectral` does.
 """
 
 import random
@@ -18,7 +18,7 @@ from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
 from spectrumkv.common.kv.codecs.fixed_rate.segment_codec import HEADER
 from spectrumkv.common.kv.segment import KvSegment
 from tests.common.kv.codecs.spectral_prompts import capture
-from tests.faults.hostile.decoder_under_attack import GEOMETRY, MARGIN, UNTOUCHED, basis, bounds_are_checked
+from tests.faults.hostile.decoders.attack_spectral import GEOMETRY, MARGIN, UNTOUCHED, basis, bounds_are_checked
 
 LENGTHS = (1, 2, 5, 17, 40, 90)
 BUDGETS = (0.1, 0.3, 0.8)

@@ -5,9 +5,9 @@ import torch
 
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.generation.sampling import Sampler
+from tests.services.generation.test_generation import complete, prompt
 from tests.services.pair import Pair
 from tests.services.reference import reference_model
-from tests.services.test_generation import complete, prompt
 
 TOKENS = 10
 CHOICES = {

@@ -18,7 +18,7 @@ from tests.faults.fleet import STOP_SECONDS, Fleet, restart_in_order
 from tests.faults.incubator import Incubator
 from tests.faults.names import NameServer
 from tests.faults.report import tell
-from tests.faults.test_rolling_restart import CLIENTS, Load
+from tests.faults.workers.load import CLIENTS, Load
 from tests.tiny_models import tiny_model
 
 # "Pods" have addresses of their own and one port.

@@ -18,7 +18,7 @@ from spectrumkv.common.errors import DataLossError
 from spectrumkv.common.kv.codecs.spectral.codec import SpectralDecoder
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from tests.faults.hostile.bodies import BODY_HARMS, BOMB_BYTES, bombs, lying_frames
-from tests.faults.hostile.decoder_under_attack import GEOMETRY, attack, basis
+from tests.faults.hostile.decoders.attack_spectral import GEOMETRY, attack, basis
 from tests.faults.hostile.dialogue import spectral_segments
 from tests.faults.hostile.spectral_body import taken_apart, with_body
 from tests.faults.report import tell
@@ -50,7 +50,13 @@ def test_many_harmed_bodies(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_compiled_loops_stay_within_their_arrays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
-    command = [sys.executable, "-m", "tests.faults.hostile.decoder_under_attack", str(BOUNDS_CHECKED_RUN), str(seed)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.faults.hostile.decoders.attack_spectral",
+        str(BOUNDS_CHECKED_RUN),
+        str(seed),
+    ]
     environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.hostile.fixed_rate_under_attack import HARMS, attack
+from tests.faults.hostile.decoders.attack_fixed_rate import HARMS, attack
 from tests.faults.report import tell
 
 SHORT_RUN, BOUNDS_CHECKED_RUN = 1500, 20_000
@@ -27,7 +27,7 @@ def test_harmed_bodies_are_decoded_or_refused() -> None:
 @pytest.mark.slow
 def test_compiled_loops_stay_within_their_arrays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
-    module = "tests.faults.hostile.fixed_rate_under_attack"
+    module = "tests.faults.hostile.decoders.attack_fixed_rate"
     command = [sys.executable, "-m", module, str(BOUNDS_CHECKED_RUN), str(seed)]
     environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)

@@ -1,12 +1,21 @@
+"""The small random models of the tests: other tests could not see a fault in a model that hardly reacts."""
+
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from spectrumkv.common.model.load import LoadedModel
-from tests.tiny_models import build_tiny_model, tiny_model
+from spectrumkv.common.model.load import LoadedModel, load_model
+from tests.tiny_models import ARCHITECTURES, build_tiny_model, tiny_model
 
 PROMPT = "The quick brown fox jumps over 13 lazy dogs, and nobody knows why. " * 5
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def loaded(request: pytest.FixtureRequest) -> LoadedModel:
+    """The small model of each architecture."""
+    return load_model(str(tiny_model(request.param)), "cpu")
 
 
 def test_greedy_output_is_varied_and_decided_by_clear_margins(loaded: LoadedModel) -> None:

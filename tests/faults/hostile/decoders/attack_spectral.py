@@ -1,8 +1,8 @@
 """The spectral decoder alone, given bodies made to do harm, thousands a minute.
 
-`python -m tests.faults.hostile.decoder_under_attack 2000 7` makes 2,000 attempts, seed 7. With NUMBA_BOUNDSCHECK=1
-compiled loops raise IndexError where they would read or write beyond an array; numba's cache does not tell the two
-apart, so that needs a cache directory of its own.
+`python -m tests.faults.hostile.decoders.attack_spectral 2000 7` makes 2,000 attempts, seed 7. With
+NUMBA_BOUNDSCHECK=1 compiled loops raise IndexError where they would read or write beyond an array; numba's cache does
+not tell the two apart, so that needs a cache directory of its own.
 """
 
 import random
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from spectrumkv.common.errors import DataLossError
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.kv.codecs.spectral.codec import SpectralDecoder
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
@@ -35,7 +35,7 @@ HARMS_AT_MOST = 3
 
 
 @cache
-def basis() -> SpectralBasis:
+def basis() -> CalibratedBasis:
     return basis_of(GEOMETRY)
 
 

@@ -11,10 +11,9 @@ from rich.console import Console
 from spectrumkv.client.cli import flags
 from spectrumkv.client.cli.output import STDOUT, check_writable, write_json
 from spectrumkv.client.cli.tables import usage_table
-from spectrumkv.client.client import DEFAULT_TIMEOUT_SECONDS
+from spectrumkv.client.client import DEFAULT_TIMEOUT_SECONDS, CompletionStream
 from spectrumkv.client.completion import Completion
 from spectrumkv.client.request import Message, Prompt, Request, TokenIds
-from spectrumkv.client.stream import CompletionStream
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.telemetry.tracing import TraceContext
 

@@ -6,7 +6,7 @@ from importlib.resources import files
 
 from rich.console import Console
 
-from spectrumkv.client.cli.generate import echo_text
+from spectrumkv.client.cli.commands.generate import echo_text
 from spectrumkv.client.cli.tables import comparison_table
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.completion import Completion
@@ -104,7 +104,7 @@ def document(characters: int | None = None) -> str:
     Args:
         characters: length of the stretch; None, or a length beyond the document's, for all of it.
     """
-    text = (files("spectrumkv.client.cli") / "demo_document.txt").read_text(encoding="utf-8")
+    text = (files("spectrumkv.client.cli.commands") / "demo_document.txt").read_text(encoding="utf-8")
     if characters is None:
         return text
     end_of_answer = text.index("\n", text.index(ANSWER))

@@ -10,9 +10,9 @@ import pytest
 from spectrumkv.client.request import KvChoice, Message, Sampling
 from spectrumkv.client.structured_output import StructuredOutput
 from spectrumkv.common.errors import InvalidArgumentError
+from tests.services.generation.schemas import random_schema, violations
+from tests.services.generation.test_generation import complete, prompt
 from tests.services.pair import Pair, running_pair
-from tests.services.schemas import random_schema, violations
-from tests.services.test_generation import complete, prompt
 
 PERSON = json.dumps(
     {

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spectrumkv.client.cli.main import main
-from spectrumkv.common.kv.codecs.calibrated.basis import SpectralBasis
+from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.model.load import load_model
 from spectrumkv.prefill_server.tuning.basis_cache import resolve_basis
 from tests.tiny_models import tiny_model
@@ -19,24 +19,24 @@ def model() -> str:
 
 
 @pytest.fixture(scope="module")
-def found(model: str) -> SpectralBasis:
+def found(model: str) -> CalibratedBasis:
     return resolve_basis(load_model(model, "cpu", "auto"), lambda done: None)
 
 
 @pytest.fixture
-def another_machine(found: SpectralBasis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def another_machine(found: CalibratedBasis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache directory, after `found` was found in the usual one."""
     monkeypatch.setenv("SPECTRUMKV_CACHE", str(tmp_path / "cache"))
     return tmp_path
 
 
-def kept(model: str) -> SpectralBasis:
+def kept(model: str) -> CalibratedBasis:
     return resolve_basis(load_model(model, "cpu", "auto"), lambda _: pytest.fail("the model is calibrated"))
 
 
 def test_what_is_exported_here_is_used_where_it_is_imported(
     model: str,
-    found: SpectralBasis,
+    found: CalibratedBasis,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -51,7 +51,7 @@ def test_what_is_exported_here_is_used_where_it_is_imported(
 
 
 def test_an_imported_basis_takes_the_place_of_the_one_found_here(
-    model: str, found: SpectralBasis, another_machine: Path
+    model: str, found: CalibratedBasis, another_machine: Path
 ) -> None:
     theirs = replace(found, mean=found.mean + 1e-6)
     for basis in (found, theirs):
@@ -62,12 +62,12 @@ def test_an_imported_basis_takes_the_place_of_the_one_found_here(
 
 @pytest.mark.parametrize("harm", ["no basis", "other model", "other rotation", "no inverse", "no file"])
 def test_what_is_no_basis_of_the_model_is_refused(
-    harm: str, model: str, found: SpectralBasis, another_machine: Path, capsys: pytest.CaptureFixture[str]
+    harm: str, model: str, found: CalibratedBasis, another_machine: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     singular = found.analysis.clone()
     singular[-1, -1, -1, :, 0] = 0
     contents = {
-        "no basis": (b"nonsense", "no spectral basis"),
+        "no basis": (b"nonsense", "no calibrated basis"),
         "other model": (replace(found, **first_layers(found, 1)).serialized, "the model has"),
         "other rotation": (
             replace(found, rope_frequencies=found.rope_frequencies * 1.01).serialized,
@@ -87,7 +87,7 @@ def test_what_is_no_basis_of_the_model_is_refused(
     assert not list((another_machine / "cache").glob("bases/*/basis.safetensors"))
 
 
-def first_layers(basis: SpectralBasis, layers: int) -> dict[str, torch.Tensor]:
+def first_layers(basis: CalibratedBasis, layers: int) -> dict[str, torch.Tensor]:
     names = ("mean", "analysis", "std", "attention_exponent", "rope_frequencies", "rope_scaling")
     return {name: getattr(basis, name)[:layers] for name in names}
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from spectrumkv.client.cli.commands.up import _announce
 from spectrumkv.client.cli.main import build_parser
-from spectrumkv.client.cli.up import _announce
 from spectrumkv.common.security import ChannelSecurity, TlsFiles
 from spectrumkv.common.service.config import Address
 

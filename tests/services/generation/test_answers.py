@@ -5,8 +5,8 @@ import pytest
 from spectrumkv.client.completion import Completion
 from spectrumkv.client.request import KvChoice, Sampling
 from spectrumkv.common.errors import FailedPreconditionError, ResourceExhaustedError
+from tests.services.generation.test_generation import complete, prompt
 from tests.services.pair import Pair, total, wait_until_nothing_is_held
-from tests.services.test_generation import complete, prompt
 
 ANSWERS = 8
 DRAWN = {"max_tokens": 12, "ignore_eos": True, "temperature": 1.0, "top_p": 0.95}

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from spectrumkv.client.cli import flags
-from spectrumkv.client.cli.demo import prefill_info, question_for
+from spectrumkv.client.cli.commands.demo import prefill_info, question_for
 from spectrumkv.client.cli.output import STDOUT, check_writable, write_json
 from spectrumkv.client.cli.tables import facts_table
 from spectrumkv.client.client import SpectrumClient

@@ -16,7 +16,7 @@ from tests.test_requirements import locked
 
 CPU_BYTES = 1_650_000_000
 # Triton, gcc with libc's headers, and PyTorch's own headers: beside its PyTorch the GPU image has nothing else.
-GPU_BESIDES_BYTES = 1_100_000_000
+GPU_BESIDES_BYTES = 1_200_000_000
 # A change of source replaces the layer with the package, and no other.
 PACKAGE_LAYER_BYTES = 8_000_000
 # What pip itself is, and what the images get beside the locked files.

@@ -5,6 +5,7 @@ Importing the client loads neither torch nor transformers.
 
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.completion import Answer, Completion, PromptToken, TokenEvent, Usage
+from spectrumkv.client.kv_map import KvMap
 from spectrumkv.client.request import KvChoice, Message, Request, Sampling, TokenIds
 from spectrumkv.client.stream import CompletionStream
 from spectrumkv.client.structured_output import StructuredOutput
@@ -16,6 +17,7 @@ __all__ = [
     "Completion",
     "CompletionStream",
     "KvChoice",
+    "KvMap",
     "Message",
     "PromptToken",
     "Request",

@@ -28,7 +28,7 @@ class Level:
     colour: str
 
 
-# A tier of codec absmax takes its own width and a scale: 4.25 bits at INT4 and 8.25 at INT8 where heads have 64 elements.
+# A tier of codec absmax takes its width and a scale: where heads have 64 elements, 4.25 bits at INT4, 8.25 at INT8.
 LEVELS = (
     Level(0.0, "·", "not sent", "#8a8a8a"),
     Level(1e-6, "1", "under 2 bits", "#3b0f70"),

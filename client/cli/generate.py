@@ -23,8 +23,6 @@ from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.telemetry.tracing import TraceContext
 
 STDIN = "-"
-# What `--map` is where it names no file.
-ON_TERMINAL = "terminal"
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -53,7 +51,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--map",
         nargs="?",
-        const=ON_TERMINAL,
+        const=True,
         type=_parse_picture,
         metavar="FILE.png",
         help="show at what precision each token's KV was sent; with FILE.png, draw it for each layer",
@@ -171,7 +169,7 @@ def _parse_picture(text: str) -> Path:
     return Path(text)
 
 
-def _map_detail(asked: Path | str | None) -> str | None:
+def _map_detail(asked: Path | bool | None) -> str | None:
     if asked is None:
         return None
     return LAYERS if isinstance(asked, Path) else TOKENS

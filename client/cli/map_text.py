@@ -86,11 +86,11 @@ def _marked(line: list[Piece]) -> Text:
 def _legend(kv_map: KvMap, has_colours: bool) -> Text:
     """Return the levels that there are, each with its mark and how many tokens have it."""
     counted = Counter(level_of(bits) for bits in kv_map.bits)
-    legend = Text("\nbits per element of keys and values, as a mean over the layers\n")
+    legend = Text("\ntokens by bits per element of their keys and values, as a mean over the layers\n")
     for level in LEVELS:
         if level in counted:
             legend.append(f" {level.mark} ", _style(level) if has_colours else "")
-            legend.append(f" {level.name}: {counted[level]:,} tokens\n")
+            legend.append(f" {level.name}: {counted[level]:,}\n")
     mean = sum(kv_map.bits) / len(kv_map.bits)
     legend.append(f"mean: {mean:.2f} bits")
     return legend

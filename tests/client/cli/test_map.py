@@ -51,8 +51,8 @@ def test_levels_begin_where_they_say() -> None:
 
 def test_without_colours_marks_stand_below_the_text() -> None:
     lines = printed().splitlines()
-    assert lines[:4] == ["Why is the↵", "FFF444·····", "sky [2J $blue$ 🙂?", "88822223333333333"]
-    assert " 4  4 to 6 bits: 1 tokens" in lines
+    assert lines[:4] == ["Why is the↵", "FFF444·····", "sky [2J $blue$ 🙂?", "888222233333333333"]
+    assert " 4  4 to 6 bits: 1" in lines
     assert not any("6 to 8 bits" in line for line in lines)
     assert lines[-1] == f"mean: {sum(BITS) / 6:.2f} bits"
 

@@ -28,16 +28,20 @@ class Level:
     colour: str
 
 
-# A tier of codec absmax takes its width and a scale: where heads have 64 elements, 4.25 bits at INT4, 8.25 at INT8.
+# The colours are matplotlib's "plasma". A tier of codec absmax takes its width and a scale: where heads have 64
+# elements, 4.25 bits at INT4 and 8.25 at INT8.
 LEVELS = (
     Level(0.0, "·", "not sent", "#8a8a8a"),
-    Level(1e-6, "1", "under 2 bits", "#3b0f70"),
-    Level(2.0, "2", "2 to 3 bits", "#641a80"),
-    Level(3.0, "3", "3 to 4 bits", "#932b80"),
-    Level(4.0, "4", "4 to 6 bits", "#ca3e72"),
-    Level(6.0, "6", "6 to 8 bits", "#f1605d"),
-    Level(8.0, "8", "8 to 12 bits", "#fd9567"),
-    Level(12.0, "F", "12 bits and more", "#fcdf9a"),
+    Level(1e-6, "0", "under 1 bit", "#0d0887"),
+    Level(1.0, "1", "1 to 2 bits", "#46039f"),
+    Level(2.0, "2", "2 to 3 bits", "#7201a8"),
+    Level(3.0, "3", "3 to 4 bits", "#9c179e"),
+    Level(4.0, "4", "4 to 5 bits", "#bd3786"),
+    Level(5.0, "5", "5 to 6 bits", "#d8576b"),
+    Level(6.0, "6", "6 to 7 bits", "#ed7953"),
+    Level(7.0, "7", "7 to 8 bits", "#fb9f3a"),
+    Level(8.0, "8", "8 to 12 bits", "#fdca26"),
+    Level(12.0, "F", "12 bits and more", "#f0f921"),
 )
 _LEAST = [level.least for level in LEVELS]
 

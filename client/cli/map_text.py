@@ -17,7 +17,7 @@ Piece = tuple[str, Level]
 # Shown where a token ends a line of the prompt.
 LINE_END = "↵"
 # Lightness of a colour, from 0 to 255, from which on black text is easier to read on it than white.
-LIGHT = 130
+LIGHT = 120
 
 
 def print_map(console: Console, tokens: Iterable[PromptToken], kv_map: KvMap) -> None:

@@ -3,11 +3,14 @@
 /** From so many bits per element on a token has the level of this place; client/kv_map.py has the same. */
 export const LEVELS = [
   { least: 0, name: "not sent" },
-  { least: 1e-6, name: "under 2 bits" },
+  { least: 1e-6, name: "under 1 bit" },
+  { least: 1, name: "1 to 2 bits" },
   { least: 2, name: "2 to 3 bits" },
   { least: 3, name: "3 to 4 bits" },
-  { least: 4, name: "4 to 6 bits" },
-  { least: 6, name: "6 to 8 bits" },
+  { least: 4, name: "4 to 5 bits" },
+  { least: 5, name: "5 to 6 bits" },
+  { least: 6, name: "6 to 7 bits" },
+  { least: 7, name: "7 to 8 bits" },
   { least: 8, name: "8 to 12 bits" },
   { least: 12, name: "12 bits and more" },
 ];

@@ -66,7 +66,7 @@ def test_levels_are_those_of_the_client_and_can_be_read() -> None:
     listed = re.findall(r'\{ least: ([\de.-]+), name: "([^"]+)" \}', (FOLDER / "map.js").read_text())
     assert [(float(least), name) for least, name in listed] == [(one.least, one.name) for one in LEVELS]
     styles = (FOLDER / "page.css").read_text()
-    coloured = re.findall(r"\.level-(\d) \{ background: (#\w{6}); color: (#\w{6}); \}", styles)
+    coloured = re.findall(r"\.level-(\d+) \{ background: (#\w{6}); color: (#\w{6}); \}", styles)
     assert [(int(place), ground) for place, ground, _ in coloured] == [
         (place, level.colour) for place, level in enumerate(LEVELS)
     ]

@@ -45,14 +45,14 @@ def printed(width: int = 40, **console: Any) -> str:
 
 
 def test_levels_begin_where_they_say() -> None:
-    assert [level_of(bits).mark for bits in (0.0, 0.1, 2.0, 3.99, 4.25, 6, 8.25, 12, 16, 32)] == list("·123468FFF")
+    assert [level_of(bits).mark for bits in (0.0, 0.1, 2.0, 3.99, 4.25, 6, 8.25, 12, 16, 32)] == list("·023468FFF")
     assert [level.least for level in LEVELS] == sorted(level.least for level in LEVELS)
 
 
 def test_without_colours_marks_stand_below_the_text() -> None:
     lines = printed().splitlines()
     assert lines[:4] == ["Why is the↵", "FFF444·····", "sky [2J $blue$ 🙂?", "888222233333333333"]
-    assert " 4  4 to 6 bits: 1" in lines
+    assert " 4  4 to 5 bits: 1" in lines
     assert not any("6 to 8 bits" in line for line in lines)
     assert lines[-1] == f"mean: {sum(BITS) / 6:.2f} bits"
 

@@ -28,8 +28,8 @@ class Level:
     colour: str
 
 
-# The colours are matplotlib's "plasma". A tier of codec absmax takes its width and a scale: where heads have 64
-# elements, 4.25 bits at INT4 and 8.25 at INT8.
+# The colours are matplotlib's "plasma", but for the lightest two, which would glare where a whole prompt has them.
+# A tier of codec absmax takes its width and a scale: where heads have 64 elements, 4.25 bits at INT4, 8.25 at INT8.
 LEVELS = (
     Level(0.0, "·", "not sent", "#8a8a8a"),
     Level(1e-6, "0", "under 1 bit", "#0d0887"),
@@ -40,8 +40,8 @@ LEVELS = (
     Level(5.0, "5", "5 to 6 bits", "#d8576b"),
     Level(6.0, "6", "6 to 7 bits", "#ed7953"),
     Level(7.0, "7", "7 to 8 bits", "#fb9f3a"),
-    Level(8.0, "8", "8 to 12 bits", "#fdca26"),
-    Level(12.0, "F", "12 bits and more", "#f0f921"),
+    Level(8.0, "8", "8 to 12 bits", "#fdc45e"),
+    Level(12.0, "F", "12 bits and more", "#fbe9a3"),
 )
 _LEAST = [level.least for level in LEVELS]
 

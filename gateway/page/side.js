@@ -3,7 +3,7 @@
 import { PromptMap } from "/page/map.js";
 import { events } from "/page/stream.js";
 
-const milliseconds = (seconds) => `${(1000 * seconds).toLocaleString("en", { maximumFractionDigits: 1 })} ms`;
+const duration = (seconds) => (seconds < 1 ? `${(1000 * seconds).toFixed(1)} ms` : `${seconds.toFixed(2)} s`);
 const percent = (share) => `${(100 * share).toLocaleString("en", { maximumFractionDigits: 1 })} %`;
 const whole = (number) => number.toLocaleString("en", { maximumFractionDigits: 0 });
 
@@ -51,8 +51,8 @@ export class Side {
 
   #showSent(kv) {
     const figures = [
-      ["first token", milliseconds(kv.ttft_seconds)],
-      ["hand-off", kv.handoff_seconds ? milliseconds(kv.handoff_seconds) : "–"],
+      ["first token", duration(kv.ttft_seconds)],
+      ["hand-off", kv.handoff_seconds ? duration(kv.handoff_seconds) : "–"],
       ["bytes sent", whole(kv.kv_bytes_sent)],
       ["of FP16", percent(kv.budget_counted)],
       ["codec", kv.codec],

@@ -296,6 +296,6 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         if plan.codec_reason:
             current_request().note(codec_reason=plan.codec_reason)
         finished = prefill_pb2.GenerateFinished(
-            finish_reason=request.finish, usage=usage, kv_map=kv_map and kv_map.to_proto()
+            finish_reason=request.finish, usage=usage, kv_map=None if kv_map is None else kv_map.to_proto()
         )
         return prefill_pb2.GenerateResponse(finished=finished)

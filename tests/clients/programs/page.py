@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, Route, expect, sync_playwright
 
 ANSWER_MS = 180_000
 WIDE, NARROW = {"width": 1280, "height": 1000}, {"width": 390, "height": 844}
@@ -81,6 +81,25 @@ def check_accessible(page: Page) -> None:
     assert not page.evaluate(too_wide)
 
 
+def check_token(page: Page, url: str) -> None:
+    """A server that answers 401 is given a token, and only after that the field is shown."""
+
+    def ask_for_token(route: Route) -> None:
+        if route.request.headers.get("authorization") == "Bearer secret":
+            route.continue_()
+        else:
+            route.fulfill(status=401, json={"error": {"message": "this server asks for a bearer token"}})
+
+    page.route(f"{url}/workers", ask_for_token)
+    page.goto(f"{url}/")
+    token = page.get_by_label("This server asks for a token")
+    expect(token).to_be_visible()
+    check_accessible(page)
+    token.fill("secret")
+    check_services(page)
+    expect(token).to_be_visible()
+
+
 def main() -> None:
     """Do all of it once, and take pictures in both colour schemes and on a narrow screen."""
     chromium, folder = sys.argv[1], Path(sys.argv[2])
@@ -88,6 +107,7 @@ def main() -> None:
     problems: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        check_token(browser.new_page(), url)
         page = browser.new_page(viewport=WIDE, color_scheme="light")
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: problems.append(str(error)))

@@ -150,11 +150,12 @@ def token_bytes(received: ReceivedBody, rows: int) -> np.ndarray:
     sinks, coded = np.full(received.sinks, 2.0 * rows), received.coded
     shared = received.body.numel() - sinks.sum()
     if coded is None:
-        return sinks + shared / len(sinks)
+        return np.full(received.sinks, received.body.numel() / received.sinks)
     escaped = coded.records.escape_index.numpy().view("<u4") // rows
     escapes = np.bincount(escaped, minlength=len(coded.tokens))
     own = 1.0 + WORD_BYTES * coded.layout.words_of_profile[coded.layout.profiles] + ESCAPE_BYTES * escapes
-    return np.concatenate((sinks, own + (shared - own.sum()) / len(own)))
+    others: np.ndarray = own + (shared - own.sum()) / len(own)
+    return np.concatenate((sinks, others))
 
 
 def _scales(reader: BodyReader, transform: LayerTransform, top: int, own: bool) -> RowScales:

@@ -74,7 +74,7 @@ class FixedRateCodec(CalibratedCodec):
         Returns:
             float64 `[n]`.
         """
-        transform = LayerTransform.of_layers(self.spectral_basis(basis, geometry))[segment.layer]
+        transform = LayerTransform.of_layers(self.calibrated_basis(basis, geometry))[segment.layer]
         return token_bytes(read_body(transform, segment.body, segment.tiers.numel(), geometry), transform.rows)
 
     def writes(self, policy: Policy) -> bool:

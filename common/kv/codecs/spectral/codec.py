@@ -75,7 +75,7 @@ class SpectralCodec(CalibratedCodec):
         Returns:
             float64 `[n]`.
         """
-        transform = LayerTransform.of_layers(self.spectral_basis(basis, geometry))[segment.layer]
+        transform = LayerTransform.of_layers(self.calibrated_basis(basis, geometry))[segment.layer]
         body = segment.body.numpy().data
         used = quantization_of(transform, body, segment.tiers.numel(), geometry)
         sink_bytes = geometry.fp16_bytes_per_layer(1)

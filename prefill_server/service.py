@@ -295,7 +295,6 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         current_request().note(budget_counted=usage.budget_counted, codec=plan.codec.name)
         if plan.codec_reason:
             current_request().note(codec_reason=plan.codec_reason)
-        finished = prefill_pb2.GenerateFinished(
-            finish_reason=request.finish, usage=usage, kv_map=None if kv_map is None else kv_map.to_proto()
-        )
+        said = None if kv_map is None else kv_map.to_proto()
+        finished = prefill_pb2.GenerateFinished(finish_reason=request.finish, usage=usage, kv_map=said)
         return prefill_pb2.GenerateResponse(finished=finished)

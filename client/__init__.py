@@ -5,6 +5,7 @@ Importing the client loads neither torch nor transformers.
 
 from spectrumkv.client.client import CompletionStream, SpectrumClient
 from spectrumkv.client.completion import Answer, Completion, PromptToken, TokenEvent, Usage
+from spectrumkv.client.kv_map import KvMap
 from spectrumkv.client.request import KvChoice, Message, Request, Sampling, TokenIds
 from spectrumkv.client.structured_output import StructuredOutput
 from spectrumkv.client.timings import Timings
@@ -15,6 +16,7 @@ __all__ = [
     "Completion",
     "CompletionStream",
     "KvChoice",
+    "KvMap",
     "Message",
     "PromptToken",
     "Request",

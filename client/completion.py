@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from spectrumkv.client.kv_map import KvMap
 from spectrumkv.client.timings import Timings
 from spectrumkv.v1 import generation_pb2, kv_pb2, prefill_pb2
 
@@ -131,11 +132,13 @@ class Finished:
         finish_reason: "stop" or "length"; of answer 0.
         usage: what the request used.
         arrived_seconds: when the end arrived, in seconds after the request was sent.
+        kv_map: at what precision the prompt's KV was sent; None where the request did not ask for it.
     """
 
     finish_reason: str
     usage: Usage
     arrived_seconds: float
+    kv_map: KvMap | None = None
 
     @classmethod
     def from_proto(cls, finished: prefill_pb2.GenerateFinished, arrived_seconds: float) -> "Finished":
@@ -144,6 +147,7 @@ class Finished:
             finish_reason=_reason(finished.finish_reason),
             usage=Usage.from_proto(finished.usage),
             arrived_seconds=arrived_seconds,
+            kv_map=KvMap.from_proto(finished.kv_map) if finished.HasField("kv_map") else None,
         )
 
 
@@ -225,6 +229,11 @@ class Completion:
         return self.finished.usage
 
     @property
+    def kv_map(self) -> KvMap | None:
+        """Return at what precision the prompt's KV was sent; None where the request did not ask for it."""
+        return self.finished.kv_map
+
+    @property
     def timings(self) -> Timings:
         """Return the latencies of the first answer by the client's clock."""
         arrivals = [token.arrived_seconds for token in self.answers[0].tokens]
@@ -239,6 +248,7 @@ class Completion:
             | {"finish_reason": self.finish_reason, "usage": self.usage.as_json(), "timings": asdict(self.timings)}
             | ({"answers": answers} if len(answers) > 1 else {})
             | ({"prompt_tokens": prompt} if prompt else {})
+            | ({"kv_map": self.kv_map.as_json()} if self.kv_map is not None else {})
         )
 
 

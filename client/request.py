@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from spectrumkv.client.argument_types import check_fields, check_type
+from spectrumkv.client.kv_map import DETAILS
 from spectrumkv.client.structured_output import StructuredOutput
 from spectrumkv.client.tools import ToolCall, Tools
 from spectrumkv.common.errors import InvalidArgumentError
@@ -164,10 +165,12 @@ class Request:
         echo: whether the prompt's tokens come back before the answer.
         prompt_logprobs: how many likeliest tokens to report at each of the prompt's tokens, beside the
             log-probability of the token itself; None is neither.
+        kv_map: "tokens" reports at what precision the KV of each of the prompt's tokens was sent, "layers" also in
+            which layer; None reports neither.
 
     Raises:
-        InvalidArgumentError: an argument has another type, or is a text that UTF-8 cannot encode, or tools come with
-            another prompt than messages.
+        InvalidArgumentError: an argument has another type, or is a text that UTF-8 cannot encode, tools come with
+            another prompt than messages, or there is no such map.
     """
 
     prompt: Prompt
@@ -178,11 +181,14 @@ class Request:
     tools: Tools = Tools()  # noqa: RUF009  # frozen
     echo: bool = False
     prompt_logprobs: int | None = None
+    kv_map: str | None = None
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
         check_fields(self, but=("prompt",))
         _check_unsigned("prompt_logprobs", self.prompt_logprobs, _MAX_UINT32)
+        if self.kv_map is not None and self.kv_map not in DETAILS:
+            raise InvalidArgumentError(f"kv_map is {self.kv_map!r}; allowed: {', '.join(map(repr, DETAILS))}")
         if self.tools.tools and isinstance(self.prompt, str | TokenIds):
             raise InvalidArgumentError("tools need a conversation; give the prompt as a list of Message")
 
@@ -195,6 +201,7 @@ class Request:
             model=self.model or "",
             echo=self.echo,
             prompt_logprobs=self.prompt_logprobs,
+            kv_map=DETAILS[self.kv_map] if self.kv_map is not None else prefill_pb2.KV_MAP_DETAIL_UNSPECIFIED,
         )
         if isinstance(self.prompt, str):
             message.text = self.prompt
@@ -222,6 +229,7 @@ class Request:
             "tools": _compact(self.tools) if self.tools.tools else None,
             "echo": self.echo or None,
             "prompt_logprobs": self.prompt_logprobs,
+            "kv_map": self.kv_map,
         }
         sampling = {
             name: given(value) if isinstance(value, StructuredOutput) else value

@@ -42,7 +42,7 @@ def make_app(config: GatewayConfig, metrics: GatewayMetrics) -> App:
         try:
             yield
         finally:
-            await app.state.gateway.client.close()
+            await app.state.gateway.close()
 
     app = FastAPI(title="SpectrumKV", lifespan=connected, docs_url=None, redoc_url=None)
     for router in ROUTERS:

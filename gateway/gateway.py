@@ -1,7 +1,7 @@
 """Hold what the routes share: the client of the prefill services, the texts of tokens, metrics and options."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from starlette.requests import Request as HttpRequest
@@ -25,13 +25,15 @@ class Gateway:
     Attributes:
         config: the options.
         metrics: of the process.
-        client: of the prefill services.
+        client: of the prefill services, each request of which goes to one of them.
+        prefills: a client of each prefill service by its address, to ask each of them what it does.
         texts: of single tokens.
     """
 
     config: GatewayConfig
     metrics: GatewayMetrics
     client: AsyncSpectrumClient
+    prefills: Mapping[str, AsyncSpectrumClient]
     texts: TokenTexts
 
     @classmethod
@@ -41,8 +43,16 @@ class Gateway:
         Raises:
             InvalidArgumentError: the options do not allow to connect.
         """
-        client = AsyncSpectrumClient(config.target, config.security(), own_token=config.checks_tokens)
-        return cls(config, metrics, client, TokenTexts(client))
+        client, *each = (
+            AsyncSpectrumClient(target, config.security(), own_token=config.checks_tokens)
+            for target in (config.target, *map(str, config.prefill))
+        )
+        return cls(config, metrics, client, {one.address: one for one in each}, TokenTexts(client))
+
+    async def close(self) -> None:
+        """Close the connections to prefill."""
+        for one in (self.client, *self.prefills.values()):
+            await one.close()
 
     async def served_model(self, named: str | None, caller: Caller) -> str:
         """Return the model that an answer says it is of: the one that the request names, else the served one.

@@ -20,6 +20,7 @@ from spectrumkv.common.tool_calls import format_of_template
 from spectrumkv.prefill_server.progress import Progress
 from spectrumkv.prefill_server.request import PrefillRequest
 from spectrumkv.prefill_server.transfer import KvPlan
+from spectrumkv.prefill_server.transfer.kv_map import check_detail
 from spectrumkv.prefill_server.verdict import ProbeVerdict
 from spectrumkv.v1 import prefill_pb2
 
@@ -91,7 +92,8 @@ class RequestReader:
         logprobs = message.prompt_logprobs if message.HasField("prompt_logprobs") else None
         if logprobs is not None and logprobs > MAX_LOGPROBS:
             raise InvalidArgumentError(f"prompt_logprobs is {logprobs}; allowed: at most {MAX_LOGPROBS}")
-        return PrefillRequest(request_id, token_ids, params, plan, progress, message.echo, logprobs)
+        check_detail(message.kv_map, loaded.geometry.layers, len(token_ids))
+        return PrefillRequest(request_id, token_ids, params, plan, progress, message.echo, logprobs, message.kv_map)
 
     @property
     def most_message_bytes(self) -> int:

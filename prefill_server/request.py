@@ -9,8 +9,8 @@ from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.tiers import Tier
 from spectrumkv.prefill_server.progress import Progress
 from spectrumkv.prefill_server.prompt_tokens import PromptLogprobs
-from spectrumkv.prefill_server.transfer import KvPlan, SentKv
-from spectrumkv.v1 import generation_pb2
+from spectrumkv.prefill_server.transfer import KvMap, KvPlan, SentKv
+from spectrumkv.v1 import generation_pb2, prefill_pb2
 
 
 @dataclass(eq=False)
@@ -25,6 +25,7 @@ class PrefillRequest:
         progress: how far the request came.
         echo: whether the client gets the prompt's tokens.
         prompt_logprobs: how many likeliest tokens the client gets for each of the prompt's tokens; None is none.
+        kv_map: how finely the client hears at what precision the KV was sent.
         first: the first token of each answer, once they are sampled: every worker gets the same ones, and the client
             gets them once.
         finish: why the first answer ended; unspecified before it did.
@@ -41,6 +42,7 @@ class PrefillRequest:
     progress: Progress
     echo: bool = False
     prompt_logprobs: int | None = None
+    kv_map: prefill_pb2.KvMapDetail = prefill_pb2.KV_MAP_DETAIL_UNSPECIFIED
     first: tuple[generation_pb2.Token, ...] = field(default=(), init=False)
     finish: generation_pb2.FinishReason = field(default=generation_pb2.FINISH_REASON_UNSPECIFIED, init=False)
     stage_seconds: dict[str, float] = field(default_factory=dict, init=False)
@@ -61,6 +63,18 @@ class PrefillRequest:
     def new_prompt_logprobs(self) -> PromptLogprobs | None:
         """Return what takes the prompt's logits in a run of it; None where the client does not ask for them."""
         return None if self.prompt_logprobs is None else PromptLogprobs(self.token_ids, self.prompt_logprobs)
+
+    def new_kv_map(self, plan: KvPlan, geometry: KvGeometry) -> KvMap | None:
+        """Return what takes in the segments that leave for a worker; None where the client does not ask for a map.
+
+        Args:
+            plan: the request's plan with the codec that was chosen.
+            geometry: shape and dtype of the model's cache.
+        """
+        if self.kv_map == prefill_pb2.KV_MAP_DETAIL_UNSPECIFIED:
+            return None
+        by_layer = self.kv_map == prefill_pb2.KV_MAP_DETAIL_LAYERS
+        return KvMap(plan, geometry, len(self.token_ids), by_layer)
 
     def add_to_stage(self, stage: str, seconds: float) -> None:
         """Add time that the request spent in a stage, once more where it ran before on another worker."""

@@ -51,6 +51,12 @@ def server_info(
         decode_workers=[str(address) for address in workers.known],
         decode_workers_away=[str(address) for address in workers.away],
         decode_workers_ejected=[str(worker.address) for worker in workers.ejected],
+        decode_worker_rooms=[
+            prefill_pb2.DecodeWorkerRoom(
+                address=str(one.address), slots_total=one.total_slots, slots_free=one.free_slots
+            )
+            for one in workers.workers
+        ],
         has_chat_template=bool(template),
         kernel_fault=kernel_fault(),
         tool_call_format=format_of_template(str(template)).name if template else "",

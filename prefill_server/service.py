@@ -79,7 +79,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         metrics.probe_safe_budget.set(verdict.safe_budget or 0)
         self._kv_memory = KvMemory(kv_memory_bytes(config.prefill_kv_memory, loaded.device))
         metrics.requests_waiting.set_function(lambda: self._waiting)
-        metrics.requests_running.set_function(lambda: max(0, self._requests.count - self._waiting))
+        metrics.requests_running.set_function(lambda: self._running)
 
     @property
     def most_message_bytes(self) -> int:
@@ -122,7 +122,9 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self, request: prefill_pb2.PrefillServiceGetServerInfoRequest, context: grpc.ServicerContext
     ) -> prefill_pb2.PrefillServiceGetServerInfoResponse:
         """Return what is served, the defaults, and what a request may ask for."""
-        return server_info(self._loaded, self._config, self._verdict, self._workers)
+        info = server_info(self._loaded, self._config, self._verdict, self._workers)
+        info.requests_waiting, info.requests_running = self._waiting, self._running
+        return info
 
     def Tokenize(  # noqa: N802  # gRPC's spelling
         self, request: prefill_pb2.TokenizeRequest, context: grpc.ServicerContext
@@ -152,6 +154,11 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
     def _waiting(self) -> int:
         """How many requests wait for the model, or for memory."""
         return self._engine.waiting + self._kv_memory.waiting
+
+    @property
+    def _running(self) -> int:
+        """How many requests there are beside those that wait."""
+        return max(0, self._requests.count - self._waiting)
 
     def _count_stages(self, request: PrefillRequest) -> None:
         """Count the request once in each stage that it came through, however many workers it went to."""
@@ -195,6 +202,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             self._loaded.device,
             memory,
             self._engine.vitals,
+            request.new_kv_map(plan, self._loaded.geometry),
         )
 
     def _run_prompt(
@@ -277,7 +285,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self, request: PrefillRequest, lease: DecodeLease, result: PromptResult
     ) -> prefill_pb2.GenerateResponse:
         """Return the message that ends the request, and learn from what the request took."""
-        sent, plan = lease.pipeline.sent, lease.pipeline.plan
+        sent, plan, kv_map = lease.pipeline.sent, lease.pipeline.plan, lease.pipeline.kv_map
         tokens, worker = len(request.token_ids), str(lease.worker)
         usage = request.usage(plan, sent, self._loaded.geometry, worker)
         self._codec_selector.observe(plan, tokens, worker, result.compute_seconds, sent)
@@ -287,6 +295,6 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         current_request().note(budget_counted=usage.budget_counted, codec=plan.codec.name)
         if plan.codec_reason:
             current_request().note(codec_reason=plan.codec_reason)
-        return prefill_pb2.GenerateResponse(
-            finished=prefill_pb2.GenerateFinished(finish_reason=request.finish, usage=usage)
-        )
+        said = None if kv_map is None else kv_map.to_proto()
+        finished = prefill_pb2.GenerateFinished(finish_reason=request.finish, usage=usage, kv_map=said)
+        return prefill_pb2.GenerateResponse(finished=finished)

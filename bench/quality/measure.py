@@ -5,6 +5,7 @@ from typing import Any
 
 from spectrumkv.bench.methods.method import ExactFp16, Method, describe
 from spectrumkv.bench.methods.served_model import ServedModel
+from spectrumkv.bench.quality.kept_scores import KeptScores
 from spectrumkv.bench.quality.scoring import WindowScore, quality_row
 from spectrumkv.bench.quality.texts import Window
 from spectrumkv.prefill_server.tuning.divergence import compare
@@ -19,7 +20,7 @@ def steps(windows: int, methods: int) -> int:
 
 
 def measure(
-    served: ServedModel, windows: Sequence[Window], methods: Sequence[Method], on_step: OnStep
+    served: ServedModel, windows: Sequence[Window], methods: Sequence[Method], kept: KeptScores, on_step: OnStep
 ) -> list[dict[str, Any]]:
     """Measure methods on the same windows; each window is prefilled exactly and once.
 
@@ -27,19 +28,21 @@ def measure(
         served: the model.
         windows: the windows.
         methods: the methods.
+        kept: has the scores that are already known, and gets the others.
         on_step: called after each step with a text that says what was done.
 
     Returns:
         A row for each method, in their order.
 
     Raises:
-        SpectrumKVError: a method cannot send the KV.
+        SpectrumKVError: a method cannot send the KV, or a score cannot be kept.
     """
-    scores: list[list[WindowScore]] = [[] for _ in methods]
     for window in windows:
-        for mine, score in zip(scores, score_window(served, window, methods, on_step), strict=True):
-            mine.append(score)
-    return [quality_row(method, mine) for method, mine in zip(methods, scores, strict=True)]
+        missing = [method for method in methods if not kept.has(window.index, method)]
+        if missing:
+            for method, score in zip(missing, score_window(served, window, missing, on_step), strict=True):
+                kept.add(window.index, method, score)
+    return [quality_row(method, [kept.get(window.index, method) for window in windows]) for method in methods]
 
 
 def score_window(

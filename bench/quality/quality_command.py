@@ -11,7 +11,7 @@ from rich.table import Table
 from spectrumkv.bench.flags import add_method_flags, add_model_flags, add_number_flags, add_output_flags
 from spectrumkv.bench.report.console import WIDE_COLUMNS, method_cells, methods_table, progress, results_console
 from spectrumkv.bench.report.plot import draw_quality
-from spectrumkv.bench.report.results import check_destinations, describe_model, write_result
+from spectrumkv.bench.report.results import check_destinations, describe_model, versions, write_result
 from spectrumkv.client.cli.output import STDOUT
 
 
@@ -28,6 +28,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add_method_flags(parser)
     add_model_flags(parser)
     add_output_flags(parser, "draw KL and Δ perplexity against counted bytes")
+    parser.add_argument(
+        "--scores",
+        type=Path,
+        metavar="FILE",
+        help="keep every score here as soon as it is known; a run that was cut goes on where it ended, and one with "
+        "more methods measures only those",
+    )
     parser.set_defaults(run=run, parser=parser)
 
 
@@ -62,6 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     # Loading torch and transformers takes seconds, so --help does without.
     from spectrumkv.bench.methods.preparation import check_peers, prepare
     from spectrumkv.bench.methods.selection import Choice
+    from spectrumkv.bench.quality.kept_scores import KeptScores
     from spectrumkv.bench.quality.measure import measure, steps
     from spectrumkv.bench.quality.texts import cut, load_text, text_digest
     from spectrumkv.common.model.load import load_model
@@ -76,8 +84,9 @@ def run(arguments: argparse.Namespace) -> int:
         loaded.tokenizer, text, arguments.context, arguments.scored, arguments.skip_windows, arguments.windows
     )
     prepared = prepare(loaded, choice, arguments, arguments.context + arguments.scored)
+    kept = KeptScores(arguments.scores, _circumstances(arguments, describe_model(loaded)))
     with progress(steps(len(windows), len(prepared.methods)), Console(stderr=True)) as on_step:
-        rows = measure(prepared.served, windows, prepared.methods, on_step)
+        rows = measure(prepared.served, windows, prepared.methods, kept, on_step)
     if arguments.json != STDOUT:
         console = results_console()
         console.print(quality_table(rows, intervals=console.width >= WIDE_COLUMNS))
@@ -86,6 +95,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         draw_quality(rows, arguments.plot, loaded.name)
     return 0
+
+
+def _circumstances(arguments: argparse.Namespace, model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what all scores in a file of `--scores` have in common."""
+    from spectrumkv.bench.quality.kept_scores import sources_digest
+
+    chosen = {name: getattr(arguments, name) for name in ("text_sha256", "context", "scored", "int4", "seed")}
+    return chosen | {"model": dict(model), "versions": versions(), "sources": sources_digest()}
 
 
 def quality_table(rows: Sequence[Mapping[str, Any]], intervals: bool) -> Table:

@@ -134,7 +134,7 @@ def named_dtype(name: str) -> torch.dtype:
         InvalidArgumentError: it is another word.
     """
     if name not in _DTYPES:
-        raise InvalidArgumentError(f"dtype is {name!r}; valid: {', '.join(_DTYPES)}")
+        raise InvalidArgumentError(f"dtype is {name!r}; allowed: {', '.join(_DTYPES)}")
     return _DTYPES[name]
 
 

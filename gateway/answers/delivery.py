@@ -103,7 +103,7 @@ async def _chunks(
                 yield chunk
             opening = []
         if with_usage:
-            yield writer.usage_chunk([one.received.completion().usage for one in streams])
+            yield writer.usage_chunk([one.received.completion() for one in streams])
 
 
 async def _said_of(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from spectrumkv.client.completion import Answer, Completion, PromptToken, TokenEvent, Usage
+from spectrumkv.client.completion import Answer, Completion, PromptToken, TokenEvent
 from spectrumkv.gateway.answers.token_texts import TokenTexts
 from spectrumkv.gateway.answers.usage import usage_of
 
@@ -101,15 +101,15 @@ class AnswerWriter(ABC):
         said = {"index": choice, **self.ending(), "logprobs": None, "finish_reason": reason}
         return self.enveloped(self.chunk_kind, [said])
 
-    def usage_chunk(self, used: Sequence[Usage]) -> dict[str, Any]:
+    def usage_chunk(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """Return the chunk without choices that says what the answer used."""
-        return self.enveloped(self.chunk_kind, []) | {"usage": usage_of(used)}
+        return self.enveloped(self.chunk_kind, []) | {"usage": usage_of(completions)}
 
     async def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """Return the whole answer: for each prompt's completion in order, a choice for each of its answers."""
         answers = [(one, answer) for one in completions for answer in one.answers]
         choices = [await self._choice(place, *one) for place, one in enumerate(answers)]
-        return self.enveloped(self.whole_kind, choices) | {"usage": usage_of([one.usage for one in completions])}
+        return self.enveloped(self.whole_kind, choices) | {"usage": usage_of(completions)}
 
     async def _choice(self, place: int, completion: Completion, answer: Answer) -> dict[str, Any]:
         echoed: tuple[Token, ...] = completion.prompt_tokens if self.options.echo else ()

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from spectrumkv.gateway.api.chat import ChatFields, MessageFields
 from spectrumkv.gateway.api.completion import CompletionFields
 from spectrumkv.gateway.api.fields import RequestFields
-from spectrumkv.gateway.api.sampling import KvFields, SamplingFields, StreamOptions
+from spectrumkv.gateway.api.kv import KvFields
+from spectrumkv.gateway.api.sampling import SamplingFields, StreamOptions
 from spectrumkv.gateway.api.structured import JsonSchemaFields, ResponseFormat, StructuredOutputs
 from spectrumkv.gateway.api.tokens import DetokenizeFields, TokenizeFields
 

@@ -23,6 +23,7 @@ from spectrumkv.gateway.api.fields import (
     Whole,
     supported,
 )
+from spectrumkv.gateway.api.kv import KvFields
 from spectrumkv.gateway.api.structured import ResponseFormat, StructuredOutputs
 
 _NO_CONTROL = "steer single tokens with logit_bias or bad_words; leave it out"
@@ -39,22 +40,6 @@ class StreamOptions(RequestFields):
     }
 
     include_usage: Switch | None = supported(OPENAI, "a last event with `usage`")
-
-
-class KvFields(RequestFields):
-    """Say how the prompt's KV is sent from prefill to decode."""
-
-    budget: Number | None = supported(SPECTRUMKV, "what the KV may cost relative to FP16, of the policy's kind")
-    policy: Text | None = supported(SPECTRUMKV, "which token gets which precision")
-    scorer: Text | None = supported(SPECTRUMKV, "how tokens are ranked")
-    codec: Text | None = supported(SPECTRUMKV, "how tokens are coded")
-    scope: Text | None = supported(SPECTRUMKV, "`layer` or `model`: whether each layer has tiers of its own")
-
-    def choice(self) -> KvChoice:
-        """Return what the client sends."""
-        return KvChoice(
-            budget=self.budget, policy=self.policy, scorer=self.scorer, codec=self.codec, scope=self.scope
-        )
 
 
 IGNORED: Mapping[str, Ignored] = {
@@ -140,7 +125,7 @@ class SamplingFields(RequestFields):
     return_token_ids: Switch | None = supported(VLLM, "each choice has the ids of its tokens as `token_ids`")
     return_tokens_as_token_ids: Switch | None = supported(VLLM, "log-probabilities name tokens as `token_id:5`")
     request_id: Text | None = supported(VLLM, "names the request in logs, as the header x-request-id does")
-    kv: KvFields | None = supported(SPECTRUMKV, "how the prompt's KV is sent: `policy budget scorer codec scope`")
+    kv: KvFields | None = supported(SPECTRUMKV, "how the prompt's KV is sent: `policy budget scorer codec scope map`")
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "SamplingFields":
@@ -153,6 +138,17 @@ class SamplingFields(RequestFields):
         if self.prompt_logprobs is not None and self.stream:
             raise FieldError("prompt_logprobs is given with stream; ask for a whole answer", "prompt_logprobs")
         return self
+
+    @model_validator(mode="after")
+    def _check_map(self) -> "SamplingFields":
+        if self.map_detail is not None and self.stream and not self.includes_usage:
+            raise FieldError("map is a part of usage; set stream_options.include_usage to true", "kv.map")
+        return self
+
+    @property
+    def map_detail(self) -> str | None:
+        """What map of the prompt's precision the client asks for; None is none."""
+        return None if self.kv is None else self.kv.map_detail
 
     @property
     def answers(self) -> int:

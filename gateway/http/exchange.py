@@ -28,6 +28,10 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 BODY_SECONDS = 30.0
 # Load balancers, Prometheus and browsers that look at the page have no token.
 OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/openapi.json"})
+# Below this are the files of the page.
+OPEN_FOLDER = "/page/"
+# Asked for again and again, by those and by the page: no news for the log.
+POLLED_PATHS = OPEN_PATHS | {"/workers"}
 RETRY_AFTER_SECONDS = 1.0
 # How many times the allowed length of a body is read before the connection is closed.
 READ_OF_TOO_MUCH = 4
@@ -94,7 +98,7 @@ class Exchange:
             self._write(scope, progress)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, progress: _Progress) -> None:
-        is_open = scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS"
+        is_open = scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER) or scope["method"] == "OPTIONS"
         counted = not is_open
         try:
             progress.caller = self._credentials.identify(scope["headers"], is_open)
@@ -190,7 +194,7 @@ class Exchange:
         if caller is not None:
             fields |= {"request_id": caller.request_id, "caller": caller.name}
             fields |= {"trace_id": caller.trace.trace_id} if caller.trace.trace_id else {}
-        level = logging.DEBUG if scope["path"] in OPEN_PATHS else logging.INFO
+        level = logging.DEBUG if scope["path"] in POLLED_PATHS else logging.INFO
         logger.log(level, "request ended", extra={"fields": fields})
 
 

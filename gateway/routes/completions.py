@@ -54,8 +54,10 @@ def _requests(
             kv=kv,
             model=fields.model,
             request_id=one,
-            echo=options.echo,
+            # A map goes with the texts of its tokens.
+            echo=options.echo or fields.map_detail is not None,
             prompt_logprobs=fields.prompt_logprobs if options.prompt_logprobs else echoed_logprobs,
+            kv_map=fields.map_detail,
         )
         for prompt, one in zip(prompts, ids, strict=True)
     ]

@@ -18,6 +18,7 @@ from spectrumkv.common.rpc.decode_stream import Request, serialized_bytes
 from spectrumkv.common.service.vitals import Vitals
 from spectrumkv.common.telemetry.metrics import FRAMING, Metrics
 from spectrumkv.prefill_server.transfer.coding_clock import CodingClock, GpuCodingClock
+from spectrumkv.prefill_server.transfer.kv_map import KvMap
 from spectrumkv.prefill_server.transfer.kv_memory import KvReservation
 from spectrumkv.prefill_server.transfer.layer_queue import LayerQueue
 from spectrumkv.prefill_server.transfer.plan import KvPlan
@@ -71,10 +72,12 @@ class KvPipeline:
         device: where the layers are.
         memory: for the prompt's KV, which is held; released once all has left. None where it is not bounded.
         vitals: have a pulse of the thread that codes; where it stands still, the process ends.
+        kv_map: takes in every segment; None where nobody asks for it.
 
     Attributes:
         plan: how the KV is scored, tiered and coded.
         sent: what left so far.
+        kv_map: of what left; None where nobody asks for it.
         first_tokens: what prefill sampled, one for each answer; empty before it did.
         failure: why `messages` ended with an error, if it did.
 
@@ -92,8 +95,10 @@ class KvPipeline:
         device: torch.device = CPU,
         memory: KvReservation | None = None,
         vitals: Vitals | None = None,
+        kv_map: KvMap | None = None,
     ) -> None:
         self._memory = memory
+        self.kv_map = kv_map
         self.sent = SentKv(coded_ahead=device.type == "cuda")
         self.first_tokens: tuple[FirstToken, ...] = ()
         self.failure: Exception | None = None
@@ -215,6 +220,8 @@ class KvPipeline:
             if segment is None:
                 return
             self._count(segment)
+            if self.kv_map is not None:
+                self.kv_map.add(segment)
             yield segment
 
     def _count(self, segment: KvSegment) -> None:

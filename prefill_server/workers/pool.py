@@ -169,6 +169,11 @@ class WorkerPool:
         return [worker for worker in self._roster.workers if worker.breaker.ejected]
 
     @property
+    def workers(self) -> tuple[DecodeWorker, ...]:
+        """Those that may get requests."""
+        return self._roster.workers
+
+    @property
     def any_expected(self) -> bool:
         """Whether a worker that takes no requests yet is likely to do so soon."""
         return self._roster.any_expected

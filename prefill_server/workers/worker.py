@@ -129,6 +129,11 @@ class DecodeWorker:
         """Slots that nobody has reserved, as far as prefill knows; 0 where the worker takes no requests."""
         return max(0, self._slots - self._others - self._own) if self.accepting else 0
 
+    @property
+    def total_slots(self) -> int:
+        """Slots of the worker's pool, as far as prefill knows; 0 where the worker takes no requests."""
+        return self._slots if self.accepting else 0
+
     @contextmanager
     def holding(self, slots: int) -> Iterator[None]:
         """Count a request and its slots as this process's for as long as the block runs."""

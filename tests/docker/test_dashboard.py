@@ -1,5 +1,4 @@
 import itertools
-import json
 import re
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.docker.dashboard import DOCUMENT, EXPRESSIONS, PANELS, as_promql, without_records
 from tests.docker.deployment import (
     COMPOSE_FILES,
     DASHBOARD,
@@ -17,32 +17,13 @@ from tests.docker.deployment import (
     PROMETHEUS,
     metric_names,
     read_compose,
-    recorded_expressions,
     unknown_metrics,
 )
 from tests.docker.prometheus_server import query, recorded_prometheus
 
 GRID_COLUMNS = 24
 
-DOCUMENT: dict[str, Any] = json.loads(DASHBOARD.read_text())
-PANELS: list[dict[str, Any]] = [panel for panel in DOCUMENT["panels"] if panel["type"] != "row"]
-EXPRESSIONS = [target["expr"] for panel in PANELS for target in panel["targets"]]
-
 each_panel = pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
-
-
-def as_promql(expression: str) -> str:
-    """The expression with Grafana's variables filled in as Grafana does with everything selected."""
-    replaced = expression.replace("$__rate_interval", "1m").replace("$job", ".+").replace("$instance", ".+")
-    assert "$" not in replaced
-    return replaced
-
-
-def without_records(expression: str) -> str:
-    """The expression with each recorded series replaced by what it is recorded from."""
-    for name, recorded in recorded_expressions().items():
-        expression = re.sub(re.escape(name) + r"(\{[^}]*\})?", f"({recorded})", expression)
-    return expression
 
 
 def cells(panel: dict[str, Any]) -> Iterator[tuple[int, int]]:

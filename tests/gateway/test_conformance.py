@@ -96,6 +96,7 @@ SUPPORTED_VALUES: dict[str, dict[str, tuple[Any, str | None, Any]]] = {
         "scorer": ("random", "kv.scorer", "random"),
         "codec": ("absmax", "kv.codec", "absmax"),
         "scope": ("model", "kv.scope", "model"),
+        "map": (True, "kvMap", "KV_MAP_DETAIL_TOKENS"),
     },
     "ResponseFormat": {
         "type": ("json_object", "sampling.structuredOutput", {"jsonObject": {}}),

@@ -63,13 +63,16 @@ def test_an_error_after_the_first_token_is_the_last_event(gateway: RunningGatewa
 @pytest.mark.parametrize("stream", [False, True])
 def test_one_of_several_prompts_fails(gateway: RunningGateway, prefill: FakePrefill, stream: bool) -> None:
     """The other is cancelled, and the answer is the error."""
-    good_ended = threading.Event()
+    good_began, good_ended = threading.Event(), threading.Event()
 
     def answer(request: Any, context: Any) -> Any:
         yield token(0, "a")
         if request.text == "bad":
+            # What has not begun cannot be cancelled where the test sees it.
+            good_began.wait(WAIT_SECONDS)
             raise errors.InvalidArgumentError("bad prompt")
         context.add_callback(good_ended.set)
+        good_began.set()
         good_ended.wait(WAIT_SECONDS)
         yield finished(1)
 

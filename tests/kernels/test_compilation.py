@@ -163,6 +163,7 @@ def compile_all() -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton exists on Linux only")
+@pytest.mark.timeout(900)
 def test_kernels_compile_and_divide_as_the_reference_does(tmp_path: Path) -> None:
     # A process of its own: this one has imported Triton as an interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

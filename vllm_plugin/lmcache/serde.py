@@ -80,7 +80,7 @@ def create(options: dict[str, object]) -> SerdeProcessor:
         InvalidArgumentError: an option is unknown, missing or not allowed.
     """
     if unknown := sorted(set(options) - set(_OPTIONS)):
-        raise InvalidArgumentError(f"unknown option {unknown[0]!r}; valid: {', '.join(_OPTIONS)}")
+        raise InvalidArgumentError(f"unknown option {unknown[0]!r}; allowed: {', '.join(_OPTIONS)}")
     head_dim = options.get("head_dim")
     if type(head_dim) is not int or head_dim < 2:
         raise InvalidArgumentError(f"head_dim is {head_dim!r}; give the elements of one key of the model")

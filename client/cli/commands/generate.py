@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import reprlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,13 @@ from pathlib import Path
 from rich.console import Console
 
 from spectrumkv.client.cli import flags
+from spectrumkv.client.cli.map_picture import draw_map, figure_class
+from spectrumkv.client.cli.map_text import print_map
 from spectrumkv.client.cli.output import STDOUT, check_writable, write_json
 from spectrumkv.client.cli.tables import usage_table
 from spectrumkv.client.client import DEFAULT_TIMEOUT_SECONDS, CompletionStream
 from spectrumkv.client.completion import Completion
+from spectrumkv.client.kv_map import LAYERS, TOKENS
 from spectrumkv.client.request import Message, Prompt, Request, TokenIds
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.telemetry.tracing import TraceContext
@@ -44,6 +48,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="report the log-probability of each token of the prompt and of N alternatives (with --json)",
     )
     parser.add_argument(
+        "--map",
+        nargs="?",
+        const=True,
+        type=_parse_picture,
+        metavar="FILE.png",
+        help="show at what precision each token's KV was sent; with FILE.png, draw it for each layer",
+    )
+    parser.add_argument(
         "--timeout",
         type=flags.parse_seconds,
         default=DEFAULT_TIMEOUT_SECONDS,
@@ -70,13 +82,21 @@ def run(arguments: argparse.Namespace) -> int:
         SpectrumKVError: the result cannot be written, or the server refused or ended the request.
     """
     check_writable("--json", arguments.json)
+    if isinstance(arguments.map, Path):
+        check_writable("--map", str(arguments.map))
+        figure_class()
     request = _request_from(arguments)
     with (
         flags.connect(arguments) as client,
         client.send(request, arguments.timeout, _trace_of_caller()) as stream,
     ):
         completion = _read(stream, echo=arguments.json != STDOUT, answers=arguments.n or 1, prompt=arguments.echo)
-    Console(stderr=True).print(usage_table(completion, arguments.budget))
+    on_stderr = Console(stderr=True)
+    if isinstance(arguments.map, Path):
+        draw_map(completion, arguments.map)
+    elif completion.kv_map is not None:
+        print_map(on_stderr, completion.prompt_tokens, completion.kv_map)
+    on_stderr.print(usage_table(completion, arguments.budget))
     if arguments.json is not None:
         write_json({"request": request.as_json()} | completion.as_json(), arguments.json)
     return 0
@@ -127,11 +147,31 @@ def _request_from(arguments: argparse.Namespace) -> Request:
             sampling=replace(flags.sampling_from(arguments), structured_output=flags.form_from(arguments)),
             kv=flags.kv_choice_from(arguments),
             model=arguments.model,
-            echo=arguments.echo,
+            echo=arguments.echo or arguments.map is not None,
             prompt_logprobs=arguments.prompt_logprobs,
+            kv_map=_map_detail(arguments.map),
         )
     except InvalidArgumentError as error:
         parser.error(error.message)
+
+
+def _parse_picture(text: str) -> Path:
+    """Return the file of a picture; a prompt that stands behind --map is none.
+
+    Raises:
+        argparse.ArgumentTypeError: the name does not end in .png.
+    """
+    if not text.endswith(".png"):
+        raise argparse.ArgumentTypeError(
+            f"{reprlib.repr(text)}; allowed: a file that ends in .png, or nothing: --map behind the prompt"
+        )
+    return Path(text)
+
+
+def _map_detail(asked: Path | bool | None) -> str | None:
+    if asked is None:
+        return None
+    return LAYERS if isinstance(asked, Path) else TOKENS
 
 
 def _prompt_from(arguments: argparse.Namespace) -> Prompt:

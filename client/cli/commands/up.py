@@ -105,7 +105,7 @@ def _announce(out: LineOutput, pair: RunningPair, http: Address | None = None) -
         metrics = f"http://{launch.metrics_address}/metrics"
         out.write_line(f"{launch.name} serves on {launch.address}, metrics at {metrics}")
     if http is not None:
-        out.write_line(f"gateway serves the OpenAI API on http://{http}/v1")
+        out.write_line(f"gateway serves the OpenAI API on http://{http}/v1, and a page on http://{http}/")
     words = " ".join(["spectrumkv generate", *map(shlex.quote, _connection_flags(pair))])
     out.write_line(f'ready; try: {words} --chat "Why is the sky blue?"   (Ctrl-C stops both)')
 

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from spectrumkv.common.errors import FailedPreconditionError, InternalError, InvalidArgumentError
@@ -124,6 +125,26 @@ class Codec(ABC):
         Raises:
             FailedPreconditionError: the codec needs a basis and there is none.
         """
+
+    def bytes_of_tokens(self, segment: KvSegment, geometry: KvGeometry, basis: Basis | None) -> np.ndarray:
+        """Divide the bytes of a segment's body among its tokens.
+
+        Here the tokens of a tier share its bytes evenly, which is what they take where a tier has one width. A codec
+        whose tokens have widths of their own says those.
+
+        Args:
+            segment: as the encoder made it.
+            geometry: shape and dtype of the model's cache.
+            basis: that the segment is coded in; None for codecs that need none.
+
+        Returns:
+            float64 `[n]`, the body's bytes together.
+        """
+        tiers = segment.tiers.numpy()
+        tokens = np.maximum(np.bincount(tiers, minlength=len(Tier)), 1)
+        taken = np.array([segment.tier_bytes.get(tier, 0) for tier in Tier]) / tokens
+        of_tokens: np.ndarray = taken[tiers]
+        return of_tokens
 
     def prepare(self, geometry: KvGeometry) -> None:
         """Compile what the codec runs, so that no request waits for it. Codecs that compile nothing do nothing.

@@ -32,6 +32,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "not gpu and not com
 """
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in X86, reason="makes code for processors of x86")
 @pytest.mark.parametrize("lanes", [(8, "avx", "f16c"), (4, "f16c")], ids=str)

@@ -109,12 +109,12 @@ def test_tls_verifies_each_by_the_one_name_they_share(tmp_path: Path) -> None:
     with guarded(serving_tls(tmp_path / "one")) as one, guarded(serving_tls(tmp_path / "two")) as two:
         with SpectrumClient(f"{one.address},{two.address}", trusting(tmp_path / "client")) as client:
             for _ in range(8):
-                client.generate("a")._receive()
+                next(client.generate("a"))
         assert one.codes
         trust = trusting(tmp_path / "client")
         misnamed = ChannelSecurity(trust.tls, server_name="another.example")
         with SpectrumClient(f"{one.address},{two.address}", misnamed) as client, pytest.raises(UnavailableError):
-            client.generate("a")._receive()
+            next(client.generate("a"))
 
 
 def test_what_grpc_cannot_choose_among_is_refused_with_a_sentence() -> None:

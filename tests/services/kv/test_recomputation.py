@@ -1,7 +1,7 @@
 """Prompt tokens that decode computes again are counted where the model is called, and everybody hears of them."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -25,10 +25,10 @@ def recomputing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def logits(runner: ModelRunner, rows: Sequence[DecodeRow]) -> torch.Tensor:
         for row in rows:
-            prompt_token_ids = row.request.prompt_token_ids
+            prompt_token_ids = row.answer.prompt_token_ids
             if row.position == len(prompt_token_ids):
                 for position in range(len(prompt_token_ids) - AGAIN, len(prompt_token_ids)):
-                    sound(runner, [DecodeRow(row.request, prompt_token_ids[position], position)])
+                    sound(runner, [DecodeRow(row.answer, prompt_token_ids[position], position)])
         return sound(runner, rows)
 
     monkeypatch.setattr(ModelRunner, "logits", logits)
@@ -39,8 +39,8 @@ def finished(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """What each Finished on a Decode stream says of recomputed tokens."""
     said: list[int] = []
 
-    def listening(responses: Iterator[Any]) -> Iterator[Any]:
-        for response in tokens_and_finished(responses):
+    def listening(responses: Iterator[Any], answers: Iterable[int]) -> Iterator[Any]:
+        for response in tokens_and_finished(responses, answers):
             if response.WhichOneof("message") == "finished":
                 said.append(response.finished.recomputed_prompt_tokens)
             yield response

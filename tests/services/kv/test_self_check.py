@@ -51,8 +51,8 @@ def test_kv_that_arrives_wrong_without_a_checksum_noticing_is_found(
         found = sound(self, segments)
         for segment in segments:
             if not (segment.tiers == Tier.NATIVE).any():
-                end = segment.first_token + segment.tiers.numel()
-                self._allocation.values(segment.layer, segment.first_token, end).neg_()
+                _, values = self._writer._views(segment)
+                values.neg_()
         return found
 
     monkeypatch.setattr(receiver.KvReceiver, "_write", defective)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from spectrumkv.common.kv.capture import LayerCapture
@@ -14,7 +15,7 @@ from spectrumkv.common.kv.codecs.calibrated.request import CalibratedRequest
 from spectrumkv.common.kv.codecs.encoder_request import EncoderRequest
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
 from spectrumkv.common.kv.codecs.fixed_rate.kernel_fault import kernels_code
-from spectrumkv.common.kv.codecs.fixed_rate.received import ReceivedBody, read_body, write_body
+from spectrumkv.common.kv.codecs.fixed_rate.received import ReceivedBody, read_body, token_bytes, write_body
 from spectrumkv.common.kv.codecs.fixed_rate.tiers import tier_bytes
 from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
@@ -61,6 +62,20 @@ class FixedRateCodec(CalibratedCodec):
             The decoder.
         """
         return FixedRateDecoder(self.calibrated_basis(basis, geometry), geometry)
+
+    def bytes_of_tokens(self, segment: KvSegment, geometry: KvGeometry, basis: Basis | None) -> np.ndarray:
+        """Return what each token takes; see `Codec.bytes_of_tokens`, and `token_bytes`.
+
+        Args:
+            segment: as the encoder made it.
+            geometry: shape and dtype of the model's cache.
+            basis: that the segment is coded in.
+
+        Returns:
+            float64 `[n]`.
+        """
+        transform = LayerTransform.of_layers(self.calibrated_basis(basis, geometry))[segment.layer]
+        return token_bytes(read_body(transform, segment.body, segment.tiers.numel(), geometry), transform.rows)
 
     def writes(self, policy: Policy) -> bool:
         """Return whether the codec can write what a policy allocates: the bytes of policy "spectral"."""

@@ -10,6 +10,7 @@ from spectrumkv.common.kv.codecs.body import BodyReader
 from spectrumkv.common.kv.codecs.calibrated.sinks import write_sinks
 from spectrumkv.common.kv.codecs.fixed_rate.segment_codec import (
     CALIBRATED,
+    ESCAPE_BYTES,
     HEADER,
     LARGEST_ESCAPE,
     OWN,
@@ -131,6 +132,30 @@ def write_body(
         return
     synthesis = transform.synthesis(first + sinks, len(coded.tokens))
     synthesise(coded.records, coded.scales, coded.tokens, coded.layout, synthesis, keys[:, sinks:], values[:, sinks:])
+
+
+def token_bytes(received: ReceivedBody, rows: int) -> np.ndarray:
+    """Divide a body's bytes among its tokens.
+
+    A sink has its own bytes; any other token has its record, its class and gain, and its escapes. Header, scales and
+    padding serve all tokens that are no sinks, and are divided evenly among them.
+
+    Args:
+        received: the body.
+        rows: coefficients of a token.
+
+    Returns:
+        float64 `[n]`, the body's bytes together.
+    """
+    sinks, coded = np.full(received.sinks, 2.0 * rows), received.coded
+    shared = received.body.numel() - sinks.sum()
+    if coded is None:
+        return np.full(received.sinks, received.body.numel() / received.sinks)
+    escaped = coded.records.escape_index.numpy().view("<u4") // rows
+    escapes = np.bincount(escaped, minlength=len(coded.tokens))
+    own = 1.0 + WORD_BYTES * coded.layout.words_of_profile[coded.layout.profiles] + ESCAPE_BYTES * escapes
+    others: np.ndarray = own + (shared - own.sum()) / len(own)
+    return np.concatenate((sinks, others))
 
 
 def _scales(reader: BodyReader, transform: LayerTransform, top: int, own: bool) -> RowScales:

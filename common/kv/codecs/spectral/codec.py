@@ -15,9 +15,14 @@ from spectrumkv.common.kv.codecs.spectral.coefficients import FEWEST_TOKENS
 from spectrumkv.common.kv.codecs.spectral.encoder import SpectralEncoder
 from spectrumkv.common.kv.codecs.spectral.layout import TokenClasses
 from spectrumkv.common.kv.codecs.spectral.rate import LayerSymbols, RateControl
-from spectrumkv.common.kv.codecs.spectral.segment_codec import UncodedSegment, decode_segment, encode_segment
+from spectrumkv.common.kv.codecs.spectral.segment_codec import (
+    UncodedSegment,
+    decode_segment,
+    encode_segment,
+    quantization_of,
+)
 from spectrumkv.common.kv.codecs.spectral.tier_allocation import SpectralTiers
-from spectrumkv.common.kv.codecs.spectral.tiers import class_bits, tier_bytes
+from spectrumkv.common.kv.codecs.spectral.tiers import class_bits, tier_bytes, token_bytes
 from spectrumkv.common.kv.codecs.spectral.transform import LayerTransform
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import KvSegment
@@ -58,6 +63,23 @@ class SpectralCodec(CalibratedCodec):
             The decoder.
         """
         return SpectralDecoder(self.calibrated_basis(basis, geometry), geometry)
+
+    def bytes_of_tokens(self, segment: KvSegment, geometry: KvGeometry, basis: Basis | None) -> np.ndarray:
+        """Return what each token takes; see `Codec.bytes_of_tokens`, and `token_bytes`.
+
+        Args:
+            segment: as the encoder made it.
+            geometry: shape and dtype of the model's cache.
+            basis: that the segment is coded in.
+
+        Returns:
+            float64 `[n]`.
+        """
+        transform = LayerTransform.of_layers(self.calibrated_basis(basis, geometry))[segment.layer]
+        body = segment.body.numpy().data
+        used = quantization_of(transform, body, segment.tiers.numel(), geometry)
+        sink_bytes = geometry.fp16_bytes_per_layer(1)
+        return token_bytes(class_bits(used.model, used.base), used.tokens, sink_bytes, len(body))
 
     def tier_allocation(self, request: EncoderRequest, token_bytes: Mapping[Tier, float]) -> TierAllocation:
         """Give each token the tier that is nearest to the bits it would get here; see `Codec.tier_allocation`.

@@ -193,7 +193,48 @@ def decode_segment(
     Raises:
         DataLossError: the body does not hold what its header says.
     """
-    reader, tokens = BodyReader(body), keys.shape[1]
+    reader = BodyReader(body)
+    exact, quantization = _read_quantization(transform, reader, keys.shape[1], geometry)
+    sinks = quantization.tokens.sinks
+    if sinks:
+        write_sinks(exact, geometry, keys[:, :sinks], values[:, :sinks])
+    if len(quantization.tokens.coded):
+        symbols = quantization.packed.decode(_streams(reader, quantization.packed))
+        transform.dequantize(symbols, first + sinks, quantization, keys[:, sinks:], values[:, sinks:])
+    reader.finish(padding=1)
+    return quantization
+
+
+def quantization_of(transform: LayerTransform, body: memoryview, tokens: int, geometry: KvGeometry) -> Quantization:
+    """Read how a body's coefficients were quantized, without them.
+
+    Args:
+        transform: of the layer.
+        body: uint8 `[b]`.
+        tokens: of the segment.
+        geometry: shape and dtype of the model's cache.
+
+    Returns:
+        How coefficients were quantized.
+
+    Raises:
+        DataLossError: the body does not hold what its header says.
+    """
+    _, quantization = _read_quantization(transform, BodyReader(body), tokens, geometry)
+    return quantization
+
+
+def _read_quantization(
+    transform: LayerTransform, reader: BodyReader, tokens: int, geometry: KvGeometry
+) -> tuple[np.ndarray, Quantization]:
+    """Read a body up to its streams.
+
+    Returns:
+        The bytes of the sinks, and how the other tokens' coefficients were quantized.
+
+    Raises:
+        DataLossError: the body does not hold what its header says.
+    """
     base, sinks, class_bytes, deviation_bytes = reader.header(HEADER)
     if not abs(base) <= LARGEST_BASE:
         raise DataLossError(f"a segment's steps have the exponent {base}", "scale")
@@ -207,14 +248,7 @@ def decode_segment(
     model = transform.calibrated
     if deviation_bytes:
         model = Deviation.decoded(reader.take(deviation_bytes), len(model.classes)).of(model)
-    quantization = Quantization(base, TokenClasses(of_tokens, sinks), model)
-    if sinks:
-        write_sinks(exact, geometry, keys[:, :sinks], values[:, :sinks])
-    if len(classes):
-        symbols = quantization.packed.decode(_streams(reader, quantization.packed))
-        transform.dequantize(symbols, first + sinks, quantization, keys[:, sinks:], values[:, sinks:])
-    reader.finish(padding=1)
-    return quantization
+    return exact, Quantization(base, TokenClasses(of_tokens, sinks), model)
 
 
 def _streams(reader: BodyReader, packed: PackedStreams) -> CodedStreams:

@@ -65,3 +65,24 @@ def tier_bytes(bits: np.ndarray, tokens: TokenClasses, tiers: torch.Tensor, body
     widest = max(shares, key=lambda tier: shares[tier])
     shares[widest] += body_bytes - sum(shares.values())
     return shares
+
+
+def token_bytes(bits: np.ndarray, tokens: TokenClasses, sink_bytes: int, body_bytes: int) -> np.ndarray:
+    """Divide a body's bytes among its tokens.
+
+    A sink has its own bytes. The other tokens share an entropy coder, and what is left by their expected bits.
+
+    Args:
+        bits: see `class_bits`.
+        tokens: their classes.
+        sink_bytes: of one sink.
+        body_bytes: to be divided.
+
+    Returns:
+        float64 `[n]`, `body_bytes` together.
+    """
+    if not len(tokens.coded):
+        return np.full(tokens.sinks, body_bytes / tokens.sinks)
+    expected = bits[tokens.coded]
+    left = body_bytes - tokens.sinks * sink_bytes
+    return np.concatenate((np.full(tokens.sinks, float(sink_bytes)), expected * (left / expected.sum())))

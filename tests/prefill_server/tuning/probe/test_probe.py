@@ -194,7 +194,7 @@ def test_the_command_probes_and_exits_with_0_whatever_the_verdict(
 
 def test_the_command_refuses_what_it_cannot_probe(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["probe", "--codec", "zip"]) == 1
-    assert "unknown codec 'zip'; valid:" in capsys.readouterr().err
+    assert "unknown codec 'zip'; allowed:" in capsys.readouterr().err
 
 
 class BrokenInt4(AbsmaxCodec):

@@ -33,8 +33,9 @@ class CallReader:
         self.is_broken = False
         self._state: _State | None = None
         self._key = ""
-        self._value = ""
-        self._arguments = ""
+        # The characters of the key or of the value that is being read; lists, since a call may be long.
+        self._read: list[str] = []
+        self._arguments: list[str] = []
         self._depth = 0
         self._in_string = False
         self._escaped = False
@@ -52,31 +53,31 @@ class CallReader:
 
     def take_arguments(self) -> str:
         """Return the text of the arguments that came since the last call, as JSON."""
-        taken, self._arguments = self._arguments, ""
-        return taken
+        taken, self._arguments = self._arguments, []
+        return "".join(taken)
 
     def _take_mark(self, character: str) -> None:
         if character == "}" and self._state in (_State.KEY_OR_END, _State.AFTER_VALUE):
             self._state, self.is_complete = _State.END, True
         elif self._state is _State.KEY_OR_END:
-            self._key = character
+            self._read = [character]
             self._go_on(character == '"', _State.KEY)
         elif self._state is _State.COLON:
-            self._value = ""
+            self._read = []
             self._go_on(character == ":", _State.VALUE)
         else:
             self._go_on(character == ",", _State.KEY_OR_END)
 
     def _take_key(self, character: str) -> None:
-        self._key += character
+        self._read.append(character)
         if self._ends_string(character):
-            self._key = str(self._loaded(self._key))
+            self._key = str(self._loaded())
             self._state = _State.COLON
 
     def _take_value(self, character: str) -> None:
-        if not self._value and character in WHITESPACE:
+        if not self._read and character in WHITESPACE:
             return
-        if not self._value:
+        if not self._read:
             self._in_string = character == '"'
             self._depth = int(character in "{[")
             self._begin_value(character)
@@ -106,19 +107,19 @@ class CallReader:
         self._add(character)
 
     def _add(self, character: str) -> None:
-        self._value += character
+        self._read.append(character)
         # Arguments as a string of JSON are taken when they are complete.
-        if self._key in ARGUMENT_KEYS and self._value[0] != '"':
-            self._arguments += character
+        if self._key in ARGUMENT_KEYS and self._read[0] != '"':
+            self._arguments.append(character)
 
     def _end_value(self) -> None:
         self._state = _State.AFTER_VALUE
-        value = self._loaded(self._value)
+        value = self._loaded()
         if self._key == "name":
             self.name = value if isinstance(value, str) else None
             self.is_broken |= self.name is None
         elif self._key in ARGUMENT_KEYS and isinstance(value, str):
-            self._arguments += value
+            self._arguments.append(value)
 
     def _ends_string(self, character: str) -> bool:
         if self._escaped or character == "\\":
@@ -126,9 +127,10 @@ class CallReader:
             return False
         return character == '"'
 
-    def _loaded(self, text: str) -> object:
+    def _loaded(self) -> object:
+        """Return the key or the value that was read; None, and the object is broken, where it is no JSON."""
         try:
-            return json.loads(text)
+            return json.loads("".join(self._read))
         except (ValueError, RecursionError):
             self.is_broken = True
             return None

@@ -1,8 +1,9 @@
 """Separates an answer, as it arrives, into text and tool calls."""
 
 import secrets
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 from spectrumkv.common.tool_calls.call_reader import WHITESPACE, CallReader
 from spectrumkv.common.tool_calls.formats import ToolCallFormat
@@ -63,8 +64,10 @@ class ToolCallParser:
         # Whether white space is held: at the start, where a call may follow it, and after a call.
         self._holds_space = bool(call_format.bare)
         self._among_calls = False
-        # What came and is not decided yet: white space at the start, part of a mark, or a call without a name so far.
-        self._held = ""
+        # Characters that came and are not decided yet: white space at the start, part of a mark, or a call without a
+        # name so far. `_rest` is what they are without the white space or the separators before.
+        self._held: list[str] = []
+        self._rest = ""
         self._reader: CallReader | None = None
         self._shown = False
 
@@ -81,90 +84,124 @@ class ToolCallParser:
 
     def finish(self) -> list[Delta]:
         """Return what was held back, once the answer has ended."""
-        held, self._held = self._held, ""
+        held = self._release()
         is_around_calls = self.calls > 0 and not held.strip(SEPARATORS)
-        return [] if not held or self._shown or is_around_calls else [ContentDelta(held)]
+        return [] if not held or is_around_calls else [ContentDelta(held)]
+
+    def _release(self) -> str:
+        """Return what is held, and hold it no longer."""
+        held = "".join(self._held)
+        self._held, self._rest = [], ""
+        return held
 
     def _take(self, character: str) -> Iterator[Delta]:
-        self._held += character
+        if not self._shown:
+            self._held.append(character)
         if self._reader is not None:
             yield from self._take_in_call(self._reader, character)
         elif self._among_calls:
-            yield from self._take_between_calls()
+            yield from self._take_between_calls(character)
+        elif self._holds_space:
+            yield from self._take_at_start(character)
+        else:
+            yield from self._take_text()
+
+    def _take_at_start(self, character: str) -> Iterator[Delta]:
+        """Skip white space up to a call or the mark before calls.
+
+        Yields:
+            What is neither, as text.
+        """
+        if self._rest or character not in WHITESPACE:
+            self._rest += character
+        marks, rest = self._format, self._rest
+        if rest != marks.begin and marks.begin.startswith(rest):
+            return
+        self._holds_space = False
+        if rest != marks.begin and marks.bare and rest.startswith(marks.bare):
+            # The characters after a "[" that is not the mark's belong to the calls.
+            self._among_calls = True
+            self._release()
+            for one in rest:
+                yield from self._take(one)
+        elif rest == marks.begin:
+            self._begin_calls()
         else:
             yield from self._take_text()
 
     def _take_text(self) -> Iterator[Delta]:
-        """Look for the mark before calls, or at the start for a call without it.
+        """Look for the mark before calls.
 
         Yields:
             Text that is certain to be outside calls.
         """
-        marks = self._format
-        stripped = self._held.lstrip(WHITESPACE)
-        if self._holds_space and marks.begin != stripped and marks.begin.startswith(stripped):
-            return
-        if self._holds_space and marks.bare and stripped.startswith(marks.bare) and stripped != marks.begin:
-            # The characters after a "[" that is not the mark's belong to the calls.
-            self._holds_space, self._among_calls, self._held = False, True, ""
-            for character in stripped:
-                yield from self._take(character)
-            return
-        if self._held.endswith(marks.begin):
-            before = "" if self._holds_space else self._held.removesuffix(marks.begin)
-            self._holds_space, self._among_calls, self._held = False, True, marks.begin
-            if before:
-                yield ContentDelta(before)
-            return
-        self._holds_space = False
-        certain = len(self._held) - _partial(self._held, marks.begin)
-        text, self._held = self._held[:certain], self._held[certain:]
+        begin, held = self._format.begin, self._release()
+        if held.endswith(begin):
+            text = held.removesuffix(begin)
+            self._begin_calls()
+        else:
+            certain = len(held) - _partial(held, begin)
+            text, self._held = held[:certain], list(held[certain:])
         if text:
             yield ContentDelta(text)
 
-    def _take_between_calls(self) -> Iterator[Delta]:
+    def _begin_calls(self) -> None:
+        """Go on behind the mark before calls, which is text after all where no call follows it."""
+        self._among_calls, self._held, self._rest = True, list(self._format.begin), ""
+
+    def _take_between_calls(self, character: str) -> Iterator[Delta]:
         """Skip separators up to the next call, or to the mark after calls.
 
         Yields:
             What is neither, as text.
         """
-        marks = self._format
-        rest = self._held.removeprefix(marks.begin).lstrip(SEPARATORS)
+        if self._rest or character not in SEPARATORS:
+            self._rest += character
+        marks, rest = self._format, self._rest
         if not rest:
             return
         if rest == "{":
-            self._reader, self._shown = CallReader(), False
+            self._reader = CallReader()
             self._reader.push("{")
         elif marks.end and rest == marks.end and self.calls:
-            self._among_calls, self._held, self._holds_space = False, "", True
+            self._among_calls, self._holds_space = False, True
+            self._release()
         elif not (marks.end and marks.end.startswith(rest)):
             self._among_calls = False
-            text, self._held = self._held, ""
-            yield ContentDelta(text)
+            yield ContentDelta(self._release())
 
     def _take_in_call(self, reader: CallReader, character: str) -> Iterator[Delta]:
+        """Take in a call: its name once arguments follow, then these as they come.
+
+        Yields:
+            Pieces of the call; the whole as text where it is none.
+        """
         reader.push(character)
         needs_arguments = not self._format.end
-        if (
-            reader.name is not None
-            and not self._shown
-            and (reader.has_arguments or (reader.is_complete and not needs_arguments))
-        ):
+        is_call = reader.has_arguments or (reader.is_complete and not needs_arguments)
+        if reader.name is not None and is_call and not self._shown:
             self._shown = True
+            self._release()
             self.calls += 1
             yield CallDelta(self.calls - 1, self._call_id(), reader.name, "")
         if self._shown and (arguments := reader.take_arguments()):
             yield CallDelta(self.calls - 1, "", "", arguments)
-        if not (reader.is_complete or reader.is_broken):
-            return
+        if reader.is_complete or reader.is_broken:
+            yield from self._end_call(reader)
+
+    def _end_call(self, reader: CallReader) -> Iterator[Delta]:
+        """Go on behind a call, or behind what looked like one.
+
+        Yields:
+            Empty arguments where the call has none; the whole as text where it is no call.
+        """
         self._reader = None
-        text, self._held = self._held, ""
         if not self._shown:
             self._among_calls = False
-            yield ContentDelta(text)
+            yield ContentDelta(self._release())
         elif not reader.has_arguments:
             yield CallDelta(self.calls - 1, "", "", "{}")
-        self._shown = False
+        self._shown, self._rest = False, ""
 
 
 def _partial(text: str, mark: str) -> int:
@@ -172,14 +209,14 @@ def _partial(text: str, mark: str) -> int:
     return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if mark.startswith(text[-n:])), 0)
 
 
-def _merged(deltas: Iterator[Delta]) -> list[Delta]:
+def _merged(deltas: Iterable[Delta]) -> list[Delta]:
+    """Return deltas with adjacent pieces of text, and of one call, put together."""
     merged: list[Delta] = []
-    for delta in deltas:
-        last = merged[-1] if merged else None
-        if isinstance(last, ContentDelta) and isinstance(delta, ContentDelta):
-            merged[-1] = ContentDelta(last.text + delta.text)
-        elif isinstance(last, CallDelta) and isinstance(delta, CallDelta) and last.index == delta.index:
-            merged[-1] = CallDelta(last.index, last.id, last.name, last.arguments + delta.arguments)
+    for _, run in groupby(deltas, lambda delta: delta.index if isinstance(delta, CallDelta) else None):
+        pieces = list(run)
+        if isinstance(pieces[0], CallDelta):
+            arguments = "".join(one.arguments for one in pieces if isinstance(one, CallDelta))
+            merged.append(replace(pieces[0], arguments=arguments))
         else:
-            merged.append(delta)
+            merged.append(ContentDelta("".join(one.text for one in pieces if isinstance(one, ContentDelta))))
     return merged

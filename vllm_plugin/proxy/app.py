@@ -10,13 +10,13 @@ from typing import TypeVar
 
 import aiohttp
 from aiohttp import web
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import generate_latest
 
 from spectrumkv.common.errors import InvalidArgumentError, SpectrumKVError
-from spectrumkv.common.telemetry.metrics import LATENCY_BUCKETS
 from spectrumkv.vllm_plugin.proxy.answers import END, Continuation, EventError, event, first_chunks, without_internals
 from spectrumkv.vllm_plugin.proxy.backends import BackendError, BackendGroup
 from spectrumkv.vllm_plugin.proxy.bodies import Body, ClientRequest, PrefillAnswer
+from spectrumkv.vllm_plugin.proxy.metrics import ProxyMetrics
 
 # A prompt of a million tokens as text fits.
 MOST_BODY_BYTES = 32 << 20
@@ -38,25 +38,7 @@ class Proxy:
     def __init__(self, prefill: tuple[str, ...], decode: tuple[str, ...], api_key: str | None = None) -> None:
         self._prefill, self._decode = BackendGroup("prefill", prefill), BackendGroup("decode", decode)
         self._api_key = api_key
-        self._registry = CollectorRegistry()
-        self._requests = Counter(
-            "spectrumkv_proxy_requests", "Requests that ended, by how.", ["outcome"], registry=self._registry
-        )
-        self._retries = Counter(
-            "spectrumkv_proxy_retries",
-            "Further tries, by what was tried.",
-            ["stage"],
-            registry=self._registry,
-        )
-        self._first_token = Histogram(
-            "spectrumkv_proxy_time_to_first_token_seconds",
-            "Time from a request's arrival to its first token.",
-            buckets=LATENCY_BUCKETS,
-            registry=self._registry,
-        )
-        self._servers = Gauge(
-            "spectrumkv_proxy_servers_healthy", "Servers that answer.", ["role"], registry=self._registry
-        )
+        self._metrics = ProxyMetrics()
         self._models: dict[str, int] = {}
 
     def app(self) -> web.Application:
@@ -68,7 +50,7 @@ class Proxy:
                 web.post("/v1/chat/completions", self._completions),
                 web.get("/v1/models", self._list_models),
                 web.get("/health", self._health),
-                web.get("/metrics", self._metrics),
+                web.get("/metrics", self._show_metrics),
             ]
         )
         app.cleanup_ctx.append(self._run)
@@ -93,7 +75,7 @@ class Proxy:
         try:
             request = ClientRequest(await http.json(), http.path.startswith("/v1/chat"))
             first = await self._prefilled(http, request)
-            self._first_token.observe(asyncio.get_running_loop().time() - started)
+            self._metrics.time_to_first_token.observe(asyncio.get_running_loop().time() - started)
             answer, outcome = await self._answer(http, request, first)
             return answer
         except BackendError as error:
@@ -106,7 +88,7 @@ class Proxy:
             outcome = error.code.lower()
             return _refusal(400 if isinstance(error, InvalidArgumentError) else 503, error.message)
         finally:
-            self._requests.labels(outcome).inc()
+            self._metrics.requests.labels(outcome).inc()
 
     async def _prefilled(self, http: web.Request, request: ClientRequest) -> PrefillAnswer:
         """Have a prefill server compute the prompt, and another one if it fails.
@@ -129,7 +111,7 @@ class Proxy:
                     failure = BackendError.of(error)
             if not failure.may_be_tried_elsewhere or len(tried) >= self._prefill.healthy:
                 raise failure
-            self._retries.labels("prefill").inc()
+            self._metrics.retries.labels("prefill").inc()
 
     async def _answer(
         self, http: web.Request, request: ClientRequest, first: PrefillAnswer
@@ -184,7 +166,7 @@ class Proxy:
         except BackendError as error:
             if not error.may_be_tried_elsewhere:
                 raise
-        self._retries.labels("decode").inc()
+        self._metrics.retries.labels("decode").inc()
         return await self._decoded_once(asked.path, asked.body_without_kv, ask)
 
     async def _decoded_once(self, path: str, body: Body, ask: Callable[[str, Body], Awaitable[Answer]]) -> Answer:
@@ -268,10 +250,10 @@ class Proxy:
         well = {group.role: group.healthy for group in (self._prefill, self._decode)}
         return web.json_response(well, status=200 if all(well.values()) else 503)
 
-    async def _metrics(self, http: web.Request) -> web.Response:
+    async def _show_metrics(self, http: web.Request) -> web.Response:
         for group in (self._prefill, self._decode):
-            self._servers.labels(group.role).set(group.healthy)
-        return web.Response(body=generate_latest(self._registry), content_type="text/plain")
+            self._metrics.servers_healthy.labels(group.role).set(group.healthy)
+        return web.Response(body=generate_latest(self._metrics.registry), content_type="text/plain")
 
 
 async def _begin_events(http: web.Request) -> web.StreamResponse:

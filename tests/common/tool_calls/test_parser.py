@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from itertools import count
 
 import pytest
@@ -112,6 +113,24 @@ def test_arguments_arrive_as_they_are_written() -> None:
     assert parser.push('"}') == [CallDelta(0, "", "", '"}')]
     assert parser.push("}\n</tool_call>") == []
     assert parser.finish() == []
+
+
+@pytest.mark.parametrize(
+    ("form", "answer"),
+    [
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "%s"}}</tool_call>'),
+        ("llama3_json", '{"no call": "%s"}'),
+    ],
+)
+def test_a_long_answer_takes_no_longer_a_character(form: str, answer: str) -> None:
+    def seconds(length: int) -> float:
+        started = time.process_time()
+        read(form, answer % ("x" * length))
+        return time.process_time() - started
+
+    seconds(1000)
+    # Where what came before is copied at each character, 16 times as many take more than 100 times as long.
+    assert seconds(320_000) < 64 * max(seconds(20_000), 0.02)
 
 
 def test_a_call_without_arguments_has_an_empty_object() -> None:

@@ -135,7 +135,9 @@ def answer(vocabulary: Vocabulary, form: str, tools: dict[str, Any], seed: int) 
     params = SamplingParams(temperature=1.0, seed=seed, max_tokens=300, structured_output=structured)
     sampler, parser, ids = Sampler(params, (), vocabulary), ToolCallParser(FORMATS[form]), []
     logits = torch.randn(vocabulary.size, generator=torch.Generator().manual_seed(seed))
-    logits[sorted(vocabulary.eos_token_ids)] = 9.0
+    # What ends an answer, a list, an object and a string: by chance alone one goes on for 10,000 tokens and more.
+    ends = [vocabulary.tokenizer.convert_tokens_to_ids(one) for one in ("]", "}", '"')]
+    logits[[*vocabulary.eos_token_ids, *ends]] = 9.0
     while not ids or ids[-1] not in vocabulary.eos_token_ids:
         ids.append(sampler.sample(logits, len(ids)).token_id)
     deltas = parser.push(vocabulary.tokenizer.decode(ids[:-1])) + parser.finish()

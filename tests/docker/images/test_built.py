@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 import tomllib
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from tests.docker.images.engine import build, docker, inspect, run
 from tests.test_requirements import locked
 
 CPU_BYTES = 1_650_000_000
+# Triton, gcc with libc's headers, and PyTorch's own headers: beside its PyTorch the GPU image has nothing else.
+GPU_BESIDES_BYTES = 1_200_000_000
 # A change of source replaces the layer with the package, and no other.
 PACKAGE_LAYER_BYTES = 8_000_000
 # What pip itself is, and what the images get beside the locked files.
@@ -27,13 +30,24 @@ def distributions(image: str) -> dict[str, str]:
     return {one["name"].lower().replace("_", "-"): one["version"] for one in found}
 
 
+def size(image: str) -> int:
+    """The bytes of an image's layers, which a test prints."""
+    found = int(inspect(image)["Size"])
+    print(f"{image} has {found / 1e9:.3f} GB")
+    return found
+
+
 def test_the_cpu_image_is_small_and_has_nothing_of_a_gpu(cpu_image: str) -> None:
-    assert inspect(cpu_image)["Size"] <= CPU_BYTES
+    assert size(cpu_image) <= CPU_BYTES
     found = distributions(cpu_image)
     assert found.keys() & {"triton"} == set()
     assert not [name for name in found if name.startswith(("nvidia-", "cuda-"))]
     assert run("--entrypoint", "pip", cpu_image, "check").status == 0
     assert run("--entrypoint", "sh", cpu_image, "-c", "command -v gcc").status != 0
+
+
+def test_the_gpu_image_adds_triton_and_what_compiles_its_launchers(cpu_image: str, gpu_image: str) -> None:
+    assert size(gpu_image) - size(cpu_image) <= GPU_BESIDES_BYTES
 
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])
@@ -86,7 +100,9 @@ def test_a_change_of_source_rebuilds_the_packages_layer_alone(cpu_image: str, tm
             shutil.copy2(ROOT / name, copied / name)
     changed = copied / "client" / "health.py"
     changed.write_text(changed.read_text() + "# One more line.\n")
+    began = time.monotonic()
     log = build("--target", "cpu", "--tag", "spectrumkv-test:changed", context=copied)
+    took = time.monotonic() - began
     steps = dict(re.findall(r"^#(\d+) \[([\w-]+ \d+/\d+)\]", log, re.MULTILINE))
     cached = set(re.findall(r"^#(\d+) CACHED", log, re.MULTILINE))
     ran = {name.split()[0] for number, name in steps.items() if number not in cached and "1/" not in name[-4:]}
@@ -95,4 +111,6 @@ def test_a_change_of_source_rebuilds_the_packages_layer_alone(cpu_image: str, tm
     assert before[:-1] == after[:-1]
     assert before[-1] != after[-1]
     sizes = docker("history", "--human=false", "--format", "{{.Size}}", "spectrumkv-test:changed").split()
-    assert int(next(size for size in sizes if size != "0")) <= PACKAGE_LAYER_BYTES
+    replaced = int(next(one for one in sizes if one != "0"))
+    print(f"a change of source built {', '.join(sorted(ran))} in {took:.0f} s and replaced {replaced / 1e6:.1f} MB")
+    assert replaced <= PACKAGE_LAYER_BYTES

@@ -21,6 +21,8 @@ BUILD_VARIABLE = "IMAGE_BUILD"
 TEST_FILE = Path(__file__).parent / "compose.test.yaml"
 BUILD_SECONDS, START_SECONDS = 1800.0, 900.0
 LOOK_SECONDS = 0.1
+# What the compose files hold their containers to.
+READ_ONLY = ["--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
 
 
 def why_no_engine() -> str | None:

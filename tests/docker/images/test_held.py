@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.docker.images.engine import docker, docker_logs, health, inspect, run, wait_for
+from tests.docker.images.engine import READ_ONLY, docker, docker_logs, health, inspect, run, wait_for
 
 CACHE = "/var/cache/spectrumkv"
 DECODE = ["spectrumkv-decode", "--model=/model", "--device=cpu", "--kv-memory=64MiB"]
-READ_ONLY = ["--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
 
 
 @pytest.fixture

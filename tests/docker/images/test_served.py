@@ -15,7 +15,16 @@ from spectrumkv.client.request import Sampling
 from spectrumkv.common.errors import SpectrumKVError
 from spectrumkv.common.security import ChannelSecurity, TlsFiles
 from tests.common.security.certificates import Authority
-from tests.docker.images.engine import Project, container_address, health, inspect, metric, wait_for
+from tests.docker.images.engine import (
+    READ_ONLY,
+    Project,
+    container_address,
+    docker,
+    health,
+    inspect,
+    metric,
+    wait_for,
+)
 from tests.docker.images.load import Load
 from tests.docker.prometheus_server import query
 
@@ -56,6 +65,34 @@ def test_clients_are_answered_and_prometheus_scrapes_both(project: Project) -> N
         return float(found[0]["value"][1]) if found else 0.0
 
     wait_for(lambda: counted() >= 1, "Prometheus has the request", 60)
+
+
+def test_the_gateway_of_the_image_answers_and_holds_answers_to_a_form(project: Project, cpu_image: str) -> None:
+    command = ["spectrumkv-gateway", "--listen=0.0.0.0:8000", "--prefill=prefill:50051", "--allow-plaintext"]
+    network = f"--network={project.name}_default"
+    gateway = docker("run", "--detach", "--no-healthcheck", *READ_ONLY, network, cpu_image, *command).strip()
+    try:
+        url = f"http://{container_address(gateway)}:8000"
+        wait_for(lambda: answers(f"{url}/health"), "the gateway is ready", 120)
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=10) as response:
+            (model,) = json.load(response)["data"]
+        asked = {"model": model["id"], "prompt": "Is it so?", "structured_outputs": {"choice": ["yes", "no"]}}
+        headers = {"content-type": "application/json"}
+        request = urllib.request.Request(f"{url}/v1/completions", json.dumps(asked).encode(), headers)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            (choice,) = json.load(response)["choices"]
+        assert choice["text"] in ("yes", "no")
+    finally:
+        docker("rm", "--force", gateway)
+
+
+def answers(url: str) -> bool:
+    """Whether a server says that it is ready."""
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
 
 
 def test_containers_have_the_limits_of_the_files(project: Project) -> None:

@@ -36,7 +36,7 @@ def print_map(console: Console, tokens: Iterable[PromptToken], kv_map: KvMap) ->
 
 
 def _lines(tokens: Iterable[Piece], width: int) -> Iterator[list[Piece]]:
-    """Yield the lines of a prompt, none wider than the console, broken between tokens where they fit a line.
+    """Yield the lines of a prompt, none wider than the console.
 
     Args:
         tokens: text and level of each.
@@ -46,21 +46,27 @@ def _lines(tokens: Iterable[Piece], width: int) -> Iterator[list[Piece]]:
         The pieces of a line.
     """
     line: list[Piece] = []
-    room = width
     for text, level in tokens:
         *ended, last = text.split("\n")
         for shown, ends in (*((f"{one}{LINE_END}", True) for one in ended), (last, False)):
             for piece in chop_cells(_printable(shown), width):
-                if cell_len(piece) > room:
-                    yield line
-                    line, room = [], width
+                while sum(cell_len(before) for before, _ in line) + cell_len(piece) > width:
+                    full, line = _broken(line, piece)
+                    yield full
                 line.append((piece, level))
-                room -= cell_len(piece)
             if ends:
                 yield line
-                line, room = [], width
+                line = []
     if line:
         yield line
+
+
+def _broken(line: list[Piece], piece: str) -> tuple[list[Piece], list[Piece]]:
+    """Return what stays on a line that a piece does not fit, and what of the piece's word goes on with it."""
+    begins = [place for place, (before, _) in enumerate(line) if place and before.startswith(" ")]
+    if piece.startswith(" ") or not begins:
+        return line, []
+    return line[: begins[-1]], line[begins[-1] :]
 
 
 def _printable(text: str) -> str:

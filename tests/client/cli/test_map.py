@@ -1,7 +1,7 @@
 """`spectrumkv generate --map`: in colours, in marks, and as a picture."""
 
 import builtins
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from io import StringIO
 from typing import Any
 
@@ -37,10 +37,10 @@ def mapped(prefill: FakePrefill) -> FakePrefill:
     return prefill
 
 
-def printed(width: int = 40, **console: Any) -> str:
+def printed(width: int = 40, texts: Sequence[str] = TEXTS, **console: Any) -> str:
     out = Console(file=StringIO(), width=width, **console)
-    tokens = [PromptToken(place, text, None, ()) for place, text in enumerate(TEXTS)]
-    print_map(out, tokens, KvMap(BITS))
+    tokens = [PromptToken(place, text, None, ()) for place, text in enumerate(texts)]
+    print_map(out, tokens, KvMap(BITS[: len(texts)]))
     return out.file.getvalue()
 
 
@@ -61,6 +61,13 @@ def test_no_line_is_wider_than_the_terminal() -> None:
     text, marks = printed(width=7).splitlines()[:8:2], printed(width=7).splitlines()[1:8:2]
     assert text == ["Why is", " the↵", "sky [2J", " $blue$"]
     assert [len(line) for line in marks] == [len(line) for line in text]
+
+
+def test_lines_break_between_words() -> None:
+    texts = ["lost", " on", " a", " wh", "al", "ing"]
+    assert printed(width=13, texts=texts).splitlines()[:4:2] == ["lost on a", " whaling"]
+    # A word that no line has room for is broken where the line ends.
+    assert printed(width=5, texts=texts).splitlines()[:8:2] == ["lost", " on a", " whal", "ing"]
 
 
 def test_with_colours_each_token_has_the_colour_of_its_level() -> None:

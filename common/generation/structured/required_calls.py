@@ -29,7 +29,7 @@ def required_calls(
         A grammar.
 
     Raises:
-        InvalidArgumentError: two tools give different definitions the same name.
+        InvalidArgumentError: two tools give different definitions the same name, or definitions have no names.
     """
     schema, definitions = _call_schema(parameters, form)
     begin, end = _mark(form.begin, tokenizer), _mark(form.end, tokenizer)
@@ -50,14 +50,17 @@ def _call_schema(
     """Return the schema of one call, and the definitions of all tools: references are looked up from the root.
 
     Raises:
-        InvalidArgumentError: two tools give different definitions the same name.
+        InvalidArgumentError: two tools give different definitions the same name, or definitions have no names.
     """
     definitions: dict[str, dict[str, Any]] = {}
     calls: list[dict[str, Any]] = []
     for name, schema in parameters.items():
         for key in DEFINITIONS:
             known = definitions.setdefault(key, {})
-            for title, definition in schema.get(key, {}).items():
+            named = schema.get(key, {})
+            if not isinstance(named, Mapping):
+                raise InvalidArgumentError(f"{key} of tool {name!r} is {str(named)[:40]!r}; allowed: an object")
+            for title, definition in named.items():
                 if known.setdefault(title, definition) != definition:
                     raise InvalidArgumentError(
                         f"two tools have different definitions named {title!r} in {key}; rename one of them"

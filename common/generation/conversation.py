@@ -181,6 +181,12 @@ def _object(what: str, text: str | None) -> Mapping[str, Any]:
     # Beyond what Python's stack holds, whoever writes it out again would fail.
     if _has_more_levels(value, MAX_JSON_LEVELS):
         raise InvalidArgumentError(f"{what} have more than {MAX_JSON_LEVELS} levels of objects and lists; use fewer")
+    try:
+        _text(value).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(
+            f"{what} have half of a character, {error.object[error.start]!r}; leave it out"
+        ) from None
     return value
 
 

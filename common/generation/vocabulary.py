@@ -31,6 +31,8 @@ class Vocabulary:
 
         eos = sorted(self.eos_token_ids) or None
         trial = FormTrial(self.tokenizer, self.size, eos)
+        # It makes its own view meanwhile.
+        trial.start()
         return GrammarCompiler(from_tokenizer(self.tokenizer, n_vocab=self.size, eos_token=eos), trial.refusal)
 
     def spellings(self, text: str) -> list[tuple[int, ...]]:

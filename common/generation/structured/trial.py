@@ -13,6 +13,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import copy
 
 from transformers import PreTrainedTokenizerFast
@@ -23,8 +24,9 @@ from spectrumkv.common.generation.structured.trial_process import read_block, wr
 
 # Of a processor, for one form. The hardest forms that llguidance's own limits let through take a second.
 CPU_SECONDS = 2.0
-# How long a form may wait for those that came before it.
-WAIT_SECONDS = 10.0
+# How long a form may wait for those that came before it: with its own time that is less than prefill waits for decode
+# to admit a request, so that a worker with many forms is passed over and not taken for one that fails.
+WAIT_SECONDS = 5.0
 RETRY_AFTER_SECONDS = 1.0
 # What glibc gives a thread where the limit on stacks is none.
 UNLIMITED_STACK_BYTES = 2 << 20
@@ -63,6 +65,12 @@ class FormTrial:
         self._lock = threading.Lock()
         self._helper: subprocess.Popen[bytes] | None = None
         self._stop: weakref.finalize[[subprocess.Popen[bytes]], FormTrial] | None = None
+
+    def start(self) -> None:
+        """Start the helper, which takes a second to be ready; the first form then waits less."""
+        # A helper that cannot be started is an error to whoever asks it.
+        with self._lock, suppress(OSError):
+            self._started()
 
     def refusal(self, form: StructuredOutput) -> str:
         """Return why a form cannot be used; empty where it can.
@@ -138,7 +146,6 @@ def _end(helper: "subprocess.Popen[bytes]") -> None:
     helper.wait()
     for stream in (helper.stdin, helper.stdout):
         assert stream is not None
-        try:
+        # What was not sent to a helper that has ended is lost with it.
+        with suppress(BrokenPipeError):
             stream.close()
-        except BrokenPipeError:
-            continue

@@ -72,14 +72,18 @@ def _tried(tokenizer: Any, form: bytes, cpu_seconds: float) -> str:
     child = os.fork()
     if child == 0:
         os.close(reading)
-        _try_within_limits(tokenizer, form, cpu_seconds, writing)
+        try:
+            _try_within_limits(tokenizer, form, cpu_seconds, writing)
+        finally:
+            # Whatever happened, a fork must not go on to read forms.
+            os._exit(1)
     os.close(writing)
     with open(reading, "rb") as pipe:
         said = pipe.read().decode()
     _, status = os.waitpid(child, 0)
-    if not os.WIFSIGNALED(status):
+    if status == 0:
         return said
-    if os.WTERMSIG(status) == signal.SIGPROF:
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF:
         return f"structured_output takes more than {cpu_seconds:g} s of a processor to compile; make it smaller"
     return "structured_output is nested too deeply, or takes too much memory to compile; make it smaller"
 

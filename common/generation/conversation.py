@@ -11,6 +11,8 @@ from spectrumkv.v1 import prefill_pb2
 ROLES = ("system", "user", "assistant", "tool")
 MAX_TOOLS = 128
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+# Levels of objects and lists in the schema of a tool, or in the arguments of a call.
+MAX_JSON_LEVELS = 64
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 # For templates that say nothing of tools, in the words that Hermes and Qwen are trained on (Qwen2.5's chat template).
@@ -176,7 +178,27 @@ def _object(what: str, text: str | None) -> Mapping[str, Any]:
         raise InvalidArgumentError(f"{what} are no JSON: {error}") from None
     if not isinstance(value, dict):
         raise InvalidArgumentError(f"{what} are {text[:40]!r}; allowed: a JSON object")
+    # Beyond what Python's stack holds, whoever writes it out again would fail.
+    if _has_more_levels(value, MAX_JSON_LEVELS):
+        raise InvalidArgumentError(f"{what} have more than {MAX_JSON_LEVELS} levels of objects and lists; use fewer")
+    try:
+        _text(value).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(
+            f"{what} have half of a character, {error.object[error.start]!r}; leave it out"
+        ) from None
     return value
+
+
+def _has_more_levels(value: Any, most: int) -> bool:
+    """Return whether objects and lists lie in one another more than `most` deep."""
+    level = [value]
+    for _ in range(most + 1):
+        containers = [one for one in level if isinstance(one, dict | list)]
+        if not containers:
+            return False
+        level = [inner for one in containers for inner in (one.values() if isinstance(one, dict) else one)]
+    return True
 
 
 def _text(value: object) -> str:

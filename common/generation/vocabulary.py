@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.generation.structured.grammar import GrammarCompiler
+from spectrumkv.common.generation.structured.trial import FormTrial
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,10 @@ class Vocabulary:
         from llguidance.hf import from_tokenizer
 
         eos = sorted(self.eos_token_ids) or None
-        return GrammarCompiler(from_tokenizer(self.tokenizer, n_vocab=self.size, eos_token=eos))
+        trial = FormTrial(self.tokenizer, self.size, eos)
+        # It makes its own view meanwhile.
+        trial.start()
+        return GrammarCompiler(from_tokenizer(self.tokenizer, n_vocab=self.size, eos_token=eos), trial.refusal)
 
     def spellings(self, text: str) -> list[tuple[int, ...]]:
         """Return a text as tokens, at the start of a word and inside one; once where both are the same."""

@@ -14,6 +14,7 @@ from typing import Any
 from spectrumkv.common.errors import ResourceExhaustedError, SpectrumKVError
 from spectrumkv.gateway.api.errors import CLIENT_CLOSED_REQUEST, HttpError
 from spectrumkv.gateway.caller import REQUEST_ID, Caller, Credentials
+from spectrumkv.gateway.http.bodies import Bodies, CallerGoneError
 from spectrumkv.gateway.metrics import GatewayMetrics
 
 logger = logging.getLogger(__name__)
@@ -24,8 +25,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-# How long a body may take to come, whole.
-BODY_SECONDS = 30.0
 # Load balancers, Prometheus and browsers that look at the page have no token.
 OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/openapi.json"})
 # Below this are the files of the page.
@@ -33,14 +32,8 @@ OPEN_FOLDER = "/page/"
 # Asked for again and again, by those and by the page: no news for the log.
 POLLED_PATHS = OPEN_PATHS | {"/workers"}
 RETRY_AFTER_SECONDS = 1.0
-# How many times the allowed length of a body is read before the connection is closed.
-READ_OF_TOO_MUCH = 4
-# Of errors after which the rest of the body is not read.
-_CLOSE = {"Connection": "close"}
-
-
-class CallerGoneError(Exception):
-    """The caller closed its connection before it had the answer."""
+# Of a body to a path that takes none.
+OPEN_BODY_BYTES = 1024
 
 
 @dataclass
@@ -79,6 +72,7 @@ class Exchange:
         self._metrics = metrics
         self._max_requests = max_requests
         self._max_body = max_body
+        self._bodies = Bodies()
         self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,15 +96,15 @@ class Exchange:
         counted = not is_open
         try:
             progress.caller = self._credentials.identify(scope["headers"], is_open)
-            if counted and self._running >= self._max_requests:
-                raise ResourceExhaustedError(
-                    f"{self._running} requests are in this server, as many as --max-requests allows; try again later",
-                    RETRY_AFTER_SECONDS,
-                )
+            if counted:
+                self._check_room()
+            body = await self._bodies.read(receive, OPEN_BODY_BYTES if is_open else self._max_body)
+            if counted:
+                # A body that comes slowly has no place; others may have taken the last one meanwhile.
+                self._check_room()
             self._running += counted
             try:
                 self._metrics.running.set(self._running)
-                body = await self._read_body(receive)
                 scope.setdefault("state", {})["caller"] = progress.caller
                 await self._answer(scope, body, receive, send, progress)
             finally:
@@ -121,33 +115,17 @@ class Exchange:
         except HttpError as error:
             await send_error(error, send)
 
-    async def _read_body(self, receive: Receive) -> bytes:
-        """Return a request's body.
+    def _check_room(self) -> None:
+        """Refuse a request where there are as many as are allowed.
 
         Raises:
-            HttpError: it is too long, or does not come in time.
-            CallerGoneError: the caller went away.
+            ResourceExhaustedError: there are.
         """
-        body = bytearray()
-        size, more = 0, True
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                # A caller that is still sending reads no answer: some of what is too much is read, and forgotten.
-                while more and size <= READ_OF_TOO_MUCH * self._max_body:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise CallerGoneError
-                    part, more = message.get("body", b""), message.get("more_body", False)
-                    size += len(part)
-                    if size <= self._max_body:
-                        body += part
-        except TimeoutError:
-            said = f"the body did not come within {BODY_SECONDS:g} s ({size} bytes had come); send it faster"
-            raise HttpError(408, said, headers=_CLOSE) from None
-        if size > self._max_body:
-            said = f"the body is longer than {self._max_body} bytes, the most that is taken; send less"
-            raise HttpError(413, said, headers=_CLOSE)
-        return bytes(body)
+        if self._running >= self._max_requests:
+            raise ResourceExhaustedError(
+                f"{self._running} requests are in this server, as many as --max-requests allows; try again later",
+                RETRY_AFTER_SECONDS,
+            )
 
     async def _answer(self, scope: Scope, body: bytes, receive: Receive, send: Send, progress: _Progress) -> None:
         """Run the route, and cancel it where the caller goes away.

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from spectrumkv.common.service import machine
-from spectrumkv.gateway.http import connection, exchange
+from spectrumkv.gateway.http import bodies, connection
 from tests.client.fake_servers import FakePrefill, finished, token
 from tests.gateway.running import WAIT_SECONDS, Answer, RunningGateway, running_gateway
 from tests.waiting import until
@@ -93,7 +93,7 @@ def test_slow_headers_of_many_pieces_get_no_more_time(
 
 @pytest.mark.parametrize("head", [b"Content-Length: 100\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"])
 def test_a_body_that_does_not_come(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch, head: bytes) -> None:
-    monkeypatch.setattr(exchange, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.3)
     with closing(gateway.socket()) as sock:
         sock.sendall(HEAD + head)
         answer = read_answer(sock)
@@ -110,6 +110,51 @@ def test_a_body_that_is_too_long(prefill: FakePrefill, length: int) -> None:
         answer = read_answer(sock)
         assert (answer.status, answer.error["message"][:38]) == (413, "the body is longer than 1024 bytes, th")
         assert gateway.complete(model="m").status == 200
+
+
+SLOW = b"Content-Length: 100\r\n\r\n{"
+
+
+def test_slow_bodies_take_no_place(prefill: FakePrefill) -> None:
+    with running_gateway(prefill.address, max_requests="1") as gateway, ExitStack() as opened:
+        for _ in range(4):
+            opened.enter_context(closing(gateway.socket())).sendall(HEAD + SLOW)
+        assert gateway.complete(model="m").status == 200
+
+
+@pytest.mark.parametrize("head", [HEAD, b"POST /health HTTP/1.1\r\nHost: x\r\n"], ids=["request", "open"])
+def test_of_many_slow_bodies_the_first_makes_room(
+    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch, head: bytes
+) -> None:
+    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 16)
+    with ExitStack() as opened:
+        first = opened.enter_context(closing(gateway.socket()))
+        first.sendall(head + SLOW)
+        # Each connection is busy, and so none that would be closed for another.
+        for _ in range(8):
+            opened.enter_context(closing(gateway.socket())).sendall(head + SLOW)
+        assert gateway.complete(model="m").status == 200
+        answer = read_answer(first)
+    assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+    assert "this one began first (1 bytes had come)" in answer.error["message"]
+
+
+def test_bodies_on_their_way_have_bounded_memory(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "MAX_ARRIVING_BYTES", 100_000)
+    head = HEAD + b"Content-Length: 90000\r\n\r\n"
+    with closing(gateway.socket()) as first, closing(gateway.socket()) as second:
+        for sock in (first, second):
+            sock.sendall(head + b"a" * 60_000)
+        assert read_answer(first).status == 503
+        second.sendall(b"a" * 30_000)
+        assert second.recv(12) == b"HTTP/1.1 400"
+
+
+def test_a_path_without_a_body_reads_little_of_one(gateway: RunningGateway) -> None:
+    with closing(gateway.socket()) as sock:
+        sock.sendall(b"POST /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + b"a" * 6000)
+        answer = read_answer(sock)
+    assert (answer.status, answer.error["message"][:38]) == (413, "the body is longer than 1024 bytes, th")
 
 
 def test_a_caller_that_leaves_in_its_body(gateway: RunningGateway) -> None:

@@ -1,14 +1,15 @@
 """Compiles forms into matchers, which know the tokens that may come next; llguidance does the work (ADR 0180).
 
 A form comes from a client, so what it may take is bounded before it is compiled, meanwhile, and at each token: by
-bytes (`MAX_FORM_BYTES`), and by llguidance's own limits on the size of a grammar, the states of its lexer, and the
-work of a step. The limits count work, not seconds, so that both services refuse the same forms.
+bytes (`MAX_FORM_BYTES`), by llguidance's own limits on the size of a grammar, the states of its lexer, and the work
+of a step, and by a trial in another process (`trial`), since those limits leave some forms that overflow the stack.
 """
 
 import json
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 from spectrumkv.common.errors import InvalidArgumentError
@@ -35,10 +36,12 @@ class GrammarCompiler:
 
     Args:
         tokenizer: llguidance's view of the model's tokenizer.
+        refusal: returns why a form must not be compiled in this process; empty where it may (see `trial`).
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, refusal: Callable[[StructuredOutput], str]) -> None:
         self._tokenizer = tokenizer
+        self._refusal = refusal
         self._lock = threading.Lock()
         self._compiled: OrderedDict[StructuredOutput, Any] = OrderedDict()
 
@@ -53,35 +56,52 @@ class GrammarCompiler:
 
         Raises:
             InvalidArgumentError: the form is not valid, or takes more than the limits allow.
+            ResourceExhaustedError: other forms are being tried for too long.
+            InternalError: the process that tries forms has ended.
         """
         with self._lock:
             known = self._compiled.get(form)
         if known is None:
-            known = self._compile(form)
+            if refused := self._refusal(form):
+                raise InvalidArgumentError(refused)
+            known = compiled(self._tokenizer, form)
             with self._lock:
                 self._compiled[form] = known
                 while len(self._compiled) > COMPILED_FORMS:
                     self._compiled.popitem(last=False)
         return known.deep_copy()
 
-    def _compile(self, form: StructuredOutput) -> Any:
-        from llguidance import LLMatcher, LLParserLimits
 
-        matcher = LLMatcher(self._tokenizer, _grammar(form), log_level=0, limits=LLParserLimits(**LIMITS))
-        # Some limits show at the first token only.
-        first = matcher.deep_copy()
-        first.compute_bitmask()
-        for one in (matcher, first):
-            if one.is_error():
-                raise InvalidArgumentError(f"structured_output.{form.form} cannot be used: {reason(one)}")
-        return matcher
+def compiled(tokenizer: Any, form: StructuredOutput) -> Any:
+    """Compile a form, whatever that takes within llguidance's own limits.
+
+    Args:
+        tokenizer: llguidance's view of a tokenizer.
+        form: the form.
+
+    Returns:
+        A `llguidance.LLMatcher` at the start of an answer.
+
+    Raises:
+        InvalidArgumentError: the form is not valid, or takes more than the limits allow.
+    """
+    from llguidance import LLMatcher, LLParserLimits
+
+    matcher = LLMatcher(tokenizer, _grammar(form), log_level=0, limits=LLParserLimits(**LIMITS))
+    # Some limits show at the first token only.
+    first = matcher.deep_copy()
+    first.compute_bitmask()
+    for one in (matcher, first):
+        if one.is_error():
+            raise InvalidArgumentError(f"structured_output.{form.form} cannot be used: {reason(one)}")
+    return matcher
 
 
 def _grammar(form: StructuredOutput) -> str:
     """Return a form as a grammar that llguidance compiles.
 
     Raises:
-        InvalidArgumentError: a JSON schema is no JSON.
+        InvalidArgumentError: a JSON schema is no JSON, or has what llguidance cannot read.
     """
     from llguidance import LLMatcher
 
@@ -94,7 +114,13 @@ def _grammar(form: StructuredOutput) -> str:
         grammar = LLMatcher.grammar_from_regex("|".join(map(_literal, form.choices)))
     else:
         schema = {"type": "object"} if form.form == "json_object" else _schema(form.text)
-        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
+        except ValueError as error:
+            # Numbers of more than 64 bits, and halves of characters, are JSON to Python and not to Rust.
+            raise InvalidArgumentError(
+                f"structured_output.json_schema cannot be used: {error}"[:MAX_REASON_CHARACTERS]
+            ) from None
     return grammar
 
 

@@ -29,7 +29,7 @@ def required_calls(
         A grammar.
 
     Raises:
-        InvalidArgumentError: two tools give different definitions the same name.
+        InvalidArgumentError: two tools give different definitions the same name, or definitions have no names.
     """
     schema, definitions = _call_schema(parameters, call_format)
     begin, end = _mark(call_format.begin, tokenizer), _mark(call_format.end, tokenizer)
@@ -50,13 +50,13 @@ def _call_schema(
     """Return the schema of one call, and the definitions of all tools: references are looked up from the root.
 
     Raises:
-        InvalidArgumentError: two tools give different definitions the same name.
+        InvalidArgumentError: two tools give different definitions the same name, or definitions have no names.
     """
     definitions: dict[str, dict[str, Any]] = {key: {} for key in DEFINITIONS}
     calls: list[dict[str, Any]] = []
     for name, schema in parameters.items():
         for key, known in definitions.items():
-            _define(known, schema.get(key, {}), key)
+            _define(known, schema.get(key, {}), key, name)
         arguments = {key: value for key, value in schema.items() if key not in DEFINITIONS}
         properties = {"name": {"const": name}, call_format.arguments: arguments}
         calls.append(
@@ -65,12 +65,14 @@ def _call_schema(
     return ({"anyOf": calls} if len(calls) > 1 else calls[0]), definitions
 
 
-def _define(known: dict[str, Any], definitions: Mapping[str, Any], key: str) -> None:
+def _define(known: dict[str, Any], definitions: object, key: str, tool: str) -> None:
     """Add a tool's definitions to those of the other tools.
 
     Raises:
-        InvalidArgumentError: another tool gives one of the names to something else.
+        InvalidArgumentError: another tool gives one of the names to something else, or the definitions have no names.
     """
+    if not isinstance(definitions, Mapping):
+        raise InvalidArgumentError(f"{key} of tool {tool!r} is {str(definitions)[:40]!r}; allowed: an object")
     for title, definition in definitions.items():
         if known.setdefault(title, definition) != definition:
             raise InvalidArgumentError(

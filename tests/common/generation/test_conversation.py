@@ -97,6 +97,14 @@ def test_results_and_tools_bring_no_control_tokens(embedded: PreTrainedTokenizer
         ({"tools": [WEATHER, WEATHER]}, "two tools have the name 'weather'"),
         ({"tools": [prefill_pb2.Tool(name="a b")]}, "tool 0 has the name 'a b'; allowed: 1 to 64 letters"),
         ({"tools": [prefill_pb2.Tool(name="f", parameters="{")]}, "the parameters of tool 'f' are no JSON"),
+        (
+            {"tools": [prefill_pb2.Tool(name="f", parameters='{"a":' * 65 + "1" + "}" * 65)]},
+            "the parameters of tool 'f' have more than 64 levels",
+        ),
+        (
+            {"tools": [prefill_pb2.Tool(name="f", parameters='{"const": "\\ud800"}')]},
+            "the parameters of tool 'f' have half of a character",
+        ),
         ({"tools": [prefill_pb2.Tool(name="f", parameters="[]")]}, "the parameters of tool 'f' are '\\[\\]'"),
         ({"tools": [prefill_pb2.Tool(name=f"f{i}") for i in range(129)]}, "chat has 129 tools; allowed: at most 128"),
         ({"messages": [prefill_pb2.ChatMessage(role="user", tool_calls=[CALL])]}, "only assistants call tools"),
@@ -162,3 +170,26 @@ def test_definitions_of_one_name_must_be_the_same(embedded: PreTrainedTokenizerF
     }
     with pytest.raises(InvalidArgumentError, match="two tools have different definitions named 'x'"):
         required_calls(tools, FORMATS["hermes"], embedded)
+
+
+@pytest.mark.parametrize("named", [[1], "x", None, 3])
+def test_definitions_have_names(embedded: PreTrainedTokenizerFast, named: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"\$defs of tool 'f' is .*; allowed: an object"):
+        required_calls({"f": {"$defs": named}}, FORMATS["hermes"], embedded)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        # Python reads nearly a thousand levels, and fails to write them where its stack is deeper.
+        ('{"a":' * 900 + "1" + "}" * 900, "have more than 64 levels"),
+        ('{"a": "\\udfff"}', "have half of a character"),
+    ],
+    ids=["levels", "half"],
+)
+def test_arguments_that_cannot_be_written_again(embedded: PreTrainedTokenizerFast, arguments: str, said: str) -> None:
+    call = prefill_pb2.ToolCall(id="1", name="f", arguments=arguments)
+    message = prefill_pb2.ChatMessage(role="assistant", tool_calls=[call])
+    request = prefill_pb2.GenerateRequest(chat=prefill_pb2.ChatMessages(messages=[message]))
+    with pytest.raises(InvalidArgumentError, match=f"the call of 'f' {said}"):
+        PromptReader(embedded, 49152, 2048).read(request)

@@ -63,6 +63,14 @@ def test_a_form_that_cannot_be_used_is_refused_before_the_prompt_runs(llama_pair
             complete(llama_pair, prompt(), structured_output=form)
 
 
+def test_a_form_that_would_overflow_the_stack_ends_its_request_alone(llama_pair: Pair) -> None:
+    grammar = "start: r0\n" + "\n".join(f"r{i}: r{i + 1} r{i + 1}" for i in range(3000)) + '\nr3000: "a"'
+    with pytest.raises(InvalidArgumentError, match="nested too deeply"):
+        complete(llama_pair, prompt(), structured_output=StructuredOutput(grammar=grammar))
+    answer = complete(llama_pair, prompt(), structured_output=StructuredOutput(choice=("blue",)))
+    assert answer.text == "blue"
+
+
 def hold_to_random_schemas(count: int) -> tuple[float, float]:
     """Ask the default model for answers to random schemas; return median seconds a token with and without a form."""
     held, free = [], []

@@ -1,10 +1,12 @@
 """Forms of structured output: what is held to, what is refused, and what refusing takes."""
 
 import contextlib
+import gc
 import json
 import re
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.generation.sampling import Sampler
 from spectrumkv.common.generation.structured.form import StructuredOutput
 from spectrumkv.common.generation.structured.grammar import COMPILED_FORMS, _literal
+from spectrumkv.common.generation.structured.trial import FormTrial
 from spectrumkv.common.generation.vocabulary import Vocabulary
 
 WRITTEN = st.characters(codec="utf-8", categories=("L", "N", "P", "S"), include_characters=" \n")
@@ -129,6 +132,56 @@ def test_what_cannot_be_used_is_refused_in_time(vocabulary: Vocabulary, form: st
     with pytest.raises(InvalidArgumentError, match=said):
         grammars.matcher(StructuredOutput(form, text))
     assert time.monotonic() - started < SECONDS
+
+
+def chain(rules: int, rule: str) -> str:
+    """A grammar of many rules, of which each names the next one."""
+    names = [f"{rule}{number}" for number in range(rules)]
+    chained = (f"{name}: {following} {following}" for name, following in pairwise(names))
+    return "\n".join((f"start: {names[0]}", *chained, f'{names[-1]}: "a"'))
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "said"),
+    [
+        ("grammar", chain(3000, "r"), "nested too deeply"),
+        ("grammar", chain(2500, "T"), "nested too deeply"),
+        ("json_schema", '{"type": "integer", "minimum": ' + "9" * 400 + "}", "not JSON serializable"),
+        ("json_schema", '{"const": "\\ud800"}', "not JSON serializable"),
+    ],
+    ids=["rules", "terminals", "number", "half"],
+)
+def test_what_would_end_the_process_or_take_minutes_is_refused(
+    vocabulary: Vocabulary, form: str, text: str, said: str
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=said):
+        vocabulary.grammars.matcher(StructuredOutput(form, text))
+    assert vocabulary.grammars.matcher(StructuredOutput("regex", "still-[a-z]"))
+
+
+def test_a_form_has_a_limit_of_time_of_its_own(vocabulary: Vocabulary) -> None:
+    trial = FormTrial(vocabulary.tokenizer, vocabulary.size, None, cpu_seconds=0.02)
+    large = StructuredOutput("json_schema", json.dumps({"required": [f"k{i}" for i in range(6000)]}))
+    assert "more than 0.02 s of a processor" in trial.refusal(large)
+    assert trial.refusal(StructuredOutput("choice", choices=("yes",))) == ""
+
+
+def test_a_helper_that_was_killed_is_started_anew(vocabulary: Vocabulary) -> None:
+    trial = FormTrial(vocabulary.tokenizer, vocabulary.size, None)
+    form = StructuredOutput("regex", "a+")
+    assert trial.refusal(form) == ""
+    helper = trial._helper
+    assert helper is not None
+    helper.kill()
+    helper.wait()
+    assert trial.refusal(form) == ""
+    assert trial._helper is not helper
+    # Nobody can hold it any more, so that it ends.
+    following = trial._helper
+    assert following is not None
+    del trial
+    gc.collect()
+    assert following.returncode is not None
 
 
 HOSTILE = {

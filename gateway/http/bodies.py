@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+from spectrumkv.common.service.machine import max_connections
 from spectrumkv.gateway.api.errors import HttpError
-from spectrumkv.gateway.http.connection import max_connections
 
 # How long a body may take to come, whole.
 BODY_SECONDS = 30.0

@@ -126,7 +126,7 @@ def test_slow_bodies_take_no_place(prefill: FakePrefill) -> None:
 def test_of_many_slow_bodies_the_first_makes_room(
     gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch, head: bytes
 ) -> None:
-    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 16)
+    monkeypatch.setattr(machine, "MAX_CONNECTIONS", 16)
     with ExitStack() as opened:
         first = opened.enter_context(closing(gateway.socket()))
         first.sendall(head + SLOW)

@@ -44,6 +44,7 @@ async def _ask(address: str, client: AsyncSpectrumClient, authorization: str | N
 
 def _prefill(info: prefill_pb2.PrefillServiceGetServerInfoResponse) -> dict[str, Any]:
     defaults = {name: getattr(info.defaults, name) for name in ("policy", "budget", "scorer", "codec", "scope")}
+    rooms = {room.address: room for room in info.decode_worker_rooms}
     return {
         "version": info.version,
         "model": info.model_name,
@@ -62,13 +63,16 @@ def _prefill(info: prefill_pb2.PrefillServiceGetServerInfoResponse) -> dict[str,
             for one in info.policies
         ],
         "defaults": defaults,
-        "decode_workers": [_decode_worker(address, info) for address in info.decode_workers],
+        "decode_workers": [
+            _decode_worker(address, info, rooms.get(address, prefill_pb2.DecodeWorkerRoom()))
+            for address in info.decode_workers
+        ],
     }
 
 
-def _decode_worker(address: str, info: prefill_pb2.PrefillServiceGetServerInfoResponse) -> dict[str, Any]:
-    rooms = {one.address: one for one in info.decode_worker_rooms}
-    room = rooms.get(address, prefill_pb2.DecodeWorkerRoom())
+def _decode_worker(
+    address: str, info: prefill_pb2.PrefillServiceGetServerInfoResponse, room: prefill_pb2.DecodeWorkerRoom
+) -> dict[str, Any]:
     if address in info.decode_workers_away:
         state = "away"
     else:

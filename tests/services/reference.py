@@ -42,8 +42,9 @@ def worst_gap(model: PreTrainedModel, prompt: Sequence[int], tokens: Sequence[in
 
 
 def assert_same_greedy(model: PreTrainedModel, prompt: Sequence[int], tokens: Sequence[int]) -> None:
-    """Fail unless `tokens` is the model's greedy output, ties aside."""
-    expected = generate(model, prompt, len(tokens))
-    if list(tokens) != expected:
-        gap = worst_gap(model, prompt, tokens)
-        assert gap <= LOGIT_TIE, f"a token lies {gap} below the best: {list(tokens)} instead of {expected}"
+    """Fail unless `tokens` is the model's greedy output, ties aside.
+
+    Each token must be the best one after those before it, which one pass over all of them tells.
+    """
+    gap = worst_gap(model, prompt, tokens)
+    assert gap <= LOGIT_TIE, f"a token lies {gap} below the best one: {list(tokens)}"

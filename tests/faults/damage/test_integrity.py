@@ -19,7 +19,7 @@ from tests.tiny_models import tiny_model
 
 TOKENS = 6
 PROMPT = TokenIds(tuple(range(100, 180)))
-RANDOM_DAMAGES = 1500
+RUN, EXHAUSTIVE_RUN = 400, 1500
 # Where prefill waits for Admitted, silence is all there is to notice.
 SILENT = {("requests", "drop", 0), ("requests", "reorder", 0), ("responses", "drop", 0), ("responses", "reorder", 0)}
 
@@ -122,12 +122,14 @@ def test_late_messages_do_no_harm(tampered: Tampered) -> None:
 
 
 @pytest.mark.slow
-def test_random_damages(tampered: Tampered, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("damages", [RUN, pytest.param(EXHAUSTIVE_RUN, marks=pytest.mark.exhaustive)])
+def test_random_damages(tampered: Tampered, damages: int, capsys: pytest.CaptureFixture[str]) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
     chance = random.Random(seed)
     requests, responses = clean_counts(tampered)
-    tell(capsys, f"{RANDOM_DAMAGES} damaged messages, seed {seed}")
-    for _ in range(RANDOM_DAMAGES):
+    tell(capsys, f"{damages} damaged messages, seed {seed}")
+    for _ in range(damages):
         direction = chance.choice(("requests", "responses"))
         # A man who keeps Begin or Admitted costs a wait each time; the tests above have it.
         first, count = (1, requests) if direction == "requests" else (1, responses)

@@ -87,6 +87,11 @@ class Tools:
         if self.name is not None and self.choice != "required":
             raise InvalidArgumentError(f"a tool's name, {self.name!r}, needs the choice 'required'")
 
+    @property
+    def may_be_called(self) -> bool:
+        """Whether answers may have calls."""
+        return bool(self.tools) and self.choice != "none"
+
     def put_into(self, chat: prefill_pb2.ChatMessages) -> None:
         """Set the fields of a conversation's protobuf message; without tools they stay unset."""
         if self.tools:

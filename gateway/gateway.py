@@ -9,9 +9,11 @@ from starlette.responses import Response
 
 from spectrumkv.client.async_client import AsyncSpectrumClient
 from spectrumkv.client.request import Request
+from spectrumkv.common.tool_calls import FORMATS, ToolCallFormat
 from spectrumkv.gateway.answers.delivery import deliver_events, deliver_whole
 from spectrumkv.gateway.answers.token_texts import TokenTexts
 from spectrumkv.gateway.answers.writer import AnswerWriter
+from spectrumkv.gateway.api.errors import HttpError
 from spectrumkv.gateway.api.sampling import SamplingFields
 from spectrumkv.gateway.caller import Caller
 from spectrumkv.gateway.config import GatewayConfig
@@ -63,6 +65,29 @@ class Gateway:
         if named:
             return named
         return (await self.client.server_info(authorization=caller.authorization)).model_name
+
+    async def tool_call_format(self, caller: Caller) -> ToolCallFormat:
+        """Return how the served model writes tool calls.
+
+        Raises:
+            HttpError: it writes none, or in a way that this gateway does not read.
+            SpectrumKVError: prefill cannot be reached, or refuses.
+        """
+        name = (await self.client.server_info(authorization=caller.authorization)).tool_call_format
+        if not name:
+            raise HttpError(
+                400,
+                "tools are given and the model has no chat template; send a prompt to /v1/completions",
+                param="tools",
+            )
+        if name not in FORMATS:
+            raise HttpError(
+                400,
+                f"tools are given and the model writes calls in the form {name[:40]!r}; the gateway reads "
+                f"{', '.join(FORMATS)}",
+                param="tools",
+            )
+        return FORMATS[name]
 
     async def answer(
         self, fields: SamplingFields, requests: Sequence[Request], writer: AnswerWriter, caller: Caller

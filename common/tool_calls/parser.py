@@ -83,9 +83,11 @@ class ToolCallParser:
         return _merged(delta for character in text for delta in self._take(character))
 
     def finish(self) -> list[Delta]:
-        """Return what was held back, once the answer has ended."""
+        """Return what was held back, once the answer has ended; a cut-off mark after a call is no text."""
         held = self._release()
-        is_around_calls = self.calls > 0 and not held.strip(SEPARATORS)
+        rest = held.strip(SEPARATORS)
+        is_part_of_end = self._among_calls and self._reader is None and self._format.end.startswith(rest)
+        is_around_calls = self.calls > 0 and (not rest or is_part_of_end)
         return [] if not held or is_around_calls else [ContentDelta(held)]
 
     def _release(self) -> str:

@@ -3,15 +3,39 @@
 from collections.abc import Sequence
 from typing import Any
 
-from spectrumkv.gateway.answers.writer import AnswerWriter, Token
+from spectrumkv.common.tool_calls import ToolCallFormat
+from spectrumkv.gateway.answers.token_texts import TokenTexts
+from spectrumkv.gateway.answers.tool_calls import ToolCallWriter
+from spectrumkv.gateway.answers.writer import AnswerOptions, AnswerWriter, Token
 
 _ROLE = "assistant"
 
 
 class ChatWriter(AnswerWriter):
-    """Write chat completions."""
+    """Write chat completions.
+
+    Args:
+        request_id: see `AnswerWriter`, like the next four.
+        model: of the answer.
+        texts: of tokens.
+        authorization: of the caller.
+        options: what choices have.
+        call_format: how the model writes tool calls; None leaves them in the text, where a request has no tools.
+    """
 
     id_prefix, whole_kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(
+        self,
+        request_id: str,
+        model: str,
+        texts: TokenTexts,
+        authorization: str | None,
+        options: AnswerOptions,
+        call_format: ToolCallFormat | None = None,
+    ) -> None:
+        super().__init__(request_id, model, texts, authorization, options)
+        self._calls = None if call_format is None else ToolCallWriter(call_format)
 
     def opening(self, choices: int) -> list[dict[str, Any]]:
         """Return a chunk for each choice that says whose message it is."""
@@ -23,17 +47,29 @@ class ChatWriter(AnswerWriter):
             for place in range(choices)
         ]
 
-    def delta(self, text: str) -> dict[str, Any]:
-        """Return the text as a part of the message."""
-        return {"delta": {"content": text}}
+    def deltas(self, choice: int, text: str) -> list[dict[str, Any]]:
+        """Return the parts of the message that are certain with the text."""
+        deltas = [{"content": text}] if self._calls is None else self._calls.deltas(choice, text)
+        return [{"delta": one} for one in deltas]
 
-    def ending(self) -> dict[str, Any]:
+    def last_deltas(self, choice: int) -> list[dict[str, Any]]:
+        """Return the parts that might have been a call's and are none."""
+        return [] if self._calls is None else [{"delta": one} for one in self._calls.last_deltas(choice)]
+
+    def empty_delta(self) -> dict[str, Any]:
         """Return an empty part."""
         return {"delta": {}}
 
-    def content(self, text: str) -> dict[str, Any]:
+    def reason(self, choice: int, reason: str) -> str:
+        """Return prefill's word, or "tool_calls"."""
+        return reason if self._calls is None else self._calls.reason(choice, reason)
+
+    def content(self, text: str, reason: str | None) -> dict[str, Any]:
         """Return the message."""
-        return {"message": {"role": _ROLE, "content": text, "refusal": None}}
+        said: dict[str, Any] = {"content": text}
+        if self._calls is not None:
+            said, reason = self._calls.message(text, reason)
+        return {"message": {"role": _ROLE, **said, "refusal": None}, "finish_reason": reason}
 
     def logprobs(self, tokens: Sequence[Token], texts: dict[int, str], start: int) -> dict[str, Any]:
         """Return an entry for each token."""

@@ -15,17 +15,25 @@ class CompletionWriter(AnswerWriter):
         """Return nothing: the first token is the first chunk."""
         return []
 
-    def delta(self, text: str) -> dict[str, Any]:
+    def deltas(self, choice: int, text: str) -> list[dict[str, Any]]:
         """Return the text itself."""
-        return {"text": text}
+        return [{"text": text}]
 
-    def ending(self) -> dict[str, Any]:
+    def last_deltas(self, choice: int) -> list[dict[str, Any]]:
+        """Return nothing: all text was said."""
+        return []
+
+    def empty_delta(self) -> dict[str, Any]:
         """Return no text."""
         return {"text": ""}
 
-    def content(self, text: str) -> dict[str, Any]:
+    def reason(self, choice: int, reason: str) -> str:
+        """Return prefill's word, which is the API's."""
+        return reason
+
+    def content(self, text: str, reason: str | None) -> dict[str, Any]:
         """Return the text itself."""
-        return {"text": text}
+        return {"text": text, "finish_reason": reason}
 
     def logprobs(self, tokens: Sequence[Token], texts: dict[int, str], start: int) -> dict[str, Any]:
         """Return four lists with an entry for each token."""

@@ -119,12 +119,12 @@ async def _said_of(
         lengths: characters of each choice so far; those of this token are added.
     """
     groups: list[Sequence[Token]] = [prompt] if prompt and writer.options.echo and token.index == 0 else []
-    said = []
+    said: list[dict[str, Any]] = []
     for tokens in (*groups, [token]):
-        said.append(await writer.chunk(choice, tokens, lengths[choice]))
+        said += await writer.chunks(choice, tokens, lengths[choice])
         lengths[choice] += sum(len(one.text) for one in tokens)
     if token.finish_reason is not None:
-        said.append(writer.last_chunk(choice, token.finish_reason))
+        said += writer.last_chunks(choice, token.finish_reason)
     return said
 
 

@@ -63,16 +63,24 @@ class AnswerWriter(ABC):
         """Return the chunks that come before the first token of a stream with so many choices."""
 
     @abstractmethod
-    def delta(self, text: str) -> dict[str, Any]:
-        """Return what a choice of a chunk says of new text."""
+    def deltas(self, choice: int, text: str) -> list[dict[str, Any]]:
+        """Return what a choice says of its next text, for a chunk each; nothing where that is not certain yet."""
 
     @abstractmethod
-    def ending(self) -> dict[str, Any]:
-        """Return what the last chunk of a choice says beside the reason."""
+    def last_deltas(self, choice: int) -> list[dict[str, Any]]:
+        """Return what a choice says at its end of the text that was not certain, for a chunk each."""
 
     @abstractmethod
-    def content(self, text: str) -> dict[str, Any]:
-        """Return what a choice of a whole answer says of its text."""
+    def empty_delta(self) -> dict[str, Any]:
+        """Return what a choice of a chunk says that has no text."""
+
+    @abstractmethod
+    def reason(self, choice: int, reason: str) -> str:
+        """Return why a choice of a stream ended, in the API's words; `reason` is prefill's."""
+
+    @abstractmethod
+    def content(self, text: str, reason: str | None) -> dict[str, Any]:
+        """Return what a choice of a whole answer says of its text, and why the answer ended."""
 
     @abstractmethod
     def logprobs(self, tokens: Sequence[Token], texts: dict[int, str], start: int) -> dict[str, Any]:
@@ -84,21 +92,30 @@ class AnswerWriter(ABC):
             start: where the text of these tokens begins, in characters of the choice's text.
         """
 
-    async def chunk(self, choice: int, tokens: Sequence[Token], start: int) -> dict[str, Any]:
-        """Return the chunk of a choice's next tokens: one of the answer, or before it all of the prompt.
+    async def chunks(self, choice: int, tokens: Sequence[Token], start: int) -> list[dict[str, Any]]:
+        """Return the chunks of a choice's next tokens: one of the answer, or before it all of the prompt.
 
         Args:
             choice: the choice that the tokens belong to.
             tokens: at least one.
             start: where their text begins, in characters of the choice's text.
         """
-        said = {"index": choice, **self.delta("".join(one.text for one in tokens)), "finish_reason": None}
-        said |= {"logprobs": await self._logprobs(tokens, start)}
-        return self.enveloped(self.chunk_kind, [said | self._ids(tokens)])
+        deltas = self.deltas(choice, "".join(one.text for one in tokens))
+        if not deltas and (self.options.logprobs or self.options.token_ids):
+            deltas = [self.empty_delta()]
+        chunks = [self._chunk(choice, one) for one in deltas]
+        if chunks:
+            # Pieces of a call do not tell which of the tokens they are of; the first chunk has all.
+            chunks[0]["choices"][0] |= {"logprobs": await self._logprobs(tokens, start), **self._ids(tokens)}
+        return chunks
 
-    def last_chunk(self, choice: int, reason: str) -> dict[str, Any]:
-        """Return the chunk that ends a choice."""
-        said = {"index": choice, **self.ending(), "logprobs": None, "finish_reason": reason}
+    def last_chunks(self, choice: int, reason: str) -> list[dict[str, Any]]:
+        """Return the chunks that end a choice."""
+        ends = self._chunk(choice, self.empty_delta(), self.reason(choice, reason))
+        return [*(self._chunk(choice, one) for one in self.last_deltas(choice)), ends]
+
+    def _chunk(self, choice: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+        said = {"index": choice, **delta, "logprobs": None, "finish_reason": reason}
         return self.enveloped(self.chunk_kind, [said])
 
     def usage_chunk(self, completions: Sequence[Completion]) -> dict[str, Any]:
@@ -115,9 +132,8 @@ class AnswerWriter(ABC):
         echoed: tuple[Token, ...] = completion.prompt_tokens if self.options.echo else ()
         said = {
             "index": place,
-            **self.content("".join(one.text for one in echoed) + answer.text),
+            **self.content("".join(one.text for one in echoed) + answer.text, answer.finish_reason),
             "logprobs": await self._logprobs((*echoed, *answer.tokens), 0),
-            "finish_reason": answer.finish_reason,
             **self._ids(answer.tokens),
         }
         if self.options.prompt_logprobs:

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, model_validator
 
 from spectrumkv.client.request import Message, Sampling
+from spectrumkv.client.tools import Tools
 from spectrumkv.gateway.api.fields import (
     OPENAI,
     VLLM,
@@ -19,8 +20,8 @@ from spectrumkv.gateway.api.fields import (
     supported,
 )
 from spectrumkv.gateway.api.sampling import REFUSED, SamplingFields
+from spectrumkv.gateway.api.tools import ToolCallFields, ToolChoice, ToolFields, read_tools
 
-_NO_TOOLS = "tools are not supported; describe them in a message"
 TEMPLATE_REASON = "messages are rendered by the model's own template; render yours, and send it to /v1/completions"
 
 
@@ -45,9 +46,7 @@ class MessageFields(RequestFields):
     """Hold one message of a conversation."""
 
     refused: ClassVar[Mapping[str, Refused]] = {
-        "tool_calls": Refused(OPENAI, _NO_TOOLS, ([],)),
-        "tool_call_id": Refused(OPENAI, _NO_TOOLS),
-        "function_call": Refused(OPENAI, _NO_TOOLS),
+        "function_call": Refused(OPENAI, "it is called tool_calls now"),
         "audio": Refused(OPENAI, "the model reads text only"),
         "reasoning_content": Refused(VLLM, "reasoning is part of the content; leave it out", ("",)),
         "reasoning": Refused(VLLM, "reasoning is part of the content; leave it out", ("",)),
@@ -58,16 +57,37 @@ class MessageFields(RequestFields):
         "annotations": Ignored(OPENAI, "links of a web search; part of the provider's own answers"),
     }
 
-    role: Literal["system", "developer", "user", "assistant"] = supported(
-        OPENAI, "`system`, `user` or `assistant`; `developer` is `system`", ...
+    role: Literal["system", "developer", "user", "assistant", "tool"] = supported(
+        OPENAI, "`system`, `user`, `assistant` or `tool`; `developer` is `system`", ...
     )
-    content: Annotated[Text, BeforeValidator(_read_content)] = supported(
-        OPENAI, "a text, or a list of parts of type `text`", ...
+    content: Annotated[Text | None, BeforeValidator(_read_content)] = supported(
+        OPENAI, "a text, or a list of parts of type `text`; may be left out beside `tool_calls`"
     )
+    tool_calls: list[ToolCallFields] | None = supported(OPENAI, "the calls that an assistant's message made")
+    tool_call_id: Text | None = supported(OPENAI, "in a message of the role `tool`: which call it answers")
+
+    @model_validator(mode="after")
+    def _check_content(self) -> "MessageFields":
+        if self.content is None and not self.tool_calls:
+            raise FieldError("content is missing; it must be given", "content")
+        return self
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> "MessageFields":
+        if self.tool_calls and self.role != "assistant":
+            raise FieldError(
+                f"tool_calls are in a message of the role {self.role}; only assistants call", "tool_calls"
+            )
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            what = "is missing" if self.role == "tool" else f"is in a message of the role {self.role}"
+            raise FieldError(f"tool_call_id {what}; messages of the role tool have it, others do not", "tool_call_id")
+        return self
 
     def message(self) -> Message:
         """Return what the client sends."""
-        return Message("system" if self.role == "developer" else self.role, self.content)
+        role = "system" if self.role == "developer" else self.role
+        calls = tuple(one.call() for one in self.tool_calls or ())
+        return Message(role, self.content or "", calls, self.tool_call_id)
 
 
 class ChatFields(SamplingFields):
@@ -76,11 +96,9 @@ class ChatFields(SamplingFields):
     refused: ClassVar[Mapping[str, Refused]] = {
         **REFUSED,
         "best_of": Refused(OPENAI, "all answers are returned, none chosen; leave it out", (1,)),
-        "tools": Refused(OPENAI, _NO_TOOLS, ([],)),
-        "tool_choice": Refused(OPENAI, _NO_TOOLS, ("none", "auto")),
-        "parallel_tool_calls": Refused(OPENAI, _NO_TOOLS, (True, False)),
-        "functions": Refused(OPENAI, _NO_TOOLS, ([],)),
-        "function_call": Refused(OPENAI, _NO_TOOLS, ("none", "auto")),
+        "parallel_tool_calls": Refused(OPENAI, "the model may call several; use the first of its calls", (True,)),
+        "functions": Refused(OPENAI, "they are called tools now", ([],)),
+        "function_call": Refused(OPENAI, "it is called tool_choice now", ("none", "auto")),
         "modalities": Refused(OPENAI, "answers are text", (["text"],)),
         "audio": Refused(OPENAI, "answers are text; leave it out"),
         "prediction": Refused(OPENAI, "an expected answer speeds nothing up here; leave it out"),
@@ -98,12 +116,27 @@ class ChatFields(SamplingFields):
     }
 
     messages: list[MessageFields] = supported(OPENAI, "the conversation; the model's own template renders it", ...)
+    tools: list[ToolFields] | None = supported(OPENAI, "functions that the model may call")
+    tool_choice: ToolChoice = supported(
+        OPENAI,
+        "`none`, `auto`, `required`, or an object that names a function: whether the model calls. Left out: `auto`",
+    )
     max_completion_tokens: Whole | None = supported(
         OPENAI, "the most tokens of the answer. Left out: the server's default, 128 or what the context leaves"
     )
     max_tokens: Whole | None = supported(OPENAI, "the older name of `max_completion_tokens`")
     logprobs: Switch | None = supported(OPENAI, "the answer has the log-probabilities of its tokens")
     top_logprobs: Whole | None = supported(OPENAI, "and of so many likeliest tokens; only with `logprobs`")
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> "ChatFields":
+        read_tools(self.tools, self.tool_choice)
+        return self
+
+    @property
+    def offered_tools(self) -> Tools:
+        """The functions that the model may call."""
+        return read_tools(self.tools, self.tool_choice)
 
     def prompt(self) -> tuple[Message, ...]:
         """Return the conversation as the client sends it."""

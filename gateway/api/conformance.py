@@ -12,6 +12,7 @@ from spectrumkv.gateway.api.kv import KvFields
 from spectrumkv.gateway.api.sampling import SamplingFields, StreamOptions
 from spectrumkv.gateway.api.structured import JsonSchemaFields, ResponseFormat, StructuredOutputs
 from spectrumkv.gateway.api.tokens import DetokenizeFields, TokenizeFields
+from spectrumkv.gateway.api.tools import CalledFunctionFields, FunctionFields, ToolCallFields, ToolFields
 
 # The tables, and whose fields they have. The first one's fields are those of both completion routes.
 TABLES: tuple[tuple[str, type[RequestFields]], ...] = (
@@ -19,6 +20,10 @@ TABLES: tuple[tuple[str, type[RequestFields]], ...] = (
     ("`/v1/completions` alone", CompletionFields),
     ("`/v1/chat/completions` alone", ChatFields),
     ("a message of `messages`", MessageFields),
+    ("a call of `tool_calls`", ToolCallFields),
+    ("`function` of a call", CalledFunctionFields),
+    ("a tool of `tools`", ToolFields),
+    ("`function` of a tool", FunctionFields),
     ("`stream_options`", StreamOptions),
     ("`kv`", KvFields),
     ("`response_format`", ResponseFormat),

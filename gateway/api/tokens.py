@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from pydantic import model_validator
 
-from spectrumkv.client.request import Prompt
+from spectrumkv.client.request import Request
+from spectrumkv.client.tools import Tools
 from spectrumkv.gateway.api.chat import TEMPLATE_REASON, MessageFields
 from spectrumkv.gateway.api.fields import (
     VLLM,
@@ -17,6 +18,7 @@ from spectrumkv.gateway.api.fields import (
     Whole,
     supported,
 )
+from spectrumkv.gateway.api.tools import ToolFields
 
 
 class TokenizeFields(RequestFields):
@@ -29,12 +31,12 @@ class TokenizeFields(RequestFields):
         "chat_template": Refused(VLLM, TEMPLATE_REASON),
         "chat_template_kwargs": Refused(VLLM, TEMPLATE_REASON, ({},)),
         "mm_processor_kwargs": Refused(VLLM, "the model reads text only", ({},)),
-        "tools": Refused(VLLM, "tools are not supported; describe them in a message", ([],)),
     }
 
     model: Text | None = supported(VLLM, "must be the served model")
     prompt: Text | None = supported(VLLM, "a text, tokenized as `/v1/completions` does it")
     messages: list[MessageFields] | None = supported(VLLM, "or a conversation, as `/v1/chat/completions` reads it")
+    tools: list[ToolFields] | None = supported(VLLM, "functions that the model is shown; only with `messages`")
     return_token_strs: Switch | None = supported(VLLM, "the answer has the text of each token as `token_strs`")
 
     @model_validator(mode="after")
@@ -43,9 +45,18 @@ class TokenizeFields(RequestFields):
             raise FieldError("prompt and messages are both given or both missing; give one of them", "prompt")
         return self
 
-    def text(self) -> Prompt:
-        """Return the prompt as the client sends it."""
-        return self.prompt if self.prompt is not None else tuple(one.message() for one in self.messages or ())
+    @model_validator(mode="after")
+    def _check_tools(self) -> "TokenizeFields":
+        if self.tools and self.messages is None:
+            raise FieldError("tools are given with prompt; they need messages", "tools")
+        return self
+
+    def request(self) -> Request:
+        """Return the prompt and its tools as the client sends them."""
+        tools = Tools(tuple(one.tool() for one in self.tools or ()))
+        if self.prompt is not None:
+            return Request(prompt=self.prompt, model=self.model)
+        return Request(prompt=tuple(one.message() for one in self.messages or ()), model=self.model, tools=tools)
 
 
 class DetokenizeFields(RequestFields):

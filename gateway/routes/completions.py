@@ -7,13 +7,15 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from spectrumkv.client.request import Prompt, Request
+from spectrumkv.client.tools import Tools
 from spectrumkv.gateway.answers.chat import ChatWriter
 from spectrumkv.gateway.answers.completion import CompletionWriter
-from spectrumkv.gateway.answers.writer import AnswerOptions, AnswerWriter
+from spectrumkv.gateway.answers.token_texts import TokenTexts
+from spectrumkv.gateway.answers.writer import AnswerOptions
 from spectrumkv.gateway.api.chat import ChatFields
 from spectrumkv.gateway.api.completion import CompletionFields
 from spectrumkv.gateway.api.sampling import SamplingFields
-from spectrumkv.gateway.gateway import Gateway, caller_of, gateway_of
+from spectrumkv.gateway.gateway import caller_of, gateway_of
 from spectrumkv.gateway.routes.body import documented_by, read_body
 
 router = APIRouter()
@@ -24,7 +26,8 @@ async def completions(request: HttpRequest) -> Response:
     """Return completions of prompts."""
     fields = await read_body(CompletionFields, request)
     gateway = gateway_of(request)
-    writer = await _writer(CompletionWriter, gateway, fields, request)
+    model = await gateway.served_model(fields.model, caller_of(request))
+    writer = CompletionWriter(*_named(fields, model, request))
     requests = _requests(fields, fields.prompts, request)
     return await gateway.answer(fields, requests, writer, caller_of(request))
 
@@ -34,7 +37,9 @@ async def chat_completions(request: HttpRequest) -> Response:
     """Return the answer in a conversation."""
     fields = await read_body(ChatFields, request)
     gateway = gateway_of(request)
-    writer = await _writer(ChatWriter, gateway, fields, request)
+    model = await gateway.served_model(fields.model, caller_of(request))
+    parsed = await gateway.tool_call_format(caller_of(request)) if fields.offered_tools.may_be_called else None
+    writer = ChatWriter(*_named(fields, model, request), parsed)
     requests = _requests(fields, [fields.prompt()], request)
     return await gateway.answer(fields, requests, writer, caller_of(request))
 
@@ -58,17 +63,18 @@ def _requests(
             echo=options.echo or fields.map_detail is not None,
             prompt_logprobs=fields.prompt_logprobs if options.prompt_logprobs else echoed_logprobs,
             kv_map=fields.map_detail,
+            tools=fields.offered_tools if isinstance(fields, ChatFields) else Tools(),
         )
         for prompt, one in zip(prompts, ids, strict=True)
     ]
 
 
-async def _writer(
-    kind: type[AnswerWriter], gateway: Gateway, fields: CompletionFields | ChatFields, request: HttpRequest
-) -> AnswerWriter:
-    caller = caller_of(request)
-    model = await gateway.served_model(fields.model, caller)
-    return kind(_name(fields, request), model, gateway.texts, caller.authorization, _options(fields))
+def _named(
+    fields: CompletionFields | ChatFields, model: str, request: HttpRequest
+) -> tuple[str, str, TokenTexts, str | None, AnswerOptions]:
+    """Return what writers of both routes are made with."""
+    texts, authorization = gateway_of(request).texts, caller_of(request).authorization
+    return _name(fields, request), model, texts, authorization, _options(fields)
 
 
 def _options(fields: CompletionFields | ChatFields) -> AnswerOptions:

@@ -5,7 +5,6 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 
-from spectrumkv.client.request import Request
 from spectrumkv.gateway.api.tokens import DetokenizeFields, TokenizeFields
 from spectrumkv.gateway.gateway import caller_of, gateway_of
 from spectrumkv.gateway.routes.body import documented_by, read_body
@@ -18,9 +17,7 @@ async def tokenize(request: HttpRequest) -> dict[str, Any]:
     """Return the token ids of a prompt."""
     fields = await read_body(TokenizeFields, request)
     gateway, authorization = gateway_of(request), caller_of(request).authorization
-    answer = await gateway.client.tokenize(
-        Request(prompt=fields.text(), model=fields.model), authorization=authorization
-    )
+    answer = await gateway.client.tokenize(fields.request(), authorization=authorization)
     ids = list(answer.token_ids)
     texts = await gateway.texts.of(ids, authorization) if fields.return_token_strs else {}
     return {

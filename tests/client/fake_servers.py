@@ -129,6 +129,7 @@ class FakePrefill(prefill_pb2_grpc.PrefillServiceServicer):
     detokenized: list[list[int]] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
     address: str = ""
+    tool_call_format: str = ""
 
     def Generate(  # noqa: N802
         self, request: prefill_pb2.GenerateRequest, context: grpc.ServicerContext
@@ -138,7 +139,9 @@ class FakePrefill(prefill_pb2_grpc.PrefillServiceServicer):
         yield from self.answer(request, context)
 
     def GetServerInfo(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return prefill_info()
+        info = prefill_info()
+        info.tool_call_format = self.tool_call_format
+        return info
 
     def Tokenize(self, request: Any, context: Any) -> Any:  # noqa: N802
         self.requests.append(request.request)

@@ -9,7 +9,7 @@ from tests.gateway.running import RunningGateway, running_gateway
 @pytest.fixture
 def prefill() -> Iterator[FakePrefill]:
     """A prefill service that answers as it is told."""
-    service = FakePrefill()
+    service = FakePrefill(tool_call_format="hermes")
     with serving(prefill_server(service, threads=64)) as service.address:
         yield service
 

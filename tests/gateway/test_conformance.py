@@ -16,12 +16,27 @@ from tests.gateway.running import Answer, RunningGateway
 
 PAGE = Path(__file__).parents[2] / "docs" / "gateway.md"
 MESSAGES = [{"role": "user", "content": "Hello"}]
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
+CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+CALLED = [{"role": "assistant", "tool_calls": [CALL]}]
 # Where the fields of each table stand in a body: the route, the least body, and the path to the object.
 PLACES: dict[str, tuple[str, dict[str, Any], tuple[Any, ...]]] = {
     "SamplingFields": ("/v1/completions", {"prompt": "x"}, ()),
     "CompletionFields": ("/v1/completions", {"prompt": "x"}, ()),
     "ChatFields": ("/v1/chat/completions", {"messages": MESSAGES}, ()),
     "MessageFields": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}, ("messages", 0)),
+    "ToolCallFields": ("/v1/chat/completions", {"messages": CALLED}, ("messages", 0, "tool_calls", 0)),
+    "CalledFunctionFields": (
+        "/v1/chat/completions",
+        {"messages": CALLED},
+        ("messages", 0, "tool_calls", 0, "function"),
+    ),
+    "ToolFields": ("/v1/chat/completions", {"messages": MESSAGES, "tools": TOOLS}, ("tools", 0)),
+    "FunctionFields": (
+        "/v1/chat/completions",
+        {"messages": MESSAGES, "tools": TOOLS, "tool_choice": "required"},
+        ("tools", 0, "function"),
+    ),
     "StreamOptions": ("/v1/completions", {"prompt": "x", "stream": True, "stream_options": {}}, ("stream_options",)),
     "KvFields": ("/v1/completions", {"prompt": "x", "kv": {}}, ("kv",)),
     "ResponseFormat": ("/v1/completions", {"prompt": "x", "response_format": {"type": "text"}}, ("response_format",)),
@@ -38,6 +53,13 @@ PLACES: dict[str, tuple[str, dict[str, Any], tuple[Any, ...]]] = {
     "TokenizeFields": ("/tokenize", {"prompt": "x"}, ()),
     "DetokenizeFields": ("/detokenize", {"tokens": [5]}, ()),
 }
+
+
+def _called(**changes: str) -> dict[str, Any]:
+    """Return the message of `CALLED` as prefill is sent it."""
+    return {"role": "assistant", "toolCalls": [{"id": "1", "name": "weather", "arguments": "{}"} | changes]}
+
+
 # For each supported field a value, and what prefill is then asked: a path in its request, and the value there. Fields
 # that change the answer alone have None as the path.
 SUPPORTED_VALUES: dict[str, dict[str, tuple[Any, str | None, Any]]] = {
@@ -76,6 +98,8 @@ SUPPORTED_VALUES: dict[str, dict[str, tuple[Any, str | None, Any]]] = {
     },
     "ChatFields": {
         "messages": (MESSAGES, "chat.messages", MESSAGES),
+        "tools": (TOOLS, "chat.tools", [{"name": "weather"}]),
+        "tool_choice": ("required", "chat.toolChoice", "TOOL_CHOICE_REQUIRED"),
         "max_completion_tokens": (5, "sampling.maxTokens", 5),
         "max_tokens": (5, "sampling.maxTokens", 5),
         "logprobs": (True, "sampling.logprobs", 0),
@@ -88,6 +112,37 @@ SUPPORTED_VALUES: dict[str, dict[str, tuple[Any, str | None, Any]]] = {
             "chat.messages",
             [{"role": "user", "content": "ab"}],
         ),
+        "tool_calls": (
+            [CALL],
+            "chat.messages",
+            [
+                {
+                    "role": "assistant",
+                    "content": "Hello",
+                    "toolCalls": [{"id": "1", "name": "weather", "arguments": "{}"}],
+                }
+            ],
+        ),
+        "tool_call_id": ("1", "chat.messages", [{"role": "tool", "content": "Hello", "toolCallId": "1"}]),
+    },
+    "ToolCallFields": {
+        "id": ("2", "chat.messages", [_called(id="2")]),
+        "type": ("function", "chat.messages", [_called()]),
+        "function": ({"name": "time", "arguments": "{}"}, "chat.messages", [_called(name="time")]),
+    },
+    "CalledFunctionFields": {
+        "name": ("time", "chat.messages", [_called(name="time")]),
+        "arguments": ('{"a": 1}', "chat.messages", [_called(arguments='{"a": 1}')]),
+    },
+    "ToolFields": {
+        "type": ("function", "chat.tools", [{"name": "weather"}]),
+        "function": ({"name": "time"}, "chat.tools", [{"name": "time"}]),
+    },
+    "FunctionFields": {
+        "name": ("time", "chat.tools", [{"name": "time"}]),
+        "description": ("Says it.", "chat.tools", [{"name": "weather", "description": "Says it."}]),
+        "parameters": ({"type": "object"}, "chat.tools", [{"name": "weather", "parameters": '{"type": "object"}'}]),
+        "strict": (True, "chat.toolChoice", "TOOL_CHOICE_REQUIRED"),
     },
     "StreamOptions": {"include_usage": (True, None, None)},
     "KvFields": {
@@ -116,6 +171,7 @@ SUPPORTED_VALUES: dict[str, dict[str, tuple[Any, str | None, Any]]] = {
         "model": ("tiny-llama", "model", "tiny-llama"),
         "prompt": ("y", "text", "y"),
         "messages": (MESSAGES, "chat.messages", MESSAGES),
+        "tools": (TOOLS, "chat.tools", [{"name": "weather"}]),
         "return_token_strs": (True, None, None),
     },
     "DetokenizeFields": {"model": ("tiny-llama", None, None), "tokens": ([7], None, None)},
@@ -123,7 +179,11 @@ SUPPORTED_VALUES: dict[str, dict[str, tuple[Any, str | None, Any]]] = {
 # Fields that only go with others, or only without.
 BESIDE: dict[tuple[str, str], dict[str, Any]] = {
     ("ChatFields", "top_logprobs"): {"logprobs": True},
+    ("ChatFields", "tool_choice"): {"tools": TOOLS},
+    ("MessageFields", "tool_calls"): {"role": "assistant"},
+    ("MessageFields", "tool_call_id"): {"role": "tool"},
     ("TokenizeFields", "messages"): {"prompt": None},
+    ("TokenizeFields", "tools"): {"prompt": None, "messages": MESSAGES},
 }
 ALONE = {"json", "json_object", "choice", "grammar"}
 

@@ -1,5 +1,6 @@
 """The openai package, with its synchronous client."""
 
+import json
 import os
 
 import openai
@@ -46,6 +47,33 @@ assert [one.index for one in several.choices] == [0, 1]
 answers = client.completions.create(model=model.id, prompt="Once", n=2, **EXACT)
 assert answers.choices[0].text == seeded[0]
 assert len(answers.choices) == 2
+
+# A call that is required is one by structure: even this small model cannot write another.
+CITIES = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+WEATHER = {"name": "weather", "description": "Tells the weather of a city.", "parameters": CITIES}
+TOOLS = {
+    "tools": [{"type": "function", "function": WEATHER}],
+    "tool_choice": {"type": "function", "function": {"name": "weather"}},
+}
+question = [{"role": "user", "content": "How is the weather in Rome?"}]
+asked = {"model": model.id, "messages": question, "temperature": 0, "max_tokens": 60, **TOOLS}
+(chosen,) = client.chat.completions.create(**asked).choices
+call = chosen.message.tool_calls[0]
+assert (call.type, call.function.name) == ("function", "weather"), chosen
+assert json.loads(call.function.arguments)["city"] in ("Paris", "Rome"), call
+assert chosen.finish_reason in ("tool_calls", "length"), chosen
+pieces = [
+    piece
+    for chunk in client.chat.completions.create(stream=True, **asked)
+    for piece in chunk.choices[0].delta.tool_calls or ()
+    if piece.index == 0
+]
+assert (pieces[0].type, pieces[0].function.name) == ("function", "weather"), pieces
+assert pieces[0].id
+assert "".join(one.function.arguments for one in pieces) == call.function.arguments, pieces
+question += [chosen.message, {"role": "tool", "tool_call_id": call.id, "content": "It rains."}]
+told = client.chat.completions.create(model=model.id, messages=question, tools=TOOLS["tools"], **GREEDY)
+assert told.choices[0].message.content or told.choices[0].message.tool_calls, told
 
 
 def refused(kind, **fields):

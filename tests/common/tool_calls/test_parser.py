@@ -40,6 +40,7 @@ ANSWERS = {
     "two calls": ("hermes", HERMES, "Let me see.\n", 2),
     "a list of calls": ("hermes", f"<tool_call>[{BODY}, {BODY}]</tool_call>", "", 2),
     "no end": ("hermes", f"<tool_call>{BODY}", "", 1),
+    "cut off in the end": ("hermes", f"<tool_call>{BODY}\n</tool_c", "", 1),
     "text after": ("hermes", f"<tool_call>{BODY}</tool_call> Done.", " Done.", 1),
     "arguments first": (
         "hermes",

@@ -6,6 +6,9 @@ wrong, the value, and what to do.
 
 import math
 
+# Of a value that an error quotes: a name of more characters says no more, and a status or a page shows it whole.
+QUOTED_CHARACTERS = 100
+
 
 class SpectrumKVError(Exception):
     """An error that is reported to the caller; `code` is the name of a `grpc.StatusCode`."""
@@ -147,3 +150,16 @@ class InternalError(SpectrumKVError):
 
 class NotFiniteError(InternalError):
     """The model computed something infinite or NaN: its weights, its dtype or the machine are at fault."""
+
+
+def quoted(value: object) -> str:
+    """Return a value as a message quotes it: whole where it is short, or else its beginning and its length.
+
+    Args:
+        value: what a caller sent, or a setting; text is quoted as Python writes it, so that control characters show.
+    """
+    text = value if isinstance(value, str) else repr(value)
+    beginning = text[:QUOTED_CHARACTERS]
+    if isinstance(value, str):
+        beginning = repr(beginning)
+    return beginning if len(text) <= QUOTED_CHARACTERS else f"{beginning}… ({len(text):,} characters)"

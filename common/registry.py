@@ -5,7 +5,7 @@ import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
-from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.errors import InvalidArgumentError, quoted
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ class Registry(Generic[T]):
             return self._choices[name]
         except KeyError:
             valid = ", ".join(self._choices)
-            raise InvalidArgumentError(f"unknown {self.kind} {name!r}; allowed: {valid}") from None
+            raise InvalidArgumentError(f"unknown {self.kind} {quoted(name)}; allowed: {valid}") from None
 
     def names(self) -> tuple[str, ...]:
         """Return all names, in the order of registration."""

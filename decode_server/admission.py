@@ -4,7 +4,7 @@ import queue
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 
-from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError, SpectrumKVError
+from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError, SpectrumKVError, quoted
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.generation.prompt import check_length
 from spectrumkv.common.generation.sampling import Sampler
@@ -88,12 +88,12 @@ def check_same_codec(theirs: kv_pb2.CodecId) -> None:
     """
     if theirs.name not in codecs.names():
         raise FailedPreconditionError(
-            f"prefill sends codec {theirs.name!r}, unknown to decode, which has {', '.join(codecs)}"
+            f"prefill sends codec {quoted(theirs.name)}, unknown to decode, which has {', '.join(codecs)}"
         )
     mine = codecs.get(theirs.name).version
     if theirs.version != mine:
         raise FailedPreconditionError(
-            f"codec {theirs.name!r}: decode has version {mine}, prefill {theirs.version}; "
+            f"codec {quoted(theirs.name)}: decode has version {mine}, prefill {theirs.version}; "
             "run the same release on both"
         )
 

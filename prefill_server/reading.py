@@ -5,7 +5,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from spectrumkv.common.errors import CancelledError, InvalidArgumentError, NotFoundError
+from spectrumkv.common.errors import CancelledError, InvalidArgumentError, NotFoundError, quoted
 from spectrumkv.common.generation.conversation import allowed_tools
 from spectrumkv.common.generation.params import MAX_LOGPROBS, SamplingParams
 from spectrumkv.common.generation.prompt import PIECE_CHARACTERS, PromptReader, check_length
@@ -145,7 +145,9 @@ class RequestReader:
             NotFoundError: another model is served.
         """
         if name and name != self._loaded.name:
-            raise NotFoundError(f"model {name!r} is not served here; this service has {self._loaded.name!r}")
+            raise NotFoundError(
+                f"model {quoted(name)} is not served here; this service has {quoted(self._loaded.name)}"
+            )
 
     def _with_required_calls(self, params: SamplingParams, message: prefill_pb2.GenerateRequest) -> SamplingParams:
         """Return the parameters with the form of tool calls, where the request requires one.

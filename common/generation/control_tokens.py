@@ -27,7 +27,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.errors import InvalidArgumentError, quoted
 
 # Unicode's noncharacters, which no text should have: two that the messages lack are the marks.
 NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
@@ -264,7 +264,7 @@ class ControlTokens:
         if any(end - start < 2 for start, end in found):
             start, end = next((start, end) for start, end in found if end - start < 2)
             raise InvalidArgumentError(
-                f"a message has {text[start:end]!r}, which this model reads as a control token; leave it out"
+                f"a message has {quoted(text[start:end])}, which this model reads as a control token; leave it out"
             )
         cuts = [start + 1 for start, _ in found]
         pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]

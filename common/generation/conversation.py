@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.errors import InvalidArgumentError, quoted
 from spectrumkv.v1 import prefill_pb2
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -45,11 +45,11 @@ def check_roles(messages: Sequence[prefill_pb2.ChatMessage]) -> None:
     for place, message in enumerate(messages):
         if message.role not in ROLES:
             raise InvalidArgumentError(
-                f"chat message {place} has the role {message.role[:40]!r}; allowed: {', '.join(ROLES)}"
+                f"chat message {place} has the role {quoted(message.role)}; allowed: {', '.join(ROLES)}"
             )
         if message.tool_calls and message.role != "assistant":
             raise InvalidArgumentError(
-                f"chat message {place} has tool calls and the role {message.role!r}; only assistants call tools"
+                f"chat message {place} has tool calls and the role {quoted(message.role)}; only assistants call tools"
             )
 
 
@@ -71,11 +71,11 @@ def tool_parameters(chat: prefill_pb2.ChatMessages) -> dict[str, Mapping[str, An
     for place, tool in enumerate(chat.tools):
         if not TOOL_NAME.fullmatch(tool.name):
             raise InvalidArgumentError(
-                f"tool {place} has the name {tool.name[:80]!r}; allowed: 1 to 64 letters, digits and _ . -"
+                f"tool {place} has the name {quoted(tool.name)}; allowed: 1 to 64 letters, digits and _ . -"
             )
         if tool.name in parameters:
-            raise InvalidArgumentError(f"two tools have the name {tool.name!r}; give each its own")
-        parameters[tool.name] = _object(f"the parameters of tool {tool.name!r}", tool.parameters or None)
+            raise InvalidArgumentError(f"two tools have the name {quoted(tool.name)}; give each its own")
+        parameters[tool.name] = _object(f"the parameters of tool {quoted(tool.name)}", tool.parameters or None)
     return {} if chat.tool_choice == prefill_pb2.TOOL_CHOICE_NONE else parameters
 
 
@@ -94,7 +94,7 @@ def allowed_tools(chat: prefill_pb2.ChatMessages) -> dict[str, Mapping[str, Any]
     parameters = tool_parameters(chat)
     if chat.tool_name and chat.tool_name not in parameters:
         allowed = ", ".join(parameters) or "none, since there are no tools"
-        raise InvalidArgumentError(f"tool_name is {chat.tool_name[:80]!r}; allowed: {allowed}")
+        raise InvalidArgumentError(f"tool_name is {quoted(chat.tool_name)}; allowed: {allowed}")
     if not parameters:
         raise InvalidArgumentError("tool_choice requires a call and there are no tools; give one at least")
     return {chat.tool_name: parameters[chat.tool_name]} if chat.tool_name else parameters
@@ -160,7 +160,7 @@ def turns_in_text(turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]]) -> 
 
 
 def _call(call: prefill_pb2.ToolCall) -> dict[str, Any]:
-    arguments = _object(f"the arguments of the call of {call.name[:80]!r}", call.arguments or "{}")
+    arguments = _object(f"the arguments of the call of {quoted(call.name)}", call.arguments or "{}")
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
@@ -177,7 +177,7 @@ def _object(what: str, text: str | None) -> Mapping[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InvalidArgumentError(f"{what} are no JSON: {error}") from None
     if not isinstance(value, dict):
-        raise InvalidArgumentError(f"{what} are {text[:40]!r}; allowed: a JSON object")
+        raise InvalidArgumentError(f"{what} are {quoted(text)}; allowed: a JSON object")
     # Beyond what Python's stack holds, whoever writes it out again would fail.
     if _has_more_levels(value, MAX_JSON_LEVELS):
         raise InvalidArgumentError(f"{what} have more than {MAX_JSON_LEVELS} levels of objects and lists; use fewer")

@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.errors import InvalidArgumentError, quoted
 from spectrumkv.common.generation.structured.form import StructuredOutput
 from spectrumkv.v1 import generation_pb2
 
@@ -190,7 +190,7 @@ class SamplingParams:
 
 
 def _refusal(name: str, value: object, allowed: str) -> InvalidArgumentError:
-    return InvalidArgumentError(f"{name} is {value!r}; allowed: {allowed}")
+    return InvalidArgumentError(f"{name} is {quoted(value)}; allowed: {allowed}")
 
 
 def _check_whole(name: str, value: object, minimum: int, maximum: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from spectrumkv.common.errors import InternalError, InvalidArgumentError
+from spectrumkv.common.errors import InternalError, InvalidArgumentError, quoted
 from spectrumkv.common.generation.control_tokens import ControlTokens, MarkedText
 from spectrumkv.common.generation.conversation import Turn, check_roles, template_tools, turns, turns_in_text
 from spectrumkv.common.generation.detokenizer import ANY_WORD
@@ -281,7 +281,7 @@ def _refuse_control_tokens(control: ControlTokens, chat: prefill_pb2.ChatMessage
     for text in _tool_texts(chat):
         if control.acting(MarkedText(text)):
             raise InvalidArgumentError(
-                f"a tool or a tool call has a control token of the model in {text[:80]!r}; leave it out"
+                f"a tool or a tool call has a control token of the model in {quoted(text)}; leave it out"
             )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.errors import InvalidArgumentError, quoted
 from spectrumkv.common.kv.allocation import Int4Layers
 from spectrumkv.common.kv.budget import Budget, BudgetKind
 from spectrumkv.common.kv.codecs.base import Codec, KvEncoder, SegmentDecoder
@@ -47,7 +47,7 @@ class CodingPlan:
 
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:
-            raise InvalidArgumentError(f"unknown scope {self.scope!r}; allowed: {', '.join(SCOPES)}")
+            raise InvalidArgumentError(f"unknown scope {quoted(self.scope)}; allowed: {', '.join(SCOPES)}")
         if self.policy.budget_kind is BudgetKind.BYTES and self.scope == "model":
             raise InvalidArgumentError(
                 f"policy {self.policy.name!r} codes each layer by its own scores; scope 'model' is for other policies"

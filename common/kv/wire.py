@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import crc32c
 import numpy as np
 
-from spectrumkv.common.errors import DataLossError
+from spectrumkv.common.errors import DataLossError, quoted
 from spectrumkv.common.kv.segment import MAX_CHUNK_PAYLOAD_BYTES, Buffer, KvSegment, parse_segment
 
 # Sequence, payload bytes, CRC-32C.
@@ -183,7 +183,7 @@ class ChunkReader:
         for name in ("chunks", "payload_bytes", "digest"):
             mine, theirs = getattr(seen, name), getattr(announced, name)
             if mine != theirs:
-                raise DataLossError(f"End announces {name} {theirs!r}, but {mine!r} arrived", "totals")
+                raise DataLossError(f"End announces {name} {quoted(theirs)}, but {quoted(mine)} arrived", "totals")
         if not self._arrived.all():
             layer, token = (int(axis[0]) for axis in np.nonzero(~self._arrived))
             missing = int((~self._arrived).sum())

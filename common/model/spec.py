@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
+from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError, quoted
 from spectrumkv.common.model.cache import cache_directory, read_entry, sha256_of_json, write_entry
 from spectrumkv.common.model.directory import weight_files
 from spectrumkv.common.model.parameters import rope_parameters
@@ -69,13 +69,15 @@ class ModelSpec:
         for name in ("weights_digest", "rope_digest", "tokenizer_digest"):
             if not re.fullmatch("[0-9a-f]{64}", getattr(self, name)):
                 raise InvalidArgumentError(
-                    f"the model spec's {name} is {getattr(self, name)!r}; expected 64 hex digits"
+                    f"the model spec's {name} is {quoted(getattr(self, name))}; expected 64 hex digits"
                 )
         for name in ("layers", "kv_heads", "head_dim", "vocab_size", "context_length"):
             if not 1 <= getattr(self, name) < 1 << 32:
                 raise InvalidArgumentError(f"the model spec's {name} is {getattr(self, name)}; it must be at least 1")
         if self.dtype not in _DTYPES:
-            raise InvalidArgumentError(f"the model spec's dtype is {self.dtype!r}; allowed: {', '.join(_DTYPES)}")
+            raise InvalidArgumentError(
+                f"the model spec's dtype is {quoted(self.dtype)}; allowed: {', '.join(_DTYPES)}"
+            )
         if (
             len(self.parameters) > _MOST_PARAMETERS
             or len(dict(self.parameters)) < len(self.parameters)

@@ -32,6 +32,9 @@ SPARE_THREADS = 8
 # How many calls may have sent headers and no whole message yet; each holds a thread for as long. Those of health,
 # which need no token, can take none from the others, and are fewer.
 SILENT_CALLS, SILENT_WATCHERS = 256, 16
+# How many more calls may wait a moment where their connection has its share of those: a caller that begins hundreds
+# at once is not silent, but the server reads one message after another.
+HESITATING_CALLS, HESITATING_WATCHERS = 256, 16
 # Each also holds what has come of its message. There may be fewer where messages are long, but not fewer than that:
 # honest callers of a slow link need a while for a long message.
 PARTIAL_MESSAGE_BYTES, FEWEST_SILENT_CALLS = 256 << 20, 32
@@ -104,16 +107,18 @@ class Server:
         self._connection_limits: list[ConnectionLimit] = []
         self._requests = request_limit(threads)
         silent_calls = silent_call_limit(most_message_bytes)
-        calls = threads + UPLOADS + QUESTIONS + SPARE_THREADS + silent_calls
-        watchers = WATCHERS + SPARE_THREADS + SILENT_WATCHERS
+        calls = threads + UPLOADS + QUESTIONS + SPARE_THREADS + silent_calls + HESITATING_CALLS
+        watchers = WATCHERS + SPARE_THREADS + SILENT_WATCHERS + HESITATING_WATCHERS
         self._watcher_threads = ThreadPoolExecutor(watchers, thread_name_prefix="health")
         limits = CallLimits(
             self._requests,
             upload_limit(UPLOADS),
             question_limit(QUESTIONS),
             watch_limit(WATCHERS),
-            SilentCalls(silent_calls, FIRST_MESSAGE_SECONDS, count_silent),
-            SilentCalls(SILENT_WATCHERS, FIRST_MESSAGE_SECONDS, count_silent, HEALTH_REQUEST_BYTES),
+            SilentCalls(silent_calls, HESITATING_CALLS, FIRST_MESSAGE_SECONDS, count_silent),
+            SilentCalls(
+                SILENT_WATCHERS, HESITATING_WATCHERS, FIRST_MESSAGE_SECONDS, count_silent, HEALTH_REQUEST_BYTES
+            ),
             StalledReaders(STALL_SECONDS),
             self._watcher_threads,
         )

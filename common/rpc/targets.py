@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.errors import InvalidArgumentError, quoted
 from spectrumkv.common.service.options import Address, parse_addresses
 
 PREFILL_SERVICE = "spectrumkv.v1.PrefillService"
@@ -86,7 +86,9 @@ class Target:
             name_server = Address.parse(uri["name_server"]) if uri["name_server"] else None
             return cls((Address.parse(uri["name"]),), name_server)
         except ValueError as error:
-            raise InvalidArgumentError(f"the server is {text!r}; allowed: {error}, or dns:///HOST:PORT") from None
+            raise InvalidArgumentError(
+                f"the server is {quoted(text)}; allowed: {error}, or dns:///HOST:PORT"
+            ) from None
 
     def __str__(self) -> str:
         return ",".join(map(str, self.addresses))

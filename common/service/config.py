@@ -8,7 +8,7 @@ this is not pydantic-settings: docs/adr/0111-configuration.md.
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.errors import InvalidArgumentError, quoted
 from spectrumkv.common.kv.budget import BUDGET_MEANING
 from spectrumkv.common.service.options import (
     WEEK_SECONDS,
@@ -113,7 +113,7 @@ class ServerConfig:
             )
         if self.tls_client_names and not all(name.strip() for name in self.tls_client_names.split(",")):
             raise InvalidArgumentError(
-                f"--tls-client-names is {self.tls_client_names!r}; allowed: names, separated by commas"
+                f"--tls-client-names is {quoted(self.tls_client_names)}; allowed: names, separated by commas"
             )
         if self.tls_client_names and None in (self.tls_cert, self.tls_ca):
             raise InvalidArgumentError(
@@ -236,7 +236,7 @@ def build(config_class: type[T], given: dict[str, Any]) -> T:
     declared = {one.name: one for one in fields(config_class)}  # type: ignore[arg-type]  # it is a dataclass
     for name in given:
         if name not in declared:
-            raise InvalidArgumentError(f"unknown option {name!r}; allowed: {', '.join(sorted(declared))}")
+            raise InvalidArgumentError(f"unknown option {quoted(name)}; allowed: {', '.join(sorted(declared))}")
     return config_class(**{name: _parse(declared[name], value) for name, value in given.items()})
 
 
@@ -244,11 +244,11 @@ def _parse(declared: Any, value: Any) -> Any:
     name = flag_name(declared.name)
     if isinstance(declared.default, bool):
         if not isinstance(value, bool):
-            raise InvalidArgumentError(f"{name} is {value!r}; allowed: true or false")
+            raise InvalidArgumentError(f"{name} is {quoted(value)}; allowed: true or false")
         return value
     kinds = (str, int, float, list) if isinstance(declared.default, tuple) else (str, int, float)
     if isinstance(value, bool) or not isinstance(value, kinds):
-        raise InvalidArgumentError(f"{name} is {value!r}; allowed: text or a number")
+        raise InvalidArgumentError(f"{name} is {quoted(value)}; allowed: text or a number")
     try:
         text = text_of(value)
     except ValueError:
@@ -256,4 +256,4 @@ def _parse(declared: Any, value: Any) -> Any:
     try:
         return declared.metadata["parse"](text)
     except ValueError as error:
-        raise InvalidArgumentError(f"{name} is {text!r}; allowed: {error}") from None
+        raise InvalidArgumentError(f"{name} is {quoted(text)}; allowed: {error}") from None

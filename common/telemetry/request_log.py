@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
-from spectrumkv.common.errors import InvalidArgumentError, SpectrumKVError
+from spectrumkv.common.errors import InvalidArgumentError, SpectrumKVError, quoted
 from spectrumkv.common.telemetry.tracing import RequestSpan, Stage, TraceContext
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def check_request_id(request_id: str) -> None:
             f"request_id has {len(request_id)} characters; allowed: at most {MAX_REQUEST_ID_CHARACTERS}"
         )
     if any(unicodedata.category(character)[0] in "CZ" and character != " " for character in request_id):
-        raise InvalidArgumentError(f"request_id is {request_id!r}; allowed: characters that can be printed")
+        raise InvalidArgumentError(f"request_id is {quoted(request_id)}; allowed: characters that can be printed")
 
 
 class RequestRecord:

@@ -24,7 +24,7 @@ from opentelemetry import trace as otel
 from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
+from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError, quoted
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -64,7 +64,7 @@ class TraceContext:
     def __post_init__(self) -> None:
         if self.traceparent and not _is_traceparent(self.traceparent):
             raise InvalidArgumentError(
-                f"traceparent is {self.traceparent!r}; allowed: 00-TRACEID-PARENTID-FLAGS, of 32, 16 and 2 "
+                f"traceparent is {quoted(self.traceparent)}; allowed: 00-TRACEID-PARENTID-FLAGS, of 32, 16 and 2 "
                 "hexadecimal digits in lower case"
             )
 

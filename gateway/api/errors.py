@@ -75,7 +75,8 @@ class HttpError(Exception):
         """Return what is wrong with a request's body: the first thing that pydantic found, in a sentence."""
         found = error.errors(include_url=False)[0]
         # Members of a union stand in the place, too: "str", "list[str]".
-        place = ".".join(part for part in map(str, found["loc"]) if part != "str" and not part.endswith("]"))
+        parts = (part[:80] for part in map(str, found["loc"]) if part != "str" and not part.endswith("]"))
+        place = ".".join(parts)
         context = found.get("ctx", {})
         said_by_us = context.get("error")
         if isinstance(said_by_us, FieldError):

@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 
+from spectrumkv.common.errors import quoted
 from spectrumkv.gateway.api.errors import HttpError
 from spectrumkv.gateway.gateway import caller_of, gateway_of
 
@@ -31,7 +32,7 @@ async def model(name: str, request: HttpRequest) -> dict[str, Any]:
     if name != served["id"]:
         raise HttpError(
             404,
-            f"model {name[:80]!r} is not served here; this server has {served['id']!r}",
+            f"model {quoted(name)} is not served here; this server has {quoted(served['id'])}",
             "not_found_error",
             code="model_not_found",
         )

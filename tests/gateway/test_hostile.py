@@ -54,6 +54,24 @@ def test_bytes_that_are_no_request(gateway: RunningGateway, sent: bytes, status:
     assert gateway.get("/health").status == 200
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"x" * 100_000: 1},
+        {"logit_bias": {"x" * 100_000: 1}},
+        {"logit_bias": {"5" * 100_000: "no number"}},
+        {"stream_options": {"x" * 100_000: 1}},
+        {"model": ["x" * 100_000]},
+    ],
+    ids=lambda body: next(iter(body))[:14],
+)
+def test_long_names_are_not_sent_back_whole(gateway: RunningGateway, body: dict[str, Any]) -> None:
+    messages = [{"role": "user", "content": "x"}]
+    answer = gateway.ask("POST", "/v1/chat/completions", {"messages": messages, **body})
+    assert answer.status == 400
+    assert len(answer.body) < 2000
+
+
 @pytest.mark.parametrize("sent", [b"", HEAD, b"G"], ids=["silent", "headers", "letter"])
 def test_a_connection_that_sends_no_whole_request(
     gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch, sent: bytes

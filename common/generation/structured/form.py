@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.errors import InvalidArgumentError, quoted
 from spectrumkv.v1 import generation_pb2
 
 # Of the text of a schema, an expression, a grammar, or all choices together.
@@ -31,7 +31,9 @@ class StructuredOutput:
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
-            raise InvalidArgumentError(f"structured_output has the form {self.form!r}; allowed: {', '.join(FORMS)}")
+            raise InvalidArgumentError(
+                f"structured_output has the form {quoted(self.form)}; allowed: {', '.join(FORMS)}"
+            )
         if self.form == "choice":
             _check_choices(self.choices)
         elif self.form != "json_object" and not self.text.strip():

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.errors import InvalidArgumentError, quoted
 from spectrumkv.common.generation.structured.form import StructuredOutput
 
 # An object, an array or a string of JSON may be as long as the answer, but not the space between its parts: small
@@ -131,7 +131,7 @@ def _schema(text: str) -> Any:
         raise InvalidArgumentError(f"structured_output.json_schema is no JSON: {error}") from None
     if not isinstance(schema, dict):
         raise InvalidArgumentError(
-            f"structured_output.json_schema is {str(schema)[:40]!r}; allowed: a JSON object that describes one"
+            f"structured_output.json_schema is {quoted(str(schema))}; allowed: a JSON object that describes one"
         )
     return schema
 

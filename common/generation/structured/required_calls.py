@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.errors import InvalidArgumentError, quoted
 from spectrumkv.common.generation.structured.form import StructuredOutput
 from spectrumkv.common.generation.structured.grammar import JSON_OPTIONS
 from spectrumkv.common.tool_calls.formats import ToolCallFormat
@@ -72,11 +72,11 @@ def _define(known: dict[str, Any], definitions: object, key: str, tool: str) -> 
         InvalidArgumentError: another tool gives one of the names to something else, or the definitions have no names.
     """
     if not isinstance(definitions, Mapping):
-        raise InvalidArgumentError(f"{key} of tool {tool!r} is {str(definitions)[:40]!r}; allowed: an object")
+        raise InvalidArgumentError(f"{key} of tool {quoted(tool)} is {quoted(str(definitions))}; allowed: an object")
     for title, definition in definitions.items():
         if known.setdefault(title, definition) != definition:
             raise InvalidArgumentError(
-                f"two tools have different definitions named {title!r} in {key}; rename one of them"
+                f"two tools have different definitions named {quoted(title)} in {key}; rename one of them"
             )
 
 

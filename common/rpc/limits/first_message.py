@@ -26,6 +26,9 @@ from spectrumkv.common.rpc.status import end_call, to_status
 
 FIRST_MESSAGE_SECONDS = 10.0
 RETRY_AFTER_SECONDS = 1.0
+# An honest caller's message follows its headers at once, but a busy server may not have read it yet. A call that has
+# said nothing for longer than that is silent; whoever opens many calls at once has its message read in that time.
+GRACE_SECONDS = 1.0
 
 # What gRPC says where a handler's request cannot be parsed.
 _UNPARSED = "Exception deserializing request!"
@@ -39,7 +42,7 @@ CountSilent = Callable[[str], None]
 class _SilentCall:
     context: grpc.ServicerContext
     peer: str
-    until: float
+    since: float
     # Why this server ended it; None while it has not.
     error: SpectrumKVError | None = None
 
@@ -47,22 +50,29 @@ class _SilentCall:
 class SilentCalls:
     """The calls of a server whose first message has not come yet.
 
-    One connection may have half of the places, and one more call of it is refused. Where all places are taken, the
-    call that has been silent for the longest is ended: an honest caller's message follows its headers within
-    milliseconds, so that it is never that one.
+    One connection may have half of the places. One more call of it waits a moment for the messages of the others,
+    which may be on their way, and is then refused. Where all places are taken, a call that has been silent for longer
+    than that moment is ended, the oldest first; where there is none, the oldest of the connection that has the most:
+    an honest caller whose message is not read yet gives way to nobody who opens one silent call after another.
 
     Args:
         limit: how many there may be; each holds a thread.
+        hesitating: how many may wait for a place of their connection; each holds a thread, too.
         seconds: how long each may wait.
         count: called with "connection", "all" or "time" where a call ends for having too many beside it on its
             connection or in all, or for its silence.
         most_bytes: of a message, in a call of one request; a longer one is refused. None leaves it at gRPC's limit.
     """
 
-    def __init__(self, limit: int, seconds: float, count: CountSilent, most_bytes: int | None = None) -> None:
+    def __init__(
+        self, limit: int, hesitating: int, seconds: float, count: CountSilent, most_bytes: int | None = None
+    ) -> None:
         self._limit = limit
         self._most_bytes = most_bytes
         self._of_one_connection = max(1, limit // 2)
+        # Each call that waits for a place of its connection holds a thread, too.
+        self._most_hesitating = hesitating
+        self._hesitating = 0
         self._seconds = seconds
         self._count = count
         self._changed = threading.Condition()
@@ -140,32 +150,55 @@ class SilentCalls:
                     self._forget(call)
 
     def _enter(self, context: grpc.ServicerContext) -> _SilentCall:
-        call = _SilentCall(context, context.peer(), time.monotonic() + self._seconds)
+        peer = context.peer()
         with self._changed:
-            if self._of_peer[call.peer] >= self._of_one_connection:
+            if not self._comes_in(peer):
                 self._count("connection")
                 raise ResourceExhaustedError(
                     f"{self._of_one_connection} calls of this connection have sent headers and no message, as many "
                     "as this server lets wait; send each call's message with its headers",
                     RETRY_AFTER_SECONDS,
                 )
+            self._of_peer[peer] += 1
             if len(self._waiting) >= self._limit:
                 sentence = (
                     "too many calls have sent headers and no message; send each call's message with its headers"
                 )
-                self._end_oldest("all", ResourceExhaustedError(sentence, RETRY_AFTER_SECONDS))
+                self._end(self._least_honest(), "all", ResourceExhaustedError(sentence, RETRY_AFTER_SECONDS))
+            call = _SilentCall(context, peer, time.monotonic())
             self._waiting[call] = None
-            self._of_peer[call.peer] += 1
             if self._clock is None:
                 self._clock = threading.Thread(target=self._watch, name="first-message", daemon=True)
                 self._clock.start()
         return call
+
+    def _comes_in(self, peer: str) -> bool:
+        """Return whether a connection has a place, waiting a moment where its calls may be about to speak."""
+        if self._of_peer[peer] < self._of_one_connection:
+            return True
+        if self._hesitating >= self._most_hesitating:
+            return False
+        self._hesitating += 1
+        try:
+            return self._changed.wait_for(lambda: self._of_peer[peer] < self._of_one_connection, GRACE_SECONDS)
+        finally:
+            self._hesitating -= 1
+
+    def _least_honest(self) -> _SilentCall:
+        """Return the call that gives way to one that is counted with its connection, and does not wait yet."""
+        oldest = next(iter(self._waiting))
+        if time.monotonic() - oldest.since > GRACE_SECONDS:
+            return oldest
+        [(most, _)] = self._of_peer.most_common(1)
+        return next(call for call in self._waiting if call.peer == most)
 
     def _forget(self, call: _SilentCall) -> None:
         del self._waiting[call]
         self._of_peer[call.peer] -= 1
         if not self._of_peer[call.peer]:
             del self._of_peer[call.peer]
+        if self._hesitating:
+            self._changed.notify_all()
 
     def _watch(self) -> None:
         """End the calls whose time is up; the thread ends when none waits."""
@@ -174,15 +207,15 @@ class SilentCalls:
         )
         with self._changed:
             while self._waiting:
-                left = next(iter(self._waiting)).until - time.monotonic()
+                oldest = next(iter(self._waiting))
+                left = oldest.since + self._seconds - time.monotonic()
                 if left > 0:
                     self._changed.wait(left)
                     continue
-                self._end_oldest("time", DeadlineExceededError(sentence))
+                self._end(oldest, "time", DeadlineExceededError(sentence))
             self._clock = None
 
-    def _end_oldest(self, reason: str, error: SpectrumKVError) -> None:
-        call = next(iter(self._waiting))
+    def _end(self, call: _SilentCall, reason: str, error: SpectrumKVError) -> None:
         self._forget(call)
         self._count(reason)
         call.error = error

@@ -27,6 +27,8 @@ from spectrumkv.v1 import decode_pb2
 from tests.services.kv.test_lossless import random_prompt
 from tests.services.pair import Pair, decode_server, prefill_server, running_pair, total
 
+LONG = "x" * 100_000
+
 
 def ask(pair: Pair, prompt: Any = "Hello", **options: Any) -> None:
     with pair.client() as client:
@@ -78,6 +80,19 @@ def test_what_is_wrong_is_named(llama_pair: Pair, options: dict[str, Any], sente
 def test_another_model_is_not_found(llama_pair: Pair) -> None:
     with pytest.raises(NotFoundError, match=r"'gpt-9' is not served here"):
         ask(llama_pair, model="gpt-9")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"model": LONG}, {"kv": KvChoice(policy=LONG)}, {"prompt": [Message(LONG, "Hi")]}],
+    ids=["model", "policy", "role"],
+)
+def test_a_long_name_is_quoted_by_its_beginning(llama_pair: Pair, options: dict[str, Any]) -> None:
+    with pytest.raises((InvalidArgumentError, NotFoundError)) as caught:
+        ask(llama_pair, **options)
+    assert "x" * 20 in caught.value.message
+    assert "x" * 101 not in caught.value.message
+    assert "allowed: " in caught.value.message or "this service has" in caught.value.message
 
 
 def test_a_deadline_too_short_is_exceeded(llama_pair: Pair) -> None:

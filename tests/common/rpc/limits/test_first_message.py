@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2
 
 from spectrumkv.common.rpc import server as rpc
 from spectrumkv.common.rpc.channel import open_channel
+from spectrumkv.common.rpc.limits import first_message
 from spectrumkv.v1 import prefill_pb2
 from tests.common.rpc.scripted import HEALTH, WAIT_SECONDS, Served, echo, served
 from tests.faults.connections.silent_streams import fill, silent_connections
@@ -24,6 +25,9 @@ CHECK = "/grpc.health.v1.Health/Check"
 WATCH = "/grpc.health.v1.Health/Watch"
 REFLECT = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED = "4", "8", "12"
+OK = "0"
+# An empty message, whole.
+WHOLE_MESSAGE = bytes(5)
 # The length of a message of 1,000 bytes, and a few of them.
 PART_OF_A_MESSAGE = b"\0\0\0\x03\xe8abc"
 
@@ -138,6 +142,40 @@ def test_who_gives_way_to_others_is_told_so(monkeypatch: pytest.MonkeyPatch) -> 
             one.open(INFO)
         # The one whose headers were there first.
         assert ended.get(timeout=WAIT_SECONDS) == RESOURCE_EXHAUSTED
+
+
+def test_who_is_about_to_speak_does_not_give_way_to_a_burst_of_silent_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server may not have read the message of the call that came first, and yet others are ended for more."""
+    monkeypatch.setattr(rpc, "SILENT_CALLS", 4)
+    monkeypatch.setattr(first_message, "GRACE_SECONDS", WAIT_SECONDS)
+    reasons = Reasons()
+    with served(count_silent=reasons) as server, silent_connections(server.address, 4) as [honest, *others]:
+        call = honest.open(INFO)
+        for _ in range(2):
+            fill(others, (INFO,), 2)
+        reasons.wait_for(3)
+        assert set(reasons.counts) == {"all"}
+        honest.feed(call, WHOLE_MESSAGE)
+        assert honest.ended.get(timeout=WAIT_SECONDS) == OK
+
+
+def test_a_call_waits_for_the_others_of_its_connection_to_speak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller that begins many calls at once is not refused because the server has not read their messages yet."""
+    monkeypatch.setattr(rpc, "SILENT_CALLS", 4)
+    monkeypatch.setattr(first_message, "GRACE_SECONDS", WAIT_SECONDS)
+    with served() as server, silent_connections(server.address, 1) as [connection]:
+        first, _ = connection.open(INFO), connection.open(INFO)
+        connection.open(INFO, WHOLE_MESSAGE)
+        connection.feed(first, WHOLE_MESSAGE)
+        assert [connection.ended.get(timeout=WAIT_SECONDS) for _ in range(2)] == [OK, OK]
+
+
+def test_a_burst_of_calls_over_one_connection_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "SILENT_CALLS", 8)
+    with served() as server:
+        ask = server.channel.unary_unary(INFO)
+        answers = [ask.future(b"", timeout=WAIT_SECONDS) for _ in range(200)]
+        assert all(one.result() is not None for one in answers)
 
 
 @pytest.mark.parametrize("methods", [(CHECK,), (WATCH,), (INFO,), (GENERATE,), (CHECK, WATCH, INFO, GENERATE)])

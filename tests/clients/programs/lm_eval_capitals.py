@@ -2,8 +2,8 @@
 
 python lm_eval_capitals.py MODEL TASKS '{"fp16": {"policy": "fp16", "budget": 1.0}}'
 
-The scores by setting come into scores.json of the folder. One process for all settings, and only the tasks of the folder TASKS: the `lm_eval` command reads its own 14,000 task
-files first, which takes longer than the questions.
+The scores by setting come into scores.json of the folder TASKS. One process for all settings, and only the tasks of
+that folder: the `lm_eval` command reads its own 14,000 task files first, which takes longer than the questions.
 """
 
 import json

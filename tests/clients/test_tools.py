@@ -20,11 +20,12 @@ def test_lm_eval_scores_a_generating_task_at_each_setting(run: Run, tmp_path: Pa
     for file in ("capitals.yaml", "capitals.jsonl"):
         shutil.copy(PROGRAMS / file, tmp_path)
     run("lm_eval_capitals.py", MODEL, str(tmp_path), json.dumps(SETTINGS))
-    scores = json.loads((tmp_path / "scores.json").read_text())
-    assert scores.keys() == SETTINGS.keys()
-    assert min(scores.values()) >= LEAST, scores
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert found.keys() == SETTINGS.keys()
+    assert min(one["exact_match"] for one in found.values()) >= LEAST, found
+    assert found["fp16"]["budget_counted"] > found["0.3"]["budget_counted"] > found["0.1"]["budget_counted"]
     if os.environ.get("WRITE_RESULTS"):
-        kept = {name: {"kv": kv, "task": "capitals", "exact_match": scores[name]} for name, kv in SETTINGS.items()}
+        kept = {name: {"task": "capitals", "kv": kv, **found[name]} for name, kv in SETTINGS.items()}
         RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
 
 

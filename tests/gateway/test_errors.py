@@ -131,8 +131,8 @@ def test_a_body_that_cannot_be_used(gateway: RunningGateway, body: bytes, param:
 @pytest.mark.parametrize(
     ("message", "said"),
     [
-        ({"role": "robot", "content": "x"}, "'system', 'developer', 'user' or 'assistant'"),
-        ({"role": "user"}, "messages.0.content is missing"),
+        ({"role": "robot", "content": "x"}, "'system', 'developer', 'user', 'assistant' or 'tool'"),
+        ({"role": "user"}, "content is missing; it must be given"),
         ({"role": "user", "content": [{"type": "image_url"}]}, "a part of type 'image_url'"),
         ({"role": "user", "content": "x", "mood": "good"}, "'mood' is no field here"),
     ],

@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from spectrumkv.client.async_client import AsyncSpectrumClient
 from spectrumkv.client.request import Request
+from spectrumkv.common.errors import quoted
 from spectrumkv.common.tool_calls import FORMATS, ToolCallFormat
 from spectrumkv.gateway.answers.delivery import deliver_events, deliver_whole
 from spectrumkv.gateway.answers.token_texts import TokenTexts
@@ -83,7 +84,7 @@ class Gateway:
         if name not in FORMATS:
             raise HttpError(
                 400,
-                f"tools are given and the model writes calls in the form {name[:40]!r}; the gateway reads "
+                f"tools are given and the model writes calls in the form {quoted(name)}; the gateway reads "
                 f"{', '.join(FORMATS)}",
                 param="tools",
             )

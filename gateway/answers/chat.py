@@ -1,41 +1,23 @@
 """Write the objects of `/v1/chat/completions`."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
-from spectrumkv.common.tool_calls import ToolCallFormat
-from spectrumkv.gateway.answers.token_texts import TokenTexts
 from spectrumkv.gateway.answers.tool_calls import ToolCallWriter
-from spectrumkv.gateway.answers.writer import AnswerOptions, AnswerWriter, Token
+from spectrumkv.gateway.answers.writer import AnswerWriter, Token
 
 _ROLE = "assistant"
 
 
 class ChatWriter(AnswerWriter):
-    """Write chat completions.
-
-    Args:
-        request_id: see `AnswerWriter`, like the next four.
-        model: of the answer.
-        texts: of tokens.
-        authorization: of the caller.
-        options: what choices have.
-        call_format: how the model writes tool calls; None leaves them in the text, where a request has no tools.
-    """
+    """Write chat completions."""
 
     id_prefix, whole_kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(
-        self,
-        request_id: str,
-        model: str,
-        texts: TokenTexts,
-        authorization: str | None,
-        options: AnswerOptions,
-        call_format: ToolCallFormat | None = None,
-    ) -> None:
-        super().__init__(request_id, model, texts, authorization, options)
-        self._calls = None if call_format is None else ToolCallWriter(call_format)
+    @cached_property
+    def _calls(self) -> ToolCallWriter | None:
+        return None if self.options.call_format is None else ToolCallWriter(self.options.call_format)
 
     def opening(self, choices: int) -> list[dict[str, Any]]:
         """Return a chunk for each choice that says whose message it is."""

@@ -53,7 +53,9 @@ class ToolCallWriter:
         return said, "tool_calls" if _ends_in_calls(parser, reason) else reason
 
     def _parser(self, choice: int) -> ToolCallParser:
-        return self._parsers.setdefault(choice, ToolCallParser(self._format))
+        if choice not in self._parsers:
+            self._parsers[choice] = ToolCallParser(self._format)
+        return self._parsers[choice]
 
 
 def _ends_in_calls(parser: ToolCallParser, reason: str | None) -> bool:

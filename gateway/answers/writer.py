@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from spectrumkv.client.completion import Answer, Completion, PromptToken, TokenEvent
+from spectrumkv.common.tool_calls import ToolCallFormat
 from spectrumkv.gateway.answers.token_texts import TokenTexts
 from spectrumkv.gateway.answers.usage import usage_of
 
@@ -25,6 +26,7 @@ class AnswerOptions:
         prompt_logprobs: whether the prompt's tokens have log-probabilities in a field of their own.
         token_ids: whether there are the ids of the answer's tokens.
         tokens_as_ids: whether log-probabilities name tokens by their ids.
+        call_format: how the model writes tool calls; None where it may make none, so that all is text.
     """
 
     answers: int = 1
@@ -33,6 +35,7 @@ class AnswerOptions:
     prompt_logprobs: bool = False
     token_ids: bool = False
     tokens_as_ids: bool = False
+    call_format: ToolCallFormat | None = None
 
 
 class AnswerWriter(ABC):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, PrivateAttr, model_validator
 
 from spectrumkv.client.request import Message, Sampling
 from spectrumkv.client.tools import Tools
@@ -128,15 +128,18 @@ class ChatFields(SamplingFields):
     logprobs: Switch | None = supported(OPENAI, "the answer has the log-probabilities of its tokens")
     top_logprobs: Whole | None = supported(OPENAI, "and of so many likeliest tokens; only with `logprobs`")
 
+    # Read once: tools may be megabytes of schemas.
+    _offered_tools: Tools = PrivateAttr(default=Tools())
+
     @model_validator(mode="after")
-    def _check_tools(self) -> "ChatFields":
-        read_tools(self.tools, self.tool_choice)
+    def _read_tools(self) -> "ChatFields":
+        self._offered_tools = read_tools(self.tools, self.tool_choice)
         return self
 
     @property
     def offered_tools(self) -> Tools:
         """The functions that the model may call."""
-        return read_tools(self.tools, self.tool_choice)
+        return self._offered_tools
 
     def prompt(self) -> tuple[Message, ...]:
         """Return the conversation as the client sends it."""

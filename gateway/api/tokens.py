@@ -54,9 +54,8 @@ class TokenizeFields(RequestFields):
     def request(self) -> Request:
         """Return the prompt and its tools as the client sends them."""
         tools = Tools(tuple(one.tool() for one in self.tools or ()))
-        if self.prompt is not None:
-            return Request(prompt=self.prompt, model=self.model)
-        return Request(prompt=tuple(one.message() for one in self.messages or ()), model=self.model, tools=tools)
+        messages = tuple(one.message() for one in self.messages or ())
+        return Request(prompt=messages if self.prompt is None else self.prompt, model=self.model, tools=tools)
 
 
 class DetokenizeFields(RequestFields):

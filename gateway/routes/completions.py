@@ -1,6 +1,7 @@
 """Serve `/v1/completions` and `/v1/chat/completions`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
@@ -10,8 +11,7 @@ from spectrumkv.client.request import Prompt, Request
 from spectrumkv.client.tools import Tools
 from spectrumkv.gateway.answers.chat import ChatWriter
 from spectrumkv.gateway.answers.completion import CompletionWriter
-from spectrumkv.gateway.answers.token_texts import TokenTexts
-from spectrumkv.gateway.answers.writer import AnswerOptions
+from spectrumkv.gateway.answers.writer import AnswerOptions, AnswerWriter
 from spectrumkv.gateway.api.chat import ChatFields
 from spectrumkv.gateway.api.completion import CompletionFields
 from spectrumkv.gateway.api.sampling import SamplingFields
@@ -26,8 +26,7 @@ async def completions(request: HttpRequest) -> Response:
     """Return completions of prompts."""
     fields = await read_body(CompletionFields, request)
     gateway = gateway_of(request)
-    model = await gateway.served_model(fields.model, caller_of(request))
-    writer = CompletionWriter(*_named(fields, model, request))
+    writer = await _writer(CompletionWriter, fields, request, _options(fields))
     requests = _requests(fields, fields.prompts, request)
     return await gateway.answer(fields, requests, writer, caller_of(request))
 
@@ -37,9 +36,10 @@ async def chat_completions(request: HttpRequest) -> Response:
     """Return the answer in a conversation."""
     fields = await read_body(ChatFields, request)
     gateway = gateway_of(request)
-    model = await gateway.served_model(fields.model, caller_of(request))
-    parsed = await gateway.tool_call_format(caller_of(request)) if fields.offered_tools.may_be_called else None
-    writer = ChatWriter(*_named(fields, model, request), parsed)
+    options = _options(fields)
+    if fields.offered_tools.may_be_called:
+        options = replace(options, call_format=await gateway.tool_call_format(caller_of(request)))
+    writer = await _writer(ChatWriter, fields, request, options)
     requests = _requests(fields, [fields.prompt()], request)
     return await gateway.answer(fields, requests, writer, caller_of(request))
 
@@ -69,12 +69,12 @@ def _requests(
     ]
 
 
-def _named(
-    fields: CompletionFields | ChatFields, model: str, request: HttpRequest
-) -> tuple[str, str, TokenTexts, str | None, AnswerOptions]:
-    """Return what writers of both routes are made with."""
-    texts, authorization = gateway_of(request).texts, caller_of(request).authorization
-    return _name(fields, request), model, texts, authorization, _options(fields)
+async def _writer(
+    kind: type[AnswerWriter], fields: CompletionFields | ChatFields, request: HttpRequest, options: AnswerOptions
+) -> AnswerWriter:
+    gateway, caller = gateway_of(request), caller_of(request)
+    model = await gateway.served_model(fields.model, caller)
+    return kind(_name(fields, request), model, gateway.texts, caller.authorization, options)
 
 
 def _options(fields: CompletionFields | ChatFields) -> AnswerOptions:

@@ -70,7 +70,6 @@ class SilentCalls:
         self._limit = limit
         self._most_bytes = most_bytes
         self._of_one_connection = max(1, limit // 2)
-        # Each call that waits for a place of its connection holds a thread, too.
         self._most_hesitating = hesitating
         self._hesitating = 0
         self._seconds = seconds

@@ -178,7 +178,7 @@ VLLM := build/vllm
 .PHONY: test-vllm
 
 test-vllm: $(VLLM)/.installed  ## The connector in real vLLM servers on CPUs, in an environment of its own (docs/vllm.md)
-	$(VLLM)/bin/python -m pytest $(IN_PARALLEL) -W default tests/vllm_plugin
+	$(VLLM)/bin/python -m pytest -W default tests/vllm_plugin
 
 $(VLLM)/.engine:
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
@@ -188,7 +188,7 @@ $(VLLM)/.engine:
 
 $(VLLM)/.installed: $(VLLM)/.engine pyproject.toml setup.py $(PROTOS)
 	$(VLLM)/bin/python -m pip install --disable-pip-version-check -q -e '.[vllm]' 'pytest>=8.3,<10' \
-		'pytest-timeout>=2.3,<3' 'pytest-xdist>=3.6,<4' 'hypothesis>=6.120,<7'
+		'pytest-timeout>=2.3,<3' 'hypothesis>=6.120,<7'
 	$(VLLM)/bin/python -m pip install --disable-pip-version-check -q --no-deps lmcache==0.5.6
 	@touch $@
 

@@ -12,6 +12,7 @@ from grpc_status import rpc_status
 from spectrumkv.common import errors
 from spectrumkv.common.errors import (
     BasisMissingError,
+    CancelledError,
     DataLossError,
     DeadlineExceededError,
     InternalError,
@@ -41,6 +42,8 @@ _BASIS_MISSING = "SPECTRUMKV_CODEC_BASIS"
 del _ERRORS_BY_CODE[UnimplementedError.code]
 # The message that gRPC itself sets when a deadline passes.
 _GRPC_DEADLINE_DETAILS = "Deadline Exceeded"
+# gRPC's server itself sets this one where it drops a call; a call that its caller cancelled has another.
+_GRPC_DROPPED_DETAILS = "CANCELLED"
 # gRPC answers an oversized message with RESOURCE_EXHAUSTED, although a retry fails again.
 _GRPC_OVERSIZED_DETAILS = "message larger than max"
 
@@ -116,6 +119,8 @@ def error_from_rpc(error: grpc.RpcError) -> SpectrumKVError:
         return BasisMissingError(message)
     if code == DeadlineExceededError.code and message == _GRPC_DEADLINE_DETAILS:
         return DeadlineExceededError(DEADLINE_MESSAGE)
+    if code == CancelledError.code and message == _GRPC_DROPPED_DETAILS:
+        return UnavailableError("the server ended the call: too many calls wait for it, or it is stopping")
     if code == DataLossError.code:
         return DataLossError(message, "peer")
     if code == UnavailableError.code:

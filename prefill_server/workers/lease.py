@@ -200,7 +200,7 @@ class DecodeLease:
             known = UnansweredError(f"it has not answered Begin within {ADMISSION_SECONDS:g} s")
         elif isinstance(known, CancelledError):
             # Prefill did not cancel, or the scope would have said so: a worker that stops ends its streams like this.
-            known = UnavailableError("it ended the stream")
+            known = UnavailableError(f"it ended the stream: {known.message}")
         if isinstance(known, UnauthenticatedError | PermissionDeniedError):
             # The client has no part in the token and the certificate that prefill shows.
             known = FailedPreconditionError(f"it refuses prefill: {known.message}")

@@ -241,8 +241,8 @@ lint-kubernetes: $(KUBERNETES_TOOLS)/.installed  ## Build every overlay of docke
 CLIENTS := build/clients
 .PHONY: test-clients
 
-test-clients: install $(CLIENTS)/.installed  ## OpenAI's, LangChain's and others' clients and tools against a real pair (docs/gateway.md)
-	CLIENTS=$(abspath $(CLIENTS)) $(BIN)/python -m pytest tests/clients
+test-clients: install $(CLIENTS)/.installed $(VLLM)/.engine  ## OpenAI's, LangChain's and others' clients and tools against a real pair (docs/gateway.md)
+	CLIENTS=$(abspath $(CLIENTS)) VLLM=$(abspath $(VLLM)) $(BIN)/python -m pytest tests/clients
 
 $(CLIENTS)/.installed: tests/clients/requirements.txt
 	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)

@@ -39,10 +39,10 @@ Run = Callable[..., str]
 
 @pytest.fixture
 def run(served: Served, tmp_path: Path) -> Run:
-    """Run a program of the clients' environment, and return what it printed; its assertions are the test."""
+    """Run a program of an environment, and return what it printed; its assertions are the test."""
 
-    def run_program(*words: str, seconds: float = SECONDS) -> str:
-        folder = Path(os.environ["CLIENTS"]) / "bin"
+    def run_program(*words: str, seconds: float = SECONDS, environment_of: str = "CLIENTS") -> str:
+        folder = Path(os.environ[environment_of]) / "bin"
         program = PROGRAMS / words[0]
         command = [str(folder / "python"), str(program), *words[1:]] if program.exists() else [str(folder / words[0])]
         command += [] if program.exists() else words[1:]

@@ -50,3 +50,17 @@ def test_aiperf_finds_no_error(run: Run, served: Served, tmp_path: Path) -> None
     found = json.loads(written.read_text())
     assert found["request_count"]["avg"] == 12
     assert not found.get("error_summary")
+
+
+def test_vllm_bench_serve_completes(run: Run, served: Served, tmp_path: Path) -> None:
+    printed = run(
+        *("vllm_bench_serve.py", "--backend", "openai", "--base-url", served.url, "--endpoint", "/v1/completions"),
+        *("--model", MODEL, "--tokenizer", str(find_model(None)[1]), "--dataset-name", "random"),
+        *("--random-input-len", "64", "--random-output-len", "8", "--num-prompts", "12", "--max-concurrency", "4"),
+        *("--ignore-eos", "--save-result", "--result-dir", str(tmp_path), "--result-filename", "served.json"),
+        environment_of="VLLM",
+    )
+    found = json.loads((tmp_path / "served.json").read_text())
+    assert (found["completed"], found["failed"]) == (12, 0)
+    assert found["total_output_tokens"] == 12 * 8
+    assert "Mean TTFT (ms)" in printed

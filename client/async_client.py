@@ -18,8 +18,10 @@ from spectrumkv.client.client import DEFAULT_TIMEOUT_SECONDS, INFO_TIMEOUT_SECON
 from spectrumkv.client.completion import Completion, TokenEvent
 from spectrumkv.client.received import ReceivedAnswer
 from spectrumkv.client.request import Request
+from spectrumkv.common.rpc.attempts import RepeatedAsyncStream, may_repeat, repeated_async
 from spectrumkv.common.rpc.channel import open_async_channel
 from spectrumkv.common.rpc.status import error_from_rpc
+from spectrumkv.common.rpc.targets import Target
 from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.security.tokens import METADATA_KEY
 from spectrumkv.common.telemetry.tracing import TraceContext
@@ -32,7 +34,7 @@ class AsyncCompletionStream:
     """Iterate over the tokens of one request as they arrive; leaving its `async with` block cancels the request.
 
     Args:
-        call: the running RPC.
+        call: the running RPC, which may be made again before its first answer.
         received: checks and keeps what arrives of it.
     """
 
@@ -109,6 +111,7 @@ class AsyncSpectrumClient:
         check_type("the server's address", address, str)
         self.address = address
         self._channel = open_async_channel(address, security)
+        self._may_repeat = may_repeat(Target.parse(address).is_several)
         self._token = security.token() if own_token else None
 
     async def __aenter__(self) -> "AsyncSpectrumClient":
@@ -148,7 +151,11 @@ class AsyncSpectrumClient:
         message = request.to_proto()
         received = ReceivedAnswer(timeout, self.address)
         metadata = (*trace.metadata, *self._credentials(authorization))
-        return AsyncCompletionStream(self._prefill.Generate(message, timeout=seconds, metadata=metadata), received)
+
+        def begin(left: float | None) -> Any:
+            return self._prefill.Generate(message, timeout=left, metadata=metadata)
+
+        return AsyncCompletionStream(RepeatedAsyncStream(begin, seconds, self._may_repeat), received)
 
     async def server_info(
         self, timeout: float = INFO_TIMEOUT_SECONDS, authorization: str | None = None
@@ -229,7 +236,10 @@ class AsyncSpectrumClient:
     ) -> T:
         seconds = grpc_timeout(timeout)
         try:
-            return await method(self._prefill)(message, timeout=seconds, metadata=self._credentials(authorization))
+            return await repeated_async(
+                lambda: method(self._prefill)(message, timeout=seconds, metadata=self._credentials(authorization)),
+                self._may_repeat,
+            )
         except grpc.RpcError as error:
             raise error_from_rpc(error) from error
 

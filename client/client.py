@@ -21,8 +21,10 @@ from spectrumkv.client.received import ReceivedAnswer
 from spectrumkv.client.request import KvChoice, Prompt, Request, Sampling
 from spectrumkv.client.tools import Tools
 from spectrumkv.common.errors import FailedPreconditionError, NotFoundError
+from spectrumkv.common.rpc.attempts import RepeatedStream, may_repeat, repeated
 from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.rpc.status import error_from_rpc
+from spectrumkv.common.rpc.targets import Target
 from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.telemetry.tracing import TraceContext
 from spectrumkv.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
@@ -37,7 +39,7 @@ class CompletionStream:
     """Iterate over the tokens of one request as they arrive; `result` returns the whole completion.
 
     Args:
-        call: the running RPC.
+        call: the running RPC, which may be made again before its first answer.
         received: checks and keeps what arrives of it.
     """
 
@@ -120,6 +122,7 @@ class SpectrumClient:
         self.address = address
         self._closed = False
         self._channel = open_channel(address, security)
+        self._may_repeat = may_repeat(Target.parse(address).is_several)
         # Generated stubs carry no types.
         self._prefill: Any = prefill_pb2_grpc.PrefillServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._decode: Any = decode_pb2_grpc.DecodeServiceStub(self._channel)  # type: ignore[no-untyped-call]
@@ -193,10 +196,13 @@ class SpectrumClient:
         """
         seconds = grpc_timeout(timeout)
         message = request.to_proto()
-        with self._while_open():
-            received = ReceivedAnswer(timeout, self.address)
-            call = self._prefill.Generate(message, timeout=seconds, metadata=trace.metadata)
-        return CompletionStream(call, received)
+        received = ReceivedAnswer(timeout, self.address)
+
+        def begin(left: float | None) -> Any:
+            with self._while_open():
+                return self._prefill.Generate(message, timeout=left, metadata=trace.metadata)
+
+        return CompletionStream(RepeatedStream(begin, seconds, self._may_repeat), received)
 
     def server_info(self, timeout: float = INFO_TIMEOUT_SECONDS) -> ServerInfo:
         """Return what a prefill or decode service says of itself: which model it serves, and how.
@@ -213,7 +219,9 @@ class SpectrumClient:
         try:
             request = prefill_pb2.PrefillServiceGetServerInfoRequest()
             with self._while_open():
-                prefill_info = self._prefill.GetServerInfo(request, timeout=grpc_timeout(timeout))
+                prefill_info = repeated(
+                    lambda: self._prefill.GetServerInfo(request, timeout=grpc_timeout(timeout)), self._may_repeat
+                )
             return prefill_info
         except grpc.RpcError as error:
             if error.code() is not grpc.StatusCode.UNIMPLEMENTED:
@@ -221,7 +229,10 @@ class SpectrumClient:
         try:
             decode_request = decode_pb2.DecodeServiceGetServerInfoRequest()
             with self._while_open():
-                decode_info = self._decode.GetServerInfo(decode_request, timeout=grpc_timeout(timeout))
+                decode_info = repeated(
+                    lambda: self._decode.GetServerInfo(decode_request, timeout=grpc_timeout(timeout)),
+                    self._may_repeat,
+                )
             return decode_info
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:

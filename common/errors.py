@@ -102,6 +102,13 @@ class UnreachableError(UnavailableError):
     """
 
 
+class DroppedError(UnavailableError):
+    """gRPC itself ended the call: the peer has too many waiting, lets go of the connection, or stops.
+
+    This error is never sent over the network.
+    """
+
+
 class UnansweredError(UnavailableError):
     """The peer is connected, and did not answer this request in the time in which it should have.
 

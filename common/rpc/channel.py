@@ -34,6 +34,8 @@ CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.dns_min_time_between_resolutions_ms", 1000),
+    # Calls are made again by our own code: see `attempts`.
+    ("grpc.enable_retries", 0),
     # Despite its name, this is how long one attempt to connect may take.
     ("grpc.min_reconnect_backoff_ms", 5000),
 )

@@ -12,9 +12,9 @@ from grpc_status import rpc_status
 from spectrumkv.common import errors
 from spectrumkv.common.errors import (
     BasisMissingError,
-    CancelledError,
     DataLossError,
     DeadlineExceededError,
+    DroppedError,
     InternalError,
     InvalidArgumentError,
     ResourceExhaustedError,
@@ -42,8 +42,9 @@ _BASIS_MISSING = "SPECTRUMKV_CODEC_BASIS"
 del _ERRORS_BY_CODE[UnimplementedError.code]
 # The message that gRPC itself sets when a deadline passes.
 _GRPC_DEADLINE_DETAILS = "Deadline Exceeded"
-# gRPC's server itself sets this one where it drops a call; a call that its caller cancelled has another.
-_GRPC_DROPPED_DETAILS = "CANCELLED"
+# gRPC's server itself sets these where it drops a call; a call that its caller cancelled has another.
+_GRPC_DROPPED_DETAILS = ("", "CANCELLED")
+_GRPC_GOAWAY = "GOAWAY received"
 # gRPC answers an oversized message with RESOURCE_EXHAUSTED, although a retry fails again.
 _GRPC_OVERSIZED_DETAILS = "message larger than max"
 
@@ -119,8 +120,8 @@ def error_from_rpc(error: grpc.RpcError) -> SpectrumKVError:
         return BasisMissingError(message)
     if code == DeadlineExceededError.code and message == _GRPC_DEADLINE_DETAILS:
         return DeadlineExceededError(DEADLINE_MESSAGE)
-    if code == CancelledError.code and message == _GRPC_DROPPED_DETAILS:
-        return UnavailableError("the server ended the call: too many calls wait for it, or it is stopping")
+    if was_dropped(error):
+        return DroppedError(f"the server ended the call: too many calls wait for it, or it is stopping ({message})")
     if code == DataLossError.code:
         return DataLossError(message, "peer")
     if code == UnavailableError.code:
@@ -129,6 +130,17 @@ def error_from_rpc(error: grpc.RpcError) -> SpectrumKVError:
     if code in _ERRORS_BY_CODE:
         return _ERRORS_BY_CODE[code](message)
     return InternalError(f"the peer answered {code}: {message}")
+
+
+def was_dropped(error: grpc.RpcError) -> bool:
+    """Return whether gRPC ended the call, and not the server's own code.
+
+    A server's gRPC does so where too many calls wait, and gives no reason. A caller's does so with a call that it was
+    about to send on a connection that the server lets go of.
+    """
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        return _GRPC_GOAWAY in (error.details() or "")
+    return error.code() is grpc.StatusCode.CANCELLED and (error.details() or "") in _GRPC_DROPPED_DETAILS
 
 
 def _explained(message: str) -> str:

@@ -11,29 +11,11 @@ from typing import Any
 from spectrumkv.common.errors import InvalidArgumentError, quoted
 from spectrumkv.common.service.options import Address, parse_addresses
 
-PREFILL_SERVICE = "spectrumkv.v1.PrefillService"
-# gRPC keeps requests up to this size to send them again elsewhere; the largest message is a little smaller.
-RETRY_BUFFER_BYTES = 9 << 20
-# gRPC allows five attempts. The pauses between them are longer than those before it tries a connection again.
-_ATTEMPTS = {"maxAttempts": 5, "initialBackoff": "0.2s", "maxBackoff": "1s", "backoffMultiplier": 2}
-# A server of gRPC that has more than 1,000 calls waiting drops some of those that come, by chance, before anybody
-# reads them, and says CANCELLED. Nothing was done for such a call, so that it may be made again.
-_DROPPED = "CANCELLED"
-_EVERY_METHOD = {"name": [{}], "retryPolicy": _ATTEMPTS | {"retryableStatusCodes": [_DROPPED]}}
-_ONE_SERVER = {"methodConfig": [_EVERY_METHOD]}
-# gRPC takes the servers in turn that report SERVING. A request that is refused as UNAVAILABLE or lost before its
-# first token goes to another server.
-_SEVERAL_SERVERS = {
+# gRPC takes the servers in turn that report SERVING.
+_SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
     # All of a server's services: `server_info` works on a decode service, too.
     "healthCheckConfig": {"serviceName": ""},
-    "methodConfig": [
-        {
-            "name": [{"service": PREFILL_SERVICE}],
-            "retryPolicy": _ATTEMPTS | {"retryableStatusCodes": ["UNAVAILABLE", _DROPPED]},
-        },
-        _EVERY_METHOD,
-    ],
 }
 
 
@@ -107,6 +89,11 @@ class Target:
         return self.addresses[0].ip_version is None
 
     @property
+    def is_several(self) -> bool:
+        """Whether there are several servers, or a name that may stand for several."""
+        return len(self.addresses) > 1 or self.is_name
+
+    @property
     def is_loopback(self) -> bool:
         """Whether every address is of this machine only."""
         # A name server may give any address for localhost.
@@ -127,11 +114,11 @@ class Target:
 
     @property
     def options(self) -> tuple[tuple[str, Any], ...]:
-        """Channel options: when gRPC makes a call again, and how it chooses among several servers."""
-        several = len(self.addresses) > 1 or self.is_name
+        """Channel options that let gRPC choose among several servers; none where there is one address."""
+        if not self.is_several:
+            return ()
         return (
-            ("grpc.service_config", json.dumps(_SEVERAL_SERVERS if several else _ONE_SERVER)),
+            ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
             # Names may bring a configuration of their own in a TXT record; ours is the one that is tested.
             ("grpc.service_config_disable_resolution", 1),
-            ("grpc.per_rpc_retry_buffer_size", RETRY_BUFFER_BYTES),
         )

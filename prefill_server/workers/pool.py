@@ -6,8 +6,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from spectrumkv.common.errors import BasisMissingError, SpectrumKVError, UnavailableError
+from spectrumkv.common.errors import BasisMissingError, DroppedError, SpectrumKVError, UnavailableError
 from spectrumkv.common.kv.codecs.basis import Basis
+from spectrumkv.common.rpc.attempts import pauses
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.service.config import Address
@@ -103,6 +104,13 @@ class WorkerPool:
         while (worker := selector.next()) is not None:
             dispatch = Dispatch(worker, slots, scope)
             yield dispatch
+            for pause in pauses():
+                if dispatch.admitted or not isinstance(dispatch.error, DroppedError):
+                    break
+                self.wait(lambda: scope.ended, pause)
+                scope.check()
+                dispatch = Dispatch(worker, slots, scope)
+                yield dispatch
             if isinstance(dispatch.error, BasisMissingError):
                 patience = min(BASIS_SECONDS, scope.seconds_remaining / 2) if may_fall_back else None
                 delivered = dispatch.wait_for_basis(patience)

@@ -34,7 +34,7 @@ ERRORS = [
     # No peer says that it could not be reached.
     and error is not errors.UnreachableError
     # These are told apart within a process; a peer learns of the kind that they are of.
-    and error not in (errors.ContextTooShortError, errors.NotFiniteError, errors.UnansweredError)
+    and error not in (errors.ContextTooShortError, errors.DroppedError, errors.NotFiniteError, errors.UnansweredError)
 ]
 EXTRA = {ResourceExhaustedError: (2.5,), DataLossError: ("crc",)}
 

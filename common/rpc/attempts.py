@@ -1,0 +1,180 @@
+"""Calls that are made again, where one ended before any of its answer came.
+
+gRPC has retries of its own. They are switched off: under grpcio 1.85.3, as since 1.72, a call hangs now and then for
+ever, its deadline past, where its server stops while gRPC may make it again
+([grpc/grpc issue 41036](https://github.com/grpc/grpc/issues/41036), ADR 198).
+"""
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, TypeVar
+
+import grpc
+
+from spectrumkv.common.rpc.status import was_dropped
+
+# A call is made so often in all. The pauses between them are longer than those before gRPC tries a connection again.
+ATTEMPTS = 5
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.2, 1.0
+
+T = TypeVar("T")
+# Says of the error that ended a call before its answer began whether the call may be made again.
+MayRepeat = Callable[[grpc.RpcError], bool]
+# Begins a call that may take so many seconds; None is no limit.
+Begin = Callable[[float | None], Any]
+
+
+def pauses() -> Iterator[float]:
+    """Yield the seconds before each further attempt, varied by a fifth, so that callers do not come back together."""
+    for attempt in range(ATTEMPTS - 1):
+        yield min(FIRST_PAUSE_SECONDS * 2**attempt, LONGEST_PAUSE_SECONDS) * random.uniform(0.8, 1.2)  # noqa: S311  # no secret
+
+
+def may_repeat(several_servers: bool) -> MayRepeat:
+    """Return what says whether a call may be made again.
+
+    Args:
+        several_servers: whether the channel chooses among servers, so that another one may take what one refuses.
+    """
+
+    def may(error: grpc.RpcError) -> bool:
+        return was_dropped(error) or (several_servers and error.code() is grpc.StatusCode.UNAVAILABLE)
+
+    return may
+
+
+def repeated(begin: Callable[[], T], may: MayRepeat) -> T:
+    """Return what a call of one answer returns, making it again where it may be.
+
+    Args:
+        begin: makes the call, and returns its answer.
+        may: says whether the call may be made again.
+
+    Raises:
+        grpc.RpcError: of the last attempt.
+    """
+    for pause in pauses():
+        try:
+            return begin()
+        except grpc.RpcError as error:
+            if not may(error):
+                raise
+        time.sleep(pause)
+    return begin()
+
+
+async def repeated_async(begin: Callable[[], Awaitable[T]], may: MayRepeat) -> T:
+    """Return what `repeated` does, on an event loop.
+
+    Args:
+        begin: makes the call.
+        may: says whether the call may be made again.
+
+    Raises:
+        grpc.RpcError: of the last attempt.
+    """
+    for pause in pauses():
+        try:
+            return await begin()
+        except grpc.RpcError as error:
+            if not may(error):
+                raise
+        await asyncio.sleep(pause)
+    return await begin()
+
+
+class RepeatedStream:
+    """Iterates over the answers of a call that is made again where it ends before the first of them.
+
+    Args:
+        begin: makes the call; what it raises itself ends the iteration.
+        seconds: until the deadline of all attempts together; None is none.
+        may: says whether the call may be made again.
+    """
+
+    def __init__(self, begin: Begin, seconds: float | None, may: MayRepeat) -> None:
+        self._begin, self._may = begin, may
+        self._deadline = None if seconds is None else time.monotonic() + seconds
+        self._pauses = pauses()
+        self._cancelled = threading.Event()
+        self._answered = False
+        self._call = begin(seconds)
+
+    def __iter__(self) -> "RepeatedStream":
+        return self
+
+    def __next__(self) -> Any:
+        """Return the next answer, after waiting for it.
+
+        Raises:
+            grpc.RpcError: the call ended with an error, and is not made again.
+        """
+        while True:
+            try:
+                response = next(self._call)
+            except grpc.RpcError as error:
+                pause = None if self._answered or not self._may(error) else next(self._pauses, None)
+                if pause is None or self._cancelled.wait(pause):
+                    raise
+            else:
+                self._answered = True
+                return response
+            self._call = self._begin(_left(self._deadline))
+            if self._cancelled.is_set():
+                # Whoever cancelled may have reached the call before only.
+                self._call.cancel()
+
+    def cancel(self) -> None:
+        """End the call; one that has ended is left as it is."""
+        self._cancelled.set()
+        self._call.cancel()
+
+
+class RepeatedAsyncStream:
+    """The same on an event loop.
+
+    Args:
+        begin: makes the call.
+        seconds: until the deadline of all attempts together; None is none.
+        may: says whether the call may be made again.
+    """
+
+    def __init__(self, begin: Begin, seconds: float | None, may: MayRepeat) -> None:
+        self._begin, self._may = begin, may
+        self._deadline = None if seconds is None else time.monotonic() + seconds
+        self._cancelled = False
+        self._call = begin(seconds)
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        """Yield each answer when it arrives.
+
+        Raises:
+            grpc.RpcError: the call ended with an error, and is not made again.
+        """
+        answered, further = False, pauses()
+        while True:
+            try:
+                async for response in self._call:
+                    answered = True
+                    yield response
+                return
+            except grpc.RpcError as error:
+                pause = None if answered or not self._may(error) else next(further, None)
+                if pause is None:
+                    raise
+                await asyncio.sleep(pause)
+                if self._cancelled:
+                    raise
+            self._call = self._begin(_left(self._deadline))
+
+    def cancel(self) -> None:
+        """End the call; one that has ended is left as it is."""
+        self._cancelled = True
+        self._call.cancel()
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())

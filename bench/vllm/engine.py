@@ -7,6 +7,7 @@ import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 from spectrumkv.common.errors import UnavailableError
 
@@ -104,14 +105,13 @@ class EnginePair:
     prefill: Engine
     decode: Engine
 
-    def prefilled(
-        self, token_ids: list[int], salt: str, **params: Any
-    ) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    def prefilled(self, token_ids: list[int], **params: Any) -> tuple[Json, Json | None]:
         """Have prefill compute a prompt and the first token.
+
+        No prefix cache is used: a hit would leave fewer queries to rank tokens by.
 
         Args:
             token_ids: the prompt.
-            salt: of its prefix cache; only requests with the same one share KV.
             **params: further `kv_transfer_params`.
 
         Returns:
@@ -123,17 +123,16 @@ class EnginePair:
         """
         wanted = {"do_remote_decode": True} | params
         answer = self.prefill.complete(
-            token_ids, 1, return_token_ids=True, cache_salt=salt, kv_transfer_params=wanted
+            token_ids, 1, return_token_ids=True, cache_salt=str(uuid4()), kv_transfer_params=wanted
         )
         return answer["choices"][0], answer["kv_transfer_params"]
 
-    def complete(self, token_ids: list[int], max_tokens: int, salt: str, **params: Any) -> str:
+    def complete(self, token_ids: list[int], max_tokens: int, **params: Any) -> str:
         """Complete a prompt, the first token by prefill and the others by decode.
 
         Args:
             token_ids: the prompt.
             max_tokens: most tokens to generate.
-            salt: see `prefilled`.
             **params: further `kv_transfer_params`.
 
         Returns:
@@ -142,11 +141,11 @@ class EnginePair:
         Raises:
             UnavailableError: a server does not answer, or refuses.
         """
-        first, transfer = self.prefilled(token_ids, salt, **params)
+        first, transfer = self.prefilled(token_ids, **params)
         if transfer is None:
             return str(first["text"])
         prompt = [*token_ids, *first["token_ids"]]
-        rest = self.decode.complete(prompt, max_tokens - 1, cache_salt=salt, kv_transfer_params=transfer)
+        rest = self.decode.complete(prompt, max_tokens - 1, cache_salt=str(uuid4()), kv_transfer_params=transfer)
         return str(first["text"]) + str(rest["choices"][0]["text"])
 
 

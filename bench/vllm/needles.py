@@ -64,8 +64,6 @@ def ask_all(
 def ask(pair: EnginePair, prompt: NeedlePrompt, params: Mapping[str, Any]) -> Answer:
     """Ask one question at one setting.
 
-    Each setting has a prefix cache of its own, so that prefill sees all of the prompt's queries.
-
     Args:
         pair: the servers.
         prompt: the question.
@@ -78,7 +76,7 @@ def ask(pair: EnginePair, prompt: NeedlePrompt, params: Mapping[str, Any]) -> An
         UnavailableError: a server does not answer, or refuses.
     """
     before = [pair.decode.metric(name) for name in (FETCHED_BYTES, COMPUTED_TOKENS)]
-    text = pair.complete(list(prompt.token_ids), ANSWER_TOKENS, setting_name(params), **params)
+    text = pair.complete(list(prompt.token_ids), ANSWER_TOKENS, **params)
     fetched, computed = (
         pair.decode.metric(name) - at for name, at in zip((FETCHED_BYTES, COMPUTED_TOKENS), before, strict=True)
     )

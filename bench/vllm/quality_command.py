@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         rows = measure(pair, windows, settings, arguments.logprobs, geometry, kept, on_step)
     if arguments.json != STDOUT:
         console = results_console()
-        console.print(quality_table(rows, intervals=console.width >= WIDE_COLUMNS))
+        console.print(quality_table(rows, console.width >= WIDE_COLUMNS, "KV that decode computed"))
     if arguments.json is not None:
         write_result(arguments.json, arguments, rows, None)
     return 0

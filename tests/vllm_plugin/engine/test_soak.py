@@ -1,0 +1,155 @@
+"""Many requests at once get the right answers, whoever leaves and whichever server dies, and leave nothing behind."""
+
+import asyncio
+import logging
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vllm_plugin.engine.conftest import READY_SECONDS, Server, Servers, free_port, serving, wait_for
+from tests.vllm_plugin.engine.soak import Answer, Soak, Wish, distances, exact_predictions, wishes
+from tests.vllm_plugin.engine.test_servers import LAST_BITS, prompt
+
+logger = logging.getLogger(__name__)
+
+CLIENTS = 8
+SHORT, LONG = 40, 500
+# Of answers over KV at a budget: mean KL in nats. Right answers are far below, and those of other prompts far above.
+MOST_KL = {"native": 1e-4, 0.5: 1e-2, 0.3: 5e-2}
+# A transfer that nobody fetched is dropped after 20 s.
+EMPTY_SECONDS = 60.0
+
+
+@contextmanager
+def proxied(folder: Path, prefill: str, decode: str) -> Iterator[str]:
+    url = f"http://127.0.0.1:{free_port()}"
+    command = [
+        sys.executable, "-m", "spectrumkv.client.cli.main", "vllm-proxy", "--prefill", prefill, "--decode", decode,
+        "--listen", url.removeprefix("http://"),
+    ]  # fmt: skip
+    with (folder / "proxy.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            wait_for(lambda: is_healthy(url), 60, folder)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def is_healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def name_of(wish: Wish) -> Any:
+    return wish.params.get("policy") or wish.params["budget"]
+
+
+def check_answers(answers: list[Answer], asked: int, exact_server: Server) -> None:
+    """Compare all answers with exact ones."""
+    outcomes = Counter(one.outcome for one in answers)
+    assert len(answers) == asked
+    answered = [one for one in answers if one.outcome == "answered"]
+    exact = asyncio.run(exact_predictions(exact_server.url, answered, 4))
+    found = [distances(one, theirs) for one, theirs in zip(answered, exact, strict=True)]
+    for name in MOST_KL:
+        listed = [pair for one, pair in zip(answered, found, strict=True) if name_of(one.wish) == name]
+        worst = [max(column) for column in zip(*listed, strict=True)]
+        logger.info("%s: %d answers, worst log-probability and KL %s", name, len(listed), worst)
+    logger.info("%s %s", dict(outcomes), [one.reason for one in answers if one.outcome == "failed"])
+    wrong = [
+        (name_of(one.wish), len(one.wish.prompt), pair)
+        for one, pair in zip(answered, found, strict=True)
+        if pair[1] > MOST_KL[name_of(one.wish)] or (name_of(one.wish) == "native" and pair[0] > LAST_BITS)
+    ]
+    assert wrong == []
+
+
+def check_nothing_is_left(prefill: Server, decode: Server, logs: Path | None = None) -> None:
+    """Wait until both servers have given all pages back, and the outbox its bytes."""
+
+    def is_empty() -> bool:
+        # The outbox is looked through in each step.
+        prefill.complete(prompt(8), 1)
+        pages = [one.metric("vllm:kv_cache_usage_perc") for one in (prefill, decode)]
+        return pages == [0, 0] and prefill.metric("spectrumkv:kv_outbox_bytes") == 0
+
+    wait_for(is_empty, EMPTY_SECONDS, logs)
+
+
+def test_mixed_requests_are_right_and_leave_nothing(servers: Servers, tmp_path: Path) -> None:
+    asked = wishes(SHORT)
+    before = servers.decode.metric("spectrumkv:kv_tokens_loaded_total")
+    with proxied(tmp_path, servers.prefill.url, servers.decode.url) as url:
+        answers = asyncio.run(Soak(url, CLIENTS).run(asked))
+        assert [one.reason for one in answers if one.outcome == "failed"] == []
+    loaded = servers.decode.metric("spectrumkv:kv_tokens_loaded_total") - before
+    assert loaded >= sum(len(one.wish.prompt) for one in answers if one.outcome == "answered")
+    check_answers(answers, SHORT, servers.prefill)
+    check_nothing_is_left(servers.prefill, servers.decode)
+
+
+class Replaced:
+    """A server that can be killed, and comes back at the same address."""
+
+    def __init__(self, role: str, folder: Path) -> None:
+        self._role, self._folder = role, folder
+        self._ports = free_port(), free_port()
+        self._running = ExitStack()
+        self.server = self._start()
+
+    def _start(self) -> Server:
+        port, transfer_port = self._ports
+        return self._running.enter_context(serving(self._role, self._folder, port=port, transfer_port=transfer_port))
+
+    async def kill(self) -> None:
+        """Kill it, and return when another one is ready in its place."""
+        self.server.kill()
+        self._running.close()
+        self.server = self._start()
+        await asyncio.to_thread(self.wait)
+
+    def wait(self) -> None:
+        wait_for(lambda: self.server.is_ready, READY_SECONDS, self._folder)
+
+    def close(self) -> None:
+        self._running.close()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(5400)
+def test_500_requests_while_servers_die(tmp_path: Path) -> None:
+    prefill, decode = Replaced("kv_producer", tmp_path), Replaced("kv_consumer", tmp_path)
+    try:
+        for one in (prefill, decode):
+            one.wait()
+        with proxied(tmp_path, prefill.server.url, decode.server.url) as url:
+
+            def killing(one: Replaced) -> Callable[[], Awaitable[None]]:
+                async def kill() -> None:
+                    await one.kill()
+                    await asyncio.to_thread(wait_for, lambda: is_healthy(url), 30, tmp_path)
+
+                return kill
+
+            kills = {LONG // 3: killing(prefill), LONG * 2 // 3: killing(decode)}
+            answers = asyncio.run(Soak(url, CLIENTS, kills).run(wishes(LONG)))
+        # What was under way when a server died may fail, and nothing else.
+        assert sum(one.outcome == "failed" for one in answers) <= len(kills) * CLIENTS
+        check_answers(answers, LONG, prefill.server)
+        check_nothing_is_left(prefill.server, decode.server, tmp_path)
+    finally:
+        for one in (prefill, decode):
+            one.close()

@@ -24,7 +24,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "vllm-link",
         help="vLLM's hand-off against bandwidth, beside NixlConnector (root on Linux)",
-        description="Start pairs of vLLM servers on CPUs in network namespaces, one pair with SpectrumKVConnector and "
+        description="Start pairs of vLLM servers on CPUs in network namespaces, one with SpectrumKVConnector and "
         "one with NixlConnector, join these by a veth pair that tc tbf shapes, and send the same prompts to each "
         "through its proxy, and to one vLLM server.",
         allow_abbrev=False,

@@ -37,8 +37,7 @@ def settings_of(systems: Sequence[str]) -> tuple[Setting, ...]:
             for name, params in wanted.items()
         ]
     if "nixl" in systems:
-        # As with NIXL's own proxies, decode generates the first token, too: our proxy appends one that `min_tokens`
-        # does not allow to be appended.
+        # As behind NIXL's own proxies, decode generates the first token, too: a least length makes our proxy do so.
         found.append(Setting("nixl", NIXL, f"http://{PREFILL_HOST}:{PROXY_PORTS['nixl']}", {"min_tokens": 1}))
     return tuple(found)
 

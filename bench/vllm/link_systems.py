@@ -1,4 +1,4 @@
-"""Starts vLLM servers and proxies on the two ends of a shaped link: pairs with SpectrumKVConnector and NixlConnector."""
+"""Starts pairs of vLLM servers on the ends of a shaped link, with SpectrumKVConnector and with NixlConnector."""
 
 import json
 import os

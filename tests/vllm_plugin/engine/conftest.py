@@ -25,6 +25,7 @@ import pytest
 
 from tests.tiny_models import tiny_model
 
+# The first is a little less than what a test may take.
 READY_SECONDS, ANSWER_SECONDS = 280.0, 60.0
 BUDGET = 0.3
 # Two blocks and a half: prefill takes several chunks, and the last block is partly filled.

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.vllm_plugin.engine.conftest import READY_SECONDS, Server, Servers, free_port, serving, wait_for
+from tests.vllm_plugin.engine.conftest import Server, Servers, free_port, serving, wait_for
 from tests.vllm_plugin.engine.soak import Answer, Soak, Wish, distances, exact_predictions, wishes
 from tests.vllm_plugin.engine.test_servers import LAST_BITS, prompt
 
@@ -26,6 +26,8 @@ SHORT, LONG = 40, 500
 MOST_KL = {"native": 1e-4, 0.5: 1e-2, 0.3: 5e-2}
 # A transfer that nobody fetched is dropped after 20 s.
 EMPTY_SECONDS = 60.0
+# The long soak has the time to wait for servers on a busy machine.
+START_SECONDS = 900.0
 
 
 @contextmanager
@@ -122,7 +124,7 @@ class Replaced:
         await asyncio.to_thread(self.wait)
 
     def wait(self) -> None:
-        wait_for(lambda: self.server.is_ready, READY_SECONDS, self._folder)
+        wait_for(lambda: self.server.is_ready, START_SECONDS, self._folder)
 
     def close(self) -> None:
         self._running.close()

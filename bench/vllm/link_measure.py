@@ -5,7 +5,6 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 from spectrumkv.bench.link.network import DECODE_HOST, PREFILL_HOST, ShapedLink, shaped_link
@@ -17,6 +16,18 @@ from spectrumkv.common.errors import UnavailableError
 READY_SECONDS = 600.0
 BUDGETS = (0.5, 0.3)
 NIXL = "NixlConnector"
+PAIRS = ("spectrumkv", "nixl")
+# The pair whose servers a system's requests go to.
+PAIR_OF = {"vllm": "spectrumkv", "spectrumkv": "spectrumkv", "nixl": "nixl"}
+
+
+def pairs_of(systems: Sequence[str]) -> list[str]:
+    """Return the pairs that systems need.
+
+    Args:
+        systems: of `SYSTEMS`.
+    """
+    return [pair for pair in PAIRS if any(PAIR_OF[system] == pair for system in systems)]
 
 
 def settings_of(systems: Sequence[str]) -> tuple[Setting, ...]:
@@ -50,9 +61,9 @@ def measure(
     output_tokens: int,
     rounds: int,
     vocabulary: int,
-    on_rate: Callable[[str], None],
+    on_step: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Ask every system over a link of each bandwidth, in turn.
+    """Ask every system over a link of each bandwidth, one pair of servers after the other: four take 16 GB.
 
     Args:
         systems: of `SYSTEMS`.
@@ -62,7 +73,7 @@ def measure(
         output_tokens: tokens to generate, 3 or more.
         rounds: at each bandwidth.
         vocabulary: prompts are drawn from so many tokens.
-        on_rate: called after each bandwidth with a text that names it.
+        on_step: called after each bandwidth of each pair with a text that names both.
 
     Returns:
         A row for each bandwidth and setting.
@@ -70,27 +81,18 @@ def measure(
     Raises:
         SpectrumKVError: the link cannot be made, or a server or a request failed.
     """
-    pairs = [one for one in ("spectrumkv", "nixl") if one in systems or (one == "spectrumkv" and "vllm" in systems)]
     settings = settings_of(systems)
-    rows = []
-    with shaped_link() as link, ExitStack() as running:
-        for pair in pairs:
-            running.enter_context(running_pair(pair, engines, link))
-        for number, rate in enumerate(megabits):
-            link.shape(rate * 1e6)
-            errand = Errand(
-                settings=settings,
-                healthy=tuple(url for pair in pairs for url in _health(pair)),
-                ready_seconds=READY_SECONDS,
-                rounds=rounds,
-                warm=number == 0,
-                prompt_tokens=prompt_tokens,
-                output_tokens=output_tokens,
-                vocabulary=vocabulary,
-            )
-            rows += rate_rows(rate, settings, _run(link, errand))
-            on_rate(f"{rate:g} Mb/s")
-    return rows
+    observed: dict[float, list[dict[str, Any]]] = {rate: [] for rate in megabits}
+    with shaped_link() as link:
+        for pair in pairs_of(systems):
+            mine = tuple(one for one in settings if PAIR_OF[one.system] == pair)
+            errand = Errand(mine, _health(pair), READY_SECONDS, rounds, prompt_tokens, output_tokens, vocabulary)
+            with running_pair(pair, engines, link):
+                for rate in megabits:
+                    link.shape(rate * 1e6)
+                    observed[rate] += _run(link, errand)
+                    on_step(f"{pair}, {rate:g} Mb/s")
+    return [row for rate in megabits for row in rate_rows(rate, settings, observed[rate])]
 
 
 def rate_rows(

@@ -50,8 +50,7 @@ class Errand:
         settings: asked in turn, in every round.
         healthy: URLs that answer 200 when all is ready.
         ready_seconds: until then.
-        rounds: that count.
-        warm: whether a round that does not count comes first.
+        rounds: that count; one more warms up.
         prompt_tokens: of each prompt.
         output_tokens: to generate.
         vocabulary: tokens are drawn below this.
@@ -61,7 +60,6 @@ class Errand:
     healthy: tuple[str, ...]
     ready_seconds: float
     rounds: int
-    warm: bool
     prompt_tokens: int
     output_tokens: int
     vocabulary: int
@@ -122,8 +120,8 @@ def _wait(url: str, seconds: float) -> None:
 
 
 def _observe(errand: Errand) -> Iterator[Observed]:
-    for number in range(-errand.warm, errand.rounds):
-        drawn = np.random.default_rng(abs(number)).integers(3, errand.vocabulary, errand.prompt_tokens).tolist()
+    for number in range(-1, errand.rounds):
+        drawn = np.random.default_rng(number + 1).integers(3, errand.vocabulary, errand.prompt_tokens).tolist()
         for setting in errand.settings:
             before = link_bytes_sent()
             arrivals = _ask(setting, drawn, errand.output_tokens)

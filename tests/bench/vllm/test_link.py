@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from spectrumkv.bench.main import main
-from spectrumkv.bench.vllm.link_measure import NIXL, rate_rows, settings_of
+from spectrumkv.bench.vllm.link_measure import NIXL, pairs_of, rate_rows, settings_of
 from spectrumkv.bench.vllm.link_plot import draw
 from spectrumkv.bench.vllm.link_requests import Errand
 from spectrumkv.bench.vllm.link_systems import SYSTEMS, Engines, server_command, transfer_config
@@ -37,8 +37,15 @@ def test_rows_without_nixl_have_no_ratio() -> None:
     assert (row["second_token_ms_ratio_to_nixl"], row["link_bytes_ratio_to_nixl"]) == (None, None)
 
 
+@pytest.mark.parametrize(
+    ("systems", "pairs"), [(SYSTEMS, ["spectrumkv", "nixl"]), (("vllm",), ["spectrumkv"]), (("nixl",), ["nixl"])]
+)
+def test_only_pairs_that_are_asked_are_started(systems: tuple[str, ...], pairs: list[str]) -> None:
+    assert pairs_of(systems) == pairs
+
+
 def test_errands_cross_as_json() -> None:
-    errand = Errand(settings_of(SYSTEMS), ("http://a/health",), 1.0, 2, True, 8, 3, 100)
+    errand = Errand(settings_of(SYSTEMS), ("http://a/health",), 1.0, 2, 8, 3, 100)
     assert Errand.from_json(errand.to_json()) == errand
 
 

@@ -125,7 +125,7 @@ class Soak:
             async with asyncio.timeout(None if wish.leaves is None else wish.leaves * usual):
                 answer = await self._read(session, wish)
         except TimeoutError:
-            return Answer(wish, "left")
+            return Answer(wish, "failed" if wish.leaves is None else "left", reason="no answer in time")
         except aiohttp.ClientError as error:
             return Answer(wish, "failed", reason=repr(error))
         self._seconds.append(asyncio.get_running_loop().time() - began)

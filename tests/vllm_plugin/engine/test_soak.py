@@ -59,9 +59,19 @@ def name_of(wish: Wish) -> Any:
     return wish.params.get("policy") or wish.params["budget"]
 
 
+def failures(answers: list[Answer]) -> list[str]:
+    """Log how many requests ended how, and return why some failed."""
+    found = [
+        f"{len(one.wish.prompt)} tokens, {one.wish.params}: {one.reason}"
+        for one in answers
+        if one.outcome == "failed"
+    ]
+    logger.info("%s %s", dict(Counter(one.outcome for one in answers)), found)
+    return found
+
+
 def check_answers(answers: list[Answer], asked: int, exact_server: Server) -> None:
     """Compare all answers with exact ones."""
-    outcomes = Counter(one.outcome for one in answers)
     assert len(answers) == asked
     answered = [one for one in answers if one.outcome == "answered"]
     exact = asyncio.run(exact_predictions(exact_server.url, answered, 4))
@@ -70,7 +80,6 @@ def check_answers(answers: list[Answer], asked: int, exact_server: Server) -> No
         listed = [pair for one, pair in zip(answered, found, strict=True) if name_of(one.wish) == name]
         worst = [max(column) for column in zip(*listed, strict=True)]
         logger.info("%s: %d answers, worst log-probability and KL %s", name, len(listed), worst)
-    logger.info("%s %s", dict(outcomes), [one.reason for one in answers if one.outcome == "failed"])
     wrong = [
         (name_of(one.wish), len(one.wish.prompt), pair)
         for one, pair in zip(answered, found, strict=True)
@@ -96,7 +105,7 @@ def test_mixed_requests_are_right_and_leave_nothing(servers: Servers, tmp_path: 
     before = servers.decode.metric("spectrumkv:kv_tokens_loaded_total")
     with proxied(tmp_path, servers.prefill.url, servers.decode.url) as url:
         answers = asyncio.run(Soak(url, CLIENTS).run(asked))
-        assert [one.reason for one in answers if one.outcome == "failed"] == []
+        assert failures(answers) == []
     loaded = servers.decode.metric("spectrumkv:kv_tokens_loaded_total") - before
     assert loaded >= sum(len(one.wish.prompt) for one in answers if one.outcome == "answered")
     check_answers(answers, SHORT, servers.prefill)
@@ -149,7 +158,7 @@ def test_500_requests_while_servers_die(tmp_path: Path) -> None:
             kills = {LONG // 3: killing(prefill), LONG * 2 // 3: killing(decode)}
             answers = asyncio.run(Soak(url, CLIENTS, kills).run(wishes(LONG)))
         # What was under way when a server died may fail, and nothing else.
-        assert sum(one.outcome == "failed" for one in answers) <= len(kills) * CLIENTS
+        assert len(failures(answers)) <= len(kills) * CLIENTS
         check_answers(answers, LONG, prefill.server)
         check_nothing_is_left(prefill.server, decode.server, tmp_path)
     finally:

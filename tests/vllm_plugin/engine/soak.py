@@ -179,14 +179,28 @@ async def exact_predictions(url: str, answers: list[Answer], at_once: int) -> li
     return found
 
 
-def distances(answer: Answer, exact: list[dict[int, float]]) -> tuple[float, float]:
-    """How far an answer is from exact: the largest difference of a generated token's log-probability, and mean KL."""
-    differences = [
-        abs(mine[token] - theirs[token])
-        for token, mine, theirs in zip(answer.tokens, answer.predictions, exact, strict=True)
-    ]
-    kl = [divergence(mine, theirs) for mine, theirs in zip(answer.predictions, exact, strict=True)]
-    return max(differences), statistics.fmean(kl)
+@dataclass(frozen=True)
+class Distance:
+    """How far an answer is from exact.
+
+    Attributes:
+        worst: the largest difference of a generated token's log-probability.
+        mean: their mean.
+        kl: mean over tokens, in nats, of the most likely tokens; blind where these have nothing in common.
+    """
+
+    worst: float
+    mean: float
+    kl: float
+
+    @classmethod
+    def of(cls, answer: Answer, exact: list[dict[int, float]]) -> "Distance":
+        differences = [
+            abs(mine[token] - theirs[token])
+            for token, mine, theirs in zip(answer.tokens, answer.predictions, exact, strict=True)
+        ]
+        kl = [divergence(mine, theirs) for mine, theirs in zip(answer.predictions, exact, strict=True)]
+        return cls(max(differences), statistics.fmean(differences), statistics.fmean(kl))
 
 
 def _token_id(name: str) -> int:

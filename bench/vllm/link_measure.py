@@ -86,10 +86,19 @@ def measure(
     with shaped_link() as link:
         for pair in pairs_of(systems):
             mine = tuple(one for one in settings if PAIR_OF[one.system] == pair)
-            errand = Errand(mine, _health(pair), READY_SECONDS, rounds, prompt_tokens, output_tokens, vocabulary)
             with running_pair(pair, engines, link):
-                for rate in megabits:
+                for number, rate in enumerate(megabits):
                     link.shape(rate * 1e6)
+                    errand = Errand(
+                        settings=mine,
+                        healthy=_health(pair),
+                        ready_seconds=READY_SECONDS,
+                        rounds=rounds,
+                        warm=number == 0,
+                        prompt_tokens=prompt_tokens,
+                        output_tokens=output_tokens,
+                        vocabulary=vocabulary,
+                    )
                     observed[rate] += _run(link, errand)
                     on_step(f"{pair}, {rate:g} Mb/s")
     return [row for rate in megabits for row in rate_rows(rate, settings, observed[rate])]

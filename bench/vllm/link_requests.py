@@ -50,7 +50,8 @@ class Errand:
         settings: asked in turn, in every round.
         healthy: URLs that answer 200 when all is ready.
         ready_seconds: until then.
-        rounds: that count; one more warms up.
+        rounds: that count.
+        warm: whether one more comes first.
         prompt_tokens: of each prompt.
         output_tokens: to generate.
         vocabulary: tokens are drawn below this.
@@ -60,6 +61,7 @@ class Errand:
     healthy: tuple[str, ...]
     ready_seconds: float
     rounds: int
+    warm: bool
     prompt_tokens: int
     output_tokens: int
     vocabulary: int
@@ -120,7 +122,7 @@ def _wait(url: str, seconds: float) -> None:
 
 
 def _observe(errand: Errand) -> Iterator[Observed]:
-    for number in range(-1, errand.rounds):
+    for number in range(-errand.warm, errand.rounds):
         drawn = np.random.default_rng(number + 1).integers(3, errand.vocabulary, errand.prompt_tokens).tolist()
         for setting in errand.settings:
             before = link_bytes_sent()

@@ -45,7 +45,7 @@ def test_only_pairs_that_are_asked_are_started(systems: tuple[str, ...], pairs: 
 
 
 def test_errands_cross_as_json() -> None:
-    errand = Errand(settings_of(SYSTEMS), ("http://a/health",), 1.0, 2, 8, 3, 100)
+    errand = Errand(settings_of(SYSTEMS), ("http://a/health",), 1.0, 2, True, 8, 3, 100)
     assert Errand.from_json(errand.to_json()) == errand
 
 

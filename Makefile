@@ -176,10 +176,17 @@ test-images: install  ## Images and compose files on a Docker engine (BUILD='--n
 
 # vLLM has an environment of its own: its CPU build, without the packages that it brings for another torch.
 VLLM := build/vllm
-.PHONY: test-vllm
+.PHONY: test-vllm soak-vllm bench-vllm-link
 
 test-vllm: $(VLLM)/.installed  ## The connector in real vLLM servers on CPUs, in an environment of its own (docs/vllm.md)
-	$(VLLM)/bin/python -m pytest -W default tests/vllm_plugin
+	$(VLLM)/bin/python -m pytest -W default -m 'not exhaustive' tests/vllm_plugin
+
+soak-vllm: $(VLLM)/.installed  ## 500 mixed requests through the proxy, one in ten cancelled, prefill and decode killed (docs/vllm.md)
+	$(VLLM)/bin/python -m pytest -W default -m exhaustive -o log_cli=true -o log_cli_level=INFO tests/vllm_plugin/engine
+
+bench-vllm-link: install $(VLLM)/.installed  ## vLLM's hand-off against bandwidth, beside NixlConnector (root, Linux; docs/vllm.md)
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check -q --no-deps nixl==1.5.1 nixl-cu12==1.5.1
+	$(BIN)/spectrumkv-bench vllm-link --python $(VLLM)/bin/python --json $(RESULTS)/vllm-link.json --plot $(RESULTS)/vllm-link.png
 
 $(VLLM)/.engine:
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)

@@ -174,6 +174,8 @@ class SpectrumKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
 
     def get_kv_connector_stats(self) -> EngineStats | None:
         """Return what was counted since the last call."""
+        if self._producer is not None:
+            self._tally.set_level("kv_outbox_bytes", self._producer.outbox.used_bytes)
         counts = self._tally.take()
         return EngineStats(data=counts) if counts else None
 

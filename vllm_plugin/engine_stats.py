@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from prometheus_client import Counter
+from prometheus_client import Counter, Gauge
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from spectrumkv.vllm_plugin.stats import COUNTERS, added, shown
+from spectrumkv.vllm_plugin.stats import COUNTERS, GAUGES, added, shown
 
 
 class EngineStats(KVConnectorStats):  # type: ignore[misc]  # vLLM is not installed where types are checked
@@ -41,7 +41,7 @@ class EngineStats(KVConnectorStats):  # type: ignore[misc]  # vLLM is not instal
 
 
 class EngineMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
-    """Counters `spectrumkv:…` at vLLM's own `/metrics`."""
+    """Counters and gauges `spectrumkv:…` at vLLM's own `/metrics`."""
 
     def __init__(
         self,
@@ -58,10 +58,21 @@ class EngineMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
             )
             for name, (text, label) in COUNTERS.items()
         }
+        gauge = metric_types[Gauge]
+        self._gauges = {
+            # Changes are added up, so that what several API servers saw is summed.
+            name: gauge(
+                name=f"spectrumkv:{name}", documentation=text, labelnames=labelnames, multiprocess_mode="livesum"
+            )
+            for name, text in GAUGES.items()
+        }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Add the counts of an interval."""
         values = self.per_engine_labelvalues[engine_idx]
         for metric, labels in transfer_stats_data.items():
+            if metric in self._gauges:
+                self._gauges[metric].labels(*values).inc(sum(labels.values()))
+                continue
             for label, number in labels.items():
                 self._counters[metric].labels(*values, label).inc(number)

@@ -1,7 +1,7 @@
 """Counts what workers did, for vLLM's log line and its Prometheus endpoint."""
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 # Every metric: its name there, what it counts, and the label that its values differ by.
@@ -21,6 +21,9 @@ COUNTERS: dict[str, tuple[str, str]] = {
     "kv_requests_rejected_total": ("Requests whose parameters or prompt did not fit, by what was wrong.", "reason"),
 }
 
+# What rises and falls; counts of these are changes, and they have no label.
+GAUGES = {"kv_outbox_bytes": "Bytes that the outbox holds, and has reserved for KV that is being coded."}
+
 Counts = dict[str, dict[str, float]]
 
 
@@ -34,6 +37,7 @@ class Tally:
 
     counts: Counts
     _lock: threading.Lock
+    _levels: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def empty(cls) -> "Tally":
@@ -51,6 +55,18 @@ class Tally:
         with self._lock:
             labels = self.counts.setdefault(metric, {})
             labels[label] = labels.get(label, 0) + number
+
+    def set_level(self, metric: str, level: float) -> None:
+        """Count by how much something rose or fell since the last call.
+
+        Args:
+            metric: one of `GAUGES`.
+            level: what it is now.
+        """
+        change = level - self._levels.get(metric, 0)
+        self._levels[metric] = level
+        if change:
+            self.add(metric, "", change)
 
     def take(self) -> Counts:
         """Return the counts since the last call."""
@@ -76,11 +92,14 @@ def added(one: Counts, other: Counts) -> Counts:
 
 
 def shown(counts: Counts) -> dict[str, Any]:
-    """Return counts as a log line has them: one number for each metric and label.
+    """Return counts as a log line has them: one number for each metric and label, but none for changes of levels.
 
     Args:
         counts: by metric and label.
     """
     return {
-        f"{metric}[{label}]": number for metric, labels in sorted(counts.items()) for label, number in labels.items()
+        f"{metric}[{label}]": number
+        for metric, labels in sorted(counts.items())
+        if metric not in GAUGES
+        for label, number in labels.items()
     }

@@ -176,12 +176,12 @@ def _stage_seconds(metrics: str) -> dict[str, float]:
 @contextmanager
 def _sampled_wire() -> Iterator[list[tuple[float, int]]]:
     """Yield a growing list of samples of `time.perf_counter` and of the bytes sent through the link."""
-    samples = [(time.perf_counter(), _bytes_sent())]
+    samples = [(time.perf_counter(), link_bytes_sent())]
     over = threading.Event()
 
     def sample() -> None:
         while not over.wait(SAMPLE_SECONDS):
-            samples.append((time.perf_counter(), _bytes_sent()))
+            samples.append((time.perf_counter(), link_bytes_sent()))
 
     thread = threading.Thread(target=sample, name="wire", daemon=True)
     thread.start()
@@ -192,7 +192,7 @@ def _sampled_wire() -> Iterator[list[tuple[float, int]]]:
         thread.join()
 
 
-def _bytes_sent() -> int:
+def link_bytes_sent() -> int:
     """Return the bytes that left through the link in this process's namespace; see proc_net(5).
 
     Raises:

@@ -105,12 +105,13 @@ def _circumstances(arguments: argparse.Namespace, model: Mapping[str, Any]) -> d
     return chosen | {"model": dict(model), "versions": versions(), "sources": sources_digest()}
 
 
-def quality_table(rows: Sequence[Mapping[str, Any]], intervals: bool) -> Table:
+def quality_table(rows: Sequence[Mapping[str, Any]], intervals: bool, reference: str = "exact FP16 KV") -> Table:
     """Return the table of the rows.
 
     Args:
         rows: the rows, at least one.
         intervals: whether to show confidence intervals.
+        reference: the KV that methods are compared with.
     """
     table = methods_table(
         ("target", "counted", "Δ ppl %", *(("95 %",) * intervals), "KL", *(("95 %",) * intervals), "top-1")
@@ -128,7 +129,7 @@ def quality_table(rows: Sequence[Mapping[str, Any]], intervals: bool) -> Table:
             *kl_interval,
             f"{row['top1_agreement']:.4f}",
         )
-    table.caption = f"{rows[0]['windows']} windows, perplexity over exact FP16 KV {rows[0]['ppl_fp16']:.3f}"
+    table.caption = f"{rows[0]['windows']} windows, perplexity over {reference} {rows[0]['ppl_fp16']:.3f}"
     return table
 
 

@@ -4,12 +4,26 @@ import json
 import re
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 from spectrumkv.common.errors import UnavailableError
 
+Json = dict[str, Any]
 ANSWER_SECONDS = 600.0
+# Metrics of a consumer: bytes of all messages that it fetched, and tokens that its model computed.
+FETCHED_BYTES, COMPUTED_TOKENS = "spectrumkv:kv_bytes_fetched_total", "vllm:iteration_tokens_total_sum"
+
+
+def setting_name(params: Mapping[str, Any]) -> str:
+    """Return a setting in a few words.
+
+    Args:
+        params: its `kv_transfer_params`.
+    """
+    return " ".join([str(params["policy"]), *([f"{params['budget']:g}"] if "budget" in params else [])])
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,15 @@ class Engine:
             UnavailableError: it does not answer.
         """
         return cls(url, json.loads(_read(f"{url}/v1/models"))["data"][0]["id"])
+
+    @property
+    def version(self) -> str:
+        """Return the version of vLLM.
+
+        Raises:
+            UnavailableError: the server does not answer.
+        """
+        return str(json.loads(_read(f"{self.url}/version"))["version"])
 
     def complete(self, token_ids: list[int], max_tokens: int, **others: Any) -> dict[str, Any]:
         """Complete a prompt greedily.
@@ -82,6 +105,28 @@ class EnginePair:
     prefill: Engine
     decode: Engine
 
+    def prefilled(self, token_ids: list[int], **params: Any) -> tuple[Json, Json | None]:
+        """Have prefill compute a prompt and the first token.
+
+        No prefix cache is used: a hit would leave fewer queries to rank tokens by.
+
+        Args:
+            token_ids: the prompt.
+            **params: further `kv_transfer_params`.
+
+        Returns:
+            The first token as a choice of the answer's JSON, and `kv_transfer_params` for decode; None where the
+            text ends with that token.
+
+        Raises:
+            UnavailableError: the server does not answer, or refuses.
+        """
+        wanted = {"do_remote_decode": True} | params
+        answer = self.prefill.complete(
+            token_ids, 1, return_token_ids=True, cache_salt=str(uuid4()), kv_transfer_params=wanted
+        )
+        return answer["choices"][0], answer["kv_transfer_params"]
+
     def complete(self, token_ids: list[int], max_tokens: int, **params: Any) -> str:
         """Complete a prompt, the first token by prefill and the others by decode.
 
@@ -96,14 +141,12 @@ class EnginePair:
         Raises:
             UnavailableError: a server does not answer, or refuses.
         """
-        wanted = {"do_remote_decode": True} | params
-        first = self.prefill.complete(token_ids, 1, return_token_ids=True, kv_transfer_params=wanted)
-        choice = first["choices"][0]
-        transfer = first["kv_transfer_params"]
+        first, transfer = self.prefilled(token_ids, **params)
         if transfer is None:
-            return str(choice["text"])
-        rest = self.decode.complete([*token_ids, *choice["token_ids"]], max_tokens - 1, kv_transfer_params=transfer)
-        return str(choice["text"]) + str(rest["choices"][0]["text"])
+            return str(first["text"])
+        prompt = [*token_ids, *first["token_ids"]]
+        rest = self.decode.complete(prompt, max_tokens - 1, cache_salt=str(uuid4()), kv_transfer_params=transfer)
+        return str(first["text"]) + str(rest["choices"][0]["text"])
 
 
 def _read(url: str, body: bytes | None = None) -> bytes:

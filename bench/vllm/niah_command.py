@@ -9,8 +9,8 @@ from rich.table import Table
 from spectrumkv.bench.flags import add_json_flag, add_number_flags
 from spectrumkv.bench.report.console import progress, results_console
 from spectrumkv.bench.report.results import check_destinations, write_result
-
-FETCHED, COMPUTED = "spectrumkv:kv_bytes_fetched_total", "vllm:iteration_tokens_total_sum"
+from spectrumkv.bench.vllm.servers import add_scores_flag, add_server_flags
+from spectrumkv.client.cli.output import STDOUT
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -22,20 +22,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "another, which gets the KV through SpectrumKVConnector (docs/vllm.md). Both serve the same model.",
         allow_abbrev=False,
     )
-    for role, port in (("prefill", 8100), ("decode", 8200)):
-        parser.add_argument(
-            f"--{role}", default=f"http://127.0.0.1:{port}", metavar="URL", help=f"the {role} server (%(default)s)"
-        )
-    parser.add_argument("--model", metavar="NAME", help="their model, whose tokenizer is used (the embedded one)")
-    parser.add_argument(
-        "--budgets", default="0.3,0.25", metavar="LIST", help="budgets, separated by commas (default: %(default)s)"
-    )
+    add_server_flags(parser, (0.3, 0.25))
     add_number_flags(
         parser.add_argument_group("haystack"),
         ("context", 2048, "tokens of prompt and question"),
         ("depths", 19, "depths of the needle, evenly spaced"),
         ("needles", 1, "needles at each depth"),
     )
+    add_scores_flag(parser)
     add_json_flag(parser)
     parser.set_defaults(run=run, parser=parser)
 
@@ -52,7 +46,10 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from spectrumkv.bench.quality import niah
+    from spectrumkv.bench.report.kept_outcomes import KeptOutcomes
     from spectrumkv.bench.vllm.engine import Engine, EnginePair
+    from spectrumkv.bench.vllm.needles import Answer, ask_all
+    from spectrumkv.bench.vllm.servers import measured_versions
     from spectrumkv.common.model.configuration import read_config
     from spectrumkv.common.model.description import cache_geometry, read_tokenizer
     from spectrumkv.common.model.directory import find_model
@@ -61,32 +58,20 @@ def run(arguments: argparse.Namespace) -> int:
     _, directory = find_model(arguments.model)
     config = read_config(directory)
     tokenizer = read_tokenizer(directory, config)
-    geometry = cache_geometry(config, torch.float16)
     prompts = niah.needle_prompts(tokenizer, arguments.context, arguments.depths, arguments.needles, "prompt")
     pair = EnginePair(Engine.at(arguments.prefill), Engine.at(arguments.decode))
     settings: list[dict[str, Any]] = [{"policy": "native"}]
-    settings += [{"policy": "spectral", "budget": float(one)} for one in arguments.budgets.split(",")]
-    rows = []
+    settings += [{"policy": "spectral", "budget": budget} for budget in arguments.budgets]
+    kept = KeptOutcomes(
+        Answer,
+        "a file that vllm-niah wrote with the same haystack, models and versions, or a new one",
+        arguments.scores,
+        {name: getattr(arguments, name) for name in ("context", "depths", "needles")} | measured_versions(pair),
+    )
     with progress(len(prompts) * len(settings), Console(stderr=True)) as on_step:
-        for params in settings:
-            fetched, computed, found = pair.decode.metric(FETCHED), pair.decode.metric(COMPUTED), []
-            for prompt in prompts:
-                text = pair.complete(list(prompt.token_ids), niah.ANSWER_TOKENS, **params)
-                found.append(prompt.is_answered_by(text))
-                on_step(f"{params}")
-            fp16 = sum(geometry.fp16_bytes(len(prompt.token_ids)) for prompt in prompts)
-            rows.append(
-                {
-                    **params,
-                    "found": sum(found),
-                    "total": len(found),
-                    "by_depth": [int(one) for one in found],
-                    "budget_counted": (pair.decode.metric(FETCHED) - fetched) / fp16,
-                    "tokens_computed": pair.decode.metric(COMPUTED) - computed,
-                    "prompt_tokens": sum(len(prompt.token_ids) for prompt in prompts),
-                }
-            )
-    results_console().print(_table(rows))
+        rows = ask_all(pair, prompts, settings, cache_geometry(config, torch.float16), kept, on_step)
+    if arguments.json != STDOUT:
+        results_console().print(_table(rows))
     if arguments.json is not None:
         write_result(arguments.json, arguments, rows, None)
     return 0

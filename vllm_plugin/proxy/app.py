@@ -13,9 +13,10 @@ from aiohttp import web
 from prometheus_client import generate_latest
 
 from spectrumkv.common.errors import InvalidArgumentError, SpectrumKVError
-from spectrumkv.vllm_plugin.proxy.answers import END, Continuation, EventError, event, first_chunks, without_internals
+from spectrumkv.vllm_plugin.proxy.answers import END, Continuation, EventError, first_chunks, without_internals
 from spectrumkv.vllm_plugin.proxy.backends import BackendError, BackendGroup
 from spectrumkv.vllm_plugin.proxy.bodies import Body, ClientRequest, PrefillAnswer
+from spectrumkv.vllm_plugin.proxy.client_stream import ClientLeftError, begin_events, send, write
 from spectrumkv.vllm_plugin.proxy.metrics import ProxyMetrics
 
 # A prompt of a million tokens as text fits.
@@ -78,6 +79,8 @@ class Proxy:
             self._metrics.time_to_first_token.observe(asyncio.get_running_loop().time() - started)
             answer, outcome = await self._answer(http, request, first)
             return answer
+        except ClientLeftError as left:
+            return left.stream
         except BackendError as error:
             outcome = error.outcome
             return web.Response(status=error.status, body=error.words, content_type="application/json")
@@ -135,17 +138,17 @@ class Proxy:
         Returns:
             The stream, and how the request ended.
         """
-        stream, outcome = await _begin_events(http), OK
+        stream, outcome = await begin_events(http), OK
         try:
             for chunk in asked.opening:
-                await _send(stream, chunk)
+                await send(stream, chunk)
             await self._decoded(asked, partial(self._relay, http, stream, asked))
         except BackendError as error:
             outcome = error.outcome
-            await _send(stream, error.event)
+            await send(stream, error.event)
         except SpectrumKVError as error:
             outcome = error.code.lower()
-            await _send(stream, {"error": {"message": error.message, "code": 503}})
+            await send(stream, {"error": {"message": error.message, "code": 503}})
         return stream, outcome
 
     async def _decoded(self, asked: Continuation, ask: Callable[[str, Body], Awaitable[Answer]]) -> Answer:
@@ -188,14 +191,14 @@ class Proxy:
         answer = without_internals(first.answer)
         if not request.streams:
             return web.json_response(answer)
-        stream = await _begin_events(http)
+        stream = await begin_events(http)
         *before, last = first_chunks(request, first)
         last["choices"][0]["finish_reason"] = first.finish_reason
         for chunk in (*before, last):
-            await _send(stream, chunk)
+            await send(stream, chunk)
         if request.wants_usage:
-            await _send(stream, last | {"choices": [], "usage": answer.get("usage")})
-        await stream.write(END)
+            await send(stream, last | {"choices": [], "usage": answer.get("usage")})
+        await write(stream, END)
         return stream
 
     async def _relay(
@@ -212,7 +215,7 @@ class Proxy:
                 if answer.status != 200:
                     raise BackendError(answer.status, await answer.read())
                 async for line in answer.content:
-                    await stream.write(asked.line(line))
+                    await write(stream, asked.line(line))
                     relayed = True
         except EventError as error:
             failure = BackendError(502, error.words, is_final=relayed)
@@ -254,17 +257,6 @@ class Proxy:
         for group in (self._prefill, self._decode):
             self._metrics.servers_healthy.labels(group.role).set(group.healthy)
         return web.Response(body=generate_latest(self._metrics.registry), content_type="text/plain")
-
-
-async def _begin_events(http: web.Request) -> web.StreamResponse:
-    """Return the stream of events that answers a request, once its status is sent."""
-    stream = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-    await stream.prepare(http)
-    return stream
-
-
-async def _send(stream: web.StreamResponse, chunk: Body) -> None:
-    await stream.write(event(chunk) + b"\n")
 
 
 def _refusal(status: int, sentence: str) -> web.Response:

@@ -25,6 +25,7 @@ import pytest
 
 from tests.tiny_models import tiny_model
 
+# The first is a little less than what a test may take.
 READY_SECONDS, ANSWER_SECONDS = 280.0, 60.0
 BUDGET = 0.3
 # Two blocks and a half: prefill takes several chunks, and the last block is partly filled.
@@ -53,9 +54,23 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Server:
-    """A vLLM server."""
+    """A vLLM server.
+
+    Attributes:
+        port: of its API.
+        process_group: of all its processes; 0 where others started it.
+    """
 
     port: int
+    process_group: int = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def kill(self) -> None:
+        """End it as a machine that fails does."""
+        os.killpg(self.process_group, signal.SIGKILL)
 
     def post(self, path: str, body: dict[str, Any], seconds: float = ANSWER_SECONDS) -> dict[str, Any]:
         """Send a request; an answer that is no 200 raises HTTPError."""
@@ -87,15 +102,17 @@ class Server:
 
 
 @contextmanager
-def serving(role: str, folder: Path, policy: str = "fail", *flags: str) -> Iterator[Server]:
-    """Start a server; it is ready later (see `wait`)."""
-    port, name = free_port(), f"{role}-{policy}"
+def serving(
+    role: str, folder: Path, policy: str = "fail", *flags: str, port: int = 0, transfer_port: int = 0
+) -> Iterator[Server]:
+    """Start a server; it is ready later (see `wait_for`). Without ports it takes free ones."""
+    port, transfer_port, name = port or free_port(), transfer_port or free_port(), f"{role}-{policy}"
     transfer = {
         "kv_connector": "SpectrumKVConnector",
         "kv_role": role,
         "kv_load_failure_policy": policy,
         "kv_connector_extra_config": {
-            "budget": BUDGET, "listen": f"127.0.0.1:{free_port()}", "fetch_timeout": 20, "time_to_live": 20,
+            "budget": BUDGET, "listen": f"127.0.0.1:{transfer_port}", "fetch_timeout": 20, "time_to_live": 20,
         },
     }  # fmt: skip
     command = [
@@ -109,13 +126,13 @@ def serving(role: str, folder: Path, policy: str = "fail", *flags: str) -> Itera
         "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1",
     }  # fmt: skip
-    with (folder / f"{name}.log").open("wb") as log:
+    with (folder / f"{name}.log").open("ab") as log:
         # vLLM's processes outlive their parent where that ends early, so they get a group of their own.
         process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            yield Server(port)
+            yield Server(port, process.pid)
         finally:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):

@@ -1,6 +1,7 @@
 """The proxy over HTTP, with stand-ins for vLLM servers that answer as vLLM does."""
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -26,14 +27,16 @@ class Stub:
     Attributes:
         fails: how many of the next requests it refuses with 500.
         hangs: whether it streams its first token and then nothing.
+        floods: whether its stream has tokens without end.
         breaks: whether its stream breaks off after its first token.
         reports: how many of its next streams begin with an error, as those do whose KV did not come.
         asked: bodies of its requests.
-        left: set when a client leaves while it hangs.
+        left: set when a client leaves while it hangs or floods.
     """
 
     fails: int = 0
     hangs: bool = False
+    floods: bool = False
     breaks: bool = False
     reports: int = 0
     asked: list[dict[str, Any]] = field(default_factory=list)
@@ -86,9 +89,14 @@ class Stub:
             self.reports -= 1
             await stream.write(b'data: {"error": {"message": "no KV", "code": 500}}\n\n')
             return stream
-        for text in (" two", " three"):
+        texts = itertools.repeat(" more") if self.floods else (" two", " three")
+        for text in texts:
             chunk = answer | {"choices": [{"index": 0, "text": text, "finish_reason": None}]}
-            await stream.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+            try:
+                await stream.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+            except (ConnectionResetError, asyncio.CancelledError):
+                self.left.set()
+                raise
             if self.breaks and http.transport is not None:
                 http.transport.close()
                 return stream
@@ -102,8 +110,8 @@ class Stub:
 
 
 @asynccontextmanager
-async def listening(app: web.Application) -> AsyncIterator[str]:
-    runner = web.AppRunner(app, handler_cancellation=True)
+async def listening(app: web.Application, cancels: bool = True) -> AsyncIterator[str]:
+    runner = web.AppRunner(app, handler_cancellation=cancels)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
@@ -116,15 +124,15 @@ async def listening(app: web.Application) -> AsyncIterator[str]:
 Check = Callable[["aiohttp.ClientSession", str], Coroutine[Any, Any, None]]
 
 
-def serve(prefill: list[Stub], decode: list[Stub], check: Check) -> None:
-    """Run a proxy over stand-ins, and a check against it."""
+def serve(prefill: list[Stub], decode: list[Stub], check: Check, cancels: bool = True) -> None:
+    """Run a proxy over stand-ins, and a check against it; without cancels, it learns from writing who left."""
 
     async def main() -> None:
         async with AsyncExitStack() as stack:
             for one in (*prefill, *decode):
                 one.url = await stack.enter_async_context(listening(one.app()))
             proxy = Proxy(tuple(one.url for one in prefill), tuple(one.url for one in decode))
-            url = await stack.enter_async_context(listening(proxy.app()))
+            url = await stack.enter_async_context(listening(proxy.app(), cancels))
             session = await stack.enter_async_context(aiohttp.ClientSession())
             await asyncio.wait_for(check(session, url), PATIENCE)
 
@@ -245,6 +253,26 @@ def test_a_client_that_leaves_ends_decodes_request() -> None:
         await decode.left.wait()
 
     serve([Stub()], [decode], check)
+
+
+def test_a_client_that_leaves_is_not_taken_for_a_decode_server_that_fails() -> None:
+    decode = Stub(floods=True)
+    asked = {"model": "m", "prompt": "Count:", "max_tokens": 3}
+
+    async def check(session: aiohttp.ClientSession, url: str) -> None:
+        async with session.post(f"{url}/v1/completions", json=asked | {"stream": True}) as answer:
+            await answer.content.readline()
+            answer.close()
+        await decode.left.wait()
+        decode.floods = False
+        async with session.post(f"{url}/v1/completions", json=asked) as answer:
+            assert answer.status == 200
+        # None was asked to compute the prompt.
+        assert ["kv_transfer_params" in body for body in decode.asked] == [True, True]
+        async with session.get(f"{url}/metrics") as answer:
+            assert 'spectrumkv_proxy_requests_total{outcome="cancelled"} 1.0' in await answer.text()
+
+    serve([Stub()], [decode], check, cancels=False)
 
 
 def test_health_tells_which_servers_answer() -> None:

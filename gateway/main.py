@@ -1,5 +1,6 @@
 """Run the `spectrumkv-gateway` command."""
 
+import asyncio
 import logging
 import signal
 import socket
@@ -12,12 +13,13 @@ import uvicorn
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.service.command_line import asks_for_check, load
-from spectrumkv.common.service.process import exit_on_error, keep_one_arena, set_up_logging
+from spectrumkv.common.service.process import exit_on_error, keep_one_arena, set_up_logging, stopping_signals
 from spectrumkv.common.telemetry.log_output import count_dropped_lines
 from spectrumkv.gateway.app import make_app
 from spectrumkv.gateway.config import GatewayConfig
-from spectrumkv.gateway.http.connection import IDLE_SECONDS, MAX_HEADER_BYTES, BoundedConnection
-from spectrumkv.gateway.http.exchange import App
+from spectrumkv.gateway.http.connection import IDLE_SECONDS, BoundedConnection
+from spectrumkv.gateway.http.exchange import LAST_WORDS_SECONDS, App
+from spectrumkv.gateway.http.heads import MAX_HEAD_BYTES
 from spectrumkv.gateway.metrics import GatewayMetrics
 
 logger = logging.getLogger(__name__)
@@ -60,7 +62,7 @@ def _serve() -> None:
 
 
 class GatewayServer(uvicorn.Server):
-    """Serve until SIGTERM or SIGINT; a second one ends running requests."""
+    """Serve until a signal of `stopping_signals`; a second one ends running requests."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -68,7 +70,7 @@ class GatewayServer(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        handled = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        handled = {number: signal.getsignal(number) for number in stopping_signals()}
         for number in handled:
             signal.signal(number, lambda number, frame: self._stop())
         try:
@@ -78,8 +80,21 @@ class GatewayServer(uvicorn.Server):
                 signal.signal(number, before)
 
     def _stop(self) -> None:
-        self.force_exit = self.should_exit
+        if self.should_exit:
+            # The handler runs in between any two steps of the loop, or while it waits.
+            asyncio.get_running_loop().call_soon_threadsafe(self._hurry)
         self.should_exit = True
+
+    def _hurry(self) -> None:
+        """End running requests: each tells its caller so, and those that read nothing are not waited for."""
+        logger.info("second signal: running requests are ended")
+        for task in self.server_state.tasks:
+            task.cancel()
+        asyncio.get_running_loop().call_later(LAST_WORDS_SECONDS, self._close_all)
+
+    def _close_all(self) -> None:
+        for one in list(self.server_state.connections):
+            one.transport.abort()
 
 
 @contextmanager
@@ -125,7 +140,7 @@ def server_config(app: App, config: GatewayConfig) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         backlog=BACKLOG,
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=int(config.grace),
         ssl_certfile=config.tls_cert,

@@ -18,6 +18,7 @@ from spectrumkv.gateway.caller import REQUEST_ID, Credentials
 from spectrumkv.gateway.config import GatewayConfig
 from spectrumkv.gateway.gateway import Gateway
 from spectrumkv.gateway.http.exchange import App, Exchange
+from spectrumkv.gateway.http.heads import Heads
 from spectrumkv.gateway.metrics import GatewayMetrics
 from spectrumkv.gateway.routes import ROUTERS
 
@@ -44,7 +45,7 @@ def make_app(config: GatewayConfig, metrics: GatewayMetrics) -> App:
         finally:
             await app.state.gateway.close()
 
-    app = FastAPI(title="SpectrumKV", lifespan=connected, docs_url=None, redoc_url=None)
+    app = FastAPI(title="SpectrumKV", lifespan=connected, docs_url=None, redoc_url=None, redirect_slashes=False)
     for router in ROUTERS:
         app.include_router(router)
     app.add_exception_handler(SpectrumKVError, _known)
@@ -61,7 +62,9 @@ def make_app(config: GatewayConfig, metrics: GatewayMetrics) -> App:
             expose_headers=[REQUEST_ID, "retry-after"],
         )
     accepted = AcceptedTokens(Path(config.token_file)) if config.token_file is not None else None
-    return Exchange(app, Credentials(accepted), metrics, config.max_requests, config.max_body)
+    return Exchange(
+        app, Credentials(accepted), metrics, Heads(frozenset(config.origins)), config.max_requests, config.max_body
+    )
 
 
 async def _known(request: HttpRequest, error: Exception) -> Response:
@@ -85,6 +88,6 @@ async def _no_route(request: HttpRequest, error: Exception) -> Response:
     """Return the answer to a request for a path or a method that there is none of."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     headers = dict((error.headers if isinstance(error, HTTPException) else None) or {})
-    what = f"{request.method} {request.url.path[:80]}"
+    what = f"{request.method[:20]} {request.url.path[:80]}"
     said = f"there is no {what} here; docs/gateway.md lists the routes, /openapi.json has them for programs"
     return JSONResponse(HttpError(status, said, "not_found_error").body, status, headers)

@@ -1,5 +1,6 @@
 """Run the `spectrumkv-gateway` command."""
 
+import asyncio
 import logging
 import signal
 import socket
@@ -7,24 +8,30 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import uvicorn
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.service.command_line import asks_for_check, load
-from spectrumkv.common.service.process import exit_on_error, keep_one_arena, set_up_logging
+from spectrumkv.common.service.machine import max_connections
+from spectrumkv.common.service.process import exit_on_error, keep_one_arena, set_up_logging, stopping_signals
 from spectrumkv.common.telemetry.log_output import count_dropped_lines
 from spectrumkv.gateway.app import make_app
 from spectrumkv.gateway.config import GatewayConfig
-from spectrumkv.gateway.http.connection import IDLE_SECONDS, MAX_HEADER_BYTES, BoundedConnection
-from spectrumkv.gateway.http.exchange import App
+from spectrumkv.gateway.http.connection import IDLE_SECONDS, BoundedConnection
+from spectrumkv.gateway.http.exchange import LAST_WORDS_SECONDS, App
+from spectrumkv.gateway.http.heads import MAX_HEAD_BYTES
+from spectrumkv.gateway.http.tls import TlsConnection, watched_context
 from spectrumkv.gateway.metrics import GatewayMetrics
 
 logger = logging.getLogger(__name__)
 
 PROGRAM = "spectrumkv-gateway"
-# Connections that the system may hold until the gateway takes them.
-BACKLOG = 1024
+# Connections that the system may hold until the gateway takes them, all at once.
+MAX_BACKLOG = 1024
 
 
 def main() -> None:
@@ -36,7 +43,7 @@ def main() -> None:
 def _check() -> None:
     config = load(GatewayConfig, sys.argv[1:], PROGRAM)
     config.security().check()
-    make_app(config, GatewayMetrics.for_process())
+    server_config(make_app(config, GatewayMetrics.for_process()), config)
     tokens = "checked here" if config.checks_tokens else "passed on to prefill"
     sys.stdout.write(
         f"listens  {config.listen}, {'TLS' if config.tls_cert else 'plaintext'}\n"
@@ -60,7 +67,7 @@ def _serve() -> None:
 
 
 class GatewayServer(uvicorn.Server):
-    """Serve until SIGTERM or SIGINT; a second one ends running requests."""
+    """Serve until a signal of `stopping_signals`; a second one ends running requests."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -68,7 +75,7 @@ class GatewayServer(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        handled = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        handled = {number: signal.getsignal(number) for number in stopping_signals()}
         for number in handled:
             signal.signal(number, lambda number, frame: self._stop())
         try:
@@ -78,8 +85,21 @@ class GatewayServer(uvicorn.Server):
                 signal.signal(number, before)
 
     def _stop(self) -> None:
-        self.force_exit = self.should_exit
+        if self.should_exit:
+            # The handler runs in between any two steps of the loop, or while it waits.
+            asyncio.get_running_loop().call_soon_threadsafe(self._hurry)
         self.should_exit = True
+
+    def _hurry(self) -> None:
+        """End running requests: each tells its caller so, and those that read nothing are not waited for."""
+        logger.info("second signal: running requests are ended")
+        for task in self.server_state.tasks:
+            task.cancel()
+        asyncio.get_running_loop().call_later(LAST_WORDS_SECONDS, self._close_all)
+
+    def _close_all(self) -> None:
+        for one in list(self.server_state.connections):
+            one.transport.abort()
 
 
 @contextmanager
@@ -103,7 +123,7 @@ def listening(config: GatewayConfig) -> Iterator[socket.socket]:
             "uses it"
         ) from error
     with listener:
-        listener.listen(BACKLOG)
+        listener.listen(_backlog())
         yield listener
 
 
@@ -113,10 +133,13 @@ def server_config(app: App, config: GatewayConfig) -> uvicorn.Config:
     Args:
         app: the gateway.
         config: its options.
+
+    Raises:
+        InvalidArgumentError: certificate and key cannot be used.
     """
     return uvicorn.Config(
         app,
-        http=BoundedConnection,
+        http=_connections(config),
         ws="none",
         lifespan="on",
         # Requests are logged by the exchange, which knows more of them.
@@ -124,10 +147,24 @@ def server_config(app: App, config: GatewayConfig) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        backlog=BACKLOG,
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        backlog=_backlog(),
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=int(config.grace),
-        ssl_certfile=config.tls_cert,
-        ssl_keyfile=config.tls_key,
     )
+
+
+def _backlog() -> int:
+    """Return how many connections are taken at once: files are left for those that make room for them."""
+    return min(MAX_BACKLOG, max(1, max_connections() // 2))
+
+
+def _connections(config: GatewayConfig) -> Any:
+    """Return what makes the protocol of a new connection.
+
+    Raises:
+        InvalidArgumentError: certificate and key cannot be used.
+    """
+    if config.tls_cert is None or config.tls_key is None:
+        return BoundedConnection
+    return partial(TlsConnection, watched_context(Path(config.tls_cert), Path(config.tls_key)))

@@ -64,7 +64,8 @@ class TlsFiles:
         files = (("--tls-cert", self.cert), ("--tls-key", self.key), ("--tls-ca", self.ca))
         chain, key, ca = (None if path is None else read_file(option, path) for option, path in files)
         if self.cert is not None and self.key is not None:
-            _check_pair(self.cert, self.key)
+            # A bad pair is refused with a sentence now; gRPC would refuse it at each connection.
+            server_context(self.cert, self.key)
         if self.ca is not None:
             _check_authorities(self.ca)
         return Certificates(chain, key, ca)
@@ -105,20 +106,26 @@ def _configuration(certificates: Certificates, verify_clients: bool) -> grpc.Ser
     return grpc.ssl_server_certificate_configuration([pair], certificates.ca if verify_clients else None)
 
 
-def _check_pair(cert: Path, key: Path) -> None:
-    """Refuse a bad pair with a sentence now; gRPC would refuse it at each connection.
+def server_context(cert: Path, key: Path) -> ssl.SSLContext:
+    """Return what a server shows a certificate with, for TLS 1.2 and newer.
+
+    Args:
+        cert: PEM file of the certificate, followed by intermediate ones.
+        key: PEM file of its private key, not encrypted.
 
     Raises:
         InvalidArgumentError: the files are not a certificate and its private key.
     """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         # Without `password`, OpenSSL would ask for one on the terminal.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
+        context.load_cert_chain(cert, key, password="")
     except (OSError, ValueError) as error:
         raise InvalidArgumentError(
             f"--tls-cert {cert} and --tls-key {key} cannot be used: {_reason(error)}; they are a certificate "
             "and its own private key as PEM, the key not encrypted"
         ) from error
+    return context
 
 
 def _check_authorities(ca: Path) -> None:

@@ -106,7 +106,7 @@ def leave(status: int) -> NoReturn:
 def serve_until_signalled(
     server: Server, metrics: Metrics, config: ServerConfig, stop: Callable[[], None], vitals: Vitals
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then drain; or until the model works no more, then end the process.
+    """Serve until a signal of `stopping_signals`, then drain; or until the model works no more, then end the process.
 
     While it drains, the server reports that it is not ready, and running requests finish. Requests that still run
     after `config.grace` seconds, or at a second signal, are ended. `STOP_SECONDS` later the process ends in any case.
@@ -154,8 +154,18 @@ def serve_until_signalled(
     logger.info("stopped")
 
 
+def stopping_signals() -> tuple[signal.Signals, ...]:
+    """Return the signals that stop a process in order.
+
+    SIGHUP says that the terminal is gone; it stays ignored where it is ignored, as under nohup. Nothing is read again
+    for it: a service looks at its certificates and tokens by itself.
+    """
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return (signal.SIGTERM, signal.SIGINT, *((signal.SIGHUP,) if hangs_up else ()))
+
+
 def _arriving_signals() -> tuple[socket.socket, Callable[[], None]]:
-    """Return a socket that receives a byte for each SIGTERM and SIGINT from now on, and what sends it one more.
+    """Return a socket that receives a byte for each signal to stop from now on, and what sends it one more.
 
     Python runs signal handlers in the main thread only, and not while that thread waits for a lock. The byte is
     written by the interpreter's C handler, which needs no thread.
@@ -163,7 +173,7 @@ def _arriving_signals() -> tuple[socket.socket, Callable[[], None]]:
     arriving, written = socket.socketpair()
     written.setblocking(False)
     signal.set_wakeup_fd(written.fileno())
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stopping_signals():
         signal.signal(number, lambda number, frame: None)
 
     def wake() -> None:

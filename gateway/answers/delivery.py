@@ -1,7 +1,6 @@
 """Send requests to prefill and deliver their answers, whole or as server-sent events."""
 
 import asyncio
-import json
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
@@ -16,16 +15,15 @@ from spectrumkv.client.completion import PromptToken, TokenEvent
 from spectrumkv.common.errors import InternalError, SpectrumKVError
 from spectrumkv.gateway.answers.writer import AnswerWriter, Token
 from spectrumkv.gateway.api.errors import HttpError
+from spectrumkv.gateway.http.events import DONE, EVENT_STREAM, event
 
 logger = logging.getLogger(__name__)
-
-DONE = b"data: [DONE]\n\n"
 
 
 class EventStream(StreamingResponse):
     """Send server-sent events as they come. The exchange around the routes notices a caller that goes away."""
 
-    media_type = "text/event-stream"
+    media_type = EVENT_STREAM.decode()
 
     def __init__(self, events: AsyncIterator[bytes]) -> None:
         # Proxies such as nginx would keep events back to send them together.
@@ -74,15 +72,15 @@ async def deliver_events(
 
 
 async def _events(first: dict[str, Any], chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
-    yield _event(first)
+    yield event(first)
     try:
         async for chunk in chunks:
-            yield _event(chunk)
+            yield event(chunk)
     except SpectrumKVError as error:
-        yield _event(HttpError.of(error).body)
+        yield event(HttpError.of(error).body)
     except Exception as error:  # the status is sent already; the caller must learn of any error
         logger.error("a stream failed", exc_info=error)
-        yield _event(HttpError.of(InternalError(f"{type(error).__name__}; the gateway's log has more")).body)
+        yield event(HttpError.of(InternalError(f"{type(error).__name__}; the gateway's log has more")).body)
     yield DONE
 
 
@@ -158,7 +156,3 @@ async def _merged(streams: Sequence[AsyncCompletionStream]) -> AsyncIterator[tup
     finally:
         for task in tasks:
             task.cancel()
-
-
-def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

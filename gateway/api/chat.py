@@ -1,5 +1,6 @@
 """Read requests for `/v1/chat/completions`."""
 
+import reprlib
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
@@ -10,6 +11,7 @@ from spectrumkv.client.tools import Tools
 from spectrumkv.gateway.api.fields import (
     OPENAI,
     VLLM,
+    Entries,
     FieldError,
     Ignored,
     Refused,
@@ -37,7 +39,8 @@ def _read_content(value: object) -> object:
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise FieldError(f"content has a part of type {kind!r:.40}; allowed: text, the model reads no other")
+            said = reprlib.repr(kind)
+            raise FieldError(f"content has a part of type {said}; allowed: text, the model reads no other")
         texts.append(part["text"])
     return "".join(texts)
 
@@ -63,7 +66,7 @@ class MessageFields(RequestFields):
     content: Annotated[Text | None, BeforeValidator(_read_content)] = supported(
         OPENAI, "a text, or a list of parts of type `text`; may be left out beside `tool_calls`"
     )
-    tool_calls: list[ToolCallFields] | None = supported(OPENAI, "the calls that an assistant's message made")
+    tool_calls: Entries[ToolCallFields] | None = supported(OPENAI, "the calls that an assistant's message made")
     tool_call_id: Text | None = supported(OPENAI, "in a message of the role `tool`: which call it answers")
 
     @model_validator(mode="after")
@@ -115,8 +118,8 @@ class ChatFields(SamplingFields):
         "mm_processor_kwargs": Refused(VLLM, "the model reads text only", ({},)),
     }
 
-    messages: list[MessageFields] = supported(OPENAI, "the conversation; the model's own template renders it", ...)
-    tools: list[ToolFields] | None = supported(OPENAI, "functions that the model may call")
+    messages: Entries[MessageFields] = supported(OPENAI, "the conversation; the model's own template renders it", ...)
+    tools: Entries[ToolFields] | None = supported(OPENAI, "functions that the model may call")
     tool_choice: ToolChoice = supported(
         OPENAI,
         "`none`, `auto`, `required`, or an object that names a function: whether the model calls. Left out: `auto`",

@@ -39,9 +39,9 @@ _FORMS: dict[type[SpectrumKVError], tuple[int, str, str | None]] = {
 _OTHER = (500, "server_error", None)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class HttpError(Exception):
-    """Hold an error as HTTP callers see it.
+    """Hold an error as HTTP callers see it. It is not frozen: whoever catches an exception sets its traceback.
 
     Attributes:
         status: of HTTP.

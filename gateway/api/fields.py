@@ -7,9 +7,9 @@ OpenAI API and vLLM have. `conformance` makes the table of docs/gateway.md out o
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo, model_validator
 from pydantic.fields import FieldInfo
 
 OPENAI, VLLM, SPECTRUMKV = "OpenAI", "vLLM", "SpectrumKV"
@@ -18,6 +18,12 @@ Text = Annotated[str, Strict()]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Whole = Annotated[int, Strict()]
 Switch = Annotated[bool, Strict()]
+# The first entry that is wrong ends the check: a body of 8 MiB has room for millions, each with an error of its own.
+Entry = TypeVar("Entry")
+Entries = Annotated[list[Entry], Field(fail_fast=True)]
+
+# Messages, tools, calls and whatever else is an object with fields; each takes some 10 us to check.
+MAX_OBJECTS = 16384
 
 
 class FieldError(ValueError):
@@ -32,6 +38,27 @@ class FieldError(ValueError):
         super().__init__(message)
         self.message = message
         self.param = param
+
+
+@dataclass
+class _ObjectsLeft:
+    """Count the objects of a body down.
+
+    Attributes:
+        left: how many more there may be.
+    """
+
+    left: int = MAX_OBJECTS
+
+    def take(self) -> None:
+        """Count one.
+
+        Raises:
+            FieldError: there are too many.
+        """
+        if not self.left:
+            raise FieldError(f"the body has more than {MAX_OBJECTS:,} messages, calls and tools; send fewer")
+        self.left -= 1
 
 
 @dataclass(frozen=True)
@@ -89,13 +116,27 @@ class RequestFields(BaseModel):
     ignored: ClassVar[Mapping[str, Ignored]] = {}
 
     @classmethod
+    def read(cls, body: bytes) -> Self:
+        """Return the fields of a body.
+
+        Args:
+            body: JSON in UTF-8.
+
+        Raises:
+            pydantic.ValidationError: it is no JSON object with these fields, or has too many objects.
+        """
+        return cls.model_validate_json(body, context=_ObjectsLeft())
+
+    @classmethod
     def names(cls) -> dict[str, FieldInfo]:
         """Return the supported fields, under the names that requests have for them."""
         return {field.alias or name: field for name, field in cls.model_fields.items()}
 
     @model_validator(mode="before")
     @classmethod
-    def _know_every_field(cls, body: object) -> object:
+    def _know_every_field(cls, body: object, info: ValidationInfo) -> object:
+        if isinstance(info.context, _ObjectsLeft):
+            info.context.take()
         if not isinstance(body, dict):
             return body
         names = cls.names()

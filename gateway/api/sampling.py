@@ -9,10 +9,12 @@ from pydantic import BeforeValidator, model_validator
 from spectrumkv.client.request import KvChoice, Sampling
 from spectrumkv.client.structured_output import StructuredOutput
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.generation.params import MAX_BIASED_TOKENS
 from spectrumkv.gateway.api.fields import (
     OPENAI,
     SPECTRUMKV,
     VLLM,
+    Entries,
     FieldError,
     Ignored,
     Number,
@@ -79,10 +81,12 @@ def _read_bias(value: object) -> object:
     """Return biases by whole numbers; JSON has texts as keys.
 
     Raises:
-        FieldError: a key is no whole number.
+        FieldError: a key is no whole number, or there are more than any service takes.
     """
     if not isinstance(value, dict):
         return value
+    if len(value) > MAX_BIASED_TOKENS:
+        raise FieldError(f"logit_bias has {len(value)} tokens; allowed: at most {MAX_BIASED_TOKENS}")
     for key in value:
         if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20):
             raise FieldError(f'logit_bias has the key {reprlib.repr(key)}; allowed: token ids, such as "50256"')
@@ -109,7 +113,7 @@ class SamplingFields(RequestFields):
         OPENAI, "added to the logits of single tokens, by token id"
     )
     min_tokens: Whole | None = supported(VLLM, "no answer ends before so many tokens")
-    bad_words: list[Text] | None = supported(VLLM, "texts that are not generated")
+    bad_words: Entries[Text] | None = supported(VLLM, "texts that are not generated")
     n: Whole | None = supported(
         OPENAI, "so many answers to a prompt, whose KV is sent once; seeds count up from `seed`"
     )
@@ -119,8 +123,8 @@ class SamplingFields(RequestFields):
     )
     prompt_logprobs: Whole | None = supported(VLLM, "log-probabilities of the prompt's tokens; not with `stream`")
     seed: Whole | None = supported(OPENAI, "same seed, same tokens, whatever else is served; modulo 2⁶⁴")
-    stop: Text | list[Text] | None = supported(OPENAI, "the answer ends before one of these texts")
-    stop_token_ids: list[Whole] | None = supported(VLLM, "the answer ends at one of these tokens")
+    stop: Text | Entries[Text] | None = supported(OPENAI, "the answer ends before one of these texts")
+    stop_token_ids: Entries[Whole] | None = supported(VLLM, "the answer ends at one of these tokens")
     ignore_eos: Switch | None = supported(VLLM, "the answer goes on after the model's end-of-sequence tokens")
     return_token_ids: Switch | None = supported(VLLM, "each choice has the ids of its tokens as `token_ids`")
     return_tokens_as_token_ids: Switch | None = supported(VLLM, "log-probabilities name tokens as `token_id:5`")

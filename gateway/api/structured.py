@@ -10,6 +10,7 @@ from spectrumkv.client.structured_output import StructuredOutput
 from spectrumkv.gateway.api.fields import (
     OPENAI,
     VLLM,
+    Entries,
     FieldError,
     Ignored,
     Refused,
@@ -76,7 +77,7 @@ class StructuredOutputs(RequestFields):
     )
     json_object: Switch | None = supported(VLLM, "any JSON object")
     regex: Text | None = supported(VLLM, "a regular expression that the whole text matches")
-    choice: list[Text] | None = supported(VLLM, "the texts of which the answer is one")
+    choice: Entries[Text] | None = supported(VLLM, "the texts of which the answer is one")
     grammar: Text | None = supported(VLLM, "a context-free grammar in Lark's notation")
 
     def form(self) -> StructuredOutput:

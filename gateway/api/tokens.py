@@ -10,6 +10,7 @@ from spectrumkv.client.tools import Tools
 from spectrumkv.gateway.api.chat import TEMPLATE_REASON, MessageFields
 from spectrumkv.gateway.api.fields import (
     VLLM,
+    Entries,
     FieldError,
     Refused,
     RequestFields,
@@ -35,8 +36,8 @@ class TokenizeFields(RequestFields):
 
     model: Text | None = supported(VLLM, "must be the served model")
     prompt: Text | None = supported(VLLM, "a text, tokenized as `/v1/completions` does it")
-    messages: list[MessageFields] | None = supported(VLLM, "or a conversation, as `/v1/chat/completions` reads it")
-    tools: list[ToolFields] | None = supported(VLLM, "functions that the model is shown; only with `messages`")
+    messages: Entries[MessageFields] | None = supported(VLLM, "or a conversation, as `/v1/chat/completions` reads it")
+    tools: Entries[ToolFields] | None = supported(VLLM, "functions that the model is shown; only with `messages`")
     return_token_strs: Switch | None = supported(VLLM, "the answer has the text of each token as `token_strs`")
 
     @model_validator(mode="after")
@@ -62,4 +63,4 @@ class DetokenizeFields(RequestFields):
     """Hold the body of `/detokenize`."""
 
     model: Text | None = supported(VLLM, "must be the served model")
-    tokens: list[Whole] = supported(VLLM, "token ids", ...)
+    tokens: Entries[Whole] = supported(VLLM, "token ids", ...)

@@ -15,15 +15,17 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from spectrumkv.common.service.machine import max_connections
 from spectrumkv.gateway.api.errors import HttpError
+from spectrumkv.gateway.http.heads import too_long
 
-# Of all headers of a request together.
-MAX_HEADER_BYTES = 16 << 10
 # A connection may take so long to send the headers of a request, from its first byte or from the connection's start.
 HEAD_SECONDS = 10.0
 # A connection may be silent for so long after an answer.
 IDLE_SECONDS = 75
-# A caller may leave sent bytes unread for so long.
+# A caller may leave sent bytes unread for so long, and has to read so many of them in that time.
 STALL_SECONDS = 60.0
+LEAST_READ_BYTES = 64 << 10
+# Of h11's reason, which may quote all that came.
+MAX_REASON_CHARACTERS = 160
 
 
 class BoundedConnection(H11Protocol):
@@ -38,10 +40,14 @@ class BoundedConnection(H11Protocol):
         self._idle_since = time.monotonic()
         self._head_deadline: asyncio.TimerHandle | None = None
         self._stall_deadline: asyncio.TimerHandle | None = None
+        self._unread = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a new connection, in the place of an idle one where there is no other place."""
         super().connection_made(transport)
+        # `pause_writing` is called as soon as the system does not take a byte, so that no rest of an answer, however
+        # short, keeps a connection for ever.
+        transport.set_write_buffer_limits(high=1)
         self._wait_for_head()
         if len(self.connections) > max_connections():
             self._make_room()
@@ -73,7 +79,7 @@ class BoundedConnection(H11Protocol):
     def pause_writing(self) -> None:
         """Begin to wait for a caller that does not read."""
         super().pause_writing()
-        self._stall_deadline = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+        self._wait_for_reader()
 
     def resume_writing(self) -> None:
         """Stop to wait: the caller reads again."""
@@ -82,14 +88,23 @@ class BoundedConnection(H11Protocol):
             self._stall_deadline = None
         super().resume_writing()
 
+    def _wait_for_reader(self) -> None:
+        self._unread = self.transport.get_write_buffer_size()
+        self._stall_deadline = self.loop.call_later(STALL_SECONDS, self._judge_reader)
+
+    def _judge_reader(self) -> None:
+        """End the connection of a caller that read nothing, or next to nothing; wait on for a slow one."""
+        if self._unread - self.transport.get_write_buffer_size() < LEAST_READ_BYTES:
+            self.transport.abort()
+        else:
+            self._wait_for_reader()
+
     def send_400_response(self, msg: str) -> None:
         """Refuse bytes that are no request, in the form of every other error."""
         reason = sys.exception()
         status = reason.error_status_hint if isinstance(reason, h11.RemoteProtocolError) else 400
-        said = f"this is no HTTP request that the server can read: {reason}"
-        if status == 431:
-            said = f"the headers are longer than {MAX_HEADER_BYTES} bytes, all that is read; send shorter ones"
-        self.refuse(HttpError(status, said))
+        said = f"this is no HTTP request that the server can read: {str(reason)[:MAX_REASON_CHARACTERS]}"
+        self.refuse(too_long() if status == 431 else HttpError(status, said))
 
     def refuse(self, error: HttpError) -> None:
         """Answer with an error where no answer has begun, and close the connection."""
@@ -98,9 +113,8 @@ class BoundedConnection(H11Protocol):
             body = json.dumps(error.body, ensure_ascii=False).encode()
             headers = [
                 ("content-type", "application/json"),
-                ("connection", "close"),
                 ("content-length", f"{len(body)}"),
-                *error.headers.items(),
+                *(error.headers | {"Connection": "close"}).items(),
             ]
             for event in (
                 h11.Response(status_code=error.status, headers=headers),
@@ -133,5 +147,8 @@ class BoundedConnection(H11Protocol):
                 headers={"Retry-After": "1"},
             )
         )
+        if oldest.transport.get_write_buffer_size():
+            # It does not read what it has asked for, and would keep its file until it does.
+            oldest.transport.abort()
         # `connection_lost` comes later, and must not be waited for by the next connection.
         self.connections.discard(oldest)

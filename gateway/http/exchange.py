@@ -8,13 +8,16 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from spectrumkv.common.errors import ResourceExhaustedError, SpectrumKVError
+from spectrumkv.common.errors import ResourceExhaustedError, SpectrumKVError, UnavailableError
 from spectrumkv.gateway.api.errors import CLIENT_CLOSED_REQUEST, HttpError
 from spectrumkv.gateway.caller import REQUEST_ID, Caller, Credentials
 from spectrumkv.gateway.http.bodies import Bodies, CallerGoneError
+from spectrumkv.gateway.http.events import DONE, EVENT_STREAM, event
+from spectrumkv.gateway.http.heads import Heads
 from spectrumkv.gateway.metrics import GatewayMetrics
 
 logger = logging.getLogger(__name__)
@@ -32,6 +35,8 @@ OPEN_FOLDER = "/page/"
 # Asked for again and again, by those and by the page: no news for the log.
 POLLED_PATHS = OPEN_PATHS | {"/workers"}
 RETRY_AFTER_SECONDS = 1.0
+# How long a request that is cut off waits for its caller to take the last event.
+LAST_WORDS_SECONDS = 1.0
 # Of a body to a path that takes none.
 OPEN_BODY_BYTES = 1024
 
@@ -43,12 +48,16 @@ class _Progress:
     Attributes:
         started: when it came, by the monotonic clock.
         status: of the answer; 499 until one is sent.
+        has_begun: whether a part of the answer was sent.
+        is_stream: whether the answer is server-sent events.
         is_complete: whether all of the answer was sent.
         caller: who sent it; None where that could not be told.
     """
 
     started: float = field(default_factory=time.monotonic)
     status: int = CLIENT_CLOSED_REQUEST
+    has_begun: bool = False
+    is_stream: bool = False
     is_complete: bool = False
     caller: Caller | None = None
 
@@ -60,16 +69,24 @@ class Exchange:
         app: the routes.
         credentials: know callers.
         metrics: count requests.
+        heads: check what comes before a body.
         max_requests: how many may be here at once.
         max_body: bytes of a body.
     """
 
     def __init__(
-        self, app: App, credentials: Credentials, metrics: GatewayMetrics, max_requests: int, max_body: int
+        self,
+        app: App,
+        credentials: Credentials,
+        metrics: GatewayMetrics,
+        heads: Heads,
+        max_requests: int,
+        max_body: int,
     ) -> None:
         self._app = app
         self._credentials = credentials
         self._metrics = metrics
+        self._heads = heads
         self._max_requests = max_requests
         self._max_body = max_body
         self._bodies = Bodies()
@@ -85,6 +102,9 @@ class Exchange:
             await self._serve(scope, receive, _noting(send, progress), progress)
         except CallerGoneError:
             progress.status = CLIENT_CLOSED_REQUEST
+        except asyncio.CancelledError:
+            # The server stops, and the grace is over or a second signal came.
+            await _end(send, progress)
         except Exception:
             progress.status = 500
             logger.exception("a route failed")
@@ -95,6 +115,7 @@ class Exchange:
         is_open = scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER) or scope["method"] == "OPTIONS"
         counted = not is_open
         try:
+            self._heads.check(scope)
             progress.caller = self._credentials.identify(scope["headers"], is_open)
             if counted:
                 self._check_room()
@@ -132,6 +153,7 @@ class Exchange:
 
         Raises:
             CallerGoneError: the caller went away.
+            asyncio.CancelledError: the server stops.
         """
         unread = [body]
 
@@ -152,6 +174,11 @@ class Exchange:
                 await asyncio.wait((serving,))
                 raise CallerGoneError
             await serving
+        except asyncio.CancelledError:
+            serving.cancel()
+            # Nothing else is sent from here on.
+            await asyncio.wait((serving,))
+            raise
         finally:
             watching.cancel()
             serving.cancel()
@@ -186,7 +213,9 @@ def _noting(send: Send, progress: _Progress) -> Send:
 
     async def noted(message: Message) -> None:
         if message["type"] == "http.response.start":
-            progress.status = message["status"]
+            progress.status, progress.has_begun = message["status"], True
+            kinds = [value for name, value in message.get("headers", ()) if name == b"content-type"]
+            progress.is_stream = any(kind.startswith(EVENT_STREAM) for kind in kinds)
             if progress.caller is not None:
                 name = (REQUEST_ID.encode(), progress.caller.request_id.encode("latin-1"))
                 message["headers"] = [*message.get("headers", ()), name]
@@ -194,6 +223,18 @@ def _noting(send: Send, progress: _Progress) -> Send:
         await send(message)
 
     return noted
+
+
+async def _end(send: Send, progress: _Progress) -> None:
+    """Tell the caller of a request that is cut off by the server's end, unless it reads nothing."""
+    error = HttpError.of(UnavailableError("this gateway is stopping; ask again in a moment", RETRY_AFTER_SECONDS))
+    noted = _noting(send, progress)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LAST_WORDS_SECONDS):
+            if not progress.has_begun:
+                await send_error(error, noted)
+            elif progress.is_stream and not progress.is_complete:
+                await noted({"type": "http.response.body", "body": event(error.body) + DONE})
 
 
 async def send_error(error: HttpError, send: Send) -> None:

@@ -1,12 +1,20 @@
 """Read the bodies of requests."""
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
 from spectrumkv.gateway.api.fields import RequestFields
 
+# Longer bodies are read on a thread, one at a time: the streams of others go on meanwhile, and only one of them takes
+# several times its length for its parts.
+LARGE_BYTES = 64 << 10
+
 Fields = TypeVar("Fields", bound=RequestFields)
+
+_reader = ThreadPoolExecutor(1, thread_name_prefix="large-body")
 
 
 async def read_body(kind: type[Fields], request: HttpRequest) -> Fields:
@@ -22,7 +30,10 @@ async def read_body(kind: type[Fields], request: HttpRequest) -> Fields:
     Raises:
         pydantic.ValidationError: the body is no JSON object with these fields.
     """
-    return kind.model_validate_json(await request.body())
+    body = await request.body()
+    if len(body) <= LARGE_BYTES:
+        return kind.read(body)
+    return await asyncio.get_running_loop().run_in_executor(_reader, kind.read, body)
 
 
 def documented_by(kind: type[RequestFields]) -> dict[str, Any]:

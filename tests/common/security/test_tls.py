@@ -110,6 +110,12 @@ def test_mutual_tls_serves_only_who_shows_a_certificate_of_the_authority(tmp_pat
         strangers = {
             "nothing": None,
             "another authority's": THEIRS.issue("client").write(tmp_path / "stranger"),
+            "an authority's that took our authority's name": Authority("ours")
+            .issue("client")
+            .write(tmp_path / "impostor"),
+            "one of tomorrow": OURS.issue("client", lasts=timedelta(days=2), begins=timedelta(days=1)).write(
+                tmp_path / "early"
+            ),
             "an expired one": OURS.issue("client", lasts=timedelta(seconds=-1)).write(tmp_path / "expired"),
         }
         for shown in strangers.values():

@@ -26,7 +26,7 @@ from tests.common.rpc.scripted import HEALTH, WAIT_SECONDS
 from tests.common.telemetry.test_metrics_server import probe
 
 ROOT = Path(__file__).parents[3]
-SIGNALS = [signal.SIGTERM, signal.SIGINT]
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
 def start(log: int = subprocess.PIPE, shell: str = "exec", **options: str) -> "subprocess.Popen[str]":

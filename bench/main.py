@@ -12,9 +12,9 @@ from spectrumkv.bench.quality import niah_command, quality_command
 from spectrumkv.bench.report import goals, plot
 from spectrumkv.bench.serving import arrivals_command, serve_command, startup
 from spectrumkv.bench.transfer import transfer_command
-from spectrumkv.bench.vllm import link_command as vllm_link_command
 from spectrumkv.bench.vllm import niah_command as vllm_niah_command
 from spectrumkv.bench.vllm import quality_command as vllm_quality_command
+from spectrumkv.bench.vllm.link import command as vllm_link_command
 from spectrumkv.client.cli.runner import command_parser, run_command, status_and_message
 
 COMMANDS = (

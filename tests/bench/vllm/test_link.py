@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from spectrumkv.bench.main import main
-from spectrumkv.bench.vllm.link_measure import NIXL, pairs_of, rate_rows, settings_of
-from spectrumkv.bench.vllm.link_plot import draw
-from spectrumkv.bench.vllm.link_requests import Errand
-from spectrumkv.bench.vllm.link_systems import SYSTEMS, Engines, server_command, transfer_config
+from spectrumkv.bench.vllm.link.measure import NIXL, pairs_of, rate_rows, settings_of
+from spectrumkv.bench.vllm.link.plot import draw
+from spectrumkv.bench.vllm.link.requests import Errand
+from spectrumkv.bench.vllm.link.systems import SYSTEMS, Engines, server_command, transfer_config
 from spectrumkv.common.errors import FailedPreconditionError
 
 ENGINES = Engines(sys.executable, Path("/model"), 1, Path())

@@ -76,8 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
         SpectrumKVError: an argument is not allowed, namespaces cannot be made, or a server or a request failed.
     """
     from spectrumkv.bench.link.network import check_privileges
-    from spectrumkv.bench.vllm.link_measure import measure, pairs_of
-    from spectrumkv.bench.vllm.link_systems import Engines
+    from spectrumkv.bench.vllm.link.measure import measure, pairs_of
+    from spectrumkv.bench.vllm.link.systems import Engines
     from spectrumkv.client.local.running_pair import stopped_by_signals
     from spectrumkv.common.model.configuration import read_config
     from spectrumkv.common.model.directory import find_model
@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.json, arguments, rows, {"name": Path(name).name, "dtype": "float32"}, load_before
         )
     if arguments.plot is not None:
-        from spectrumkv.bench.vllm.link_plot import draw
+        from spectrumkv.bench.vllm.link.plot import draw
 
         draw(rows, arguments.plot, f"{Path(name).name}, {arguments.random_input_len} tokens, float32")
     return 0
@@ -119,7 +119,7 @@ def link_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return the table of the rows.
 
     Args:
-        rows: see `link_measure.rate_rows`.
+        rows: see `measure.rate_rows`.
     """
     numbers = ("Mb/s", "TTFT ms", "second token ms", "÷ NIXL", "link MB", "÷ NIXL")
     table = plain_table(("setting",), numbers)
@@ -145,7 +145,7 @@ def _check(arguments: argparse.Namespace) -> None:
     Raises:
         InvalidArgumentError: one is not allowed.
     """
-    from spectrumkv.bench.vllm.link_systems import CONTEXT_TOKENS, SYSTEMS
+    from spectrumkv.bench.vllm.link.systems import CONTEXT_TOKENS, SYSTEMS
 
     if unknown := [one for one in arguments.systems if one not in SYSTEMS]:
         raise InvalidArgumentError(f"--systems has {unknown[0]!r}; allowed: {', '.join(SYSTEMS)}")

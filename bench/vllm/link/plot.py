@@ -13,7 +13,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: str, title: str) -> None:
     """Draw the time to the second token and the bytes on the link against bandwidth, a curve for each setting.
 
     Args:
-        rows: see `link_measure.rate_rows`.
+        rows: see `measure.rate_rows`.
         path: file of the plot.
         title: title of the plot.
 

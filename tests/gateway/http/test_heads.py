@@ -6,8 +6,8 @@ from contextlib import closing
 import pytest
 
 from tests.client.fake_servers import FakePrefill
+from tests.gateway.http.test_hostile import HEAD, read_answer
 from tests.gateway.running import RunningGateway, running_gateway
-from tests.gateway.test_hostile import HEAD, read_answer
 
 BODY = b'{"prompt": "x", "model": "m"}'
 FOREIGN = "http://elsewhere.example"

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from spectrumkv.bench.link.network import DECODE_HOST, PREFILL_HOST, ShapedLink, shaped_link
-from spectrumkv.bench.vllm import link_requests
-from spectrumkv.bench.vllm.link_requests import Errand, Setting
-from spectrumkv.bench.vllm.link_systems import DECODE_PORTS, PREFILL_PORTS, PROXY_PORTS, Engines, running_pair
+from spectrumkv.bench.vllm.link import requests
+from spectrumkv.bench.vllm.link.requests import Errand, Setting
+from spectrumkv.bench.vllm.link.systems import DECODE_PORTS, PREFILL_PORTS, PROXY_PORTS, Engines, running_pair
 from spectrumkv.common.errors import UnavailableError
 
 READY_SECONDS = 600.0
@@ -112,7 +112,7 @@ def rate_rows(
     Args:
         megabits: the bandwidth.
         settings: what was asked.
-        observed: `link_requests.Observed` as JSON, of all settings.
+        observed: `requests.Observed` as JSON, of all settings.
     """
     rows = []
     for setting in settings:
@@ -145,12 +145,12 @@ def _run(link: ShapedLink, errand: Errand) -> list[dict[str, Any]]:
     """Do an errand beside prefill.
 
     Returns:
-        `link_requests.Observed` as JSON.
+        `requests.Observed` as JSON.
 
     Raises:
         UnavailableError: it failed.
     """
-    command = link.prefill.command(sys.executable, "-m", link_requests.__name__)
+    command = link.prefill.command(sys.executable, "-m", requests.__name__)
     done = subprocess.run(  # noqa: S603  # our own interpreter and module
         command, input=errand.to_json(), stdout=subprocess.PIPE, text=True, check=False
     )

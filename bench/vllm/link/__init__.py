@@ -1,0 +1,1 @@
+"""Hand-offs of vLLM pairs over a shaped link."""

@@ -40,7 +40,7 @@ _ERRORS_BY_CODE: dict[str, type[SpectrumKVError]] = {
 _BASIS_MISSING = "SPECTRUMKV_CODEC_BASIS"
 # A peer that lacks the called method is another service or another release, which `InternalError` says below.
 del _ERRORS_BY_CODE[UnimplementedError.code]
-# The message that gRPC itself sets when a deadline passes.
+# What gRPC itself says when a deadline passes, sometimes with words around it.
 _GRPC_DEADLINE_DETAILS = "Deadline Exceeded"
 # gRPC's server itself sets these where it drops a call; a call that its caller cancelled has another.
 _GRPC_DROPPED_DETAILS = ("", "CANCELLED")
@@ -118,7 +118,7 @@ def error_from_rpc(error: grpc.RpcError) -> SpectrumKVError:
         return ResourceExhaustedError(message, UNSAID_RETRY_SECONDS if delay is None else delay)
     if code == BasisMissingError.code and _basis_is_missing(error):
         return BasisMissingError(message)
-    if code == DeadlineExceededError.code and message == _GRPC_DEADLINE_DETAILS:
+    if code == DeadlineExceededError.code and _GRPC_DEADLINE_DETAILS in message:
         return DeadlineExceededError(DEADLINE_MESSAGE)
     if was_dropped(error):
         return DroppedError(f"the server ended the call: too many calls wait for it, or it is stopping ({message})")

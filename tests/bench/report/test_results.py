@@ -10,7 +10,12 @@ from spectrumkv.bench.report.results import check_destinations
 from spectrumkv.common.errors import InvalidArgumentError
 
 # What commands cannot do without.
-REQUIRED = {"quality": ["--text", "code"], "goals": ["none.json"], "plot": ["none.json", "--plot", "plot.png"]}
+REQUIRED = {
+    "quality": ["--text", "code"],
+    "vllm-quality": ["--text", "code"],
+    "goals": ["none.json"],
+    "plot": ["none.json", "--plot", "plot.png"],
+}
 
 
 def commands_with(flag: str) -> list[str]:
@@ -43,7 +48,7 @@ def test_every_command_looks_before_it_works(
 
 
 def test_the_commands_that_write_are_found() -> None:
-    services = {"serve", "arrivals", "startup", "link", "transfer", "vllm-niah"}
+    services = {"serve", "arrivals", "startup", "link", "transfer", "vllm-niah", "vllm-quality", "vllm-link"}
     assert {"quality", "niah", "goals", "codec", "coding"} | services == set(commands_with("--json"))
 
 

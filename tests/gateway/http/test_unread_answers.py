@@ -43,7 +43,8 @@ def ask_and_read_nothing(gateway: RunningGateway, pages: int) -> socket.socket:
     return sock
 
 
-@pytest.mark.parametrize("pages", [20, 40, 80, 160])
+# Of fewer the system may take all: then nothing is left, and the connection is idle.
+@pytest.mark.parametrize("pages", [1000, 1001, 1010])
 def test_no_rest_of_an_answer_keeps_a_connection(
     gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch, pages: int
 ) -> None:

@@ -29,13 +29,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         allow_abbrev=False,
     )
     group = parser.add_argument_group("requests")
-    group.add_argument(
-        "--rates",
-        type=parse_rates,
-        default=DEFAULT_RATES,
-        metavar="NUMBERS",
-        help="bandwidths in Mb/s, separated by commas (default: 20,200,1000,10000)",
-    )
+    add_rates_flag(group, DEFAULT_RATES)
     add_number_flags(
         group,
         ("random-input-len", 2048, "tokens of the prompt"),
@@ -129,6 +123,22 @@ def _setting(row: Mapping[str, Any]) -> str:
     """Return the setting, with the codecs that were used if they differ from the policy's name."""
     codecs = ", ".join(row["codecs"])
     return row["setting"] if codecs == row["policy"] else f"{row['setting']} ({codecs})"
+
+
+def add_rates_flag(group: argparse._ArgumentGroup, default: tuple[float, ...]) -> None:
+    """Add `--rates`, the bandwidths that the link is shaped to.
+
+    Args:
+        group: of a command's parser.
+        default: in Mb/s.
+    """
+    group.add_argument(
+        "--rates",
+        type=parse_rates,
+        default=default,
+        metavar="NUMBERS",
+        help=f"bandwidths in Mb/s, separated by commas (default: {','.join(f'{rate:g}' for rate in default)})",
+    )
 
 
 def parse_rates(text: str) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spectrumkv.bench.flags import add_json_flag, add_number_flags, parse_names
-from spectrumkv.bench.link.link_command import parse_rates
+from spectrumkv.bench.link.link_command import add_rates_flag
 from spectrumkv.bench.report.console import plain_table, progress, results_console
 from spectrumkv.bench.report.results import check_destinations, load_average, write_speed_result
 from spectrumkv.client.cli.output import STDOUT
@@ -47,13 +47,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add_number_flags(group, ("cache-gib", 1, "GiB of each server's KV cache"))
     group.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the servers' logs here")
     group = parser.add_argument_group("requests")
-    group.add_argument(
-        "--rates",
-        type=parse_rates,
-        default=DEFAULT_RATES,
-        metavar="NUMBERS",
-        help="bandwidths in Mb/s, separated by commas (default: 20,200,1000)",
-    )
+    add_rates_flag(group, DEFAULT_RATES)
     add_number_flags(
         group,
         ("random-input-len", 2048, "tokens of the prompt"),

@@ -18,7 +18,7 @@ from spectrumkv.client.client import DEFAULT_TIMEOUT_SECONDS, INFO_TIMEOUT_SECON
 from spectrumkv.client.completion import Completion, TokenEvent
 from spectrumkv.client.received import ReceivedAnswer
 from spectrumkv.client.request import Request
-from spectrumkv.common.rpc.attempts import RepeatedAsyncStream, may_repeat, repeated_async
+from spectrumkv.common.rpc.attempts import RepeatedAsyncStream, repeated_async
 from spectrumkv.common.rpc.channel import open_async_channel
 from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.common.rpc.targets import Target
@@ -111,7 +111,7 @@ class AsyncSpectrumClient:
         check_type("the server's address", address, str)
         self.address = address
         self._channel = open_async_channel(address, security)
-        self._may_repeat = may_repeat(Target.parse(address).is_several)
+        self._several = Target.parse(address).is_several
         self._token = security.token() if own_token else None
 
     async def __aenter__(self) -> "AsyncSpectrumClient":
@@ -155,7 +155,7 @@ class AsyncSpectrumClient:
         def begin(left: float | None) -> Any:
             return self._prefill.Generate(message, timeout=left, metadata=metadata)
 
-        return AsyncCompletionStream(RepeatedAsyncStream(begin, seconds, self._may_repeat), received)
+        return AsyncCompletionStream(RepeatedAsyncStream(begin, seconds, self._several), received)
 
     async def server_info(
         self, timeout: float = INFO_TIMEOUT_SECONDS, authorization: str | None = None
@@ -237,8 +237,9 @@ class AsyncSpectrumClient:
         seconds = grpc_timeout(timeout)
         try:
             return await repeated_async(
-                lambda: method(self._prefill)(message, timeout=seconds, metadata=self._credentials(authorization)),
-                self._may_repeat,
+                lambda left: method(self._prefill)(message, timeout=left, metadata=self._credentials(authorization)),
+                seconds,
+                self._several,
             )
         except grpc.RpcError as error:
             raise error_from_rpc(error) from error

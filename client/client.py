@@ -21,7 +21,7 @@ from spectrumkv.client.received import ReceivedAnswer
 from spectrumkv.client.request import KvChoice, Prompt, Request, Sampling
 from spectrumkv.client.tools import Tools
 from spectrumkv.common.errors import FailedPreconditionError, NotFoundError
-from spectrumkv.common.rpc.attempts import RepeatedStream, may_repeat, repeated
+from spectrumkv.common.rpc.attempts import RepeatedStream, repeated
 from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.common.rpc.targets import Target
@@ -122,7 +122,7 @@ class SpectrumClient:
         self.address = address
         self._closed = False
         self._channel = open_channel(address, security)
-        self._may_repeat = may_repeat(Target.parse(address).is_several)
+        self._several = Target.parse(address).is_several
         # Generated stubs carry no types.
         self._prefill: Any = prefill_pb2_grpc.PrefillServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._decode: Any = decode_pb2_grpc.DecodeServiceStub(self._channel)  # type: ignore[no-untyped-call]
@@ -202,7 +202,7 @@ class SpectrumClient:
             with self._while_open():
                 return self._prefill.Generate(message, timeout=left, metadata=trace.metadata)
 
-        return CompletionStream(RepeatedStream(begin, seconds, self._may_repeat), received)
+        return CompletionStream(RepeatedStream(begin, seconds, self._several), received)
 
     def server_info(self, timeout: float = INFO_TIMEOUT_SECONDS) -> ServerInfo:
         """Return what a prefill or decode service says of itself: which model it serves, and how.
@@ -216,11 +216,12 @@ class SpectrumClient:
         """  # noqa: DOC501  # the rule wants `error_from_rpc` itself; it makes a SpectrumKVError
         prefill_info: prefill_pb2.PrefillServiceGetServerInfoResponse
         decode_info: decode_pb2.DecodeServiceGetServerInfoResponse
+        seconds = grpc_timeout(timeout)
         try:
             request = prefill_pb2.PrefillServiceGetServerInfoRequest()
             with self._while_open():
                 prefill_info = repeated(
-                    lambda: self._prefill.GetServerInfo(request, timeout=grpc_timeout(timeout)), self._may_repeat
+                    lambda left: self._prefill.GetServerInfo(request, timeout=left), seconds, self._several
                 )
             return prefill_info
         except grpc.RpcError as error:
@@ -230,8 +231,7 @@ class SpectrumClient:
             decode_request = decode_pb2.DecodeServiceGetServerInfoRequest()
             with self._while_open():
                 decode_info = repeated(
-                    lambda: self._decode.GetServerInfo(decode_request, timeout=grpc_timeout(timeout)),
-                    self._may_repeat,
+                    lambda left: self._decode.GetServerInfo(decode_request, timeout=left), seconds, self._several
                 )
             return decode_info
         except grpc.RpcError as error:

@@ -21,10 +21,8 @@ ATTEMPTS = 5
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.2, 1.0
 
 T = TypeVar("T")
-# Says of the error that ended a call before its answer began whether the call may be made again.
-MayRepeat = Callable[[grpc.RpcError], bool]
-# Begins a call that may take so many seconds; None is no limit.
-Begin = Callable[[float | None], Any]
+# Makes a call that may take so many seconds; None is no limit.
+Begin = Callable[[float | None], T]
 
 
 def pauses() -> Iterator[float]:
@@ -33,57 +31,76 @@ def pauses() -> Iterator[float]:
         yield min(FIRST_PAUSE_SECONDS * 2**attempt, LONGEST_PAUSE_SECONDS) * random.uniform(0.8, 1.2)  # noqa: S311  # no secret
 
 
-def may_repeat(several_servers: bool) -> MayRepeat:
-    """Return what says whether a call may be made again.
+class _Attempts:
+    """Says whether a call is made again, and how long it may take then.
 
     Args:
+        seconds: until the deadline of all attempts together; None is none.
         several_servers: whether the channel chooses among servers, so that another one may take what one refuses.
     """
 
-    def may(error: grpc.RpcError) -> bool:
-        return was_dropped(error) or (several_servers and error.code() is grpc.StatusCode.UNAVAILABLE)
+    def __init__(self, seconds: float | None, several_servers: bool) -> None:
+        self._deadline = None if seconds is None else time.monotonic() + seconds
+        self._several_servers = several_servers
+        self._pauses = pauses()
 
-    return may
+    @property
+    def seconds_left(self) -> float | None:
+        """How long the next attempt may take; None is no limit."""
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def pause_after(self, error: grpc.RpcError) -> float | None:
+        """Return the seconds to wait before the next attempt; None where the error is the call's last word.
+
+        Args:
+            error: what ended an attempt before any of its answer came.
+        """
+        elsewhere = self._several_servers and error.code() is grpc.StatusCode.UNAVAILABLE
+        return next(self._pauses, None) if elsewhere or was_dropped(error) else None
 
 
-def repeated(begin: Callable[[], T], may: MayRepeat) -> T:
+def repeated(begin: Begin[T], seconds: float | None, several_servers: bool) -> T:
     """Return what a call of one answer returns, making it again where it may be.
 
     Args:
         begin: makes the call, and returns its answer.
-        may: says whether the call may be made again.
+        seconds: until the deadline of all attempts together; None is none.
+        several_servers: whether the channel chooses among servers.
 
     Raises:
         grpc.RpcError: of the last attempt.
     """
-    for pause in pauses():
+    attempts = _Attempts(seconds, several_servers)
+    while True:
         try:
-            return begin()
+            return begin(attempts.seconds_left)
         except grpc.RpcError as error:
-            if not may(error):
+            pause = attempts.pause_after(error)
+            if pause is None:
                 raise
         time.sleep(pause)
-    return begin()
 
 
-async def repeated_async(begin: Callable[[], Awaitable[T]], may: MayRepeat) -> T:
+async def repeated_async(begin: Begin[Awaitable[T]], seconds: float | None, several_servers: bool) -> T:
     """Return what `repeated` does, on an event loop.
 
     Args:
         begin: makes the call.
-        may: says whether the call may be made again.
+        seconds: until the deadline of all attempts together; None is none.
+        several_servers: whether the channel chooses among servers.
 
     Raises:
         grpc.RpcError: of the last attempt.
     """
-    for pause in pauses():
+    attempts = _Attempts(seconds, several_servers)
+    while True:
         try:
-            return await begin()
+            return await begin(attempts.seconds_left)
         except grpc.RpcError as error:
-            if not may(error):
+            pause = attempts.pause_after(error)
+            if pause is None:
                 raise
         await asyncio.sleep(pause)
-    return await begin()
 
 
 class RepeatedStream:
@@ -92,13 +109,12 @@ class RepeatedStream:
     Args:
         begin: makes the call; what it raises itself ends the iteration.
         seconds: until the deadline of all attempts together; None is none.
-        may: says whether the call may be made again.
+        several_servers: whether the channel chooses among servers.
     """
 
-    def __init__(self, begin: Begin, seconds: float | None, may: MayRepeat) -> None:
-        self._begin, self._may = begin, may
-        self._deadline = None if seconds is None else time.monotonic() + seconds
-        self._pauses = pauses()
+    def __init__(self, begin: Begin[Any], seconds: float | None, several_servers: bool) -> None:
+        self._begin = begin
+        self._attempts = _Attempts(seconds, several_servers)
         self._cancelled = threading.Event()
         self._answered = False
         self._call = begin(seconds)
@@ -116,13 +132,13 @@ class RepeatedStream:
             try:
                 response = next(self._call)
             except grpc.RpcError as error:
-                pause = None if self._answered or not self._may(error) else next(self._pauses, None)
+                pause = None if self._answered else self._attempts.pause_after(error)
                 if pause is None or self._cancelled.wait(pause):
                     raise
             else:
                 self._answered = True
                 return response
-            self._call = self._begin(_left(self._deadline))
+            self._call = self._begin(self._attempts.seconds_left)
             if self._cancelled.is_set():
                 # Whoever cancelled may have reached the call before only.
                 self._call.cancel()
@@ -139,12 +155,12 @@ class RepeatedAsyncStream:
     Args:
         begin: makes the call.
         seconds: until the deadline of all attempts together; None is none.
-        may: says whether the call may be made again.
+        several_servers: whether the channel chooses among servers.
     """
 
-    def __init__(self, begin: Begin, seconds: float | None, may: MayRepeat) -> None:
-        self._begin, self._may = begin, may
-        self._deadline = None if seconds is None else time.monotonic() + seconds
+    def __init__(self, begin: Begin[Any], seconds: float | None, several_servers: bool) -> None:
+        self._begin = begin
+        self._attempts = _Attempts(seconds, several_servers)
         self._cancelled = False
         self._call = begin(seconds)
 
@@ -154,7 +170,7 @@ class RepeatedAsyncStream:
         Raises:
             grpc.RpcError: the call ended with an error, and is not made again.
         """
-        answered, further = False, pauses()
+        answered = False
         while True:
             try:
                 async for response in self._call:
@@ -162,19 +178,15 @@ class RepeatedAsyncStream:
                     yield response
                 return
             except grpc.RpcError as error:
-                pause = None if answered or not self._may(error) else next(further, None)
+                pause = None if answered else self._attempts.pause_after(error)
                 if pause is None:
                     raise
                 await asyncio.sleep(pause)
                 if self._cancelled:
                     raise
-            self._call = self._begin(_left(self._deadline))
+            self._call = self._begin(self._attempts.seconds_left)
 
     def cancel(self) -> None:
         """End the call; one that has ended is left as it is."""
         self._cancelled = True
         self._call.cancel()
-
-
-def _left(deadline: float | None) -> float | None:
-    return None if deadline is None else max(0.0, deadline - time.monotonic())

@@ -199,7 +199,7 @@ class DecodeLease:
         if self._unanswered:
             known = UnansweredError(f"it has not answered Begin within {ADMISSION_SECONDS:g} s")
         elif isinstance(known, CancelledError):
-            # Prefill did not cancel, or the scope would have said so: a worker that stops ends its streams like this.
+            # Prefill did not cancel, or the scope would have said so: the worker ended the stream, and says why.
             known = UnavailableError(f"it ended the stream: {known.message}")
         if isinstance(known, UnauthenticatedError | PermissionDeniedError):
             # The client has no part in the token and the certificate that prefill shows.

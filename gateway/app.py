@@ -34,7 +34,7 @@ def make_app(config: GatewayConfig, metrics: GatewayMetrics) -> App:
         The application, which connects to prefill when its life begins.
 
     Raises:
-        InvalidArgumentError: the accepted tokens cannot be read.
+        InvalidArgumentError: a file of certificates or tokens cannot be used.
     """
 
     @asynccontextmanager
@@ -61,6 +61,7 @@ def make_app(config: GatewayConfig, metrics: GatewayMetrics) -> App:
             allow_headers=["authorization", "content-type", REQUEST_ID, "traceparent", "tracestate"],
             expose_headers=[REQUEST_ID, "retry-after"],
         )
+    metrics.show_files(config)
     accepted = AcceptedTokens(Path(config.token_file)) if config.token_file is not None else None
     return Exchange(
         app, Credentials(accepted), metrics, Heads(frozenset(config.origins)), config.max_requests, config.max_body

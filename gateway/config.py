@@ -62,8 +62,7 @@ class GatewayConfig:
 
     def __post_init__(self) -> None:
         check_certificate_and_key(self.tls_cert, self.tls_key)
-        if (self.prefill_tls_cert is None) != (self.prefill_tls_key is None):
-            raise InvalidArgumentError("--prefill-tls-cert and --prefill-tls-key go together; give both or neither")
+        check_certificate_and_key(self.prefill_tls_cert, self.prefill_tls_key, "prefill_tls")
         if self.prefill_tls_cert is not None and self.prefill_tls_ca is None:
             raise InvalidArgumentError("--prefill-tls-cert is given without --prefill-tls-ca; name the authorities")
         if self.prefill_token_file is not None and self.token_file is None:
@@ -92,20 +91,19 @@ class GatewayConfig:
         """The origins whose pages may call."""
         return [one.strip() for one in (self.cors_origins or "").split(",") if one.strip()]
 
+    @property
+    def prefill_files(self) -> TlsFiles:
+        """The files of certificates for the connections to prefill; none where those are plaintext."""
+        ca = None if self.prefill_tls_ca == SYSTEM_ROOTS else self.prefill_tls_ca
+        return TlsFiles.named(self.prefill_tls_cert, self.prefill_tls_key, ca, "prefill_tls")
+
     def security(self) -> ChannelSecurity:
         """Return how the gateway talks to prefill."""
-        tls = self.prefill_tls_ca is not None
         return ChannelSecurity(
-            tls=TlsFiles.named(self.prefill_tls_cert, self.prefill_tls_key, _authorities(self.prefill_tls_ca))
-            if tls
-            else None,
+            tls=self.prefill_files if self.prefill_tls_ca is not None else None,
             token_file=optional_path(self.prefill_token_file),
             named_by="--prefill-token-file",
             allow_plaintext=self.allow_plaintext,
             server_name=self.prefill_tls_name,
             allow_proxy=False,
         )
-
-
-def _authorities(given: str | None) -> str | None:
-    return None if given == SYSTEM_ROOTS else given

@@ -4,7 +4,10 @@ from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
 
+from spectrumkv.common.security import TlsFiles
+from spectrumkv.common.security.file_metrics import FileMetrics
 from spectrumkv.common.telemetry.metrics import LATENCY_BUCKETS
+from spectrumkv.gateway.config import GatewayConfig
 
 
 class GatewayMetrics:
@@ -39,6 +42,7 @@ class GatewayMetrics:
             "Log lines that were dropped, because nobody read them or the disk was full.",
             registry=registry,
         )
+        self.files = FileMetrics(registry)
         build = Gauge(
             "spectrumkv_build_info",
             "Always 1; its labels say what runs here.",
@@ -54,3 +58,17 @@ class GatewayMetrics:
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         return cls(registry)
+
+    def show_files(self, config: GatewayConfig) -> None:
+        """Have each scrape look at the files that the gateway follows.
+
+        Args:
+            config: names the files.
+
+        Raises:
+            InvalidArgumentError: a file cannot be used.
+        """
+        self.files.show_certificates(TlsFiles.named(config.tls_cert, config.tls_key, None))
+        self.files.show_certificates(config.prefill_files)
+        self.files.show_tokens("token_file", config.token_file)
+        self.files.show_tokens("prefill_token_file", config.prefill_token_file)

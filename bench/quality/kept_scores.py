@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spectrumkv import common, decode_server, kernels, prefill_server
+from spectrumkv import decode_server, kernels
 from spectrumkv.bench.methods.method import MethodName
 from spectrumkv.bench.quality.scoring import WindowScore
 from spectrumkv.bench.report.kept_outcomes import KeptOutcomes, Key, packages_digest
+from spectrumkv.common import kv, model
+from spectrumkv.prefill_server import engine, transfer, tuning
 
-# What the services would send, and how predictions over it are compared, is in these packages.
-MEASURED_PACKAGES = (common, kernels, prefill_server, decode_server)
+# What the services would send, and how predictions over it are compared, is in these packages. Others, such as those
+# of connections, change more often, and no score changes with them.
+MEASURED_PACKAGES = (kv, model, kernels, engine, transfer, tuning, decode_server)
 ALLOWED = "a file that {} wrote with the same text, windows, model, versions and sources, or a new one"
 
 

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -83,7 +82,7 @@ def main() -> None:
     servicer = ReceivingServicer(KvPool(geometry, tokens * slot_bytes, torch.device("cpu"), metrics), metrics)
     securities = {"grpc": ServerSecurity()}
     if tls is not None:
-        securities["grpc_tls"] = ServerSecurity(TlsFiles(*map(Path, tls)), verify_clients=True)
+        securities["grpc_tls"] = ServerSecurity(TlsFiles.named(*tls), verify_clients=True)
     servers = {
         name: Server(
             lambda servicer, grpc_server: _add_servicers(servicer, message_bytes, grpc_server),

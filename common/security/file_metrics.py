@@ -1,41 +1,99 @@
 """Shows in the metrics when certificates expire, and whether replaced files of certificates or tokens can be used."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cryptography import x509
+from prometheus_client import CollectorRegistry, Gauge
 
 from spectrumkv.common.security.tls import Certificates, TlsFiles
 from spectrumkv.common.security.token_file import read_tokens
 from spectrumkv.common.security.watched_files import WatchedFiles
 from spectrumkv.common.service.config import PrefillConfig, ServerConfig
-from spectrumkv.common.telemetry.metrics import Metrics
+from spectrumkv.common.service.options import flag_name
 
 
-def show_files(config: ServerConfig, metrics: Metrics) -> None:
-    """Have each scrape look at the files that a service follows.
+class FileMetrics:
+    """Hold what each scrape finds in the files that a process follows; services and gateway have them alike.
 
     Certificates and tokens are otherwise looked at when a connection or a call needs them, which may be long after a
     bad file was put in place.
 
     Args:
+        registry: the registry of the process's metrics.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.certificate_expiry = Gauge(
+            "spectrumkv_certificate_expiry_timestamp_seconds",
+            "When the first certificate of a file expires, in seconds since 1970.",
+            ("file",),
+            registry=registry,
+        )
+        self.reload_failed = Gauge(
+            "spectrumkv_file_reload_failed",
+            "1 where files of certificates or tokens were replaced by ones that cannot be used, otherwise 0.",
+            ("files",),
+            registry=registry,
+        )
+
+    def show_certificates(self, files: TlsFiles) -> None:
+        """Have each scrape look at a certificate, its key and authorities.
+
+        Args:
+            files: the files; none are given where there is no TLS.
+
+        Raises:
+            InvalidArgumentError: a file cannot be used.
+        """
+        if not files.paths:
+            return
+        certificates = files.watch()
+        self._show_reload(files.options, certificates)
+        for kind, path, pem in (("cert", files.cert, _chain), ("ca", files.ca, _authorities)):
+            if path is not None:
+                expiry = self.certificate_expiry.labels(f"{files.options}_{kind}")
+                expiry.set_function(partial(_expiry, certificates, pem))
+
+    def show_tokens(self, option: str, file: str | None) -> None:
+        """Have each scrape look at a file of tokens.
+
+        Args:
+            option: name of the option that names it.
+            file: the file; None where the option is not given.
+
+        Raises:
+            InvalidArgumentError: the file cannot be used.
+        """
+        if file is not None:
+            path = Path(file)
+            self._show_reload(option, WatchedFiles([path], partial(read_tokens, flag_name(option), path)))
+
+    def _show_reload(self, files: str, watched: WatchedFiles[Any]) -> None:
+        def failed() -> bool:
+            # This access reads the files again where they changed.
+            _ = watched.current
+            return watched.reload_failed
+
+        self.reload_failed.labels(files).set_function(failed)
+
+
+def show_files(config: ServerConfig, shown: FileMetrics) -> None:
+    """Have each scrape look at the files that a service follows.
+
+    Args:
         config: names the files.
-        metrics: shows them.
+        shown: of the service.
 
     Raises:
         InvalidArgumentError: a file cannot be used.
     """
-    files = TlsFiles.named(config.tls_cert, config.tls_key, config.tls_ca)
-    if files != TlsFiles():
-        certificates = files.watch()
-        _show_reload(metrics, "tls", certificates)
-        for option, pem in (("tls_cert", _chain), ("tls_ca", _authorities)):
-            if getattr(config, option) is not None:
-                metrics.certificate_expiry.labels(option).set_function(partial(_expiry, certificates, pem))
-    for option, path in _token_files(config):
-        _show_reload(metrics, option, WatchedFiles([path], _reading_tokens(option, path)))
+    shown.show_certificates(TlsFiles.named(config.tls_cert, config.tls_key, config.tls_ca))
+    shown.show_tokens("token_file", config.token_file)
+    if isinstance(config, PrefillConfig):
+        shown.show_tokens("decode_token_file", config.decode_token_file)
 
 
 def first_expiry(pem: bytes) -> float:
@@ -54,30 +112,9 @@ def _expiry(certificates: WatchedFiles[Certificates], pem: Callable[[Certificate
     return first_expiry(pem(certificates.current))
 
 
-def _show_reload(metrics: Metrics, files: str, watched: WatchedFiles[Any]) -> None:
-    def failed() -> bool:
-        # This access reads the files again where they changed.
-        _ = watched.current
-        return watched.reload_failed
-
-    metrics.file_reload_failed.labels(files).set_function(failed)
-
-
 def _chain(certificates: Certificates) -> bytes:
     return certificates.chain or b""
 
 
 def _authorities(certificates: Certificates) -> bytes:
     return certificates.ca or b""
-
-
-def _token_files(config: ServerConfig) -> Iterator[tuple[str, Path]]:
-    """Yield each file of tokens with the option that names it."""
-    if config.token_file is not None:
-        yield "token_file", Path(config.token_file)
-    if isinstance(config, PrefillConfig) and config.decode_token_file is not None:
-        yield "decode_token_file", Path(config.decode_token_file)
-
-
-def _reading_tokens(option: str, path: Path) -> Callable[[], object]:
-    return lambda: read_tokens("--" + option.replace("_", "-"), path)

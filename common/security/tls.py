@@ -8,7 +8,7 @@ import grpc
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.security.watched_files import WatchedFiles, read_file
-from spectrumkv.common.service.options import check_certificate_and_key
+from spectrumkv.common.service.options import check_certificate_and_key, flag_name
 
 # Stands for the CA certificates that gRPC comes with, which are Mozilla's, in place of a file.
 SYSTEM_ROOTS = "system"
@@ -31,6 +31,7 @@ class TlsFiles:
         cert: the process's certificate, followed by intermediate ones.
         key: the private key of the first certificate, not encrypted.
         ca: certificates of the authorities that peers' certificates must come from; None is `SYSTEM_ROOTS`.
+        options: what the options' names begin with, as in "tls" for `tls_cert`, `tls_key` and `tls_ca`.
 
     Raises:
         InvalidArgumentError: a certificate comes without its key or a key without its certificate.
@@ -39,18 +40,24 @@ class TlsFiles:
     cert: Path | None = None
     key: Path | None = None
     ca: Path | None = None
+    options: str = "tls"
 
     def __post_init__(self) -> None:
-        check_certificate_and_key(self.cert, self.key)
+        check_certificate_and_key(self.cert, self.key, self.options)
 
     @classmethod
-    def named(cls, cert: str | None, key: str | None, ca: str | None) -> "TlsFiles":
+    def named(cls, cert: str | None, key: str | None, ca: str | None, options: str = "tls") -> "TlsFiles":
         """Return the files that options name.
 
         Raises:
             InvalidArgumentError: a certificate comes without its key or a key without its certificate.
         """
-        return cls(optional_path(cert), optional_path(key), optional_path(ca))
+        return cls(optional_path(cert), optional_path(key), optional_path(ca), options)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that are given."""
+        return tuple(path for path in (self.cert, self.key, self.ca) if path is not None)
 
     def watch(self) -> WatchedFiles[Certificates]:
         """Return the certificates; they are read again whenever the files change.
@@ -58,16 +65,17 @@ class TlsFiles:
         Raises:
             InvalidArgumentError: a file cannot be read or is not PEM, or the key does not belong to the certificate.
         """
-        return WatchedFiles([path for path in (self.cert, self.key, self.ca) if path is not None], self._read)
+        return WatchedFiles(self.paths, self._read)
 
     def _read(self) -> Certificates:
-        files = (("--tls-cert", self.cert), ("--tls-key", self.key), ("--tls-ca", self.ca))
-        chain, key, ca = (None if path is None else read_file(option, path) for option, path in files)
+        flags = (flag_name(f"{self.options}_{kind}") for kind in ("cert", "key", "ca"))
+        files = zip(flags, (self.cert, self.key, self.ca), strict=True)
+        chain, key, ca = (None if path is None else read_file(flag, path) for flag, path in files)
         if self.cert is not None and self.key is not None:
             # A bad pair is refused with a sentence now; gRPC would refuse it at each connection.
-            server_context(self.cert, self.key)
+            server_context(self.cert, self.key, self.options)
         if self.ca is not None:
-            _check_authorities(self.ca)
+            _check_authorities(self.ca, flag_name(f"{self.options}_ca"))
         return Certificates(chain, key, ca)
 
 
@@ -106,12 +114,13 @@ def _configuration(certificates: Certificates, verify_clients: bool) -> grpc.Ser
     return grpc.ssl_server_certificate_configuration([pair], certificates.ca if verify_clients else None)
 
 
-def server_context(cert: Path, key: Path) -> ssl.SSLContext:
+def server_context(cert: Path, key: Path, options: str = "tls") -> ssl.SSLContext:
     """Return what a server shows a certificate with, for TLS 1.2 and newer.
 
     Args:
         cert: PEM file of the certificate, followed by intermediate ones.
         key: PEM file of its private key, not encrypted.
+        options: what the names of their options begin with.
 
     Raises:
         InvalidArgumentError: the files are not a certificate and its private key.
@@ -121,19 +130,20 @@ def server_context(cert: Path, key: Path) -> ssl.SSLContext:
         # Without `password`, OpenSSL would ask for one on the terminal.
         context.load_cert_chain(cert, key, password="")
     except (OSError, ValueError) as error:
+        pair = f"{flag_name(f'{options}_cert')} {cert} and {flag_name(f'{options}_key')} {key}"
         raise InvalidArgumentError(
-            f"--tls-cert {cert} and --tls-key {key} cannot be used: {_reason(error)}; they are a certificate "
-            "and its own private key as PEM, the key not encrypted"
+            f"{pair} cannot be used: {_reason(error)}; they are a certificate and its own private key as PEM, the "
+            "key not encrypted"
         ) from error
     return context
 
 
-def _check_authorities(ca: Path) -> None:
+def _check_authorities(ca: Path, flag: str) -> None:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(ca)
     except (OSError, ValueError) as error:
         raise InvalidArgumentError(
-            f"--tls-ca {ca} cannot be used: {_reason(error)}; it holds one or more certificates as PEM"
+            f"{flag} {ca} cannot be used: {_reason(error)}; it holds one or more certificates as PEM"
         ) from error
 
 

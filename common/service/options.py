@@ -139,14 +139,20 @@ def parse_bytes(text: str) -> int:
     return count
 
 
-def check_certificate_and_key(cert: object | None, key: object | None) -> None:
+def check_certificate_and_key(cert: object | None, key: object | None, options: str = "tls") -> None:
     """Refuse a certificate without its key and a key without its certificate.
+
+    Args:
+        cert: the certificate.
+        key: its key.
+        options: what the names of their options begin with.
 
     Raises:
         InvalidArgumentError: one of them is None and the other is not.
     """
     if (cert is None) != (key is None):
-        given, missing = ("--tls-cert", "--tls-key") if key is None else ("--tls-key", "--tls-cert")
+        flags = [flag_name(f"{options}_{kind}") for kind in ("cert", "key")]
+        given, missing = flags if key is None else reversed(flags)
         raise InvalidArgumentError(f"{given} is given without {missing}; a certificate and its key go together")
 
 

@@ -126,7 +126,7 @@ def serve_until_signalled(
     """
     count_dropped_lines(metrics.log_lines_dropped.inc)
     port = server.bind(str(config.listen))
-    show_files(config, metrics)
+    show_files(config, metrics.files)
     probes = {"/live": lambda: vitals.failure is None, "/ready": lambda: server.ready}
     metrics_port = metrics.serve(config.metrics_listen, probes)
     signals, wake = _arriving_signals()

@@ -11,6 +11,7 @@ from prometheus_client import (
     ProcessCollector,
 )
 
+from spectrumkv.common.security.file_metrics import FileMetrics
 from spectrumkv.common.service.config import Address
 from spectrumkv.common.telemetry.metrics_server import NO_PROBES, Probes, serve_metrics
 
@@ -115,16 +116,7 @@ class Metrics:
             "1 where the latest look-up of a name in --decode found addresses, otherwise 0.",
             "name",
         )
-        self.certificate_expiry = gauge(
-            "certificate_expiry_timestamp_seconds",
-            "When the first certificate of a file expires, in seconds since 1970.",
-            "file",
-        )
-        self.file_reload_failed = gauge(
-            "file_reload_failed",
-            "1 where files of certificates or tokens were replaced by ones that cannot be used, otherwise 0.",
-            "files",
-        )
+        self.files = FileMetrics(registry)
         self.kernel_faults = gauge(
             "kernel_faults", "1 where kernels of codec fixed_rate fail on this GPU and the CPU codes, otherwise 0."
         )

@@ -37,6 +37,8 @@ POLLED_PATHS = OPEN_PATHS | {"/workers"}
 RETRY_AFTER_SECONDS = 1.0
 # How long a request that is cut off waits for its caller to take the last event.
 LAST_WORDS_SECONDS = 1.0
+# Of the bodies of all requests that are here. Prompts of a context of 128K tokens take some 512 KiB each.
+MAX_HELD_BYTES = 512 << 20
 # Of a body to a path that takes none.
 OPEN_BODY_BYTES = 1024
 
@@ -91,6 +93,7 @@ class Exchange:
         self._max_body = max_body
         self._bodies = Bodies()
         self._running = 0
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or one event of the server's life."""
@@ -122,26 +125,37 @@ class Exchange:
             body = await self._bodies.read(receive, OPEN_BODY_BYTES if is_open else self._max_body)
             if counted:
                 # A body that comes slowly has no place; others may have taken the last one meanwhile.
-                self._check_room()
+                self._check_room(len(body))
             self._running += counted
+            self._held += len(body)
             try:
                 self._metrics.running.set(self._running)
                 scope.setdefault("state", {})["caller"] = progress.caller
                 await self._answer(scope, body, receive, send, progress)
             finally:
                 self._running -= counted
+                self._held -= len(body)
                 self._metrics.running.set(self._running)
         except SpectrumKVError as error:
             await send_error(HttpError.of(error), send)
         except HttpError as error:
             await send_error(error, send)
 
-    def _check_room(self) -> None:
-        """Refuse a request where there are as many as are allowed.
+    def _check_room(self, size: int = 0) -> None:
+        """Refuse a request where there are as many as are allowed, or where their bodies fill the memory for them.
+
+        Args:
+            size: bytes of the request's own body, once it is known.
 
         Raises:
-            ResourceExhaustedError: there are.
+            ResourceExhaustedError: there are too many, or too many bytes of them.
         """
+        if size and self._held + size > MAX_HELD_BYTES:
+            raise ResourceExhaustedError(
+                f"this body has {size} bytes, and those of the requests in this server have {self._held} of at most "
+                f"{MAX_HELD_BYTES}; try again later",
+                RETRY_AFTER_SECONDS,
+            )
         if self._running >= self._max_requests:
             raise ResourceExhaustedError(
                 f"{self._running} requests are in this server, as many as --max-requests allows; try again later",

@@ -45,8 +45,8 @@ def _serve_one_request(prefill: Metrics, decode: Metrics) -> None:
     prefill.silent_calls_ended.labels("time").inc()
     prefill.decode_name_resolved.labels("decode:50052").set(1)
     for metrics in (prefill, decode):
-        metrics.certificate_expiry.labels("tls_cert").set(2e9)
-        metrics.file_reload_failed.labels("tls").set(0)
+        metrics.files.certificate_expiry.labels("tls_cert").set(2e9)
+        metrics.files.reload_failed.labels("tls").set(0)
     prefill.connections_closed.labels("address").inc()
 
 

@@ -95,23 +95,10 @@ class Service:
         self.process.wait()
 
     def metrics(self) -> dict[str, float]:
-        """Every metric of the service by name, summed over labels, the prefix left out."""
-        sums: dict[str, float] = {}
-        with urllib.request.urlopen(f"http://{self.metrics_address}/metrics", timeout=10) as response:
-            text = response.read().decode()
-        for family in text_string_to_metric_families(text):
-            for one in family.samples:
-                name = one.name.removeprefix("spectrumkv_")
-                sums[name] = sums.get(name, 0.0) + one.value
-        return sums
+        return scraped(self.metrics_address)
 
     def held(self) -> "Held":
-        metrics = self.metrics()
-        return Held(
-            metrics["kv_bytes_resident"],
-            metrics["kv_slots_used_ratio"],
-            metrics["requests_running"] + metrics["requests_waiting"],
-        )
+        return Held.by(self.metrics_address)
 
 
 @dataclass(frozen=True)
@@ -122,8 +109,30 @@ class Held:
     slots_used: float
     requests: float
 
+    @classmethod
+    def by(cls, metrics_address: Address) -> "Held":
+        """What the service holds whose metrics are served there."""
+        metrics = scraped(metrics_address)
+        return cls(
+            metrics["kv_bytes_resident"],
+            metrics["kv_slots_used_ratio"],
+            metrics["requests_running"] + metrics["requests_waiting"],
+        )
+
 
 NOTHING = Held(0, 0, 0)
+
+
+def scraped(metrics_address: Address) -> dict[str, float]:
+    """Every metric of a service by name, summed over labels, the prefix left out."""
+    sums: dict[str, float] = {}
+    with urllib.request.urlopen(f"http://{metrics_address}/metrics", timeout=10) as response:
+        text = response.read().decode()
+    for family in text_string_to_metric_families(text):
+        for one in family.samples:
+            name = one.name.removeprefix("spectrumkv_")
+            sums[name] = sums.get(name, 0.0) + one.value
+    return sums
 
 
 @dataclass

@@ -72,7 +72,7 @@ def test_options_that_would_lend_a_token_or_leave_the_machine() -> None:
     for options, said in (
         ({"prefill_token_file": "/x"}, "would lend its token"),
         ({"listen": "0.0.0.0:0"}, "is not encrypted"),
-        ({"prefill_tls_cert": "/x"}, "go together"),
+        ({"prefill_tls_cert": "/x"}, "--prefill-tls-cert is given without --prefill-tls-key"),
         ({"tls_cert": "/x"}, "without --tls-key"),
     ):
         with pytest.raises(InvalidArgumentError, match=said), running_gateway("127.0.0.1:1", **options):

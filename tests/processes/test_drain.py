@@ -1,4 +1,4 @@
-"""SIGTERM drains: not ready at once, running requests finish, a deadline ends the rest."""
+"""SIGTERM and SIGHUP drain: not ready at once, running requests finish, a deadline ends the rest."""
 
 import signal
 import subprocess
@@ -23,8 +23,11 @@ def start(launch: ServiceLaunch) -> "subprocess.Popen[bytes]":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drained", ["prefill", pytest.param("decode", marks=pytest.mark.slow)])
-def test_running_requests_finish_and_new_ones_are_refused(tiny_llama: Path, drained: str) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("drained", ["prefill", "decode"])
+def test_running_requests_finish_and_new_ones_are_refused(
+    tiny_llama: Path, drained: str, number: signal.Signals
+) -> None:
     decode, prefill = plan_launches(options(tiny_llama))
     processes = {"decode": start(decode), "prefill": start(prefill)}
     try:
@@ -33,7 +36,7 @@ def test_running_requests_finish_and_new_ones_are_refused(tiny_llama: Path, drai
                 TokenIds((1, 2, 3)), sampling=Sampling(max_tokens=300, ignore_eos=True), timeout=60
             )
             next(stream)
-            processes[drained].send_signal(signal.SIGTERM)
+            processes[drained].send_signal(number)
             until_refused(str(prefill.address))
             assert len(stream.result().tokens) == 300
         assert processes[drained].wait(30) == 0
@@ -51,7 +54,7 @@ def until_refused(address: str) -> None:
                 client.generate(TokenIds((1,)), sampling=Sampling(max_tokens=2, ignore_eos=True), timeout=10).result()
         except UnavailableError:
             return
-    raise AssertionError("no request was refused after SIGTERM")
+    raise AssertionError("no request was refused after the signal")
 
 
 @pytest.mark.slow

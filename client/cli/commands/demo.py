@@ -62,9 +62,11 @@ def run(arguments: argparse.Namespace) -> int:
             out.print(f"both are ready: prefill at {pair.prefill.address}, decode at {pair.decode.address}")
             out.print(f"question about a long document: {QUESTION}")
             completions = [(budget, ask(out, client, budget, policy)) for budget, policy in RUNS]
-    except SpectrumKVError:
+    except SpectrumKVError as error:
         # Now that the services have stopped, all that they said is read.
         log.show_kept()
+        if "--" in error.message:
+            out.print("demo itself takes --model only; spectrumkv up takes every option that the services name")
         raise
     Console().print(comparison_table(completions))
     return 0

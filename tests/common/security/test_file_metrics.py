@@ -19,7 +19,7 @@ TOKEN = "a-token-of-the-tests-0001\n"
 
 def shown(config: Any) -> Metrics:
     metrics = Metrics(CollectorRegistry())
-    show_files(config, metrics)
+    show_files(config, metrics.files)
     return metrics
 
 

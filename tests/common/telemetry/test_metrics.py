@@ -69,8 +69,8 @@ def touched(metrics: Metrics) -> Metrics:
     ):
         worker.labels("127.0.0.1:50052").set(1)
     metrics.decode_name_resolved.labels("decode:50052").set(1)
-    metrics.certificate_expiry.labels("tls_cert").set(1)
-    metrics.file_reload_failed.labels("tls").set(1)
+    metrics.files.certificate_expiry.labels("tls_cert").set(1)
+    metrics.files.reload_failed.labels("tls").set(1)
     return metrics
 
 

@@ -13,6 +13,7 @@ from spectrumkv.gateway.api.completion import CompletionFields
 from spectrumkv.gateway.api.errors import HttpError
 from spectrumkv.gateway.api.fields import RequestFields
 from spectrumkv.gateway.api.tokens import DetokenizeFields, TokenizeFields
+from spectrumkv.gateway.http import exchange
 from spectrumkv.gateway.routes import body
 from tests.client.fake_servers import FakePrefill
 from tests.gateway.running import WAIT_SECONDS, RunningGateway
@@ -136,3 +137,22 @@ def test_a_refusal_by_a_route_is_counted_as_what_it_is(
     assert gateway.get("/v1/models/other").status == 404
     until(lambda: gateway.counted("/v1/models/{name:path}", 404) == 1)
     assert not [one for one in caplog.records if one.exc_info]
+
+
+def test_bodies_that_run_are_bounded_together(
+    gateway: RunningGateway, prefill: FakePrefill, held: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "MAX_HELD_BYTES", 1000)
+    answers = []
+    first = threading.Thread(target=lambda: answers.append(gateway.complete(prompt="x" * 700)))
+    first.start()
+    running = "spectrumkv_gateway_requests_running"
+    until(lambda: gateway.metrics.registry.get_sample_value(running) == 1)
+    refused = gateway.complete(prompt="x" * 700)
+    assert (refused.status, refused.headers["retry-after"]) == (429, "1")
+    assert "at most 1000; try again later" in refused.error["message"]
+    assert gateway.get("/v1/models").status == 200
+    held.set()
+    first.join(WAIT_SECONDS)
+    assert answers[0].status == 200
+    assert gateway.complete(prompt="x" * 700).status == 200

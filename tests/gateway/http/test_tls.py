@@ -1,6 +1,7 @@
 """HTTPS: handshakes that never end are bounded, and certificates change without a restart."""
 
 import ssl
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -115,3 +116,43 @@ def test_a_request_that_comes_with_the_end_of_its_handshake_is_read(secured: Run
             except ssl.SSLWantReadError:
                 continue
     assert answer == b"HTTP/1.1 200 OK"
+
+
+def failed(gateway: RunningGateway, files: str) -> float | None:
+    return gateway.metrics.registry.get_sample_value("spectrumkv_file_reload_failed", {"files": files})
+
+
+def test_each_scrape_looks_at_the_files(prefill: FakePrefill, tmp_path: Path) -> None:
+    for side in ("served", "shown"):
+        (tmp_path / side).mkdir()
+    served, shown = OURS.issue().write(tmp_path / "served"), THEIRS.issue().write(tmp_path / "shown", THEIRS)
+    accepted, sent = tmp_path / "accepted", tmp_path / "sent"
+    for path in (accepted, sent):
+        path.write_text("a-token-of-the-tests-0001\n")
+    options = {"tls_cert": served.cert, "tls_key": served.key, "token_file": accepted, "prefill_token_file": sent}
+    options |= {"prefill_tls_cert": shown.cert, "prefill_tls_key": shown.key, "prefill_tls_ca": shown.ca}
+    with running_gateway(prefill.address, **{name: str(path) for name, path in options.items()}) as gateway:
+        # It has begun: nothing else reads the files for the first time.
+        ask(gateway, OURS)
+        kinds = ("tls", "prefill_tls", "token_file", "prefill_token_file")
+        assert [failed(gateway, files) for files in kinds] == [0, 0, 0, 0]
+        for path in (tmp_path / "served" / "key.pem", tmp_path / "shown" / "ca.pem", accepted, sent):
+            replace(path, b"damaged")
+        assert [failed(gateway, files) for files in kinds] == [1, 1, 1, 1]
+        for file in ("tls_cert", "prefill_tls_cert", "prefill_tls_ca"):
+            name = "spectrumkv_certificate_expiry_timestamp_seconds"
+            assert (gateway.metrics.registry.get_sample_value(name, {"file": file}) or 0) > time.time()
+
+
+def test_files_for_prefill_are_refused_by_their_own_options(prefill: FakePrefill, tmp_path: Path) -> None:
+    files = THEIRS.issue().write(tmp_path, THEIRS)
+    given = {f"prefill_tls_{kind}": str(getattr(files, kind)) for kind in ("cert", "key", "ca")}
+    for damaged, said in (
+        ("key.pem", r"--prefill-tls-cert .* and --prefill-tls-key .* cannot be used"),
+        ("ca.pem", r"--prefill-tls-ca .* cannot be used"),
+    ):
+        kept = (tmp_path / damaged).read_bytes()
+        replace(tmp_path / damaged, b"damaged")
+        with pytest.raises(InvalidArgumentError, match=said), running_gateway(prefill.address, **given):
+            pass
+        replace(tmp_path / damaged, kept)

@@ -36,6 +36,17 @@ def test_demo_asks_a_base_model_with_a_short_context(base_model: Path) -> None:
 
 
 @pytest.mark.slow
+def test_demo_says_which_command_takes_an_option_that_a_service_names(base_model: Path) -> None:
+    config = json.loads((base_model / "config.json").read_text()) | {"max_position_embeddings": 96}
+    (base_model / "config.json").write_text(json.dumps(config))
+    command = [*COMMAND, "demo", "--model", str(base_model)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 1
+    assert "start with --int4 on or --int4 off" in done.stderr
+    assert "spectrumkv up takes every option that the services name" in done.stdout
+
+
+@pytest.mark.slow
 def test_check_asks_a_base_model_with_a_short_context(base_model: Path) -> None:
     with running_pair({"model": str(base_model), "int4": "on", **FREE_PORTS}) as pair:
         command = [*COMMAND, "check", "--server", str(pair.address), "--json", "-"]

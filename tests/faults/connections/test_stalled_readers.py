@@ -1,0 +1,77 @@
+"""Fifty callers that ask a real pair for long answers and take no byte of them, while an honest client asks."""
+
+import statistics
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from spectrumkv.client.client import SpectrumClient
+from spectrumkv.client.local.pair_config import FREE_PORTS
+from spectrumkv.client.local.running_pair import RunningPair, running_pair
+from spectrumkv.client.request import Request, Sampling, TokenIds
+from spectrumkv.common.rpc.limits.stalled_readers import STALL_SECONDS
+from tests.faults.connections.silent_streams import silent_connections
+from tests.faults.deployment import NOTHING, Held, scraped, until
+from tests.faults.report import tell
+from tests.tiny_models import tiny_model
+
+GENERATE = "/spectrumkv.v1.PrefillService/Generate"
+CONNECTIONS, READERS, REQUESTS = 10, 50, 20
+PROMPT = TokenIds(tuple(range(100, 148)))
+CANCELLED = "1"
+# The watch looks now and then, and each service frees what it held.
+ENDED_SECONDS = 15.0
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[RunningPair]:
+    with running_pair({"model": str(tiny_model("llama")), "int4": "on", "kv_memory": "128MiB", **FREE_PORTS}) as one:
+        yield one
+
+
+def median_of(client: SpectrumClient) -> float:
+    """Return the median seconds that a request takes, of several whose answers are whole."""
+    taken = []
+    for _ in range(REQUESTS):
+        started = time.monotonic()
+        completion = client.generate(PROMPT, sampling=Sampling(max_tokens=12, ignore_eos=True), timeout=20).result()
+        assert len(completion.tokens) == 12
+        taken.append(time.monotonic() - started)
+    return statistics.median(taken)
+
+
+def long_question() -> bytes:
+    """A request as gRPC frames it: not compressed, and how many bytes follow."""
+    message = Request(PROMPT, Sampling(max_tokens=1000, ignore_eos=True)).to_proto().SerializeToString()
+    return b"\0" + len(message).to_bytes(4, "big") + message
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_callers_that_take_no_byte_lose_their_places_and_hold_up_nobody(
+    pair: RunningPair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics_address = pair.prefill.metrics_address
+    with SpectrumClient(pair.address) as client:
+        median_of(client)
+        quiet = median_of(client)
+        with silent_connections(pair.address, CONNECTIONS, window=0) as connections:
+            asked = time.monotonic()
+            for number in range(READERS):
+                connections[number % CONNECTIONS].open(GENERATE, long_question(), ends=True)
+            until(lambda: scraped(metrics_address)["requests_running"] == READERS, 10.0, "all are in prefill")
+            attacked = median_of(client)
+            before = time.monotonic()
+            for one in connections:
+                codes = [one.ended.get(timeout=STALL_SECONDS + ENDED_SECONDS) for _ in range(READERS // CONNECTIONS)]
+                print(codes, time.monotonic()-asked)
+            for launch in (pair.prefill, pair.decode):
+                until(lambda at=launch.metrics_address: Held.by(at) == NOTHING, ENDED_SECONDS, f"{launch.name} is free")
+            freed = time.monotonic() - asked
+        after = median_of(client)
+    tell(
+        capsys,
+        f"{quiet * 1e3:.1f} ms on a quiet day, {attacked * 1e3:.1f} ms beside {READERS} callers that take nothing, "
+        f"{after * 1e3:.1f} ms after those were ended in {freed:.1f} s",
+    )

@@ -164,7 +164,7 @@ test-faults: install  ## Every fault in every phase on real processes, hostile p
 test-faults-exhaustive: install  ## The same with the longest forms: 20,400 hostile sequences, every fault in both ways
 	$(BIN)/python -m pytest tests/faults
 
-soak: install  ## 2,000 mixed requests on four workers, one killed or broken each minute (docs/faults.md; ARGS='--seed 7')
+soak: install  ## 5,000 mixed requests on four workers, one killed or broken each minute (docs/faults.md; ARGS='--seed 7')
 	$(BIN)/python -m tests.faults.soak.soak $(ARGS)
 
 # Builds the images and starts them, on a Docker engine; without one every test is skipped and says why.

@@ -265,7 +265,7 @@ def soak(plan: Plan, directory: Path) -> Findings:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--requests", type=int, default=5000)
     parser.add_argument("--harm-seconds", type=float, default=60.0)
     parser.add_argument("--harms", type=int, default=len(HARMS), help="go on until so many harms are over")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))

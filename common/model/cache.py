@@ -88,6 +88,9 @@ def build_once(directory: Path, name: str, build: Callable[[Path], None], read: 
 def _read_regular(directory: Path, read: Callable[[Path], T]) -> T:
     """Read an entry, unless one of its names stands for a pipe or a device, which would hold the reader for ever.
 
+    Returns:
+        What `read` returns.
+
     Raises:
         OSError: one of them does.
     """

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 
 from spectrumkv.common.errors import FailedPreconditionError, SpectrumKVError
-from spectrumkv.common.files import read_text
+from spectrumkv.common.files import check_regular, read_text
 from spectrumkv.kernels.jit.cache import CACHE_VARIABLE, cache_directory
 
 __all__ = [
@@ -71,17 +71,31 @@ def build_once(directory: Path, name: str, build: Callable[[Path], None], read: 
     """
     if _is_there(directory):
         try:
-            return read(directory)
+            return _read_regular(directory, read)
         except _DAMAGE:
             # Another process may have replaced it meanwhile: it is read again under the lock.
             pass
     with _locked(directory):
         if directory.is_dir():
             try:
-                return read(directory)
+                return _read_regular(directory, read)
             except _DAMAGE as error:
                 logger.warning("cannot use %s kept in %s: %s; it is computed again", name, directory, error)
         _build(directory, build)
+    return read(directory)
+
+
+def _read_regular(directory: Path, read: Callable[[Path], T]) -> T:
+    """Read an entry, unless one of its names stands for a pipe or a device, which would hold the reader for ever.
+
+    Returns:
+        What `read` returns.
+
+    Raises:
+        OSError: one of them does.
+    """
+    for file in directory.iterdir():
+        check_regular(file)
     return read(directory)
 
 

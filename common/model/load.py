@@ -198,6 +198,8 @@ def _read_weights(directory: Path, config: PretrainedConfig, dtype: torch.dtype 
             dtype=dtype or "auto",
             attn_implementation=attention,
             use_safetensors=True,
+            # Refused below, by name: transformers would blame an option that nobody set.
+            ignore_mismatched_sizes=True,
             local_files_only=True,
             output_loading_info=True,
         )
@@ -210,12 +212,20 @@ def _read_weights(directory: Path, config: PretrainedConfig, dtype: torch.dtype 
 def _check_all_read(directory: Path, outcome: dict[str, Any]) -> None:
     # transformers only warns of tensors that the files lack, and fills them with random numbers.
     for problem in ("missing_keys", "mismatched_keys"):
-        if keys := sorted(map(str, outcome[problem])):
+        if keys := sorted(_name_and_shapes(key) for key in outcome[problem]):
             shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             raise FailedPreconditionError(
                 f"the weights in {directory} do not fit config.json: {problem.replace('_', ' ')} {shown}; "
                 "fetch the model again"
             )
+
+
+def _name_and_shapes(key: str | tuple[str, torch.Size, torch.Size]) -> str:
+    """Return a tensor's name; where its shape is another than the model's, both shapes too."""
+    if isinstance(key, str):
+        return key
+    name, in_file, of_model = key
+    return f"{name} (the file has {list(in_file)}, config.json makes it {list(of_model)})"
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import signal
 import sys
+from pathlib import Path
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.service import machine
@@ -57,6 +58,11 @@ def _run(program: str, module: str, config_class: str) -> None:
 
 def _call_main(module: str) -> None:
     """Import a large module, and run it; Ctrl-C raises KeyboardInterrupt from then on."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        # MKL would end the process, and say that it cannot load a library of torch's.
+        sys.exit("error: the working directory was removed; start the service in another one")
     main = importlib.import_module(module).main
     signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

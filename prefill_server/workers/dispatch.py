@@ -20,8 +20,8 @@ from spectrumkv.prefill_server.workers.worker import DecodeWorker
 
 logger = logging.getLogger(__name__)
 
-# Labels of `decode_workers_passed_over`: of a worker that was lost, or failed, after it admitted the request, and of
-# refusals.
+# Labels of `decode_workers_passed_over`: of a worker that was lost after it admitted the request, of one that failed,
+# and of refusals.
 LOST, FAILED = "lost", "failed"
 _REASONS: dict[type[SpectrumKVError], str] = {
     ResourceExhaustedError: "full",
@@ -30,7 +30,7 @@ _REASONS: dict[type[SpectrumKVError], str] = {
 }
 # Errors of one worker that another worker may not have.
 REFUSALS = tuple(_REASONS)
-# Errors of a worker that admitted the request, which count against the worker.
+# Errors that count against a worker: the last two also in place of an answer to Begin, since no request makes them.
 FAILURES = (InternalError, UnavailableError, DataLossError)
 
 
@@ -38,12 +38,12 @@ def pass_over_reason(error: SpectrumKVError, admitted: bool) -> str:
     """Return the label of a worker's error.
 
     Args:
-        error: one of `REFUSALS`, or one of `FAILURES` where the worker had admitted the request.
-        admitted: whether it had.
+        error: one of `REFUSALS` or `FAILURES`.
+        admitted: whether the worker had admitted the request.
     """
     if admitted:
         return LOST if isinstance(error, UnavailableError) else FAILED
-    return next(reason for kind, reason in _REASONS.items() if isinstance(error, kind))
+    return next((reason for kind, reason in _REASONS.items() if isinstance(error, kind)), FAILED)
 
 
 class Dispatch:
@@ -89,9 +89,10 @@ class Dispatch:
             The lease, a context manager.
 
         Raises:
-            SpectrumKVError: the worker refused the request, or could not be reached.
+            SpectrumKVError: the worker refused or failed the request, or could not be reached.
         """
         self._lease = self.worker.open_lease(pipeline, self._scope)
+        self._lease.wait_for_admission()
         self.admitted = True
         return self._lease
 
@@ -152,19 +153,19 @@ class Dispatch:
             breaker.abandon_trial()
 
     def _worker_failed(self, error: BaseException | None) -> bool:
-        """Return whether the worker failed the request after it admitted it, or let it wait for an answer in vain.
+        """Return whether the worker failed the request, or let it wait for an answer in vain.
 
-        Errors of prefill and of the client do not count. A worker that shuts down in order says when to ask again,
-        and does not fail.
+        Errors of prefill and of the client do not count. A worker that is away has failed only what it admitted. One
+        that shuts down in order says when to ask again, and does not fail.
         """
         if isinstance(error, UnansweredError):
             return True
         if not isinstance(error, FAILURES) or self._lease is None or error is not self._lease.worker_error:
             return False
-        return not (isinstance(error, UnavailableError) and error.retry_after_seconds is not None)
+        return not isinstance(error, UnavailableError) or (self.admitted and error.retry_after_seconds is None)
 
     def _goes_on(self, error: SpectrumKVError) -> bool:
         """Return whether the request may go on to another worker after this error."""
         if not self.admitted:
-            return isinstance(error, REFUSALS)
+            return isinstance(error, REFUSALS) or self._worker_failed(error)
         return not self._committed and (isinstance(error, UnavailableError) or self._worker_failed(error))

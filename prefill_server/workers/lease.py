@@ -41,7 +41,7 @@ def open_lease(
     metrics: Metrics,
     pace: TokenPace,
 ) -> "DecodeLease":
-    """Start a Decode stream, and wait until the worker admits the request.
+    """Start a Decode stream.
 
     Args:
         worker: the worker's address.
@@ -52,21 +52,12 @@ def open_lease(
         pace: of the worker; learns how long its tokens take.
 
     Returns:
-        The lease, a context manager that the caller must leave.
-
-    Raises:
-        SpectrumKVError: the worker refused the request, or could not be reached; the message names the worker.
+        The lease, whose admission the caller waits for next.
     """
     call = open_stream(pipeline.messages(), timeout=scope.seconds_remaining, metadata=current_trace().metadata)
     call.add_done_callback(lambda _: pipeline.cancel())
     scope.on_end(call.cancel)
-    lease = DecodeLease(worker, call, pipeline, scope, metrics, pace)
-    try:
-        lease.wait_for_admission()
-    except BaseException:
-        call.cancel()
-        raise
-    return lease
+    return DecodeLease(worker, call, pipeline, scope, metrics, pace)
 
 
 class DecodeLease:
@@ -107,14 +98,18 @@ class DecodeLease:
         self._unanswered = False
 
     def wait_for_admission(self) -> None:
-        """Wait for the answer to Begin.
+        """Wait for the answer to Begin; the stream is over where the worker does not admit the request.
 
         Raises:
             UnansweredError: the worker did not answer in time.
-            SpectrumKVError: the worker refused the request, or could not be reached.
+            SpectrumKVError: the worker refused the request, or could not be reached; the message names the worker.
         """
-        with self._errors_named(), cancelled_after(ADMISSION_SECONDS, self._give_up):
-            expect_admitted(self._call)
+        try:
+            with self._errors_named(), cancelled_after(ADMISSION_SECONDS, self._give_up):
+                expect_admitted(self._call)
+        except BaseException:
+            self._call.cancel()
+            raise
 
     def responses(self) -> Iterator[decode_pb2.DecodeResponse]:
         """Read what decode answers to End.

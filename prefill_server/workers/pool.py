@@ -14,7 +14,7 @@ from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.service.config import Address
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.request_log import current_request
-from spectrumkv.prefill_server.workers.dispatch import Dispatch, pass_over_reason
+from spectrumkv.prefill_server.workers.dispatch import REFUSALS, Dispatch, pass_over_reason
 from spectrumkv.prefill_server.workers.names import Resolve, resolve
 from spectrumkv.prefill_server.workers.retry_budget import RetryBudget
 from spectrumkv.prefill_server.workers.roster import WorkerRoster
@@ -121,7 +121,7 @@ class WorkerPool:
                 return
             self._pass_over(worker, dispatch.error, dispatch.admitted)
             selector.refused(worker, dispatch.error)
-            if dispatch.admitted:
+            if dispatch.admitted or not isinstance(dispatch.error, REFUSALS):
                 reruns += 1
                 if reruns > MOST_RERUNS or not self._retry_budget.take():
                     raise dispatch.error

@@ -148,18 +148,17 @@ class DecodeWorker:
                 self._requests -= 1
 
     def open_lease(self, pipeline: KvPipeline, scope: RpcScope) -> DecodeLease:
-        """Start a Decode stream with the worker, and wait until it admits the request.
+        """Start a Decode stream with the worker.
 
         Args:
             pipeline: makes the messages to send.
             scope: the client's RPC; when it ends, so does the stream.
 
         Returns:
-            The lease, a context manager that the caller must leave.
+            The lease, whose admission the caller waits for next.
 
         Raises:
-            UnavailableError: the worker has left, or could not be reached; the message names the worker.
-            SpectrumKVError: the worker refused the request.
+            UnavailableError: the worker has left; the message names it.
         """
         if self._retired:
             raise UnavailableError(f"decode worker {self.address} has left: no name has its address any more")

@@ -135,8 +135,22 @@ def test_another_users_cache_is_named(tmp_path: Path, caplog: pytest.LogCaptureF
     assert "cannot keep the text" in caplog.text
 
 
+def becomes_a_pipe(file: Path) -> None:
+    """Nobody will ever write to it."""
+    file.unlink()
+    os.mkfifo(file)
+
+
+def becomes_a_device(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("/dev/zero")
+
+
+@pytest.mark.timeout(30)
 @pytest.mark.parametrize(
-    "damage", [lambda file: file.write_text("not a number"), Path.unlink], ids=["text", "missing"]
+    "damage",
+    [lambda file: file.write_text("not a number"), Path.unlink, becomes_a_pipe, becomes_a_device],
+    ids=["text", "missing", "pipe", "device"],
 )
 def test_a_damaged_directory_is_built_again_with_a_warning(
     damage: Callable[[Path], object], tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -115,3 +115,20 @@ def test_ctrl_c_during_imports_is_silent(tmp_path: Path, module: str, status: in
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (status, output, "")
+
+
+@pytest.mark.parametrize("command", ["decode", "prefill"])
+def test_a_working_directory_that_was_removed_is_named(tmp_path: Path, command: str) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    call = f"import os; os.rmdir({str(gone)!r}); from spectrumkv.common.service import entrypoints; "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{call}entrypoints.{command}()"],
+        cwd=gone,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "error: the working directory was removed; start the service in another one\n"

@@ -33,9 +33,14 @@ REFUSED = [
 class FakeLease(contextlib.nullcontext[None]):
     """A lease whose errors are the worker's where the test says so."""
 
-    def __init__(self) -> None:
+    def __init__(self, refusal: SpectrumKVError | None) -> None:
         super().__init__()
         self.worker_error: SpectrumKVError | None = None
+        self.refusal = refusal
+
+    def wait_for_admission(self) -> None:
+        if self.refusal is not None:
+            self.fail(self.refusal)
 
     def fail(self, error: SpectrumKVError) -> None:
         self.worker_error = error
@@ -48,7 +53,7 @@ class FakeWorker:
     def __init__(self, refusal: SpectrumKVError | None = None) -> None:
         self.address = Address("127.0.0.1", 1)
         self.breaker = CircuitBreaker()
-        self.lease = FakeLease()
+        self.lease = FakeLease(refusal)
         self.held = 0
         self.refusal = refusal
         self.basis_upload = SimpleNamespace(count=3, wait=self.wait)
@@ -63,8 +68,6 @@ class FakeWorker:
             self.held -= slots
 
     def open_lease(self, pipeline: Any, scope: Any) -> Any:
-        if self.refusal is not None:
-            raise self.refusal
         return self.lease
 
     def wait(self, since: int, scope: Any, patience: float | None) -> bool:
@@ -140,6 +143,29 @@ def test_a_request_that_a_worker_fails_before_the_commit_goes_on(error: Spectrum
         assert dispatch.error is error
     assert worker.breaker.ejected
     assert pass_over_reason(error, admitted=True) == ("lost" if isinstance(error, UnavailableError) else "failed")
+
+
+@pytest.mark.parametrize("error", [InternalError("no decoder for it"), DataLossError("damaged", "crc")])
+def test_a_request_that_a_worker_fails_in_place_of_admitting_it_goes_on(error: SpectrumKVError) -> None:
+    worker = FakeWorker(error)
+    for _ in range(FAILURES_TO_EJECT):
+        assert not worker.breaker.ejected
+        dispatch = dispatch_to(worker)
+        with dispatch, dispatch.open_lease(cast(Any, None)):
+            pytest.fail("a worker that fails gives no lease")
+        assert dispatch.error is error
+        assert not dispatch.admitted
+    assert worker.breaker.ejected
+    assert pass_over_reason(error, admitted=False) == "failed"
+
+
+def test_a_worker_that_is_away_is_not_ejected_for_that() -> None:
+    worker = FakeWorker(UnavailableError("gone"))
+    for _ in range(2 * FAILURES_TO_EJECT):
+        dispatch = dispatch_to(worker)
+        with dispatch:
+            dispatch.open_lease(cast(Any, None))
+    assert not worker.breaker.ejected
 
 
 def test_what_the_worker_fails_after_the_commit_counts_against_it_too() -> None:

@@ -4,14 +4,14 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.completion import Completion
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
-from spectrumkv.common.errors import InternalError, UnavailableError
+from spectrumkv.common.errors import DataLossError, InternalError, UnavailableError
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.service import DecodeService
 from spectrumkv.prefill_server.workers import circuit_breaker, lease, retry_budget
@@ -108,6 +108,22 @@ def test_one_that_answers_all_but_requests_is_left_alone(fleet: Fleet, monkeypat
         assert fleet.ejected
         assert fleet.passed_over() == FAILURES_TO_EJECT
         hanging.set()
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no memory for its decoder"), DataLossError("reads every Begin wrongly", "crc")]
+)
+def test_one_that_fails_every_begin_is_left_alone(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
+    """It admits nothing, so its room stays the largest."""
+
+    def fail(messages: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(fleet.broken, "_read_begin", fail)
+    for _ in range(10):
+        assert fleet.ask().usage.decode_worker != fleet.broken_name
+    assert fleet.ejected
+    assert fleet.passed_over() == FAILURES_TO_EJECT
 
 
 def test_one_that_works_again_is_found_by_a_trial(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,8 @@ _GRPC_DROPPED_DETAILS = ("", "CANCELLED")
 _GRPC_GOAWAY = "GOAWAY received"
 # gRPC answers an oversized message with RESOURCE_EXHAUSTED, although a retry fails again.
 _GRPC_OVERSIZED_DETAILS = "message larger than max"
+# It says so, too, of an answer that is too large for the caller, who did not write it.
+_GRPC_OVERSIZED_ANSWER = "CLIENT: Received"
 
 _GRPC_NO_CONNECTION = "failed to connect"
 # What TLS says, and what to do about it; the first entry that fits is used.
@@ -112,6 +114,8 @@ def error_from_rpc(error: grpc.RpcError) -> SpectrumKVError:
     """Return the error that a peer raised, read from the status of its RPC."""
     code, message = error.code().name, error.details() or error.code().name
     if code == ResourceExhaustedError.code:
+        if _GRPC_OVERSIZED_DETAILS in message and _GRPC_OVERSIZED_ANSWER in message:
+            return InternalError(f"the peer sent a message that is too large: {message}")
         if _GRPC_OVERSIZED_DETAILS in message:
             return InvalidArgumentError(f"{message}: send less in one message, such as a shorter prompt")
         delay = _retry_delay(error)

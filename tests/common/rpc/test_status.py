@@ -1,6 +1,8 @@
 import logging
 import queue
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
@@ -16,7 +18,7 @@ from spectrumkv.common.errors import (
     ResourceExhaustedError,
     SpectrumKVError,
 )
-from spectrumkv.common.rpc.channel import MAX_MESSAGE_BYTES
+from spectrumkv.common.rpc.channel import MAX_MESSAGE_BYTES, open_channel
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.rpc.status import MAX_STATUS_MESSAGE_BYTES, error_from_rpc, to_status
 from spectrumkv.v1 import prefill_pb2, prefill_pb2_grpc
@@ -135,6 +137,28 @@ def test_a_message_over_the_limit_is_refused_with_both_sizes():
         assert isinstance(back, InvalidArgumentError)
         assert str(MAX_MESSAGE_BYTES) in back.message
         assert [one.token.text for one in server.generate()] == ["yes"]
+
+
+def test_an_answer_over_the_limit_is_the_peers_fault() -> None:
+    def too_large(request: object, context: object) -> Iterator[prefill_pb2.GenerateResponse]:
+        yield response("x" * (MAX_MESSAGE_BYTES + 1))
+
+    # Without a limit of its own, as a server of another implementation.
+    server = grpc.server(ThreadPoolExecutor(1), options=[("grpc.max_send_message_length", -1)])
+    generate = grpc.unary_stream_rpc_method_handler(too_large, None, prefill_pb2.GenerateResponse.SerializeToString)
+    methods = {"Generate": generate}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("spectrumkv.v1.PrefillService", methods),))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    with open_channel(address) as channel, pytest.raises(grpc.RpcError) as caught:
+        list(
+            prefill_pb2_grpc.PrefillServiceStub(channel).Generate(prefill_pb2.GenerateRequest(), timeout=WAIT_SECONDS)
+        )
+    server.stop(0).wait()
+    error = error_from_rpc(caught.value)
+    assert type(error) is InternalError
+    assert error.message.startswith("the peer sent a message that is too large: ")
+    assert str(MAX_MESSAGE_BYTES) in error.message
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.001])

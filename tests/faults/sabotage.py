@@ -1,6 +1,7 @@
 """Breaks a service from inside: the incubator installs this in its process, and a file switches it on."""
 
 import ctypes
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -11,10 +12,13 @@ import torch
 
 from spectrumkv.common.kv.codecs.tiered import TieredEncoder
 from spectrumkv.common.kv.segment import KvSegment
+from spectrumkv.common.rpc.decode_methods import ArrivedPiece
+from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.decode_server.engine import DecodeEngine
 from spectrumkv.decode_server.model_runner import DecodeRow, EagerRunner
 from spectrumkv.decode_server.receiver import KvReceiver
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
+from spectrumkv.v1 import decode_pb2
 
 FAILING_STEP = "failing step"
 LOST_DEVICE = "lost device"
@@ -24,8 +28,12 @@ DEAD_ENGINE = "dead engine"
 FROZEN_PASS = "frozen pass"
 FROZEN_CODING = "frozen coding"
 FROZEN_DECODING = "frozen decoding"
+NOT_FINITE = "not finite"
+SLOW_UPLOAD = "slow upload"
 # What the log says once something hangs.
 FROZEN = "sabotage: this thread hangs"
+# How often what waits for the switch to go looks for it.
+LOOK_SECONDS = 0.05
 
 
 def _fail() -> None:
@@ -40,6 +48,12 @@ def _freeze() -> None:
     sys.stderr.write(f"{FROZEN}\n")
     sys.stderr.flush()
     threading.Event().wait()
+
+
+def _spoil(model: torch.nn.Module) -> None:
+    """Have the model compute NaN from its first layer on."""
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.input_layernorm.weight").fill_(torch.nan)
 
 
 def _hold_interpreter() -> None:
@@ -59,7 +73,7 @@ IN_STEP: dict[str, Callable[[], None]] = {
 def install(switch: Path) -> None:
     """Have the model's threads and those that code do what the file `switch` says, as long as it exists."""
     forward, end_step, run_batch = EagerRunner._forward, DecodeEngine._end_step, PrefillEngine._run_batch
-    encode, write = TieredEncoder.encode, KvReceiver._write
+    encode, write, receive = TieredEncoder.encode, KvReceiver._write, BasisStore.receive
 
     def told() -> str:
         return switch.read_text() if switch.exists() else ""
@@ -76,6 +90,8 @@ def install(switch: Path) -> None:
     def broken_run_batch(self: PrefillEngine, batch: Any) -> None:
         if told() == FROZEN_PASS:
             _freeze()
+        if told() == NOT_FINITE:
+            _spoil(self._model)
         run_batch(self, batch)
 
     def broken_encode(self: TieredEncoder, capture: Any) -> Iterator[KvSegment]:
@@ -88,6 +104,14 @@ def install(switch: Path) -> None:
             _freeze()
         return write(self, segment)
 
+    def slow_receive(self: BasisStore, pieces: Iterator[ArrivedPiece]) -> int:
+        first = next(pieces)
+        # Questions are answered at once.
+        while isinstance(first, decode_pb2.PutBasisRequest) and first.part and told() == SLOW_UPLOAD:
+            threading.Event().wait(LOOK_SECONDS)
+        return receive(self, itertools.chain([first], pieces))
+
+    BasisStore.receive = slow_receive  # type: ignore[method-assign]
     EagerRunner._forward = broken_forward  # type: ignore[method-assign]
     DecodeEngine._end_step = broken_end_step  # type: ignore[method-assign]
     PrefillEngine._run_batch = broken_run_batch  # type: ignore[method-assign]

@@ -2,17 +2,17 @@
 
 import contextlib
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from spectrumkv.common.errors import UnavailableError
+from spectrumkv.common.errors import InternalError, UnavailableError
 from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.service.process import EXIT_BROKEN, STOP_SECONDS
 from spectrumkv.common.service.watchdog import LIMITS_WITHOUT_A_LOOK
@@ -29,6 +29,7 @@ STUCK_SECONDS = 2.0
 SLACK_SECONDS = 5.0
 OPTIONS = {"policy": "fp16", "budget": "1", "kv_memory": "64MiB", "grace": "1"}
 LONG = 2000
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +68,37 @@ def log_of(service: Service) -> str:
     return service.log.read_text(errors="replace")
 
 
-def statuses_until_the_end(watch: Any) -> set[int]:
-    """What the health service still says before the connection is lost."""
-    told = set()
-    with contextlib.suppress(grpc.RpcError):
-        for response in watch:
-            told.add(response.status)
-    assert watch.code() is grpc.StatusCode.UNAVAILABLE
-    return told
+class Health:
+    """What a service's health says while the block runs, and until its connection is lost.
+
+    A thread reads at once: gRPC drops what nobody has read when a connection is lost.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._channel = open_channel(str(service.address))
+        self._told: list[int] = []
+        self._reader = threading.Thread(target=self._read, name="health")
+
+    def __enter__(self) -> "Health":
+        self._watch = health_pb2_grpc.HealthStub(self._channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
+        assert next(self._watch).status == SERVING
+        self._reader.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._channel.close()
+        self._reader.join()
+
+    def _read(self) -> None:
+        with contextlib.suppress(grpc.RpcError):
+            for response in self._watch:
+                self._told.append(response.status)
+
+    def until_the_end(self) -> list[int]:
+        """Every status that was told, in order; the service has ended."""
+        self._reader.join(SLACK_SECONDS)
+        assert self._watch.code() is grpc.StatusCode.UNAVAILABLE
+        return self._told
 
 
 @pytest.mark.parametrize(
@@ -93,9 +117,7 @@ def test_a_broken_decode_worker_tells_its_callers_and_ends(
     running = request(fleet, LONG)
     running.wait_for_tokens(3)
     broken = busy(fleet)
-    with open_channel(str(broken.address)) as channel:
-        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
-        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+    with Health(broken) as health:
         broken.sabotage(trouble)
         running.wait_for_end(seconds + SLACK_SECONDS)
         assert isinstance(running.error, UnavailableError)
@@ -104,7 +126,8 @@ def test_a_broken_decode_worker_tells_its_callers_and_ends(
             another.wait_for_tokens(4)
             another.close()
         assert broken.wait_for_end(seconds + SLACK_SECONDS) == EXIT_BROKEN
-        assert statuses_until_the_end(watch) <= {health_pb2.HealthCheckResponse.NOT_SERVING}
+        # Where no thread can run, none can say so.
+        assert health.until_the_end() == [NOT_SERVING] * (trouble != sabotage.HELD_INTERPRETER)
     running.close()
     assert sentence in log_of(broken)
     if trouble in (sabotage.FROZEN_STEP, sabotage.HELD_INTERPRETER):
@@ -139,14 +162,30 @@ def test_requests_lose_nothing_to_a_worker_whose_steps_fail(fleet: Fleet) -> Non
 @pytest.mark.parametrize("trouble", [sabotage.FROZEN_PASS, sabotage.FROZEN_CODING])
 def test_a_prefill_that_hangs_tells_its_callers_and_ends(fleet: Fleet, trouble: str) -> None:
     (prefill,) = fleet.prefills
-    prefill.sabotage(trouble)
-    waiting = request(fleet, 4)
-    waiting.wait_for_end(STUCK_SECONDS + SLACK_SECONDS)
-    waiting.close()
-    assert isinstance(waiting.error, UnavailableError)
-    assert prefill.wait_for_end(SLACK_SECONDS) == EXIT_BROKEN
+    with Health(prefill) as health:
+        prefill.sabotage(trouble)
+        waiting = request(fleet, 4)
+        waiting.wait_for_end(STUCK_SECONDS + SLACK_SECONDS)
+        waiting.close()
+        assert isinstance(waiting.error, UnavailableError)
+        assert prefill.wait_for_end(SLACK_SECONDS) == EXIT_BROKEN
+        assert health.until_the_end() == [NOT_SERVING]
     assert "the model has made no progress for 2 s (--stuck-after)" in log_of(prefill)
     assert "in _freeze" in log_of(prefill)
+
+
+def test_a_prefill_whose_model_computes_no_numbers_tells_its_callers_and_ends(fleet: Fleet) -> None:
+    (prefill,) = fleet.prefills
+    with Health(prefill) as health:
+        prefill.sabotage(sabotage.NOT_FINITE)
+        asked = request(fleet, 4)
+        asked.wait_for_end(SLACK_SECONDS)
+        asked.close()
+        assert isinstance(asked.error, InternalError)
+        assert "NaN" in asked.error.message
+        assert prefill.wait_for_end(SLACK_SECONDS) == EXIT_BROKEN
+        assert health.until_the_end() == [NOT_SERVING]
+    assert "the model fails on requests and on a prompt of the service's own: NotFiniteError" in log_of(prefill)
 
 
 def test_a_worker_that_hangs_as_kv_arrives_ends_and_its_requests_go_on(fleet: Fleet) -> None:

@@ -101,7 +101,7 @@ def prefill_server(
     decode_ports: list[int],
     verdict: ProbeVerdict = NOT_PROBED,
     basis: Basis | None = None,
-    **options: str,
+    **options: str | bool,
 ) -> Iterator[tuple[LoadedModel, Metrics, int]]:
     metrics = Metrics(CollectorRegistry())
     addresses = ",".join(str(Address("127.0.0.1", port)) for port in decode_ports)

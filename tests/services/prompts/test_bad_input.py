@@ -1,10 +1,11 @@
 """Bad input gets the status and the sentence that gRPC's conventions ask for, over real sockets."""
 
+import contextlib
 import math
 import os
 import re
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,27 @@ def test_a_long_name_is_quoted_by_its_beginning(llama_pair: Pair, options: dict[
     assert "x" * 20 in caught.value.message
     assert "x" * 101 not in caught.value.message
     assert "allowed: " in caught.value.message or "this service has" in caught.value.message
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_the_longest_deadline_of_either_service_ends_a_request(tiny_directories: dict[str, Path], side: str) -> None:
+    limits: dict[str, dict[str, str]] = {"prefill": {}, "decode": {"kv_memory": "64MiB"}}
+    limits[side] |= {"deadline": "0.5", "max_deadline": "0.5"}
+    long = Sampling(max_tokens=2000, ignore_eos=True)
+    with prefilled_by(tiny_directories["llama"], limits) as client, pytest.raises(DeadlineExceededError) as caught:
+        client.generate(TokenIds((5, 6, 7)), sampling=long, timeout=600).result()
+    assert "0.5 s, the longest that this server allows (--max-deadline)" in caught.value.message
+
+
+@contextlib.contextmanager
+def prefilled_by(model: Path, options: dict[str, dict[str, str]]) -> Iterator[SpectrumClient]:
+    """A client of a pair to which no request came before."""
+    with (
+        decode_server(model, **options["decode"]) as (_, _, decode_port),
+        prefill_server(model, [decode_port], **options["prefill"]) as (_, _, port),
+        SpectrumClient(f"127.0.0.1:{port}") as client,
+    ):
+        yield client
 
 
 def test_a_deadline_too_short_is_exceeded(llama_pair: Pair) -> None:

@@ -3,15 +3,17 @@
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
+from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.request import Message, Prompt, Sampling
 from spectrumkv.common.errors import CancelledError, InvalidArgumentError
 from spectrumkv.common.rpc.scope import RpcScope
-from tests.services.pair import Pair, total, wait_until_nothing_is_held
+from tests.services.pair import Pair, prefill_server, total, wait_until_nothing_is_held
 
 # The small models' context holds 2,048 tokens, and each digit is a token.
 DIGITS = "7" * 200_000
@@ -71,6 +73,18 @@ def test_a_request_that_is_refused_is_not_tried_again(llama_pair: Pair) -> None:
     before = total(llama_pair.prefill_metrics, "requests_total")
     refusal(llama_pair, DIGITS)
     assert total(llama_pair.prefill_metrics, "requests_total") == before + 1
+
+
+def test_a_request_that_is_refused_goes_to_no_other_prefill(
+    llama_pair: Pair, tiny_directories: dict[str, Path]
+) -> None:
+    with prefill_server(tiny_directories["llama"], [llama_pair.decode_port]) as (_, other, port):
+        before = total(llama_pair.prefill_metrics, "requests_total")
+        both = f"127.0.0.1:{llama_pair.prefill_port},127.0.0.1:{port}"
+        with SpectrumClient(both) as client, pytest.raises(InvalidArgumentError, match="more than 2048 tokens"):
+            client.generate(DIGITS, sampling=Sampling(max_tokens=1)).result()
+        asked = total(llama_pair.prefill_metrics, "requests_total") - before + total(other, "requests_total")
+        assert asked == 1
 
 
 def test_few_long_texts_are_tokenized_at_once(llama_pair: Pair, watched: Watched) -> None:

@@ -1,4 +1,4 @@
-"""`spectrumkv up` and `demo` are killed in a way that they cannot notice: their services end all the same."""
+"""`spectrumkv up` and `demo` are killed, mostly in a way that they cannot notice: their services end all the same."""
 
 import os
 import select
@@ -17,7 +17,8 @@ from tests.client.local.test_running_pair import ANY_PORTS, UP, fake_services
 __all__ = ["fake_services"]
 
 SECONDS = 20.0
-KILLS = [signal.SIGKILL, signal.SIGQUIT]
+# SIGHUP comes when a terminal is closed; `up` and `demo` stop their services in order then.
+KILLS = [signal.SIGKILL, signal.SIGQUIT, signal.SIGHUP]
 
 
 @contextmanager

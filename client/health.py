@@ -12,6 +12,7 @@ from spectrumkv.client.cli import flags
 from spectrumkv.client.readiness import is_serving
 from spectrumkv.common.errors import SpectrumKVError
 from spectrumkv.common.rpc.channel import open_channel
+from spectrumkv.common.telemetry.log_output import prepare_standard_streams
 
 SERVER_VARIABLE = "SPECTRUMKV_SERVER"
 DEFAULT_TIMEOUT_SECONDS = 5.0
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the words of the command line; None takes those of the process.
     """
+    prepare_standard_streams()
     parsed = build_parser().parse_args(arguments)
     try:
         with open_channel(parsed.server, flags.channel_security(parsed)) as channel:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from spectrumkv.client.cli.output import OutputError, named_output, show_any_character
 from spectrumkv.common.errors import SpectrumKVError
-from spectrumkv.common.telemetry.log_output import occupy_standard_descriptors
+from spectrumkv.common.telemetry.log_output import prepare_standard_streams
 
 EXIT_ERROR = 1
 # Shells report this status for a program that SIGINT ended.
@@ -52,7 +52,7 @@ def run_command(
     Returns:
         The exit status.
     """
-    occupy_standard_descriptors()
+    prepare_standard_streams()
     show_any_character()
     parsed = parser.parse_args(arguments)
     try:

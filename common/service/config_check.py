@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import NoReturn
 
@@ -31,7 +32,9 @@ def run_check(check: Callable[[], Iterator[Line]]) -> NoReturn:
     try:
         lines = list(check())
     except SpectrumKVError as error:
-        sys.stderr.write(f"error: {error.message}\n")
+        # A stream that is full changes no status.
+        with suppress(OSError):
+            sys.stderr.write(f"error: {error.message}\n")
         sys.exit(EXIT_UNUSABLE)
     width = max(len(subject) for subject, _ in lines)
     sys.stdout.writelines(f"{subject:{width}}  {text}\n" for subject, text in lines)

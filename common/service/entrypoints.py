@@ -12,6 +12,7 @@ from pathlib import Path
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.service import machine
+from spectrumkv.common.telemetry.log_output import prepare_standard_streams
 
 
 def prefill() -> None:
@@ -26,6 +27,7 @@ def decode() -> None:
 
 def gateway() -> None:
     """Run `spectrumkv-gateway`."""
+    prepare_standard_streams()
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         needed = " and ".join(missing)
@@ -51,6 +53,7 @@ def limit_threads(threads: int | None) -> None:
 
 
 def _run(program: str, module: str, config_class: str) -> None:
+    prepare_standard_streams()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     limit_threads(_threads_asked_for(program, config_class))
     _call_main(module)

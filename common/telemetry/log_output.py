@@ -7,6 +7,7 @@ the last words of a process that dies are there. With the standard library's Que
 its lines wait for a thread.
 """
 
+import atexit
 import logging
 import os
 import select
@@ -169,7 +170,7 @@ def open_log() -> LogOutput:
     threads must not wait. On Linux a pipe is opened a second time as one that never blocks: the flag belongs to the
     opened file, and the first one may be shared with other processes.
     """
-    occupy_standard_descriptors()
+    prepare_standard_streams()
     if sys.stderr is None:
         # The process was started without one, and libraries count on it.
         sys.stderr = open(STDERR, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  # it stays open
@@ -182,14 +183,27 @@ def open_log() -> LogOutput:
     return LogOutput(STDERR)
 
 
-def occupy_standard_descriptors() -> None:
-    """Open the null device where a standard stream is closed.
+def prepare_standard_streams() -> None:
+    """Open the null device where a standard stream is closed, and keep the exit status where standard error is full.
 
-    Otherwise the next socket that is opened gets its number, and what is meant for standard error goes there.
+    Otherwise the next socket that is opened gets the number of the closed one, and what is meant for standard error
+    goes there. And what standard error did not take, Python writes once more at the end: where that fails, too, it
+    makes the exit status 120.
     """
     while (opened := os.open(os.devnull, os.O_RDWR)) <= STDERR:
         pass
     os.close(opened)
+    atexit.unregister(_forget_what_is_left)
+    atexit.register(_forget_what_is_left)
+
+
+def _forget_what_is_left() -> None:
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except OSError:
+        # Nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)
 
 
 def _encoded(line: str) -> bytes:

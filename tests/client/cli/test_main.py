@@ -180,7 +180,8 @@ def generate(prefill, *flags, shell="exec", **environment):
         capture_output=True,
         timeout=30,
         check=False,
-        env=os.environ | environment,
+        # With this variable Python never has anything left to write at its end.
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | environment,
     )
 
 

@@ -1,5 +1,6 @@
 """What is wrong with a service's options is said before anything is loaded."""
 
+import os
 import platform
 import re
 import socket
@@ -132,3 +133,24 @@ def test_a_working_directory_that_was_removed_is_named(tmp_path: Path, command: 
     )
     assert done.returncode == 1
     assert done.stderr == "error: the working directory was removed; start the service in another one\n"
+
+
+@pytest.mark.parametrize("closed", ["2>/dev/full", "2>&-"])
+@pytest.mark.parametrize(
+    ("code", "arguments", "status"),
+    [
+        ("from spectrumkv.common.service.entrypoints import decode; decode()", "--kv-memory lots", 1),
+        ("from spectrumkv.common.service.entrypoints import prefill; prefill()", "--check-config --budget 7", 2),
+        ("from spectrumkv.common.service.entrypoints import gateway; gateway()", "--tls-cert /x", 1),
+        ("import sys; from spectrumkv.client.health import main; sys.exit(main())", "--server 127.0.0.1:1", 1),
+    ],
+    ids=["decode", "check", "gateway", "health"],
+)
+def test_an_error_that_nobody_can_be_told_keeps_its_status(
+    code: str, arguments: str, status: int, closed: str
+) -> None:
+    command = [sys.executable, "-c", code, *arguments.split()]
+    # Without this variable Python keeps what a full disk did not take, and tries again at its end.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    shell = ["/bin/sh", "-c", f'exec "$@" {closed}', "sh"]
+    assert subprocess.run([*shell, *command], env=environment, timeout=120, check=False).returncode == status

@@ -55,6 +55,8 @@ def copied(tmp_path: Path) -> Path:
 def run(copied: Path, before: str = "", **variables: str) -> tuple[int, int]:
     """What the caller returns in a process of its own, and how much of it was in the cache."""
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"} | variables
+    # Python itself keeps half of a module's bytecode where the disk is full, and fails on it later (importlib).
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
     done = subprocess.run(
         [sys.executable, "-c", before + RUN],
         env=environment | {"PYTHONPATH": str(copied.parents[2])},

@@ -10,13 +10,14 @@ from typing import Any
 from spectrumkv import decode_server, kernels
 from spectrumkv.bench.methods.method import MethodName
 from spectrumkv.bench.quality.scoring import WindowScore
-from spectrumkv.bench.report.kept_outcomes import KeptOutcomes, Key, packages_digest
+from spectrumkv.bench.report.kept_outcomes import KeptOutcomes, Key, modules_digest
 from spectrumkv.common import kv, model
-from spectrumkv.prefill_server import engine, transfer, tuning
+from spectrumkv.common.rpc import decode_stream
+from spectrumkv.prefill_server import engine, transfer, tuning, verdict
 
-# What the services would send, and how predictions over it are compared, is in these packages. Others, such as those
-# of connections, change more often, and no score changes with them.
-MEASURED_PACKAGES = (kv, model, kernels, engine, transfer, tuning, decode_server)
+# What the services would send, the framing that is counted with it, and how predictions over it are compared, is in
+# these. Others, such as those of connections, change more often, and no score changes with them.
+MEASURED_MODULES = (kv, model, kernels, engine, transfer, tuning, verdict, decode_server, decode_stream)
 ALLOWED = "a file that {} wrote with the same text, windows, model, versions and sources, or a new one"
 
 
@@ -59,8 +60,8 @@ class KeptScores:
 
 
 def sources_digest() -> str:
-    """Return the SHA-256 of the sources of `MEASURED_PACKAGES`, which tells apart two states of the code."""
-    return packages_digest(MEASURED_PACKAGES)
+    """Return the SHA-256 of the sources of `MEASURED_MODULES`, which tells apart two states of the code."""
+    return modules_digest(MEASURED_MODULES)
 
 
 def _key(window: int, method: MethodName) -> Key:

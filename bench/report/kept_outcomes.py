@@ -110,15 +110,15 @@ class KeptOutcomes(Generic[Outcome]):
                 )
 
 
-def packages_digest(packages: Iterable[ModuleType]) -> str:
-    """Return the SHA-256 of the packages' sources, in hexadecimal, which tells apart two states of the code.
+def modules_digest(modules: Iterable[ModuleType]) -> str:
+    """Return the SHA-256 of the modules' sources, in hexadecimal, which tells apart two states of the code.
 
     Args:
-        packages: each in one folder.
+        modules: single ones, and packages with all that is below them.
     """
     digest = hashlib.sha256()
-    for package in packages:
-        (folder,) = package.__path__
-        for path in sorted(Path(folder).rglob("*.py")):
+    for module in modules:
+        source = Path(str(module.__file__))
+        for path in sorted(source.parent.rglob("*.py")) if hasattr(module, "__path__") else [source]:
             digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -54,12 +54,12 @@ def measured_versions(pair: "EnginePair") -> dict[str, Any]:
         UnavailableError: a server does not answer.
     """
     from spectrumkv import vllm_plugin
-    from spectrumkv.bench.quality.kept_scores import MEASURED_PACKAGES
-    from spectrumkv.bench.report.kept_outcomes import packages_digest
+    from spectrumkv.bench.quality.kept_scores import MEASURED_MODULES
+    from spectrumkv.bench.report.kept_outcomes import modules_digest
 
     return {
         "model": [pair.prefill.model, pair.decode.model],
         "vllm": [pair.prefill.version, pair.decode.version],
         "versions": versions(),
-        "sources": packages_digest((*MEASURED_PACKAGES, vllm_plugin)),
+        "sources": modules_digest((*MEASURED_MODULES, vllm_plugin)),
     }

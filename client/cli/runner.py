@@ -1,7 +1,6 @@
 """Run a command line: let commands register themselves, print errors as sentences, choose the exit status."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -12,7 +11,7 @@ from rich.console import Console
 
 from spectrumkv.client.cli.output import OutputError, named_output, show_any_character
 from spectrumkv.common.errors import SpectrumKVError
-from spectrumkv.common.telemetry.log_output import prepare_standard_streams
+from spectrumkv.common.telemetry.log_output import lead_nowhere, prepare_standard_streams
 
 EXIT_ERROR = 1
 # Shells report this status for a program that SIGINT ended.
@@ -82,7 +81,7 @@ def _complain(line: str) -> None:
 def _drop_output() -> None:
     """Redirect standard output to the null device, so that the flush at exit does not fail once more."""
     if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        lead_nowhere(sys.stdout.fileno())
 
 
 def status_and_message(error: SpectrumKVError) -> str:

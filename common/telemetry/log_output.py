@@ -203,7 +203,12 @@ def _forget_what_is_left() -> None:
             sys.stderr.flush()
     except OSError:
         # Nobody is left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)
+        lead_nowhere(STDERR)
+
+
+def lead_nowhere(descriptor: int) -> None:
+    """Redirect a descriptor to the null device, so that what is left for it cannot fail once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def _encoded(line: str) -> bytes:

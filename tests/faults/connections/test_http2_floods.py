@@ -1,7 +1,6 @@
 """Floods of HTTP/2's own frames, and of calls, against real services with an honest client."""
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,8 +10,8 @@ import pytest
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.local.pair_config import FREE_PORTS
 from spectrumkv.client.local.running_pair import RunningPair, running_pair
-from spectrumkv.client.request import Sampling, TokenIds
 from spectrumkv.common.errors import DeadlineExceededError, ResourceExhaustedError, UnavailableError
+from tests.faults.connections.asking import ask
 from tests.faults.connections.http2_floods import CALLS, FRAMES, send
 from tests.faults.connections.process import Process
 from tests.faults.report import tell
@@ -24,7 +23,7 @@ CONNECTIONS, SECONDS = 3, 2.0
 GROWTH_BYTES = 128 << 20
 # Each honest request, on a machine that the flood's senders keep busy, too.
 LONGEST_SECONDS = 10.0
-PROMPT = TokenIds(tuple(range(100, 148)))
+ANSWER_TOKENS = 8
 REFUSALS = (ResourceExhaustedError, UnavailableError, DeadlineExceededError)
 
 Flood = Callable[[str], Iterator[bytes]]
@@ -34,13 +33,6 @@ Flood = Callable[[str], Iterator[bytes]]
 def pair() -> Iterator[RunningPair]:
     with running_pair({"model": str(tiny_model("llama")), "int4": "on", "kv_memory": "16MiB", **FREE_PORTS}) as one:
         yield one
-
-
-def ask(client: SpectrumClient) -> float:
-    started = time.monotonic()
-    sampling = Sampling(max_tokens=8, ignore_eos=True)
-    assert len(client.generate(PROMPT, sampling=sampling, timeout=LONGEST_SECONDS).result().tokens) == 8
-    return time.monotonic() - started
 
 
 @contextmanager
@@ -57,7 +49,7 @@ def flooded(pair: RunningPair, service: str, flood: Flood, reads: bool) -> Itera
     grown = (process.status("VmRSS") << 10) - before
     with SpectrumClient(pair.address) as newcomer:
         newcomer.wait_until_serving(LONGEST_SECONDS)
-        ask(newcomer)
+        ask(newcomer, ANSWER_TOKENS, LONGEST_SECONDS)
     assert grown < GROWTH_BYTES
 
 
@@ -71,7 +63,7 @@ def test_a_flood_of_frames_holds_nobody_up(
     with SpectrumClient(pair.address) as client, flooded(pair, service, flood, reads) as floods:
         took = []
         while not all(one.done() for one in floods):
-            took.append(ask(client))
+            took.append(ask(client, ANSWER_TOKENS, LONGEST_SECONDS))
     sent, median = sum(one.result() for one in floods), statistics.median(took)
     tell(capsys, f"{service}, {flood.__name__}: {sent / 1e6:.0f} MB, requests {median * 1e3:.0f} ms")
 
@@ -87,7 +79,7 @@ def test_a_flood_of_calls_is_over_when_it_ends(
         served, refused = 0, 0
         while not all(one.done() for one in floods):
             try:
-                ask(client)
+                ask(client, ANSWER_TOKENS, LONGEST_SECONDS)
             except REFUSALS:
                 refused += 1
             else:

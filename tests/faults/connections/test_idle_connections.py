@@ -2,8 +2,6 @@
 
 import resource
 import socket
-import statistics
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -12,8 +10,8 @@ import pytest
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.local.pair_config import FREE_PORTS
 from spectrumkv.client.local.running_pair import RunningPair, running_pair
-from spectrumkv.client.request import Sampling, TokenIds
 from spectrumkv.common.service.config import Address
+from tests.faults.connections.asking import ask, median_of
 from tests.faults.connections.process import Process
 from tests.faults.report import tell
 from tests.tiny_models import tiny_model
@@ -24,18 +22,6 @@ STRANGER = "127.0.0.2"
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 IDLE, REQUESTS = 2000, 15
 FEW_FILES = 256
-PROMPT = TokenIds(tuple(range(100, 148)))
-
-
-def ask(client: SpectrumClient) -> float:
-    started = time.monotonic()
-    completion = client.generate(PROMPT, sampling=Sampling(max_tokens=12, ignore_eos=True), timeout=20).result()
-    assert len(completion.tokens) == 12
-    return time.monotonic() - started
-
-
-def median_of(client: SpectrumClient) -> float:
-    return statistics.median(ask(client) for _ in range(REQUESTS))
 
 
 @contextmanager
@@ -106,12 +92,12 @@ def test_idle_connections_do_not_use_up_a_processs_files(service: str, capsys: p
 @pytest.mark.slow
 def test_what_idle_connections_cost_where_they_are_allowed(capsys: pytest.CaptureFixture[str]) -> None:
     with services(8192, max_connections_per_address="4096") as pair, SpectrumClient(pair.address) as client:
-        median_of(client)
-        process, quiet = Process(pair.prefill.address.port), median_of(client)
+        median_of(client, REQUESTS)
+        process, quiet = Process(pair.prefill.address.port), median_of(client, REQUESTS)
         before = process.files, process.status("VmRSS"), process.status("Threads")
         with idle_connections(pair.prefill.address, IDLE) as held:
             until(lambda: process.files >= before[0] + IDLE)
-            beside = median_of(client)
+            beside = median_of(client, REQUESTS)
             after = process.files, process.status("VmRSS"), process.status("Threads")
             assert all(map(is_open, held))
         files, kilobytes, threads = (new - old for new, old in zip(after, before, strict=True))

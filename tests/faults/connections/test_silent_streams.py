@@ -9,7 +9,7 @@ import pytest
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.local.pair_config import FREE_PORTS
 from spectrumkv.client.local.running_pair import RunningPair, running_pair
-from spectrumkv.client.request import Sampling, TokenIds
+from tests.faults.connections.asking import ask
 from tests.faults.connections.silent_streams import fill, silent_connections
 from tests.faults.report import tell
 from tests.tiny_models import tiny_model
@@ -27,21 +27,19 @@ METHODS = {
 CONNECTIONS, STREAMS = 10, 100
 REQUESTS, REFILLS = 20, 5
 DEADLINE_EXCEEDED = "4"
-PROMPT = TokenIds(tuple(range(100, 148)))
 
 
-def ask(client: SpectrumClient) -> float:
+def ask_all(client: SpectrumClient) -> float:
     """Return the seconds that a request takes, with the questions that a load balancer and an operator ask."""
     started = time.monotonic()
     assert client.is_serving()
     client.server_info(timeout=10)
-    completion = client.generate(PROMPT, sampling=Sampling(max_tokens=12, ignore_eos=True), timeout=10).result()
-    assert len(completion.tokens) == 12
+    ask(client, timeout=10)
     return time.monotonic() - started
 
 
 def median_of(client: SpectrumClient) -> float:
-    return statistics.median(ask(client) for _ in range(REQUESTS))
+    return statistics.median(ask_all(client) for _ in range(REQUESTS))
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +57,12 @@ def test_silent_calls_hold_nobody_up(pair: RunningPair, service: str, capsys: py
         quiet = median_of(client)
         with silent_connections(address, CONNECTIONS) as connections:
             fill(connections, METHODS[service], STREAMS)
-            ask(client)
+            ask_all(client)
             attacked = median_of(client)
             for _ in range(REFILLS):
                 # Those that were ended are opened again: nobody is refused, though refusals take their time.
                 fill(connections, METHODS[service], STREAMS)
-                ask(client)
+                ask_all(client)
             assert_others_come_in(address)
             assert all(one.is_connected for one in connections)
     tell(capsys, f"{service}: {quiet * 1e3:.1f} ms on a quiet day, {attacked * 1e3:.1f} ms beside silent calls")

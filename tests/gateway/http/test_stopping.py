@@ -123,8 +123,9 @@ def is_refused(gateway: GatewayProcess) -> bool:
         gateway.connect().connect()
     except ConnectionRefusedError:
         return True
-    except ConnectionResetError:  # The system resets what waits in a queue whose listener has just closed.
-        return False
+    except ConnectionResetError:
+        # The system resets what waits in a queue whose listener has just closed.
+        pass
     return False
 
 

@@ -9,6 +9,8 @@ hangs on the last bit.
 
 import functools
 import hashlib
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -213,3 +215,12 @@ def _add_key_outlier(model: PreTrainedModel) -> None:
     # hardly turns, so the outlier adds nearly the same to every logit and softmax takes it away again.
     bias = model.model.layers[0].self_attn.k_proj.bias.view(model.config.num_key_value_heads, -1)
     bias[:, bias.shape[1] // 2 - 1] = 60.0
+
+
+def write_weights_that_no_memory_holds(path: Path) -> None:
+    """Write a file of half-precision weights as large as this machine's memory; it has holes and takes no room."""
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    header = json.dumps({"weight": {"dtype": "F16", "shape": [size // 2], "data_offsets": [0, size]}}).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(file.tell() + size)

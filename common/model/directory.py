@@ -3,7 +3,9 @@
 The directory is the embedded default's, a local one, or a download from the hub.
 """
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +37,15 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 # A longer explanation of a library is cut: some are pages.
 _LONGEST_EXPLANATION = 400
+
+# Errors of the system that say nothing against a file. Libraries may pass on the text alone, inside their own error.
+_NOT_THE_FILES_FAULT = {
+    errno.ENOMEM: "give the service more memory or name a smaller model",
+    # Before EMFILE, whose text its own begins with.
+    errno.ENFILE: "let this machine open more files (fs.file-max)",
+    errno.EMFILE: "let this process open more files (ulimit -n)",
+    errno.EACCES: "let this process's user read it",
+}
 
 # The class that transformers names for a tokenizer that is all that tokenizer.json says.
 GENERIC_TOKENIZER = "TokenizersBackend"
@@ -176,11 +187,19 @@ def refuse_damage(what: str) -> Iterator[None]:
         if isinstance(error, LookupError | ArithmeticError | AttributeError) or not explanation:
             # These say little without their names.
             explanation = f"{type(error).__name__} {explanation}".strip()
+        remedy = _remedy(error)
         if len(explanation) > _LONGEST_EXPLANATION:
             explanation = f"{explanation[:_LONGEST_EXPLANATION]}…"
-        raise FailedPreconditionError(
-            f"cannot read {what}: {explanation}; correct it or fetch the model again"
-        ) from error
+        raise FailedPreconditionError(f"cannot read {what}: {explanation}; {remedy}") from error
+
+
+def _remedy(error: Exception) -> str:
+    """Return what to do about an error in reading a file."""
+    number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+    for cause, remedy in _NOT_THE_FILES_FAULT.items():
+        if number == cause or os.strerror(cause) in str(error):
+            return remedy
+    return "correct it or fetch the model again"
 
 
 def tokenizer_class(directory: Path) -> type[AutoTokenizer] | type[PreTrainedTokenizerFast]:

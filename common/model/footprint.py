@@ -26,7 +26,8 @@ def weights_bytes(directory: Path, dtype: torch.dtype) -> int:
     """
     count = 0
     for path in weight_files(directory):
-        with refuse_damage(f"{path.name} of the model in {directory}"), safe_open(path, framework="pt") as tensors:
+        # "pt" maps a file for writing, which Linux refuses where it is larger than the memory; "np" maps it to read.
+        with refuse_damage(f"{path.name} of the model in {directory}"), safe_open(path, framework="np") as tensors:
             count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
     return count * dtype.itemsize
 

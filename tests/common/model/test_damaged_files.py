@@ -1,6 +1,8 @@
 """Whatever stands in a model's files, it loads or is refused in a sentence that names the file."""
 
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from spectrumkv.common.errors import FailedPreconditionError
+from spectrumkv.common.model.directory import refuse_damage
 from spectrumkv.common.model.load import load_model
 from spectrumkv.common.model.spec import ModelSpec
 from tests.tiny_models import tiny_model
@@ -171,3 +174,24 @@ def test_a_tokenizers_configuration(copied: Path, content: str) -> None:
 def test_a_tokenizer(copied: Path, content: str) -> None:
     written_over(copied / "tokenizer.json", content)
     loads_or_names(copied, r"tokenizer\.json|the tokenizer in .*copied")
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (MemoryError(), "give the service more memory"),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "give the service more memory"),
+        (RuntimeError(f"unable to mmap 8 bytes: {os.strerror(errno.ENOMEM)} (12)"), "give the service more memory"),
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "ulimit -n"),
+        (RuntimeError(f"unable to open: {os.strerror(errno.ENFILE)} (23)"), "fs.file-max"),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES)), "let this process's user read it"),
+        (RuntimeError("unexpected end"), "correct it or fetch the model again"),
+    ],
+    ids=repr,
+)
+def test_what_a_sound_file_is_not_to_blame_for(error: Exception, remedy: str) -> None:
+    with (
+        pytest.raises(FailedPreconditionError, match=rf"cannot read the weights: .+; .*{remedy}"),
+        refuse_damage("the weights"),
+    ):
+        raise error

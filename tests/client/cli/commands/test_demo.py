@@ -11,7 +11,7 @@ import pytest
 
 from spectrumkv.client.local.pair_config import FREE_PORTS
 from spectrumkv.client.local.running_pair import running_pair
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_model, write_weights_that_no_memory_holds
 
 COMMAND = [sys.executable, "-m", "spectrumkv.client.cli.main"]
 
@@ -37,12 +37,11 @@ def test_demo_asks_a_base_model_with_a_short_context(base_model: Path) -> None:
 
 @pytest.mark.slow
 def test_demo_says_which_command_takes_an_option_that_a_service_names(base_model: Path) -> None:
-    config = json.loads((base_model / "config.json").read_text()) | {"max_position_embeddings": 96}
-    (base_model / "config.json").write_text(json.dumps(config))
+    write_weights_that_no_memory_holds(base_model / "model.safetensors")
     command = [*COMMAND, "demo", "--model", str(base_model)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 1
-    assert "start with --int4 on or --int4 off" in done.stderr
+    assert "name a smaller model or --dtype bfloat16" in done.stderr
     assert "spectrumkv up takes every option that the services name" in done.stdout
 
 

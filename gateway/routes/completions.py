@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from spectrumkv.client.request import Prompt, Request
+from spectrumkv.client.request import Prompt, Request, Sampling
 from spectrumkv.client.tools import Tools
 from spectrumkv.gateway.answers.chat import ChatWriter
 from spectrumkv.gateway.answers.completion import CompletionWriter
@@ -25,30 +25,36 @@ router = APIRouter()
 async def completions(request: HttpRequest) -> Response:
     """Return completions of prompts."""
     fields = await read_body(CompletionFields, request)
-    gateway = gateway_of(request)
-    writer = await _writer(CompletionWriter, fields, request, _options(fields))
-    requests = _requests(fields, fields.prompts, request)
-    return await gateway.answer(fields, requests, writer, caller_of(request))
+    sampling = fields.sampling()
+    options = _options(fields, sampling)
+    requests = _requests(fields, sampling, options, fields.prompts, request)
+    writer = await _writer(CompletionWriter, fields, request, options)
+    return await gateway_of(request).answer(fields, requests, writer, caller_of(request))
 
 
 @router.post("/v1/chat/completions", openapi_extra=documented_by(ChatFields))
 async def chat_completions(request: HttpRequest) -> Response:
     """Return the answer in a conversation."""
     fields = await read_body(ChatFields, request)
+    sampling = fields.sampling()
+    options = _options(fields, sampling)
+    requests = _requests(fields, sampling, options, [fields.prompt()], request)
     gateway = gateway_of(request)
-    options = _options(fields)
     if fields.offered_tools.may_be_called:
         options = replace(options, call_format=await gateway.tool_call_format(caller_of(request)))
     writer = await _writer(ChatWriter, fields, request, options)
-    requests = _requests(fields, [fields.prompt()], request)
     return await gateway.answer(fields, requests, writer, caller_of(request))
 
 
 def _requests(
-    fields: CompletionFields | ChatFields, prompts: Sequence[Prompt], request: HttpRequest
+    fields: CompletionFields | ChatFields,
+    sampling: Sampling,
+    options: AnswerOptions,
+    prompts: Sequence[Prompt],
+    request: HttpRequest,
 ) -> list[Request]:
     """Return a request to prefill for each prompt; several have the HTTP request's id with their place."""
-    options, sampling, kv = _options(fields), fields.sampling(), fields.kv_choice()
+    kv = fields.kv_choice()
     echoed_logprobs = sampling.logprobs if options.echo else None
     name = _name(fields, request)
     ids = [name] if len(prompts) == 1 else [f"{name}-{place}" for place in range(len(prompts))]
@@ -77,12 +83,12 @@ async def _writer(
     return kind(_name(fields, request), model, gateway.texts, caller.authorization, options)
 
 
-def _options(fields: CompletionFields | ChatFields) -> AnswerOptions:
+def _options(fields: CompletionFields | ChatFields, sampling: Sampling) -> AnswerOptions:
     """Return what the choices of the answer have."""
     return AnswerOptions(
         answers=fields.answers,
         echo=isinstance(fields, CompletionFields) and bool(fields.echo),
-        logprobs=fields.sampling().logprobs is not None,
+        logprobs=sampling.logprobs is not None,
         prompt_logprobs=fields.prompt_logprobs is not None,
         token_ids=bool(fields.return_token_ids),
         tokens_as_ids=bool(fields.return_tokens_as_token_ids),

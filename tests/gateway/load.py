@@ -16,8 +16,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -27,10 +27,9 @@ from spectrumkv.client.request import Request
 
 PREFILL, GATEWAY = "127.0.0.1:18741", ("127.0.0.1", 18742)
 BODY = b'{"prompt": "Hello", "model": "paced", "stream": true}'
-ASKED = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (
-    len(BODY),
-    BODY,
-)
+ASKED = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(BODY), BODY)
+LAST_EVENT, LAST_CHUNK = b"data: [DONE]\n\n", b"0\r\n\r\n"
+Ask = Callable[[], Awaitable[None]]
 # Of the requests of `memory`, so many callers leave after the first event.
 LEAVE = 0.2
 
@@ -89,48 +88,66 @@ def gateway() -> AbstractContextManager["subprocess.Popen[str]"]:
     return started("spectrumkv.gateway", listen, f"--prefill={PREFILL}", ready="serving HTTP")
 
 
-async def over_http(found: Latencies, tokens: int) -> None:
-    """Read one stream of the gateway's."""
-    sent = time.perf_counter()
+@asynccontextmanager
+async def http_caller(found: Latencies, tokens: int) -> AsyncIterator[Ask]:
+    """Connect to the gateway once, as clients with a pool do, and read one stream at each call."""
     reader, writer = await asyncio.open_connection(*GATEWAY, limit=1 << 20)
-    writer.write(ASKED)
-    arrivals = []
-    async for line in reader:
-        if line.startswith(b"data: {") and b'"finish_reason":null' in line:
-            arrivals.append(time.perf_counter())
+
+    async def ask() -> None:
+        sent = time.perf_counter()
+        writer.write(ASKED)
+        arrivals = []
+        while not LAST_EVENT.startswith(line := await reader.readline()):
+            if line.startswith(b"data: {") and b'"finish_reason":null' in line:
+                arrivals.append(time.perf_counter())
+        await reader.readuntil(LAST_CHUNK)
+        found.add(sent, arrivals, tokens)
+
+    yield ask
     writer.close()
-    found.add(sent, arrivals, tokens)
 
 
-async def over_grpc(client: AsyncSpectrumClient, found: Latencies, tokens: int) -> None:
-    """Read one stream of prefill's."""
-    sent = time.perf_counter()
-    arrivals = []
-    async with client.send(Request(prompt="Hello")) as stream:
-        async for _ in stream:
-            arrivals.append(time.perf_counter())
-    found.add(sent, arrivals, tokens)
+@asynccontextmanager
+async def grpc_caller(client: AsyncSpectrumClient, found: Latencies, tokens: int) -> AsyncIterator[Ask]:
+    """Read one stream of prefill's at each call; all callers share the client's connection."""
+
+    async def ask() -> None:
+        sent = time.perf_counter()
+        arrivals = []
+        async with client.send(Request(prompt="Hello")) as stream:
+            async for _ in stream:
+                arrivals.append(time.perf_counter())
+        found.add(sent, arrivals, tokens)
+
+    yield ask
 
 
-async def side_by_side(streams: int, rounds: int, seconds: float, ask: Callable[[], Awaitable[None]]) -> None:
+async def side_by_side(
+    streams: int, rounds: int, seconds: float, caller: Callable[[], AbstractAsyncContextManager[Ask]]
+) -> None:
     """Keep so many streams running; each begins at its own time, as callers do, and is followed by another."""
 
     async def one(place: int) -> None:
-        await asyncio.sleep(place / streams * seconds)
-        for _ in range(rounds):
-            await ask()
+        async with caller() as ask:
+            await asyncio.sleep(place / streams * seconds)
+            for _ in range(rounds):
+                await ask()
 
     await asyncio.gather(*(one(place) for place in range(streams)))
 
 
 async def compare(streams: int, tokens: int, gap: float, rounds: int) -> tuple[Latencies, Latencies]:
     """Run the two sides in turns, so many streams at once."""
+
+    async def both(streams: int, http: Latencies, direct: Latencies) -> None:
+        await side_by_side(streams, rounds, tokens * gap, lambda: grpc_caller(client, direct, tokens))
+        await side_by_side(streams, rounds, tokens * gap, lambda: http_caller(http, tokens))
+
     http, direct = Latencies(), Latencies()
     async with AsyncSpectrumClient(PREFILL) as client:
-        await asyncio.gather(over_http(Latencies(), tokens), over_grpc(client, Latencies(), tokens))
+        await both(1, Latencies(), Latencies())
         for _ in range(2):
-            await side_by_side(streams, rounds, tokens * gap, lambda: over_grpc(client, direct, tokens))
-            await side_by_side(streams, rounds, tokens * gap, lambda: over_http(http, tokens))
+            await both(streams, http, direct)
     return http, direct
 
 
@@ -143,7 +160,7 @@ async def one_of_many(chance: random.Random) -> None:
         await reader.readuntil(b"\n\n")
         await reader.readline()
     else:
-        assert b"data: [DONE]" in await reader.read()
+        await reader.readuntil(LAST_EVENT)
     writer.close()
 
 

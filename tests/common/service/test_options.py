@@ -1,4 +1,6 @@
+import asyncio
 import math
+import socket
 
 import pytest
 from hypothesis import given
@@ -73,3 +75,23 @@ def test_numbers_outside_their_range_are_refused(value):
 def test_whole_numbers_are_whole(text):
     with pytest.raises(ValueError, match="a whole number from 1 to 4096"):
         number(1, 4096, int)(text)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_asyncio_sends_at_once_what_follows_unacknowledged_bytes(host: str) -> None:
+    async def accepted_without_delay() -> bool:
+        found = asyncio.get_running_loop().create_future()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with Address(host, 0).listener() as listener:
+            async with await asyncio.start_server(serve, sock=listener):
+                _, writer = await asyncio.open_connection(*listener.getsockname()[:2])
+                try:
+                    return bool(await found)
+                finally:
+                    writer.close()
+
+    assert asyncio.run(accepted_without_delay())

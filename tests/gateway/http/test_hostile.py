@@ -223,7 +223,8 @@ def test_a_thousand_idle_connections_disturb_nobody(gateway: RunningGateway, mon
             started = time.monotonic()
             assert gateway.complete(model="m").status == 200
             slowest = max(slowest, time.monotonic() - started)
-        assert slowest < 2.0
+        # A connection that sends nothing lasts this long, so that whoever waits for one waits for longer.
+        assert slowest < connection.HEAD_SECONDS / 2
         # The oldest ones made room, and were told so.
         answer = read_answer(idle[0])
         assert (answer.status, answer.headers["retry-after"]) == (503, "1")

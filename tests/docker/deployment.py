@@ -10,6 +10,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from spectrumkv.common.telemetry.metrics import Metrics
+from spectrumkv.gateway.metrics import GatewayMetrics
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -53,11 +54,11 @@ def command(file: str, service: str, **environment: str) -> list[str]:
 
 
 def metric_names() -> set[str]:
-    """Every series name that a service exposes."""
+    """Every series name that a service or the gateway exposes."""
     suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_count", "_sum"], "gauge": [""]}
-    registry = CollectorRegistry()
-    Metrics(registry)
-    return {family.name + suffix for family in registry.collect() for suffix in suffixes[family.type]}
+    registries = Metrics(CollectorRegistry()).registry, GatewayMetrics(CollectorRegistry()).registry
+    families = [family for registry in registries for family in registry.collect()]
+    return {family.name + suffix for family in families for suffix in suffixes[family.type]}
 
 
 def recorded_expressions() -> dict[str, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spectrumkv.common.telemetry.metrics import FRAMING, Metrics
+from spectrumkv.gateway.metrics import GatewayMetrics
 
 START = 1_700_000_000
 STEPS = 60
@@ -51,15 +52,19 @@ def _serve_one_request(prefill: Metrics, decode: Metrics) -> None:
 
 
 def _history() -> str:
-    """Both services' metrics over five minutes, as OpenMetrics with timestamps."""
-    services = {service: Metrics.for_process(service, "model") for service in ("prefill", "decode")}
+    """The metrics of both services and the gateway over five minutes, as OpenMetrics with timestamps."""
+    prefill, decode = (Metrics.for_process(service, "model") for service in ("prefill", "decode"))
+    gateway = GatewayMetrics.for_process()
+    registries = {"prefill": prefill.registry, "decode": decode.registry, "gateway": gateway.registry}
     lines: dict[str, list[str]] = {}
     for step in range(STEPS):
-        _serve_one_request(services["prefill"], services["decode"])
-        for service, metrics in services.items():
+        _serve_one_request(prefill, decode)
+        gateway.requests.labels("/v1/completions", "200").inc()
+        gateway.time_to_first_token.observe(0.2)
+        for service, registry in registries.items():
             where = {"job": f"spectrumkv-{service}", "instance": f"{service}:1"}
             samples: list[tuple[str, dict[str, str], float]] = [("up", {}, 1.0)]
-            for family in metrics.registry.collect():
+            for family in registry.collect():
                 samples += [(sample.name, sample.labels, sample.value) for sample in family.samples]
             for name, labels, value in samples:
                 text = ",".join(f'{key}="{given}"' for key, given in (where | labels).items())

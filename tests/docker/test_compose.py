@@ -1,4 +1,5 @@
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from spectrumkv.common.security import ChannelSecurity, ServerSecurity, TlsFiles
 from spectrumkv.common.service.command_line import load
 from spectrumkv.common.service.config import DecodeConfig, PrefillConfig, ServerConfig
 from spectrumkv.common.service.options import parse_bytes
+from spectrumkv.gateway.config import GatewayConfig
 from tests.docker.deployment import (
     COMPOSE_FILES,
     DOCKER,
@@ -192,7 +194,7 @@ def test_decode_is_ready_before_prefill_starts() -> None:
 def test_only_loopback_is_published_and_never_decode() -> None:
     services = read_compose(COMPOSE_FILES["gpu"])["services"]
     published = {name for name, definition in services.items() if "ports" in definition}
-    assert published == {"prefill", "prometheus", "grafana"}
+    assert published == {"prefill", "gateway", "prometheus", "grafana"}
     for name in published:
         for port in services[name]["ports"]:
             assert interpolate(port, {}).startswith("127.0.0.1:")
@@ -226,18 +228,18 @@ def test_memory_limits_can_be_set_and_leave_room_for_kv(file: str, service: str)
 def test_mounted_files_exist_and_volumes_are_declared() -> None:
     compose = read_compose(COMPOSE_FILES["gpu"])
     for definition in compose["services"].values():
-        for volume in definition["volumes"]:
+        for volume in definition.get("volumes", ()):
             source = volume.split(":")[0]
             assert (DOCKER / source).is_dir() if source.startswith(".") else source in compose["volumes"]
 
 
 def test_no_service_can_write_what_another_one_executes() -> None:
     services = read_compose(COMPOSE_FILES["gpu"])["services"]
-    sources = {name: {volume.split(":")[0] for volume in services[name]["volumes"]} for name in services}
+    sources = {name: {volume.split(":")[0] for volume in services[name]["volumes"]} for name in SERVICES}
     writable = [
         volume.split(":")[0]
         for definition in services.values()
-        for volume in definition["volumes"]
+        for volume in definition.get("volumes", ())
         if not volume.endswith(":ro")
     ]
     assert len(writable) == len(set(writable))
@@ -248,3 +250,55 @@ def test_images_of_others_are_pinned() -> None:
     for name in ("prometheus", "grafana"):
         image = read_compose(COMPOSE_FILES["gpu"])["services"][name]["image"]
         assert re.fullmatch(r"[\w/]+:v?\d+\.\d+\.\d+", image)
+
+
+def gateway(secured: bool) -> tuple[GatewayConfig, list[str]]:
+    """The gateway's options, and the health check of its container."""
+    path = SECURED if secured else COMPOSE_FILES["gpu"]
+    definition = read_compose(path)["services"]["gateway"]
+    program, *arguments = shlex.split(interpolate(definition["command"], {}))
+    assert program == "spectrumkv-gateway"
+    return load(GatewayConfig, arguments, program), definition["healthcheck"]["test"]
+
+
+@pytest.mark.parametrize("secured", [False, True], ids=["plaintext", "secured"])
+def test_the_gateway_asks_prefill_and_is_scraped_and_asked_at_its_own_port(secured: bool) -> None:
+    options, check = gateway(secured)
+    port = options.listen.port
+    assert [str(one) for one in options.prefill] == [f"prefill:{config('gpu', 'prefill').listen.port}"]
+    (mapping,) = read_compose(COMPOSE_FILES["gpu"])["services"]["gateway"]["ports"]
+    assert interpolate(mapping, {}) == f"127.0.0.1:{port}:{port}"
+    kind, program, flag, code = check
+    assert (kind, program, flag) == ("CMD", "python", "-c")
+    assert f'("127.0.0.1", {port}, ' in code
+    assert '"/health"' in code
+    scraped = yaml.safe_load((PROMETHEUS / f"{'secured' if secured else 'prometheus'}.yml").read_text())
+    (job,) = (one for one in scraped["scrape_configs"] if one["job_name"] == "spectrumkv-gateway")
+    assert [one["port"] for one in job["dns_sd_configs"]] == [port]
+    assert (job.get("scheme", "http"), options.tls_cert is not None) == (
+        ("https", True) if secured else ("http", False)
+    )
+
+
+def test_with_secrets_nothing_of_the_gateway_is_plaintext() -> None:
+    options, check = gateway(secured=True)
+    assert not options.allow_plaintext
+    assert options.tls_cert == f"{MOUNTED}/gateway.crt"
+    assert options.tls_key == f"{MOUNTED}/gateway.key"
+    assert options.prefill_tls_ca == f"{MOUNTED}/ca.crt"
+    # Callers' tokens go on to prefill.
+    assert (options.token_file, options.prefill_token_file) == (None, None)
+    assert f'cafile="{MOUNTED}/ca.crt"' in check[-1]
+    volumes = {name: one["volumes"] for name, one in read_compose(SECURED)["services"].items()}
+    assert [one.partition("}/")[2] for one in volumes["gateway"]] == [f"gateway:{MOUNTED}:ro"]
+    assert volumes["prometheus"][0] == "./prometheus/secured.yml:/etc/prometheus/prometheus.yml:ro"
+
+
+def test_prometheus_asks_the_same_of_secured_services() -> None:
+    plain, secured = (yaml.safe_load((PROMETHEUS / f"{name}.yml").read_text()) for name in ("prometheus", "secured"))
+    (job,) = (one for one in secured["scrape_configs"] if one["job_name"] == "spectrumkv-gateway")
+    assert (job.pop("scheme"), job.pop("tls_config")) == (
+        "https",
+        {"ca_file": f"{MOUNTED}/ca.crt", "server_name": "gateway"},
+    )
+    assert plain == secured

@@ -46,6 +46,9 @@ def test_configuration_is_valid() -> None:
     checked = promtool("check", "config", str(PROMETHEUS / "prometheus.yml"))
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert "2 rule files found" in checked.stdout
+    # The file of authorities is where Prometheus runs only.
+    checked = promtool("check", "config", "--syntax-only", str(PROMETHEUS / "secured.yml"))
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 @needs_promtool

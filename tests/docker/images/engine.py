@@ -143,7 +143,9 @@ class Project:
             text=True,
             check=False,
             timeout=timeout,
-            env=os.environ | {"PREFILL_PORT": "0", "PROMETHEUS_PORT": "0", "GRAFANA_PORT": "0"} | self.environment,
+            env=os.environ
+            | {"PREFILL_PORT": "0", "GATEWAY_PORT": "0", "PROMETHEUS_PORT": "0", "GRAFANA_PORT": "0"}
+            | self.environment,
         )
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
         assert "level=warning" not in done.stderr, done.stderr

@@ -1,7 +1,9 @@
 """The compose files without a GPU, as users start them: they answer, are scraped, drain, and come back."""
 
 import json
+import ssl
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,6 +32,7 @@ from tests.docker.prometheus_server import query
 
 TOKENS = {"client": "c" * 32, "decode": "d" * 32}
 DRAIN_SECONDS = 45.0
+ALL_UP = {"spectrumkv-prefill": "up", "spectrumkv-decode": "up", "spectrumkv-gateway": "up"}
 
 
 def answer(address: str, security: ChannelSecurity = ChannelSecurity()) -> str:  # noqa: B008  # frozen
@@ -42,8 +45,21 @@ def answer(address: str, security: ChannelSecurity = ChannelSecurity()) -> str: 
 def project(cpu_image: str, prometheus_image: str, model: Path) -> Iterator[Project]:
     environment = {"MODEL": "/model", "TEST_MODEL": str(model), "KV_MEMORY": "256MiB"}
     with Project("spectrumkv-test", ("compose.yaml", "compose.cpu.yaml"), environment) as started:
-        started.up("prefill", "decode", "prometheus")
+        started.up("gateway", "prometheus")
         yield started
+
+
+def ask_gateway(url: str, token: str | None = None, context: ssl.SSLContext | None = None) -> str:
+    """Ask for one of two answers, and return it."""
+    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {token}"} if token else {})
+    request = urllib.request.Request(f"{url}/v1/models", headers=headers)
+    with urllib.request.urlopen(request, timeout=10, context=context) as response:
+        (model,) = json.load(response)["data"]
+    asked = {"model": model["id"], "prompt": "Is it so?", "structured_outputs": {"choice": ["yes", "no"]}}
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(asked).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60, context=context) as response:
+        (choice,) = json.load(response)["choices"]
+    return str(choice["text"])
 
 
 def targets(url: str) -> dict[str, str]:
@@ -53,12 +69,11 @@ def targets(url: str) -> dict[str, str]:
     return {one["labels"]["job"]: one["health"] for one in active}
 
 
-def test_clients_are_answered_and_prometheus_scrapes_both(project: Project) -> None:
+def test_clients_are_answered_and_prometheus_scrapes_all(project: Project) -> None:
     address = project.published("prefill", 50051)
     assert len(answer(address)) > 0
     url = project.published("prometheus", 9090)
-    both = {"spectrumkv-prefill": "up", "spectrumkv-decode": "up"}
-    wait_for(lambda: targets(url) == both, "Prometheus has scraped both services", 60)
+    wait_for(lambda: targets(url) == ALL_UP, "Prometheus has scraped the services", 60)
 
     def counted() -> float:
         found = query(f"http://{url}", 'sum(spectrumkv_requests_total{job="spectrumkv-decode",code="OK"})', None)
@@ -67,36 +82,12 @@ def test_clients_are_answered_and_prometheus_scrapes_both(project: Project) -> N
     wait_for(lambda: counted() >= 1, "Prometheus has the request", 60)
 
 
-def test_the_gateway_of_the_image_answers_and_holds_answers_to_a_form(project: Project, cpu_image: str) -> None:
-    command = ["spectrumkv-gateway", "--listen=0.0.0.0:8000", "--prefill=prefill:50051", "--allow-plaintext"]
-    network = f"--network={project.name}_default"
-    gateway = docker("run", "--detach", "--no-healthcheck", *READ_ONLY, network, cpu_image, *command).strip()
-    try:
-        url = f"http://{container_address(gateway)}:8000"
-        wait_for(lambda: answers(f"{url}/health"), "the gateway is ready", 120)
-        with urllib.request.urlopen(f"{url}/v1/models", timeout=10) as response:
-            (model,) = json.load(response)["data"]
-        asked = {"model": model["id"], "prompt": "Is it so?", "structured_outputs": {"choice": ["yes", "no"]}}
-        headers = {"content-type": "application/json"}
-        request = urllib.request.Request(f"{url}/v1/completions", json.dumps(asked).encode(), headers)
-        with urllib.request.urlopen(request, timeout=60) as response:
-            (choice,) = json.load(response)["choices"]
-        assert choice["text"] in ("yes", "no")
-    finally:
-        docker("rm", "--force", gateway)
-
-
-def answers(url: str) -> bool:
-    """Whether a server says that it is ready."""
-    try:
-        with urllib.request.urlopen(url, timeout=10) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
+def test_the_gateway_answers_and_holds_answers_to_a_form(project: Project) -> None:
+    assert ask_gateway(f"http://{project.published('gateway', 8000)}") in ("yes", "no")
 
 
 def test_containers_have_the_limits_of_the_files(project: Project) -> None:
-    for service, memory in (("prefill", 6 << 30), ("decode", 6 << 30), ("prometheus", 2 << 30)):
+    for service, memory in (("prefill", 6 << 30), ("decode", 6 << 30), ("gateway", 2 << 30), ("prometheus", 2 << 30)):
         (container,) = project.containers(service)
         host = inspect(container)["HostConfig"]
         assert (host["ReadonlyRootfs"], host["Memory"], host["CapDrop"]) == (True, memory, ["ALL"])
@@ -145,12 +136,15 @@ class Secrets:
     authority: Authority = field(default_factory=lambda: Authority("ours"))
 
     def write(self) -> None:
-        for service in ("prefill", "decode"):
+        for service in ("prefill", "decode", "gateway", "prometheus"):
             own = self.folder / service
             own.mkdir(parents=True)
-            issued = self.authority.issue(service, names=(x509.DNSName(service),))
-            files = {"ca.crt": self.authority.cert, f"{service}.crt": issued.cert, f"{service}.key": issued.key}
-            files["decode-tokens"] = TOKENS["decode"].encode()
+            files = {"ca.crt": self.authority.cert}
+            if service != "prometheus":
+                issued = self.authority.issue(service, names=(x509.DNSName(service),))
+                files |= {f"{service}.crt": issued.cert, f"{service}.key": issued.key}
+            if service in ("prefill", "decode"):
+                files["decode-tokens"] = TOKENS["decode"].encode()
             if service == "prefill":
                 files["client-tokens"] = TOKENS["client"].encode()
             for name, content in files.items():
@@ -164,14 +158,14 @@ class Secrets:
 
 
 def test_with_secrets_each_service_is_healthy_and_asks_for_tokens(
-    cpu_image: str, model: Path, tmp_path: Path
+    cpu_image: str, prometheus_image: str, model: Path, tmp_path: Path
 ) -> None:
     secrets = Secrets(tmp_path / "secrets")
     secrets.write()
     files = ("compose.yaml", "compose.cpu.yaml", "compose.secured.yaml")
     environment = {"MODEL": "/model", "TEST_MODEL": str(model), "SECRETS_DIR": str(secrets.folder)}
     with Project("spectrumkv-test-secured", files, environment) as project:
-        project.up("prefill", "decode")
+        project.up("gateway", "prometheus")
         address = project.published("prefill", 50051)
         assert len(answer(address, secrets.of_clients)) > 0
         without_token = ChannelSecurity(secrets.of_clients.tls, server_name="prefill")
@@ -181,6 +175,15 @@ def test_with_secrets_each_service_is_healthy_and_asks_for_tokens(
         seen = project.compose("exec", "-T", "prefill", "ls", "/run/spectrumkv").split()
         assert "decode.key" not in seen
         assert "prefill.key" in seen
+        context = ssl.create_default_context(cafile=secrets.folder / "gateway" / "ca.crt")
+        # The address that Docker publishes is not in the certificate.
+        context.check_hostname = False
+        url = f"https://{project.published('gateway', 8000)}"
+        assert ask_gateway(url, TOKENS["client"], context) in ("yes", "no")
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            ask_gateway(url, context=context)
+        prometheus = project.published("prometheus", 9090)
+        wait_for(lambda: targets(prometheus) == ALL_UP, "Prometheus has scraped the secured services", 60)
 
 
 def test_the_baked_model_is_served_without_an_index(baked_image: str) -> None:

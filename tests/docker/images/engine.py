@@ -21,6 +21,8 @@ BUILD_VARIABLE = "IMAGE_BUILD"
 TEST_FILE = Path(__file__).parent / "compose.test.yaml"
 BUILD_SECONDS, START_SECONDS = 1800.0, 900.0
 LOOK_SECONDS = 0.1
+# Several projects may run here at once.
+ANY_PORT = dict.fromkeys(("PREFILL_PORT", "GATEWAY_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT"), "0")
 # What the compose files hold their containers to.
 READ_ONLY = ["--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
 

@@ -54,6 +54,6 @@ def test_a_documented_command_is_taken_without_a_warning(checkout: Path, command
 
 def test_the_second_worker_has_the_name_of_the_first_and_a_gpu_of_its_own(checkout: Path) -> None:
     (command,) = [one for one in COMMANDS if "decode-2" in one]
-    second = configured(checkout, command).split("\n  decode-2:\n")[1].split("\n  grafana:\n")[0]
+    second = configured(checkout, command).split("\n  decode-2:\n")[1].split("\n  gateway:\n")[0]
     assert re.search(r"aliases:\n\s+- decode\n", second)
     assert re.findall(r'device_ids:\n\s+- "(\d+)"\n', second) == ["2"]

@@ -18,10 +18,8 @@ from spectrumkv.common.errors import SpectrumKVError
 from spectrumkv.common.security import ChannelSecurity, TlsFiles
 from tests.common.security.certificates import Authority
 from tests.docker.images.engine import (
-    READ_ONLY,
     Project,
     container_address,
-    docker,
     health,
     inspect,
     metric,

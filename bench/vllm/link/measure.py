@@ -5,6 +5,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from spectrumkv.bench.link.network import DECODE_HOST, PREFILL_HOST, ShapedLink, shaped_link
@@ -63,7 +64,7 @@ def measure(
     vocabulary: int,
     on_step: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Ask every system over a link of each bandwidth, one pair of servers after the other: four take 16 GB.
+    """Ask every system in turn over a link of each bandwidth, with all servers running: four take 16 GB.
 
     Args:
         systems: of `SYSTEMS`.
@@ -73,7 +74,7 @@ def measure(
         output_tokens: tokens to generate, 3 or more.
         rounds: at each bandwidth.
         vocabulary: prompts are drawn from so many tokens.
-        on_step: called after each bandwidth of each pair with a text that names both.
+        on_step: called after each bandwidth with a text that names it.
 
     Returns:
         A row for each bandwidth and setting.
@@ -81,27 +82,26 @@ def measure(
     Raises:
         SpectrumKVError: the link cannot be made, or a server or a request failed.
     """
-    settings = settings_of(systems)
-    observed: dict[float, list[dict[str, Any]]] = {rate: [] for rate in megabits}
-    with shaped_link() as link:
-        for pair in pairs_of(systems):
-            mine = tuple(one for one in settings if PAIR_OF[one.system] == pair)
-            with running_pair(pair, engines, link):
-                for number, rate in enumerate(megabits):
-                    link.shape(rate * 1e6)
-                    errand = Errand(
-                        settings=mine,
-                        healthy=_health(pair),
-                        ready_seconds=READY_SECONDS,
-                        rounds=rounds,
-                        warm=number == 0,
-                        prompt_tokens=prompt_tokens,
-                        output_tokens=output_tokens,
-                        vocabulary=vocabulary,
-                    )
-                    observed[rate] += _run(link, errand)
-                    on_step(f"{pair}, {rate:g} Mb/s")
-    return [row for rate in megabits for row in rate_rows(rate, settings, observed[rate])]
+    settings, pairs = settings_of(systems), pairs_of(systems)
+    rows: list[dict[str, Any]] = []
+    with shaped_link() as link, ExitStack() as running:
+        for pair in pairs:
+            running.enter_context(running_pair(pair, engines, link))
+        for number, rate in enumerate(megabits):
+            link.shape(rate * 1e6)
+            errand = Errand(
+                settings=settings,
+                healthy=tuple(url for pair in pairs for url in _health(pair)),
+                ready_seconds=READY_SECONDS,
+                rounds=rounds,
+                warm=number == 0,
+                prompt_tokens=prompt_tokens,
+                output_tokens=output_tokens,
+                vocabulary=vocabulary,
+            )
+            rows += rate_rows(rate, settings, _run(link, errand))
+            on_step(f"{rate:g} Mb/s")
+    return rows
 
 
 def rate_rows(

@@ -47,7 +47,7 @@ class Errand:
     """Say what to ask.
 
     Attributes:
-        settings: asked in turn, in every round.
+        settings: asked in turn in every round, in the opposite order in every other one.
         healthy: URLs that answer 200 when all is ready.
         ready_seconds: until then.
         rounds: that count.
@@ -124,7 +124,7 @@ def _wait(url: str, seconds: float) -> None:
 def _observe(errand: Errand) -> Iterator[Observed]:
     for number in range(-errand.warm, errand.rounds):
         drawn = np.random.default_rng(number + 1).integers(3, errand.vocabulary, errand.prompt_tokens).tolist()
-        for setting in errand.settings:
+        for setting in errand.settings[:: -1 if number % 2 else 1]:
             before = link_bytes_sent()
             arrivals = _ask(setting, drawn, errand.output_tokens)
             if number >= 0:

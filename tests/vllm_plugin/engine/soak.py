@@ -32,17 +32,20 @@ class Wish:
         prompt: its token ids.
         params: `kv_transfer_params`.
         leaves: at which share of the time that a request usually takes the client leaves; None if it stays.
+        salt: of prefix caches: no KV is shared with requests that have another.
     """
 
     prompt: list[int]
     params: dict[str, Any]
     leaves: float | None
+    salt: str = "soak"
 
     @property
     def body(self) -> dict[str, Any]:
         return {
             "model": "tiny", "prompt": self.prompt, "max_tokens": GENERATED, "temperature": 0, "ignore_eos": True,
             "logprobs": TOP, "return_tokens_as_token_ids": True, "stream": True, "kv_transfer_params": self.params,
+            "cache_salt": self.salt,
         }  # fmt: skip
 
 
@@ -194,13 +197,31 @@ class Distance:
     kl: float
 
     @classmethod
-    def of(cls, answer: Answer, exact: list[dict[int, float]]) -> "Distance":
-        differences = [
-            abs(mine[token] - theirs[token])
-            for token, mine, theirs in zip(answer.tokens, answer.predictions, exact, strict=True)
-        ]
-        kl = [divergence(mine, theirs) for mine, theirs in zip(answer.predictions, exact, strict=True)]
+    def of(cls, answer: Answer, exact: list[dict[int, float]], places: int = GENERATED) -> "Distance":
+        """Compare the first `places` tokens of an answer."""
+        compared = list(zip(answer.tokens, answer.predictions, exact, strict=True))[:places]
+        differences = [abs(mine[token] - theirs[token]) for token, mine, theirs in compared]
+        kl = [divergence(mine, theirs) for _, mine, theirs in compared]
         return cls(max(differences), statistics.fmean(differences), statistics.fmean(kl))
+
+    def is_at_most(self, other: "Distance") -> bool:
+        return self.worst <= other.worst and self.mean <= other.mean and self.kl <= other.kl
+
+    def doubled(self) -> "Distance":
+        """What an answer to the same question may differ by: rounding depends on what else is computed with it."""
+        return Distance(2 * self.worst + 0.1, 2 * self.mean + 0.02, 2 * self.kl + 1e-3)
+
+
+def places_with_one_past(one: Answer, other: Answer) -> int:
+    """In how many places two answers to one question are predicted from the same tokens."""
+    return next(
+        (
+            place + 1
+            for place, (mine, theirs) in enumerate(zip(one.tokens, other.tokens, strict=True))
+            if mine != theirs
+        ),
+        GENERATED,
+    )
 
 
 def _token_id(name: str) -> int:

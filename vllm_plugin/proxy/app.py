@@ -59,7 +59,10 @@ class Proxy:
 
     async def _run(self, app: web.Application) -> AsyncIterator[None]:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
-        async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+        # A kept connection may be closed by its server (vLLM does after 5 s) as a request is sent on it, and whether
+        # the server took that request cannot be told. A new connection costs little beside a prompt.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
             self._session = session
             watching = [asyncio.create_task(group.watch(session)) for group in (self._prefill, self._decode)]
             yield

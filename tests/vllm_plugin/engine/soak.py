@@ -162,7 +162,9 @@ async def exact_predictions(url: str, answers: list[Answer], at_once: int) -> li
     numbers = itertools.count()
     found: list[list[dict[int, float]]] = [[] for _ in answers]
     timeout = aiohttp.ClientTimeout(total=240)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
+    # vLLM closes connections that it kept for 5 s, perhaps as the next request is sent.
+    connector = aiohttp.TCPConnector(force_close=True)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
 
         async def work() -> None:
             while (number := next(numbers)) < len(answers):

@@ -30,7 +30,9 @@ class Stub:
         floods: whether its stream has tokens without end.
         breaks: whether its stream breaks off after its first token.
         reports: how many of its next streams begin with an error, as those do whose KV did not come.
+        keeps: whether it answers more than one request on a connection; otherwise it closes it as the next one comes.
         asked: bodies of its requests.
+        callers: addresses of the connections that they came on.
         left: set when a client leaves while it hangs or floods.
     """
 
@@ -39,7 +41,9 @@ class Stub:
     floods: bool = False
     breaks: bool = False
     reports: int = 0
+    keeps: bool = True
     asked: list[dict[str, Any]] = field(default_factory=list)
+    callers: set[Any] = field(default_factory=set)
     left: asyncio.Event = field(default_factory=asyncio.Event)
     url: str = ""
 
@@ -60,6 +64,12 @@ class Stub:
 
     async def complete(self, http: web.Request) -> web.StreamResponse:
         body = await http.json()
+        assert http.transport is not None
+        caller = http.transport.get_extra_info("peername")
+        if not self.keeps and caller in self.callers:
+            http.transport.close()
+            raise ConnectionResetError
+        self.callers.add(caller)
         self.asked.append(body)
         if self.fails:
             self.fails -= 1
@@ -229,6 +239,13 @@ def test_another_prefill_server_takes_over() -> None:
 
     serve([broken, well], [Stub()], check)
     assert len(well.asked) == 1
+
+
+def test_a_server_that_closes_connections_as_requests_come_fails_none() -> None:
+    async def check(session: Any, url: str) -> None:
+        assert [(await post(session, url))[0] for _ in range(4)] == [200] * 4
+
+    serve([Stub(keeps=False)], [Stub(keeps=False)], check)
 
 
 def test_a_refusal_reaches_the_client_as_it_is() -> None:

@@ -1,14 +1,27 @@
-"""The dashboard's panels, and their queries as Grafana sends them to Prometheus."""
+"""The dashboards' panels, and their queries as Grafana sends them to Prometheus."""
 
 import json
 import re
 from typing import Any
 
-from tests.docker.deployment import DASHBOARD, recorded_expressions
+from tests.docker.deployment import DASHBOARD, VLLM_DASHBOARD, recorded_expressions
 
-DOCUMENT: dict[str, Any] = json.loads(DASHBOARD.read_text())
-PANELS: list[dict[str, Any]] = [panel for panel in DOCUMENT["panels"] if panel["type"] != "row"]
-EXPRESSIONS: list[str] = [target["expr"] for panel in PANELS for target in panel["targets"]]
+
+def panels(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a dashboard shows, without its headings."""
+    return [panel for panel in document["panels"] if panel["type"] != "row"]
+
+
+def expressions(document: dict[str, Any]) -> list[str]:
+    """All queries of a dashboard."""
+    return [target["expr"] for panel in panels(document) for target in panel["targets"]]
+
+
+DOCUMENTS: dict[str, dict[str, Any]] = {
+    path.stem: json.loads(path.read_text()) for path in (DASHBOARD, VLLM_DASHBOARD)
+}
+# Those of the services and the gateway.
+PANELS, EXPRESSIONS = panels(DOCUMENTS[DASHBOARD.stem]), expressions(DOCUMENTS[DASHBOARD.stem])
 
 
 def as_promql(expression: str, rate_interval: str = "1m") -> str:

@@ -11,11 +11,15 @@ from prometheus_client import CollectorRegistry
 
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.gateway.metrics import GatewayMetrics
+from spectrumkv.vllm_plugin.proxy.metrics import ProxyMetrics
+from spectrumkv.vllm_plugin.stats import COUNTERS, GAUGES
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 PROMETHEUS = DOCKER / "prometheus"
-DASHBOARD = DOCKER / "grafana" / "dashboards" / "spectrumkv.json"
+DASHBOARDS = DOCKER / "grafana" / "dashboards"
+# Of the services and the gateway; the other one is of vLLM's servers.
+DASHBOARD, VLLM_DASHBOARD = DASHBOARDS / "spectrumkv.json", DASHBOARDS / "spectrumkv-vllm.json"
 OPERATIONS = ROOT / "docs" / "operations.md"
 COMPOSE_FILES = {"gpu": DOCKER / "compose.yaml", "cpu": DOCKER / "compose.cpu.yaml"}
 SERVICES = ("prefill", "decode")
@@ -55,10 +59,17 @@ def command(file: str, service: str, **environment: str) -> list[str]:
 
 def metric_names() -> set[str]:
     """Every series name that a service or the gateway exposes."""
+    return _names(Metrics(CollectorRegistry()).registry) | _names(GatewayMetrics(CollectorRegistry()).registry)
+
+
+def _names(registry: CollectorRegistry) -> set[str]:
     suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_count", "_sum"], "gauge": [""]}
-    registries = Metrics(CollectorRegistry()).registry, GatewayMetrics(CollectorRegistry()).registry
-    families = [family for registry in registries for family in registry.collect()]
-    return {family.name + suffix for family in families for suffix in suffixes[family.type]}
+    return {family.name + suffix for family in registry.collect() for suffix in suffixes[family.type]}
+
+
+def vllm_metric_names() -> set[str]:
+    """Every series name that the connector adds to vLLM's, or that the proxy exposes."""
+    return {f"spectrumkv:{name}" for name in (*COUNTERS, *GAUGES)} | _names(ProxyMetrics().registry)
 
 
 def recorded_expressions() -> dict[str, str]:
@@ -76,5 +87,5 @@ def alert_rules() -> dict[str, Any]:
 def unknown_metrics(expression: str) -> set[str]:
     """Names in a PromQL expression that look like ours and that nothing exposes or records."""
     without_strings = re.sub(r'"[^"]*"', '""', expression)
-    named = set(re.findall(r"\b(?:[a-z_]+:)?spectrumkv_[\w:]+", without_strings))
-    return named - metric_names() - recorded_expressions().keys()
+    named = set(re.findall(r"\b(?:[a-z_]+:)?spectrumkv[_:][\w:]+", without_strings))
+    return named - metric_names() - vllm_metric_names() - recorded_expressions().keys()

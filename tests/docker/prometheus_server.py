@@ -1,4 +1,4 @@
-"""A Prometheus that holds what the metrics of both services would have been, to put the dashboard's queries to."""
+"""A Prometheus that holds what the metrics of all processes would have been, to put the dashboards' queries to."""
 
 import json
 import subprocess
@@ -9,8 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
 from spectrumkv.common.telemetry.metrics import FRAMING, Metrics
 from spectrumkv.gateway.metrics import GatewayMetrics
+from spectrumkv.vllm_plugin.proxy.metrics import ProxyMetrics
+from spectrumkv.vllm_plugin.stats import COUNTERS, GAUGES
 
 START = 1_700_000_000
 STEPS = 60
@@ -51,18 +55,47 @@ def _serve_one_request(prefill: Metrics, decode: Metrics) -> None:
     prefill.connections_closed.labels("address").inc()
 
 
+class VllmMetrics:
+    """What a vLLM server with the connector exposes, as far as the dashboard asks for it."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._counters = [
+            (Counter(f"spectrumkv:{name}", text, [label], registry=self.registry), label)
+            for name, (text, label) in COUNTERS.items()
+        ]
+        self._gauges = [Gauge(f"spectrumkv:{name}", text, registry=self.registry) for name, text in GAUGES.items()]
+        self._computed = Histogram("vllm:iteration_tokens_total", "Tokens of each step.", registry=self.registry)
+
+    def serve_one_request(self) -> None:
+        for counter, label in self._counters:
+            counter.labels({"tier": "int8", "codec": "spectral"}.get(label, "not_found")).inc(100)
+        for gauge in self._gauges:
+            gauge.set(100)
+        self._computed.observe(8)
+
+
 def _history() -> str:
-    """The metrics of both services and the gateway over five minutes, as OpenMetrics with timestamps."""
+    """The metrics of all processes over five minutes, as OpenMetrics with timestamps."""
     prefill, decode = (Metrics.for_process(service, "model") for service in ("prefill", "decode"))
     gateway = GatewayMetrics.for_process()
-    registries = {"prefill": prefill.registry, "decode": decode.registry, "gateway": gateway.registry}
+    vllm, proxy = VllmMetrics(), ProxyMetrics()
+    registries = {
+        "spectrumkv-prefill": prefill.registry, "spectrumkv-decode": decode.registry,
+        "spectrumkv-gateway": gateway.registry, "vllm": vllm.registry, "vllm-proxy": proxy.registry,
+    }  # fmt: skip
     lines: dict[str, list[str]] = {}
     for step in range(STEPS):
         _serve_one_request(prefill, decode)
         gateway.requests.labels("/v1/completions", "200").inc()
         gateway.time_to_first_token.observe(0.2)
-        for service, registry in registries.items():
-            where = {"job": f"spectrumkv-{service}", "instance": f"{service}:1"}
+        vllm.serve_one_request()
+        proxy.requests.labels("ok").inc()
+        proxy.retries.labels("decode").inc()
+        proxy.time_to_first_token.observe(0.2)
+        proxy.servers_healthy.labels("decode").set(1)
+        for job, registry in registries.items():
+            where = {"job": job, "instance": f"{job.removeprefix('spectrumkv-')}:1"}
             samples: list[tuple[str, dict[str, str], float]] = [("up", {}, 1.0)]
             for family in registry.collect():
                 samples += [(sample.name, sample.labels, sample.value) for sample in family.samples]
@@ -75,7 +108,7 @@ def _history() -> str:
 
 @contextmanager
 def recorded_prometheus(folder: Path) -> Iterator[str]:
-    """Run a Prometheus over five recorded minutes of both services and yield its URL."""
+    """Run a Prometheus over five recorded minutes of all processes and yield its URL."""
     (folder / "history.txt").write_text(_history())
     (folder / "prometheus.yml").write_text("{}")
     subprocess.run(

@@ -9,21 +9,27 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.docker.dashboard import DOCUMENT, EXPRESSIONS, PANELS, as_promql, without_records
+from tests.docker.dashboard import DOCUMENTS, PANELS, as_promql, expressions, panels, without_records
 from tests.docker.deployment import (
     COMPOSE_FILES,
     DASHBOARD,
     DOCKER,
     PROMETHEUS,
+    VLLM_DASHBOARD,
     metric_names,
     read_compose,
     unknown_metrics,
+    vllm_metric_names,
 )
 from tests.docker.prometheus_server import query, recorded_prometheus
 
 GRID_COLUMNS = 24
 
-each_panel = pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
+ALL_PANELS = [panel for document in DOCUMENTS.values() for panel in panels(document)]
+ALL_EXPRESSIONS = [text for document in DOCUMENTS.values() for text in expressions(document)]
+
+each_panel = pytest.mark.parametrize("panel", ALL_PANELS, ids=lambda panel: panel["title"])
+each_document = pytest.mark.parametrize("document", DOCUMENTS.values(), ids=DOCUMENTS)
 
 
 def cells(panel: dict[str, Any]) -> Iterator[tuple[int, int]]:
@@ -32,11 +38,12 @@ def cells(panel: dict[str, Any]) -> Iterator[tuple[int, int]]:
     return itertools.product(columns, rows)
 
 
-def test_panels_do_not_overlap_or_leave_the_grid() -> None:
-    taken = [cell for panel in DOCUMENT["panels"] for cell in cells(panel)]
+@each_document
+def test_panels_do_not_overlap_or_leave_the_grid(document: dict[str, Any]) -> None:
+    taken = [cell for panel in document["panels"] for cell in cells(panel)]
     assert len(taken) == len(set(taken))
     assert max(column for column, _ in taken) < GRID_COLUMNS
-    assert len({panel["id"] for panel in DOCUMENT["panels"]}) == len(DOCUMENT["panels"])
+    assert len({panel["id"] for panel in document["panels"]}) == len(document["panels"])
 
 
 @each_panel
@@ -54,25 +61,28 @@ def test_panels_read_the_provisioned_data_source(panel: dict[str, Any]) -> None:
     assert panel["datasource"] == {"type": source["type"], "uid": source["uid"]}
 
 
-@pytest.mark.parametrize("expression", EXPRESSIONS)
+@pytest.mark.parametrize("expression", ALL_EXPRESSIONS)
 def test_queries_read_metrics_that_exist(expression: str) -> None:
     assert unknown_metrics(expression) == set()
 
 
-def test_every_metric_is_shown() -> None:
-    text = " ".join(without_records(expression) for expression in EXPRESSIONS)
-    families = {re.sub(r"_(bucket|count|sum)$", "", name) for name in metric_names()}
+@pytest.mark.parametrize(
+    ("dashboard", "names"), [(DASHBOARD, metric_names()), (VLLM_DASHBOARD, vllm_metric_names())], ids=["own", "vllm"]
+)
+def test_every_metric_is_shown(dashboard: Path, names: set[str]) -> None:
+    text = " ".join(without_records(expression) for expression in expressions(DOCUMENTS[dashboard.stem]))
+    families = {re.sub(r"_(bucket|count|sum)$", "", name) for name in names}
     assert {family for family in families if family not in text} == set()
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not on PATH")
 def test_queries_parse(tmp_path: Path) -> None:
-    rules = [{"record": f"panel:query:{i}", "expr": as_promql(text)} for i, text in enumerate(EXPRESSIONS)]
+    rules = [{"record": f"panel:query:{i}", "expr": as_promql(text)} for i, text in enumerate(ALL_EXPRESSIONS)]
     path = tmp_path / "queries.yml"
     path.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
     checked = subprocess.run(["promtool", "check", "rules", path], capture_output=True, text=True, timeout=60)
     assert checked.returncode == 0, checked.stdout + checked.stderr
-    assert f"{len(EXPRESSIONS)} rules found" in checked.stdout
+    assert f"{len(ALL_EXPRESSIONS)} rules found" in checked.stdout
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +92,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not on PATH")
-@pytest.mark.parametrize("expression", [text for text in EXPRESSIONS if not text.startswith("ALERTS")])
+@pytest.mark.parametrize("expression", [text for text in ALL_EXPRESSIONS if not text.startswith("ALERTS")])
 def test_queries_find_what_the_services_export(prometheus: str, expression: str) -> None:
     found = query(prometheus, without_records(as_promql(expression)))
     assert found

@@ -18,7 +18,7 @@ from spectrumkv.common.service.config import DecodeConfig, PrefillConfig
 from spectrumkv.common.service.process import STOP_SECONDS
 from spectrumkv.gateway.config import GatewayConfig
 from spectrumkv.gateway.http.exchange import OPEN_PATHS
-from tests.docker.deployment import DASHBOARD, DOCKER, OPERATIONS, ROOT, unknown_metrics
+from tests.docker.deployment import DASHBOARD, DOCKER, OPERATIONS, ROOT, VLLM_DASHBOARD, unknown_metrics
 
 KUBERNETES = DOCKER / "kubernetes"
 OVERLAYS = ("cpu", "gpu", "secured", "autoscaled")
@@ -287,10 +287,10 @@ def test_prometheus_takes_the_rule_and_the_queries_of_the_scalers(tmp_path: Path
 
 
 @each_overlay
-def test_grafana_gets_the_dashboard(overlay: str) -> None:
+def test_grafana_gets_the_dashboards(overlay: str) -> None:
     shown = resources(overlay, "ConfigMap")["grafana-dashboard"]
     assert shown["metadata"]["labels"]["grafana_dashboard"] == "1"
-    assert shown["data"]["spectrumkv.json"] == DASHBOARD.read_text()
+    assert shown["data"] == {path.name: path.read_text() for path in (DASHBOARD, VLLM_DASHBOARD)}
 
 
 def test_the_page_names_every_overlay_and_component() -> None:

@@ -71,7 +71,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         )
         self._requests = RequestsInService()
         self._model_check = ModelCheck(loaded, engine)
-        self._reader = RequestReader(loaded, config, verdict, basis)
+        self._reader = RequestReader(loaded, config, verdict, basis, engine.vitals)
         # A default that no request could use should be found out at start-up.
         KvPlan.resolve(prefill_pb2.KvOptions(), config, verdict, seed=0, basis=basis)
         metrics.kernel_faults.set(bool(kernel_fault()))
@@ -101,6 +101,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         current_request().at_end(progress.log_fields)
         with (
             RpcScope(context, self._config.deadline, self._config.max_deadline) as scope,
+            self._engine.vitals.leaving_after(scope.on_end),
             self._requests.counted(),
             self._model_check.after_failure(),
             ExitStack() as at_end,
@@ -130,7 +131,10 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self, request: prefill_pb2.TokenizeRequest, context: grpc.ServicerContext
     ) -> prefill_pb2.TokenizeResponse:
         """Return the token ids that Generate would run for a request."""
-        with RpcScope(context, self._config.deadline, self._config.max_deadline) as scope:
+        with (
+            RpcScope(context, self._config.deadline, self._config.max_deadline) as scope,
+            self._engine.vitals.leaving_after(scope.on_end),
+        ):
             token_ids = self._reader.tokenize(request.request, scope)
         return prefill_pb2.TokenizeResponse(token_ids=token_ids, context_length=self._loaded.context_length)
 

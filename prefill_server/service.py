@@ -108,7 +108,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         ):
             request = self._reader.read(message, progress, scope)
             at_end.callback(self._count_stages, request)
-            memory = at_end.enter_context(KvReservation(self._kv_memory, self._kv_bytes(request), scope))
+            memory = at_end.enter_context(self._reservation(request, scope))
             for dispatch in self._offered(request, memory, scope):
                 pipeline = self._pipeline(request, dispatch, memory)
                 with dispatch, dispatch.open_lease(pipeline) as lease:
@@ -181,10 +181,16 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             request.add_to_stage("queue", memory.wait())
             yield dispatch
 
-    def _kv_bytes(self, request: PrefillRequest) -> int:
-        """Return what the prompt's KV takes until it has left."""
-        geometry = self._loaded.geometry
-        return len(request.token_ids) * geometry.layers * geometry.native_bytes_per_token_layer
+    def _reservation(self, request: PrefillRequest, scope: RpcScope) -> KvReservation:
+        """Return what will hold memory for the prompt's KV until it has left.
+
+        Raises:
+            InvalidArgumentError: there is not so much.
+        """
+        geometry, tokens = self._loaded.geometry, len(request.token_ids)
+        bytes_per_token = geometry.layers * geometry.native_bytes_per_token_layer
+        self._kv_memory.check_fits(tokens, bytes_per_token)
+        return KvReservation(self._kv_memory, tokens * bytes_per_token, scope)
 
     def _pipeline(self, request: PrefillRequest, dispatch: Dispatch, memory: KvReservation) -> KvPipeline:
         """Return a fresh pipeline that sends the request's KV to one worker."""

@@ -10,6 +10,9 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+# More than any text that a service reads: descriptions of models, lists of shards, options, entries of the cache.
+MOST_TEXT_BYTES = 64 << 20
+
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -40,17 +43,37 @@ def open_regular(path: Path) -> BinaryIO:
     return open(descriptor, "rb")
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a regular file in UTF-8.
+def read_bytes(path: Path, most_bytes: int) -> bytes:
+    """Return what a regular file has, unless that is more than it should be.
 
     Args:
         path: of the file, or of a symbolic link to it.
+        most_bytes: that the file may have; a vast file is not read, since it would fill the memory.
 
     Raises:
-        OSError: the file cannot be read, or is none; `strerror` says why.
+        OSError: the file cannot be read, is none, or is larger; `strerror` says why.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        # It may grow while it is read, and files of /proc have no size.
+        content = b"" if size > most_bytes else file.read(most_bytes + 1)
+        if max(size, len(content)) > most_bytes:
+            raise OSError(errno.EFBIG, f"it has {max(size, len(content))} bytes, more than {most_bytes}", str(path))
+        return content
+
+
+def read_text(path: Path, most_bytes: int = MOST_TEXT_BYTES) -> str:
+    """Return the text of a regular file in UTF-8, its lines ended by line feeds.
+
+    Args:
+        path: of the file, or of a symbolic link to it.
+        most_bytes: that the file may have.
+
+    Raises:
+        OSError: the file cannot be read, is none, or is larger; `strerror` says why.
         UnicodeDecodeError: the file is not UTF-8.
     """
-    with open_regular(path) as file, io.TextIOWrapper(file, encoding="utf-8") as text:
+    with io.TextIOWrapper(io.BytesIO(read_bytes(path, most_bytes)), encoding="utf-8") as text:
         return text.read()
 
 

@@ -13,7 +13,7 @@ from spectrumkv.common.errors import (
     InvalidArgumentError,
     ResourceExhaustedError,
 )
-from spectrumkv.common.kv.codecs.base import basis_types, parse_basis
+from spectrumkv.common.kv.codecs.base import largest_basis_bytes, parse_basis
 from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.rpc.decode_methods import ArrivedPiece
@@ -40,7 +40,7 @@ class BasisStore:
 
     def __init__(self, geometry: KvGeometry, most_bytes: int | None = None) -> None:
         self._geometry = geometry
-        self._largest = max((one.largest_bytes(geometry) for one in basis_types()), default=0)
+        self._largest = largest_basis_bytes(geometry)
         self._most_bytes = most_bytes or max(STORE_BYTES, FEWEST_BASES * KEPT_RATIO * self._largest)
         self._lock = threading.Lock()
         self._bases: OrderedDict[bytes, Basis] = OrderedDict()

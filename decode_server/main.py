@@ -12,7 +12,8 @@ from spectrumkv.common.security import ServerSecurity
 from spectrumkv.common.service import command_line, process
 from spectrumkv.common.service.config import DecodeConfig
 from spectrumkv.common.service.config_check import Line, model_lines, run_check, server_lines
-from spectrumkv.common.service.process import serve_until_signalled, set_up_logging
+from spectrumkv.common.service.process import set_up_logging
+from spectrumkv.common.service.serving import serve_until_signalled
 from spectrumkv.common.service.start_checks import check_start
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.common.telemetry.tracing import set_up_spans

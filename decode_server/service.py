@@ -85,6 +85,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         """
         with (
             RpcScope(context, self._config.deadline, self._config.max_deadline) as scope,
+            self.vitals.leaving_after(scope.on_end),
             self._rejections_counted(),
             self._device_watched(),
             self._arriving(requests_until_close(requests, scope)) as messages,
@@ -107,7 +108,11 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             DeadlineExceededError: the basis took too long.
             InvalidArgumentError: it is no basis for this model.
         """
-        with RpcScope(context, self._config.deadline, self._config.max_deadline) as scope, self._rejections_counted():
+        with (
+            RpcScope(context, self._config.deadline, self._config.max_deadline) as scope,
+            self.vitals.leaving_after(scope.on_end),
+            self._rejections_counted(),
+        ):
             try:
                 with scope.within(PUT_BASIS_SECONDS):
                     received_bytes = self._bases.receive(request_iterator)

@@ -15,6 +15,7 @@ from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.rpc.channel import MAX_MESSAGE_BYTES
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.service.config import PrefillConfig
+from spectrumkv.common.service.vitals import Vitals
 from spectrumkv.common.telemetry.request_log import check_request_id, current_request
 from spectrumkv.common.tool_calls import format_of_template
 from spectrumkv.prefill_server.progress import Progress
@@ -28,6 +29,8 @@ from spectrumkv.v1 import prefill_pb2
 LONG_PROMPTS_AT_ONCE = 2
 # What stop strings, bad words, a form and all else beside the prompt take at most.
 OPTIONS_BYTES = 512 << 10
+# What the log says of a tokenizer that hangs.
+TOKENIZER = "the tokenizer"
 # A limit on messages below this one would save little.
 FEWEST_MESSAGE_BYTES = 1 << 20
 
@@ -40,11 +43,13 @@ class RequestReader:
         config: the service's options.
         verdict: how strongly KV may be coded where a request leaves that open.
         basis: of the model, for codecs that need one; None where there is none.
+        vitals: have a pulse of the thread that tokenizes; where it stands still, the process ends.
     """
 
     def __init__(
-        self, loaded: LoadedModel, config: PrefillConfig, verdict: ProbeVerdict, basis: Basis | None
+        self, loaded: LoadedModel, config: PrefillConfig, verdict: ProbeVerdict, basis: Basis | None, vitals: Vitals
     ) -> None:
+        self._vitals = vitals
         self._loaded = loaded
         self._config = config
         self._verdict = verdict
@@ -132,7 +137,8 @@ class RequestReader:
             InvalidArgumentError: the ids are too many, or not of the model.
         """
         self.check_model(message.model)
-        text, each = self._prompts.text_of(message.token_ids)
+        with self._vitals.working(TOKENIZER):
+            text, each = self._prompts.text_of(message.token_ids)
         return prefill_pb2.DetokenizeResponse(text=text, token_texts=each)
 
     def check_model(self, name: str) -> None:
@@ -166,7 +172,7 @@ class RequestReader:
 
     def stop(self) -> None:
         """End the threads; call this when no request is left."""
-        self._long_prompts.shutdown()
+        self._long_prompts.shutdown(wait=False)
 
     def _read_prompt(self, message: prefill_pb2.GenerateRequest, scope: RpcScope) -> list[int]:
         """Return the prompt's token ids.
@@ -178,11 +184,19 @@ class RequestReader:
             CancelledError: the caller went away.
         """
         if message.ByteSize() <= PIECE_CHARACTERS:
-            return self._prompts.read(message, scope.check)
-        reading = self._long_prompts.submit(self._prompts.read, message, scope.check)
+            return self._tokenize(message, scope)
+        reading = self._long_prompts.submit(self._tokenize, message, scope)
         scope.on_end(reading.cancel)
         try:
             return reading.result()
         except concurrent.futures.CancelledError:
             scope.check()
             raise CancelledError("the request ended before its prompt was read") from None
+
+    def _tokenize(self, message: prefill_pb2.GenerateRequest, scope: RpcScope) -> list[int]:
+        def check() -> None:
+            self._vitals.beat()
+            scope.check()
+
+        with self._vitals.working(TOKENIZER):
+            return self._prompts.read(message, check)

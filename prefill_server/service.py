@@ -71,7 +71,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         )
         self._requests = RequestsInService()
         self._model_check = ModelCheck(loaded, engine)
-        self._reader = RequestReader(loaded, config, verdict, basis)
+        self._reader = RequestReader(loaded, config, verdict, basis, engine.vitals)
         # A default that no request could use should be found out at start-up.
         KvPlan.resolve(prefill_pb2.KvOptions(), config, verdict, seed=0, basis=basis)
         metrics.kernel_faults.set(bool(kernel_fault()))
@@ -101,13 +101,14 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         current_request().at_end(progress.log_fields)
         with (
             RpcScope(context, self._config.deadline, self._config.max_deadline) as scope,
+            self._engine.vitals.leaving_after(scope.on_end),
             self._requests.counted(),
             self._model_check.after_failure(),
             ExitStack() as at_end,
         ):
             request = self._reader.read(message, progress, scope)
             at_end.callback(self._count_stages, request)
-            memory = at_end.enter_context(KvReservation(self._kv_memory, self._kv_bytes(request), scope))
+            memory = at_end.enter_context(self._reservation(request, scope))
             for dispatch in self._offered(request, memory, scope):
                 pipeline = self._pipeline(request, dispatch, memory)
                 with dispatch, dispatch.open_lease(pipeline) as lease:
@@ -130,7 +131,10 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self, request: prefill_pb2.TokenizeRequest, context: grpc.ServicerContext
     ) -> prefill_pb2.TokenizeResponse:
         """Return the token ids that Generate would run for a request."""
-        with RpcScope(context, self._config.deadline, self._config.max_deadline) as scope:
+        with (
+            RpcScope(context, self._config.deadline, self._config.max_deadline) as scope,
+            self._engine.vitals.leaving_after(scope.on_end),
+        ):
             token_ids = self._reader.tokenize(request.request, scope)
         return prefill_pb2.TokenizeResponse(token_ids=token_ids, context_length=self._loaded.context_length)
 
@@ -177,10 +181,16 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             request.add_to_stage("queue", memory.wait())
             yield dispatch
 
-    def _kv_bytes(self, request: PrefillRequest) -> int:
-        """Return what the prompt's KV takes until it has left."""
-        geometry = self._loaded.geometry
-        return len(request.token_ids) * geometry.layers * geometry.native_bytes_per_token_layer
+    def _reservation(self, request: PrefillRequest, scope: RpcScope) -> KvReservation:
+        """Return what will hold memory for the prompt's KV until it has left.
+
+        Raises:
+            InvalidArgumentError: there is not so much.
+        """
+        geometry, tokens = self._loaded.geometry, len(request.token_ids)
+        bytes_per_token = geometry.layers * geometry.native_bytes_per_token_layer
+        self._kv_memory.check_fits(tokens, bytes_per_token)
+        return KvReservation(self._kv_memory, tokens * bytes_per_token, scope)
 
     def _pipeline(self, request: PrefillRequest, dispatch: Dispatch, memory: KvReservation) -> KvPipeline:
         """Return a fresh pipeline that sends the request's KV to one worker."""

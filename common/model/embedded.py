@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from spectrumkv.common.files import MOST_TEXT_BYTES, read_bytes
 from spectrumkv.common.model.cache import build_once, cache_directory
 from spectrumkv.common.model.gguf.wheel import Wheel
 
@@ -68,7 +69,7 @@ def check_model_files(directory: Path, tokenizer_files: Sequence[str] = TOKENIZE
     """
     for file in ("config.json", *tokenizer_files):
         # Only the end is looked at, since parsing tokenizer.json takes a tenth of a second.
-        content = (directory / file).read_bytes().rstrip()
+        content = read_bytes(directory / file, MOST_TEXT_BYTES).rstrip()
         if not content or (file.endswith(".json") and not content.endswith(b"}")):
             raise ValueError(f"{file} is cut short")
     try:

@@ -5,15 +5,16 @@ Finished; where the first token ended every answer, nothing follows Admitted. A 
 repeated or out of order ends the stream with DATA_LOSS.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import grpc
 
-from spectrumkv.common.errors import CancelledError, DataLossError
+from spectrumkv.common.errors import CancelledError, DataLossError, InternalError
 from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.rpc.decode_stream import ArrivedRequest, ArrivedResponse, Request
 from spectrumkv.common.rpc.scope import RpcScope
-from spectrumkv.v1 import decode_pb2
+from spectrumkv.v1 import decode_pb2, generation_pb2
 
 # gRPC first tells a handler that no request follows and only then, if so, that the RPC was cancelled.
 CANCEL_LAG_SECONDS = 0.2
@@ -95,12 +96,13 @@ def expect_admitted(responses: Iterator[ArrivedResponse]) -> None:
 
 
 def tokens_and_finished(
-    responses: Iterator[ArrivedResponse], answers: Iterable[int] = (0,)
+    responses: Iterator[ArrivedResponse], vocab_size: int, answers: Iterable[int] = (0,)
 ) -> Iterator[decode_pb2.DecodeResponse]:
     """Yield the tokens 1, 2, 3, … of each answer, then Finished, and wait until decode closes the stream.
 
     Args:
         responses: what gRPC hands to prefill, after Admitted.
+        vocab_size: of the model; ids of tokens are less.
         answers: those that the first token did not end.
 
     Yields:
@@ -108,6 +110,7 @@ def tokens_and_finished(
 
     Raises:
         DataLossError: a response is damaged or is not one that was due.
+        InternalError: a response that is not damaged has what no model generates.
     """
     due = dict.fromkeys(answers, 1)
     for tokens, response in enumerate(map(_undamaged, responses)):
@@ -118,11 +121,29 @@ def tokens_and_finished(
             return
         if kind != "token" or due.get(token.answer) != token.index:
             raise DataLossError(f"it sent {_response_kind(response)} where {_due(due)} was due", "sequence")
+        _check_token(token, vocab_size)
         yield response
         due[token.answer] += 1
         if token.finish_reason:
             del due[token.answer]
     raise DataLossError(f"it ended the stream where {_due(due)} was due", "missing")
+
+
+def _check_token(token: generation_pb2.Token, vocab_size: int) -> None:
+    """Check that a worker's token is one of the model, with log-probabilities that are numbers.
+
+    Raises:
+        InternalError: it is not.
+    """
+    ids = [token.token_id, *(one.token_id for one in token.top_logprobs)]
+    if max(ids) >= vocab_size:
+        raise InternalError(
+            f"it sent token id {max(ids)} in token {token.index} of answer {token.answer}; the vocabulary has "
+            f"{vocab_size}"
+        )
+    logprobs = [token.logprob, *(one.logprob for one in token.top_logprobs)]
+    if any(math.isnan(one) for one in logprobs):
+        raise InternalError(f"it sent a log-probability of NaN in token {token.index} of answer {token.answer}")
 
 
 def _due(due: Mapping[int, int]) -> str:

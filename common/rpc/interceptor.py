@@ -17,7 +17,7 @@ from spectrumkv.common.rpc.limits.calls import CallLimits, StreamLimit
 from spectrumkv.common.rpc.limits.first_message import Behaviour, SilentCalls
 from spectrumkv.common.rpc.limits.stalled_readers import StalledReaders
 from spectrumkv.common.rpc.scope import RpcEnd
-from spectrumkv.common.rpc.status import to_status
+from spectrumkv.common.rpc.status import end_call, to_status
 from spectrumkv.common.security.callers import AllowedCallers, caller_name, names_of
 from spectrumkv.common.security.tokens import Refusal
 from spectrumkv.common.telemetry.request_log import RequestRecord, set_current_request
@@ -126,7 +126,7 @@ def _no_place(context: grpc.ServicerContext) -> AbstractContextManager[None]:
 def _guard_stream(behaviour: StreamBehaviour, hold: Hold, readers: StalledReaders, on_end: OnEnd) -> StreamBehaviour:
     def guarded(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         end = RpcEnd(context)
-        reader = readers.enter(context)
+        reader = readers.enter(lambda error: end_call(context, error))
         try:
             with hold(context):
                 yield from reader.taking(behaviour(request, context))

@@ -50,6 +50,8 @@ class RpcEnd:
         self._context = context
         given = deadline_seconds(context)
         self._slack = 0.05 + 0.01 * (given or 0.0)
+        # gRPC tells the time that is left by the system's clock, which somebody may set meanwhile.
+        self._deadline = None if given is None else time.monotonic() + given
         self._recorded: SpectrumKVError | None = None
         if not context.add_callback(self._record):
             self._record()
@@ -64,10 +66,10 @@ class RpcEnd:
         self._recorded = self._reason()
 
     def _reason(self) -> SpectrumKVError:
-        remaining = deadline_seconds(self._context)
+        near = self._deadline is not None and self._deadline - time.monotonic() <= self._slack
         # `RpcScope` sets this code before it cancels an RPC for a deadline of the server's own.
         late = self._context.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        if late or (remaining is not None and remaining <= self._slack):
+        if late or near:
             return DeadlineExceededError(DEADLINE_MESSAGE)
         return CancelledError("the caller cancelled the request")
 

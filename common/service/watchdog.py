@@ -1,26 +1,26 @@
-"""Ends what hangs: finds a model that makes no progress, and bounds how long a process takes to end."""
+"""Ends what hangs: finds work that makes no progress, and bounds how long a process takes to end."""
 
-import faulthandler
 import os
 import sys
 import threading
 import traceback
 from collections.abc import Mapping
 
-from spectrumkv.common.service.vitals import Vitals
+from spectrumkv.common.service.vitals import Pulse, Vitals
+from spectrumkv.common.service.watchdog_timer import WatchdogTimer
 
 # The watchdog counts its own looks and no seconds: a process that was stopped (SIGSTOP) did not hang meanwhile.
 LOOKS = 10
 # A thread that keeps Python's global lock stops the watchdog too; after so many limits without a look the process
-# ends. Their number is as high as it is because this clock does not stop with the process.
+# ends.
 LIMITS_WITHOUT_A_LOOK = 5
 
 
 class Watchdog:
     """Watches the pulses on a thread of its own, and fails the vitals where one of them stands still.
 
-    Where even that thread cannot run, a timer of `faulthandler`, which needs no Python, ends the process with status
-    1. A process has one such timer, so it has one watchdog.
+    Where even that thread cannot run, a timer that needs no Python ends the process with status 1. A process has one
+    such timer, so it has one watchdog.
 
     Args:
         vitals: the pulses.
@@ -30,45 +30,44 @@ class Watchdog:
     def __init__(self, vitals: Vitals, limit_seconds: float) -> None:
         self._vitals = vitals
         self._limit_seconds = limit_seconds
-        self._log = _log_that_does_not_block()
+        self._timer = WatchdogTimer(_log_that_does_not_block())
         self._lock = threading.Lock()
         self._ending = False
 
     def start(self) -> None:
         """Watch from now on."""
+        self._postpone_end()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def end_within(self, seconds: float) -> None:
         """End the process with status 1 once `seconds` have passed, all stacks in the log, whatever hangs then."""
         with self._lock:
             self._ending = True
-            faulthandler.dump_traceback_later(seconds, exit=True, file=self._log)
+            self._timer.set(seconds, f"this process has not ended within {seconds:g} s, and something in it hangs:")
 
     def _watch(self) -> None:
-        looks: dict[int, int] = {}
-        before: Mapping[int, int] = {}
+        looks: dict[Pulse, int] = {}
+        before: Mapping[Pulse, int] = {}
         pause = threading.Event()
         while LOOKS not in looks.values():
             self._postpone_end()
             pause.wait(self._limit_seconds / LOOKS)
             pulses = self._vitals.pulses
             looks = {
-                thread: looks.get(thread, 0) + 1 if before.get(thread) == beat else 0
-                for thread, beat in pulses.items()
+                pulse: looks.get(pulse, 0) + 1 if before.get(pulse) == beat else 0 for pulse, beat in pulses.items()
             }
             before = pulses
-        stuck = next(thread for thread, count in looks.items() if count == LOOKS)
+        stuck = next(pulse for pulse, count in looks.items() if count == LOOKS)
         self._vitals.fail(
-            f"the model has made no progress for {self._limit_seconds:g} s (--stuck-after); its thread is at\n"
-            f"{_stack_of(stuck)}"
+            f"{stuck.what} has made no progress for {self._limit_seconds:g} s (--stuck-after); its thread is at\n"
+            f"{_stack_of(stuck.thread)}"
         )
 
     def _postpone_end(self) -> None:
+        seconds = LIMITS_WITHOUT_A_LOOK * self._limit_seconds
         with self._lock:
             if not self._ending:
-                faulthandler.dump_traceback_later(
-                    LIMITS_WITHOUT_A_LOOK * self._limit_seconds, exit=True, file=self._log
-                )
+                self._timer.set(seconds, f"no Python has run in this process for {seconds:g} s (--stuck-after):")
 
 
 def _log_that_does_not_block() -> int:

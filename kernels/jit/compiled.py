@@ -2,8 +2,11 @@
 
 import hashlib
 import logging
+import os
 import pickle
+import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,9 @@ from spectrumkv.kernels.jit.cache import compiled_code_directory
 
 logger = logging.getLogger(__name__)
 
+# Code of one function takes up to a few hundred kilobytes.
+MOST_FILE_BYTES = 64 << 20
+
 _directory = compiled_code_directory(config.CACHE_DIR)
 # numba looks at this when a function is decorated.
 config.CACHE_DIR = str(_directory or "")
@@ -25,13 +31,31 @@ intrinsic: Callable[..., Any] = extending.intrinsic
 
 
 class _CheckedFiles(IndexDataCacheFile):  # type: ignore[misc]
-    """The files of a function's code, each after its SHA-256: code that was damaged would end the process."""
+    """The files of a function's code, each after its SHA-256: code that was damaged would end the process.
+
+    Each also says what it is code for. Of two processes that begin a function's list at once the later one's list
+    stays, and it may name the file of the earlier one's code, which is for arguments of other types: bfloat16 in
+    place of float16, for instance, whose numbers would be wrong.
+    """
+
+    def save(self, key: Any, data: Any) -> None:
+        super().save(key, (key, data))
+
+    def load(self, key: Any) -> Any:
+        found = super().load(key)
+        return None if found is None or found[0] != key else found[1]
+
+    def _load_index(self) -> Any:
+        with suppress(FileNotFoundError):
+            _check_file(self._index_path)
+        return super()._load_index()
 
     def _save_data(self, name: str, data: Any) -> None:
         code = self._dump(data)
         super()._save_data(name, (hashlib.sha256(code).digest(), code))
 
     def _load_data(self, name: str) -> Any:
+        _check_file(self._data_path(name))
         digest, code = super()._load_data(name)
         if hashlib.sha256(code).digest() != digest:
             raise ValueError(f"{self._data_path(name)} is damaged")
@@ -75,6 +99,18 @@ class _KeptCode(FunctionCache):  # type: ignore[misc]
             Path(self._cache_file._index_path).unlink(missing_ok=True)
         except OSError as error:
             logger.warning("cannot remove damaged code in %s: %s", self._cache_path, error)
+
+
+def _check_file(path: str) -> None:
+    """Check that a file may be read whole: a pipe would hold up the reader for ever, and a vast file fill its memory.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it may not.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_FILE_BYTES:
+        raise ValueError(f"{path} is no file that was written here")
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

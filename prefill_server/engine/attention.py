@@ -60,11 +60,16 @@ def hooked_attention(
     for row, kv_hook in enumerate(kv_hooks):
         # With a cache there are more keys than queries, and no padding.
         end, tokens = query.shape[2:3] + key.shape[2:3] if lengths is None else (lengths[row],) * 2
+        keys, values = key[row, :, :tokens], value[row, :, :tokens]
+        if len(kv_hooks) > 1:
+            # One prompt whose KV waits for a slow link would keep that of all others of the pass.
+            keys, values = keys.clone(), values.clone()
         kv_hook(
             LayerCapture(
-                queries=query[row, :, max(0, end - window) : end],
-                keys=key[row, :, :tokens],
-                values=value[row, :, :tokens],
+                # A view would keep all queries, which may take more than keys and values, until the KV has left.
+                queries=query[row, :, max(0, end - window) : end].clone(),
+                keys=keys,
+                values=values,
                 scaling=scaling,
                 softcap=softcap,
                 sliding_window=sliding_window,

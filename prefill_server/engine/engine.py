@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# How long `stop` waits for the passes that are queued; after a drain that is the layer that runs.
+STOP_SECONDS = 8.0
+
 # Most tokens of one pass over several prompts, padding included. A pass over few tokens spends its time on reading
 # the weights, which several prompts then share; beyond that each further token costs the same in any pass.
 BATCH_TOKENS = 1024
@@ -114,8 +117,18 @@ class PrefillEngine:
         return len(self._queue)
 
     def stop(self) -> None:
-        """Finish all queued prompts and end the thread."""
-        self._executor.shutdown()
+        """Finish all queued prompts and end the thread, unless it hangs; a second call does nothing."""
+        try:
+            finished = self._executor.submit(lambda: None)
+        except RuntimeError:
+            return
+        self._executor.shutdown(wait=False)
+        try:
+            finished.result(STOP_SECONDS)
+        except TimeoutError:
+            self.vitals.fail(f"the prefill engine has not stopped within {STOP_SECONDS:g} s")
+        else:
+            self._executor.shutdown()
 
     def _run_next(self) -> None:
         """Run the next pass, if any prompt is left."""

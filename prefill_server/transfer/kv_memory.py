@@ -7,7 +7,7 @@ from types import TracebackType
 
 import torch
 
-from spectrumkv.common.errors import CancelledError, FailedPreconditionError
+from spectrumkv.common.errors import CancelledError, FailedPreconditionError, InvalidArgumentError
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.service import cgroup, machine
 
@@ -46,8 +46,6 @@ def kv_memory_bytes(asked: int | None, device: torch.device) -> int:
 class KvMemory:
     """Shares out the memory for KV that has not left yet, first come, first served.
 
-    A prompt whose KV is larger than all of the memory starts once no other prompt holds any.
-
     Args:
         total_bytes: how much there is.
     """
@@ -63,11 +61,28 @@ class KvMemory:
         """How many prompts wait for memory."""
         return len(self._waiting)
 
+    def check_fits(self, tokens: int, bytes_per_token: int) -> None:
+        """Refuse a prompt whose KV is larger than all of the memory.
+
+        Args:
+            tokens: of the prompt.
+            bytes_per_token: of KV, in all layers.
+
+        Raises:
+            InvalidArgumentError: it is.
+        """
+        if tokens * bytes_per_token > self._total_bytes:
+            raise InvalidArgumentError(
+                f"the prompt has {tokens} tokens, whose KV takes {tokens * bytes_per_token} bytes; this service has "
+                f"{self._total_bytes} bytes for KV (--prefill-kv-memory): send at most "
+                f"{self._total_bytes // bytes_per_token} tokens"
+            )
+
     def obtain(self, reservation: "KvReservation") -> bool:
         """Wait until the reservation's bytes are free, and hold them for it; return at once where it holds them.
 
         Args:
-            reservation: one of this memory.
+            reservation: one of this memory, no larger than it.
 
         Returns:
             False where the reservation ended meanwhile.
@@ -100,7 +115,7 @@ class KvMemory:
     def _hand_out(self) -> None:
         while self._waiting:
             first = self._waiting[0]
-            if self._held_bytes and self._held_bytes + first.needed_bytes > self._total_bytes:
+            if self._held_bytes + first.needed_bytes > self._total_bytes:
                 return
             self._waiting.popleft()
             first.granted = True

@@ -76,6 +76,7 @@ class KvPipeline:
 
     Attributes:
         plan: how the KV is scored, tiered and coded.
+        vocab_size: of the model whose KV it is.
         sent: what left so far.
         kv_map: of what left; None where nobody asks for it.
         first_tokens: what prefill sampled, one for each answer; empty before it did.
@@ -110,6 +111,7 @@ class KvPipeline:
         self._ahead: PrefetchIterator[Outgoing] | None = None
         self._begin = begin
         self.plan = plan
+        self.vocab_size = begin.model.vocab_size
         self._geometry = geometry
         self._writer = ChunkWriter(chunk_bytes)
         self._worth_a_chunk = min(chunk_bytes, IDLE_CHUNK_BYTES)

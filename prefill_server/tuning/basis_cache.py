@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from spectrumkv.common.errors import ContextTooShortError, FailedPreconditionError
+from spectrumkv.common.files import read_bytes
 from spectrumkv.common.generation.beginning import beginning_token, begun
-from spectrumkv.common.kv.codecs.base import parse_basis
+from spectrumkv.common.kv.codecs.base import largest_basis_bytes, parse_basis
 from spectrumkv.common.kv.codecs.basis import Basis
 from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.model.cache import (
@@ -36,6 +37,7 @@ FEWEST_CONTEXT_TOKENS = 64
 BASIS_FILE = "basis.safetensors"
 # SHA-256 of the basis in hexadecimal digits: no other check finds a number that has changed into another one.
 DIGEST_FILE = "basis.sha256"
+MOST_DIGEST_BYTES = 1024
 
 
 def resolve_basis(loaded: LoadedModel, on_excerpt: Callable[[int], None]) -> Basis:
@@ -135,8 +137,8 @@ def kept_basis(spec: ModelSpec, geometry: KvGeometry, find: Callable[[], Basis])
             (directory / name).write_bytes(content)
 
     def read(directory: Path) -> Basis:
-        basis = parse_basis((directory / BASIS_FILE).read_bytes(), geometry)
-        if (directory / DIGEST_FILE).read_bytes().strip() != basis.digest.hex().encode():
+        basis = parse_basis(read_bytes(directory / BASIS_FILE, largest_basis_bytes(geometry)), geometry)
+        if read_bytes(directory / DIGEST_FILE, MOST_DIGEST_BYTES).strip() != basis.digest.hex().encode():
             raise ValueError(f"{BASIS_FILE} is not what {DIGEST_FILE} announces")
         return basis
 

@@ -8,6 +8,7 @@ from spectrumkv.common.errors import (
     DataLossError,
     FailedPreconditionError,
     InternalError,
+    InvalidArgumentError,
     ResourceExhaustedError,
     SpectrumKVError,
     UnansweredError,
@@ -30,6 +31,8 @@ _REASONS: dict[type[SpectrumKVError], str] = {
 }
 # Errors of one worker that another worker may not have.
 REFUSALS = tuple(_REASONS)
+# Prefill has checked the request by the same rules as decode, and a worker says that it is the caller's fault.
+DOUBTED = InvalidArgumentError
 # Errors that count against a worker: the last two also in place of an answer to Begin, since no request makes them.
 FAILURES = (InternalError, UnavailableError, DataLossError)
 
@@ -38,11 +41,13 @@ def pass_over_reason(error: SpectrumKVError, admitted: bool) -> str:
     """Return the label of a worker's error.
 
     Args:
-        error: one of `REFUSALS` or `FAILURES`.
+        error: one of `REFUSALS`, `FAILURES` or `DOUBTED`.
         admitted: whether the worker had admitted the request.
     """
     if admitted:
         return LOST if isinstance(error, UnavailableError) else FAILED
+    if isinstance(error, DOUBTED):
+        return "unfit"
     return next((reason for kind, reason in _REASONS.items() if isinstance(error, kind)), FAILED)
 
 
@@ -115,6 +120,15 @@ class Dispatch:
             self.error = refusal.with_traceback(None)
             return False
 
+    @property
+    def doubted(self) -> bool:
+        """Whether the worker refused the request as the caller's fault, after prefill had found none."""
+        return isinstance(self.error, DOUBTED)
+
+    def refuted(self) -> None:
+        """Take in that another worker admitted what this one called the caller's fault: this counts as a failure."""
+        self._count_failure()
+
     def commit(self) -> None:
         """Say that the client has tokens which only this worker can continue."""
         if not self._committed:
@@ -142,15 +156,18 @@ class Dispatch:
         if error is None and self._committed:
             breaker.succeeded()
         elif self._worker_failed(error):
-            seconds = breaker.failed()
-            if seconds is not None:
-                logger.warning(
-                    "decode worker %s failed one request after another; others take its requests for %g s",
-                    self.worker.address,
-                    seconds,
-                )
+            self._count_failure()
         elif self._trial:
             breaker.abandon_trial()
+
+    def _count_failure(self) -> None:
+        seconds = self.worker.breaker.failed()
+        if seconds is not None:
+            logger.warning(
+                "decode worker %s failed one request after another; others take its requests for %g s",
+                self.worker.address,
+                seconds,
+            )
 
     def _worker_failed(self, error: BaseException | None) -> bool:
         """Return whether the worker failed the request, or let it wait for an answer in vain.
@@ -167,5 +184,6 @@ class Dispatch:
     def _goes_on(self, error: SpectrumKVError) -> bool:
         """Return whether the request may go on to another worker after this error."""
         if not self.admitted:
-            return isinstance(error, REFUSALS) or self._worker_failed(error)
+            doubted = isinstance(error, DOUBTED) and self._lease is not None and error is self._lease.worker_error
+            return isinstance(error, REFUSALS) or doubted or self._worker_failed(error)
         return not self._committed and (isinstance(error, UnavailableError) or self._worker_failed(error))

@@ -11,7 +11,10 @@ import grpc
 from spectrumkv.common.errors import (
     CancelledError,
     DataLossError,
+    DeadlineExceededError,
     FailedPreconditionError,
+    InternalError,
+    NotFoundError,
     PermissionDeniedError,
     SpectrumKVError,
     UnansweredError,
@@ -20,6 +23,7 @@ from spectrumkv.common.errors import (
 )
 from spectrumkv.common.rpc.decode_protocol import expect_admitted, expect_no_response, tokens_and_finished
 from spectrumkv.common.rpc.interceptor import as_known_error
+from spectrumkv.common.rpc.limits.stalled_readers import STALL_SECONDS, Reader, StalledReaders
 from spectrumkv.common.rpc.scope import RpcScope, cancelled_after
 from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.common.service.config import Address
@@ -31,6 +35,10 @@ from spectrumkv.v1 import decode_pb2
 
 # A worker admits a request within milliseconds. One that is connected and does not answer for so long is stuck.
 ADMISSION_SECONDS = 10.0
+# gRPC rounds timeouts, and two services' threads notice the same deadline at different moments.
+DEADLINE_SLACK_SECONDS = 1.0
+# Whoever answers pings and takes no KV would hold memory for which requests to all workers wait.
+_links = StalledReaders(STALL_SECONDS)
 
 
 def open_lease(
@@ -54,10 +62,17 @@ def open_lease(
     Returns:
         The lease, whose admission the caller waits for next.
     """
-    call = open_stream(pipeline.messages(), timeout=scope.seconds_remaining, metadata=current_trace().metadata)
+    link = _links.enter(lambda error: call.cancel())
+    try:
+        messages = link.taking(pipeline.messages())
+        call = open_stream(messages, timeout=scope.seconds_remaining, metadata=current_trace().metadata)
+    except BaseException:
+        _links.leave(link)
+        raise
+    call.add_done_callback(lambda _: _links.leave(link))
     call.add_done_callback(lambda _: pipeline.cancel())
     scope.on_end(call.cancel)
-    return DecodeLease(worker, call, pipeline, scope, metrics, pace)
+    return DecodeLease(worker, call, pipeline, scope, metrics, pace, link)
 
 
 class DecodeLease:
@@ -72,10 +87,12 @@ class DecodeLease:
         scope: the client's RPC.
         metrics: counts answers that arrive damaged.
         pace: of the worker; learns how long its tokens take.
+        link: notes for how long messages wait for the worker.
 
     Attributes:
         worker: the worker's address.
         pipeline: makes the messages to send.
+        admitted: whether the worker has admitted the request.
         worker_error: the latest error that was the worker's, or the way's to it; None where there was none.
     """
 
@@ -87,6 +104,7 @@ class DecodeLease:
         scope: RpcScope,
         metrics: Metrics,
         pace: TokenPace,
+        link: Reader,
     ) -> None:
         self.worker = worker
         self.pipeline = pipeline
@@ -95,6 +113,8 @@ class DecodeLease:
         self._scope = scope
         self._metrics = metrics
         self._pace = pace
+        self._link = link
+        self.admitted = False
         self._unanswered = False
 
     def wait_for_admission(self) -> None:
@@ -107,6 +127,7 @@ class DecodeLease:
         try:
             with self._errors_named(), cancelled_after(ADMISSION_SECONDS, self._give_up):
                 expect_admitted(self._call)
+                self.admitted = True
         except BaseException:
             self._call.cancel()
             raise
@@ -119,6 +140,7 @@ class DecodeLease:
 
         Raises:
             DataLossError: an answer is damaged, missing or out of order.
+            InternalError: an answer has a token that the model does not have.
             SpectrumKVError: the stream failed; the message names the worker.
         """
         first = self.pipeline.first_tokens
@@ -129,7 +151,7 @@ class DecodeLease:
             return
         with self._errors_named():
             awaited = {i for i, one in enumerate(first) if not one.finished}
-            yield from self._timed(tokens_and_finished(self._call, awaited))
+            yield from self._timed(tokens_and_finished(self._call, self.pipeline.vocab_size, awaited))
 
     def _timed(self, responses: Iterator[decode_pb2.DecodeResponse]) -> Iterator[decode_pb2.DecodeResponse]:
         """Yield the responses, and have the worker's pace learn how long each step was waited for.
@@ -185,14 +207,22 @@ class DecodeLease:
         except DataLossError as error:
             self._metrics.chunks_rejected.labels(error.reason).inc()
             raise self._named(error) from error
+        except InternalError as error:
+            raise self._named(error) from error
 
     def _error(self, error: grpc.RpcError) -> SpectrumKVError:
         self._scope.check()
         if self.pipeline.failure is not None:
             return as_known_error(self.pipeline.failure)
         known = error_from_rpc(error)
-        if self._unanswered:
+        if self._link.error is not None:
+            known = UnavailableError(f"it took no KV for {STALL_SECONDS:g} s")
+        elif self._unanswered:
             known = UnansweredError(f"it has not answered Begin within {ADMISSION_SECONDS:g} s")
+        elif isinstance(known, NotFoundError):
+            known = InternalError(f"it answers with NOT_FOUND, which no decode worker does: {known.message}")
+        elif isinstance(known, DeadlineExceededError) and not self.admitted and self._time_is_left:
+            known = InternalError(f"it answered Begin with DEADLINE_EXCEEDED before the deadline: {known.message}")
         elif isinstance(known, CancelledError):
             # Prefill did not cancel, or the scope would have said so: the worker ended the stream, and says why.
             known = UnavailableError(f"it ended the stream: {known.message}")
@@ -200,6 +230,11 @@ class DecodeLease:
             # The client has no part in the token and the certificate that prefill shows.
             known = FailedPreconditionError(f"it refuses prefill: {known.message}")
         return self._named(known)
+
+    @property
+    def _time_is_left(self) -> bool:
+        """Whether a worker that says otherwise has no deadline of prefill's to blame, which ends at about its own."""
+        return self._scope.seconds_remaining > DEADLINE_SLACK_SECONDS
 
     def _named(self, error: SpectrumKVError) -> SpectrumKVError:
         error.args = (f"decode worker {self.worker}: {error.message}",)

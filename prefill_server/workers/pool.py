@@ -100,6 +100,7 @@ class WorkerPool:
         scope.on_end(self.wake)
         self._retry_budget.count_request()
         reruns = 0
+        doubted: list[Dispatch] = []
         current_request().begin_stage("reserve")
         while (worker := selector.next()) is not None:
             dispatch = Dispatch(worker, slots, scope)
@@ -117,8 +118,14 @@ class WorkerPool:
                 if delivered or (may_fall_back and isinstance(dispatch.error, BasisMissingError)):
                     dispatch = Dispatch(worker, slots, scope, lacks_basis=not delivered)
                     yield dispatch
+            if dispatch.admitted:
+                for refuted in doubted:
+                    refuted.refuted()
+                doubted = []
             if dispatch.error is None:
                 return
+            if dispatch.doubted:
+                doubted.append(dispatch)
             self._pass_over(worker, dispatch.error, dispatch.admitted)
             selector.refused(worker, dispatch.error)
             if dispatch.admitted or not isinstance(dispatch.error, REFUSALS):

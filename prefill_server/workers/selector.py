@@ -8,6 +8,7 @@ from spectrumkv.common.errors import (
     DataLossError,
     FailedPreconditionError,
     InternalError,
+    InvalidArgumentError,
     ResourceExhaustedError,
     SpectrumKVError,
     UnavailableError,
@@ -103,7 +104,8 @@ class WorkerSelector:
         if full:
             delay = min(refusal.retry_after_seconds for refusal in full)
             return ResourceExhaustedError(f"no decode worker has room: {reasons}", delay)
-        failures = [refusal for refusal in refusals if isinstance(refusal, InternalError | DataLossError)]
+        failed = (InternalError, DataLossError, InvalidArgumentError)
+        failures = [refusal for refusal in refusals if isinstance(refusal, failed)]
         if failures:
             return failures[-1]
         if refusals and all(isinstance(refusal, FailedPreconditionError) for refusal in refusals):

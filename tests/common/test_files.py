@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
-from spectrumkv.common.files import check_regular, open_regular, read_text
+from spectrumkv.common.files import MOST_TEXT_BYTES, check_regular, open_regular, read_bytes, read_text
 from spectrumkv.common.model.cache import read_entry
 from spectrumkv.common.model.configuration import read_object
 from spectrumkv.common.model.directory import find_model
@@ -115,6 +115,28 @@ def test_files_and_links_to_files_are_read(tmp_path: Path) -> None:
         open_regular(tmp_path)
     with pytest.raises(FileNotFoundError):
         check_regular(tmp_path / "gone")
+
+
+def test_a_vast_file_is_refused_before_it_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    vast = tmp_path / "config.json"
+    with vast.open("wb") as file:
+        file.truncate(40 << 30)
+    with pytest.raises(OSError, match=f"it has {40 << 30} bytes, more than {MOST_TEXT_BYTES}"):
+        read_text(vast)
+    with pytest.raises(FailedPreconditionError, match=r"config\.json"):
+        read_object(vast)
+    assert read_entry(vast, "the number", int) is None
+    assert f"cannot use the number kept in {vast}" in caplog.text
+
+
+def test_a_file_may_have_as_many_bytes_as_it_should(tmp_path: Path) -> None:
+    (tmp_path / "whole").write_bytes(b"12345")
+    assert read_bytes(tmp_path / "whole", 5) == b"12345"
+    with pytest.raises(OSError, match="it has 5 bytes, more than 4"):
+        read_bytes(tmp_path / "whole", 4)
+    # It has no size, and contents all the same.
+    with pytest.raises(OSError, match="bytes, more than 4"):
+        read_bytes(Path("/proc/self/status"), 4)
 
 
 def test_what_was_opened_in_vain_is_closed(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import yaml
 
 from spectrumkv.common.service.command_line import load
 from spectrumkv.common.service.config import DecodeConfig, PrefillConfig
-from spectrumkv.common.service.process import STOP_SECONDS
+from spectrumkv.common.service.serving import STOP_SECONDS
 from spectrumkv.gateway.config import GatewayConfig
 from spectrumkv.gateway.http.exchange import OPEN_PATHS
 from tests.docker.deployment import DASHBOARD, DOCKER, OPERATIONS, ROOT, VLLM_DASHBOARD, unknown_metrics

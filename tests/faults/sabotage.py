@@ -10,13 +10,18 @@ from typing import Any
 
 import torch
 
+from spectrumkv.common.generation.prompt import PromptReader
 from spectrumkv.common.kv.codecs.tiered import TieredEncoder
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.rpc.decode_methods import ArrivedPiece
+from spectrumkv.decode_server import main as decode_main
 from spectrumkv.decode_server.bases import BasisStore
 from spectrumkv.decode_server.engine import DecodeEngine
+from spectrumkv.decode_server.kv_pool import KvPool
 from spectrumkv.decode_server.model_runner import DecodeRow, EagerRunner
 from spectrumkv.decode_server.receiver import KvReceiver
+from spectrumkv.prefill_server import main as prefill_main
+from spectrumkv.prefill_server import service as prefill_service
 from spectrumkv.prefill_server.engine.engine import PrefillEngine
 from spectrumkv.v1 import decode_pb2
 
@@ -28,6 +33,10 @@ DEAD_ENGINE = "dead engine"
 FROZEN_PASS = "frozen pass"
 FROZEN_CODING = "frozen coding"
 FROZEN_DECODING = "frozen decoding"
+FROZEN_TOKENIZER = "frozen tokenizer"
+FROZEN_SAMPLING = "frozen sampling"
+HELD_LOCK = "held lock"
+FROZEN_START = "frozen start"
 NOT_FINITE = "not finite"
 SLOW_UPLOAD = "slow upload"
 # What the log says once something hangs.
@@ -44,10 +53,20 @@ def _lose_device() -> None:
     raise torch.AcceleratorError("CUDA error: injected")
 
 
-def _freeze() -> None:
+def _freeze(*_: object) -> None:
     sys.stderr.write(f"{FROZEN}\n")
     sys.stderr.flush()
     threading.Event().wait()
+
+
+def _wait_in_c(*_: object) -> None:
+    """Wait without end in C for a lock that nobody lets go, as code that runs no Python and heeds no signal may."""
+    sys.stderr.write(f"{FROZEN}\n")
+    sys.stderr.flush()
+    lock = ctypes.create_string_buffer(64)
+    take = ctypes.CDLL(None).pthread_mutex_lock
+    take(lock)
+    take(lock)
 
 
 def _spoil(model: torch.nn.Module) -> None:
@@ -70,8 +89,39 @@ IN_STEP: dict[str, Callable[[], None]] = {
 }
 
 
+def _hold_lock(pool: KvPool, *_: object) -> None:
+    with pool._lock:
+        _freeze()
+
+
+# Functions before which something happens: where they are found, their names, and what happens.
+BEFORE: dict[str, Sequence[tuple[Any, str, Callable[..., None]]]] = {
+    FROZEN_TOKENIZER: [(PromptReader, "read", _freeze)],
+    FROZEN_SAMPLING: [(prefill_service, "sample_first", _freeze)],
+    HELD_LOCK: [(KvPool, "reserve_each", _hold_lock)],
+    FROZEN_START: [(prefill_main, "load_model", _wait_in_c), (decode_main, "load_model", _wait_in_c)],
+}
+
+
 def install(switch: Path) -> None:
     """Have the model's threads and those that code do what the file `switch` says, as long as it exists."""
+    for trouble, places in BEFORE.items():
+        for owner, name, happen in places:
+            setattr(owner, name, _preceded(getattr(owner, name), trouble, happen, switch))
+    _install_inside(switch)
+
+
+def _preceded(function: Callable[..., Any], trouble: str, happen: Callable[..., None], switch: Path) -> Any:
+    def called(*arguments: Any, **named: Any) -> Any:
+        if switch.exists() and switch.read_text() == trouble:
+            happen(*arguments)
+        return function(*arguments, **named)
+
+    return called
+
+
+def _install_inside(switch: Path) -> None:
+    """Break what cannot be broken from before it."""
     forward, end_step, run_batch = EagerRunner._forward, DecodeEngine._end_step, PrefillEngine._run_batch
     encode, write, receive = TieredEncoder.encode, KvReceiver._write, BasisStore.receive
 

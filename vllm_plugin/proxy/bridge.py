@@ -77,7 +77,7 @@ def decoded_by_service(
         )
         call = open_decode_stream(decode)(_stream(begin, fetch, handed_out.first_token_id), timeout=timeout)
         expect_admitted(call)
-        for response in tokens_and_finished(call):
+        for response in tokens_and_finished(call, info.model.vocab_size):
             if response.WhichOneof("message") == "token":
                 yield response.token
     except grpc.RpcError as error:

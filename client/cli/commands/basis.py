@@ -1,19 +1,23 @@
 """Run `spectrumkv basis`: give all prefill services of a model the same codec basis, found once."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from spectrumkv.client.cli.output import check_writable
 from spectrumkv.common.errors import InvalidArgumentError
+from spectrumkv.common.files import check_regular, read_bytes
 from spectrumkv.common.service.config import ServerConfig
 
 if TYPE_CHECKING:
     from spectrumkv.common.kv.codecs.basis import Basis
     from spectrumkv.common.model.load import LoadedModel
+
+T = TypeVar("T")
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -80,18 +84,31 @@ def _import(arguments: argparse.Namespace) -> int:
         InvalidArgumentError: the file cannot be read, or holds no basis for this model.
         SpectrumKVError: the model cannot be loaded, or the basis cannot be kept.
     """
-    from spectrumkv.common.kv.codecs.base import parse_basis
+    from spectrumkv.common.kv.codecs.base import largest_basis_bytes, parse_basis
     from spectrumkv.prefill_server.tuning.basis_cache import keep_basis
 
-    try:
-        data = Path(arguments.file).read_bytes()
-    except OSError as error:
-        raise InvalidArgumentError(f"FILE {arguments.file} cannot be read: {error.strerror}") from error
+    file = Path(arguments.file)
+    # Before the model is loaded, which takes a while.
+    _readable(lambda: check_regular(file), file)
     loaded = _load(arguments)
-    basis = parse_basis(data, loaded.geometry)
+    basis = parse_basis(
+        _readable(lambda: read_bytes(file, largest_basis_bytes(loaded.geometry)), file), loaded.geometry
+    )
     directory = keep_basis(loaded, basis)
     _say(f"kept basis {basis.digest.hex()} of {loaded.name} in {directory}; prefill uses it from its next start on")
     return 0
+
+
+def _readable(read: Callable[[], T], file: Path) -> T:
+    """Return what `read` returns.
+
+    Raises:
+        InvalidArgumentError: the file cannot be read.
+    """
+    try:
+        return read()
+    except OSError as error:
+        raise InvalidArgumentError(f"FILE {file} cannot be read: {error.strerror}") from error
 
 
 def _load(arguments: argparse.Namespace) -> "LoadedModel":

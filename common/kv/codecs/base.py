@@ -269,6 +269,15 @@ def basis_types() -> tuple[type[Basis], ...]:
     return tuple(dict.fromkeys(one for one in needed if one is not None))
 
 
+def largest_basis_bytes(geometry: KvGeometry) -> int:
+    """Return the most bytes that a serialized basis of any type can have; 0 where no codec needs one.
+
+    Args:
+        geometry: shape and dtype of the model's cache.
+    """
+    return max((one.largest_bytes(geometry) for one in basis_types()), default=0)
+
+
 def parse_basis(data: bytes, geometry: KvGeometry) -> Basis:
     """Read a basis that some codec needs; what is in it tells its type.
 

@@ -1,18 +1,16 @@
-"""Callers that take no message while one waits for them: how long they may hold what their request holds.
+"""Peers that take no message while one waits for them: how long they may hold what their request holds.
 
-A handler that has answered more than a connection's windows take waits until its caller reads. Without a limit, a
-caller that never reads would keep its place, and its slots on decode, until its deadline.
+Whoever has sent more than a connection's windows take waits until its peer reads. Without a limit, a caller that
+never reads would keep its place, and its slots on decode, until its deadline; and a decode worker that never reads
+would keep memory on prefill for which other workers' requests wait.
 """
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import grpc
-
 from spectrumkv.common.errors import CancelledError
-from spectrumkv.common.rpc.status import end_call
 
 STALL_SECONDS = 60.0
 # How often readers are looked at, relative to the time that they have.
@@ -20,33 +18,33 @@ _LOOKS = 10
 
 
 class Reader:
-    """The caller of one stream.
+    """The peer that takes the messages of one stream.
 
     Args:
-        context: the stream's.
+        end: ends the stream, from any thread, for the reason that it is given.
 
     Attributes:
-        error: says that the stream was ended because its caller took no message; None where it was not.
+        error: says that the stream was ended because its peer took no message; None where it was not.
     """
 
-    def __init__(self, context: grpc.ServicerContext) -> None:
+    def __init__(self, end: Callable[[CancelledError], object]) -> None:
         self.error: CancelledError | None = None
-        self._context = context
+        self._end = end
         # When the message that waits was handed to gRPC; None while none waits. Written by the handler's thread
         # without a lock, since each token passes here.
         self._since: float | None = None
 
     def taking(self, messages: Iterator[Any]) -> Iterator[Any]:
-        """Yield messages, and note for how long each waits for the caller.
+        """Yield messages, and note for how long each waits for the peer.
 
         Args:
-            messages: the answers of a handler.
+            messages: what is sent on the stream.
 
         Yields:
             The same.
 
         Raises:
-            CancelledError: the stream was ended because its caller took no message.
+            CancelledError: the stream was ended because its peer took no message.
         """
         try:
             for message in messages:
@@ -66,14 +64,14 @@ class Reader:
         since = self._since
         if since is not None and self.error is None and time.monotonic() - since > seconds:
             self.error = CancelledError(f"the caller took no message for {seconds:g} s")
-            end_call(self._context, self.error)
+            self._end(self.error)
 
 
 class StalledReaders:
-    """Ends streams whose callers take no message for too long; one thread looks after all of them.
+    """Ends streams whose peers take no message for too long; one thread looks after all of them.
 
     Args:
-        seconds: how long a message may wait for its caller.
+        seconds: how long a message may wait for its peer.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -82,16 +80,16 @@ class StalledReaders:
         self._readers: set[Reader] = set()
         self._watcher: threading.Thread | None = None
 
-    def enter(self, context: grpc.ServicerContext) -> Reader:
+    def enter(self, end: Callable[[CancelledError], object]) -> Reader:
         """Look after a stream until `leave`.
 
         Args:
-            context: the stream's.
+            end: ends the stream, from any thread, for the reason that it is given.
 
         Returns:
             Its reader.
         """
-        reader = Reader(context)
+        reader = Reader(end)
         with self._changed:
             self._readers.add(reader)
             if self._watcher is None:
@@ -111,6 +109,7 @@ class StalledReaders:
         with self._changed:
             while self._readers:
                 self._changed.wait(self._seconds / _LOOKS)
-                for reader in self._readers:
+                # Ending a stream may have it leave.
+                for reader in tuple(self._readers):
                     reader.end_if_stalled(self._seconds)
             self._watcher = None

@@ -1,12 +1,13 @@
 """Which message may come when in a Decode stream, on both sides."""
 
+import math
 from collections.abc import Iterator
 from typing import Any, cast
 
 import grpc
 import pytest
 
-from spectrumkv.common.errors import CancelledError, DataLossError
+from spectrumkv.common.errors import CancelledError, DataLossError, InternalError
 from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.rpc.decode_protocol import (
     expect_admitted,
@@ -25,6 +26,7 @@ BEGIN = decode_pb2.DecodeRequest(begin=decode_pb2.Begin(request_id="one"))
 CHUNK = KvChunk(0, 0, (b"",))
 END = decode_pb2.DecodeRequest(end=decode_pb2.End(chunks=1))
 ADMITTED = decode_pb2.DecodeResponse(admitted=decode_pb2.Admitted(slots=3))
+VOCAB_SIZE = 10
 DAMAGED = DataLossError("a message is damaged", "crc")
 
 
@@ -107,13 +109,13 @@ def test_admitted_answers_begin(answers: list[ArrivedResponse]) -> None:
 
 def test_tokens_come_in_order_and_finished_counts_them() -> None:
     answers = [token(1), token(2), token(3, last=True), finished(3)]
-    assert list(tokens_and_finished(iter(answers))) == answers
+    assert list(tokens_and_finished(iter(answers), VOCAB_SIZE)) == answers
 
 
 def test_answers_go_on_beside_each_other_and_each_ends_by_itself() -> None:
     answers = [token(1, answer=2), token(1, answer=0), token(2, True, 2), token(2, True, 0), finished(4)]
-    assert list(tokens_and_finished(iter(answers), (0, 2))) == answers
-    assert refusal(tokens_and_finished, iter(answers), (0,)).message == (
+    assert list(tokens_and_finished(iter(answers), VOCAB_SIZE, (0, 2))) == answers
+    assert refusal(tokens_and_finished, iter(answers), VOCAB_SIZE, (0,)).message == (
         "it sent token 1 of answer 2 where token 1 of answer 0 was due"
     )
 
@@ -136,7 +138,33 @@ def test_answers_go_on_beside_each_other_and_each_ends_by_itself() -> None:
     ],
 )
 def test_other_answers_are_refused(answers: list[ArrivedResponse], reason: str) -> None:
-    assert refusal(tokens_and_finished, iter(answers)).reason == reason
+    assert refusal(tokens_and_finished, iter(answers), VOCAB_SIZE).reason == reason
+
+
+@pytest.mark.parametrize(
+    ("lie", "sentence"),
+    [
+        ({"token_id": VOCAB_SIZE}, "it sent token id 10 in token 1 of answer 0; the vocabulary has 10"),
+        (
+            {"top_logprobs": [generation_pb2.TokenLogprob(token_id=2**32 - 1)]},
+            "it sent token id 4294967295 in token 1 of answer 0; the vocabulary has 10",
+        ),
+        ({"logprob": math.nan}, "it sent a log-probability of NaN in token 1 of answer 0"),
+        (
+            {"top_logprobs": [generation_pb2.TokenLogprob(logprob=math.nan)]},
+            "it sent a log-probability of NaN in token 1 of answer 0",
+        ),
+    ],
+)
+def test_what_no_model_generates_is_the_workers_fault(lie: dict[str, Any], sentence: str) -> None:
+    wrong = token(1)
+    wrong.token.MergeFrom(generation_pb2.Token(**lie))
+    with pytest.raises(InternalError) as caught:
+        list(tokens_and_finished(iter([wrong]), VOCAB_SIZE))
+    assert caught.value.message == sentence
+    right = token(1, last=True)
+    right.token.MergeFrom(generation_pb2.Token(token_id=VOCAB_SIZE - 1, logprob=-math.inf))
+    assert list(tokens_and_finished(iter([right, finished(1)]), VOCAB_SIZE)) == [right, finished(1)]
 
 
 def test_nothing_follows_the_end() -> None:

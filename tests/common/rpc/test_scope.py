@@ -281,3 +281,15 @@ def test_leaving_a_scope_stops_its_clock():
         for clock in clocks:
             clock.join(WAIT_SECONDS)
             assert not clock.is_alive()
+
+
+@pytest.mark.parametrize("jump", [3600.0, -3600.0])
+def test_a_system_clock_that_is_set_makes_no_deadline_of_a_cancel(monkeypatch, jump):
+    handlers, now = Blocked(), time.time
+    with served(handlers.in_queue) as server:
+        call, _ = start(server, "in_queue", timeout=WAIT_SECONDS)
+        wait(handlers.blocked)
+        monkeypatch.setattr(time, "time", lambda: now() + jump)
+        call.cancel()
+        wait(handlers.left)
+        assert server.code() == "CANCELLED"

@@ -16,7 +16,13 @@ from tests.tiny_models import tiny_model
 
 HEALTH = ("/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch")
 METHODS = {
-    "prefill": (*HEALTH, "/spectrumkv.v1.PrefillService/Generate", "/spectrumkv.v1.PrefillService/GetServerInfo"),
+    "prefill": (
+        *HEALTH,
+        "/spectrumkv.v1.PrefillService/Generate",
+        "/spectrumkv.v1.PrefillService/GetServerInfo",
+        "/spectrumkv.v1.PrefillService/Tokenize",
+        "/spectrumkv.v1.PrefillService/Detokenize",
+    ),
     "decode": (
         *HEALTH,
         "/spectrumkv.v1.DecodeService/Decode",

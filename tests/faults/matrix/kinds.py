@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spectrumkv.common.rpc.channel import KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS
-from spectrumkv.common.service.process import EXIT_BROKEN
+from spectrumkv.common.service.serving import EXIT_BROKEN
 from spectrumkv.decode_server.engine import FAILED_STEPS
 from tests.faults import sabotage
 from tests.faults.deployment import Deployment

@@ -1,6 +1,7 @@
 """A service whose model fails or hangs says so, tells its callers, and ends; others take over (docs/faults.md)."""
 
 import contextlib
+import re
 import signal
 import threading
 import time
@@ -12,10 +13,11 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from spectrumkv.common.errors import InternalError, UnavailableError
+from spectrumkv.common.errors import DeadlineExceededError, InternalError, UnavailableError
 from spectrumkv.common.rpc.channel import open_channel
-from spectrumkv.common.service.process import EXIT_BROKEN, STOP_SECONDS
+from spectrumkv.common.service.serving import EXIT_BROKEN, STOP_SECONDS
 from spectrumkv.common.service.watchdog import LIMITS_WITHOUT_A_LOOK
+from spectrumkv.prefill_server.workers.lease import ADMISSION_SECONDS
 from tests.faults import sabotage
 from tests.faults.deployment import Service, until
 from tests.faults.fleet import Fleet, running_fleet
@@ -108,7 +110,11 @@ class Health:
         (sabotage.LOST_DEVICE, 0.0, "the device is lost: AcceleratorError: CUDA error: injected"),
         (sabotage.DEAD_ENGINE, 0.0, "the decode engine failed: RuntimeError: injected"),
         (sabotage.FROZEN_STEP, STUCK_SECONDS, "the model has made no progress for 2 s (--stuck-after)"),
-        (sabotage.HELD_INTERPRETER, LIMITS_WITHOUT_A_LOOK * STUCK_SECONDS, "Timeout ("),
+        (
+            sabotage.HELD_INTERPRETER,
+            LIMITS_WITHOUT_A_LOOK * STUCK_SECONDS,
+            "no Python has run in this process for 10 s (--stuck-after)",
+        ),
     ],
 )
 def test_a_broken_decode_worker_tells_its_callers_and_ends(
@@ -159,8 +165,15 @@ def test_requests_lose_nothing_to_a_worker_whose_steps_fail(fleet: Fleet) -> Non
     assert ejected or broken.wait_for_end(SLACK_SECONDS) == EXIT_BROKEN
 
 
-@pytest.mark.parametrize("trouble", [sabotage.FROZEN_PASS, sabotage.FROZEN_CODING])
-def test_a_prefill_that_hangs_tells_its_callers_and_ends(fleet: Fleet, trouble: str) -> None:
+@pytest.mark.parametrize(
+    ("trouble", "what"),
+    [
+        (sabotage.FROZEN_PASS, "the model"),
+        (sabotage.FROZEN_CODING, "the model"),
+        (sabotage.FROZEN_TOKENIZER, "the tokenizer"),
+    ],
+)
+def test_a_prefill_that_hangs_tells_its_callers_and_ends(fleet: Fleet, trouble: str, what: str) -> None:
     (prefill,) = fleet.prefills
     with Health(prefill) as health:
         prefill.sabotage(trouble)
@@ -170,7 +183,7 @@ def test_a_prefill_that_hangs_tells_its_callers_and_ends(fleet: Fleet, trouble: 
         assert isinstance(waiting.error, UnavailableError)
         assert prefill.wait_for_end(SLACK_SECONDS) == EXIT_BROKEN
         assert health.until_the_end() == [NOT_SERVING]
-    assert "the model has made no progress for 2 s (--stuck-after)" in log_of(prefill)
+    assert f"{what} has made no progress for 2 s (--stuck-after)" in log_of(prefill)
     assert "in _freeze" in log_of(prefill)
 
 
@@ -201,18 +214,87 @@ def test_a_worker_that_hangs_as_kv_arrives_ends_and_its_requests_go_on(fleet: Fl
     assert "in _freeze" in log_of(hanging)
 
 
-def test_a_process_with_a_step_that_hangs_ends_when_it_is_told_to(tmp_path: Path) -> None:
+def test_a_request_whose_thread_hangs_outside_of_the_model_ends_prefill_once_its_time_is_over(fleet: Fleet) -> None:
+    (prefill,) = fleet.prefills
+    prefill.sabotage(sabotage.FROZEN_SAMPLING)
+    asked = RunningRequest(fleet.addresses, 8, 4, timeout=1.0)
+    asked.wait_for_end(1.0 + SLACK_SECONDS)
+    asked.close()
+    assert isinstance(asked.error, DeadlineExceededError)
+    assert prefill.wait_for_end(STUCK_SECONDS + SLACK_SECONDS) == EXIT_BROKEN
+    assert "the thread of a call that is over has made no progress for 2 s (--stuck-after)" in log_of(prefill)
+    assert "in _freeze" in log_of(prefill)
+
+
+def test_a_lock_that_nobody_lets_go_ends_the_worker_and_its_requests_go_on(fleet: Fleet) -> None:
+    holding = fleet.decodes[0]
+    holding.sabotage(sabotage.HELD_LOCK)
+    # Of two, so that each worker is asked.
+    asked = [request(fleet, 4) for _ in range(4)]
+    for one in asked:
+        one.wait_for_end(ADMISSION_SECONDS + SLACK_SECONDS)
+        assert one.error is None
+        one.close()
+    assert holding.wait_for_end(STUCK_SECONDS + SLACK_SECONDS) == EXIT_BROKEN
+    assert "the thread of a call that is over has made no progress for 2 s (--stuck-after)" in log_of(holding)
+    assert "in _hold_lock" in log_of(holding)
+
+
+@pytest.mark.parametrize("service", ["prefill", "decode"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_start_that_hangs_ends_at_a_signal(fleet: Fleet, service: str, number: signal.Signals) -> None:
+    (starting,) = fleet.prefills if service == "prefill" else fleet.decodes[:1]
+    starting.kill()
+    starting.log.write_text("")
+    starting.sabotage(sabotage.FROZEN_START)
+    starting.start()
+    until(lambda: sabotage.FROZEN in log_of(starting), 60, "the start hangs")
+    starting.send(number)
+    # The status of a process that a signal ended.
+    assert starting.wait_for_end(SLACK_SECONDS) == -number
+
+
+@pytest.mark.parametrize(
+    ("service", "trouble"), [("decode", sabotage.FROZEN_STEP), ("prefill", sabotage.FROZEN_PASS)]
+)
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]])
+def test_a_process_that_hangs_ends_when_it_is_told_to(
+    tmp_path: Path, service: str, trouble: str, signals: list[signal.Signals]
+) -> None:
     # Nothing else may notice: the watchdog has its default of two minutes.
     with running_fleet(tmp_path, tiny_model("llama"), size=1, **OPTIONS) as alone:
-        (decode,) = alone.decodes
+        (hanging,) = alone.decodes if service == "decode" else alone.prefills
         running = request(alone, LONG)
         running.wait_for_tokens(3)
-        decode.sabotage(sabotage.FROZEN_STEP)
-        until(lambda: sabotage.FROZEN in log_of(decode), 10, "a step hangs")
+        hanging.sabotage(trouble)
+        second = request(alone, LONG)
+        until(lambda: sabotage.FROZEN in log_of(hanging), 10, "the model hangs")
         told_at = time.monotonic()
-        decode.send(signal.SIGTERM)
-        assert decode.wait_for_end(float(OPTIONS["grace"]) + STOP_SECONDS + SLACK_SECONDS) == EXIT_BROKEN
-        assert time.monotonic() - told_at >= float(OPTIONS["grace"])
-        running.wait_for_end(SLACK_SECONDS)
+        for number in signals:
+            hanging.send(number)
+        assert hanging.wait_for_end(float(OPTIONS["grace"]) + STOP_SECONDS + SLACK_SECONDS) == EXIT_BROKEN
+        if len(signals) == 1:
+            assert time.monotonic() - told_at >= float(OPTIONS["grace"])
+        for one in (running, second):
+            one.wait_for_end(SLACK_SECONDS)
+            assert isinstance(one.error, UnavailableError)
+            one.close()
+        assert re.search(rf"the {service} engine has not stopped within \d s", log_of(hanging))
+
+
+def test_a_step_that_hangs_while_the_process_drains_does_not_wait_for_the_grace(tmp_path: Path) -> None:
+    options = {**OPTIONS, "grace": "100", "stuck_after": f"{STUCK_SECONDS:g}"}
+    with running_fleet(tmp_path, tiny_model("llama"), size=1, **options) as alone:
+        (decode,), (prefill,) = alone.decodes, alone.prefills
+        running = request(alone, LONG)
+        running.wait_for_tokens(3)
+        for service in (decode, prefill):
+            service.send(signal.SIGTERM)
+            until(lambda log=service.log: "draining" in log.read_text(), 10, "the signal is taken")
+        decode.sabotage(sabotage.FROZEN_STEP)
+        running.wait_for_end(STUCK_SECONDS + SLACK_SECONDS)
         assert isinstance(running.error, UnavailableError)
         running.close()
+        assert decode.wait_for_end(SLACK_SECONDS) == EXIT_BROKEN
+        # Nothing hangs here: it has ended its last request in order.
+        assert prefill.wait_for_end(STOP_SECONDS) == 0

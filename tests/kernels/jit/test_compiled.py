@@ -103,6 +103,65 @@ def test_damaged_code_is_compiled_anew(copied: Path, tmp_path: Path, damage: str
     assert run(copied, **kept) == (1, 1)
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["*called*.nbi", "*called*.nbc"])
+@pytest.mark.parametrize("what", ["a pipe", "a vast file", "a directory"])
+def test_something_else_in_the_place_of_code_holds_up_no_start(
+    copied: Path, tmp_path: Path, kind: str, what: str
+) -> None:
+    kept = {"SPECTRUMKV_CACHE": str(tmp_path / "kept")}
+    assert run(copied, **kept) == (1, 0)
+    (file,) = (tmp_path / "kept").rglob(kind)
+    if what == "a vast file":
+        os.truncate(file, 40 << 30)
+    else:
+        file.unlink()
+        os.mkfifo(file) if what == "a pipe" else file.mkdir()
+    assert run(copied, **kept) == (1, 0)
+    # Only a directory stays, and costs the time of compiling.
+    assert run(copied, **kept) == (1, what != "a directory")
+
+
+SEVERAL = """
+from spectrumkv.kernels.jit.compiled import compiled
+@compiled
+def called(row):
+    return row[0]
+"""
+RUN_SEVERAL = """
+import sys
+import numpy as np
+from spectrumkv.kernels.jit.caller import called
+row = np.full(1, 0xFFFF, np.uint16)
+kinds = {"int16": row.view(np.int16), "uint16": row}
+print(*(called(kinds[name]) for name in sys.argv[1:]), sum(called.stats.cache_hits.values()))
+"""
+
+
+def test_code_for_other_types_is_not_taken_for_what_is_asked_for(copied: Path, tmp_path: Path) -> None:
+    """Two processes that compile for other types at once may each write the list of what is kept, and one file."""
+    (copied / "caller.py").write_text(SEVERAL)
+
+    def called(*names: str) -> str:
+        environment = os.environ | {"PYTHONPATH": str(copied.parents[2]), "SPECTRUMKV_CACHE": str(tmp_path / "kept")}
+        command = [sys.executable, "-c", RUN_SEVERAL, *names]
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=120, check=True
+        ).stdout
+
+    assert called("int16") == "-1 0\n"
+    (code,) = (tmp_path / "kept").rglob("*.nbc")
+    (index,) = (tmp_path / "kept").rglob("*.nbi")
+    signed = code.read_bytes()
+    index.unlink()
+    assert called("uint16") == "65535 0\n"
+    # The first process was slower in writing its code than the second one.
+    code.write_bytes(signed)
+    assert called("uint16") == "65535 0\n"
+    assert called("uint16", "int16") == "65535 -1 1\n"
+    assert called("uint16", "int16") == "65535 -1 2\n"
+
+
 def test_a_full_disk_only_costs_time(copied: Path, tmp_path: Path) -> None:
     kept = {"SPECTRUMKV_CACHE": str(tmp_path / "kept")}
     assert run(copied, FULL, **kept) == (1, 0)

@@ -66,6 +66,25 @@ def queued(
     return [future.result() for future in futures], layers
 
 
+@pytest.mark.parametrize("lengths", [LENGTHS, (90,)], ids=["together", "alone"])
+def test_a_layer_that_waits_keeps_no_more_memory_than_its_own(engine: PrefillEngine, lengths: Sequence[int]) -> None:
+    """Neither all queries of the pass, nor the keys and values of its other prompts."""
+    _, layers = queued(engine, prompts(lengths))
+    for length, mine in zip(lengths, layers, strict=True):
+        kept = {
+            states.untyped_storage().data_ptr(): states.untyped_storage().nbytes()
+            for layer in mine
+            for states in (layer.queries, layer.keys, layer.values)
+        }
+        shown = sum(
+            states.numel() * states.element_size()
+            for layer in mine
+            for states in (layer.queries, layer.keys, layer.values)
+        )
+        assert sum(kept.values()) == shown
+        assert all(layer.keys.shape[1] == length for layer in mine)
+
+
 def test_prompts_that_share_a_pass_get_what_they_get_alone(engine: PrefillEngine) -> None:
     token_ids = prompts(LENGTHS)
     together, layers = queued(engine, token_ids)

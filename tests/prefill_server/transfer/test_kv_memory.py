@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 import torch
 
-from spectrumkv.common.errors import CancelledError, FailedPreconditionError
+from spectrumkv.common.errors import CancelledError, FailedPreconditionError, InvalidArgumentError
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.service import cgroup, machine
 from spectrumkv.prefill_server.transfer.kv_memory import KvMemory, KvReservation, kv_memory_bytes
@@ -63,15 +63,15 @@ def test_what_fits_is_held_at_once_and_the_rest_waits_in_order() -> None:
     assert memory.waiting == 0
 
 
-def test_a_prompt_larger_than_the_memory_runs_alone() -> None:
+def test_a_prompt_larger_than_the_memory_is_refused() -> None:
     memory = KvMemory(10)
-    with ThreadPoolExecutor(2) as threads:
-        (small, _), (large, waits) = queued(threads, memory, [1, 25])
-        assert not large.granted
-        small.end()
-        assert waits.result(10)
-        large.end()
-    assert memory.obtain(reservation(memory, 10))
+    memory.check_fits(3, 3)
+    with pytest.raises(InvalidArgumentError) as caught:
+        memory.check_fits(4, 3)
+    assert caught.value.message == (
+        "the prompt has 4 tokens, whose KV takes 12 bytes; this service has 10 bytes for KV (--prefill-kv-memory): "
+        "send at most 3 tokens"
+    )
 
 
 def test_a_request_that_ends_while_it_waits_holds_nothing() -> None:

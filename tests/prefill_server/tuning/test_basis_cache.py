@@ -53,6 +53,28 @@ def test_the_basis_is_kept_for_the_next_start(
     assert caplog.text == ""
 
 
+@pytest.mark.parametrize("name", [basis_cache.BASIS_FILE, basis_cache.DIGEST_FILE])
+def test_a_vast_file_in_the_place_of_a_kept_one_is_not_read(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    loaded: LoadedModel,
+    calibrations: list[Any],
+    caplog: Any,
+    name: str,
+) -> None:
+    monkeypatch.setenv("SPECTRUMKV_CACHE", str(tmp_path))
+    expected = resolve_basis(loaded, lambda done: None).digest
+    (kept,) = (tmp_path / "bases").rglob(name)
+    with kept.open("r+b") as file:
+        file.truncate(40 << 30)
+    assert resolve_basis(loaded, lambda done: None).digest == expected
+    assert f"it has {40 << 30} bytes, more than " in caplog.text
+    assert len(calibrations) == 2
+    caplog.clear()
+    assert resolve_basis(loaded, lambda done: None).digest == expected
+    assert caplog.text == ""
+
+
 def test_without_a_place_the_basis_is_kept_in_memory_and_one_warning_says_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, loaded: LoadedModel, calibrations: list[Any], caplog: Any
 ) -> None:

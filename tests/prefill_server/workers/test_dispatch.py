@@ -94,11 +94,10 @@ def test_a_refusal_is_kept_and_the_request_goes_on(refusal: SpectrumKVError, rea
     assert pass_over_reason(refusal, admitted=False) == reason
 
 
-@pytest.mark.parametrize("error", [InvalidArgumentError("a bad request"), CancelledError("the caller left")])
-def test_what_no_other_worker_mends_ends_the_request(error: SpectrumKVError) -> None:
-    worker = FakeWorker(error)
+def test_what_no_other_worker_mends_ends_the_request() -> None:
+    worker = FakeWorker(CancelledError("the caller left"))
     dispatch = dispatch_to(worker)
-    with pytest.raises(type(error)), dispatch:
+    with pytest.raises(CancelledError), dispatch:
         dispatch.open_lease(cast(Any, None))
     assert dispatch.error is None
     assert worker.held == 0
@@ -157,6 +156,28 @@ def test_a_request_that_a_worker_fails_in_place_of_admitting_it_goes_on(error: S
         assert not dispatch.admitted
     assert worker.breaker.ejected
     assert pass_over_reason(error, admitted=False) == "failed"
+
+
+def test_what_a_worker_calls_the_callers_fault_counts_once_another_admits_it() -> None:
+    worker = FakeWorker(InvalidArgumentError("a bad request"))
+    for _ in range(FAILURES_TO_EJECT):
+        assert not worker.breaker.ejected
+        dispatch = dispatch_to(worker)
+        with dispatch, dispatch.open_lease(cast(Any, None)):
+            pytest.fail("a worker that refuses gives no lease")
+        assert dispatch.doubted
+        assert pass_over_reason(cast(SpectrumKVError, dispatch.error), admitted=False) == "unfit"
+        assert not worker.breaker.ejected
+        dispatch.refuted()
+    assert worker.breaker.ejected
+
+
+def test_an_admitted_request_that_becomes_the_callers_fault_ends() -> None:
+    worker = FakeWorker()
+    dispatch = dispatch_to(worker)
+    with pytest.raises(InvalidArgumentError), dispatch, dispatch.open_lease(cast(Any, None)):
+        worker.lease.fail(InvalidArgumentError("End has another token"))
+    assert not dispatch.doubted
 
 
 def test_a_worker_that_is_away_is_not_ejected_for_that() -> None:

@@ -1,5 +1,6 @@
 """A decode worker that admits requests and fails them: they go on elsewhere, and soon none goes there."""
 
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,11 +12,19 @@ import pytest
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.completion import Completion
 from spectrumkv.client.request import KvChoice, Sampling, TokenIds
-from spectrumkv.common.errors import DataLossError, InternalError, UnavailableError
+from spectrumkv.common.errors import (
+    DataLossError,
+    DeadlineExceededError,
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnavailableError,
+)
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.service import DecodeService
 from spectrumkv.prefill_server.workers import circuit_breaker, lease, retry_budget
 from spectrumkv.prefill_server.workers.circuit_breaker import FAILURES_TO_EJECT
+from spectrumkv.v1 import generation_pb2
 from tests.services.kv.test_lossless import random_prompt
 from tests.services.pair import decode_server, failing_requests, prefill_server, sample, total
 from tests.waiting import until
@@ -111,7 +120,14 @@ def test_one_that_answers_all_but_requests_is_left_alone(fleet: Fleet, monkeypat
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("no memory for its decoder"), DataLossError("reads every Begin wrongly", "crc")]
+    "error",
+    [
+        RuntimeError("no memory for its decoder"),
+        DataLossError("reads every Begin wrongly", "crc"),
+        InvalidArgumentError("takes every request for a wrong one"),
+        NotFoundError("has no such model"),
+        DeadlineExceededError("its clock is wrong"),
+    ],
 )
 def test_one_that_fails_every_begin_is_left_alone(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
     """It admits nothing, so its room stays the largest."""
@@ -124,6 +140,45 @@ def test_one_that_fails_every_begin_is_left_alone(fleet: Fleet, monkeypatch: pyt
         assert fleet.ask().usage.decode_worker != fleet.broken_name
     assert fleet.ejected
     assert fleet.passed_over() == FAILURES_TO_EJECT
+
+
+def test_a_request_that_all_workers_call_its_callers_fault_ejects_none(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(messages: object) -> NoReturn:
+        raise InvalidArgumentError("of another opinion")
+
+    monkeypatch.setattr(fleet.broken, "_read_begin", refuse)
+    monkeypatch.setattr(fleet.sound, "_read_begin", refuse)
+    for _ in range(2 * FAILURES_TO_EJECT):
+        with pytest.raises(InvalidArgumentError, match="of another opinion"):
+            fleet.ask()
+    assert total(fleet.metrics, "decode_worker_ejected") == 0
+
+
+@pytest.mark.parametrize("lie", [{"token_id": 2**32 - 1}, {"logprob": math.nan}], ids=["token", "logprob"])
+def test_one_that_sends_what_no_model_generates_is_left_alone(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, lie: dict[str, Any]
+) -> None:
+    generate = fleet.broken._generate
+    from_index = 1
+
+    def lying(*arguments: Any) -> Iterator[Any]:
+        for response in generate(*arguments):
+            if response.HasField("token") and response.token.index >= from_index:
+                response.token.MergeFrom(generation_pb2.Token(**lie))
+            yield response
+
+    monkeypatch.setattr(fleet.broken, "_generate", lying)
+    for _ in range(10):
+        assert fleet.ask().usage.decode_worker != fleet.broken_name
+    assert fleet.ejected
+    assert fleet.passed_over() == FAILURES_TO_EJECT
+    # From token 2 on no other worker can go on.
+    from_index = 2
+    with pytest.raises(InternalError, match=f"decode worker {fleet.broken_name}: it sent"):
+        # More slots than the other worker has.
+        fleet.ask(Sampling(max_tokens=300, ignore_eos=True))
 
 
 def test_one_that_works_again_is_found_by_a_trial(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:

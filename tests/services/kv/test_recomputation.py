@@ -39,8 +39,8 @@ def finished(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """What each Finished on a Decode stream says of recomputed tokens."""
     said: list[int] = []
 
-    def listening(responses: Iterator[Any], answers: Iterable[int]) -> Iterator[Any]:
-        for response in tokens_and_finished(responses, answers):
+    def listening(responses: Iterator[Any], vocab_size: int, answers: Iterable[int]) -> Iterator[Any]:
+        for response in tokens_and_finished(responses, vocab_size, answers):
             if response.WhichOneof("message") == "finished":
                 said.append(response.finished.recomputed_prompt_tokens)
             yield response

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from spectrumkv.client.request import Sampling, TokenIds
-from spectrumkv.common.errors import CancelledError
+from spectrumkv.common.errors import CancelledError, DeadlineExceededError, InvalidArgumentError
 from spectrumkv.prefill_server.transfer.pipeline import KvPipeline
 from tests.services.kv.test_lossless import random_prompt
 from tests.services.pair import Pair, running_pair, sample, wait_until_nothing_is_held
@@ -74,4 +74,39 @@ def test_prompts_start_as_their_kv_fits(narrow_pair: Pair, link: threading.Event
         until(lambda: sample(pair.prefill_metrics, "requests_waiting") == 3)
         link.set()
         assert [one.result(20) for one in asked] == [2] * 5
+    wait_until_nothing_is_held(pair.prefill_metrics, pair.decode_metrics, seconds=10)
+
+
+def test_a_prompt_whose_kv_never_fits_is_refused_before_anything_is_held(narrow_pair: Pair) -> None:
+    pair = narrow_pair
+    tokens = 2 * PROMPT_TOKENS + 1
+    with pair.client() as client, pytest.raises(InvalidArgumentError) as caught:
+        client.generate(TokenIds(tuple(random_prompt(tokens))), sampling=FIRST_TOKEN).result()
+    assert caught.value.message.startswith(f"the prompt has {tokens} tokens, whose KV takes {tokens * 3072} bytes; ")
+    assert caught.value.message.endswith(f"(--prefill-kv-memory): send at most {2 * PROMPT_TOKENS} tokens")
+    assert sample(pair.decode_metrics, "kv_bytes_resident") == 0
+
+
+def test_requests_that_end_while_they_wait_or_send_leave_nothing(narrow_pair: Pair, link: threading.Event) -> None:
+    """By cancel and by deadline, one that holds memory and those behind it, and several answers to one prompt."""
+    pair = narrow_pair
+    prompt = TokenIds(tuple(random_prompt(2 * PROMPT_TOKENS)))
+    with pair.client() as client, ExitStack() as at_end:
+        at_end.callback(link.set)
+        first = client.generate(prompt, sampling=FIRST_TOKEN)
+        until(lambda: sample(pair.prefill_metrics, "requests_running") == 1)
+        late = client.generate(prompt, sampling=FIRST_TOKEN, timeout=0.5)
+        cancelled = client.generate(prompt, sampling=Sampling(max_tokens=2, ignore_eos=True, n=8))
+        small = client.generate(TokenIds((5, 6, 7)), sampling=FIRST_TOKEN)
+        until(lambda: sample(pair.prefill_metrics, "requests_waiting") == 3)
+        with pytest.raises(DeadlineExceededError):
+            late.result()
+        until(lambda: sample(pair.prefill_metrics, "requests_waiting") == 2)
+        cancelled.cancel()
+        until(lambda: sample(pair.prefill_metrics, "requests_waiting") == 1)
+        first.cancel()
+        # The link is still held: only what is in prefill gave the memory back.
+        until(lambda: sample(pair.prefill_metrics, "requests_waiting") == 0)
+        link.set()
+        assert len(small.result().tokens) == 2
     wait_until_nothing_is_held(pair.prefill_metrics, pair.decode_metrics, seconds=10)

@@ -20,6 +20,8 @@ from tests.waiting import until
 
 GENERATE = "/spectrumkv.v1.PrefillService/Generate"
 INFO = "/spectrumkv.v1.PrefillService/GetServerInfo"
+TOKENIZE = "/spectrumkv.v1.PrefillService/Tokenize"
+DETOKENIZE = "/spectrumkv.v1.PrefillService/Detokenize"
 DECODE = "/spectrumkv.v1.DecodeService/Decode"
 CHECK = "/grpc.health.v1.Health/Check"
 WATCH = "/grpc.health.v1.Health/Watch"
@@ -65,7 +67,7 @@ def assert_all_is_answered(server: Served) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", PART_OF_A_MESSAGE], ids=["nothing", "a part"])
-@pytest.mark.parametrize("method", [GENERATE, INFO, CHECK, WATCH])
+@pytest.mark.parametrize("method", [GENERATE, INFO, TOKENIZE, DETOKENIZE, CHECK, WATCH])
 def test_a_silent_call_ends_in_time(monkeypatch: pytest.MonkeyPatch, method: str, data: bytes) -> None:
     monkeypatch.setattr(rpc, "FIRST_MESSAGE_SECONDS", 0.2)
     reasons = Reasons()
@@ -178,7 +180,9 @@ def test_a_burst_of_calls_over_one_connection_is_served(monkeypatch: pytest.Monk
         assert all(one.result() is not None for one in answers)
 
 
-@pytest.mark.parametrize("methods", [(CHECK,), (WATCH,), (INFO,), (GENERATE,), (CHECK, WATCH, INFO, GENERATE)])
+@pytest.mark.parametrize(
+    "methods", [(CHECK,), (WATCH,), (INFO,), (GENERATE,), (TOKENIZE,), (CHECK, WATCH, INFO, GENERATE, DETOKENIZE)]
+)
 def test_a_thousand_silent_calls_take_nothing_from_others(methods: tuple[str, ...]) -> None:
     reasons = Reasons()
     with served(count_silent=reasons) as server, silent_connections(server.address, 10) as connections:
@@ -255,7 +259,7 @@ def test_a_question_about_health_is_short(ask: str) -> None:
 
 def test_a_message_that_is_none_is_refused() -> None:
     with served() as server:
-        for method in (GENERATE, INFO, CHECK):
+        for method in (GENERATE, INFO, TOKENIZE, DETOKENIZE, CHECK):
             with pytest.raises(grpc.RpcError) as caught:
                 list(server.channel.unary_stream(method)(b"\xff", timeout=WAIT_SECONDS))
             assert caught.value.code() is grpc.StatusCode.INTERNAL

@@ -201,18 +201,25 @@ def test_a_worker_that_hangs_as_kv_arrives_ends_and_its_requests_go_on(fleet: Fl
     assert "in _freeze" in log_of(hanging)
 
 
-def test_a_process_with_a_step_that_hangs_ends_when_it_is_told_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("trouble", [sabotage.FROZEN_STEP, sabotage.FROZEN_PASS])
+def test_a_process_that_hangs_ends_when_it_is_told_to(tmp_path: Path, trouble: str) -> None:
     # Nothing else may notice: the watchdog has its default of two minutes.
     with running_fleet(tmp_path, tiny_model("llama"), size=1, **OPTIONS) as alone:
-        (decode,) = alone.decodes
+        (decode,), (prefill,) = alone.decodes, alone.prefills
+        hanging = decode if trouble == sabotage.FROZEN_STEP else prefill
+        if hanging is prefill:
+            hanging.sabotage(trouble)
         running = request(alone, LONG)
-        running.wait_for_tokens(3)
-        decode.sabotage(sabotage.FROZEN_STEP)
-        until(lambda: sabotage.FROZEN in log_of(decode), 10, "a step hangs")
+        if hanging is decode:
+            running.wait_for_tokens(3)
+            hanging.sabotage(trouble)
+        until(lambda: sabotage.FROZEN in log_of(hanging), 10, "the model hangs")
         told_at = time.monotonic()
-        decode.send(signal.SIGTERM)
-        assert decode.wait_for_end(float(OPTIONS["grace"]) + STOP_SECONDS + SLACK_SECONDS) == EXIT_BROKEN
+        hanging.send(signal.SIGTERM)
+        assert hanging.wait_for_end(float(OPTIONS["grace"]) + STOP_SECONDS + SLACK_SECONDS) == EXIT_BROKEN
         assert time.monotonic() - told_at >= float(OPTIONS["grace"])
         running.wait_for_end(SLACK_SECONDS)
         assert isinstance(running.error, UnavailableError)
         running.close()
+        assert "draining: no new requests, running ones get 1 s" in log_of(hanging)
+        assert "in _freeze" in log_of(hanging), "the stack of what hangs"

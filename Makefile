@@ -202,7 +202,7 @@ $(VLLM)/.installed: $(VLLM)/.engine pyproject.toml setup.py $(PROTOS)
 
 # Tools that only these targets need have an environment of their own.
 SUPPLY := build/supply
-.PHONY: lock sbom audit
+.PHONY: lock check-lock sbom audit
 
 $(SUPPLY)/.installed:
 	test -x $(SUPPLY)/bin/python || $(PYTHON) -m venv $(SUPPLY)
@@ -222,6 +222,9 @@ lock: $(SUPPLY)/.installed  ## Write requirements/*.txt anew: every dependency a
 		--extra-index-url https://download.pytorch.org/whl/cpu \
 		"$$(sed -n 's/^torch==\([0-9.]*\).*/torch==\1+cpu/p' build/lock/locked.txt)"
 	$(SUPPLY)/bin/python requirements/split.py build/lock build/torch-cpu/torch-*.whl
+
+check-lock: $(SUPPLY)/.installed  ## Try `make install LOCKED=1` and `LOCKED=cpu` on the index, without fetching what they install
+	$(SUPPLY)/bin/python requirements/check.py
 
 sbom: $(SUPPLY)/.installed  ## Write build/sbom.cdx.json, a CycloneDX bill of materials of the locked dependencies
 	cat requirements/locked.txt requirements/triton.txt requirements/torch-cuda.txt > build/requirements.txt

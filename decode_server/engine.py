@@ -12,6 +12,7 @@ from spectrumkv.common.errors import InternalError, NotFiniteError, SpectrumKVEr
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.service.vitals import Vitals
+from spectrumkv.common.service.watchdog import stack_of
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.kv_pool import KvPool
 from spectrumkv.decode_server.model_check import ModelCheck
@@ -120,7 +121,10 @@ class DecodeEngine:
         if self._thread.is_alive():
             self._thread.join(STOP_SECONDS)
         if self._thread.is_alive():
-            self.vitals.fail(f"the decode engine has not stopped within {STOP_SECONDS:g} s")
+            self.vitals.fail(
+                f"the decode engine has not stopped within {STOP_SECONDS:g} s; its thread is at\n"
+                f"{stack_of(self._thread.ident)}"
+            )
 
     def _join(self, answers: Sequence[DecodeAnswer]) -> None:
         with self._changed:

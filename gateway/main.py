@@ -18,6 +18,7 @@ from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.service.command_line import asks_for_check, load
 from spectrumkv.common.service.machine import max_connections
 from spectrumkv.common.service.process import exit_on_error, keep_one_arena, set_up_logging, stopping_signals
+from spectrumkv.common.service.spare_file import SparedListener
 from spectrumkv.common.telemetry.log_output import count_dropped_lines
 from spectrumkv.gateway.app import make_app
 from spectrumkv.gateway.config import GatewayConfig
@@ -116,7 +117,7 @@ def listening(config: GatewayConfig) -> Iterator[socket.socket]:
         InvalidArgumentError: the address cannot be listened on.
     """
     try:
-        listener = config.listen.listener()
+        listener = SparedListener(config.listen.listener())
     except OSError as error:
         raise InvalidArgumentError(
             f"--listen {config.listen} cannot be listened on: {error.strerror}; name another address, or stop what "

@@ -1,5 +1,6 @@
 """The locked dependencies are those that pyproject.toml asks for."""
 
+import os
 import re
 import subprocess
 import sys
@@ -79,6 +80,38 @@ def test_an_audit_that_looked_nothing_up_does_not_pass_for_a_clean_one(
     done = subprocess.run(
         [sys.executable, str(FOLDER / "audit.py")],
         env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (says in done.stdout, done.returncode) == (True, status), done.stdout + done.stderr
+
+
+# In the place of uv: answers as it does where all can be had, and then as a test wants it to.
+UV = """
+import pathlib, sys
+if "compile" in sys.argv:
+    for name in ("locked", "triton", "torch-cpu" if "--extra-index-url" in sys.argv else "torch-cuda"):
+        print(pathlib.Path("requirements", name + ".txt").read_text())
+{then}
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "says", "status"),
+    [
+        ("", "LOCKED=1: can be installed from requirements/locked.txt, requirements/triton.txt", 0),
+        ("sys.exit('error sending request: dns error')", "LOCKED=1: skipped: the index cannot be reached: error", 0),
+        ("sys.exit('no trusted hash was provided for: `x`')", "LOCKED=1: no trusted hash was provided for: `x`", 1),
+        ("print('some-package==1.0 --hash=sha256:' + 64 * '0')", "LOCKED=1: some-package==1.0 is not locked", 1),
+        ("print('triton==3.7.1 --hash=sha256:' + 64 * '0')", "triton==3.7.1 has no file on the index with a hash", 1),
+    ],
+)
+def test_a_locked_set_that_cannot_be_installed_is_told(tmp_path: Path, then: str, says: str, status: int) -> None:
+    (tmp_path / "uv.py").write_text(UV.format(then=then))
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "check.py")],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,

@@ -40,6 +40,8 @@ SEARCHED_PORTS = range(20_000, 32_768)
 _found_ports: set[int] = set()
 
 # Run as the services' own commands are, so that they heed the limits of a control group.
+# How long a service that hangs may take to say so as it ends.
+LAST_WORDS_SECONDS = 5.0
 DECODE_MODULE = "spectrumkv.decode_server"
 PREFILL_MODULE = "spectrumkv.prefill_server"
 
@@ -128,9 +130,12 @@ def _launch(
         for key, value in own.items()
         if value is not False
     ]
-    # After `grace` the service cancels what still runs; leave some time for the process to close.
+    # The service cancels what still runs after `grace`, and ends itself 10 s later where it hangs. Its log then says
+    # where, so that it must not be killed at the same moment.
     command = (sys.executable, "-m", module, *flags)
-    return ServiceLaunch(name, command, address, metrics_address, config.grace + 10.0, _security(config))
+    return ServiceLaunch(
+        name, command, address, metrics_address, config.grace + 10.0 + LAST_WORDS_SECONDS, _security(config)
+    )
 
 
 def _security(config: ServerConfig) -> ChannelSecurity:

@@ -12,6 +12,12 @@ from spectrumkv.common.model.directory import refuse_damage, tokenizer_class
 from spectrumkv.common.model.parameters import model_parameters
 from spectrumkv.common.model.spec import ModelSpec, rope_digest, tokenizer_digest, weights_digest
 from spectrumkv.common.model.support import head_dim
+from spectrumkv.common.model.tokenizer_files import (
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    check_tokenizer_config,
+    refuse_tokenizer,
+)
 
 
 def spec_of_directory(directory: Path, dtype: torch.dtype) -> ModelSpec:
@@ -69,8 +75,13 @@ def read_tokenizer(directory: Path, config: PretrainedConfig) -> PreTrainedToken
     Raises:
         FailedPreconditionError: it cannot be read, is no fast tokenizer, or does not fit the model.
     """
-    with refuse_damage(f"the tokenizer of the model in {directory} (tokenizer.json, tokenizer_config.json)"):
-        tokenizer = tokenizer_class(directory).from_pretrained(directory, local_files_only=True)
+    check_tokenizer_config(directory)
+    with refuse_damage(f"the tokenizer of the model in {directory} ({TOKENIZER}, {TOKENIZER_CONFIG})"):
+        try:
+            tokenizer = tokenizer_class(directory).from_pretrained(directory, local_files_only=True)
+        except Exception as error:  # any type: tokenizers raises Exception itself
+            refuse_tokenizer(directory, error)
+            raise
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise FailedPreconditionError(
             f"the tokenizer in {directory} is a {type(tokenizer).__name__} without tokenizer.json; "

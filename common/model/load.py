@@ -70,9 +70,8 @@ class LoadedModel:
                 f"`attention` has {len(self.attention)} descriptions for {self.geometry.layers} layers"
             )
         if outside := sorted(one for one in self.eos_token_ids if not 0 <= one < self.spec.vocab_size):
-            raise FailedPreconditionError(
-                f"end-of-sequence tokens {outside} lie outside the vocabulary of {self.spec.vocab_size}; "
-                "correct generation_config.json"
+            raise InvalidArgumentError(
+                f"`eos_token_ids` holds {outside}, outside the vocabulary of {self.spec.vocab_size} tokens"
             )
 
 
@@ -203,20 +202,20 @@ def _read_weights(directory: Path, config: PretrainedConfig, dtype: torch.dtype 
             local_files_only=True,
             output_loading_info=True,
         )
-    _check_all_read(directory, outcome)
+    _check_all_read(directory, config, outcome)
     model.requires_grad_(False)
     ready: PreTrainedModel = model.eval()
     return ready
 
 
-def _check_all_read(directory: Path, outcome: dict[str, Any]) -> None:
+def _check_all_read(directory: Path, config: PretrainedConfig, outcome: dict[str, Any]) -> None:
     # transformers only warns of tensors that the files lack, and fills them with random numbers.
     for problem in ("missing_keys", "mismatched_keys"):
         if keys := sorted(_name_and_shapes(key) for key in outcome[problem]):
             shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             raise FailedPreconditionError(
-                f"the weights in {directory} do not fit config.json: {problem.replace('_', ' ')} {shown}; "
-                "fetch the model again"
+                f"the weights in {directory} do not fit config.json of a {config.model_type}: "
+                f"{problem.replace('_', ' ')} {shown}; correct model_type and sizes, or fetch the model again"
             )
 
 

@@ -18,7 +18,7 @@ _SOFTCAPPED = ("gemma2",)
 # key would not mean the same in two processes.
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
-_LAYER_TYPES = ("full_attention", "sliding_attention")
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
@@ -51,38 +51,53 @@ def check_supported(config: PretrainedConfig) -> None:
 
 def _obstacles(config: PretrainedConfig) -> Iterator[str]:
     if config.model_type not in SUPPORTED_MODEL_TYPES:
-        yield f"its type is {config.model_type!r}, supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
+        yield f"its type (model_type) is {config.model_type!r}, supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
         return
     for architecture in config.architectures or ():
         if not architecture.endswith("ForCausalLM"):
-            yield f"its architecture is {architecture}, and only decoder-only language models (…ForCausalLM) generate"
-    if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
-        yield "it has an encoder or cross-attention, and only decoder-only models are supported"
-    if quantization := getattr(config, "quantization_config", None):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        yield f"its weights are quantized ({method}); use the float32, float16 or bfloat16 original"
+            yield (
+                f"one of its architectures is {architecture}, and only decoder-only language models (…ForCausalLM) "
+                "generate"
+            )
+    for name in ("is_encoder_decoder", "add_cross_attention"):
+        if getattr(config, name, False):
+            yield f"it has an encoder or cross-attention ({name} is true), and only decoder-only models are supported"
+    quantization: dict[str, Any] | None = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") or quantization or "{}"
+        yield (
+            f"its weights are quantized ({method}), as quantization_config says; "
+            "use the float32, float16 or bfloat16 original"
+        )
     if head_dim(config) % 2:
-        yield f"its head dimension is {head_dim(config)}, and it must be even"
+        yield f"its head dimension (head_dim) is {head_dim(config)}, and it must be even"
     yield from _attention_obstacles(config)
 
 
 def _attention_obstacles(config: PretrainedConfig) -> Iterator[str]:
     layer_types = getattr(config, "layer_types", None) or ()
-    if unknown := sorted(set(layer_types) - set(_LAYER_TYPES)):
-        yield f"it has layers of type {', '.join(unknown)}, supported are {', '.join(_LAYER_TYPES)}"
+    if unknown := sorted(set(layer_types) - set(LAYER_TYPES)):
+        yield f"it has layers of type {', '.join(unknown)} (layer_types), supported are {', '.join(LAYER_TYPES)}"
     if layer_types and len(layer_types) != config.num_hidden_layers:
         yield f"its configuration gives {len(layer_types)} layer types for {config.num_hidden_layers} layers"
     if "sliding_attention" in layer_types and not config.sliding_window:
-        yield "it has layers of sliding attention without a window; correct sliding_window in config.json"
+        yield "it has layers of sliding attention without a window; give sliding_window in config.json a whole number"
     if config.model_type == "mistral" and layer_types:
         yield "it is a Mistral model with layer_types, which transformers ignores"
     if config.model_type == "gemma3_text" and config.attn_logit_softcapping is not None:
-        yield "its attn_logit_softcapping bounds attention logits, and transformers does so only for gemma2"
+        yield (
+            f"its attn_logit_softcapping is {config.attn_logit_softcapping:g}, which bounds attention logits, and "
+            "transformers does so only for gemma2"
+        )
     if getattr(config, "use_bidirectional_attention", None):
-        yield "its attention is bidirectional, and only causal attention lets a cache be reused"
+        yield (
+            "its attention is bidirectional (use_bidirectional_attention is true), and only causal attention lets a "
+            "cache be reused"
+        )
     for rope in rotary_embeddings(config).values():
         if (rope_type := rope.get("rope_type")) not in SUPPORTED_ROPE_TYPES:
-            yield f"its rotary embedding is of type {rope_type!r}, supported are {', '.join(SUPPORTED_ROPE_TYPES)}"
+            supported = ", ".join(SUPPORTED_ROPE_TYPES)
+            yield f"its rotary embedding is of type {rope_type!r} (rope_type), supported are {supported}"
 
 
 def head_dim(config: PretrainedConfig) -> int:

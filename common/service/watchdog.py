@@ -60,7 +60,7 @@ class Watchdog:
         stuck = next(pulse for pulse, count in looks.items() if count == LOOKS)
         self._vitals.fail(
             f"{stuck.what} has made no progress for {self._limit_seconds:g} s (--stuck-after); its thread is at\n"
-            f"{_stack_of(stuck.thread)}"
+            f"{stack_of(stuck.thread)}"
         )
 
     def _postpone_end(self) -> None:
@@ -79,7 +79,11 @@ def _log_that_does_not_block() -> int:
         return 2
 
 
-def _stack_of(thread: int) -> str:
-    """Return where a thread is, for the log."""
-    frame = sys._current_frames().get(thread)
+def stack_of(thread: int | None) -> str:
+    """Return where a thread is, for the log.
+
+    Args:
+        thread: its identifier; None where it never began.
+    """
+    frame = None if thread is None else sys._current_frames().get(thread)
     return "".join(traceback.format_stack(frame)).rstrip() if frame else "(it has ended)"

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.service.config import Address
+from spectrumkv.common.service.spare_file import SpareFile
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,16 @@ class _Server(ThreadingMixIn, WSGIServer):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         self._lock = threading.Lock()
         self._open: OrderedDict[Any, None] = OrderedDict()
+        self._spare = SpareFile()
         super().__init__(*arguments, **named)
+
+    def get_request(self) -> Any:
+        """Take the next connection; where no file is left for it, close it.
+
+        Returns:
+            The connection, and its peer's address.
+        """
+        return self._spare.accept(self.socket.accept)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Answer a connection on a thread of its own."""

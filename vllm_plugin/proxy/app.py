@@ -13,6 +13,8 @@ from aiohttp import web
 from prometheus_client import generate_latest
 
 from spectrumkv.common.errors import InvalidArgumentError, SpectrumKVError
+from spectrumkv.common.service.options import Address
+from spectrumkv.common.service.spare_file import SparedListener
 from spectrumkv.vllm_plugin.proxy.answers import END, Continuation, EventError, first_chunks, without_internals
 from spectrumkv.vllm_plugin.proxy.backends import BackendError, BackendGroup
 from spectrumkv.vllm_plugin.proxy.bodies import Body, ClientRequest, PrefillAnswer
@@ -275,4 +277,5 @@ def serve(proxy: Proxy, host: str, port: int) -> None:
         port: to listen on.
     """
     with suppress(KeyboardInterrupt):
-        web.run_app(proxy.app(), host=host, port=port, handler_cancellation=True, print=None)
+        listener = SparedListener(Address(host, port).listener())
+        web.run_app(proxy.app(), sock=listener, handler_cancellation=True, print=None)

@@ -280,6 +280,7 @@ def test_a_process_that_hangs_ends_when_it_is_told_to(
             assert isinstance(one.error, UnavailableError)
             one.close()
         assert re.search(rf"the {service} engine has not stopped within \d s", log_of(hanging))
+        assert "in _freeze" in log_of(hanging), "the stack of what hangs"
 
 
 def test_a_step_that_hangs_while_the_process_drains_does_not_wait_for_the_grace(tmp_path: Path) -> None:

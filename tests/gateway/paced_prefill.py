@@ -53,7 +53,8 @@ class _Health(health_pb2_grpc.HealthServicer):
 
 
 async def _serve(address: str, tokens: int, gap: float) -> None:
-    server = grpc.aio.server()
+    # Like a service's own: callers' keepalive pings are no attack.
+    server = grpc.aio.server(options=[("grpc.http2.max_ping_strikes", 0)])
     prefill_pb2_grpc.add_PrefillServiceServicer_to_server(PacedPrefill(tokens, gap), server)
     health_pb2_grpc.add_HealthServicer_to_server(_Health(), server)
     server.add_insecure_port(address)

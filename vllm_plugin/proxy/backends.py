@@ -13,6 +13,9 @@ from spectrumkv.common.errors import UnavailableError
 
 # How often servers are asked whether they are well, and how long they may take.
 ASK_SECONDS, ANSWER_SECONDS = 2.0, 2.0
+# A server is well until it has kept so many questions waiting, one after another: a busy one may miss one or two, and
+# where it is the only one, all requests of its role would end.
+MOST_UNANSWERED = 3
 
 
 class BackendError(Exception):
@@ -64,12 +67,14 @@ class Backend:
 
     Attributes:
         url: "http://host:port".
-        healthy: whether it answered last time.
+        healthy: whether it answers, as far as is known.
+        unanswered: questions that it has kept waiting since its last answer.
         running: requests that it serves for this proxy.
     """
 
     url: str
     healthy: bool = True
+    unanswered: int = 0
     running: int = 0
 
 
@@ -121,13 +126,24 @@ class BackendGroup:
             session: to ask with.
         """
         while True:
-            await asyncio.gather(*(self._ask(session, one) for one in self.backends))
+            await self.ask(session)
             await asyncio.sleep(ASK_SECONDS)
+
+    async def ask(self, session: aiohttp.ClientSession) -> None:
+        """Ask each server once whether it is well.
+
+        Args:
+            session: to ask with.
+        """
+        await asyncio.gather(*(self._ask(session, one) for one in self.backends))
 
     async def _ask(self, session: aiohttp.ClientSession, backend: Backend) -> None:
         try:
             timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
             async with session.get(f"{backend.url}/health", timeout=timeout) as answer:
-                backend.healthy = answer.status == 200
-        except (aiohttp.ClientError, TimeoutError):
+                backend.healthy, backend.unanswered = answer.status == 200, 0
+        except TimeoutError:
+            backend.unanswered += 1
+            backend.healthy = backend.healthy and backend.unanswered < MOST_UNANSWERED
+        except aiohttp.ClientError:
             backend.healthy = False

@@ -1,6 +1,7 @@
 """Runs prompts through the model, one pass at a time: short prompts share a pass, long ones take several."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ from spectrumkv.common.errors import CancelledError
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.service.vitals import Vitals
+from spectrumkv.common.service.watchdog import stack_of
 from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME, KvHook
 from spectrumkv.prefill_server.engine.chunked_prefill import CHUNK_TOKENS, ChunkedPrefill, chunk_bounds
 from spectrumkv.prefill_server.engine.prompt_queue import PromptQueue, PromptResult, QueuedPrefill
@@ -57,11 +59,13 @@ class PrefillEngine:
         self._chunk_tokens = None if least is None else max(least, window)
         # One thread: the model uses all cores, and a pool of compute threads belongs to the thread calling it.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="prefill-engine")
+        self._thread: int | None = None
         self._queue: PromptQueue[QueuedPrefill] = PromptQueue()
 
     def start(self) -> None:
         """Start the thread, which keeps the cores that torch has now, whatever `use_one_thread` sets later."""
         self._executor.submit(keep_all_cores).result()
+        self._thread = self._executor.submit(threading.get_ident).result()
 
     def __enter__(self) -> Self:
         self.start()
@@ -126,7 +130,10 @@ class PrefillEngine:
         try:
             finished.result(STOP_SECONDS)
         except TimeoutError:
-            self.vitals.fail(f"the prefill engine has not stopped within {STOP_SECONDS:g} s")
+            self.vitals.fail(
+                f"the prefill engine has not stopped within {STOP_SECONDS:g} s; its thread is at\n"
+                f"{stack_of(self._thread)}"
+            )
         else:
             self._executor.shutdown()
 

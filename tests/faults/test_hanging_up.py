@@ -13,7 +13,7 @@ from spectrumkv.client.client import SpectrumClient
 from spectrumkv.client.local.pair_config import plan_launches
 from spectrumkv.client.request import Sampling, TokenIds
 from spectrumkv.common.errors import SpectrumKVError
-from spectrumkv.common.service.process import STOP_SECONDS
+from spectrumkv.common.service.serving import STOP_SECONDS
 from tests.client.local.test_killed_parent import services_of, wait_for_ends
 from tests.faults import sabotage
 from tests.processes.conftest import options

@@ -15,7 +15,7 @@ from spectrumkv.client.local import pair_config
 from spectrumkv.client.local.pair_config import FREE_PORTS, SEARCHED_PORTS, plan_launches
 from spectrumkv.client.local.running_pair import running_pair, running_services
 from spectrumkv.common.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
-from spectrumkv.common.service.process import STOP_SECONDS
+from spectrumkv.common.service.serving import STOP_SECONDS
 
 HERE = Path(__file__).parent
 UP = (

@@ -217,9 +217,10 @@ def test_it_goes_on_and_takes_calls_again(
             with used_up(process, address, hello):
                 lines = len(services.log)
                 stream.read(5)
-                stream.close()
                 newcomers = [served(ask_newly, address) for _ in range(3)]
                 assert not all(newcomers)
+                # Its end gives the gateway a file back.
+                stream.close()
                 ask(connected)
                 share = share_of_a_loop(process)
                 said = services.log[lines:]

@@ -15,7 +15,7 @@ from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.rpc.channel import MAX_MESSAGE_BYTES
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.service.config import PrefillConfig
-from spectrumkv.common.service.vitals import Vitals
+from spectrumkv.common.liveness.vitals import Vitals
 from spectrumkv.common.telemetry.request_log import check_request_id, current_request
 from spectrumkv.common.tool_calls import format_of_template
 from spectrumkv.prefill_server.progress import Progress

@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from spectrumkv.common.errors import DeadlineExceededError, InternalError, UnavailableError
 from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.service.serving import EXIT_BROKEN, STOP_SECONDS
-from spectrumkv.common.service.watchdog import LIMITS_WITHOUT_A_LOOK
+from spectrumkv.common.liveness.watchdog import LIMITS_WITHOUT_A_LOOK
 from spectrumkv.prefill_server.workers.lease import ADMISSION_SECONDS
 from tests.faults import sabotage
 from tests.faults.deployment import Service, until

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
-from spectrumkv.common.service.vitals import CALL_THAT_IS_OVER, MODEL, Vitals
-from spectrumkv.common.service.watchdog import LIMITS_WITHOUT_A_LOOK, LOOKS, Watchdog
-from spectrumkv.common.service.watchdog_timer import WatchdogTimer
+from spectrumkv.common.liveness.vitals import CALL_THAT_IS_OVER, MODEL, Vitals
+from spectrumkv.common.liveness.watchdog import LIMITS_WITHOUT_A_LOOK, LOOKS, Watchdog
+from spectrumkv.common.liveness.watchdog_timer import WatchdogTimer
 
 LIMIT_SECONDS = 0.2
 WAIT_SECONDS = 30.0
@@ -125,8 +125,8 @@ def test_idle_threads_and_work_that_beats_are_left_alone(monkeypatch: pytest.Mon
 
 HOLDS_THE_INTERPRETER = """
 import ctypes, os
-from spectrumkv.common.service.vitals import Vitals
-from spectrumkv.common.service.watchdog import Watchdog
+from spectrumkv.common.liveness.vitals import Vitals
+from spectrumkv.common.liveness.watchdog import Watchdog
 Watchdog(Vitals(), 0.2).start()
 os.set_blocking(2, False)
 try:
@@ -150,8 +150,8 @@ def test_a_process_that_holds_the_interpreter_ends_though_nobody_reads_its_log()
 
 LOOKS_AT_WORK = """
 import sys
-from spectrumkv.common.service.vitals import Vitals
-from spectrumkv.common.service.watchdog import Watchdog
+from spectrumkv.common.liveness.vitals import Vitals
+from spectrumkv.common.liveness.watchdog import Watchdog
 vitals = Vitals()
 watchdog = Watchdog(vitals, {limit})
 watchdog.start()

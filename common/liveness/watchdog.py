@@ -6,8 +6,8 @@ import threading
 import traceback
 from collections.abc import Mapping
 
-from spectrumkv.common.service.vitals import Pulse, Vitals
-from spectrumkv.common.service.watchdog_timer import WatchdogTimer
+from spectrumkv.common.liveness.vitals import Pulse, Vitals
+from spectrumkv.common.liveness.watchdog_timer import WatchdogTimer
 
 # The watchdog counts its own looks and no seconds: a process that was stopped (SIGSTOP) did not hang meanwhile.
 LOOKS = 10

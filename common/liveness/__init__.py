@@ -1,0 +1,1 @@
+"""Says whether a service still works, and ends a process that hangs."""

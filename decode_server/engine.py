@@ -9,10 +9,10 @@ import torch
 from spectrumkv.common.concurrency.cuda_stream import is_device_lost
 from spectrumkv.common.concurrency.threads import keep_all_cores
 from spectrumkv.common.errors import InternalError, NotFiniteError, SpectrumKVError, UnavailableError
-from spectrumkv.common.model.load import LoadedModel
-from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.liveness.vitals import Vitals
 from spectrumkv.common.liveness.watchdog import stack_of
+from spectrumkv.common.model.load import LoadedModel
+from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.telemetry.metrics import Metrics
 from spectrumkv.decode_server.kv_pool import KvPool
 from spectrumkv.decode_server.model_check import ModelCheck

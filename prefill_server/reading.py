@@ -11,11 +11,11 @@ from spectrumkv.common.generation.params import MAX_LOGPROBS, SamplingParams
 from spectrumkv.common.generation.prompt import PIECE_CHARACTERS, PromptReader, check_length
 from spectrumkv.common.generation.structured.required_calls import required_calls
 from spectrumkv.common.kv.codecs.basis import Basis
+from spectrumkv.common.liveness.vitals import Vitals
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.rpc.channel import MAX_MESSAGE_BYTES
 from spectrumkv.common.rpc.scope import RpcScope
 from spectrumkv.common.service.config import PrefillConfig
-from spectrumkv.common.liveness.vitals import Vitals
 from spectrumkv.common.telemetry.request_log import check_request_id, current_request
 from spectrumkv.common.tool_calls import format_of_template
 from spectrumkv.prefill_server.progress import Progress

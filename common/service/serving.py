@@ -6,12 +6,12 @@ import socket
 import threading
 from collections.abc import Callable
 
+from spectrumkv.common.liveness.vitals import Vitals
+from spectrumkv.common.liveness.watchdog import Watchdog
 from spectrumkv.common.rpc.server import Server
 from spectrumkv.common.security.file_metrics import show_files
 from spectrumkv.common.service.config import ServerConfig
 from spectrumkv.common.service.process import leave, stopping_signals
-from spectrumkv.common.liveness.vitals import Vitals
-from spectrumkv.common.liveness.watchdog import Watchdog
 from spectrumkv.common.telemetry.log_output import count_dropped_lines
 from spectrumkv.common.telemetry.metrics import Metrics
 

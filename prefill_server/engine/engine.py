@@ -13,9 +13,9 @@ import torch
 from spectrumkv.common.concurrency.threads import keep_all_cores
 from spectrumkv.common.errors import CancelledError
 from spectrumkv.common.kv.capture import LayerCapture
-from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.liveness.vitals import Vitals
 from spectrumkv.common.liveness.watchdog import stack_of
+from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME, KvHook
 from spectrumkv.prefill_server.engine.chunked_prefill import CHUNK_TOKENS, ChunkedPrefill, chunk_bounds
 from spectrumkv.prefill_server.engine.prompt_queue import PromptQueue, PromptResult, QueuedPrefill

@@ -14,8 +14,8 @@ from spectrumkv.common.kv.geometry import KvGeometry
 from spectrumkv.common.kv.segment import KvSegment
 from spectrumkv.common.kv.tiers import Tier, count_tiers
 from spectrumkv.common.kv.wire import ChunkTotals, ChunkWriter, KvChunk
-from spectrumkv.common.rpc.decode_stream import Request, serialized_bytes
 from spectrumkv.common.liveness.vitals import Vitals
+from spectrumkv.common.rpc.decode_stream import Request, serialized_bytes
 from spectrumkv.common.telemetry.metrics import FRAMING, Metrics
 from spectrumkv.prefill_server.transfer.coding_clock import CodingClock, GpuCodingClock
 from spectrumkv.prefill_server.transfer.kv_map import KvMap

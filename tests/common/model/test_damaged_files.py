@@ -98,13 +98,6 @@ def test_a_field_of_the_configuration(copied: Path, case: Case) -> None:
     refuses(copied, case)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("changes", CONFIG_LOADS, ids=label)
-def test_what_a_configuration_may_hold(copied: Path, changes: dict[str, object]) -> None:
-    written_over(copied / "config.json", changes)
-    assert runs(copied)
-
-
 @pytest.fixture
 def by_layer_type(tmp_path: Path) -> Path:
     """A tiny gemma3 to damage."""
@@ -118,10 +111,15 @@ def test_a_field_that_belongs_to_types_of_layers(by_layer_type: Path, case: Case
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", BY_LAYER_TYPE_LOADS, ids=label)
-def test_what_a_configuration_by_types_of_layers_may_hold(by_layer_type: Path, changes: dict[str, object]) -> None:
-    written_over(by_layer_type / "config.json", changes)
-    assert runs(by_layer_type)
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [*(("llama", one) for one in CONFIG_LOADS), *(("gemma3_text", one) for one in BY_LAYER_TYPE_LOADS)],
+    ids=label,
+)
+def test_what_a_configuration_may_hold(tmp_path: Path, architecture: str, changes: dict[str, object]) -> None:
+    directory = copy_of(architecture, tmp_path / "copied")
+    written_over(directory / "config.json", changes)
+    assert runs(directory)
 
 
 @pytest.mark.slow

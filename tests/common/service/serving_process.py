@@ -5,10 +5,10 @@ import sys
 
 from prometheus_client import CollectorRegistry
 
+from spectrumkv.common.liveness.vitals import Vitals
 from spectrumkv.common.service.config import DecodeConfig, build
 from spectrumkv.common.service.process import exit_on_error, set_up_logging
 from spectrumkv.common.service.serving import serve_until_signalled
-from spectrumkv.common.liveness.vitals import Vitals
 from spectrumkv.common.telemetry.metrics import Metrics
 from tests.common.rpc.scripted import echo, make_server
 

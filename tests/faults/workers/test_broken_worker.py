@@ -14,9 +14,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from spectrumkv.common.errors import DeadlineExceededError, InternalError, UnavailableError
+from spectrumkv.common.liveness.watchdog import LIMITS_WITHOUT_A_LOOK
 from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.service.serving import EXIT_BROKEN, STOP_SECONDS
-from spectrumkv.common.liveness.watchdog import LIMITS_WITHOUT_A_LOOK
 from spectrumkv.prefill_server.workers.lease import ADMISSION_SECONDS
 from tests.faults import sabotage
 from tests.faults.deployment import Service, until
@@ -201,14 +201,19 @@ def test_a_prefill_whose_model_computes_no_numbers_tells_its_callers_and_ends(fl
     assert "the model fails on requests and on a prompt of the service's own: NotFiniteError" in log_of(prefill)
 
 
+def all_are_answered(asked: list[RunningRequest], seconds: float) -> None:
+    """Wait until each request has ended, which takes so long at most, and hold it to have no error."""
+    for one in asked:
+        one.wait_for_end(seconds)
+        assert one.error is None
+        one.close()
+
+
 def test_a_worker_that_hangs_as_kv_arrives_ends_and_its_requests_go_on(fleet: Fleet) -> None:
     hanging = fleet.decodes[0]
     hanging.sabotage(sabotage.FROZEN_DECODING)
     asked = [request(fleet, 4) for _ in range(6)]
-    for one in asked:
-        one.wait_for_end(STUCK_SECONDS + SLACK_SECONDS)
-        assert one.error is None
-        one.close()
+    all_are_answered(asked, STUCK_SECONDS + SLACK_SECONDS)
     assert hanging.wait_for_end(SLACK_SECONDS) == EXIT_BROKEN
     assert "the model has made no progress for 2 s (--stuck-after)" in log_of(hanging)
     assert "in _freeze" in log_of(hanging)
@@ -231,10 +236,7 @@ def test_a_lock_that_nobody_lets_go_ends_the_worker_and_its_requests_go_on(fleet
     holding.sabotage(sabotage.HELD_LOCK)
     # Of two, so that each worker is asked.
     asked = [request(fleet, 4) for _ in range(4)]
-    for one in asked:
-        one.wait_for_end(ADMISSION_SECONDS + SLACK_SECONDS)
-        assert one.error is None
-        one.close()
+    all_are_answered(asked, ADMISSION_SECONDS + SLACK_SECONDS)
     assert holding.wait_for_end(STUCK_SECONDS + SLACK_SECONDS) == EXIT_BROKEN
     assert "the thread of a call that is over has made no progress for 2 s (--stuck-after)" in log_of(holding)
     assert "in _hold_lock" in log_of(holding)

@@ -119,6 +119,14 @@ def test_one_that_answers_all_but_requests_is_left_alone(fleet: Fleet, monkeypat
         hanging.set()
 
 
+def broken_is_left_alone(fleet: Fleet) -> None:
+    """Hold all requests to end elsewhere, and the broken worker to be ejected after its last allowed failure."""
+    for _ in range(10):
+        assert fleet.ask().usage.decode_worker != fleet.broken_name
+    assert fleet.ejected
+    assert fleet.passed_over() == FAILURES_TO_EJECT
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -136,10 +144,7 @@ def test_one_that_fails_every_begin_is_left_alone(fleet: Fleet, monkeypatch: pyt
         raise error
 
     monkeypatch.setattr(fleet.broken, "_read_begin", fail)
-    for _ in range(10):
-        assert fleet.ask().usage.decode_worker != fleet.broken_name
-    assert fleet.ejected
-    assert fleet.passed_over() == FAILURES_TO_EJECT
+    broken_is_left_alone(fleet)
 
 
 def test_a_request_that_all_workers_call_its_callers_fault_ejects_none(
@@ -170,10 +175,7 @@ def test_one_that_sends_what_no_model_generates_is_left_alone(
             yield response
 
     monkeypatch.setattr(fleet.broken, "_generate", lying)
-    for _ in range(10):
-        assert fleet.ask().usage.decode_worker != fleet.broken_name
-    assert fleet.ejected
-    assert fleet.passed_over() == FAILURES_TO_EJECT
+    broken_is_left_alone(fleet)
     # From token 2 on no other worker can go on.
     from_index = 2
     with pytest.raises(InternalError, match=f"decode worker {fleet.broken_name}: it sent"):

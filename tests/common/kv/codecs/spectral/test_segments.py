@@ -40,8 +40,8 @@ def test_a_segment_is_exact_up_to_a_step(kv_heads: int, head_dim: int, tokens: i
     error = plain_coefficients(basis, 1, keys, values, first) - plain_coefficients(
         basis, 1, seen.keys, seen.values, first
     )
-    # The trellis may leave the nearest value for the one after it. Coefficients that are expected to be far below half
-    # a step are not sent at all.
+    # The trellis may leave the nearest value for the one after it. Coefficients that are expected to be far below
+    # half a step are not sent at all.
     allowed = 2.0 ** (-1.5 + classes[sinks:] / 2)
     assert (error[:, :, sinks:].abs().amax(dim=(0, 1, 3)).numpy() <= allowed * 1.05 + 1e-2).all()
 

@@ -55,7 +55,7 @@ def test_every_figure_about_quality_is_in_the_results(cells: list[str]) -> None:
     policy, budget, perplexity, kl, same = cells
     named = re.fullmatch(r"([\w-]+)(?: \((\w+)\))?", policy)
     assert named is not None
-    # The first row is the newest: `spectral` as it runs now.
+    # The first row is the newest.
     measured = rows("quality-wikitext-v3.json") + rows("quality-wikitext.json") + rows("quality-kvpress.json")
     row = next(
         row

@@ -158,6 +158,9 @@ def _process(namespace: Namespace, command: list[str], environment: Mapping[str,
             yield process.pid
         finally:
             process.terminate()
+            # One that is stopped ends when it goes on.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGCONT)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_SECONDS)
             with suppress(ProcessLookupError):

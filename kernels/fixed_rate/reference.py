@@ -1,8 +1,8 @@
 """Records in plain torch: what the compiled loops and GPU kernels must agree with, byte for byte.
 
 Coefficients come from floating-point products, which differ in their last bits between implementations. Everything
-after them is single float32 operations in a fixed order and integers: a subtraction, two multiplications (a
-subtraction and a product cannot be fused), a truncation, and a table. So the same coefficients make the same records
+after them is single float32 operations in a fixed order, none of them fused, and integers: subtractions, products, a
+truncation, tables, and sums of squared errors, the least of which wins. So the same coefficients make the same records
 everywhere.
 """
 
@@ -17,6 +17,7 @@ from spectrumkv.kernels.fixed_rate.quantizer import (
     POSITION_BITS,
     quantizers,
 )
+from spectrumkv.kernels.fixed_rate.trellis import STATES, UNREACHED
 
 
 def pack(
@@ -52,8 +53,9 @@ def pack(
         for group, width in enumerate(widths[profile].tolist()):
             own = order[GROUP_ROWS * group : GROUP_ROWS * (group + 1)]
             part = normalized[chosen[:, None], own]
-            escapes[chosen[:, None], own] = part.abs() > limits[profile, group]
-            for plane in planes(part, width):
+            escaping = part.abs() > limits[profile, group]
+            escapes[chosen[:, None], own] = escaping
+            for plane in planes(part, escaping, width):
                 words[start] = plane
                 start = start + 1
     index = escapes.flatten().nonzero()[:, 0]
@@ -62,12 +64,13 @@ def pack(
     return Records(word_bytes, index_bytes, coefficients.flatten()[index])
 
 
-def planes(normalized: torch.Tensor, width: int) -> list[torch.Tensor]:
-    """Quantize a group of rows and lay their bits out by plane.
+def planes(normalized: torch.Tensor, escaping: torch.Tensor, width: int) -> list[torch.Tensor]:
+    """Quantize a group of rows and lay the bits of their integers out by plane.
 
     Args:
         normalized: float32 `[n, rows]`, coefficients in units of their standard deviation and gain; at most
             `GROUP_ROWS` rows.
+        escaping: bool `[n, rows]`, those that are sent as they are.
         width: bits of each.
 
     Returns:
@@ -76,26 +79,110 @@ def planes(normalized: torch.Tensor, width: int) -> list[torch.Tensor]:
     if not width:
         return []
     bit = 1 << torch.arange(normalized.shape[1])
-    cell = cells(normalized.abs(), width)
-    bits = [normalized < 0, *((cell >> shift & 1).bool() for shift in range(width - 2, -1, -1))]
+    integers = chosen_cells(normalized, path(normalized, escaping, width), width) >> 1
+    bits = [integers >> shift & 1 for shift in range(width - 1, -1, -1)]
     return [((one * bit).sum(dim=1) + 2**31) % 2**32 - 2**31 for one in bits]
 
 
-def cells(magnitudes: torch.Tensor, width: int) -> torch.Tensor:
-    """Find the cell of each magnitude.
+def windows(normalized: torch.Tensor, width: int) -> torch.Tensor:
+    """Find the four cells next to each other that are nearest to each coefficient; each has another remainder by 4.
 
     Args:
-        magnitudes: float32 of any shape, 0 or more, in units of standard deviation and gain.
-        width: bits of a coefficient, its sign among them; at least 1.
+        normalized: float32 of any shape.
+        width: bits of a coefficient; at least 1.
 
     Returns:
-        int64 of the same shape, from 0 to 2^(width − 1) − 1.
+        int64 of the same shape, the lowest of the four, from −2^width to 2^width − 4.
     """
     table = quantizers()
-    fixed = (magnitudes.clamp(max=float(LARGEST_MAGNITUDE)) * (1 << FRACTION_BITS)).long()
+    fixed = (normalized.abs().clamp(max=float(LARGEST_MAGNITUDE)) * (1 << FRACTION_BITS)).long()
     piece, within = fixed >> PIECE_BITS, fixed & ((1 << PIECE_BITS) - 1)
     offset, slope = (torch.from_numpy(one[width]).long()[piece] for one in (table.offset, table.slope))
-    return (offset + slope * within) >> (POSITION_BITS + 1 - width)
+    magnitude = offset + slope * within
+    position = torch.where(normalized < 0, ~magnitude, magnitude)
+    cell_bits = POSITION_BITS - width
+    # In the upper half of a cell the window begins one below it, in the lower half two.
+    lowest = (position + (1 << (cell_bits - 1)) >> cell_bits) - 2
+    return lowest.clamp(-(1 << width), (1 << width) - 4)
+
+
+def cell_of_remainder(window: torch.Tensor, remainder: torch.Tensor | int) -> torch.Tensor:
+    """Return the cell of a window that has a remainder by 4.
+
+    Args:
+        window: int64 of any shape; see `windows`.
+        remainder: 0 to 3, as many or one.
+
+    Returns:
+        int64, of the windows' shape.
+    """
+    return (window + 3 - remainder & -4) + remainder
+
+
+def path(normalized: torch.Tensor, escaping: torch.Tensor, width: int) -> torch.Tensor:
+    """Find the path of least squared error through the trellis (Viterbi 1967); see `trellis`.
+
+    Args:
+        normalized: float32 `[n, rows]`, of one group.
+        escaping: bool `[n, rows]`; what is sent as it is has no error.
+        width: bits of each; at least 1.
+
+    Returns:
+        bool `[n, rows]`, whether each coefficient's integer is odd.
+    """
+    count, rows = normalized.shape
+    window, level = windows(normalized, width), torch.from_numpy(quantizers().level)
+    cells = torch.stack([cell_of_remainder(window, remainder) for remainder in range(4)])
+    difference = normalized - level[(2 << width) + (cells & (2 << width) - 1)]
+    errors = torch.where(escaping, 0.0, difference * difference)
+    costs = torch.full((STATES, count), float(UNREACHED))
+    costs[0] = 0
+    paths = torch.zeros(STATES, count, rows, dtype=torch.bool)
+    for row in range(rows):
+        costs_before, paths_before = costs.clone(), paths.clone()
+        for state in range(STATES):
+            a, b = state >> 1, state & 1
+            # The state before was b, then a where the integer is even.
+            even, odd = (costs_before[2 * b + (a ^ parity)] + errors[2 * parity + b, :, row] for parity in range(2))
+            costs[state] = torch.where(odd < even, odd, even)
+            paths[state] = torch.where((odd < even)[:, None], paths_before[2 * b + 1 - a], paths_before[2 * b + a])
+            paths[state, :, row] = odd < even
+    least, found = costs[0], paths[0]
+    for state in range(1, STATES):
+        found = torch.where((costs[state] < least)[:, None], paths[state], found)
+        least = torch.minimum(costs[state], least)
+    return found
+
+
+def choices(odd: torch.Tensor) -> torch.Tensor:
+    """Return bit a of the state before each row: whether the odd cells are at hand.
+
+    Args:
+        odd: bool `[n, rows]`, whether each row's integer is odd.
+
+    Returns:
+        int64 `[n, rows]`, 0 or 1.
+    """
+    found = torch.zeros(odd.shape, dtype=torch.int64)
+    a, b = torch.zeros(2, len(odd), dtype=torch.int64)
+    for row, parity in enumerate(odd.long().T):
+        found[:, row] = a
+        a, b = b ^ parity, a
+    return found
+
+
+def chosen_cells(normalized: torch.Tensor, odd: torch.Tensor, width: int) -> torch.Tensor:
+    """Return the cells of a path.
+
+    Args:
+        normalized: see `path`.
+        odd: bool `[n, rows]`, whether each coefficient's integer is odd.
+        width: bits of each; at least 1.
+
+    Returns:
+        int64 `[n, rows]`, from −2^width to 2^width − 1.
+    """
+    return cell_of_remainder(windows(normalized, width), 2 * odd.long() + choices(odd))
 
 
 def unpack(records: Records, scales: RowScales, tokens: torch.Tensor, layout: RecordLayout) -> torch.Tensor:
@@ -124,9 +211,9 @@ def unpack(records: Records, scales: RowScales, tokens: torch.Tensor, layout: Re
             own = order[GROUP_ROWS * group : GROUP_ROWS * (group + 1)]
             bits = words[start[:, None] + torch.arange(width)][:, :, None] >> torch.arange(len(own)) & 1
             entry = torch.ones(len(chosen), len(own), dtype=torch.int64)
-            for plane in range(1, width):
+            for plane in range(width):
                 entry = 2 * entry + bits[:, plane]
-            normalized[chosen[:, None], own] = torch.where(bits[:, 0].bool(), -level[entry], level[entry])
+            normalized[chosen[:, None], own] = level[2 * entry + choices(bits[:, width - 1].bool())]
             start = start + width
     gain = torch.from_numpy(gain_of_byte(1))[tokens.long()]
     coefficients = normalized * gain[:, None] * torch.from_numpy(scales.std) + torch.from_numpy(scales.mean)

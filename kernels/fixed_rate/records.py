@@ -72,9 +72,7 @@ def pack(
                 cells[index], limit[index] = np.uint32(2) << np.uint32(width), limits[profile, group]
                 find_windows(normalized[group, index], offset[width], slope[width], width, window[index])
             if widest:
-                find_paths(
-                    normalized[group], window.view(np.uint32), (cells, limit), level, own, costs, paths, odd
-                )
+                find_paths(normalized[group], window.view(np.uint32), (cells, limit), level, costs, paths, odd)
             for index in range(some):
                 width = widths[profiles[first + index], group]
                 if width:

@@ -79,7 +79,10 @@ def planes(normalized: torch.Tensor, escaping: torch.Tensor, width: int) -> list
     if not width:
         return []
     bit = 1 << torch.arange(normalized.shape[1])
-    integers = chosen_cells(normalized, path(normalized, escaping, width), width) >> 1
+    # A group of fewer rows is coded as if the others were 0.
+    padding = (0, GROUP_ROWS - normalized.shape[1])
+    odd = path(*(torch.nn.functional.pad(one, padding) for one in (normalized, escaping)), width)
+    integers = chosen_cells(normalized, odd[:, : normalized.shape[1]], width) >> 1
     bits = [integers >> shift & 1 for shift in range(width - 1, -1, -1)]
     return [((one * bit).sum(dim=1) + 2**31) % 2**32 - 2**31 for one in bits]
 

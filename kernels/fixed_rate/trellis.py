@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from spectrumkv.kernels.fixed_rate.layout import GROUP_ROWS
 from spectrumkv.kernels.jit.compiled import compiled
 
 STATES = 4
@@ -32,23 +33,23 @@ TOKENS = 32
 
 @compiled
 def find_paths(
-    normalized: Any, window: Any, lanes: Any, level: Any, rows: int, costs: Any, paths: Any, odd: Any
+    normalized: Any, window: Any, lanes: Any, level: Any, costs: Any, paths: Any, odd: Any
 ) -> None:
     """Find the path of least squared error of a group in each of several tokens, as `reference.path` does.
 
     Args:
-        normalized: float32 `[TOKENS, GROUP_ROWS]`, coefficients in units of their standard deviation and gain.
+        normalized: float32 `[TOKENS, GROUP_ROWS]`, coefficients in units of their standard deviation and gain,
+            0 where a group has fewer rows.
         window: uint32 `[TOKENS, GROUP_ROWS]`, the lowest of the four cells nearest to each, in two's complement.
         lanes: of each token: how many cells the quantizer has, uint32 `[TOKENS]`; the magnitude beyond which
             coefficients are sent as they are, float32 `[TOKENS]`.
         level: float32, of all quantizers; see `quantizer.Quantizers`.
-        rows: how many of the group's there are.
         costs: float32 `[STATES, TOKENS]`, for the loop's own use.
         paths: uint32 `[STATES, TOKENS]`, likewise.
         odd: uint32 `[TOKENS]`, written: bit i says whether the integer of row i is odd.
     """
     costs[0], costs[1:], paths[:] = 0, UNREACHED, 0
-    for row in range(rows):
+    for row in range(GROUP_ROWS):
         advance(normalized[:, row], window[:, row], lanes, level, np.uint32(1) << np.uint32(row), costs, paths)
     for token in range(TOKENS):
         least, path = costs[0, token], paths[0, token]

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from spectrumkv.kernels.fixed_rate import quantizer
+from spectrumkv.kernels.fixed_rate import quantizer, trellis
 from spectrumkv.kernels.fixed_rate.triton.encoding import segments
 from spectrumkv.kernels.fixed_rate.triton.encoding.segments import segment_of, tokens_at, words_at
 from spectrumkv.kernels.fixed_rate.triton.integers import (
@@ -16,6 +16,7 @@ from spectrumkv.kernels.fixed_rate.triton.integers import (
     count_bits,
     is_last,
     power_of_two,
+    trellis_choices,
     width_of,
 )
 from spectrumkv.kernels.triton_shared import Jit, jit
@@ -26,6 +27,9 @@ MAGNITUDE_MASK = tl.constexpr((quantizer.PIECES << quantizer.PIECE_BITS) - 1)
 PIECE_BITS, PIECES = tl.constexpr(quantizer.PIECE_BITS), tl.constexpr(quantizer.PIECES)
 WITHIN_MASK = tl.constexpr((1 << quantizer.PIECE_BITS) - 1)
 POSITION_BITS = tl.constexpr(quantizer.POSITION_BITS)
+# Half a cell of a quantizer of 0 bits.
+HALF_POSITION = tl.constexpr(1 << (quantizer.POSITION_BITS - 1))
+UNREACHED = tl.constexpr(float(trellis.UNREACHED))
 LOWEST_RATIO, HIGHEST_RATIO = tl.constexpr(quantizer.LOWEST_RATIO), tl.constexpr(quantizer.HIGHEST_RATIO)
 COLUMNS, FIRST = tl.constexpr(segments.SEGMENT_COLUMNS), tl.constexpr(segments.FOUND_SEGMENTS)
 WORDS, ESCAPES = tl.constexpr(segments.SEGMENT_WORDS), tl.constexpr(segments.SEGMENT_ESCAPES)
@@ -52,6 +56,100 @@ def _normalized(
 
 
 @jit
+def _bounded(ratio: tl.tensor) -> tl.tensor:
+    """Return the nearest ratio of which there is a limit of escapes."""
+    return tl.minimum(tl.maximum(ratio, LOWEST_RATIO), HIGHEST_RATIO)
+
+
+@jit
+def _windows(normalized: tl.tensor, width: tl.tensor, offset_ptr: tl.tensor, slope_ptr: tl.tensor) -> tl.tensor:
+    """Return the lowest of the four cells nearest to each coefficient; see `reference.windows`."""
+    # Of what is not finite, and is refused later, some bits are taken that lie in the table.
+    fixed = (tl.minimum(tl.abs(normalized), LARGEST_MAGNITUDE) * FRACTION).to(tl.int32) & MAGNITUDE_MASK
+    entry = width * PIECES + (fixed >> PIECE_BITS)
+    position = tl.load(offset_ptr + entry)
+    position += tl.load(slope_ptr + entry) * (fixed & WITHIN_MASK)
+    position = tl.where(normalized < 0.0, -1 - position, position)
+    half = tl.full(width.shape, HALF_POSITION, tl.int32) >> width
+    lowest = ((position + half) >> (-width + POSITION_BITS)) - 2
+    cells = tl.full(width.shape, 1, tl.int32) << width
+    return tl.maximum(tl.minimum(lowest, cells - 4), -cells)
+
+
+@jit
+def _cell(window: tl.tensor, remainder: tl.tensor) -> tl.tensor:
+    """Return the cell of a window that has a remainder by 4; see `reference.cell_of_remainder`."""
+    return ((window + 3 - remainder) & -4) + remainder
+
+
+@jit
+def _errors(
+    normalized: tl.tensor,
+    window: tl.tensor,
+    remainder: tl.constexpr,
+    cells: tl.tensor,
+    escaping: tl.tensor,
+    level_ptr: tl.tensor,
+) -> tl.tensor:
+    """Return the squared error of the cell in each window that has a remainder by 4, of `cells`; of an escape 0."""
+    cell = _cell(window, remainder) & (cells - 1)
+    difference = normalized - tl.load(level_ptr + cells + cell)
+    return tl.where(escaping, 0.0, difference * difference)
+
+
+@jit
+def _row(tile: tl.tensor, own: tl.tensor) -> tl.tensor:
+    """Return a column of a tile, which is a row of each group: the one that `own` names."""
+    return tl.sum(tl.where(own, tile, 0.0), axis=1)
+
+
+@jit
+def _find_paths(
+    normalized: tl.tensor, window: tl.tensor, width: tl.tensor, limit: tl.tensor, level_ptr: tl.tensor
+) -> tl.tensor:
+    """Find the path of least squared error in each group; see `reference.path`.
+
+    Groups are the lines of tiles, and their rows come one after another.
+
+    Returns:
+        int32, a bit for each row of a group, whether its integer is odd.
+    """
+    escaping, cells = tl.abs(normalized) > limit[:, None], (tl.full(width.shape, 2, tl.int32) << width)[:, None]
+    errors_0 = _errors(normalized, window, 0, cells, escaping, level_ptr)
+    errors_1 = _errors(normalized, window, 1, cells, escaping, level_ptr)
+    errors_2 = _errors(normalized, window, 2, cells, escaping, level_ptr)
+    errors_3 = _errors(normalized, window, 3, cells, escaping, level_ptr)
+    cost_0 = limit * 0.0
+    cost_1, cost_2, cost_3 = cost_0 + UNREACHED, cost_0 + UNREACHED, cost_0 + UNREACHED
+    path_0 = width * 0
+    path_1, path_2, path_3 = path_0, path_0, path_0
+    bit = path_0 + 1
+    lane = tl.arange(0, GROUP_ROWS)[None, :]
+    for index in range(GROUP_ROWS):
+        own = lane == index
+        error_0, error_1, error_2, error_3 = (
+            _row(errors_0, own), _row(errors_1, own), _row(errors_2, own), _row(errors_3, own)
+        )  # fmt: skip
+        even_0, odd_0 = cost_0 + error_0, cost_1 + error_2
+        even_1, odd_1 = cost_2 + error_1, cost_3 + error_3
+        even_2, odd_2 = cost_1 + error_0, cost_0 + error_2
+        even_3, odd_3 = cost_3 + error_1, cost_2 + error_3
+        cost_0, cost_1 = tl.where(odd_0 < even_0, odd_0, even_0), tl.where(odd_1 < even_1, odd_1, even_1)
+        cost_2, cost_3 = tl.where(odd_2 < even_2, odd_2, even_2), tl.where(odd_3 < even_3, odd_3, even_3)
+        from_0, from_1, from_2, from_3 = path_0, path_1, path_2, path_3
+        path_0 = tl.where(odd_0 < even_0, from_1 | bit, from_0)
+        path_1 = tl.where(odd_1 < even_1, from_3 | bit, from_2)
+        path_2 = tl.where(odd_2 < even_2, from_0 | bit, from_1)
+        path_3 = tl.where(odd_3 < even_3, from_2 | bit, from_3)
+        bit <<= 1
+    path = tl.where(cost_1 < cost_0, path_1, path_0)
+    least = tl.where(cost_1 < cost_0, cost_1, cost_0)
+    path = tl.where(cost_2 < least, path_2, path)
+    least = tl.where(cost_2 < least, cost_2, least)
+    return tl.where(cost_3 < least, path_3, path)
+
+
+@jit
 def _write_groups(
     words_ptr: tl.tensor,
     room: tl.tensor,
@@ -64,6 +162,8 @@ def _write_groups(
     shift: tl.tensor,
     offset_ptr: tl.tensor,
     slope_ptr: tl.tensor,
+    level_ptr: tl.tensor,
+    limits_ptr: tl.tensor,
     thresholds_ptr: tl.tensor,
     rows: tl.constexpr,
     groups: tl.constexpr,
@@ -88,17 +188,13 @@ def _write_groups(
         there = rank < rows
         row = tl.load(order_ptr + rank, mask=there, other=0)
         normalized = _normalized(line_ptr, row, there, means_ptr, inverse_ptr, inverse_gain)
-        # Of what is not finite, and is refused later, some bits are taken that lie in the table.
-        fixed = (tl.minimum(tl.abs(normalized), LARGEST_MAGNITUDE) * FRACTION).to(tl.int32) & MAGNITUDE_MASK
-        entry = width[:, None] * PIECES + (fixed >> PIECE_BITS)
-        position = tl.load(offset_ptr + entry)
-        position += tl.load(slope_ptr + entry) * (fixed & WITHIN_MASK)
-        cell = position >> (-width + (POSITION_BITS + 1))[:, None]
+        limit = tl.load(limits_ptr + _bounded(ratio) - LOWEST_RATIO)
+        window = _windows(normalized, width[:, None], offset_ptr, slope_ptr)
+        odd = _find_paths(normalized, window, width, limit, level_ptr)
+        choice = (trellis_choices(odd)[:, None] >> lane) & 1
+        integer = _cell(window, 2 * ((odd[:, None] >> lane) & 1) + choice) >> 1
         for plane in tl.static_range(WIDEST):
-            if plane == 0:
-                bit = (normalized < 0.0).to(tl.int32)
-            else:
-                bit = (cell >> tl.maximum(width - 1 - plane, 0)[:, None]) & 1
+            bit = (integer >> tl.maximum(width - 1 - plane, 0)[:, None]) & 1
             word = tl.sum(tl.where(there, bit, 0) << lane, axis=1)
             index = start + plane
             tl.store(words_ptr + index, word, mask=(plane < width) & (index < room))
@@ -127,8 +223,7 @@ def _find_escapes(
         row = word[:, None] * GROUP_ROWS + lane
         there = row < rows
         group = tl.load(ranks_ptr + row, mask=there, other=0) // GROUP_ROWS
-        ratio = tl.load(groups_ptr + group) + shift
-        ratio = tl.minimum(tl.maximum(ratio, LOWEST_RATIO), HIGHEST_RATIO)
+        ratio = _bounded(tl.load(groups_ptr + group) + shift)
         limit = tl.load(limits_ptr + ratio - LOWEST_RATIO)
         normalized = _normalized(line_ptr, row, there, means_ptr, inverse_ptr, inverse_gain)
         escapes = (there & (tl.abs(normalized) > limit)).to(tl.int32)
@@ -200,6 +295,7 @@ def pack_kernel(
     counters_ptr: tl.tensor,
     offset_ptr: tl.tensor,
     slope_ptr: tl.tensor,
+    level_ptr: tl.tensor,
     limits_ptr: tl.tensor,
     thresholds_ptr: tl.tensor,
     powers_ptr: tl.tensor,
@@ -240,7 +336,7 @@ def pack_kernel(
         taken = _write_groups(
             words_ptr + start, room - start, line_ptr, order_ptr + number * rows, groups_ptr + number * groups,
             means_ptr + number * rows, inverse_ptr + number * rows, inverse_gain, shift, offset_ptr, slope_ptr,
-            thresholds_ptr, rows, groups, block_groups,
+            level_ptr, limits_ptr, thresholds_ptr, rows, groups, block_groups,
         )  # fmt: skip
         if coded == count - 1:
             tl.store(segment_ptr + WORDS, (start + taken).to(tl.int64))

@@ -29,8 +29,9 @@ KNOTS_PER_UNIT = 1 << (FRACTION_BITS - PIECE_BITS)
 LARGEST_MAGNITUDE = np.float32((PIECES << PIECE_BITS) - 1) / np.float32(1 << FRACTION_BITS)
 # Bits of a position among the cells of one sign, whatever their number.
 POSITION_BITS = 29
-# A coefficient escapes where it may be farther from the nearest of all levels than the square root of this times its
-# token's slope. The path may choose a level that is twice as far, which it seldom does.
+# A coefficient escapes where the square of its distance from the nearest of all levels could exceed this times its
+# token's slope. The path may choose a level that is farther away, up to four times; limits that kept to that would
+# cost more in escapes than they save in errors (docs/experiments/fixed-rate-codec.md).
 ESCAPE_SLOPES = 96.0
 # Between these ratios of standard deviation to step limits of escapes are tabulated: below the first one nothing
 # escapes, and above the last one there are no more bits.

@@ -6,7 +6,7 @@ import numpy as np
 
 from spectrumkv.kernels.fixed_rate.groups import find_windows, read_planes, write_planes
 from spectrumkv.kernels.fixed_rate.layout import GROUP_ROWS
-from spectrumkv.kernels.fixed_rate.trellis import STATES, TOKENS, find_paths
+from spectrumkv.kernels.fixed_rate.trellis import TOKENS, find_paths
 from spectrumkv.kernels.jit.compiled import compiled
 from spectrumkv.kernels.jit.llvm import float_of, greater_magnitude
 
@@ -48,10 +48,8 @@ def pack(
     count, rows = coefficients.shape
     groups = widths.shape[1]
     normalized = np.zeros((groups, TOKENS, GROUP_ROWS), np.float32)
-    window, costs = np.zeros((TOKENS, GROUP_ROWS), np.int32), np.zeros((STATES, TOKENS), np.float32)
-    paths, odd = np.zeros((STATES, TOKENS), np.uint32), np.zeros(TOKENS, np.uint32)
-    cells, limit = np.zeros(TOKENS, np.uint32), np.zeros(TOKENS, np.float32)
-    at = np.zeros(TOKENS, np.int64)
+    window, at = np.zeros((TOKENS, GROUP_ROWS), np.int32), np.zeros(TOKENS, np.int64)
+    cells, limit, odd = np.zeros(TOKENS, np.uint32), np.zeros(TOKENS, np.float32), np.zeros(TOKENS, np.uint32)
     found = 0
     for first in range(0, count, TOKENS):
         some = min(TOKENS, count - first)
@@ -72,7 +70,7 @@ def pack(
                 cells[index], limit[index] = np.uint32(2) << np.uint32(width), limits[profile, group]
                 find_windows(normalized[group, index], offset[width], slope[width], width, window[index])
             if widest:
-                find_paths(normalized[group], window.view(np.uint32), (cells, limit), level, costs, paths, odd)
+                find_paths(normalized[group], window, cells, limit, level, odd)
             for index in range(some):
                 width = widths[profiles[first + index], group]
                 if width:

@@ -154,6 +154,29 @@ def rounded_to_bfloat16(builder: Any, value: Any) -> Any:
     return builder.trunc(builder.lshr(rounded, I32(16)), I16)
 
 
+# --- Rounding.
+
+
+@intrinsic
+def nearest(_: Any, value: Any) -> Any:
+    """Return the nearest integer of a float32 as a float32, halves to even."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.call(builder.module.declare_intrinsic("llvm.rint", [F32]), arguments)
+
+    return types.float32(types.float32), emit
+
+
+@intrinsic
+def integer(_: Any, value: Any) -> Any:
+    """Return an integer that is a float32 as an int32; any number where its magnitude is 2^31 or more."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fptosi(arguments[0], I32)
+
+    return types.int32(types.float32), emit
+
+
 # --- Prefetching, for loops whose order the processor cannot foresee.
 
 # Elements of 32 bits in a line of the cache, and LLVM's words for "to be read", "often" and "data".

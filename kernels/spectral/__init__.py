@@ -10,7 +10,8 @@ Coding a segment runs them in this order:
 4. `transform.analyse` goes over the heads, 240 tokens at a time:
    `rows.gather_unrotated` (keys) or `rows.gather` (values) takes tokens by rising step class, centres them, and turns
    keys back by their rotary angles; `jit.gemm.transpose` and `multiply` give the coefficients in the basis;
-   `streams.quantize` divides by the steps, rounds, and sorts the integers into streams.
+   `streams.quantize` divides by the steps, rounds, most coefficients by the best path through a `trellis`, and sorts
+   the integers into streams.
 5. `packing.pack_streams` splits off raw bits and outliers of each stream and packs the rest, several to a byte. What
    it writes goes to the entropy coder (Zstandard, called from `codecs/spectral/symbols.py`).
 
@@ -18,5 +19,5 @@ Decoding runs the other way: `packing.lay_out`, then `packing.unpack_streams`, `
 `transform.synthesise`, which calls `streams.dequantize`, `jit.gemm.multiply`, and `rows.scatter_rotated` or
 `rows.scatter`. Nothing is imported here, because all of it takes numba.
 
-`reference` says the transform in plain torch.
+`reference` says the transform and the trellis in plain torch.
 """

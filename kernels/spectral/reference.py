@@ -1,7 +1,7 @@
-"""The spectral transform in plain torch, float64: what the compiled loops must agree with.
+"""The spectral transform and the trellis in plain torch, float64: what the compiled loops must agree with.
 
-Keys and values of one layer become coefficients in the layer's basis. Quantization is not here: the compiled loops
-round what these functions return, divided by a token's step, in float32.
+Keys and values of one layer become coefficients in the layer's basis. Plain rounding is not here: the compiled loops
+round what `analyse` returns, divided by a token's step, in float32.
 """
 
 import torch
@@ -66,3 +66,45 @@ def synthesise(
     synthesis = torch.stack([torch.stack([one.inverse() for one in side]) for side in analysis.double()])
     states = coefficients.double() @ synthesis + mean.double()[:, :, None]
     return torch.stack([turn(states[0], angles) * scaling, states[1]])
+
+
+def trellis_values(integers: torch.Tensor, in_trellis: torch.Tensor) -> torch.Tensor:
+    """Return the values, in steps, that the integers of one head stand for; kv.proto says how.
+
+    Args:
+        integers: int64 `[rows, n]`.
+        in_trellis: bool `[rows, n]`; the others stand for themselves.
+
+    Returns:
+        float64 `[rows, n]`.
+    """
+    values = integers.double()
+    a, b = torch.zeros(2, integers.shape[1], dtype=torch.int64)
+    for row, coded in enumerate(in_trellis):
+        values[row, coded] += (a / 2 - 1 / 4)[coded]
+        a, b = torch.where(coded, b ^ (integers[row] & 1), a), torch.where(coded, a, b)
+    return values
+
+
+def least_trellis_error(coefficients: torch.Tensor, in_trellis: torch.Tensor) -> torch.Tensor:
+    """Return the least squared error that a path through the trellis can have, by trying both ways from every state.
+
+    Args:
+        coefficients: float64 `[rows, n]`, in steps, of one head.
+        in_trellis: bool `[rows, n]`; the others are not counted.
+
+    Returns:
+        float64 `[n]`.
+    """
+    costs = torch.full((2, 2, coefficients.shape[1]), torch.inf, dtype=torch.float64)
+    costs[0, 0] = 0
+    for row, coded in zip(coefficients, in_trellis, strict=True):
+        following = torch.full_like(costs, torch.inf)
+        for a in range(2):
+            for b in range(2):
+                for odd in range(2):
+                    wanted = row - (a / 2 - 1 / 4)
+                    error = wanted - (2 * ((wanted - odd) / 2).round() + odd)
+                    following[b ^ odd, a] = torch.minimum(following[b ^ odd, a], costs[a, b] + error.square())
+        costs = torch.where(coded, following, costs)
+    return costs.amin(dim=(0, 1))

@@ -10,21 +10,10 @@ step class go to the stream of the difference of the two classes.
 from typing import Any
 
 import numpy as np
-from numba import types
 
-from spectrumkv.kernels.jit.compiled import compiled, intrinsic
-from spectrumkv.kernels.jit.llvm import F32, I32, greater_magnitude
-
-
-@intrinsic
-def _nearest(_: Any, value: Any) -> Any:
-    """Return the nearest integer of a float32, halves to even; any number where its magnitude is 2^31 or more."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        rounded = builder.call(builder.module.declare_intrinsic("llvm.rint", [F32]), arguments)
-        return builder.fptosi(rounded, I32)
-
-    return types.int32(types.float32), emit
+from spectrumkv.kernels.jit.compiled import compiled
+from spectrumkv.kernels.jit.llvm import greater_magnitude, integer, nearest
+from spectrumkv.kernels.spectral import trellis
 
 
 @compiled
@@ -51,7 +40,14 @@ def offsets(row_order: Any, run_start: Any, class_start: Any, stream_of: Any, st
 
 @compiled
 def quantize(
-    coefficients: Any, first: int, count: int, class_start: Any, inverse_step: Any, offset: Any, symbols: Any
+    coefficients: Any,
+    first: int,
+    count: int,
+    class_start: Any,
+    inverse_step: Any,
+    offset: Any,
+    in_trellis: Any,
+    symbols: Any,
 ) -> Any:
     """Divide some tokens' coefficients by their steps, round, and sort the integers into streams.
 
@@ -62,29 +58,45 @@ def quantize(
         class_start: int64 `[classes + 1]`, the first token of each step class.
         inverse_step: float32 `[classes]`.
         offset: int64 `[classes, rows]`; see `offsets`.
+        in_trellis: int64 `[rows or more]`, how many of all tokens, the ones of the finest steps, have the coefficient
+            quantized in the trellis. Rows are one head's: a token's path leads over them in their order.
         symbols: int32, written.
 
     Returns:
         The bits of the largest magnitude, int32; where that is 2^31 steps or more, symbols are of no use.
     """
-    largest = np.int32(0)
-    for step_class in range(class_start.size - 1):
-        begin, end = max(class_start[step_class], first), min(class_start[step_class + 1], first + count)
-        if begin >= end:
-            continue
-        scale, skipped, tokens = inverse_step[step_class], begin - class_start[step_class], end - begin
-        for row in range(offset.shape[1]):
-            start = offset[step_class, row] + skipped
-            read, written = coefficients[row, begin - first : end - first], symbols[start : start + tokens]
-            for token in range(tokens):
-                largest = greater_magnitude(largest, read[token])
-                written[token] = _nearest(read[token] * scale)
+    rows, largest = offset.shape[1], np.int32(0)
+    scale, integers = np.empty(count, np.float32), np.empty(count, np.int32)
+    costs, states = np.empty((trellis.STATES, count), np.float32), np.empty(count, np.int32)
+    choices = np.empty((rows, count), np.uint8)
+    _spread(inverse_step, class_start, first, scale)
+    trellis.start(costs, count)
+    for row in range(rows):
+        coded = min(max(in_trellis[row] - first, 0), count)
+        largest = trellis.advance(coefficients[row, :coded], scale, costs, choices[row], largest)
+    trellis.best(costs, states)
+    for row in range(rows - 1, -1, -1):
+        coded = min(max(in_trellis[row] - first, 0), count)
+        trellis.go_back(coefficients[row, :coded], scale, choices[row], states, integers)
+        largest = _round(coefficients[row, coded:count], scale[coded:], integers[coded:], largest)
+        for step_class in range(class_start.size - 1):
+            begin, end = max(class_start[step_class], first), min(class_start[step_class + 1], first + count)
+            if begin < end:
+                start = offset[step_class, row] + begin - class_start[step_class]
+                _copy(integers[begin - first : end - first], symbols[start:])
     return largest
 
 
 @compiled
 def dequantize(
-    symbols: Any, first: int, count: int, class_start: Any, step: Any, offset: Any, coefficients: Any
+    symbols: Any,
+    first: int,
+    count: int,
+    class_start: Any,
+    step: Any,
+    offset: Any,
+    in_trellis: Any,
+    coefficients: Any,
 ) -> None:
     """Multiply integers by their steps: what `quantize` did, undone up to its rounding.
 
@@ -95,15 +107,57 @@ def dequantize(
         class_start: int64 `[classes + 1]`, the first token of each step class.
         step: float32 `[classes]`.
         offset: int64 `[classes, rows]`; see `offsets`.
+        in_trellis: see `quantize`.
         coefficients: float32 `[rows or more, count or more]`, written.
     """
+    scale, integers, states = np.empty(count, np.float32), np.empty(count, np.int32), np.zeros(count, np.int32)
+    _spread(step, class_start, first, scale)
+    for row in range(offset.shape[1]):
+        for step_class in range(class_start.size - 1):
+            begin, end = max(class_start[step_class], first), min(class_start[step_class + 1], first + count)
+            if begin < end:
+                start = offset[step_class, row] + begin - class_start[step_class]
+                _copy(symbols[start : start + end - begin], integers[begin - first :])
+        coded = min(max(in_trellis[row] - first, 0), count)
+        trellis.dequantize(integers[:coded], scale, states, coefficients[row])
+        _multiply(integers[coded:], scale[coded:], coefficients[row, coded:])
+
+
+# The loops below are functions, since LLVM makes vector instructions of loops over arrays that start at 0.
+
+
+@compiled
+def _spread(of_classes: Any, class_start: Any, first: int, of_tokens: Any) -> None:
+    """Write what each of some tokens, from the first one on, has by its step class."""
     for step_class in range(class_start.size - 1):
-        begin, end = max(class_start[step_class], first), min(class_start[step_class + 1], first + count)
-        if begin >= end:
-            continue
-        scale, skipped, tokens = step[step_class], begin - class_start[step_class], end - begin
-        for row in range(offset.shape[1]):
-            start = offset[step_class, row] + skipped
-            written, read = coefficients[row, begin - first : end - first], symbols[start : start + tokens]
-            for token in range(tokens):
-                written[token] = np.float32(read[token]) * scale
+        begin = max(class_start[step_class] - first, 0)
+        end = min(class_start[step_class + 1] - first, of_tokens.size)
+        for token in range(begin, end):
+            of_tokens[token] = of_classes[step_class]
+
+
+@compiled
+def _round(read: Any, scale: Any, written: Any, largest: Any) -> Any:
+    """Round scaled coefficients.
+
+    Returns:
+        The bits of the largest magnitude of all coefficients so far.
+    """
+    for token in range(read.size):
+        largest = greater_magnitude(largest, read[token])
+        written[token] = integer(nearest(read[token] * scale[token]))
+    return largest
+
+
+@compiled
+def _multiply(read: Any, scale: Any, written: Any) -> None:
+    """Write integers times their scales."""
+    for token in range(read.size):
+        written[token] = np.float32(read[token]) * scale[token]
+
+
+@compiled
+def _copy(read: Any, written: Any) -> None:
+    """Copy integers."""
+    for index in range(read.size):
+        written[index] = read[index]

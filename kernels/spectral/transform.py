@@ -28,6 +28,7 @@ def analyse(
     class_start: Any,
     inverse_step: Any,
     offset: Any,
+    in_trellis: Any,
     symbols: Any,
 ) -> Any:
     """Transform keys and values and quantize their coefficients.
@@ -43,6 +44,7 @@ def analyse(
         class_start: int64 `[classes + 1]`, the first index in `order` of each step class.
         inverse_step: float32 `[classes]`.
         offset: int64 `[classes, 2 · heads · d]`; see `streams.offsets`.
+        in_trellis: int64 `[2 · heads · d]`; see `streams.quantize`.
         symbols: int32, written.
 
     Returns:
@@ -60,7 +62,9 @@ def analyse(
             gather_head(keys, values, head, rotation, order, first, count, mean, rows)
             transpose(rows, count, turned)
             multiply(analysis[head], turned, head_dim, count, coefficients)
-            found = quantize(coefficients, first, count, class_start, inverse_step, own, symbols)
+            found = quantize(
+                coefficients, first, count, class_start, inverse_step, own, in_trellis[head * head_dim :], symbols
+            )
             largest = max(largest, found)
     return largest
 
@@ -75,6 +79,7 @@ def synthesise(
     class_start: Any,
     step: Any,
     offset: Any,
+    in_trellis: Any,
     keys: Any,
     values: Any,
 ) -> None:
@@ -89,6 +94,7 @@ def synthesise(
         class_start: int64 `[classes + 1]`, the first index in `order` of each step class.
         step: float32 `[classes]`.
         offset: int64 `[classes, 2 · heads · d]`; see `streams.offsets`.
+        in_trellis: int64 `[2 · heads · d]`; see `streams.quantize`.
         keys: float32 memory, written, elements from head to head, elements from token to token; see
             `jit.strided.flat`.
         values: like `keys`.
@@ -100,6 +106,6 @@ def synthesise(
         own = offset[:, head * head_dim : (head + 1) * head_dim]
         for first in range(0, order.size, TOKENS):
             count = min(TOKENS, order.size - first)
-            dequantize(symbols, first, count, class_start, step, own, coefficients)
+            dequantize(symbols, first, count, class_start, step, own, in_trellis[head * head_dim :], coefficients)
             multiply(coefficients[:head_dim], synthesis[head], count, head_dim, rows)
             scatter_head(rows, keys, values, head, rotation, order, first, count, mean)

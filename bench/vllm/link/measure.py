@@ -39,18 +39,22 @@ def settings_of(systems: Sequence[str]) -> tuple[Setting, ...]:
     """
     found = []
     if "vllm" in systems:
-        found.append(Setting("vllm", "one vLLM", f"http://{PREFILL_HOST}:{PREFILL_PORTS['spectrumkv']}", {}))
+        found.append(
+            Setting("vllm", PAIR_OF["vllm"], "one vLLM", f"http://{PREFILL_HOST}:{PREFILL_PORTS['spectrumkv']}", {})
+        )
     if "spectrumkv" in systems:
         proxy = f"http://{PREFILL_HOST}:{PROXY_PORTS['spectrumkv']}"
         wanted: dict[str, Mapping[str, Any]] = {"native": {"policy": "native"}}
         wanted |= {f"{budget:g}": {"policy": "spectral", "budget": budget} for budget in BUDGETS}
         found += [
-            Setting("spectrumkv", f"SpectrumKV {name}", proxy, {"kv_transfer_params": params})
+            Setting("spectrumkv", PAIR_OF["spectrumkv"], f"SpectrumKV {name}", proxy, {"kv_transfer_params": params})
             for name, params in wanted.items()
         ]
     if "nixl" in systems:
         # As behind NIXL's own proxies, decode generates the first token, too: a least length makes our proxy do so.
-        found.append(Setting("nixl", NIXL, f"http://{PREFILL_HOST}:{PROXY_PORTS['nixl']}", {"min_tokens": 1}))
+        found.append(
+            Setting("nixl", PAIR_OF["nixl"], NIXL, f"http://{PREFILL_HOST}:{PROXY_PORTS['nixl']}", {"min_tokens": 1})
+        )
     return tuple(found)
 
 
@@ -64,7 +68,7 @@ def measure(
     vocabulary: int,
     on_step: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Ask every system in turn over a link of each bandwidth, with all servers running: four take 16 GB.
+    """Ask every system in turn over a link of each bandwidth: four servers take 16 GB, and run while they are asked.
 
     Args:
         systems: of `SYSTEMS`.
@@ -85,12 +89,12 @@ def measure(
     settings, pairs = settings_of(systems), pairs_of(systems)
     rows: list[dict[str, Any]] = []
     with shaped_link() as link, ExitStack() as running:
-        for pair in pairs:
-            running.enter_context(running_pair(pair, engines, link))
+        groups = {pair: running.enter_context(running_pair(pair, engines, link)) for pair in pairs}
         for number, rate in enumerate(megabits):
             link.shape(rate * 1e6)
             errand = Errand(
                 settings=settings,
+                groups=groups,
                 healthy=tuple(url for pair in pairs for url in _health(pair)),
                 ready_seconds=READY_SECONDS,
                 rounds=rounds,

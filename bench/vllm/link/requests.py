@@ -4,11 +4,14 @@
 """
 
 import json
+import os
+import signal
 import sys
 import time
 import urllib.error
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 from urllib.request import ProxyHandler, Request, build_opener
 from uuid import uuid4
@@ -31,12 +34,14 @@ class Setting:
 
     Attributes:
         system: "vllm", "spectrumkv" or "nixl".
+        pair: whose servers answer, "spectrumkv" or "nixl".
         name: in rows and plots.
         url: that is asked.
         fields: of the request, beside prompt and length.
     """
 
     system: str
+    pair: str
     name: str
     url: str
     fields: dict[str, Any]
@@ -48,6 +53,8 @@ class Errand:
 
     Attributes:
         settings: asked in turn in every round, in the opposite order in every other one.
+        groups: process groups of each pair's servers. Only one pair runs at a time: NIXL's look for messages without
+            a pause, which takes more than one core.
         healthy: URLs that answer 200 when all is ready.
         ready_seconds: until then.
         rounds: that count.
@@ -58,6 +65,7 @@ class Errand:
     """
 
     settings: tuple[Setting, ...]
+    groups: Mapping[str, Sequence[int]]
     healthy: tuple[str, ...]
     ready_seconds: float
     rounds: int
@@ -95,13 +103,17 @@ class Observed:
 
 def main() -> None:
     """Do the errand on standard input, and write what was observed to standard output."""
-    exit_on_error(lambda: _do(Errand.from_json(sys.stdin.read())))
+    exit_on_error(lambda: do(Errand.from_json(sys.stdin.read())))
 
 
-def _do(errand: Errand) -> None:
+def do(errand: Errand) -> None:
+    """Do an errand, and write what was observed to standard output; all pairs run again when it is done."""
     for url in errand.healthy:
         _wait(url, errand.ready_seconds)
-    json.dump([asdict(one) for one in _observe(errand)], sys.stdout)
+    try:
+        json.dump([asdict(one) for one in _observe(errand)], sys.stdout)
+    finally:
+        _signal(errand.groups, signal.SIGCONT)
 
 
 def _wait(url: str, seconds: float) -> None:
@@ -125,10 +137,17 @@ def _observe(errand: Errand) -> Iterator[Observed]:
     for number in range(-errand.warm, errand.rounds):
         drawn = np.random.default_rng(number + 1).integers(3, errand.vocabulary, errand.prompt_tokens).tolist()
         for setting in errand.settings[:: -1 if number % 2 else 1]:
+            _signal({pair: ids for pair, ids in errand.groups.items() if pair != setting.pair}, signal.SIGSTOP)
+            _signal({setting.pair: errand.groups[setting.pair]}, signal.SIGCONT)
             before = link_bytes_sent()
             arrivals = _ask(setting, drawn, errand.output_tokens)
             if number >= 0:
                 yield Observed(setting.name, arrivals, link_bytes_sent() - before)
+
+
+def _signal(groups: Mapping[str, Sequence[int]], number: signal.Signals) -> None:
+    for group in chain.from_iterable(groups.values()):
+        os.killpg(group, number)
 
 
 def _ask(setting: Setting, prompt: list[int], tokens: int) -> tuple[float, ...]:

@@ -58,7 +58,7 @@ class Engines:
 
 
 @contextmanager
-def running_pair(system: str, engines: Engines, link: ShapedLink) -> Iterator[None]:
+def running_pair(system: str, engines: Engines, link: ShapedLink) -> Iterator[list[int]]:
     """Start a pair and its proxy, which are ready later; stop them with the block.
 
     Args:
@@ -67,24 +67,27 @@ def running_pair(system: str, engines: Engines, link: ShapedLink) -> Iterator[No
         link: joins the servers; the proxy runs beside prefill.
 
     Yields:
-        Nothing.
+        The process groups of the servers and the proxy.
     """
     ends = ((link.prefill, PREFILL_HOST, "prefill"), (link.decode, DECODE_HOST, "decode"))
     with ExitStack() as running:
+        groups = []
         for namespace, host, role in ends:
             transfer, more = transfer_config(system, role), _nixl_environment(host) if system == "nixl" else {}
             port = (PREFILL_PORTS if role == "prefill" else DECODE_PORTS)[system]
             command = server_command(engines, port, transfer)
             environment = _environment(engines, host) | more
-            running.enter_context(_process(namespace, command, environment, engines.logs / f"{system}-{role}.log"))
+            log = engines.logs / f"{system}-{role}.log"
+            groups.append(running.enter_context(_process(namespace, command, environment, log)))
         proxy = [
             engines.python, "-m", "spectrumkv.client.cli.main", "vllm-proxy",
             "--prefill", f"http://{PREFILL_HOST}:{PREFILL_PORTS[system]}",
             "--decode", f"http://{DECODE_HOST}:{DECODE_PORTS[system]}",
             "--listen", f"{PREFILL_HOST}:{PROXY_PORTS[system]}",
         ]  # fmt: skip
-        running.enter_context(_process(link.prefill, proxy, dict(os.environ), engines.logs / f"{system}-proxy.log"))
-        yield
+        log = engines.logs / f"{system}-proxy.log"
+        groups.append(running.enter_context(_process(link.prefill, proxy, dict(os.environ), log)))
+        yield groups
 
 
 def transfer_config(system: str, role: str) -> dict[str, Any]:
@@ -136,9 +139,14 @@ def _nixl_environment(host: str) -> dict[str, str]:
 
 
 @contextmanager
-def _process(namespace: Namespace, command: list[str], environment: Mapping[str, str], log: Path) -> Iterator[None]:
+def _process(namespace: Namespace, command: list[str], environment: Mapping[str, str], log: Path) -> Iterator[int]:
+    """Run a process in a group of its own, and stop it with the block.
+
+    Yields:
+        The group.
+    """
     with log.open("wb") as written:
-        # vLLM's processes outlive their parent where that ends early, so they get a group of their own.
+        # vLLM's processes outlive their parent where that ends early, and are stopped and continued together.
         process = subprocess.Popen(  # noqa: S603  # our own words
             namespace.command(*command),
             env=dict(environment),
@@ -147,7 +155,7 @@ def _process(namespace: Namespace, command: list[str], environment: Mapping[str,
             start_new_session=True,
         )
         try:
-            yield
+            yield process.pid
         finally:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):

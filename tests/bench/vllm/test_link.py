@@ -1,16 +1,20 @@
 """`vllm-link`: rows from what was observed, what is started, and what is refused before anything starts."""
 
 import json
+import os
+import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from spectrumkv.bench.main import main
+from spectrumkv.bench.vllm.link import requests
 from spectrumkv.bench.vllm.link.measure import NIXL, pairs_of, rate_rows, settings_of
 from spectrumkv.bench.vllm.link.plot import draw
-from spectrumkv.bench.vllm.link.requests import Errand
+from spectrumkv.bench.vllm.link.requests import Errand, Setting
 from spectrumkv.bench.vllm.link.systems import SYSTEMS, Engines, server_command, transfer_config
 from spectrumkv.common.errors import FailedPreconditionError
 
@@ -45,8 +49,44 @@ def test_only_pairs_that_are_asked_are_started(systems: tuple[str, ...], pairs: 
 
 
 def test_errands_cross_as_json() -> None:
-    errand = Errand(settings_of(SYSTEMS), ("http://a/health",), 1.0, 2, True, 8, 3, 100)
+    errand = Errand(settings_of(SYSTEMS), {"nixl": [1, 2]}, ("http://a/health",), 1.0, 2, True, 8, 3, 100)
     assert Errand.from_json(errand.to_json()) == errand
+
+
+def test_only_one_pair_runs_while_it_is_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ExitStack() as running:
+        servers = {
+            pair: running.enter_context(subprocess.Popen(["sleep", "600"], start_new_session=True))
+            for pair in ("spectrumkv", "nixl")
+        }
+        for one in servers.values():
+            running.callback(one.kill)
+        asked: list[str] = []
+
+        def ask(setting: Setting, *_: object) -> tuple[float, ...]:
+            (other,) = (servers[pair] for pair in servers if pair != setting.pair)
+            os.waitid(os.P_PID, other.pid, os.WSTOPPED | os.WNOWAIT)
+            assert state(servers[setting.pair].pid) != "T"
+            asked.append(setting.name)
+            return (1.0, 2.0, 3.0)
+
+        monkeypatch.setattr(requests, "_ask", ask)
+        monkeypatch.setattr(requests, "link_bytes_sent", lambda: 7)
+        groups = {pair: [one.pid] for pair, one in servers.items()}
+        settings = settings_of(SYSTEMS)
+        requests.do(Errand(settings, groups, (), 1.0, 2, False, 8, 3, 100))
+        assert asked == [one.name for one in (*settings, *settings[::-1])]
+        assert [one["setting"] for one in json.loads(capsys.readouterr().out)] == asked
+        for one in servers.values():
+            os.waitid(os.P_PID, one.pid, os.WCONTINUED)
+            assert state(one.pid) != "T"
+
+
+def state(pid: int) -> str:
+    """T where a process is stopped (proc_pid_stat(5))."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 @pytest.mark.parametrize(

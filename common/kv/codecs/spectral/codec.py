@@ -33,7 +33,7 @@ class SpectralCodec(CalibratedCodec):
     """The codec that writes transform coefficients within a budget of counted bytes; see `Codec`."""
 
     name = "spectral"
-    version = 3
+    version = 4
     fallback = "fixed_rate"
     gpu_codec = "fixed_rate"
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from spectrumkv.common.errors import DataLossError
 from spectrumkv.common.kv.codecs.spectral.layout import (
+    NARROWEST_IN_TRELLIS,
     STEP_CLASSES,
     StreamLayout,
     TokenClasses,
@@ -20,7 +21,7 @@ from spectrumkv.common.kv.codecs.spectral.layout import (
 )
 from spectrumkv.common.kv.codecs.spectral.symbols import PackedStreams, compress, decompress
 from spectrumkv.kernels.spectral.streams import offsets
-from spectrumkv.kernels.step_classes import CLASSES_PER_OCTAVE
+from spectrumkv.kernels.step_classes import CLASSES_PER_OCTAVE, LOWEST_CLASS
 
 # Means are sent in this many parts of a standard deviation.
 MEAN_PARTS = 8
@@ -135,6 +136,14 @@ class Quantization:
         streams = model.streams.stream_of, self.packed.start
         offsets(model.row_order, model.run_start, self.tokens.start, *streams, starts)
         return starts
+
+    @cached_property
+    def in_trellis(self) -> np.ndarray:
+        """Count the tokens, in their order, whose symbols of each coefficient are in the trellis: int64 `[rows]`."""
+        last_class = np.floor(self.model.classes - CLASSES_PER_OCTAVE * (NARROWEST_IN_TRELLIS + self.base))
+        index = np.clip(last_class - LOWEST_CLASS + 1, 0, len(STEP_CLASSES)).astype(np.int64)
+        found: np.ndarray = self.tokens.start[index]
+        return found
 
 
 @dataclass(frozen=True, eq=False)

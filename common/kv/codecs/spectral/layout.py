@@ -18,6 +18,9 @@ from spectrumkv.kernels.step_classes import CLASSES_PER_OCTAVE, HIGHEST_CLASS, L
 
 STEP_CLASSES = np.arange(LOWEST_CLASS, HIGHEST_CLASS + 1)
 
+# Exponent of the standard deviation, in steps, from which on symbols are quantized in the trellis. None of its values
+# is 0, which would cost narrower symbols more bits than it saves.
+NARROWEST_IN_TRELLIS = -0.5
 # Where the entropy table ends.
 HIGHEST = 6
 # Octaves up to which a step is sought.
@@ -119,7 +122,8 @@ class StreamLayout:
 def entropy_table() -> np.ndarray:
     """Compute the entropy of a Gaussian rounded to integers, by its standard deviation.
 
-    At steps Δ much finer than σ it is the high-resolution h(X) − log₂ Δ (Gray & Neuhoff 1998, "Quantization", IEEE
+    In the trellis one half of the integers stand for values a quarter of a step below them, the others above. At
+    steps Δ much finer than σ it is the high-resolution h(X) − log₂ Δ (Gray & Neuhoff 1998, "Quantization", IEEE
     Transactions on Information Theory 44(6)). That fails at coarse steps, so the sum itself is tabulated.
 
     Returns:
@@ -128,14 +132,19 @@ def entropy_table() -> np.ndarray:
     """
     entropies = []
     for exponent in np.arange(LOWEST * PER_OCTAVE, HIGHEST * PER_OCTAVE + 1) / PER_OCTAVE:
-        std = 2.0**exponent
-        borders = np.arange(0, int(9 * std) + 2) + 0.5
-        tail = np.array([erf(border / (std * sqrt(2))) for border in borders])
-        positive = np.diff(tail) / 2
-        probabilities = np.concatenate(([tail[0]], positive, positive))
+        std, shift = 2.0**exponent, 0.25 if exponent >= NARROWEST_IN_TRELLIS else 0.0
+        farthest = int(9 * std) + 2
+        borders = np.arange(-farthest, farthest + 1) + 0.5
+        below, above = (_normal_shares((borders + one) / std) for one in (-shift, shift))
+        probabilities = (below + above) / 2
         probabilities = probabilities[probabilities > 1e-15]
         entropies.append(float(-(probabilities * np.log2(probabilities)).sum()))
     return np.array(entropies)
+
+
+def _normal_shares(borders: np.ndarray) -> np.ndarray:
+    """Return the probability of a standard normal variable between each two of some rising borders."""
+    return np.diff([erf(border / sqrt(2)) / 2 for border in borders])
 
 
 def expected_bits(exponents: np.ndarray, shift: float, counts: np.ndarray) -> float:

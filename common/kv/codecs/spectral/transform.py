@@ -90,6 +90,7 @@ class LayerTransform(CalibratedLayer):
             tokens.start,
             1 / quantization.steps,
             quantization.offsets,
+            quantization.in_trellis,
             symbols,
         )
         return symbols, float(np.int32(largest).view(np.float32))
@@ -121,6 +122,7 @@ class LayerTransform(CalibratedLayer):
                 quantization.tokens.start,
                 quantization.steps,
                 quantization.offsets,
+                quantization.in_trellis,
                 flat(key_rows),
                 flat(value_rows),
             )

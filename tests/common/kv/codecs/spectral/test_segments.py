@@ -20,7 +20,7 @@ from tests.common.kv.codecs.spectral_prompts import basis_of, capture, encoder_o
 
 @pytest.mark.parametrize(("kv_heads", "head_dim"), [(1, 64), (3, 80), (2, 128)])
 @pytest.mark.parametrize("tokens", [1, 3, 17, 65, 500])
-def test_a_segment_is_exact_up_to_half_a_step(kv_heads: int, head_dim: int, tokens: int) -> None:
+def test_a_segment_is_exact_up_to_a_step(kv_heads: int, head_dim: int, tokens: int) -> None:
     shape = geometry(kv_heads, head_dim)
     basis = basis_of(shape)
     first = 300
@@ -40,8 +40,9 @@ def test_a_segment_is_exact_up_to_half_a_step(kv_heads: int, head_dim: int, toke
     error = plain_coefficients(basis, 1, keys, values, first) - plain_coefficients(
         basis, 1, seen.keys, seen.values, first
     )
-    allowed = 2.0 ** (-1.5 + classes[sinks:] / 2) / 2
-    # Coefficients that are expected to be far below half a step are not sent at all.
+    # The trellis may leave the nearest value for the one after it. Coefficients that are expected to be far below
+    # half a step are not sent at all.
+    allowed = 2.0 ** (-1.5 + classes[sinks:] / 2)
     assert (error[:, :, sinks:].abs().amax(dim=(0, 1, 3)).numpy() <= allowed * 1.05 + 1e-2).all()
 
 

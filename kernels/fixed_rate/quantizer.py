@@ -1,11 +1,11 @@
 """The quantizer of each width: cells by integers, levels from a table.
 
 A coefficient in units of its standard deviation and its token's gain is nearly Gaussian. The quantizer of w bits
-divides the normal distribution of a certain standard deviation into 2^(w + 1) equal shares, its cells: twice as many as
-w bits can tell apart, since a trellis says which half of them is at hand (`trellis`). Were each coefficient on its own,
-√3 would be the best standard deviation at many bits: then cells are as dense as the cube root of the Gaussian density
-(Panter & Dite 1951, "Quantization distortion in pulse-count modulation with nonuniform spacing of levels"). In a path
-coefficients in narrow cells give way to those in wide ones, and smaller standard deviations are better.
+divides the normal distribution of a certain standard deviation into 2^(w + 1) equal shares, its cells: twice as many
+as w bits can tell apart, since a trellis says which half of them is at hand (`trellis`). Were each coefficient on its
+own, √3 would be the best standard deviation at many bits: then cells are as dense as the cube root of the Gaussian
+density (Panter & Dite 1951, "Quantization distortion in pulse-count modulation with nonuniform spacing of levels").
+In a path coefficients in narrow cells give way to those in wide ones, and smaller standard deviations are better.
 
 The distribution's integral is taken to be linear on each of `PIECES` pieces, in integers. So a coefficient's cell
 does not depend on what computes it.

@@ -2,8 +2,8 @@
 
 Coefficients come from floating-point products, which differ in their last bits between implementations. Everything
 after them is single float32 operations in a fixed order, none of them fused, and integers: subtractions, products, a
-truncation, tables, and sums of squared errors, the least of which wins. So the same coefficients make the same records
-everywhere.
+truncation, tables, and sums of squared errors, the least of which wins. So the same coefficients make the same
+records everywhere.
 """
 
 import torch

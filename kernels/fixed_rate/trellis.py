@@ -58,7 +58,7 @@ def find_paths(_: Any, normalized: Any, window: Any, cells: Any, limit: Any, lev
     `normalized` is float32 `[TOKENS, GROUP_ROWS]`, 0 where a group has fewer rows; `window` is int32 of the same
     shape, of `groups.find_windows`. `cells` is uint32 `[TOKENS]`, how many cells each token's quantizer has; `limit`
     is float32 `[TOKENS]`, the magnitude beyond which coefficients are sent as they are, and have no error; `level` is
-    that of `quantizer.Quantizers`. `odd` is uint32 `[TOKENS]`, written: bit i says whether the integer of row i is odd.
+    that of `quantizer.Quantizers`. `odd` is uint32 `[TOKENS]`, written: bit i is 1 where the integer of row i is odd.
 
     Returns:
         The intrinsic's type, and what emits its instructions.
@@ -71,7 +71,8 @@ def find_paths(_: Any, normalized: Any, window: Any, cells: Any, limit: Any, lev
         )
         tokens = range(TOKENS)
         size = [builder.load(builder.gep(sizes, [I64(token)])) for token in tokens]
-        most = _joined(builder, [_splat(builder, builder.load(builder.gep(limits, [I64(token)]))) for token in tokens])
+        limit = [builder.load(builder.gep(limits, [I64(token)])) for token in tokens]
+        most = _joined(builder, [_splat(builder, one) for one in limit])
         start = [0.0, *(float(UNREACHED),) * (STATES - 1)]
         costs, paths = cgutils.alloca_once(builder, _FLOATS), cgutils.alloca_once(builder, _INTEGERS)
         builder.store(ir.Constant(_FLOATS, start * TOKENS), costs)
@@ -128,7 +129,7 @@ def _four_levels(builder: Any, levels: Any, window: Any, cells: Any) -> Any:
 
 
 def _cheapest(builder: Any, cost: Any, path: Any, first: int) -> Any:
-    """Return the path of the state of least cost, the first of equal ones, of the token whose lanes begin at `first`."""
+    """Return the path of the state of least cost, the first of equal ones, of the token whose lanes begin there."""
     least, found = (builder.extract_element(one, I32(first)) for one in (cost, path))
     for lane in range(first + 1, first + STATES):
         other = builder.extract_element(cost, I32(lane))

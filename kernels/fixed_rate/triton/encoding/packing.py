@@ -119,11 +119,10 @@ def _find_paths(
     errors_1 = _errors(normalized, window, 1, cells, escaping, level_ptr)
     errors_2 = _errors(normalized, window, 2, cells, escaping, level_ptr)
     errors_3 = _errors(normalized, window, 3, cells, escaping, level_ptr)
-    cost_0 = limit * 0.0
-    cost_1, cost_2, cost_3 = cost_0 + UNREACHED, cost_0 + UNREACHED, cost_0 + UNREACHED
-    path_0 = width * 0
+    cost_0, unreached = tl.zeros(limit.shape, tl.float32), tl.full(limit.shape, UNREACHED, tl.float32)
+    cost_1, cost_2, cost_3 = unreached, unreached, unreached
+    path_0, bit = tl.zeros(width.shape, tl.int32), tl.full(width.shape, 1, tl.int32)
     path_1, path_2, path_3 = path_0, path_0, path_0
-    bit = path_0 + 1
     lane = tl.arange(0, GROUP_ROWS)[None, :]
     for index in range(GROUP_ROWS):
         own = lane == index

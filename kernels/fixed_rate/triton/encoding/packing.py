@@ -94,9 +94,9 @@ def _write_groups(
         normalized = _normalized(line_ptr, row, there, means_ptr, inverse_ptr, inverse_gain)
         limit = tl.load(limits_ptr + _bounded(ratio) - LOWEST_RATIO)
         window = windows(normalized, width[:, None], offset_ptr, slope_ptr)
-        odd = find_paths(normalized, window, width, limit, level_ptr)
-        choice = (trellis_choices(odd)[:, None] >> lane) & 1
-        integer = cell_of_remainder(window, 2 * ((odd[:, None] >> lane) & 1) + choice) >> 1
+        odd = find_paths(normalized, window, width[:, None], limit[:, None], level_ptr)
+        choice = (trellis_choices(odd) >> lane) & 1
+        integer = cell_of_remainder(window, 2 * ((odd >> lane) & 1) + choice) >> 1
         for plane in tl.static_range(WIDEST):
             bit = (integer >> tl.maximum(width - 1 - plane, 0)[:, None]) & 1
             word = tl.sum(tl.where(there, bit, 0) << lane, axis=1)

@@ -54,23 +54,18 @@ def _errors(
 
 
 @jit
-def _row(tile: tl.tensor, own: tl.tensor) -> tl.tensor:
-    """Return a column of a tile, which is a row of each group: the one that `own` names."""
-    return tl.sum(tl.where(own, tile, 0.0), axis=1)
-
-
-@jit
 def find_paths(
     normalized: tl.tensor, window: tl.tensor, width: tl.tensor, limit: tl.tensor, level_ptr: tl.tensor
 ) -> tl.tensor:
     """Find the path of least squared error in each group; see `reference.path`.
 
-    Groups are the lines of tiles, and their rows come one after another.
+    Groups are the lines of tiles, and their rows come one after another. `width` and `limit` are columns, of one
+    element in each line.
 
     Returns:
-        int32, a bit for each row of a group, whether its integer is odd.
+        Such a column, int32: a bit for each row of a group, whether its integer is odd.
     """
-    escaping, cells = tl.abs(normalized) > limit[:, None], (tl.full(width.shape, 2, tl.int32) << width)[:, None]
+    escaping, cells = tl.abs(normalized) > limit, tl.full(width.shape, 2, tl.int32) << width
     errors_0 = _errors(normalized, window, 0, cells, escaping, level_ptr)
     errors_1 = _errors(normalized, window, 1, cells, escaping, level_ptr)
     errors_2 = _errors(normalized, window, 2, cells, escaping, level_ptr)
@@ -79,12 +74,10 @@ def find_paths(
     cost_1, cost_2, cost_3 = unreached, unreached, unreached
     path_0, bit = tl.zeros(width.shape, tl.int32), tl.full(width.shape, 1, tl.int32)
     path_1, path_2, path_3 = path_0, path_0, path_0
-    lane = tl.arange(0, GROUP_ROWS)[None, :]
-    for index in range(GROUP_ROWS):
-        own = lane == index
-        error_0, error_1, error_2, error_3 = (
-            _row(errors_0, own), _row(errors_1, own), _row(errors_2, own), _row(errors_3, own)
-        )  # fmt: skip
+    for row in range(GROUP_ROWS):
+        own = tl.full(width.shape, 0, tl.int32) + row
+        error_0, error_1 = tl.gather(errors_0, own, axis=1), tl.gather(errors_1, own, axis=1)
+        error_2, error_3 = tl.gather(errors_2, own, axis=1), tl.gather(errors_3, own, axis=1)
         even_0, odd_0 = cost_0 + error_0, cost_1 + error_2
         even_1, odd_1 = cost_2 + error_1, cost_3 + error_3
         even_2, odd_2 = cost_1 + error_0, cost_0 + error_2

@@ -67,7 +67,7 @@ def pack(
         tokens.numpy(),
         (layout.widths, layout.profiles, layout.starts),
         limits.numpy(),
-        (table.offset, table.slope),
+        (table.offset, table.slope, table.level),
         words,
         index,
         value,

@@ -1,4 +1,4 @@
-"""Cells and bit planes of a group of rows, in the vectors of the processor at hand.
+"""Windows of cells and bit planes of a group of rows, in the vectors of the processor at hand.
 
 A word of a plane is a comparison of vectors, whose outcome is a bit a lane, and a table of 32 entries fits two
 vectors of AVX-512. Processors have that, and loops in Python cannot say it.
@@ -58,12 +58,35 @@ def _lookup(builder: Any, table: Any, index: Any) -> Any:
     return found
 
 
+def _bits(builder: Any, word: Any) -> list[Any]:
+    """Return the bits of a word as vectors of integers, the inverse of `_word`."""
+    vectors = []
+    for index in range(_VECTORS):
+        part = builder.trunc(builder.lshr(word, I32(LANES * index)), _WORD_PART)
+        vectors.append(builder.zext(builder.bitcast(part, _BITS), _INTEGERS))
+    return vectors
+
+
+def _choices(builder: Any, odd: Any) -> Any:
+    """Return bit a of the trellis before each row as a word, whose bit i is that of row i; see `reference.choices`.
+
+    Before each row a is what it was two rows before, xor whether the integer between those is odd: the xor of every
+    second bit of those below.
+    """
+    word = builder.shl(odd, I32(1))
+    distance = 2
+    while distance < GROUP_ROWS:
+        word = builder.xor(word, builder.shl(word, I32(distance)))
+        distance *= 2
+    return word
+
+
 @intrinsic
-def find_cells(_: Any, normalized: Any, offset: Any, slope: Any, width: Any, cell: Any) -> Any:
-    """Find the cell of each magnitude of a group, as `reference.cells` does.
+def find_windows(_: Any, normalized: Any, offset: Any, slope: Any, width: Any, window: Any) -> Any:
+    """Find the lowest of the four cells nearest to each coefficient of a group, as `reference.windows` does.
 
     `normalized` is float32 `[GROUP_ROWS]`; `offset` and `slope` are those of the quantizer of `width` bits, int32
-    `[PIECES]`; `cell` is int32 `[GROUP_ROWS]`, written.
+    `[PIECES]`; `window` is int32 `[GROUP_ROWS]`, written. At a width of 0 it is any numbers.
 
     Returns:
         The intrinsic's type, and what emits its instructions.
@@ -74,12 +97,17 @@ def find_cells(_: Any, normalized: Any, offset: Any, slope: Any, width: Any, cel
             pointer_to(context, builder, kind, argument, I64(0)) if kind != types.int64 else argument
             for kind, argument in zip(signature.args, arguments, strict=True)
         )
-        shift = _splat(builder, builder.sub(I32(POSITION_BITS + 1), builder.trunc(arguments[3], I32)))
+        width = builder.trunc(arguments[3], I32)
+        shift = builder.sub(I32(POSITION_BITS), width)
+        half = _splat(builder, builder.shl(I32(1), builder.sub(shift, I32(1))))
+        cells = builder.shl(I32(1), width)
+        least, most = (_splat(builder, one) for one in (builder.neg(cells), builder.sub(cells, I32(4))))
         largest = ir.Constant(VECTOR, [float(LARGEST_MAGNITUDE)] * LANES)
         units = ir.Constant(VECTOR, [float(1 << FRACTION_BITS)] * LANES)
         for vector in range(_VECTORS):
             first = I64(LANES * vector)
-            bits = builder.bitcast(load(builder, vector_at(builder, source, first)), _INTEGERS)
+            value = load(builder, vector_at(builder, source, first))
+            bits = builder.bitcast(value, _INTEGERS)
             magnitude = builder.bitcast(builder.and_(bits, _constant(MAGNITUDE)), VECTOR)
             bounded = builder.select(builder.fcmp_ordered("<", magnitude, largest), magnitude, largest)
             fixed = builder.fptosi(builder.fmul(bounded, units), _INTEGERS)
@@ -87,71 +115,79 @@ def find_cells(_: Any, normalized: Any, offset: Any, slope: Any, width: Any, cel
             within = builder.and_(fixed, _constant((1 << PIECE_BITS) - 1))
             rise = builder.mul(_lookup(builder, slopes, piece), within)
             position = builder.add(_lookup(builder, offsets, piece), rise)
-            found = builder.lshr(position, shift)
-            builder.store(found, vector_at(builder, target, first, I32)).align = 4
+            negative = builder.fcmp_ordered("<", value, ir.Constant(VECTOR, [0.0] * LANES))
+            position = builder.select(negative, builder.not_(position), position)
+            above = builder.ashr(builder.add(position, half), _splat(builder, shift))
+            lowest = builder.sub(above, _constant(2))
+            lowest = builder.select(builder.icmp_signed("<", lowest, most), lowest, most)
+            lowest = builder.select(builder.icmp_signed(">", lowest, least), lowest, least)
+            builder.store(lowest, vector_at(builder, target, first, I32)).align = 4
         return context.get_dummy_value()
 
-    return types.void(normalized, offset, slope, types.int64, cell), emit
+    return types.void(normalized, offset, slope, types.int64, window), emit
 
 
 @intrinsic
-def write_planes(_: Any, signs: Any, cell: Any, width: Any, words: Any, start: Any) -> Any:
-    """Write the words of a group: a plane of signs, then the cells' bits from the highest to the lowest.
+def write_planes(_: Any, window: Any, odd: Any, used: Any, width: Any, words: Any, start: Any) -> Any:
+    """Write the words of a group: the bits of its integers, from the highest to the lowest.
 
-    `signs` and `cell` are int32 `[GROUP_ROWS]`: numbers whose highest bits are the signs, and cells. `words` is
-    uint32, of which `width` elements from `start` on are written.
+    `window` is int32 `[GROUP_ROWS]`, of `find_windows`; `odd` has a bit for each row, whether its integer is odd, and
+    `used` whether there is such a row. `words` is uint32, of which `width` elements from `start` on are written.
 
     Returns:
         The intrinsic's type, and what emits its instructions.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kinds = signature.args
-        target = pointer_to(context, builder, kinds[3], arguments[3], arguments[4])
-        sign = _lanes(builder, pointer_to(context, builder, kinds[0], arguments[0], I64(0)))
-        builder.store(_word(builder, sign), target)
-        # The highest bit of each cell moves to where the sign is; every plane moves the next one there.
-        cells = _lanes(builder, pointer_to(context, builder, kinds[1], arguments[1], I64(0)))
-        up = builder.sub(I32(33), builder.trunc(arguments[2], I32))
-        moved = [cgutils.alloca_once(builder, _INTEGERS) for _ in cells]
-        # At a width of 1 there is no such bit, and nothing is read of what a shift by 32 leaves.
-        shift = _splat(builder, builder.and_(up, I32(31)))
-        for one, variable in zip(cells, moved, strict=True):
-            builder.store(builder.shl(one, shift), variable)
-        with cgutils.for_range(builder, builder.sub(arguments[2], I64(1))) as loop:
+        kinds, (_, odd, used, width, _, _) = signature.args, arguments
+        target = pointer_to(context, builder, kinds[4], arguments[4], arguments[5])
+        windows = _lanes(builder, pointer_to(context, builder, kinds[0], arguments[0], I64(0)))
+        choices = _bits(builder, _choices(builder, odd))
+        # The highest bit of each integer moves to where the sign is; every plane moves the next one there.
+        moved = [cgutils.alloca_once(builder, _INTEGERS) for _ in windows]
+        shift = _splat(builder, builder.sub(I32(32), builder.trunc(width, I32)))
+        for lowest, parity, choice, variable in zip(windows, _bits(builder, odd), choices, moved, strict=True):
+            remainder = builder.add(builder.shl(parity, _constant(1)), choice)
+            fours = builder.and_(builder.sub(builder.add(lowest, _constant(3)), remainder), _constant(-4))
+            integer = builder.ashr(builder.add(fours, remainder), _constant(1))
+            builder.store(builder.shl(integer, shift), variable)
+        with cgutils.for_range(builder, width) as loop:
             now = [builder.load(variable) for variable in moved]
-            builder.store(_word(builder, now), builder.gep(target, [builder.add(loop.index, I64(1))]))
+            builder.store(builder.and_(_word(builder, now), used), builder.gep(target, [loop.index]))
             for one, variable in zip(now, moved, strict=True):
                 builder.store(builder.shl(one, _constant(1)), variable)
         return context.get_dummy_value()
 
-    return types.void(signs, cell, types.int64, words, types.int64), emit
+    return types.void(window, types.uint32, types.uint32, types.int64, words, types.int64), emit
 
 
 @intrinsic
 def read_planes(_: Any, words: Any, start: Any, width: Any, entry: Any) -> Any:
-    """Read the words of a group after its signs: the inverse of `write_planes`.
+    """Read the words of a group.
 
-    `entry` is int32 `[GROUP_ROWS]`, written: 2^(width − 1) plus the cell of each row.
+    `entry` is int32 `[GROUP_ROWS]`, written: where the level of each row's cell is; see `quantizer.Quantizers`.
 
     Returns:
         The intrinsic's type, and what emits its instructions.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kinds = signature.args
+        kinds, width = signature.args, arguments[2]
         source = pointer_to(context, builder, kinds[0], arguments[0], arguments[1])
         target = pointer_to(context, builder, kinds[3], arguments[3], I64(0))
         entries = [cgutils.alloca_once(builder, _INTEGERS) for _ in range(_VECTORS)]
-        for variable in entries:
-            builder.store(_constant(1), variable)
-        with cgutils.for_range(builder, builder.sub(arguments[2], I64(1))) as loop:
-            word = builder.load(builder.gep(source, [builder.add(loop.index, I64(1))]))
-            for index, variable in enumerate(entries):
-                part = builder.trunc(builder.lshr(word, I32(LANES * index)), _WORD_PART)
-                bits = builder.zext(builder.bitcast(part, _BITS), _INTEGERS)
+
+        def append(word: Any) -> None:
+            for bits, variable in zip(_bits(builder, word), entries, strict=True):
                 doubled = builder.shl(builder.load(variable), _constant(1))
                 builder.store(builder.or_(doubled, bits), variable)
+
+        for variable in entries:
+            builder.store(_constant(1), variable)
+        with cgutils.for_range(builder, width) as loop:
+            append(builder.load(builder.gep(source, [loop.index])))
+        # The lowest bits are in the last word.
+        append(_choices(builder, builder.load(builder.gep(source, [builder.sub(width, I64(1))]))))
         for index, variable in enumerate(entries):
             builder.store(builder.load(variable), vector_at(builder, target, I64(LANES * index), I32)).align = 4
         return context.get_dummy_value()

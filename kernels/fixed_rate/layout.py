@@ -32,9 +32,9 @@ LARGEST_MEAN = 127
 # Rows whose standard deviation lies more than this below the largest one are taken to have this.
 LARGEST_DROP = 255
 # Ratios of standard deviation to step, in `RATIO_UNITS`, above which one more bit is worth sending: −64 · log2 of
-# how much of a Gaussian's distortion it takes away (Lloyd 1982, "Least squares quantization in PCM", section VI has
-# these distortions). They are part of the layout.
-WIDTH_THRESHOLDS = np.array([42, 130, 230, 340, 458, 580, 705, 832, 958, 1086, 1214, 1342, 1470], np.int64)
+# how much of a Gaussian's distortion it takes away, as measured (docs/experiments/fixed-rate-codec.md). They are part
+# of the layout.
+WIDTH_THRESHOLDS = np.array([37, 132, 249, 368, 490, 615, 740, 867, 995, 1122, 1250, 1378, 1506], np.int64)
 WIDEST = len(WIDTH_THRESHOLDS)
 # 2^((k + 1/2) / 8) − 1 in units of a float32's last mantissa bit, rounded up.
 EIGHTH_BORDERS = np.array([371396, 1164244, 2028851, 2971711, 3999908, 5121165, 6343903, 7677310], np.int32)

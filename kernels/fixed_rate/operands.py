@@ -30,8 +30,8 @@ class Records:
 
     Attributes:
         words: uint8 `[4 · words]`, one token's record after another. A record has the groups in order, a group the
-            planes of its bits: first the signs (1 is negative), then the cell's bits from the highest to the lowest.
-            Bit i of a 32-bit little-endian word belongs to row i of the group.
+            planes of its integers' bits, in two's complement, from the highest to the lowest. Bit i of a 32-bit
+            little-endian word belongs to row i of the group. What integers stand for, `trellis` says.
         escape_index: uint8 `[4 · e]`, 32-bit integers, rising: token · rows + row of each coefficient that is sent as
             it is.
         escape_value: float32 `[e]`.

@@ -1,10 +1,11 @@
 """The quantizer of each width: cells by integers, levels from a table.
 
-A coefficient in units of its standard deviation and its token's gain is nearly Gaussian. A quantizer of w bits
-divides the normal distribution of a certain standard deviation into 2^w equal shares. At many bits √3 is the best
-one: then cells are as dense as the cube root of the Gaussian density (Panter & Dite 1951, "Quantization distortion in
-pulse-count modulation with nonuniform spacing of levels"). At few bits a smaller one comes within 0.6 % of the least
-distortion (Lloyd 1982, "Least squares quantization in PCM").
+A coefficient in units of its standard deviation and its token's gain is nearly Gaussian. The quantizer of w bits
+divides the normal distribution of a certain standard deviation into 2^(w + 1) equal shares, its cells: twice as many
+as w bits can tell apart, since a trellis says which half of them is at hand (`trellis`). Were each coefficient on its
+own, √3 would be the best standard deviation at many bits: then cells are as dense as the cube root of the Gaussian
+density (Panter & Dite 1951, "Quantization distortion in pulse-count modulation with nonuniform spacing of levels").
+In a path coefficients in narrow cells give way to those in wide ones, and smaller standard deviations are better.
 
 The distribution's integral is taken to be linear on each of `PIECES` pieces, in integers. So a coefficient's cell
 does not depend on what computes it.
@@ -21,16 +22,17 @@ import torch
 from spectrumkv.kernels.fixed_rate.layout import RATIO_UNITS, WIDEST, WIDTH_THRESHOLDS, RecordLayout
 
 # Standard deviations of the divided distributions by width, from 1 bit to `WIDEST`.
-COMPANDER_STDS = (1.0, 1.455, 1.55, 1.60, 1.64, 1.68, 1.70, 1.72, *(sqrt(3.0),) * (WIDEST - 8))
+COMPANDER_STDS = (0.95, 1.28, 1.42, 1.50, 1.55, 1.58, *(1.60,) * (WIDEST - 6))
 # Magnitudes are integers in units of 2^-FRACTION_BITS, up to PIECES pieces of 2^PIECE_BITS units.
 FRACTION_BITS, PIECE_BITS, PIECES = 16, 14, 32
 KNOTS_PER_UNIT = 1 << (FRACTION_BITS - PIECE_BITS)
 LARGEST_MAGNITUDE = np.float32((PIECES << PIECE_BITS) - 1) / np.float32(1 << FRACTION_BITS)
 # Bits of a position among the cells of one sign, whatever their number.
 POSITION_BITS = 29
-# A coefficient escapes where its squared error could exceed this times its token's slope: about what its own 64 bits
-# take away elsewhere.
-ESCAPE_SLOPES = 48.0
+# A coefficient escapes where the square of its distance from the nearest of all levels could exceed this times its
+# token's slope. The path may choose a level that is farther away, up to four times; limits that kept to that would
+# cost more in escapes than they save in errors (docs/experiments/fixed-rate-codec.md).
+ESCAPE_SLOPES = 96.0
 # Between these ratios of standard deviation to step limits of escapes are tabulated: below the first one nothing
 # escapes, and above the last one there are no more bits.
 LOWEST_RATIO, HIGHEST_RATIO = -32 * RATIO_UNITS, int(WIDTH_THRESHOLDS[-1]) + RATIO_UNITS
@@ -43,8 +45,8 @@ class Quantizers:
     Attributes:
         offset: int32 `[WIDEST + 1, PIECES]`, position at which a piece starts.
         slope: int32 `[WIDEST + 1, PIECES]`, positions per unit of magnitude.
-        level: float32 `[2^WIDEST]`, magnitudes that cells stand for: cell k of w bits has entry 2^(w − 1) + k. Entry
-            0 is 0.
+        level: float32 `[2^(WIDEST + 2)]`, what cells stand for. Cell u of w bits, from −2^w to 2^w − 1, has entry
+            2^(w + 1) + u where u is 0 or more, and 2^(w + 2) + u below. The first four entries are 0.
         limit: float32 `[HIGHEST_RATIO − LOWEST_RATIO + 1]`, by ratio: the magnitude beyond which coefficients escape.
     """
 
@@ -58,7 +60,7 @@ class Quantizers:
 def quantizers() -> Quantizers:
     """Return the quantizers of all widths."""
     offset, slope = np.zeros((2, WIDEST + 1, PIECES), np.int32)
-    level = np.zeros(1 << WIDEST)
+    level = np.zeros(1 << (WIDEST + 2))
     ratio = np.arange(LOWEST_RATIO, HIGHEST_RATIO + 1)
     width_of = np.searchsorted(WIDTH_THRESHOLDS, ratio)
     error = sqrt(ESCAPE_SLOPES) * np.exp2(-ratio / RATIO_UNITS)
@@ -69,11 +71,11 @@ def quantizers() -> Quantizers:
         positions = np.floor(shares * ((1 << POSITION_BITS) - 1)).astype(np.int64)
         offset[width] = positions[:-1]
         slope[width] = np.diff(positions) >> PIECE_BITS
-        cells = 1 << (width - 1)
-        borders = _borders(positions, cells)
-        level[cells : 2 * cells] = _centroids(borders)
+        borders = _borders(positions, 1 << width)
+        magnitudes = _centroids(borders)
+        level[2 << width : 4 << width] = np.append(magnitudes, -magnitudes[::-1])
         own = width_of == width
-        limit[own] = _limits(borders, level[cells : 2 * cells], error[own])
+        limit[own] = _limits(borders, magnitudes, error[own])
     return Quantizers(offset, slope, level.astype(np.float32), limit.astype(np.float32))
 
 

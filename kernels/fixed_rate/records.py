@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from spectrumkv.kernels.fixed_rate.groups import find_cells, read_planes, write_planes
+from spectrumkv.kernels.fixed_rate.groups import find_windows, read_planes, write_planes
 from spectrumkv.kernels.fixed_rate.layout import GROUP_ROWS
+from spectrumkv.kernels.fixed_rate.trellis import TOKENS, find_paths
 from spectrumkv.kernels.jit.compiled import compiled
 from spectrumkv.kernels.jit.llvm import float_of, greater_magnitude
 
@@ -34,7 +35,7 @@ def pack(
         record: widths, uint8 `[2 · profiles, groups]`; the row of that for each token, int64 `[n]`; the word at
             which its record starts, int64 `[n + 1]`.
         limits: float32 `[2 · profiles, groups]`, magnitudes beyond which coefficients escape.
-        table: offsets and slopes of the quantizers; see `quantizer.Quantizers`.
+        table: offsets, slopes and levels of the quantizers; see `quantizer.Quantizers`.
         words: uint32, written: the records.
         escape_index: uint32 `[n · rows]`, written as far as there are escapes.
         escape_value: float32 `[n · rows]`, likewise.
@@ -42,38 +43,88 @@ def pack(
     Returns:
         The number of escapes.
     """
-    mean, inverse_std, inverse_gain = scales
     widths, profiles, starts = record
-    offset, slope = table
+    offset, slope, level = table
     count, rows = coefficients.shape
-    normalized, cell = np.zeros(GROUP_ROWS, np.float32), np.zeros(GROUP_ROWS, np.int32)
-    signs = normalized.view(np.int32)
+    groups = widths.shape[1]
+    normalized = np.zeros((groups, TOKENS, GROUP_ROWS), np.float32)
+    window, at = np.zeros((TOKENS, GROUP_ROWS), np.int32), np.zeros(TOKENS, np.int64)
+    cells, limit, odd = np.zeros(TOKENS, np.uint32), np.zeros(TOKENS, np.float32), np.zeros(TOKENS, np.uint32)
     found = 0
-    for token in range(count):
-        line, gain, profile, at = coefficients[token], inverse_gain[tokens[token]], profiles[token], starts[token]
-        begun = found
-        for group in range(widths.shape[1]):
-            first = group * GROUP_ROWS
-            own = min(GROUP_ROWS, rows - first)
-            normalized[own:] = 0
-            for index in range(own):
-                normalized[index] = line[order[first + index]] - mean[first + index]
-            for index in range(own):
-                normalized[index] = normalized[index] * inverse_std[first + index] * gain
-            peak = np.int32(0)
-            for index in range(GROUP_ROWS):
-                peak = greater_magnitude(peak, normalized[index])
-            limit = limits[profile, group]
-            if float_of(peak) > limit:
-                group_rows = order[first : first + own]
-                found = escape(
-                    normalized, limit, group_rows, line, token * rows, escape_index, escape_value, begun, found
-                )
-            width = widths[profile, group]
-            if width:
-                find_cells(normalized, offset[width], slope[width], width, cell)
-                write_planes(signs, cell, width, words, at)
-                at += width
+    for first in range(0, count, TOKENS):
+        some = min(TOKENS, count - first)
+        for index in range(some):
+            token = first + index
+            at[index] = starts[token]
+            found = normalize(
+                coefficients[token], order, scales, tokens[token], limits[profiles[token]], token * rows,
+                normalized[:, index], escape_index, escape_value, found,
+            )  # fmt: skip
+        for group in range(groups):
+            own = min(GROUP_ROWS, rows - group * GROUP_ROWS)
+            used, widest = np.uint32(0xFFFFFFFF) >> np.uint32(GROUP_ROWS - own), 0
+            for index in range(some):
+                profile = profiles[first + index]
+                width = widths[profile, group]
+                widest = max(widest, width)
+                cells[index], limit[index] = np.uint32(2) << np.uint32(width), limits[profile, group]
+                find_windows(normalized[group, index], offset[width], slope[width], width, window[index])
+            if widest:
+                find_paths(normalized[group], window, cells, limit, level, odd)
+            for index in range(some):
+                width = widths[profiles[first + index], group]
+                if width:
+                    write_planes(window[index], odd[index], used, width, words, at[index])
+                    at[index] += width
+    return found
+
+
+@compiled
+def normalize(
+    line: Any,
+    order: Any,
+    scales: Any,
+    token: int,
+    limits: Any,
+    before: int,
+    normalized: Any,
+    escape_index: Any,
+    escape_value: Any,
+    found: int,
+) -> int:
+    """Divide a token's coefficients by their standard deviations and its gain, and note which are sent as they are.
+
+    Args:
+        line: float32 `[rows]`, the token's coefficients.
+        order: see `pack`.
+        scales: see `pack`.
+        token: its byte.
+        limits: float32 `[groups]`, of its profile.
+        before: index of its first coefficient.
+        normalized: float32 `[groups, GROUP_ROWS]`, written.
+        escape_index: see `pack`.
+        escape_value: see `pack`.
+        found: the number of escapes before.
+
+    Returns:
+        The number of escapes now.
+    """
+    mean, inverse_std, inverse_gain = scales
+    gain, begun = inverse_gain[token], found
+    for group in range(limits.size):
+        values, first = normalized[group], group * GROUP_ROWS
+        own = min(GROUP_ROWS, line.size - first)
+        values[own:] = 0
+        for index in range(own):
+            values[index] = line[order[first + index]] - mean[first + index]
+        for index in range(own):
+            values[index] = values[index] * inverse_std[first + index] * gain
+        peak = np.int32(0)
+        for index in range(GROUP_ROWS):
+            peak = greater_magnitude(peak, values[index])
+        if float_of(peak) > limits[group]:
+            group_rows = order[first : first + own]
+            found = escape(values, limits[group], group_rows, line, before, escape_index, escape_value, begun, found)
     return found
 
 
@@ -153,7 +204,7 @@ def unpack(words: Any, record: Any, scales: Any, tokens: Any, first: int, count:
     rows = order.size
     entry, value = np.zeros(GROUP_ROWS, np.int32), np.zeros(GROUP_ROWS, np.float32)
     # Indices without a sign need no look at whether they count from the end.
-    bits, entries = value.view(np.uint32), entry.view(np.uint32)
+    entries = entry.view(np.uint32)
     for index in range(count):
         token = first + index
         line, gain, profile, at = coefficients[index], gains[tokens[token]], profiles[token], starts[token]
@@ -165,13 +216,10 @@ def unpack(words: Any, record: Any, scales: Any, tokens: Any, first: int, count:
                 for row in range(begin, begin + own):
                     line[order[row]] = mean[row]
                 continue
-            signs = words[at]
             read_planes(words, at, width, entry)
             at += width
             for row in range(GROUP_ROWS):
                 value[row] = level[entries[row]] * gain
-            for row in range(GROUP_ROWS):
-                bits[row] ^= ((signs >> np.uint32(row)) & np.uint32(1)) << np.uint32(31)
             for row in range(own):
                 value[row] = value[row] * std[begin + row] + mean[begin + row]
             for row in range(own):

@@ -52,6 +52,20 @@ def width_of(ratio: tl.tensor, thresholds_ptr: tl.tensor) -> tl.tensor:
 
 
 @jit
+def trellis_choices(odd: tl.tensor) -> tl.tensor:
+    """Return bit a of the trellis before each row of groups, bit i for row i; see `reference.choices`.
+
+    `odd` is int32, a bit for each row that says whether its integer is odd. Before each row a is the xor of every
+    second bit of those below.
+    """
+    word = odd << 1
+    word ^= word << 2
+    word ^= word << 4
+    word ^= word << 8
+    return word ^ (word << 16)
+
+
+@jit
 def rounded(values: tl.tensor, least: tl.constexpr, most: tl.constexpr) -> tl.tensor:
     """Return the nearest int32 between two bounds, halves to even; NaN becomes the lower one."""
     bounded = tl.minimum(tl.maximum(tl.where(values == values, values, least), least), most)

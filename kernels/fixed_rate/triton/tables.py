@@ -19,7 +19,7 @@ class QuantizerTables:
     Attributes:
         offset: int32 `[WIDEST + 1, PIECES]`; see `quantizer.Quantizers`, as for the next ones.
         slope: int32, like `offset`.
-        level: float32 `[2^WIDEST]`.
+        level: float32 `[2^(WIDEST + 2)]`.
         limit: float32, by ratio.
         thresholds: int32 `[WIDEST]`, `layout.WIDTH_THRESHOLDS`.
         borders: int32 `[8]`, `layout.EIGHTH_BORDERS`.

@@ -34,7 +34,7 @@ class FixedRateCodec(CalibratedCodec):
     """The codec that writes transform coefficients in records of fixed width; see `Codec`."""
 
     name = "fixed_rate"
-    version = 1
+    version = 2
 
     def prepare(self, geometry: KvGeometry) -> None:
         """Compile the loops for CPUs, which are the same for every shape; see `Codec.prepare`."""

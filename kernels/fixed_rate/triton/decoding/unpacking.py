@@ -2,7 +2,7 @@
 
 import triton.language as tl
 
-from spectrumkv.kernels.fixed_rate.triton.integers import GROUP_ROWS, WIDEST, width_of
+from spectrumkv.kernels.fixed_rate.triton.integers import GROUP_ROWS, WIDEST, trellis_choices, width_of
 from spectrumkv.kernels.triton_shared import jit
 
 # What the kernel is told of each token: its segment; the 32-bit word of the upload at which its record starts; what
@@ -50,13 +50,15 @@ def unpack_kernel(
         start = at + tl.cumsum(width, axis=0) - width
         at += tl.sum(width, axis=0)
         entry = tl.full([block_groups, GROUP_ROWS], 1, tl.int32)
-        signs = tl.load(words_ptr + start, mask=width > 0, other=0)[:, None] >> lane
-        for plane in tl.static_range(1, WIDEST):
+        for plane in tl.static_range(WIDEST):
             word = tl.load(words_ptr + start + plane, mask=plane < width, other=0)
             longer = entry * 2 + ((word[:, None] >> lane) & 1)
             entry = tl.where((plane < width)[:, None], longer, entry)
-        level = tl.load(level_ptr + tl.where(width[:, None] > 0, entry, 0))
-        level = tl.where((signs & 1) > 0, -level, level)
+        # The lowest plane says whether integers are odd.
+        lowest = tl.load(words_ptr + start + width - 1, mask=width > 0, other=0)
+        entry = entry * 2 + ((trellis_choices(lowest)[:, None] >> lane) & 1)
+        # What the first entries stand for is 0.
+        level = tl.load(level_ptr + entry)
         rank = group[:, None] * GROUP_ROWS + lane
         there = rank < rows
         row_at = segment * rows + rank

@@ -98,6 +98,7 @@ def _pack(layer: CodedLayer, work: Workspace, steps: torch.Tensor, starts: torch
             work.counters,
             table.offset,
             table.slope,
+            table.level,
             table.limit,
             table.thresholds,
             table.powers,
@@ -107,6 +108,8 @@ def _pack(layer: CodedLayer, work: Workspace, steps: torch.Tensor, starts: torch
             padded_words=padded_words,
             block_groups=BLOCK_GROUPS,
             block_tokens=max(1, ESCAPE_WORDS // padded_words),
+            # Sums of squares are rounded as on the host.
+            enable_fp_fusion=False,
         )
 
 

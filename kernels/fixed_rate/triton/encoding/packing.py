@@ -6,6 +6,7 @@ import triton.language as tl
 from spectrumkv.kernels.fixed_rate import quantizer
 from spectrumkv.kernels.fixed_rate.triton.encoding import segments
 from spectrumkv.kernels.fixed_rate.triton.encoding.segments import segment_of, tokens_at, words_at
+from spectrumkv.kernels.fixed_rate.triton.encoding.trellis import cell_of_remainder, find_paths, windows
 from spectrumkv.kernels.fixed_rate.triton.integers import (
     BASE_RATIO,
     GROUP_ROWS,
@@ -16,16 +17,11 @@ from spectrumkv.kernels.fixed_rate.triton.integers import (
     count_bits,
     is_last,
     power_of_two,
+    trellis_choices,
     width_of,
 )
 from spectrumkv.kernels.triton_shared import Jit, jit
 
-FRACTION = tl.constexpr(float(1 << quantizer.FRACTION_BITS))
-LARGEST_MAGNITUDE = tl.constexpr(float(quantizer.LARGEST_MAGNITUDE))
-MAGNITUDE_MASK = tl.constexpr((quantizer.PIECES << quantizer.PIECE_BITS) - 1)
-PIECE_BITS, PIECES = tl.constexpr(quantizer.PIECE_BITS), tl.constexpr(quantizer.PIECES)
-WITHIN_MASK = tl.constexpr((1 << quantizer.PIECE_BITS) - 1)
-POSITION_BITS = tl.constexpr(quantizer.POSITION_BITS)
 LOWEST_RATIO, HIGHEST_RATIO = tl.constexpr(quantizer.LOWEST_RATIO), tl.constexpr(quantizer.HIGHEST_RATIO)
 COLUMNS, FIRST = tl.constexpr(segments.SEGMENT_COLUMNS), tl.constexpr(segments.FOUND_SEGMENTS)
 WORDS, ESCAPES = tl.constexpr(segments.SEGMENT_WORDS), tl.constexpr(segments.SEGMENT_ESCAPES)
@@ -52,6 +48,12 @@ def _normalized(
 
 
 @jit
+def _bounded(ratio: tl.tensor) -> tl.tensor:
+    """Return the nearest ratio of which there is a limit of escapes."""
+    return tl.minimum(tl.maximum(ratio, LOWEST_RATIO), HIGHEST_RATIO)
+
+
+@jit
 def _write_groups(
     words_ptr: tl.tensor,
     room: tl.tensor,
@@ -64,6 +66,8 @@ def _write_groups(
     shift: tl.tensor,
     offset_ptr: tl.tensor,
     slope_ptr: tl.tensor,
+    level_ptr: tl.tensor,
+    limits_ptr: tl.tensor,
     thresholds_ptr: tl.tensor,
     rows: tl.constexpr,
     groups: tl.constexpr,
@@ -88,17 +92,13 @@ def _write_groups(
         there = rank < rows
         row = tl.load(order_ptr + rank, mask=there, other=0)
         normalized = _normalized(line_ptr, row, there, means_ptr, inverse_ptr, inverse_gain)
-        # Of what is not finite, and is refused later, some bits are taken that lie in the table.
-        fixed = (tl.minimum(tl.abs(normalized), LARGEST_MAGNITUDE) * FRACTION).to(tl.int32) & MAGNITUDE_MASK
-        entry = width[:, None] * PIECES + (fixed >> PIECE_BITS)
-        position = tl.load(offset_ptr + entry)
-        position += tl.load(slope_ptr + entry) * (fixed & WITHIN_MASK)
-        cell = position >> (-width + (POSITION_BITS + 1))[:, None]
+        limit = tl.load(limits_ptr + _bounded(ratio) - LOWEST_RATIO)
+        window = windows(normalized, width[:, None], offset_ptr, slope_ptr)
+        odd = find_paths(normalized, window, width[:, None], limit[:, None], level_ptr)
+        choice = (trellis_choices(odd) >> lane) & 1
+        integer = cell_of_remainder(window, 2 * ((odd >> lane) & 1) + choice) >> 1
         for plane in tl.static_range(WIDEST):
-            if plane == 0:
-                bit = (normalized < 0.0).to(tl.int32)
-            else:
-                bit = (cell >> tl.maximum(width - 1 - plane, 0)[:, None]) & 1
+            bit = (integer >> tl.maximum(width - 1 - plane, 0)[:, None]) & 1
             word = tl.sum(tl.where(there, bit, 0) << lane, axis=1)
             index = start + plane
             tl.store(words_ptr + index, word, mask=(plane < width) & (index < room))
@@ -127,8 +127,7 @@ def _find_escapes(
         row = word[:, None] * GROUP_ROWS + lane
         there = row < rows
         group = tl.load(ranks_ptr + row, mask=there, other=0) // GROUP_ROWS
-        ratio = tl.load(groups_ptr + group) + shift
-        ratio = tl.minimum(tl.maximum(ratio, LOWEST_RATIO), HIGHEST_RATIO)
+        ratio = _bounded(tl.load(groups_ptr + group) + shift)
         limit = tl.load(limits_ptr + ratio - LOWEST_RATIO)
         normalized = _normalized(line_ptr, row, there, means_ptr, inverse_ptr, inverse_gain)
         escapes = (there & (tl.abs(normalized) > limit)).to(tl.int32)
@@ -200,6 +199,7 @@ def pack_kernel(
     counters_ptr: tl.tensor,
     offset_ptr: tl.tensor,
     slope_ptr: tl.tensor,
+    level_ptr: tl.tensor,
     limits_ptr: tl.tensor,
     thresholds_ptr: tl.tensor,
     powers_ptr: tl.tensor,
@@ -240,7 +240,7 @@ def pack_kernel(
         taken = _write_groups(
             words_ptr + start, room - start, line_ptr, order_ptr + number * rows, groups_ptr + number * groups,
             means_ptr + number * rows, inverse_ptr + number * rows, inverse_gain, shift, offset_ptr, slope_ptr,
-            thresholds_ptr, rows, groups, block_groups,
+            level_ptr, limits_ptr, thresholds_ptr, rows, groups, block_groups,
         )  # fmt: skip
         if coded == count - 1:
             tl.store(segment_ptr + WORDS, (start + taken).to(tl.int64))

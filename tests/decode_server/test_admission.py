@@ -60,7 +60,11 @@ def test_a_request_holds_its_slots_until_the_block_ends(loaded: LoadedModel, poo
         ({"model": {"layers": 99}}, FailedPreconditionError, "layers is .* on decode and 99 on prefill"),
         ({"codec": {"name": "magic"}}, FailedPreconditionError, "codec 'magic', unknown to decode"),
         ({"codec": {"version": 99}}, FailedPreconditionError, "decode has version 1, prefill 99"),
-        ({"codec": {"name": "spectral", "version": 3}}, BasisMissingError, "send it with PutBasis"),
+        (
+            {"codec": {"name": "spectral", "version": SpectralCodec.version}},
+            BasisMissingError,
+            "send it with PutBasis",
+        ),
         ({"prompt_token_ids": [10**6]}, InvalidArgumentError, "Begin has token id 1000000"),
         ({"sampling": {"top_p": 2.0}}, InvalidArgumentError, "top_p"),
         ({"sampling": {"max_tokens": 10**6}}, InvalidArgumentError, "max_tokens is 1000000"),

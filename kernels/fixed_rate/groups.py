@@ -19,7 +19,7 @@ from spectrumkv.kernels.fixed_rate.quantizer import (
     POSITION_BITS,
 )
 from spectrumkv.kernels.jit.compiled import intrinsic
-from spectrumkv.kernels.jit.llvm import I32, I64, LANES, MAGNITUDE, VECTOR, load, pointer_to, vector_at
+from spectrumkv.kernels.jit.llvm import I32, I64, LANES, MAGNITUDE, VECTOR, load, pointer_to, splat, vector_at
 
 _VECTORS = GROUP_ROWS // LANES
 _INTEGERS = ir.VectorType(I32, LANES)
@@ -99,9 +99,9 @@ def find_windows(_: Any, normalized: Any, offset: Any, slope: Any, width: Any, w
         )
         width = builder.trunc(arguments[3], I32)
         shift = builder.sub(I32(POSITION_BITS), width)
-        half = _splat(builder, builder.shl(I32(1), builder.sub(shift, I32(1))))
+        half = splat(builder, builder.shl(I32(1), builder.sub(shift, I32(1))))
         cells = builder.shl(I32(1), width)
-        least, most = (_splat(builder, one) for one in (builder.neg(cells), builder.sub(cells, I32(4))))
+        least, most = (splat(builder, one) for one in (builder.neg(cells), builder.sub(cells, I32(4))))
         largest = ir.Constant(VECTOR, [float(LARGEST_MAGNITUDE)] * LANES)
         units = ir.Constant(VECTOR, [float(1 << FRACTION_BITS)] * LANES)
         for vector in range(_VECTORS):
@@ -117,7 +117,7 @@ def find_windows(_: Any, normalized: Any, offset: Any, slope: Any, width: Any, w
             position = builder.add(_lookup(builder, offsets, piece), rise)
             negative = builder.fcmp_ordered("<", value, ir.Constant(VECTOR, [0.0] * LANES))
             position = builder.select(negative, builder.not_(position), position)
-            above = builder.ashr(builder.add(position, half), _splat(builder, shift))
+            above = builder.ashr(builder.add(position, half), splat(builder, shift))
             lowest = builder.sub(above, _constant(2))
             lowest = builder.select(builder.icmp_signed("<", lowest, most), lowest, most)
             lowest = builder.select(builder.icmp_signed(">", lowest, least), lowest, least)
@@ -145,7 +145,7 @@ def write_planes(_: Any, window: Any, odd: Any, used: Any, width: Any, words: An
         choices = _bits(builder, _choices(builder, odd))
         # The highest bit of each integer moves to where the sign is; every plane moves the next one there.
         moved = [cgutils.alloca_once(builder, _INTEGERS) for _ in windows]
-        shift = _splat(builder, builder.sub(I32(32), builder.trunc(width, I32)))
+        shift = splat(builder, builder.sub(I32(32), builder.trunc(width, I32)))
         for lowest, parity, choice, variable in zip(windows, _bits(builder, odd), choices, moved, strict=True):
             remainder = builder.add(builder.shl(parity, _constant(1)), choice)
             fours = builder.and_(builder.sub(builder.add(lowest, _constant(3)), remainder), _constant(-4))
@@ -193,10 +193,3 @@ def read_planes(_: Any, words: Any, start: Any, width: Any, entry: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(words, types.int64, types.int64, entry), emit
-
-
-def _splat(builder: Any, value: Any) -> Any:
-    """Return a vector with one integer in all lanes."""
-    undefined = ir.Constant(_INTEGERS, ir.Undefined)
-    first = builder.insert_element(undefined, value, I32(0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(_INTEGERS, None))

@@ -26,7 +26,7 @@ from numba.core import cgutils
 
 from spectrumkv.kernels.fixed_rate.layout import GROUP_ROWS
 from spectrumkv.kernels.jit.compiled import intrinsic
-from spectrumkv.kernels.jit.llvm import F32, FLOAT_BYTES, I32, I64, MAGNITUDE, pointer_to
+from spectrumkv.kernels.jit.llvm import F32, FLOAT_BYTES, I32, I64, MAGNITUDE, pointer_to, splat
 
 STATES = 4
 # Larger than the cost of any path, of which there is one only at first.
@@ -72,14 +72,14 @@ def find_paths(_: Any, normalized: Any, window: Any, cells: Any, limit: Any, lev
         tokens = range(TOKENS)
         size = [builder.load(builder.gep(sizes, [I64(token)])) for token in tokens]
         limit = [builder.load(builder.gep(limits, [I64(token)])) for token in tokens]
-        most = _joined(builder, [_splat(builder, one) for one in limit])
+        most = _joined(builder, [splat(builder, one, STATES) for one in limit])
         start = [0.0, *(float(UNREACHED),) * (STATES - 1)]
         costs, paths = cgutils.alloca_once(builder, _FLOATS), cgutils.alloca_once(builder, _INTEGERS)
         builder.store(ir.Constant(_FLOATS, start * TOKENS), costs)
         builder.store(ir.Constant(_INTEGERS, None), paths)
         with cgutils.for_range(builder, I64(GROUP_ROWS)) as loop:
             at = [builder.add(I64(GROUP_ROWS * token), loop.index) for token in tokens]
-            value = _joined(builder, [_splat(builder, builder.load(builder.gep(values, [one]))) for one in at])
+            value = _joined(builder, [splat(builder, builder.load(builder.gep(values, [one])), STATES) for one in at])
             near = [
                 _four_levels(builder, levels, builder.load(builder.gep(windows, [one])), own)
                 for one, own in zip(at, size, strict=True)
@@ -96,7 +96,7 @@ def find_paths(_: Any, normalized: Any, window: Any, cells: Any, limit: Any, lev
                 for parity in range(2)
             )
             is_odd = builder.fcmp_ordered("<", odd, even)
-            bit = _splat(builder, builder.shl(I32(1), builder.trunc(loop.index, I32)), _LANES)
+            bit = splat(builder, builder.shl(I32(1), builder.trunc(loop.index, I32)), _LANES)
             odd_path = builder.or_(_shuffled(builder, path, _FROM[1]), bit)
             builder.store(builder.select(is_odd, odd, even), costs)
             builder.store(builder.select(is_odd, odd_path, _shuffled(builder, path, _FROM[0])), paths)
@@ -123,7 +123,7 @@ def _four_levels(builder: Any, levels: Any, window: Any, cells: Any) -> Any:
         loaded = builder.load(builder.bitcast(place, _FOUR_FLOATS.as_pointer()))
         loaded.align = FLOAT_BYTES
         quadruples.append(loaded)
-    remainder = _splat(builder, builder.and_(window, I32(3)))
+    remainder = splat(builder, builder.and_(window, I32(3)), STATES)
     is_second = builder.icmp_signed("<", ir.Constant(_FOUR_INTEGERS, [0, 1, 2, 3]), remainder)
     return builder.select(is_second, quadruples[1], quadruples[0])
 
@@ -141,13 +141,6 @@ def _cheapest(builder: Any, cost: Any, path: Any, first: int) -> Any:
 
 def _shuffled(builder: Any, vector: Any, mask: Any) -> Any:
     return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
-
-
-def _splat(builder: Any, value: Any, lanes: int = STATES) -> Any:
-    """Return a vector with one number in all lanes."""
-    undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
-    first = builder.insert_element(undefined, value, I32(0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, lanes), None))
 
 
 def _joined(builder: Any, vectors: list[Any]) -> Any:

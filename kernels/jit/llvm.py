@@ -72,11 +72,11 @@ def store(builder: Any, value: Any, pointer: Any) -> None:
     builder.store(value, pointer).align = FLOAT_BYTES
 
 
-def splat(builder: Any, value: Any) -> Any:
-    """Return a vector with one float in all lanes."""
-    undefined = ir.Constant(VECTOR, ir.Undefined)
+def splat(builder: Any, value: Any, lanes: int = LANES) -> Any:
+    """Return a vector with one number, a float or an integer, in all lanes."""
+    undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
     first = builder.insert_element(undefined, value, I32(0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, LANES), None))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, lanes), None))
 
 
 def exchanged_lanes(distance: int) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from spectrumkv.bench.link.network import DECODE_HOST, PREFILL_HOST, ShapedLink, shaped_link
 from spectrumkv.bench.vllm.link import requests
-from spectrumkv.bench.vllm.link.requests import Errand, Setting
+from spectrumkv.bench.vllm.link.requests import PAIR_OF, Errand, Setting
 from spectrumkv.bench.vllm.link.systems import DECODE_PORTS, PREFILL_PORTS, PROXY_PORTS, Engines, running_pair
 from spectrumkv.common.errors import UnavailableError
 
@@ -18,8 +18,6 @@ READY_SECONDS = 600.0
 BUDGETS = (0.5, 0.3)
 NIXL = "NixlConnector"
 PAIRS = ("spectrumkv", "nixl")
-# The pair whose servers a system's requests go to.
-PAIR_OF = {"vllm": "spectrumkv", "spectrumkv": "spectrumkv", "nixl": "nixl"}
 
 
 def pairs_of(systems: Sequence[str]) -> list[str]:
@@ -39,22 +37,18 @@ def settings_of(systems: Sequence[str]) -> tuple[Setting, ...]:
     """
     found = []
     if "vllm" in systems:
-        found.append(
-            Setting("vllm", PAIR_OF["vllm"], "one vLLM", f"http://{PREFILL_HOST}:{PREFILL_PORTS['spectrumkv']}", {})
-        )
+        found.append(Setting("vllm", "one vLLM", f"http://{PREFILL_HOST}:{PREFILL_PORTS['spectrumkv']}", {}))
     if "spectrumkv" in systems:
         proxy = f"http://{PREFILL_HOST}:{PROXY_PORTS['spectrumkv']}"
         wanted: dict[str, Mapping[str, Any]] = {"native": {"policy": "native"}}
         wanted |= {f"{budget:g}": {"policy": "spectral", "budget": budget} for budget in BUDGETS}
         found += [
-            Setting("spectrumkv", PAIR_OF["spectrumkv"], f"SpectrumKV {name}", proxy, {"kv_transfer_params": params})
+            Setting("spectrumkv", f"SpectrumKV {name}", proxy, {"kv_transfer_params": params})
             for name, params in wanted.items()
         ]
     if "nixl" in systems:
         # As behind NIXL's own proxies, decode generates the first token, too: a least length makes our proxy do so.
-        found.append(
-            Setting("nixl", PAIR_OF["nixl"], NIXL, f"http://{PREFILL_HOST}:{PROXY_PORTS['nixl']}", {"min_tokens": 1})
-        )
+        found.append(Setting("nixl", NIXL, f"http://{PREFILL_HOST}:{PROXY_PORTS['nixl']}", {"min_tokens": 1}))
     return tuple(found)
 
 
@@ -68,7 +62,7 @@ def measure(
     vocabulary: int,
     on_step: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Ask every system in turn over a link of each bandwidth: four servers take 16 GB, and run while they are asked.
+    """Ask every system in turn over a link of each bandwidth; one pair runs at a time. Four servers take 16 GB.
 
     Args:
         systems: of `SYSTEMS`.

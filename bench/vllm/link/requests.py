@@ -11,7 +11,6 @@ import time
 import urllib.error
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
 from typing import Any
 from urllib.request import ProxyHandler, Request, build_opener
 from uuid import uuid4
@@ -26,6 +25,8 @@ ANSWER_SECONDS, ASK_AGAIN_SECONDS = 600.0, 1.0
 # No proxy that the environment names can reach these namespaces.
 DIRECT = build_opener(ProxyHandler({}))
 EVENT, DONE = b"data: ", b"data: [DONE]"
+# The pair whose servers a system's requests go to.
+PAIR_OF = {"vllm": "spectrumkv", "spectrumkv": "spectrumkv", "nixl": "nixl"}
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,20 @@ class Setting:
 
     Attributes:
         system: "vllm", "spectrumkv" or "nixl".
-        pair: whose servers answer, "spectrumkv" or "nixl".
         name: in rows and plots.
         url: that is asked.
         fields: of the request, beside prompt and length.
     """
 
     system: str
-    pair: str
     name: str
     url: str
     fields: dict[str, Any]
+
+    @property
+    def pair(self) -> str:
+        """Return whose servers answer: "spectrumkv" or "nixl"."""
+        return PAIR_OF[self.system]
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def do(errand: Errand) -> None:
     try:
         json.dump([asdict(one) for one in _observe(errand)], sys.stdout)
     finally:
-        _signal(errand.groups, signal.SIGCONT)
+        _run(errand.groups, tuple(errand.groups))
 
 
 def _wait(url: str, seconds: float) -> None:
@@ -137,17 +141,18 @@ def _observe(errand: Errand) -> Iterator[Observed]:
     for number in range(-errand.warm, errand.rounds):
         drawn = np.random.default_rng(number + 1).integers(3, errand.vocabulary, errand.prompt_tokens).tolist()
         for setting in errand.settings[:: -1 if number % 2 else 1]:
-            _signal({pair: ids for pair, ids in errand.groups.items() if pair != setting.pair}, signal.SIGSTOP)
-            _signal({setting.pair: errand.groups[setting.pair]}, signal.SIGCONT)
+            _run(errand.groups, (setting.pair,))
             before = link_bytes_sent()
             arrivals = _ask(setting, drawn, errand.output_tokens)
             if number >= 0:
                 yield Observed(setting.name, arrivals, link_bytes_sent() - before)
 
 
-def _signal(groups: Mapping[str, Sequence[int]], number: signal.Signals) -> None:
-    for group in chain.from_iterable(groups.values()):
-        os.killpg(group, number)
+def _run(groups: Mapping[str, Sequence[int]], pairs: Sequence[str]) -> None:
+    """Let some pairs' processes run, and stop the others'."""
+    for pair, its_groups in groups.items():
+        for group in its_groups:
+            os.killpg(group, signal.SIGCONT if pair in pairs else signal.SIGSTOP)
 
 
 def _ask(setting: Setting, prompt: list[int], tokens: int) -> tuple[float, ...]:

@@ -134,9 +134,10 @@ def entropy_table() -> np.ndarray:
     for exponent in np.arange(LOWEST * PER_OCTAVE, HIGHEST * PER_OCTAVE + 1) / PER_OCTAVE:
         std, shift = 2.0**exponent, 0.25 if exponent >= NARROWEST_IN_TRELLIS else 0.0
         farthest = int(9 * std) + 2
-        borders = np.arange(-farthest, farthest + 1) + 0.5
-        below, above = (_normal_shares((borders + one) / std) for one in (-shift, shift))
-        probabilities = (below + above) / 2
+        borders = np.arange(-farthest, farthest) + 0.5
+        # Those of values below are those of values above in the opposite order.
+        above = _normal_shares((borders + shift) / std)
+        probabilities = (above[::-1] + above) / 2
         probabilities = probabilities[probabilities > 1e-15]
         entropies.append(float(-(probabilities * np.log2(probabilities)).sum()))
     return np.array(entropies)

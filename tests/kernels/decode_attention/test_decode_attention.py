@@ -41,10 +41,9 @@ def test_each_row_attends_over_its_own_slots(
         grouped = queries[row, 0].double().view(kv_heads, group, head_dim)
         weights = torch.softmax(grouped @ keys.transpose(1, 2) * head_dim**-0.5, dim=-1)
         expected = (weights @ values).view(kv_heads * group, head_dim)
-        # Logits of float32 that are larger are off by more.
-        tolerance = 1e-5 * max(1.0, sharpness / 2)
-        torch.testing.assert_close(actual[row].double(), expected, rtol=0, atol=tolerance)
-        torch.testing.assert_close(plain[row].double(), expected, rtol=0, atol=tolerance)
+        # Of 1,500 rows with logits eight times as large the farthest was off by 1.2e-5, and by 2.8e-5 in plain torch.
+        torch.testing.assert_close(actual[row].double(), expected, rtol=0, atol=1e-5 * max(1.0, sharpness / 4))
+        torch.testing.assert_close(plain[row].double(), expected, rtol=0, atol=1e-5 * max(1.0, sharpness / 2))
 
 
 # The interpreter multiplies the bits of bfloat16 and not its numbers.

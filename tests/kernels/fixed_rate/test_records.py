@@ -63,7 +63,7 @@ def unpacked(records: Records, scales: RowScales, tokens: torch.Tensor, layout: 
     return torch.from_numpy(found[: len(tokens)])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     tokens=st.integers(1, 40),
     rows=st.sampled_from([4, 12, 32, 36, 64, 160, 384]),

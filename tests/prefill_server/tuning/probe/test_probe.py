@@ -269,13 +269,13 @@ def test_a_layer_whose_int4_is_broken_does_without_if_that_holds(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_default_model_takes_int4_and_a_quarter_of_the_bytes() -> None:
+def test_the_default_model_takes_int4_and_a_fifth_to_a_quarter_of_the_bytes() -> None:
     loaded = load_model(None, "cpu")
     with PrefillEngine(loaded, window=8) as engine:
         verdict = run_probe(loaded, engine, resolve_basis(loaded, lambda done: None), str, ABSMAX)
     assert sum(trial.found_fp16 for trial in verdict.trials) >= 2
     assert verdict.int4_allowed
-    assert verdict.safe_budget in (0.25, 0.3)
+    assert verdict.safe_budget in (0.2, 0.25)
     assert verdict.default_budget(policies.get("spectral")) == verdict.safe_budget
     counted = [one for one in verdict.settings if one.budget_is_counted]
     assert [one.safe for one in counted] == [one.budget >= verdict.safe_budget for one in counted]

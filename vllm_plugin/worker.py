@@ -17,7 +17,7 @@ from spectrumkv.common.kv.geometry import HeadRange, KvGeometry
 from spectrumkv.common.kv.policies import policies
 from spectrumkv.common.model.cache import UnwritableCacheError
 from spectrumkv.common.model.description import spec_of_directory
-from spectrumkv.common.model.directory import find_model
+from spectrumkv.common.model.files.directory import find_model
 from spectrumkv.common.model.spec import ModelSpec
 from spectrumkv.common.rpc.server import Server
 from spectrumkv.common.security import ChannelSecurity

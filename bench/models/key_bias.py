@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.common.kv.capture import LayerCapture
 from spectrumkv.common.model.cache import build_once, cache_directory
-from spectrumkv.common.model.directory import tokenizer_class, weight_files
 from spectrumkv.common.model.embedded import EMBEDDED_MODEL_NAME, check_model_files, embedded_model_directory
+from spectrumkv.common.model.files.directory import tokenizer_class, weight_files
 from spectrumkv.common.model.support import head_dim
 from spectrumkv.kernels.logits import causal_mask
 from spectrumkv.prefill_server.engine.attention import ATTENTION_NAME

@@ -30,7 +30,7 @@ from spectrumkv.bench.report.console import progress, results_console
 from spectrumkv.bench.report.results import check_destinations, write_result
 from spectrumkv.client.cli.output import STDOUT
 from spectrumkv.common.errors import FailedPreconditionError, SpectrumKVError
-from spectrumkv.common.model.directory import find_model, tokenizer_class
+from spectrumkv.common.model.files.directory import find_model, tokenizer_class
 from spectrumkv.common.model.spec import weights_digest
 from spectrumkv.common.model.support import layer_attention
 from spectrumkv.prefill_server.tuning.divergence import compare

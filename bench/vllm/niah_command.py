@@ -50,9 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.bench.vllm.engine import Engine, EnginePair
     from spectrumkv.bench.vllm.needles import Answer, ask_all
     from spectrumkv.bench.vllm.servers import measured_versions
-    from spectrumkv.common.model.configuration import read_config
     from spectrumkv.common.model.description import cache_geometry, read_tokenizer
-    from spectrumkv.common.model.directory import find_model
+    from spectrumkv.common.model.files.configuration import read_config
+    from spectrumkv.common.model.files.directory import find_model
 
     check_destinations(arguments)
     _, directory = find_model(arguments.model)

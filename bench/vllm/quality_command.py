@@ -54,9 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.bench.vllm.engine import Engine, EnginePair
     from spectrumkv.bench.vllm.servers import measured_versions
     from spectrumkv.bench.vllm.windows import Setting, measure
-    from spectrumkv.common.model.configuration import read_config
     from spectrumkv.common.model.description import cache_geometry, read_tokenizer
-    from spectrumkv.common.model.directory import find_model
+    from spectrumkv.common.model.files.configuration import read_config
+    from spectrumkv.common.model.files.directory import find_model
 
     check_destinations(arguments)
     if arguments.logprobs < -1 or arguments.logprobs == 0:

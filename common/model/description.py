@@ -7,17 +7,17 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.model.configuration import eos_token_ids, read_config
-from spectrumkv.common.model.directory import refuse_damage, tokenizer_class
-from spectrumkv.common.model.parameters import model_parameters
-from spectrumkv.common.model.spec import ModelSpec, rope_digest, tokenizer_digest, weights_digest
-from spectrumkv.common.model.support import head_dim
-from spectrumkv.common.model.tokenizer_files import (
+from spectrumkv.common.model.files.configuration import eos_token_ids, read_config
+from spectrumkv.common.model.files.directory import refuse_damage, tokenizer_class
+from spectrumkv.common.model.files.tokenizer import (
     TOKENIZER,
     TOKENIZER_CONFIG,
     check_tokenizer_config,
     refuse_tokenizer,
 )
+from spectrumkv.common.model.parameters import model_parameters
+from spectrumkv.common.model.spec import ModelSpec, rope_digest, tokenizer_digest, weights_digest
+from spectrumkv.common.model.support import head_dim
 
 
 def spec_of_directory(directory: Path, dtype: torch.dtype) -> ModelSpec:

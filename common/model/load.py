@@ -20,10 +20,10 @@ from transformers.utils import logging as transformers_logging
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
 from spectrumkv.common.generation.vocabulary import Vocabulary
 from spectrumkv.common.kv.geometry import NATIVE_DTYPES, KvGeometry
-from spectrumkv.common.model.configuration import eos_token_ids, read_config
 from spectrumkv.common.model.description import cache_geometry, describe, names_in_files, read_tokenizer
-from spectrumkv.common.model.directory import find_model, refuse_damage
-from spectrumkv.common.model.footprint import check_weights_fit
+from spectrumkv.common.model.files.configuration import eos_token_ids, read_config
+from spectrumkv.common.model.files.directory import find_model, refuse_damage
+from spectrumkv.common.model.files.footprint import check_weights_fit
 from spectrumkv.common.model.packed_linear import can_pack, pack_linear_layers
 from spectrumkv.common.model.spec import ModelSpec, weights_digest, weights_unchanged
 from spectrumkv.common.model.support import LayerAttention, layer_attention

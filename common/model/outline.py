@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from spectrumkv.common.kv.geometry import KvGeometry
-from spectrumkv.common.model.configuration import read_config
 from spectrumkv.common.model.description import cache_geometry, read_tokenizer
-from spectrumkv.common.model.directory import find_present_model
-from spectrumkv.common.model.footprint import weights_bytes
+from spectrumkv.common.model.files.configuration import read_config
+from spectrumkv.common.model.files.directory import find_present_model
+from spectrumkv.common.model.files.footprint import weights_bytes
 from spectrumkv.common.model.load import choose_device, choose_dtype, own_dtype
 
 

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError, quoted
 from spectrumkv.common.model.cache import cache_directory, read_entry, sha256_of_json, write_entry
-from spectrumkv.common.model.directory import weight_files
+from spectrumkv.common.model.files.directory import weight_files
 from spectrumkv.common.model.parameters import rope_parameters
 from spectrumkv.v1 import kv_pb2
 

@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from spectrumkv.common.model.directory import find_model
+from spectrumkv.common.model.files.directory import find_model
 from tests.clients.conftest import PROGRAMS, Run, Served
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results" / "lm-eval.json"

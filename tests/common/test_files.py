@@ -10,8 +10,8 @@ import pytest
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError
 from spectrumkv.common.files import MOST_TEXT_BYTES, check_regular, open_regular, read_bytes, read_text
 from spectrumkv.common.model.cache import read_entry
-from spectrumkv.common.model.configuration import read_object
-from spectrumkv.common.model.directory import find_model
+from spectrumkv.common.model.files.configuration import read_object
+from spectrumkv.common.model.files.directory import find_model
 from spectrumkv.common.security import TlsFiles
 from spectrumkv.common.security.token_file import read_tokens
 from spectrumkv.common.service.command_line import load

@@ -73,8 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
     from spectrumkv.bench.vllm.link.measure import measure
     from spectrumkv.bench.vllm.link.systems import Engines
     from spectrumkv.client.local.running_pair import stopped_by_signals
-    from spectrumkv.common.model.configuration import read_config
-    from spectrumkv.common.model.directory import find_model
+    from spectrumkv.common.model.files.configuration import read_config
+    from spectrumkv.common.model.files.directory import find_model
 
     check_destinations(arguments)
     _check(arguments)

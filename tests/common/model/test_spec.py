@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.common.model.description import spec_of_directory
-from spectrumkv.common.model.directory import find_model
+from spectrumkv.common.model.files.directory import find_model
 from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.model.spec import ModelSpec
 from spectrumkv.v1 import kv_pb2

@@ -9,7 +9,7 @@ import huggingface_hub.constants
 import pytest
 
 from spectrumkv.common.errors import FailedPreconditionError
-from spectrumkv.common.model.directory import find_model, weight_files
+from spectrumkv.common.model.files.directory import find_model, weight_files
 from tests.tiny_models import tiny_model
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spectrumkv.common.errors import FailedPreconditionError
-from spectrumkv.common.model.footprint import check_weights_fit, weights_bytes
+from spectrumkv.common.model.files.footprint import check_weights_fit, weights_bytes
 from spectrumkv.common.model.load import load_model
 from spectrumkv.common.service import machine
 from tests.tiny_models import tiny_model, write_weights_that_no_memory_holds

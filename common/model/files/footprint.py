@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from spectrumkv.common.errors import FailedPreconditionError
-from spectrumkv.common.model.directory import refuse_damage, weight_files
+from spectrumkv.common.model.files.directory import refuse_damage, weight_files
 from spectrumkv.common.service import cgroup, machine
 
 

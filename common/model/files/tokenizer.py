@@ -7,8 +7,18 @@ from typing import Any
 
 import tokenizers
 
-from spectrumkv.common.model.configuration import read_object, refuse_fields
-from spectrumkv.common.model.fields import NULL, OBJECT, POSITIVE, TEXT, Allowed, either, list_of, misfits, shown
+from spectrumkv.common.model.files.configuration import read_object, refuse_fields
+from spectrumkv.common.model.files.fields import (
+    NULL,
+    OBJECT,
+    POSITIVE,
+    TEXT,
+    Allowed,
+    either,
+    list_of,
+    misfits,
+    shown,
+)
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 

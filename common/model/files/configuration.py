@@ -17,8 +17,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from spectrumkv.common.errors import FailedPreconditionError
 from spectrumkv.common.files import read_text
-from spectrumkv.common.model.directory import refuse_damage
-from spectrumkv.common.model.fields import (
+from spectrumkv.common.model.files.directory import refuse_damage
+from spectrumkv.common.model.files.fields import (
     NOT_NEGATIVE,
     NULL,
     OBJECT,

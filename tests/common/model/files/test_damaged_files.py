@@ -20,10 +20,10 @@ import pytest
 import torch
 
 from spectrumkv.common.errors import FailedPreconditionError
-from spectrumkv.common.model.directory import refuse_damage
+from spectrumkv.common.model.files.directory import refuse_damage
 from spectrumkv.common.model.load import load_model
 from spectrumkv.common.model.spec import ModelSpec
-from tests.common.model.damaged_fields import (
+from tests.common.model.files.damaged_fields import (
     BY_LAYER_TYPE,
     BY_LAYER_TYPE_LOADS,
     CONFIG,

@@ -33,6 +33,8 @@ class ConnectorOptions:
     outbox_memory: int = option(1 << 30, "memory for KV that waits to be fetched", parse_bytes, shown="1GiB")
     time_to_live: float = option(120.0, "seconds after which KV that nobody fetches is dropped", number(1, 86400))
     fetches: int = option(4, "transfers that are fetched at once", number(1, 64, int))
+    prefetches: int = option(16, "transfers that are received before their requests come", number(0, 64, int))
+    prefetch_memory: int = option(1 << 30, "memory for what they receive", parse_bytes, shown="1GiB")
     fetch_timeout: float = option(60.0, "seconds that a fetch may take, waiting included", number(0.1, 86400))
     chunk_bytes: int = option(512 << 10, "payload bytes at which a chunk is sent", number(1 << 10, 1 << 20, int))
     tls_cert: str | None = option(None, "PEM file of this process's certificate; turns TLS on")

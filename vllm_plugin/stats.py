@@ -18,6 +18,10 @@ COUNTERS: dict[str, tuple[str, str]] = {
     "kv_bytes_fetched_total": ("Bytes of all messages that were fetched, framing included, by codec.", "codec"),
     "kv_tokens_loaded_total": ("Prompt tokens whose KV was fetched and not computed, by codec.", "codec"),
     "kv_loads_failed_total": ("Loads that failed, by gRPC status.", "reason"),
+    "kv_prefetches_total": (
+        "Transfers that were announced before their requests came, by how that ended: used, late, off, or a status.",
+        "outcome",
+    ),
     "kv_requests_rejected_total": ("Requests whose parameters or prompt did not fit, by what was wrong.", "reason"),
 }
 

@@ -21,6 +21,7 @@ from spectrumkv.common.rpc.transfer_methods import begin_fetch, chunks_until_end
 from spectrumkv.v1 import kv_pb2, transfer_pb2
 from spectrumkv.vllm_plugin.decode.bases import StreamBases
 from spectrumkv.vllm_plugin.decode.page_slots import PageSlots
+from spectrumkv.vllm_plugin.decode.prefetch import Prefetch
 from spectrumkv.vllm_plugin.layers import EngineLayer, slots_of
 from spectrumkv.vllm_plugin.scheduler.steps import Load
 from spectrumkv.vllm_plugin.stats import Tally
@@ -61,10 +62,19 @@ class Fetch:
         bases: of the streams.
         timeout: seconds that it may take.
         tally: counts what came.
+        prefetch: receives the transfer; None where it was not announced.
     """
 
-    def __init__(self, load: Load, consumer: ConsumerRank, bases: StreamBases, timeout: float, tally: Tally) -> None:
-        self.load = load
+    def __init__(
+        self,
+        load: Load,
+        consumer: ConsumerRank,
+        bases: StreamBases,
+        timeout: float,
+        tally: Tally,
+        prefetch: Prefetch | None = None,
+    ) -> None:
+        self.load, self._prefetch = load, prefetch
         self._consumer, self._bases, self._timeout, self._tally = consumer, bases, timeout, tally
         self._lock = threading.Lock()
         self._call: Any = None
@@ -92,36 +102,41 @@ class Fetch:
             consumer.layers, consumer.geometry.of_heads(consumer.heads), consumer.heads, slots, load.skip
         )
         stream = KvStream(consumer.layers[0].pages.device)
+        is_here = self._prefetch is not None and self._prefetch.take()
         try:
             for rank in streams_needed(consumer.heads, len(channels), consumer.geometry.kv_heads):
-                self._fetch_stream(channels[rank], pages, stream)
+                self._fetch_stream(self._begin(channels, rank, is_here), channels[rank], pages, stream)
         except grpc.RpcError as error:
             failure = error_from_rpc(error)
             raise failure from None
         finally:
             stream.synchronize()
+            if self._prefetch is not None:
+                # After the last message this does nothing.
+                self._prefetch.cancel()
 
-    def _fetch_stream(self, channel: grpc.Channel, pages: PageSlots, stream: KvStream) -> None:
-        messages = self._begin(channel)
+    def _fetch_stream(self, messages: Any, channel: grpc.Channel, pages: PageSlots, stream: KvStream) -> None:
         try:
             self._receive(messages, expect_header(messages), channel, pages, stream)
         finally:
             messages.cancel()
 
-    def _begin(self, channel: grpc.Channel) -> Any:
-        consumer = self._consumer
-        request = transfer_pb2.FetchRequest(
-            transfer_id=self.load.transfer_id,
-            request_id=self.load.request_id,
-            model=consumer.spec.to_proto(),
-            codecs=[kv_pb2.CodecId(name=name, version=codecs.get(name).version) for name in codecs],
-            rank=consumer.rank,
-            ranks=consumer.ranks,
-        )
+    def _begin(self, channels: Sequence[grpc.Channel], rank: int, is_here: bool) -> Any:
+        """Return the messages of a rank of the producer.
+
+        Raises:
+            CancelledError: the fetch was cancelled before.
+        """
         with self._lock:
             if self._cancelled:
                 raise CancelledError("the request ended while its KV was being fetched")
-            self._call = begin_fetch(channel, request, self._timeout)
+            # Where other ranks of this consumer take the prefetch, the producer knows the request by the same id.
+            known = self.load if self._prefetch is None else self._prefetch.load
+            request = fetch_request(self._consumer, known)
+            if is_here and self._prefetch is not None:
+                self._call = self._prefetch.stream(rank)
+            else:
+                self._call = begin_fetch(channels[rank], request, self._timeout)
             return self._call
 
     def _receive(
@@ -175,6 +190,23 @@ class Fetch:
         digest = header.codec.basis_digest
         basis = self._bases.get(digest, heads, lambda: get_basis(channel, digest, self._timeout))
         return codec.decoder(geometry, basis)
+
+
+def fetch_request(consumer: ConsumerRank, load: Load) -> transfer_pb2.FetchRequest:
+    """Return how a consuming worker asks a rank of the producer.
+
+    Args:
+        consumer: the worker.
+        load: what it asks for.
+    """
+    return transfer_pb2.FetchRequest(
+        transfer_id=load.transfer_id,
+        request_id=load.request_id,
+        model=consumer.spec.to_proto(),
+        codecs=[kv_pb2.CodecId(name=name, version=codecs.get(name).version) for name in codecs],
+        rank=consumer.rank,
+        ranks=consumer.ranks,
+    )
 
 
 def _write(segments: Sequence[KvSegment], writer: SegmentWriter, pages: PageSlots, stream: KvStream) -> None:

@@ -1,4 +1,7 @@
-"""The consuming half of a worker: fetches on a bounded number of threads, and tells vLLM once how each one ended."""
+"""The consuming half of a worker: fetches on a bounded number of threads, and tells vLLM once how each one ended.
+
+A load is a fetch, or a prefetch where its request only announces a transfer.
+"""
 
 import logging
 import threading
@@ -10,13 +13,14 @@ import torch
 
 from spectrumkv.common.errors import CancelledError, InternalError, SpectrumKVError
 from spectrumkv.common.rpc.channel import open_channel
-from spectrumkv.common.rpc.transfer_methods import release
+from spectrumkv.common.rpc.transfer_methods import begin_fetch, release
 from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.v1 import transfer_pb2
 from spectrumkv.vllm_plugin.decode.bases import StreamBases
-from spectrumkv.vllm_plugin.decode.fetcher import ConsumerRank, Fetch
+from spectrumkv.vllm_plugin.decode.fetcher import ConsumerRank, Fetch, fetch_request, streams_needed
+from spectrumkv.vllm_plugin.decode.prefetch import Prefetch, Prefetches
 from spectrumkv.vllm_plugin.options import ConnectorOptions
-from spectrumkv.vllm_plugin.scheduler.steps import ConsumerStep, GivenUp
+from spectrumkv.vllm_plugin.scheduler.steps import ConsumerStep, GivenUp, Load
 from spectrumkv.vllm_plugin.stats import Tally
 
 logger = logging.getLogger(__name__)
@@ -53,8 +57,11 @@ class ConsumerWorker:
         self._pool = ThreadPoolExecutor(
             options.fetches, thread_name_prefix="kv-fetch", initializer=torch.set_num_threads, initargs=(1,)
         )
+        self._prefetches = Prefetches(options.prefetch_memory)
+        self._prefetch_pool = ThreadPoolExecutor(max(1, options.prefetches), thread_name_prefix="kv-prefetch")
         self._lock = threading.Lock()
         self._fetches: dict[str, Fetch] = {}
+        self._announced: dict[str, Prefetch] = {}
         self._channels: dict[str, grpc.Channel] = {}
         self._ended = EndedLoads()
 
@@ -66,17 +73,20 @@ class ConsumerWorker:
         """
         for request_id in step.cancels:
             with self._lock:
-                fetch = self._fetches.get(request_id)
+                fetch, announced = self._fetches.get(request_id), self._announced.get(request_id)
             if fetch is not None:
                 fetch.cancel()
+            if announced is not None and announced.cancel_unless_taken():
+                self._release_once(GivenUp.of(announced.load))
         for given_up in step.releases:
-            if self._consumer.rank == 0:
-                self._release(given_up)
+            if (unused := self._prefetches.remove(given_up.transfer_id)) is not None:
+                unused.cancel()
+            self._release_once(given_up)
         for load in step.loads:
-            fetch = Fetch(load, self._consumer, self._bases, self._options.fetch_timeout, self._tally)
-            with self._lock:
-                self._fetches[load.request_id] = fetch
-            self._pool.submit(self._run, fetch)
+            if load.announces:
+                self._begin_prefetch(load)
+            else:
+                self._begin_fetch(load)
 
     def take_ended(self) -> EndedLoads:
         """Return the loads that ended since the last call."""
@@ -87,12 +97,55 @@ class ConsumerWorker:
     def stop(self) -> None:
         """Cancel all loads and wait for them."""
         with self._lock:
-            fetches = list(self._fetches.values())
-        for fetch in fetches:
-            fetch.cancel()
+            loads: list[Fetch | Prefetch] = [*self._fetches.values(), *self._announced.values()]
+        for load in loads:
+            load.cancel()
         self._pool.shutdown(wait=True)
+        self._prefetch_pool.shutdown(wait=True)
         for channel in self._channels.values():
             channel.close()
+
+    def _begin_fetch(self, load: Load) -> None:
+        prefetch = self._prefetches.remove(load.transfer_id)
+        fetch = Fetch(load, self._consumer, self._bases, self._options.fetch_timeout, self._tally, prefetch)
+        with self._lock:
+            self._fetches[load.request_id] = fetch
+        self._pool.submit(self._run, fetch)
+
+    def _begin_prefetch(self, load: Load) -> None:
+        consumer = self._consumer
+        ranks = streams_needed(consumer.heads, len(load.addresses), consumer.geometry.kv_heads)
+        prefetch = Prefetch(load, ranks, self._prefetches.memory, self._options.fetch_timeout)
+        with self._lock:
+            self._announced[load.request_id] = prefetch
+            is_late = any(one.load.transfer_id == load.transfer_id for one in self._fetches.values())
+        if self._options.prefetches and not is_late:
+            self._prefetches.add(prefetch)
+            self._prefetch_pool.submit(self._run_prefetch, prefetch)
+        else:
+            self._end_prefetch(prefetch, "late" if is_late else "off")
+
+    def _run_prefetch(self, prefetch: Prefetch) -> None:
+        """Receive a transfer, and end its announcement: whether the KV came is for the fetch to find out."""
+        load, outcome = prefetch.load, "used"
+        request = fetch_request(self._consumer, load)
+        try:
+            prefetch.run(lambda rank, timeout: begin_fetch(self._channel(load.addresses[rank]), request, timeout))
+        except SpectrumKVError as error:
+            outcome = error.code.lower()
+            if not isinstance(error, CancelledError):
+                logger.warning("transfer %s was announced: %s", load.transfer_id, error.message)
+        except Exception:  # vLLM must hear of the announcement's end, however it came
+            outcome = InternalError.code.lower()
+            logger.exception("transfer %s was announced", load.transfer_id)
+        self._prefetches.forget(prefetch)
+        self._end_prefetch(prefetch, outcome)
+
+    def _end_prefetch(self, prefetch: Prefetch, outcome: str) -> None:
+        self._tally.add("kv_prefetches_total", outcome)
+        with self._lock:
+            del self._announced[prefetch.load.request_id]
+            self._ended.ended.add(prefetch.load.request_id)
 
     def _run(self, fetch: Fetch) -> None:
         load, failure = fetch.load, None
@@ -107,12 +160,17 @@ class ConsumerWorker:
             self._tally.add("kv_loads_failed_total", failure.code.lower())
             if not isinstance(failure, CancelledError):
                 logger.warning("request %s, transfer %s: %s", load.request_id, load.transfer_id, failure.message)
-            self._release(GivenUp(load.request_id, load.transfer_id, load.addresses))
+            self._release(GivenUp.of(load))
         with self._lock:
             del self._fetches[load.request_id]
             self._ended.ended.add(load.request_id)
             if failure is not None:
                 self._ended.failed.add(load.request_id)
+
+    def _release_once(self, given_up: GivenUp) -> None:
+        """Tell the producer what the scheduler's side decided, which every rank hears."""
+        if self._consumer.rank == 0:
+            self._release(given_up)
 
     def _release(self, given_up: GivenUp) -> None:
         """Tell the producer; where that fails, its time to live does it."""

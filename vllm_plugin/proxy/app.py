@@ -4,7 +4,7 @@ import asyncio
 import json
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import TypeVar
 
@@ -15,9 +15,11 @@ from prometheus_client import generate_latest
 from spectrumkv.common.errors import InvalidArgumentError, SpectrumKVError
 from spectrumkv.common.service.options import Address
 from spectrumkv.common.service.spare_file import SparedListener
-from spectrumkv.vllm_plugin.proxy.answers import END, Continuation, EventError, first_chunks, without_internals
-from spectrumkv.vllm_plugin.proxy.backends import BackendError, BackendGroup
+from spectrumkv.vllm_plugin.proxy.announcements import Announcements
+from spectrumkv.vllm_plugin.proxy.answers import END, Continuation, first_chunks, without_internals
+from spectrumkv.vllm_plugin.proxy.backends import Backend, BackendError, BackendGroup
 from spectrumkv.vllm_plugin.proxy.bodies import Body, ClientRequest, PrefillAnswer
+from spectrumkv.vllm_plugin.proxy.calls import Calls
 from spectrumkv.vllm_plugin.proxy.client_stream import ClientLeftError, begin_events, send, write
 from spectrumkv.vllm_plugin.proxy.metrics import ProxyMetrics
 
@@ -42,7 +44,7 @@ class Proxy:
         self._prefill, self._decode = BackendGroup("prefill", prefill), BackendGroup("decode", decode)
         self._api_key = api_key
         self._metrics = ProxyMetrics()
-        self._models: dict[str, int] = {}
+        self._announcements = Announcements()
 
     def app(self) -> web.Application:
         """Return the application for aiohttp."""
@@ -65,7 +67,7 @@ class Proxy:
         # the server took that request cannot be told. A new connection costs little beside a prompt.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-            self._session = session
+            self._calls = Calls(session, self._api_key)
             watching = [asyncio.create_task(group.watch(session)) for group in (self._prefill, self._decode)]
             yield
             for task in watching:
@@ -80,9 +82,10 @@ class Proxy:
         started, outcome = asyncio.get_running_loop().time(), CANCELLED
         try:
             request = ClientRequest(await http.json(), http.path.startswith("/v1/chat"))
-            first = await self._prefilled(http, request)
-            self._metrics.time_to_first_token.observe(asyncio.get_running_loop().time() - started)
-            answer, outcome = await self._answer(http, request, first)
+            async with AsyncExitStack() as prefetching:
+                first, decode = await self._prefilled(http, request, prefetching)
+                self._metrics.time_to_first_token.observe(asyncio.get_running_loop().time() - started)
+                answer, outcome = await self._answer(http, request, first, decode)
             return answer
         except ClientLeftError as left:
             return left.stream
@@ -98,11 +101,18 @@ class Proxy:
         finally:
             self._metrics.requests.labels(outcome).inc()
 
-    async def _prefilled(self, http: web.Request, request: ClientRequest) -> PrefillAnswer:
-        """Have a prefill server compute the prompt, and another one if it fails.
+    async def _prefilled(
+        self, http: web.Request, request: ClientRequest, prefetching: AsyncExitStack
+    ) -> tuple[PrefillAnswer, Backend | None]:
+        """Have a prefill server compute the prompt, and another one if it fails; decode receives the KV meanwhile.
+
+        Args:
+            http: the client's request.
+            request: what it asks.
+            prefetching: ends once the KV was used, or will not be.
 
         Returns:
-            What prefill answered.
+            What prefill answered, and the decode server that receives the KV; None where none does yet.
 
         Raises:
             BackendError: all failed, or one refused the request.
@@ -112,17 +122,54 @@ class Proxy:
             with self._prefill.chosen(tried) as backend:
                 tried.add(backend.url)
                 try:
-                    body = request.for_prefill(f"spectrumkv-{uuid.uuid4()}")
-                    answer = await self._post(http, f"{backend.url}{request.path}", body)
-                    return PrefillAnswer.of(answer, await self._most_tokens(http, backend.url))
+                    async with AsyncExitStack() as attempt:
+                        transfer_id = f"spectrumkv-{uuid.uuid4()}"
+                        decode = await attempt.enter_async_context(
+                            self._announced(http, request, backend, transfer_id)
+                        )
+                        body = request.for_prefill(transfer_id)
+                        answer = await self._calls.post(http, f"{backend.url}{request.path}", body)
+                        first = PrefillAnswer.of(answer, await self._calls.most_tokens(http, backend.url))
+                        self._announcements.learn(backend.url, first.transfer)
+                        await prefetching.enter_async_context(attempt.pop_all())
+                        return first, decode
                 except (BackendError, aiohttp.ClientError, KeyError, IndexError) as error:
                     failure = BackendError.of(error)
             if not failure.may_be_tried_elsewhere or len(tried) >= self._prefill.healthy:
                 raise failure
             self._metrics.retries.labels("prefill").inc()
 
+    @asynccontextmanager
+    async def _announced(
+        self, http: web.Request, request: ClientRequest, prefill: Backend, transfer_id: str
+    ) -> AsyncIterator[Backend | None]:
+        """Have a decode server receive a transfer; what it has not used at the end of the block, it drops.
+
+        Yields:
+            The server; None where nothing can be announced.
+        """
+        body = self._announcements.body(prefill.url, request, transfer_id)
+        if body is None:
+            yield None
+            return
+        with self._decode.chosen() as decode:
+            announcing = asyncio.create_task(self._announce(http, decode, body))
+            try:
+                yield decode
+            finally:
+                announcing.cancel()
+                with suppress(asyncio.CancelledError):
+                    await announcing
+
+    async def _announce(self, http: web.Request, decode: Backend, body: Body) -> None:
+        try:
+            await self._calls.post(http, f"{decode.url}/v1/completions", body)
+        except (BackendError, aiohttp.ClientError):
+            # The request that follows fetches the KV for itself.
+            self._metrics.announcements_failed.inc()
+
     async def _answer(
-        self, http: web.Request, request: ClientRequest, first: PrefillAnswer
+        self, http: web.Request, request: ClientRequest, first: PrefillAnswer, decode: Backend | None
     ) -> tuple[web.StreamResponse, str]:
         """Answer with prefill's token and decode's.
 
@@ -133,11 +180,13 @@ class Proxy:
             return await self._only_first(http, request, first), OK
         asked = Continuation.of(request, first)
         if request.streams:
-            return await self._stream(http, asked)
-        rest = without_internals(await self._decoded(asked, partial(self._post, http)))
+            return await self._stream(http, asked, decode)
+        rest = without_internals(await self._decoded(asked, decode, partial(self._calls.post, http)))
         return web.json_response(asked.joined(rest)), OK
 
-    async def _stream(self, http: web.Request, asked: Continuation) -> tuple[web.StreamResponse, str]:
+    async def _stream(
+        self, http: web.Request, asked: Continuation, decode: Backend | None
+    ) -> tuple[web.StreamResponse, str]:
         """Stream the first token and what decode generates; a failure is the last event, since the status is sent.
 
         Returns:
@@ -147,7 +196,7 @@ class Proxy:
         try:
             for chunk in asked.opening:
                 await send(stream, chunk)
-            await self._decoded(asked, partial(self._relay, http, stream, asked))
+            await self._decoded(asked, decode, partial(self._calls.relay, http, stream, asked))
         except BackendError as error:
             outcome = error.outcome
             await send(stream, error.event)
@@ -156,11 +205,14 @@ class Proxy:
             await send(stream, {"error": {"message": error.message, "code": 503}})
         return stream, outcome
 
-    async def _decoded(self, asked: Continuation, ask: Callable[[str, Body], Awaitable[Answer]]) -> Answer:
+    async def _decoded(
+        self, asked: Continuation, decode: Backend | None, ask: Callable[[str, Body], Awaitable[Answer]]
+    ) -> Answer:
         """Have a decode server go on; where that fails, have one compute the prompt, as if its KV did not come.
 
         Args:
             asked: of decode.
+            decode: has the KV already; None where no server does.
             ask: sends a body to a URL.
 
         Returns:
@@ -170,15 +222,21 @@ class Proxy:
             BackendError: decode refused the request, failed twice, or failed when the client had some of its tokens.
         """
         try:
-            return await self._decoded_once(asked.path, asked.body, ask)
+            return await self._decoded_once(asked.path, asked.body, ask, decode)
         except BackendError as error:
             if not error.may_be_tried_elsewhere:
                 raise
         self._metrics.retries.labels("decode").inc()
         return await self._decoded_once(asked.path, asked.body_without_kv, ask)
 
-    async def _decoded_once(self, path: str, body: Body, ask: Callable[[str, Body], Awaitable[Answer]]) -> Answer:
-        with self._decode.chosen() as backend:
+    async def _decoded_once(
+        self,
+        path: str,
+        body: Body,
+        ask: Callable[[str, Body], Awaitable[Answer]],
+        preferred: Backend | None = None,
+    ) -> Answer:
+        with self._decode.chosen(preferred=preferred) as backend:
             try:
                 return await ask(f"{backend.url}{path}", body)
             except aiohttp.ClientError as error:
@@ -206,52 +264,11 @@ class Proxy:
         await write(stream, END)
         return stream
 
-    async def _relay(
-        self, http: web.Request, stream: web.StreamResponse, asked: Continuation, url: str, body: Body
-    ) -> None:
-        """Pass decode's stream on, as that of the request where it goes on from prefill's token.
-
-        Raises:
-            BackendError: decode refused the request, or its stream broke off.
-        """
-        relayed = False
-        try:
-            async with self._session.post(url, json=body, headers=self._headers(http)) as answer:
-                if answer.status != 200:
-                    raise BackendError(answer.status, await answer.read())
-                async for line in answer.content:
-                    await write(stream, asked.line(line))
-                    relayed = True
-        except EventError as error:
-            failure = BackendError(502, error.words, is_final=relayed)
-            raise failure from error
-        except aiohttp.ClientError as error:
-            failure = BackendError.of(error, is_final=relayed)
-            raise failure from error
-
-    async def _post(self, http: web.Request, url: str, body: Body) -> Body:
-        body = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
-        async with self._session.post(url, json=body, headers=self._headers(http)) as answer:
-            if answer.status != 200:
-                raise BackendError(answer.status, await answer.read())
-            found: Body = await answer.json()
-            return found
-
-    async def _most_tokens(self, http: web.Request, url: str) -> int:
-        """Return the context length of the servers' model."""
-        if url not in self._models:
-            async with self._session.get(f"{url}/v1/models", headers=self._headers(http)) as answer:
-                self._models[url] = int((await answer.json())["data"][0]["max_model_len"])
-        return self._models[url]
-
-    def _headers(self, http: web.Request) -> dict[str, str]:
-        given = http.headers.get("Authorization")
-        key = f"Bearer {self._api_key}" if self._api_key else given
-        return {"Authorization": key} if key else {}
-
     async def _list_models(self, http: web.Request) -> web.Response:
         with self._decode.chosen() as backend:
-            async with self._session.get(f"{backend.url}/v1/models", headers=self._headers(http)) as answer:
+            async with self._calls.session.get(
+                f"{backend.url}/v1/models", headers=self._calls.headers(http)
+            ) as answer:
                 return web.Response(status=answer.status, body=await answer.read(), content_type="application/json")
 
     async def _health(self, http: web.Request) -> web.Response:

@@ -91,11 +91,12 @@ class BackendGroup:
         self.backends = [Backend(url.rstrip("/")) for url in urls]
 
     @contextmanager
-    def chosen(self, tried: Collection[str] = ()) -> Iterator[Backend]:
+    def chosen(self, tried: Collection[str] = (), preferred: Backend | None = None) -> Iterator[Backend]:
         """Choose the healthy server with the fewest requests.
 
         Args:
             tried: URLs of those that failed this request.
+            preferred: taken if it is healthy.
 
         Yields:
             The server, which counts the request as its own until the block ends.
@@ -107,7 +108,7 @@ class BackendGroup:
         if not left:
             asked = ", ".join(one.url for one in self.backends)
             raise UnavailableError(f"no {self.role} server answers; asked: {asked}")
-        backend = min(left, key=lambda one: one.running)
+        backend = min(left, key=lambda one: (one is not preferred, one.running))
         backend.running += 1
         try:
             yield backend

@@ -12,6 +12,7 @@ class ProxyMetrics:
         registry: of the metrics; each proxy has one of its own.
         requests: that ended, by outcome: ok, cancelled, or the status of the error.
         retries: by stage, prefill or decode.
+        announcements_failed: of KV that decode did not receive ahead of its request.
         time_to_first_token: from a request's arrival to prefill's token.
         servers_healthy: by role.
     """
@@ -23,6 +24,11 @@ class ProxyMetrics:
         )
         self.retries = Counter(
             "spectrumkv_proxy_retries", "Further tries, by what was tried.", ["stage"], registry=self.registry
+        )
+        self.announcements_failed = Counter(
+            "spectrumkv_proxy_announcements_failed",
+            "Announcements of KV that a decode server refused or could not be told.",
+            registry=self.registry,
         )
         self.time_to_first_token = Histogram(
             "spectrumkv_proxy_time_to_first_token_seconds",

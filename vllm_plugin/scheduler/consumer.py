@@ -86,6 +86,7 @@ class ConsumerSchedule:
                 tokens=tokens,
                 skip=tokens - external_tokens,
                 block_ids=tuple(block_ids),
+                announces=found.announces,
             )
         )
 

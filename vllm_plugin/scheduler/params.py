@@ -82,6 +82,8 @@ class PrefillElsewhere:
         policy: that coded them.
         budget: that they were coded at.
         digest: of these tokens' ids, see `prompt_digest`; None where the proxy calls before the producer answers.
+        announces: whether the request stands for another one that will come: one of two tokens, the first of which
+            waits for the transfer. It ends once the other one took the KV over, and ending it drops the KV.
     """
 
     transfer_id: str
@@ -92,6 +94,7 @@ class PrefillElsewhere:
     policy: str
     budget: float
     digest: str | None
+    announces: bool = False
 
     @classmethod
     def of(cls, params: Mapping[str, Any] | None) -> "PrefillElsewhere | None":
@@ -113,16 +116,18 @@ class PrefillElsewhere:
             raise InvalidArgumentError(f"budget of kv_transfer_params is {budget!r}; allowed: a number")
         if digest is not None and not isinstance(digest, str):
             raise InvalidArgumentError(f"prompt_digest of kv_transfer_params is {digest!r}; allowed: text")
-        tokens = params.get("remote_num_tokens")
+        announces = bool(params.get("prefetch"))
+        tokens = 1 if announces else params.get("remote_num_tokens")
         return cls(
             transfer_id=_text(params, "transfer_id"),
             host=_text(params, "remote_host"),
             port=_count(params, "remote_port", 65535),
             ranks=_count(params, "remote_ranks", 1024, 1),
-            tokens=None if tokens is None else _count(params, "remote_num_tokens", 1 << 31),
+            tokens=tokens if tokens is None or announces else _count(params, "remote_num_tokens", 1 << 31),
             policy=_text(params, "policy", ""),
             budget=float(budget),
-            digest=digest,
+            digest=None if announces else digest,
+            announces=announces,
         )
 
     def to_params(self) -> dict[str, Any]:
@@ -153,6 +158,9 @@ class PrefillElsewhere:
     @property
     def salt(self) -> str:
         """Return what keeps this KV apart from exact KV in a prefix cache; nothing where it is exact."""
+        if self.announces:
+            # Nothing is written into its pages.
+            return f"spectrumkv prefetch {self.transfer_id}"
         return "" if self.is_exact else f"spectrumkv {self.policy} {self.budget:g}"
 
 

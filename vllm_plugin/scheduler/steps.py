@@ -59,6 +59,7 @@ class Load:
         tokens: whose KV is fetched, from the first on.
         skip: tokens at the beginning that are here already.
         block_ids: pages of the request, from its first token on.
+        announces: whether the request only announces the transfer: its KV is received, and written for another one.
     """
 
     request_id: str
@@ -67,6 +68,7 @@ class Load:
     tokens: int
     skip: int
     block_ids: tuple[int, ...]
+    announces: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,11 @@ class GivenUp:
     request_id: str
     transfer_id: str
     addresses: tuple[str, ...]
+
+    @classmethod
+    def of(cls, load: Load) -> "GivenUp":
+        """Return a load as one that is given up."""
+        return cls(load.request_id, load.transfer_id, load.addresses)
 
 
 @dataclass(frozen=True)

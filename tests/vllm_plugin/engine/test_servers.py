@@ -3,6 +3,7 @@
 import math
 import urllib.error
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -86,9 +87,49 @@ def test_decodes_prefix_cache_keeps_lossy_kv_from_exact_requests(servers: Server
     assert not close(logprobs(coarse), logprobs(reference))
 
 
-def test_several_requests_at_once_do_not_mix(servers: Servers) -> None:
-    from concurrent.futures import ThreadPoolExecutor
+ANNOUNCED = {"do_remote_prefill": True, "prefetch": True}
 
+
+def announce(servers: Servers, params: dict[str, Any], seconds: float = 60.0) -> dict[str, Any]:
+    """Announce a transfer as the proxy does; the answer comes once the KV was used."""
+    where = {name: params[name] for name in ("remote_host", "remote_port", "remote_ranks")}
+    body = {"model": "tiny", "prompt": [1, 1], "max_tokens": 1}
+    told = ANNOUNCED | where | {"transfer_id": params["transfer_id"]}
+    return servers.decode.post("/v1/completions", body | {"kv_transfer_params": told}, seconds)
+
+
+@pytest.mark.parametrize(("policy", "budget"), [("native", 1.0), ("spectral", BUDGET)])
+def test_kv_that_was_announced_before_prefill_is_used_by_its_request(
+    servers: Servers, policy: str, budget: float
+) -> None:
+    _, address = prefilled(servers, prompt(), policy="native")
+    transfer_id, tokens = f"announced-{next(ids)}", prompt()
+    used = servers.decode.metric("spectrumkv:kv_prefetches_total", "used")
+    with ThreadPoolExecutor(1) as pool:
+        announcing = pool.submit(announce, servers, address | {"transfer_id": transfer_id})
+        asked, params = prefilled(servers, tokens, policy=policy, budget=budget, transfer_id=transfer_id)
+        before = computed(servers.decode)
+        answer = servers.decode.complete(asked, GENERATED, kv_transfer_params=params)
+        # The announcement computes its second token, and generates one.
+        assert computed(servers.decode) - before <= GENERATED + 5
+        announcing.result(60)
+    wait_for(lambda: servers.decode.metric("spectrumkv:kv_prefetches_total", "used") > used, 15)
+    if policy == "native":
+        assert close(logprobs(answer), logprobs(servers.prefill.complete(asked, GENERATED)))
+
+
+def test_an_announcement_that_is_ended_gives_its_transfer_up(servers: Servers) -> None:
+    _, params = prefilled(servers, prompt(), policy="native")
+    cancelled = servers.decode.metric("spectrumkv:kv_prefetches_total", "cancelled")
+    with pytest.raises(TimeoutError):
+        announce(servers, params, seconds=2)
+    wait_for(lambda: servers.decode.metric("spectrumkv:kv_prefetches_total", "cancelled") > cancelled, 15)
+    wait_for(lambda: servers.decode.metric("vllm:kv_cache_usage_perc") == 0, 15)
+    with pytest.raises(urllib.error.HTTPError):
+        servers.prefill.complete([*prompt(), 3], 1, kv_transfer_params=params | {"prompt_digest": None})
+
+
+def test_several_requests_at_once_do_not_mix(servers: Servers) -> None:
     def one(number: int) -> tuple[list[float], list[float]]:
         asked, params = prefilled(servers, prompt(150 + 37 * number), policy="native")
         answer = servers.decode.complete(asked, GENERATED, kv_transfer_params=params)

@@ -147,3 +147,23 @@ def test_completions_of_one_request_fetch_the_same_transfer_each_for_itself() ->
     step = machine.step()
     assert [load.request_id for load in step.loads] == ["0_r", "1_r"]
     assert step.cancels == ("0_r",)
+
+
+def test_an_announcement_waits_for_its_transfer_on_one_page_of_its_own() -> None:
+    asked = Request("a", 2, params(prefetch=True), [1, 1])
+    machine = ConsumerSchedule()
+    assert machine.arrived(asked) == "spectrumkv prefetch t"
+    assert machine.matched_tokens(asked, 0) == 1
+    machine.allocated(asked, [7], 1)
+    (load,) = machine.step().loads
+    assert (load.announces, load.transfer_id, load.tokens) == (True, "t", 1)
+    assert load.addresses == ("p.example:14600", "p.example:14601")
+    machine.finished(asked)
+    assert machine.step().cancels == ("a",)
+    machine.reported(["a"])
+    assert machine.idle
+
+
+def test_an_announcement_needs_only_to_say_where_the_kv_will_be() -> None:
+    where = {"do_remote_prefill": True, "prefetch": True, "transfer_id": "t", "remote_host": "h", "remote_port": 1}
+    assert arrived(Request("a", 2, where, [1, 1])).matched_tokens(Request("a", 2, where, [1, 1]), 0) == 1

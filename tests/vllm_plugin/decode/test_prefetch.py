@@ -1,0 +1,255 @@
+"""KV that is received before its request comes: it is the same, bounded, and gone when nobody wants it."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+
+from spectrumkv.common.errors import CancelledError, DeadlineExceededError, InternalError, SpectrumKVError
+from spectrumkv.common.kv.geometry import HeadRange
+from spectrumkv.common.rpc.transfer_methods import begin_fetch
+from spectrumkv.common.security import ChannelSecurity
+from spectrumkv.vllm_plugin.decode.fetcher import fetch_request, streams_needed
+from spectrumkv.vllm_plugin.decode.prefetch import Prefetch, PrefetchMemory
+from spectrumkv.vllm_plugin.decode.worker import ConsumerWorker
+from spectrumkv.vllm_plugin.options import ConnectorOptions
+from spectrumkv.vllm_plugin.scheduler.steps import ConsumerStep, GivenUp, Load
+from spectrumkv.vllm_plugin.stats import Tally
+from tests.vllm_plugin.fake_engine import fake_layers
+from tests.vllm_plugin.transfers import (
+    GEOMETRY,
+    PATIENCE,
+    THEIR_BLOCKS,
+    TOKENS,
+    ProducingRank,
+    channels,
+    consuming,
+    fetch,
+    producing,
+    read,
+    states,
+)
+
+ANNOUNCEMENT = Load("announcement", "t", (), 1, 0, (11,), announces=True)
+ROOM = 1 << 20
+
+
+class Receiving:
+    """A prefetch that runs on a thread of its own until the block ends."""
+
+    def __init__(
+        self,
+        workers: list[ProducingRank],
+        memory: PrefetchMemory,
+        rank: int = 0,
+        ranks: int = 1,
+        patience: float = PATIENCE,
+    ) -> None:
+        heads = HeadRange.of_rank(rank, ranks, GEOMETRY.kv_heads)
+        needed = streams_needed(heads, len(workers), GEOMETRY.kv_heads)
+        self.prefetch, self.memory = Prefetch(ANNOUNCEMENT, needed, memory, patience), memory
+        self._opened = channels(workers, ChannelSecurity())
+        request = fetch_request(consuming(rank, ranks, fake_layers(3, heads.count, 32)), ANNOUNCEMENT)
+        self._begin: Callable[[int, float], Any] = lambda one, timeout: begin_fetch(
+            self._opened[one], request, timeout
+        )
+
+    def __enter__(self) -> "Receiving":
+        self._pool = ThreadPoolExecutor(1)
+        self.ended: Future[None] = self._pool.submit(self.prefetch.run, self._begin)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.prefetch.cancel()
+        self._pool.shutdown(wait=True)
+        for channel in self._opened:
+            channel.close()
+
+    def wait_for_bytes(self, least: int = 1) -> None:
+        with self.memory.changed:
+            assert self.memory.changed.wait_for(lambda: self.memory.used_bytes >= least, PATIENCE)
+
+
+@pytest.mark.parametrize(("producers", "consumers"), [(1, 1), (2, 1), (1, 2), (4, 2)])
+def test_what_was_announced_before_prefill_is_what_a_fetch_of_its_own_gets(producers: int, consumers: int) -> None:
+    with producing(producers) as workers, ExitStack() as ended:
+        memories = [PrefetchMemory(ROOM) for _ in range(consumers)]
+        receiving = [
+            ended.enter_context(Receiving(workers, memory, rank, consumers)) for rank, memory in enumerate(memories)
+        ]
+        for one in workers:
+            one.compute("native", 1.0, [TOKENS])
+        for rank, (one, memory) in enumerate(zip(receiving, memories, strict=True)):
+            one.wait_for_bytes()
+            layers, tally = fetch(workers, rank, consumers, prefetch=one.prefetch)
+            heads = HeadRange.of_rank(rank, consumers, GEOMETRY.kv_heads)
+            assert torch.equal(read(layers), states()[:, :, :, heads.first : heads.end])
+            assert tally.take()["kv_tokens_loaded_total"]["native"] == TOKENS * max(1, producers // consumers)
+            one.ended.result(PATIENCE)
+            assert memory.used_bytes == 0
+        assert [one.outbox.used_bytes for one in workers] == [0] * producers
+
+
+def test_chunks_arrive_while_prefill_computes() -> None:
+    with producing(1) as (worker,), Receiving([worker], PrefetchMemory(ROOM)) as receiving:
+        computing = threading.Thread(target=worker.compute, args=("native", 1.0, [TOKENS]), kwargs={"stops_at": 2})
+        computing.start()
+        receiving.wait_for_bytes()
+        assert not receiving.ended.done()
+        worker.goes_on.set()
+        computing.join(PATIENCE)
+        layers, _ = fetch([worker], 0, 1, prefetch=receiving.prefetch)
+    assert torch.equal(read(layers), states())
+
+
+def test_memory_is_bounded_until_a_fetch_reads() -> None:
+    layer_bytes = 2 * TOKENS * 4 * 32 * 4
+    bound = 2 * layer_bytes + 1000
+    with producing(1) as (worker,), Receiving([worker], PrefetchMemory(bound)) as receiving:
+        worker.compute("native", 1.0, [TOKENS])
+        receiving.wait_for_bytes(layer_bytes)
+        assert receiving.memory.used_bytes <= bound
+        assert not receiving.ended.done()
+        layers, _ = fetch([worker], 0, 1, prefetch=receiving.prefetch)
+        receiving.ended.result(PATIENCE)
+    assert torch.equal(read(layers), states())
+
+
+def test_one_that_was_taken_over_goes_on_where_others_hold_all_memory() -> None:
+    memory = PrefetchMemory(4096)
+    memory.used_bytes = 4096
+    with producing(1) as (worker,), Receiving([worker], memory) as receiving:
+        worker.compute("native", 1.0, [TOKENS])
+        with memory.changed:
+            assert memory.changed.wait_for(lambda: receiving.prefetch.take(), PATIENCE)
+        layers, _ = fetch([worker], 0, 1, prefetch=receiving.prefetch)
+        receiving.ended.result(PATIENCE)
+    assert torch.equal(read(layers), states())
+    assert memory.used_bytes == 4096
+
+
+def test_one_that_is_cancelled_leaves_nothing_and_the_kv_to_a_fetch() -> None:
+    with producing(1) as (worker,), Receiving([worker], PrefetchMemory(ROOM)) as receiving:
+        worker.compute("native", 1.0, [TOKENS])
+        receiving.wait_for_bytes()
+        assert receiving.prefetch.cancel_unless_taken()
+        with pytest.raises(CancelledError):
+            receiving.ended.result(PATIENCE)
+        assert receiving.memory.used_bytes == 0
+        layers, _ = fetch([worker], 0, 1, prefetch=receiving.prefetch)
+        assert worker.outbox.used_bytes == 0
+    assert torch.equal(read(layers), states())
+
+
+def test_kv_that_no_request_comes_for_is_dropped() -> None:
+    with producing(1) as (worker,), Receiving([worker], PrefetchMemory(ROOM), patience=0.5) as receiving:
+        worker.compute("native", 1.0, [TOKENS])
+        with pytest.raises(DeadlineExceededError, match=r"no request came for the KV within 0.5 s"):
+            receiving.ended.result(PATIENCE)
+        assert receiving.memory.used_bytes == 0
+        assert not receiving.prefetch.take()
+
+
+def test_a_fetch_hears_of_the_failure_of_what_it_took_over() -> None:
+    with producing(1) as (worker,), Receiving([worker], PrefetchMemory(ROOM)) as receiving:
+        computing = threading.Thread(target=worker.compute, args=("native", 1.0, [TOKENS]), kwargs={"stops_at": 2})
+        computing.start()
+        receiving.wait_for_bytes()
+        with ThreadPoolExecutor(1) as pool:
+            fetching = pool.submit(fetch, [worker], 0, 1, prefetch=receiving.prefetch)
+            worker.outbox.fail("t", InternalError("the coder broke"))
+            with pytest.raises(SpectrumKVError, match="the coder broke"):
+                fetching.result(PATIENCE)
+        worker.goes_on.set()
+        computing.join(PATIENCE)
+        assert receiving.memory.used_bytes == 0
+
+
+class Consuming:
+    """A consuming worker, and what it has said so far."""
+
+    def __init__(self, worker: ProducingRank, **options: Any) -> None:
+        self.layers, self.tally = fake_layers(3, 4, 32), Tally.empty()
+        self.address = (f"localhost:{worker.port}",)
+        asked = ConnectorOptions.of({"fetch_timeout": PATIENCE} | options)
+        self.worker = ConsumerWorker(consuming(0, 1, self.layers), asked, ChannelSecurity(), self.tally)
+        self.ended: set[str] = set()
+
+    def load(self, request_id: str, announces: bool = False) -> Load:
+        tokens, pages = (1, (11,)) if announces else (TOKENS, THEIR_BLOCKS)
+        return Load(request_id, "t", self.address, tokens, 0, pages, announces)
+
+    def wait_for(self, *request_ids: str) -> None:
+        """Ask for the loads that ended as vLLM does, step by step."""
+        waiting = threading.Event()
+        for _ in range(int(PATIENCE / 0.02)):
+            told = self.worker.take_ended()
+            assert not told.failed
+            self.ended |= told.ended
+            if self.ended >= set(request_ids):
+                return
+            waiting.wait(0.02)
+        raise AssertionError(f"ended: {self.ended}")
+
+
+def test_a_worker_receives_what_is_announced_and_the_request_finds_it() -> None:
+    with producing(1) as (worker,):
+        mine = Consuming(worker)
+        mine.worker.begin_step(ConsumerStep(loads=(mine.load("announcement", announces=True),)))
+        worker.compute("spectral", 0.5, [TOKENS])
+        assert not mine.worker.take_ended().ended
+        mine.worker.begin_step(ConsumerStep(loads=(mine.load("request"),)))
+        mine.wait_for("announcement", "request")
+        mine.worker.stop()
+        counts = mine.tally.take()
+        assert counts["kv_prefetches_total"] == {"used": 1}
+        assert counts["kv_tokens_loaded_total"] == {"spectral": TOKENS}
+        assert worker.outbox.used_bytes == 0
+
+
+def test_an_announcement_that_ends_gives_the_transfer_up() -> None:
+    with producing(1) as (worker,):
+        mine = Consuming(worker)
+        mine.worker.begin_step(ConsumerStep(loads=(mine.load("announcement", announces=True),)))
+        worker.compute("native", 1.0, [TOKENS])
+        mine.worker.begin_step(ConsumerStep(cancels=("announcement",)))
+        mine.wait_for("announcement")
+        assert mine.tally.take()["kv_prefetches_total"] == {"cancelled": 1}
+        released = threading.Event()
+        for _ in range(int(PATIENCE / 0.02)):
+            if not worker.outbox.used_bytes:
+                break
+            released.wait(0.02)
+        assert worker.outbox.used_bytes == 0
+        mine.worker.stop()
+
+
+def test_a_request_whose_kv_is_here_already_drops_what_was_received() -> None:
+    with producing(1) as (worker,):
+        mine = Consuming(worker)
+        mine.worker.begin_step(ConsumerStep(loads=(mine.load("announcement", announces=True),)))
+        worker.compute("native", 1.0, [TOKENS])
+        mine.worker.begin_step(ConsumerStep(releases=(GivenUp("request", "t", mine.address),)))
+        mine.wait_for("announcement")
+        mine.worker.stop()
+
+
+@pytest.mark.parametrize(("prefetches", "outcome"), [(0, "off"), (4, "late")])
+def test_an_announcement_that_is_not_wanted_ends_at_once(prefetches: int, outcome: str) -> None:
+    with producing(1) as (worker,):
+        mine = Consuming(worker, prefetches=prefetches)
+        if outcome == "late":
+            mine.worker.begin_step(ConsumerStep(loads=(mine.load("request"),)))
+        mine.worker.begin_step(ConsumerStep(loads=(mine.load("announcement", announces=True),)))
+        mine.wait_for("announcement")
+        assert mine.tally.take()["kv_prefetches_total"] == {outcome: 1}
+        worker.compute("native", 1.0, [TOKENS])
+        if outcome == "off":
+            mine.worker.begin_step(ConsumerStep(loads=(mine.load("request"),)))
+        mine.wait_for("request")
+        mine.worker.stop()
+    assert torch.equal(read(mine.layers), states())

@@ -210,6 +210,16 @@ def add_connection_flags(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="the server to talk to, or numeric addresses of several, separated by commas (default: %(default)s)",
     )
+    add_security_flags(group, "the one in --server")
+
+
+def add_security_flags(group: "argparse._ArgumentGroup", own_name: str) -> None:
+    """Add the flags that secure a connection.
+
+    Args:
+        group: of the flags.
+        own_name: whose name a server's certificate must carry where no flag says.
+    """
     group.add_argument(
         "--tls-ca",
         metavar="FILE",
@@ -222,7 +232,7 @@ def add_connection_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tls-name",
         metavar="NAME",
-        help="the name that the server's certificate must carry (default: the one in --server)",
+        help=f"the name that the server's certificate must carry (default: {own_name})",
     )
     group.add_argument(
         "--token-file",

@@ -23,7 +23,7 @@ from spectrumkv.vllm_plugin.decode.bases import StreamBases
 from spectrumkv.vllm_plugin.decode.page_slots import PageSlots
 from spectrumkv.vllm_plugin.decode.prefetch import Prefetch
 from spectrumkv.vllm_plugin.layers import EngineLayer, slots_of
-from spectrumkv.vllm_plugin.scheduler.steps import Load
+from spectrumkv.vllm_plugin.scheduler.steps import Load, TransferRef
 from spectrumkv.vllm_plugin.stats import Tally
 
 
@@ -131,7 +131,7 @@ class Fetch:
             if self._cancelled:
                 raise CancelledError("the request ended while its KV was being fetched")
             # Where other ranks of this consumer take the prefetch, the producer knows the request by the same id.
-            known = self.load if self._prefetch is None else self._prefetch.load
+            known = self.load if self._prefetch is None else self._prefetch.transfer
             request = fetch_request(self._consumer, known)
             if is_here and self._prefetch is not None:
                 self._call = self._prefetch.stream(rank)
@@ -192,16 +192,16 @@ class Fetch:
         return codec.decoder(geometry, basis)
 
 
-def fetch_request(consumer: ConsumerRank, load: Load) -> transfer_pb2.FetchRequest:
+def fetch_request(consumer: ConsumerRank, transfer: TransferRef) -> transfer_pb2.FetchRequest:
     """Return how a consuming worker asks a rank of the producer.
 
     Args:
         consumer: the worker.
-        load: what it asks for.
+        transfer: what it asks for.
     """
     return transfer_pb2.FetchRequest(
-        transfer_id=load.transfer_id,
-        request_id=load.request_id,
+        transfer_id=transfer.transfer_id,
+        request_id=transfer.request_id,
         model=consumer.spec.to_proto(),
         codecs=[kv_pb2.CodecId(name=name, version=codecs.get(name).version) for name in codecs],
         rank=consumer.rank,

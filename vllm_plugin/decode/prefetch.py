@@ -18,7 +18,7 @@ from spectrumkv.common.errors import CancelledError, DeadlineExceededError
 from spectrumkv.common.kv.wire import KvChunk
 from spectrumkv.common.rpc.status import error_from_rpc
 from spectrumkv.common.rpc.transfer_methods import ArrivedMessage
-from spectrumkv.vllm_plugin.scheduler.steps import Load
+from spectrumkv.vllm_plugin.scheduler.steps import TransferRef
 
 
 @dataclass
@@ -52,14 +52,14 @@ class Prefetch:
     patience without a fetch end it. An ended one holds no memory.
 
     Args:
-        load: the announcement.
+        transfer: as its announcement names it.
         ranks: of the producer whose streams are needed, in the order in which they are read.
         memory: of all prefetches.
         patience: seconds to wait for the first message, and afterwards for the fetch.
     """
 
-    def __init__(self, load: Load, ranks: Sequence[int], memory: PrefetchMemory, patience: float) -> None:
-        self.load = load
+    def __init__(self, transfer: TransferRef, ranks: Sequence[int], memory: PrefetchMemory, patience: float) -> None:
+        self.transfer = transfer
         self._streams = {rank: _Stream() for rank in ranks}
         self._memory, self._patience = memory, patience
         self._call: Any = None
@@ -256,11 +256,15 @@ class Prefetches:
         self.memory = PrefetchMemory(most_bytes)
         self._lock = threading.Lock()
         self._open: dict[str, Prefetch] = {}
+        self._running: set[Prefetch] = set()
 
     def add(self, prefetch: Prefetch) -> None:
         """Take in an announcement, in place of an earlier one of the same transfer."""
+        transfer_id = prefetch.transfer.transfer_id
         with self._lock:
-            before, self._open[prefetch.load.transfer_id] = self._open.get(prefetch.load.transfer_id), prefetch
+            self._running.add(prefetch)
+            before = self._open.get(transfer_id)
+            self._open[transfer_id] = prefetch
         if before is not None:
             before.cancel_unless_taken()
 
@@ -279,8 +283,16 @@ class Prefetches:
     def forget(self, prefetch: Prefetch) -> None:
         """Take in that a prefetch has ended."""
         with self._lock:
-            if self._open.get(prefetch.load.transfer_id) is prefetch:
-                del self._open[prefetch.load.transfer_id]
+            self._running.discard(prefetch)
+            if self._open.get(prefetch.transfer.transfer_id) is prefetch:
+                del self._open[prefetch.transfer.transfer_id]
+
+    def stop(self) -> None:
+        """Cancel all that run."""
+        with self._lock:
+            running = list(self._running)
+        for one in running:
+            one.cancel()
 
 
 def _size(message: ArrivedMessage) -> int:

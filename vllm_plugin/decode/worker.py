@@ -1,6 +1,6 @@
 """The consuming half of a worker: fetches on a bounded number of threads, and tells vLLM once how each one ended.
 
-A load is a fetch, or a prefetch where its request only announces a transfer.
+Beside the loads it receives transfers that were announced; vLLM does not wait for these.
 """
 
 import logging
@@ -20,7 +20,7 @@ from spectrumkv.vllm_plugin.decode.bases import StreamBases
 from spectrumkv.vllm_plugin.decode.fetcher import ConsumerRank, Fetch, fetch_request, streams_needed
 from spectrumkv.vllm_plugin.decode.prefetch import Prefetch, Prefetches
 from spectrumkv.vllm_plugin.options import ConnectorOptions
-from spectrumkv.vllm_plugin.scheduler.steps import ConsumerStep, GivenUp, Load
+from spectrumkv.vllm_plugin.scheduler.steps import ConsumerStep, Load, TransferRef
 from spectrumkv.vllm_plugin.stats import Tally
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,6 @@ class ConsumerWorker:
         self._prefetch_pool = ThreadPoolExecutor(max(1, options.prefetches), thread_name_prefix="kv-prefetch")
         self._lock = threading.Lock()
         self._fetches: dict[str, Fetch] = {}
-        self._announced: dict[str, Prefetch] = {}
         self._channels: dict[str, grpc.Channel] = {}
         self._ended = EndedLoads()
 
@@ -73,20 +72,21 @@ class ConsumerWorker:
         """
         for request_id in step.cancels:
             with self._lock:
-                fetch, announced = self._fetches.get(request_id), self._announced.get(request_id)
+                fetch = self._fetches.get(request_id)
             if fetch is not None:
                 fetch.cancel()
-            if announced is not None and announced.cancel_unless_taken():
-                self._release_once(GivenUp.of(announced.load))
+        for transfer_id in step.drops:
+            unused = self._prefetches.remove(transfer_id)
+            if unused is not None and unused.cancel_unless_taken():
+                self._release_once(unused.transfer)
         for given_up in step.releases:
             if (unused := self._prefetches.remove(given_up.transfer_id)) is not None:
                 unused.cancel()
             self._release_once(given_up)
+        for announced in step.prefetches:
+            self._begin_prefetch(announced)
         for load in step.loads:
-            if load.announces:
-                self._begin_prefetch(load)
-            else:
-                self._begin_fetch(load)
+            self._begin_fetch(load)
 
     def take_ended(self) -> EndedLoads:
         """Return the loads that ended since the last call."""
@@ -97,11 +97,12 @@ class ConsumerWorker:
     def stop(self) -> None:
         """Cancel all loads and wait for them."""
         with self._lock:
-            loads: list[Fetch | Prefetch] = [*self._fetches.values(), *self._announced.values()]
-        for load in loads:
-            load.cancel()
-        self._pool.shutdown(wait=True)
-        self._prefetch_pool.shutdown(wait=True)
+            fetches = list(self._fetches.values())
+        for fetch in fetches:
+            fetch.cancel()
+        self._prefetches.stop()
+        for pool in (self._pool, self._prefetch_pool):
+            pool.shutdown(wait=True)
         for channel in self._channels.values():
             channel.close()
 
@@ -112,40 +113,33 @@ class ConsumerWorker:
             self._fetches[load.request_id] = fetch
         self._pool.submit(self._run, fetch)
 
-    def _begin_prefetch(self, load: Load) -> None:
-        consumer = self._consumer
-        ranks = streams_needed(consumer.heads, len(load.addresses), consumer.geometry.kv_heads)
-        prefetch = Prefetch(load, ranks, self._prefetches.memory, self._options.fetch_timeout)
+    def _begin_prefetch(self, announced: TransferRef) -> None:
         with self._lock:
-            self._announced[load.request_id] = prefetch
-            is_late = any(one.load.transfer_id == load.transfer_id for one in self._fetches.values())
-        if self._options.prefetches and not is_late:
-            self._prefetches.add(prefetch)
-            self._prefetch_pool.submit(self._run_prefetch, prefetch)
-        else:
-            self._end_prefetch(prefetch, "late" if is_late else "off")
+            is_late = any(one.load.transfer_id == announced.transfer_id for one in self._fetches.values())
+        if is_late or not self._options.prefetches:
+            self._tally.add("kv_prefetches_total", "late" if is_late else "off")
+            return
+        consumer = self._consumer
+        ranks = streams_needed(consumer.heads, len(announced.addresses), consumer.geometry.kv_heads)
+        prefetch = Prefetch(announced, ranks, self._prefetches.memory, self._options.fetch_timeout)
+        self._prefetches.add(prefetch)
+        self._prefetch_pool.submit(self._run_prefetch, prefetch)
 
     def _run_prefetch(self, prefetch: Prefetch) -> None:
-        """Receive a transfer, and end its announcement: whether the KV came is for the fetch to find out."""
-        load, outcome = prefetch.load, "used"
-        request = fetch_request(self._consumer, load)
+        """Receive a transfer; where it does not come, its request's fetch will say so."""
+        transfer, outcome = prefetch.transfer, "used"
+        request = fetch_request(self._consumer, transfer)
         try:
-            prefetch.run(lambda rank, timeout: begin_fetch(self._channel(load.addresses[rank]), request, timeout))
+            prefetch.run(lambda rank, timeout: begin_fetch(self._channel(transfer.addresses[rank]), request, timeout))
         except SpectrumKVError as error:
             outcome = error.code.lower()
             if not isinstance(error, CancelledError):
-                logger.warning("transfer %s was announced: %s", load.transfer_id, error.message)
-        except Exception:  # vLLM must hear of the announcement's end, however it came
+                logger.warning("transfer %s was announced: %s", transfer.transfer_id, error.message)
+        except Exception:
             outcome = InternalError.code.lower()
-            logger.exception("transfer %s was announced", load.transfer_id)
+            logger.exception("transfer %s was announced", transfer.transfer_id)
         self._prefetches.forget(prefetch)
-        self._end_prefetch(prefetch, outcome)
-
-    def _end_prefetch(self, prefetch: Prefetch, outcome: str) -> None:
         self._tally.add("kv_prefetches_total", outcome)
-        with self._lock:
-            del self._announced[prefetch.load.request_id]
-            self._ended.ended.add(prefetch.load.request_id)
 
     def _run(self, fetch: Fetch) -> None:
         load, failure = fetch.load, None
@@ -160,19 +154,19 @@ class ConsumerWorker:
             self._tally.add("kv_loads_failed_total", failure.code.lower())
             if not isinstance(failure, CancelledError):
                 logger.warning("request %s, transfer %s: %s", load.request_id, load.transfer_id, failure.message)
-            self._release(GivenUp.of(load))
+            self._release(load)
         with self._lock:
             del self._fetches[load.request_id]
             self._ended.ended.add(load.request_id)
             if failure is not None:
                 self._ended.failed.add(load.request_id)
 
-    def _release_once(self, given_up: GivenUp) -> None:
+    def _release_once(self, given_up: TransferRef) -> None:
         """Tell the producer what the scheduler's side decided, which every rank hears."""
         if self._consumer.rank == 0:
             self._release(given_up)
 
-    def _release(self, given_up: GivenUp) -> None:
+    def _release(self, given_up: TransferRef) -> None:
         """Tell the producer; where that fails, its time to live does it."""
         request = transfer_pb2.ReleaseRequest(transfer_id=given_up.transfer_id, request_id=given_up.request_id)
         for address in given_up.addresses:

@@ -3,8 +3,8 @@
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import TypeVar
 
@@ -15,12 +15,13 @@ from prometheus_client import generate_latest
 from spectrumkv.common.errors import InvalidArgumentError, SpectrumKVError
 from spectrumkv.common.service.options import Address
 from spectrumkv.common.service.spare_file import SparedListener
-from spectrumkv.vllm_plugin.proxy.announcements import Announcements
+from spectrumkv.vllm_plugin.proxy.announcements import Announcement, Announcements
 from spectrumkv.vllm_plugin.proxy.answers import END, Continuation, first_chunks, without_internals
 from spectrumkv.vllm_plugin.proxy.backends import Backend, BackendError, BackendGroup
 from spectrumkv.vllm_plugin.proxy.bodies import Body, ClientRequest, PrefillAnswer
 from spectrumkv.vllm_plugin.proxy.calls import Calls
 from spectrumkv.vllm_plugin.proxy.client_stream import ClientLeftError, begin_events, send, write
+from spectrumkv.vllm_plugin.proxy.decode_front import DecodeFront
 from spectrumkv.vllm_plugin.proxy.metrics import ProxyMetrics
 
 # A prompt of a million tokens as text fits.
@@ -38,13 +39,20 @@ class Proxy:
         prefill: URLs of the producers.
         decode: URLs of the consumers.
         api_key: sent to them; None sends the client's own.
+        fronts: of decode services, which run as long as the proxy; `decode` has their URLs.
     """
 
-    def __init__(self, prefill: tuple[str, ...], decode: tuple[str, ...], api_key: str | None = None) -> None:
+    def __init__(
+        self,
+        prefill: tuple[str, ...],
+        decode: tuple[str, ...],
+        api_key: str | None = None,
+        fronts: Sequence[DecodeFront] = (),
+    ) -> None:
         self._prefill, self._decode = BackendGroup("prefill", prefill), BackendGroup("decode", decode)
-        self._api_key = api_key
+        self._api_key, self._fronts = api_key, fronts
         self._metrics = ProxyMetrics()
-        self._announcements = Announcements()
+        self._announcements = Announcements(self._decode, self._metrics)
 
     def app(self) -> web.Application:
         """Return the application for aiohttp."""
@@ -58,6 +66,7 @@ class Proxy:
                 web.get("/metrics", self._show_metrics),
             ]
         )
+        app.cleanup_ctx.extend(one.running for one in self._fronts)
         app.cleanup_ctx.append(self._run)
         return app
 
@@ -83,9 +92,9 @@ class Proxy:
         try:
             request = ClientRequest(await http.json(), http.path.startswith("/v1/chat"))
             async with AsyncExitStack() as prefetching:
-                first, decode = await self._prefilled(http, request, prefetching)
+                first, announcement = await self._prefilled(http, request, prefetching)
                 self._metrics.time_to_first_token.observe(asyncio.get_running_loop().time() - started)
-                answer, outcome = await self._answer(http, request, first, decode)
+                answer, outcome = await self._answer(http, request, first, announcement)
             return answer
         except ClientLeftError as left:
             return left.stream
@@ -103,7 +112,7 @@ class Proxy:
 
     async def _prefilled(
         self, http: web.Request, request: ClientRequest, prefetching: AsyncExitStack
-    ) -> tuple[PrefillAnswer, Backend | None]:
+    ) -> tuple[PrefillAnswer, Announcement | None]:
         """Have a prefill server compute the prompt, and another one if it fails; decode receives the KV meanwhile.
 
         Args:
@@ -112,7 +121,7 @@ class Proxy:
             prefetching: ends once the KV was used, or will not be.
 
         Returns:
-            What prefill answered, and the decode server that receives the KV; None where none does yet.
+            What prefill answered, and which decode server receives the KV; None where none does yet.
 
         Raises:
             BackendError: all failed, or one refused the request.
@@ -124,52 +133,22 @@ class Proxy:
                 try:
                     async with AsyncExitStack() as attempt:
                         transfer_id = f"spectrumkv-{uuid.uuid4()}"
-                        decode = await attempt.enter_async_context(
-                            self._announced(http, request, backend, transfer_id)
-                        )
+                        announced = self._announcements.announced(self._calls, http, request, backend, transfer_id)
+                        announcement = await attempt.enter_async_context(announced)
                         body = request.for_prefill(transfer_id)
                         answer = await self._calls.post(http, f"{backend.url}{request.path}", body)
                         first = PrefillAnswer.of(answer, await self._calls.most_tokens(http, backend.url))
                         self._announcements.learn(backend.url, first.transfer)
                         await prefetching.enter_async_context(attempt.pop_all())
-                        return first, decode
+                        return first, announcement
                 except (BackendError, aiohttp.ClientError, KeyError, IndexError) as error:
                     failure = BackendError.of(error)
             if not failure.may_be_tried_elsewhere or len(tried) >= self._prefill.healthy:
                 raise failure
             self._metrics.retries.labels("prefill").inc()
 
-    @asynccontextmanager
-    async def _announced(
-        self, http: web.Request, request: ClientRequest, prefill: Backend, transfer_id: str
-    ) -> AsyncIterator[Backend | None]:
-        """Have a decode server receive a transfer; what it has not used at the end of the block, it drops.
-
-        Yields:
-            The server; None where nothing can be announced.
-        """
-        body = self._announcements.body(prefill.url, request, transfer_id)
-        if body is None:
-            yield None
-            return
-        with self._decode.chosen() as decode:
-            announcing = asyncio.create_task(self._announce(http, decode, body))
-            try:
-                yield decode
-            finally:
-                announcing.cancel()
-                with suppress(asyncio.CancelledError):
-                    await announcing
-
-    async def _announce(self, http: web.Request, decode: Backend, body: Body) -> None:
-        try:
-            await self._calls.post(http, f"{decode.url}/v1/completions", body)
-        except (BackendError, aiohttp.ClientError):
-            # The request that follows fetches the KV for itself.
-            self._metrics.announcements_failed.inc()
-
     async def _answer(
-        self, http: web.Request, request: ClientRequest, first: PrefillAnswer, decode: Backend | None
+        self, http: web.Request, request: ClientRequest, first: PrefillAnswer, announcement: Announcement | None
     ) -> tuple[web.StreamResponse, str]:
         """Answer with prefill's token and decode's.
 
@@ -180,12 +159,12 @@ class Proxy:
             return await self._only_first(http, request, first), OK
         asked = Continuation.of(request, first)
         if request.streams:
-            return await self._stream(http, asked, decode)
-        rest = without_internals(await self._decoded(asked, decode, partial(self._calls.post, http)))
+            return await self._stream(http, asked, announcement)
+        rest = without_internals(await self._decoded(asked, announcement, partial(self._calls.post, http)))
         return web.json_response(asked.joined(rest)), OK
 
     async def _stream(
-        self, http: web.Request, asked: Continuation, decode: Backend | None
+        self, http: web.Request, asked: Continuation, announcement: Announcement | None
     ) -> tuple[web.StreamResponse, str]:
         """Stream the first token and what decode generates; a failure is the last event, since the status is sent.
 
@@ -196,7 +175,7 @@ class Proxy:
         try:
             for chunk in asked.opening:
                 await send(stream, chunk)
-            await self._decoded(asked, decode, partial(self._calls.relay, http, stream, asked))
+            await self._decoded(asked, announcement, partial(self._calls.relay, http, stream, asked))
         except BackendError as error:
             outcome = error.outcome
             await send(stream, error.event)
@@ -206,13 +185,13 @@ class Proxy:
         return stream, outcome
 
     async def _decoded(
-        self, asked: Continuation, decode: Backend | None, ask: Callable[[str, Body], Awaitable[Answer]]
+        self, asked: Continuation, announcement: Announcement | None, ask: Callable[[str, Body], Awaitable[Answer]]
     ) -> Answer:
         """Have a decode server go on; where that fails, have one compute the prompt, as if its KV did not come.
 
         Args:
             asked: of decode.
-            decode: has the KV already; None where no server does.
+            announcement: of the KV; None where it was not announced.
             ask: sends a body to a URL.
 
         Returns:
@@ -221,8 +200,9 @@ class Proxy:
         Raises:
             BackendError: decode refused the request, failed twice, or failed when the client had some of its tokens.
         """
+        server = None if announcement is None else announcement.taken_by_request()
         try:
-            return await self._decoded_once(asked.path, asked.body, ask, decode)
+            return await self._decoded_once(asked.path, asked.body, ask, server)
         except BackendError as error:
             if not error.may_be_tried_elsewhere:
                 raise

@@ -18,13 +18,17 @@ ASK_SECONDS, ANSWER_SECONDS = 2.0, 2.0
 MOST_UNANSWERED = 3
 
 
+# A server's header that says: no other server, and no request without KV, will do better.
+FINAL = "X-SpectrumKV-Final"
+
+
 class BackendError(Exception):
     """A server refused a request or failed at it: the client gets its status and its words.
 
     Args:
         status: of HTTP.
         words: the body of the answer, JSON.
-        is_final: whether the client has some of the server's tokens, so that no other server may begin anew.
+        is_final: whether no other server may begin anew: the client has some of the tokens, or the server says so.
     """
 
     def __init__(self, status: int, words: bytes, is_final: bool = False) -> None:

@@ -4,6 +4,7 @@ The messages of a transfer are those of a Decode stream but for their first and 
 as they are: nothing is decoded here.
 """
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -43,50 +44,72 @@ class HandedOut:
     sampling: SamplingParams
 
 
-def decoded_by_service(
-    handed_out: HandedOut, producer: grpc.Channel, decode: grpc.Channel, timeout: float
-) -> Iterator[generation_pb2.Token]:
-    """Generate on a decode service from KV that a vLLM server hands out.
+class BridgedDecode:
+    """Generates on a decode service from KV that a vLLM server hands out; `cancel` ends it from another thread.
 
     Args:
         handed_out: the prompt.
         producer: channel to the vLLM server's connector, which holds all KV heads.
         decode: channel to the decode service.
         timeout: seconds that all of it may take.
-
-    Yields:
-        The tokens after the first one.
-
-    Raises:
-        SpectrumKVError: one side refuses, or some of the KV or of the tokens did not come as it was sent.
     """
-    fetch = call = None
-    try:
-        info = decode_info_method(decode)(decode_pb2.DecodeServiceGetServerInfoRequest(), timeout=timeout)
-        fetch = begin_fetch(producer, _fetch_request(handed_out, info), timeout)
-        header = expect_header(fetch)
-        _check_heads(header, info.model)
-        if header.codec.basis_digest:
-            _give_basis(header.codec, info.model, producer, decode, timeout)
-        begin = decode_pb2.Begin(
-            request_id=handed_out.request_id,
-            model=info.model,
-            codec=header.codec,
-            prompt_token_ids=handed_out.prompt_token_ids,
-            sampling=handed_out.sampling.with_seed().to_proto(),
-        )
-        call = open_decode_stream(decode)(_stream(begin, fetch, handed_out.first_token_id), timeout=timeout)
-        expect_admitted(call)
-        for response in tokens_and_finished(call, info.model.vocab_size):
-            if response.WhichOneof("message") == "token":
-                yield response.token
-    except grpc.RpcError as error:
-        failure = error_from_rpc(error)
-        raise failure from None
-    finally:
-        for one in (call, fetch):
-            if one is not None:
-                one.cancel()
+
+    def __init__(self, handed_out: HandedOut, producer: grpc.Channel, decode: grpc.Channel, timeout: float) -> None:
+        self._handed_out, self._timeout = handed_out, timeout
+        self._producer, self._decode = producer, decode
+        self._lock = threading.Lock()
+        self._calls: list[Any] = []
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """End both calls; `tokens` raises CancelledError if it has not ended."""
+        with self._lock:
+            self._cancelled = True
+            for call in self._calls:
+                call.cancel()
+
+    def tokens(self) -> Iterator[generation_pb2.Token]:
+        """Generate.
+
+        Yields:
+            The tokens after the first one.
+
+        Raises:
+            SpectrumKVError: one side refuses, or some of the KV or of the tokens did not come as it was sent.
+        """
+        handed_out, producer, decode, timeout = self._handed_out, self._producer, self._decode, self._timeout
+        try:
+            info = decode_info_method(decode)(decode_pb2.DecodeServiceGetServerInfoRequest(), timeout=timeout)
+            fetch = self._begun(begin_fetch(producer, _fetch_request(handed_out, info), timeout))
+            header = expect_header(fetch)
+            _check_heads(header, info.model)
+            if header.codec.basis_digest:
+                _give_basis(header.codec, info.model, producer, decode, timeout)
+            begin = decode_pb2.Begin(
+                request_id=handed_out.request_id,
+                model=info.model,
+                codec=header.codec,
+                prompt_token_ids=handed_out.prompt_token_ids,
+                sampling=handed_out.sampling.with_seed().to_proto(),
+            )
+            stream = _stream(begin, fetch, handed_out.first_token_id)
+            call = self._begun(open_decode_stream(decode)(stream, timeout=timeout))
+            expect_admitted(call)
+            for response in tokens_and_finished(call, info.model.vocab_size):
+                if response.WhichOneof("message") == "token":
+                    yield response.token
+        except grpc.RpcError as error:
+            failure = error_from_rpc(error)
+            raise failure from None
+        finally:
+            self.cancel()
+
+    def _begun(self, call: Any) -> Any:
+        with self._lock:
+            self._calls.append(call)
+            if self._cancelled:
+                call.cancel()
+        return call
 
 
 def _fetch_request(

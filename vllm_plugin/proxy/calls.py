@@ -4,7 +4,7 @@ import aiohttp
 from aiohttp import web
 
 from spectrumkv.vllm_plugin.proxy.answers import Continuation, EventError
-from spectrumkv.vllm_plugin.proxy.backends import BackendError
+from spectrumkv.vllm_plugin.proxy.backends import FINAL, BackendError
 from spectrumkv.vllm_plugin.proxy.bodies import Body
 from spectrumkv.vllm_plugin.proxy.client_stream import write
 
@@ -39,7 +39,7 @@ class Calls:
         body = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
         async with self.session.post(url, json=body, headers=self.headers(http)) as answer:
             if answer.status != 200:
-                raise BackendError(answer.status, await answer.read())
+                raise BackendError(answer.status, await answer.read(), FINAL in answer.headers)
             found: Body = await answer.json()
             return found
 
@@ -62,7 +62,7 @@ class Calls:
         try:
             async with self.session.post(url, json=body, headers=self.headers(http)) as answer:
                 if answer.status != 200:
-                    raise BackendError(answer.status, await answer.read())
+                    raise BackendError(answer.status, await answer.read(), FINAL in answer.headers)
                 async for line in answer.content:
                     await write(stream, asked.line(line))
                     relayed = True

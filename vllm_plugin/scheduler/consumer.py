@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from spectrumkv.common.errors import InvalidArgumentError
 from spectrumkv.vllm_plugin.scheduler.params import PrefillElsewhere, prompt_digest
 from spectrumkv.vllm_plugin.scheduler.requests import EngineRequest
-from spectrumkv.vllm_plugin.scheduler.steps import ConsumerStep, GivenUp, Load, Rejects
+from spectrumkv.vllm_plugin.scheduler.steps import ConsumerStep, Load, Rejects, TransferRef
 
 
 class ConsumerSchedule:
@@ -22,7 +22,10 @@ class ConsumerSchedule:
         self._loading: dict[str, PrefillElsewhere] = {}
         self._loads: list[Load] = []
         self._cancels: list[str] = []
-        self._releases: list[GivenUp] = []
+        self._releases: list[TransferRef] = []
+        self._prefetches: list[TransferRef] = []
+        self._drops: list[str] = []
+        self._told = (self._loads, self._cancels, self._releases, self._prefetches, self._drops)
         self.rejects = Rejects()
 
     def arrived(self, request: EngineRequest) -> str:
@@ -40,6 +43,10 @@ class ConsumerSchedule:
             self.rejects.add("params")
             return ""
         if found is None:
+            return ""
+        if found.prefetch:
+            # It computes its own short prompt, and nothing of it waits for the KV.
+            self._announced(request.request_id, found)
             return ""
         if not self._fits(request, found):
             self._give_up(request.request_id, found)
@@ -86,7 +93,6 @@ class ConsumerSchedule:
                 tokens=tokens,
                 skip=tokens - external_tokens,
                 block_ids=tuple(block_ids),
-                announces=found.announces,
             )
         )
 
@@ -110,14 +116,16 @@ class ConsumerSchedule:
 
     def step(self) -> ConsumerStep:
         """Return what workers do in the next step."""
-        made = ConsumerStep(tuple(self._loads), tuple(self._cancels), tuple(self._releases))
-        self._loads, self._cancels, self._releases = [], [], []
+        loads, cancels, releases, prefetches, drops = self._told
+        made = ConsumerStep(tuple(loads), tuple(cancels), tuple(releases), tuple(prefetches), tuple(drops))
+        for told in self._told:
+            told.clear()
         return made
 
     @property
     def idle(self) -> bool:
         """Tell whether nothing is waiting, loading or to be told to workers."""
-        return not (self._waiting or self._loading or self._loads or self._cancels or self._releases)
+        return not (self._waiting or self._loading or any(self._told))
 
     def _fits(self, request: EngineRequest, found: PrefillElsewhere) -> bool:
         """Return whether the KV is that of the prompt's first tokens; a proxy may append the first generated one."""
@@ -129,5 +137,11 @@ class ConsumerSchedule:
     def _tokens(self, request: EngineRequest, found: PrefillElsewhere) -> int:
         return request.num_prompt_tokens if found.tokens is None else found.tokens
 
+    def _announced(self, request_id: str, found: PrefillElsewhere) -> None:
+        if found.prefetch == "drop":
+            self._drops.append(found.transfer_id)
+        else:
+            self._prefetches.append(TransferRef(request_id, found.transfer_id, found.addresses))
+
     def _give_up(self, request_id: str, found: PrefillElsewhere) -> None:
-        self._releases.append(GivenUp(request_id, found.transfer_id, found.addresses))
+        self._releases.append(TransferRef(request_id, found.transfer_id, found.addresses))

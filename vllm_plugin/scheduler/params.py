@@ -12,6 +12,8 @@ from typing import Any
 
 from spectrumkv.common.errors import InvalidArgumentError
 
+# What a request may say of a transfer that it does not decode over.
+PREFETCH = ("", "begin", "drop")
 # The part of a digest that tells prompts apart.
 _DIGEST_DIGITS = 32
 
@@ -82,8 +84,8 @@ class PrefillElsewhere:
         policy: that coded them.
         budget: that they were coded at.
         digest: of these tokens' ids, see `prompt_digest`; None where the proxy calls before the producer answers.
-        announces: whether the request stands for another one that will come: one of two tokens, the first of which
-            waits for the transfer. It ends once the other one took the KV over, and ending it drops the KV.
+        prefetch: "begin" where the request only announces the transfer, whose KV another request will take; "drop"
+            where it takes that back; nothing where it decodes.
     """
 
     transfer_id: str
@@ -94,7 +96,7 @@ class PrefillElsewhere:
     policy: str
     budget: float
     digest: str | None
-    announces: bool = False
+    prefetch: str = ""
 
     @classmethod
     def of(cls, params: Mapping[str, Any] | None) -> "PrefillElsewhere | None":
@@ -116,18 +118,21 @@ class PrefillElsewhere:
             raise InvalidArgumentError(f"budget of kv_transfer_params is {budget!r}; allowed: a number")
         if digest is not None and not isinstance(digest, str):
             raise InvalidArgumentError(f"prompt_digest of kv_transfer_params is {digest!r}; allowed: text")
-        announces = bool(params.get("prefetch"))
-        tokens = 1 if announces else params.get("remote_num_tokens")
+        prefetch = _text(params, "prefetch", "")
+        if prefetch not in PREFETCH:
+            allowed = " or ".join(PREFETCH[1:])
+            raise InvalidArgumentError(f"prefetch of kv_transfer_params is {prefetch!r}; allowed: {allowed}")
+        tokens = params.get("remote_num_tokens")
         return cls(
             transfer_id=_text(params, "transfer_id"),
             host=_text(params, "remote_host"),
             port=_count(params, "remote_port", 65535),
             ranks=_count(params, "remote_ranks", 1024, 1),
-            tokens=tokens if tokens is None or announces else _count(params, "remote_num_tokens", 1 << 31),
+            tokens=None if tokens is None else _count(params, "remote_num_tokens", 1 << 31),
             policy=_text(params, "policy", ""),
             budget=float(budget),
-            digest=None if announces else digest,
-            announces=announces,
+            digest=digest,
+            prefetch=prefetch,
         )
 
     def to_params(self) -> dict[str, Any]:
@@ -158,9 +163,6 @@ class PrefillElsewhere:
     @property
     def salt(self) -> str:
         """Return what keeps this KV apart from exact KV in a prefix cache; nothing where it is exact."""
-        if self.announces:
-            # Nothing is written into its pages.
-            return f"spectrumkv prefetch {self.transfer_id}"
         return "" if self.is_exact else f"spectrumkv {self.policy} {self.budget:g}"
 
 

@@ -49,46 +49,33 @@ class ProducerStep:
 
 
 @dataclass(frozen=True)
-class Load:
-    """KV that a consuming worker fetches.
+class TransferRef:
+    """A transfer, as a request names it.
 
     Attributes:
         request_id: as vLLM knows it.
         transfer_id: names the transfer.
         addresses: "host:port" of each rank of the producer.
-        tokens: whose KV is fetched, from the first on.
-        skip: tokens at the beginning that are here already.
-        block_ids: pages of the request, from its first token on.
-        announces: whether the request only announces the transfer: its KV is received, and written for another one.
     """
 
     request_id: str
     transfer_id: str
     addresses: tuple[str, ...]
-    tokens: int
-    skip: int
-    block_ids: tuple[int, ...]
-    announces: bool = False
 
 
 @dataclass(frozen=True)
-class GivenUp:
-    """A transfer that a request will not fetch.
+class Load(TransferRef):
+    """KV that a consuming worker fetches.
 
     Attributes:
-        request_id: as vLLM knows it.
-        transfer_id: names the transfer.
-        addresses: "host:port" of each rank of the producer.
+        tokens: whose KV is fetched, from the first on.
+        skip: tokens at the beginning that are here already.
+        block_ids: pages of the request, from its first token on.
     """
 
-    request_id: str
-    transfer_id: str
-    addresses: tuple[str, ...]
-
-    @classmethod
-    def of(cls, load: Load) -> "GivenUp":
-        """Return a load as one that is given up."""
-        return cls(load.request_id, load.transfer_id, load.addresses)
+    tokens: int
+    skip: int
+    block_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -99,11 +86,15 @@ class ConsumerStep:
         loads: KV to fetch.
         cancels: requests whose fetch is not wanted any more.
         releases: transfers to give up.
+        prefetches: transfers to receive before their requests come.
+        drops: ids of those that will not be used.
     """
 
     loads: tuple[Load, ...] = ()
     cancels: tuple[str, ...] = ()
-    releases: tuple[GivenUp, ...] = ()
+    releases: tuple[TransferRef, ...] = ()
+    prefetches: tuple[TransferRef, ...] = ()
+    drops: tuple[str, ...] = ()
 
 
 @dataclass

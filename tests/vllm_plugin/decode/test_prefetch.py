@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from spectrumkv.vllm_plugin.decode.fetcher import fetch_request, streams_needed
 from spectrumkv.vllm_plugin.decode.prefetch import Prefetch, PrefetchMemory
 from spectrumkv.vllm_plugin.decode.worker import ConsumerWorker
 from spectrumkv.vllm_plugin.options import ConnectorOptions
-from spectrumkv.vllm_plugin.scheduler.steps import ConsumerStep, GivenUp, Load
+from spectrumkv.vllm_plugin.scheduler.steps import ConsumerStep, Load, TransferRef
 from spectrumkv.vllm_plugin.stats import Tally
 from tests.vllm_plugin.fake_engine import fake_layers
 from tests.vllm_plugin.transfers import (
@@ -34,8 +34,10 @@ from tests.vllm_plugin.transfers import (
     states,
 )
 
-ANNOUNCEMENT = Load("announcement", "t", (), 1, 0, (11,), announces=True)
+ANNOUNCEMENT = TransferRef("announcement", "t", ())
 ROOM = 1 << 20
+
+Answer = TypeVar("Answer")
 
 
 class Receiving:
@@ -177,33 +179,41 @@ class Consuming:
         self.address = (f"localhost:{worker.port}",)
         asked = ConnectorOptions.of({"fetch_timeout": PATIENCE} | options)
         self.worker = ConsumerWorker(consuming(0, 1, self.layers), asked, ChannelSecurity(), self.tally)
-        self.ended: set[str] = set()
 
-    def load(self, request_id: str, announces: bool = False) -> Load:
-        tokens, pages = (1, (11,)) if announces else (TOKENS, THEIR_BLOCKS)
-        return Load(request_id, "t", self.address, tokens, 0, pages, announces)
+    def announce(self) -> None:
+        self.worker.begin_step(ConsumerStep(prefetches=(TransferRef("announcement", "t", self.address),)))
 
-    def wait_for(self, *request_ids: str) -> None:
+    def request(self) -> None:
+        self.worker.begin_step(ConsumerStep(loads=(Load("request", "t", self.address, TOKENS, 0, THEIR_BLOCKS),)))
+
+    def wait_for_request(self) -> None:
         """Ask for the loads that ended as vLLM does, step by step."""
-        waiting = threading.Event()
-        for _ in range(int(PATIENCE / 0.02)):
-            told = self.worker.take_ended()
-            assert not told.failed
-            self.ended |= told.ended
-            if self.ended >= set(request_ids):
-                return
-            waiting.wait(0.02)
-        raise AssertionError(f"ended: {self.ended}")
+        ended = poll(self.worker.take_ended, lambda told: bool(told.ended))
+        assert (ended.ended, ended.failed) == ({"request"}, set())
+
+    def wait_for_outcome(self, outcome: str) -> None:
+        counts = poll(self.tally.take, lambda counts: "kv_prefetches_total" in counts)
+        assert counts["kv_prefetches_total"] == {outcome: 1}
+
+
+def poll(ask: Callable[[], Answer], until: Callable[[Answer], bool]) -> Answer:
+    """Ask until the answer is the one that no event announces."""
+    waiting = threading.Event()
+    for _ in range(int(PATIENCE / 0.02)):
+        answer = ask()
+        if until(answer):
+            return answer
+        waiting.wait(0.02)
+    raise AssertionError(f"the last answer was {answer}")
 
 
 def test_a_worker_receives_what_is_announced_and_the_request_finds_it() -> None:
     with producing(1) as (worker,):
         mine = Consuming(worker)
-        mine.worker.begin_step(ConsumerStep(loads=(mine.load("announcement", announces=True),)))
+        mine.announce()
         worker.compute("spectral", 0.5, [TOKENS])
-        assert not mine.worker.take_ended().ended
-        mine.worker.begin_step(ConsumerStep(loads=(mine.load("request"),)))
-        mine.wait_for("announcement", "request")
+        mine.request()
+        mine.wait_for_request()
         mine.worker.stop()
         counts = mine.tally.take()
         assert counts["kv_prefetches_total"] == {"used": 1}
@@ -211,45 +221,58 @@ def test_a_worker_receives_what_is_announced_and_the_request_finds_it() -> None:
         assert worker.outbox.used_bytes == 0
 
 
-def test_an_announcement_that_ends_gives_the_transfer_up() -> None:
+def test_what_is_dropped_gives_the_transfer_up() -> None:
     with producing(1) as (worker,):
         mine = Consuming(worker)
-        mine.worker.begin_step(ConsumerStep(loads=(mine.load("announcement", announces=True),)))
+        mine.announce()
         worker.compute("native", 1.0, [TOKENS])
-        mine.worker.begin_step(ConsumerStep(cancels=("announcement",)))
-        mine.wait_for("announcement")
-        assert mine.tally.take()["kv_prefetches_total"] == {"cancelled": 1}
-        released = threading.Event()
-        for _ in range(int(PATIENCE / 0.02)):
-            if not worker.outbox.used_bytes:
-                break
-            released.wait(0.02)
-        assert worker.outbox.used_bytes == 0
+        mine.worker.begin_step(ConsumerStep(drops=("t", "another")))
+        mine.wait_for_outcome("cancelled")
+        poll(lambda: worker.outbox.used_bytes, lambda used: used == 0)
         mine.worker.stop()
+
+
+def test_a_drop_that_comes_after_the_request_changes_nothing() -> None:
+    with producing(1) as (worker,):
+        mine = Consuming(worker)
+        mine.announce()
+        mine.request()
+        mine.worker.begin_step(ConsumerStep(drops=("t",)))
+        worker.compute("native", 1.0, [TOKENS])
+        mine.wait_for_request()
+        mine.worker.stop()
+    assert torch.equal(read(mine.layers), states())
 
 
 def test_a_request_whose_kv_is_here_already_drops_what_was_received() -> None:
     with producing(1) as (worker,):
         mine = Consuming(worker)
-        mine.worker.begin_step(ConsumerStep(loads=(mine.load("announcement", announces=True),)))
+        mine.announce()
         worker.compute("native", 1.0, [TOKENS])
-        mine.worker.begin_step(ConsumerStep(releases=(GivenUp("request", "t", mine.address),)))
-        mine.wait_for("announcement")
+        mine.worker.begin_step(ConsumerStep(releases=(TransferRef("request", "t", mine.address),)))
+        mine.wait_for_outcome("cancelled")
         mine.worker.stop()
 
 
 @pytest.mark.parametrize(("prefetches", "outcome"), [(0, "off"), (4, "late")])
-def test_an_announcement_that_is_not_wanted_ends_at_once(prefetches: int, outcome: str) -> None:
+def test_an_announcement_that_is_not_wanted_changes_nothing(prefetches: int, outcome: str) -> None:
     with producing(1) as (worker,):
         mine = Consuming(worker, prefetches=prefetches)
         if outcome == "late":
-            mine.worker.begin_step(ConsumerStep(loads=(mine.load("request"),)))
-        mine.worker.begin_step(ConsumerStep(loads=(mine.load("announcement", announces=True),)))
-        mine.wait_for("announcement")
-        assert mine.tally.take()["kv_prefetches_total"] == {outcome: 1}
+            mine.request()
+        mine.announce()
+        mine.wait_for_outcome(outcome)
         worker.compute("native", 1.0, [TOKENS])
         if outcome == "off":
-            mine.worker.begin_step(ConsumerStep(loads=(mine.load("request"),)))
-        mine.wait_for("request")
+            mine.request()
+        mine.wait_for_request()
         mine.worker.stop()
     assert torch.equal(read(mine.layers), states())
+
+
+def test_a_worker_that_stops_ends_what_it_receives() -> None:
+    with producing(1) as (worker,):
+        mine = Consuming(worker)
+        mine.announce()
+        mine.worker.stop()
+        mine.wait_for_outcome("cancelled")

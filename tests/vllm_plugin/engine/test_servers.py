@@ -87,15 +87,14 @@ def test_decodes_prefix_cache_keeps_lossy_kv_from_exact_requests(servers: Server
     assert not close(logprobs(coarse), logprobs(reference))
 
 
-ANNOUNCED = {"do_remote_prefill": True, "prefetch": True}
+def announce(servers: Servers, params: dict[str, Any], prefetch: str) -> None:
+    """Announce a transfer as the proxy does, or take that back."""
+    told = {name: params[name] for name in ("remote_host", "remote_port", "remote_ranks", "transfer_id")}
+    servers.decode.complete([1], 1, kv_transfer_params=told | {"do_remote_prefill": True, "prefetch": prefetch})
 
 
-def announce(servers: Servers, params: dict[str, Any], seconds: float = 60.0) -> dict[str, Any]:
-    """Announce a transfer as the proxy does; the answer comes once the KV was used."""
-    where = {name: params[name] for name in ("remote_host", "remote_port", "remote_ranks")}
-    body = {"model": "tiny", "prompt": [1, 1], "max_tokens": 1}
-    told = ANNOUNCED | where | {"transfer_id": params["transfer_id"]}
-    return servers.decode.post("/v1/completions", body | {"kv_transfer_params": told}, seconds)
+def prefetches(servers: Servers, outcome: str) -> float:
+    return servers.decode.metric("spectrumkv:kv_prefetches_total", outcome)
 
 
 @pytest.mark.parametrize(("policy", "budget"), [("native", 1.0), ("spectral", BUDGET)])
@@ -103,30 +102,32 @@ def test_kv_that_was_announced_before_prefill_is_used_by_its_request(
     servers: Servers, policy: str, budget: float
 ) -> None:
     _, address = prefilled(servers, prompt(), policy="native")
-    transfer_id, tokens = f"announced-{next(ids)}", prompt()
-    used = servers.decode.metric("spectrumkv:kv_prefetches_total", "used")
-    with ThreadPoolExecutor(1) as pool:
-        announcing = pool.submit(announce, servers, address | {"transfer_id": transfer_id})
-        asked, params = prefilled(servers, tokens, policy=policy, budget=budget, transfer_id=transfer_id)
-        before = computed(servers.decode)
-        answer = servers.decode.complete(asked, GENERATED, kv_transfer_params=params)
-        # The announcement computes its second token, and generates one.
-        assert computed(servers.decode) - before <= GENERATED + 5
-        announcing.result(60)
-    wait_for(lambda: servers.decode.metric("spectrumkv:kv_prefetches_total", "used") > used, 15)
+    transfer_id, used = f"announced-{next(ids)}", prefetches(servers, "used")
+    announce(servers, address | {"transfer_id": transfer_id}, "begin")
+    asked, params = prefilled(servers, prompt(), policy=policy, budget=budget, transfer_id=transfer_id)
+    before = computed(servers.decode)
+    answer = servers.decode.complete(asked, GENERATED, kv_transfer_params=params)
+    assert computed(servers.decode) - before <= GENERATED + 2
+    wait_for(lambda: prefetches(servers, "used") > used, 15)
     if policy == "native":
         assert close(logprobs(answer), logprobs(servers.prefill.complete(asked, GENERATED)))
 
 
-def test_an_announcement_that_is_ended_gives_its_transfer_up(servers: Servers) -> None:
-    _, params = prefilled(servers, prompt(), policy="native")
-    cancelled = servers.decode.metric("spectrumkv:kv_prefetches_total", "cancelled")
-    with pytest.raises(TimeoutError):
-        announce(servers, params, seconds=2)
-    wait_for(lambda: servers.decode.metric("spectrumkv:kv_prefetches_total", "cancelled") > cancelled, 15)
-    wait_for(lambda: servers.decode.metric("vllm:kv_cache_usage_perc") == 0, 15)
-    with pytest.raises(urllib.error.HTTPError):
-        servers.prefill.complete([*prompt(), 3], 1, kv_transfer_params=params | {"prompt_digest": None})
+def test_an_announcement_that_is_taken_back_gives_its_transfer_up(servers: Servers) -> None:
+    asked, params = prefilled(servers, prompt(), policy="native")
+    cancelled = prefetches(servers, "cancelled")
+    announce(servers, params, "begin")
+    announce(servers, params, "drop")
+
+    def counted() -> bool:
+        # An engine tells its counts in steps.
+        servers.decode.complete([1], 1)
+        return prefetches(servers, "cancelled") > cancelled
+
+    wait_for(counted, 15)
+    before = computed(servers.decode)
+    servers.decode.complete(asked, 1, kv_transfer_params=params)
+    assert computed(servers.decode) - before >= PROMPT_TOKENS
 
 
 def test_several_requests_at_once_do_not_mix(servers: Servers) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,9 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.vllm_plugin.proxy.app import Proxy
+from spectrumkv.vllm_plugin.proxy.decode_front import DecodeFront
 
 TRANSFER = {"do_remote_prefill": True, "transfer_id": "t"}
 ADDRESS = {"remote_host": "p.example", "remote_port": 14600, "remote_ranks": 1}
@@ -34,9 +36,11 @@ class Stub:
         connections: of its requests under way.
         left: set when a client leaves while it hangs or floods.
         transfer: what it answers as prefill.
+        prompt: whose KV it handed out.
+        first: its first token.
         holds: set it, and prefill answers; None answers at once.
         announced: set when a transfer is announced.
-        dropped: set when an announcement is ended.
+        dropped: set when that is taken back.
     """
 
     fails: int = 0
@@ -50,6 +54,8 @@ class Stub:
     connections: list[Any] = field(default_factory=list)
     left: asyncio.Event = field(default_factory=asyncio.Event)
     transfer: dict[str, Any] = field(default_factory=lambda: TRANSFER)
+    prompt: list[int] = field(default_factory=lambda: [1, 2])
+    first: int = 7
     holds: asyncio.Event | None = None
     announced: asyncio.Event = field(default_factory=asyncio.Event)
     dropped: asyncio.Event = field(default_factory=asyncio.Event)
@@ -86,18 +92,17 @@ class Stub:
         if body.get("model") == "unknown":
             return web.json_response({"error": {"message": "no such model"}}, status=404)
         answer = {"id": "x", "created": 1, "model": "m", "object": "text_completion"}
-        if (body.get("kv_transfer_params") or {}).get("prefetch"):
-            self.announced.set()
-            try:
-                await asyncio.sleep(PATIENCE)
-            finally:
+        match (body.get("kv_transfer_params") or {}).get("prefetch"):
+            case "begin":
+                self.announced.set()
+            case "drop":
                 self.dropped.set()
         if (body.get("kv_transfer_params") or {}).get("do_remote_decode"):
             choice = {
                 "index": 0,
                 "text": " one",
-                "token_ids": [7],
-                "prompt_token_ids": [1, 2],
+                "token_ids": [self.first],
+                "prompt_token_ids": self.prompt,
                 "finish_reason": "length",
             }
             if self.holds is not None:
@@ -151,14 +156,22 @@ async def listening(app: web.Application, cancels: bool = True) -> AsyncIterator
 Check = Callable[["aiohttp.ClientSession", str], Coroutine[Any, Any, None]]
 
 
-def serve(prefill: list[Stub], decode: list[Stub], check: Check, cancels: bool = True) -> None:
-    """Run a proxy over stand-ins, and a check against it; without cancels, it learns from writing who left."""
+def serve(
+    prefill: list[Stub], decode: list[Stub], check: Check, cancels: bool = True, services: Sequence[str] = ()
+) -> None:
+    """Run a proxy over stand-ins, and a check against it.
+
+    Without `cancels` it learns from writing who left. `services` are decode services, instead of stand-ins.
+    """
 
     async def main() -> None:
         async with AsyncExitStack() as stack:
             for one in (*prefill, *decode):
                 one.url = await stack.enter_async_context(listening(one.app()))
-            proxy = Proxy(tuple(one.url for one in prefill), tuple(one.url for one in decode))
+            fronts = [DecodeFront(address, ChannelSecurity()) for address in services]
+            proxy = Proxy(
+                tuple(one.url for one in prefill), tuple(one.url for one in (*decode, *fronts)), None, fronts
+            )
             url = await stack.enter_async_context(listening(proxy.app(), cancels))
             session = await stack.enter_async_context(aiohttp.ClientSession())
             await asyncio.wait_for(check(session, url), PATIENCE)

@@ -25,23 +25,23 @@ def test_kv_is_announced_to_the_server_that_decodes_once_prefills_address_is_kno
         (chosen,) = [one for one in decode if one.announced.is_set()]
         prefill.holds.set()
         assert (await asking)[1]["choices"][0]["text"] == " one two three"
-        await chosen.dropped.wait()
         for one in waiting:
             one.cancel()
         announcement, request = chosen.asked[-2:]
         assert announcement["kv_transfer_params"] == ADDRESS | {
             "do_remote_prefill": True,
-            "prefetch": True,
+            "prefetch": "begin",
             "transfer_id": prefill.asked[-1]["kv_transfer_params"]["transfer_id"],
         }
-        assert (announcement["prompt"], announcement["model"]) == ([1, 1], "m")
+        assert (announcement["prompt"], announcement["max_tokens"], announcement["model"]) == ([1], 1, "m")
         assert request["prompt"] == [1, 2, 7]
+        assert not chosen.dropped.is_set()
 
     serve([prefill], decode, check)
 
 
-@pytest.mark.parametrize("ends", ["prefill refuses", "the client leaves"])
-def test_an_announcement_ends_with_its_request(ends: str) -> None:
+@pytest.mark.parametrize("ends", ["prefill breaks off", "the client leaves"])
+def test_an_announcement_is_taken_back_where_no_request_follows(ends: str) -> None:
     prefill, decode = Stub(transfer=TRANSFER | ADDRESS), Stub()
 
     async def check(session: Any, url: str) -> None:

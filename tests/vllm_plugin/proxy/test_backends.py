@@ -14,7 +14,7 @@ from aiohttp import web  # noqa: E402
 from spectrumkv.common.errors import UnavailableError  # noqa: E402
 from spectrumkv.vllm_plugin.proxy import backends  # noqa: E402
 from spectrumkv.vllm_plugin.proxy.backends import MOST_UNANSWERED, Backend, BackendGroup  # noqa: E402
-from tests.vllm_plugin.proxy.test_app import listening  # noqa: E402
+from tests.vllm_plugin.proxy.stubs import listening  # noqa: E402
 
 
 @dataclass

@@ -1,87 +1,27 @@
 """KV that a connector hands out reaches our own decode service, which goes on as after our own prefill."""
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
-import torch
 
-from spectrumkv.client.request import KvChoice, Sampling, TokenIds
 from spectrumkv.common.errors import FailedPreconditionError, NotFoundError
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.kv.geometry import HeadRange
-from spectrumkv.common.model.load import LoadedModel
 from spectrumkv.common.rpc.channel import open_channel
-from spectrumkv.prefill_server.tuning.basis_cache import resolve_basis
-from spectrumkv.prefill_server.tuning.replay import capture_prompt
-from spectrumkv.vllm_plugin.options import ConnectorOptions
-from spectrumkv.vllm_plugin.prefill.coder import Coder
-from spectrumkv.vllm_plugin.prefill.outbox import Outbox
-from spectrumkv.vllm_plugin.prefill.plans import Planner
-from spectrumkv.vllm_plugin.prefill.service import TransferService, start_server
-from spectrumkv.vllm_plugin.proxy.bridge import HandedOut, decoded_by_service
-from spectrumkv.vllm_plugin.scheduler.steps import PrefillStep
-from spectrumkv.vllm_plugin.stats import Tally
-from tests.services.pair import Pair, running_pair
-from tests.tiny_models import tiny_model
-
-PROMPT = [5 + 37 * number % 4000 for number in range(90)]
-TOKENS, PATIENCE = 6, 30.0
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Pair]:
-    with running_pair(tiny_model("llama")) as running:
-        yield running
-
-
-@contextmanager
-def handed_out(loaded: LoadedModel, policy: str, budget: float, heads: HeadRange) -> Iterator[tuple[int, int]]:
-    """A connector that hands the prompt out: its port, and the first token."""
-    basis, geometry = resolve_basis(loaded, lambda done: None), loaded.geometry.of_heads(heads)
-    options, outbox, tally = ConnectorOptions.of({"listen": "127.0.0.1:0"}), Outbox(64 << 20, 60.0), Tally.empty()
-    planner = Planner(options, geometry, basis.of_heads(heads))
-    coder = Coder(planner, basis.digest, geometry, heads, outbox, 64 << 10, torch.device("cpu"), tally)
-    coder.start()
-    server, port = start_server(
-        TransferService(loaded.spec, heads, outbox, basis, PATIENCE), options, 0, lambda _: None
-    )
-    try:
-        captured = capture_prompt(loaded.model, PROMPT, options.window)
-        step = PrefillStep("r", "t", len(PROMPT), 0, len(PROMPT), (), policy, budget, 1)
-        assert coder.reserve(step)
-        span = slice(heads.first, heads.end)
-        group = captured.layers[0].queries.shape[0] // loaded.geometry.kv_heads
-        of_queries = slice(heads.first * group, heads.end * group)
-        for layer in captured.layers:
-            part = {"queries": layer.queries[of_queries], "keys": layer.keys[span], "values": layer.values[span]}
-            coder.put(step, type(layer)(**(vars(layer) | part)))
-        yield port, captured.first_token
-    finally:
-        server.drain(0, threading.Event())
-        coder.stop()
-        assert outbox.used_bytes == 0
+from spectrumkv.vllm_plugin.proxy.bridge import BridgedDecode, HandedOut
+from tests.services.pair import Pair
+from tests.vllm_plugin.proxy.handed_out import PATIENCE, PROMPT, TOKENS, given_up, handed_out, own
 
 
 def bridged(pair: Pair, port: int, first: int) -> list[int]:
     prompt = HandedOut("t", "d", PROMPT, first, SamplingParams(max_tokens=TOKENS, ignore_eos=True))
     producer, decode = open_channel(f"127.0.0.1:{port}"), open_channel(f"127.0.0.1:{pair.decode_port}")
     with producer, decode:
-        return [first, *(one.token_id for one in decoded_by_service(prompt, producer, decode, PATIENCE))]
-
-
-def own(pair: Pair, policy: str, budget: float) -> list[int]:
-    sampling = Sampling(max_tokens=TOKENS, ignore_eos=True)
-    with pair.client() as client:
-        stream = client.generate(TokenIds(PROMPT), sampling=sampling, kv=KvChoice(policy=policy, budget=budget))
-        return [token.token_id for token in stream]
+        return [first, *(one.token_id for one in BridgedDecode(prompt, producer, decode, PATIENCE).tokens())]
 
 
 @pytest.mark.parametrize(("policy", "budget"), [("native", 1.0), ("spectral", 0.5)])
 def test_our_decode_goes_on_as_after_our_own_prefill(pair: Pair, policy: str, budget: float) -> None:
     with handed_out(pair.prefill, policy, budget, HeadRange(0, pair.prefill.geometry.kv_heads)) as (port, first):
-        assert bridged(pair, port, first) == own(pair, policy, budget)
+        assert bridged(pair, port, first) == [one.token_id for one in own(pair, policy, budget)]
 
 
 def test_a_part_of_the_heads_is_refused(pair: Pair) -> None:
@@ -96,11 +36,3 @@ def test_kv_that_is_gone_is_refused(pair: Pair) -> None:
         bridged(pair, port, first)
         with pytest.raises(NotFoundError):
             bridged(pair, port, first)
-
-
-def given_up(port: int) -> None:
-    from spectrumkv.common.rpc.transfer_methods import release
-    from spectrumkv.v1 import transfer_pb2
-
-    with open_channel(f"127.0.0.1:{port}") as channel:
-        release(channel, transfer_pb2.ReleaseRequest(transfer_id="t", request_id="d"), PATIENCE).result()

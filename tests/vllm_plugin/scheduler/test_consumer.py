@@ -128,7 +128,7 @@ def test_only_kv_that_is_not_exact_is_kept_apart_in_the_prefix_cache(given: dict
 @pytest.mark.parametrize(
     "wrong",
     [{"transfer_id": ""}, {"remote_host": 3}, {"remote_port": 0}, {"remote_port": "1"}, {"remote_ranks": 0},
-     {"remote_num_tokens": -1}, {"budget": "x"}, {"prompt_digest": 5}],
+     {"remote_num_tokens": -1}, {"budget": "x"}, {"prompt_digest": 5}, {"prefetch": "end"}, {"prefetch": True}],
 )  # fmt: skip
 def test_bad_parameters_are_counted_and_the_request_runs_here(wrong: dict[str, Any]) -> None:
     asked = request(**wrong)
@@ -149,21 +149,26 @@ def test_completions_of_one_request_fetch_the_same_transfer_each_for_itself() ->
     assert step.cancels == ("0_r",)
 
 
-def test_an_announcement_waits_for_its_transfer_on_one_page_of_its_own() -> None:
-    asked = Request("a", 2, params(prefetch=True), [1, 1])
+WHERE = {"do_remote_prefill": True, "transfer_id": "t", "remote_host": "p.example", "remote_port": 14600}
+
+
+def test_an_announcement_is_told_to_the_workers_and_computed_as_any_request() -> None:
+    asked = Request("a", 1, WHERE | {"prefetch": "begin"}, [1])
     machine = ConsumerSchedule()
-    assert machine.arrived(asked) == "spectrumkv prefetch t"
-    assert machine.matched_tokens(asked, 0) == 1
-    machine.allocated(asked, [7], 1)
-    (load,) = machine.step().loads
-    assert (load.announces, load.transfer_id, load.tokens) == (True, "t", 1)
-    assert load.addresses == ("p.example:14600", "p.example:14601")
+    assert machine.arrived(asked) == ""
+    assert machine.matched_tokens(asked, 0) == 0
+    machine.allocated(asked, [7], 0)
+    step = machine.step()
+    (announced,) = step.prefetches
+    assert (announced.request_id, announced.transfer_id, announced.addresses) == ("a", "t", ("p.example:14600",))
+    assert (step.loads, step.releases, step.drops) == ((), (), ())
     machine.finished(asked)
-    assert machine.step().cancels == ("a",)
-    machine.reported(["a"])
     assert machine.idle
 
 
-def test_an_announcement_needs_only_to_say_where_the_kv_will_be() -> None:
-    where = {"do_remote_prefill": True, "prefetch": True, "transfer_id": "t", "remote_host": "h", "remote_port": 1}
-    assert arrived(Request("a", 2, where, [1, 1])).matched_tokens(Request("a", 2, where, [1, 1]), 0) == 1
+def test_an_announcement_is_taken_back() -> None:
+    machine = arrived(Request("a", 1, WHERE | {"prefetch": "drop"}, [1]))
+    assert not machine.idle
+    step = machine.step()
+    assert (step.drops, step.prefetches) == (("t",), ())
+    assert machine.idle

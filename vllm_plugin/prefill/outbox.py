@@ -5,61 +5,15 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 from spectrumkv.common.errors import NotFoundError, ResourceExhaustedError, SpectrumKVError
+from spectrumkv.vllm_plugin.prefill.transfer import Transfer
 
 # Ids of transfers that are over are remembered, so that a second fetch is refused at once and does not wait.
 REMEMBERED = 4096
 RETRY_SECONDS = 1.0
-
-
-@dataclass
-class Transfer:
-    """The coded KV of one prompt, as far as it was coded.
-
-    Attributes:
-        reserved_bytes: of the outbox's memory.
-        fetches: how many requests will fetch it.
-        consumers: how many ranks fetch it for one request; None before the first asked.
-        messages: serialized, in order: header, chunks, end.
-        complete: whether the last message is there.
-        failure: why coding failed; None where it did not.
-        expires_at: monotonic time after which it is dropped, unless it is being fetched.
-        readers: fetches that are under way.
-        fetched_by: ranks that fetched it, by request.
-        given_up_by: requests that will not fetch it.
-    """
-
-    reserved_bytes: int
-    fetches: int
-    expires_at: float
-    consumers: int | None = None
-    messages: list[bytes] = field(default_factory=list)
-    complete: bool = False
-    failure: SpectrumKVError | None = None
-    readers: int = 0
-    fetched_by: dict[str, set[int]] = field(default_factory=dict)
-    given_up_by: set[str] = field(default_factory=set)
-
-    @property
-    def is_over(self) -> bool:
-        """Tell whether every request fetched it with all of its ranks, or gave it up."""
-        consumers = self.consumers or 1
-        fetched = {request_id for request_id, ranks in self.fetched_by.items() if len(ranks) >= consumers}
-        return len(fetched | self.given_up_by) >= self.fetches
-
-    def may_be_fetched(self, request_id: str, rank: int) -> bool:
-        """Tell whether a request neither gave it up nor fetched it with a rank.
-
-        Args:
-            request_id: of the request.
-            rank: of the consumer.
-
-        Returns:
-            Whether the rank may fetch it.
-        """
-        return request_id not in self.given_up_by and rank not in self.fetched_by.get(request_id, ())
+# Most fetches that may wait for a transfer to begin: each holds a thread, which others need for what is there.
+MOST_EARLY = 64
 
 
 class Outbox:
@@ -84,7 +38,7 @@ class Outbox:
         self._changed = threading.Condition()
         self._transfers: dict[str, Transfer] = {}
         self._over: OrderedDict[str, None] = OrderedDict()
-        self._used_bytes = 0
+        self._used_bytes = self._early = 0
 
     @property
     def used_bytes(self) -> int:
@@ -248,7 +202,7 @@ class Outbox:
     ) -> Transfer:
         with self._changed:
             self._expire()
-            self._wait(lambda: transfer_id in self._transfers or transfer_id in self._over, ended, seconds)
+            self._wait_until_begun(transfer_id, ended, seconds)
             found = self._transfers.get(transfer_id)
             if found is None or not found.may_be_fetched(request_id, rank):
                 known = found is not None or transfer_id in self._over
@@ -260,6 +214,25 @@ class Outbox:
             found.consumers = consumers
             found.readers += 1
             return found
+
+    def _wait_until_begun(self, transfer_id: str, ended: Callable[[], bool], seconds: float) -> None:
+        """Wait for a transfer that may be still to come.
+
+        Raises:
+            ResourceExhaustedError: many fetches wait like this.
+        """
+        if transfer_id in self._transfers or transfer_id in self._over:
+            return
+        if self._early >= MOST_EARLY:
+            raise ResourceExhaustedError(
+                f"{self._early} fetches wait for transfers that have not begun; fetch once prefill has answered",
+                RETRY_SECONDS,
+            )
+        self._early += 1
+        try:
+            self._wait(lambda: transfer_id in self._transfers or transfer_id in self._over, ended, seconds)
+        finally:
+            self._early -= 1
 
     def _wait(self, condition: Callable[[], object], ended: Callable[[], bool], seconds: float) -> None:
         """Wait for a condition, but not for a caller who has gone: its end notifies (see `wake`)."""

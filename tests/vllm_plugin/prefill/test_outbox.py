@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from spectrumkv.common.errors import InternalError, NotFoundError, ResourceExhaustedError
+from spectrumkv.vllm_plugin.prefill import outbox as outbox_module
 from spectrumkv.vllm_plugin.prefill.outbox import Outbox
 
 MEMORY, TIME_TO_LIVE, PATIENCE = 1000, 60.0, 5.0
@@ -70,6 +71,22 @@ def test_a_fetch_that_comes_first_gets_messages_as_they_are_made() -> None:
 def test_a_transfer_that_does_not_come_is_refused() -> None:
     with pytest.raises(NotFoundError, match="did not begin"):
         list(fetch(outbox()))
+
+
+def test_fetches_that_come_first_leave_threads_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox_module, "MOST_EARLY", 1)
+    box, got = outbox(), list[bytes]()
+    early = threading.Thread(target=lambda: got.extend(box.fetch("early", "r", 0, 1, lambda: False, PATIENCE)))
+    early.start()
+    filled(box)
+    with box._changed:
+        assert box._changed.wait_for(lambda: box._early == 1, PATIENCE)
+    with pytest.raises(ResourceExhaustedError, match="1 fetches wait for transfers that have not begun"):
+        list(box.fetch("another", "r", 0, 1, lambda: False, PATIENCE))
+    assert len(list(fetch(box))) == 3
+    filled(box, transfer_id="early")
+    early.join(PATIENCE)
+    assert len(got) == 3
 
 
 def test_each_completion_fetches_for_itself_and_no_more() -> None:

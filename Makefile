@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 PROTOS := $(wildcard proto/spectrumkv/v1/*.proto)
 SOURCE_TREE := build/source_tree
 PEERS := build/peers
-# How many processes tests run in; a file's tests stay together, since they share services.
+# How many processes tests run in; a file's tests stay together, since they share services. Which file begins first is
+# said by tests/schedule.py, and not by the files' numbers of tests.
 TEST_WORKERS ?= 2
-IN_PARALLEL := -n $(TEST_WORKERS) --dist loadfile
+IN_PARALLEL := -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install demo test test-slow test-schemas lint format bench-peers clean
 

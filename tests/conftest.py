@@ -1,8 +1,11 @@
 import os
 import signal
 
+import pytest
 import torch
 from hypothesis import settings
+
+from tests.schedule import longest_first
 
 # What whoever starts the tests ignores is ignored by all of their children, and tests that send such a signal would
 # wait for ever: a shell without job control ignores SIGINT and SIGQUIT in what runs in the background, nohup SIGHUP.
@@ -21,3 +24,10 @@ if not torch.cuda.is_available():
 # A shared machine stalls now and then; that is no finding about the code.
 settings.register_profile("spectrumkv", deadline=None)
 settings.load_profile("spectrumkv")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Have each of several processes, which must agree, collect the longest files first."""
+    if hasattr(config, "workerinput"):
+        longest_first(items)

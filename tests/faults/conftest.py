@@ -1,9 +1,18 @@
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from tests.faults.incubator import Incubator
 from tests.faults.matrix.kinds import PROMPT_FAULTS, SILENT_FAULTS
 from tests.faults.matrix.phases import PHASES
+
+
+@pytest.fixture(scope="session")
+def incubator() -> Iterator[Incubator]:
+    """One for all tests of a pytest process: importing everything takes seconds, and nothing of a service stays."""
+    with Incubator() as one:
+        yield one
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -49,14 +49,19 @@ def restart_in_order(service: Service) -> None:
 
 @contextlib.contextmanager
 def running_fleet(
-    directory: Path, model: Path, size: int = 2, prefills: int | None = None, **options: str
+    directory: Path,
+    model: Path,
+    incubator: Incubator | None = None,
+    size: int = 2,
+    prefills: int | None = None,
+    **options: str,
 ) -> Iterator[Fleet]:
-    """Start `size` decode services, and as many prefill services or `prefills`."""
+    """Start `size` decode services, and as many prefill services or `prefills`. Fleets may share an incubator."""
     launches = [plan_launches({**FREE_PORTS, "model": str(model), "int4": "on", **options}) for _ in range(size)]
     with contextlib.ExitStack() as running:
-        incubator = running.enter_context(Incubator())
-        decodes = [service_of(decode, directory, incubator) for decode, _ in launches]
-        senders = [service_of(prefill, directory, incubator) for _, prefill in launches[:prefills]]
+        forking = incubator or running.enter_context(Incubator())
+        decodes = [service_of(decode, directory, forking) for decode, _ in launches]
+        senders = [service_of(prefill, directory, forking) for _, prefill in launches[:prefills]]
         workers = "--decode=" + ",".join(str(service.address) for service in decodes)
         for service in senders:
             service.command = (*(flag for flag in service.command if not flag.startswith("--decode=")), workers)

@@ -17,11 +17,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from spectrumkv.client.local.pair_config import DECODE_MODULE, PREFILL_MODULE
+from spectrumkv.common.kv.codecs import prepare_codecs
+from spectrumkv.common.kv.geometry import KvGeometry
+from spectrumkv.kernels import attention_scores, decode_attention
 from tests.faults import names, sabotage
 
 MODULES = (PREFILL_MODULE, DECODE_MODULE)
 REAP_SECONDS = 0.02
+# What no process has compiled before takes minutes on a machine that others use.
+COMPILED_SECONDS = 600.0
+# Of the tiny llama, which all services here run.
+GEOMETRY = KvGeometry(layers=3, kv_heads=2, head_dim=64, native_dtype=torch.float32)
 
 
 class ForkedProcess:
@@ -77,7 +86,8 @@ class Incubator:
             request = {"module": module, "flags": flags, "log": str(log), "switch": str(switch)}
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-            assert self._changed.wait_for(lambda: bool(self._started), 120), "the incubator does not answer"
+            answered = self._changed.wait_for(lambda: bool(self._started), COMPILED_SECONDS)
+            assert answered, "the incubator does not answer"
             return self._running[self._started.pop()]
 
     def __enter__(self) -> "Incubator":
@@ -140,9 +150,27 @@ def _reap() -> None:
             _tell(ended=ended[0], code=os.waitstatus_to_exitcode(ended[1]))
 
 
+def _compile_in_a_child() -> None:
+    """Compile what services do at their start, so that a dozen which start at once only read it.
+
+    Where nothing was compiled before, each of them would compile all of it, and none would be ready in time. It is
+    a child's work, since compiled loops start threads.
+    """
+    pid = os.fork()
+    if pid == 0:
+        try:
+            prepare_codecs(GEOMETRY)
+            attention_scores.prepare()
+            decode_attention.prepare()
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+
+
 def main() -> None:
     for module in MODULES:
         importlib.import_module(f"{module}.main")
+    _compile_in_a_child()
     assert threading.active_count() == 1, "a process with threads must not fork"
     while True:
         readable, _, _ = select.select([0], [], [], REAP_SECONDS)

@@ -65,7 +65,7 @@ def ask(client: SpectrumClient, prompt_tokens: int = SHORT_PROMPT) -> Outcome:
     return Outcome(prompt_tokens, time.monotonic() - started, None)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def small_pair() -> Iterator[RunningPair]:
     """Processes with room for a few requests, so that both bounds are met: places on prefill, slots on decode."""
     # 3 KiB a slot: a dozen requests of 96 tokens, one long one.
@@ -201,6 +201,13 @@ def four_workers() -> Iterator[tuple[list[DecodeService], str]]:
         yield [service for service, _, _ in workers], f"127.0.0.1:{port}"
 
 
+@pytest.fixture(scope="module")
+def healthy() -> Iterator[str]:
+    """The address of a fleet that nobody harms, to measure others by."""
+    with four_workers() as (_, address):
+        yield address
+
+
 def answers_in(address: str, seconds: float, slow_clients: int) -> list[tuple[int, tuple[int, ...]]]:
     """Have `CLIENTS` ask one request after another; return which prompt each answer was to, and its tokens."""
     end = time.monotonic() + seconds
@@ -226,9 +233,11 @@ def answers_in(address: str, seconds: float, slow_clients: int) -> list[tuple[in
 
 
 @pytest.mark.slow
-def test_a_failing_worker_of_four_and_slow_readers_cost_little(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_worker_of_four_and_slow_readers_cost_little(
+    healthy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Goodput is that of the healthy fleet but for a share, and every answer is right: no client sees an error."""
-    with four_workers() as (_, healthy), four_workers() as (workers, harmed), contextlib.ExitStack() as failing:
+    with four_workers() as (workers, harmed), contextlib.ExitStack() as failing:
         with SpectrumClient(healthy) as client:
             kv = KvChoice(policy="fp16")
             expected = [client.generate(one, sampling=SHORT_ANSWER, kv=kv).result() for one in SERVED_PROMPTS]
@@ -247,9 +256,9 @@ def test_a_failing_worker_of_four_and_slow_readers_cost_little(capsys: pytest.Ca
 
 
 @pytest.mark.slow
-def test_a_slow_worker_of_four_costs_little(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_slow_worker_of_four_costs_little(healthy: str, capsys: pytest.CaptureFixture[str]) -> None:
     """One whose steps take ten times as long: requests go to the other three, though it has the most free slots."""
-    with four_workers() as (_, healthy), four_workers() as (workers, harmed), slowed_steps(workers[0], 10.0):
+    with four_workers() as (workers, harmed), slowed_steps(workers[0], 10.0):
         rates: dict[str, list[float]] = {healthy: [], harmed: []}
         # In turns, so that whatever else the machine does bears on both alike.
         for _ in range(ROUNDS):

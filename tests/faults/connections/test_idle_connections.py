@@ -69,10 +69,19 @@ def services(files: int, **options: str) -> Iterator[RunningPair]:
         yield pair
 
 
+@pytest.fixture(scope="module")
+def pair_of_few_files() -> Iterator[RunningPair]:
+    with services(FEW_FILES) as pair:
+        yield pair
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("service", ["prefill", "decode"])
-def test_idle_connections_do_not_use_up_a_processs_files(service: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with services(FEW_FILES) as pair, SpectrumClient(pair.address) as client:
+def test_idle_connections_do_not_use_up_a_processs_files(
+    pair_of_few_files: RunningPair, service: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = pair_of_few_files
+    with SpectrumClient(pair.address) as client:
         address = {"prefill": pair.prefill, "decode": pair.decode}[service].address
         ask(client)
         process = Process(address.port)

@@ -63,10 +63,9 @@ class SideBySide:
 
 
 @contextlib.contextmanager
-def running_lanes(directory: Path, count: int, secured: bool) -> Iterator[list[Lane]]:
+def running_lanes(directory: Path, incubator: Incubator, count: int, secured: bool) -> Iterator[list[Lane]]:
     """Start so many deployments, all at once."""
     with contextlib.ExitStack() as running, ThreadPoolExecutor(count) as pool:
-        incubator = running.enter_context(Incubator())
 
         def start(number: int) -> Deployment:
             place = directory / str(number)

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+from tests.faults.incubator import Incubator
 from tests.faults.matrix.kinds import PROMPT_FAULTS, SILENT_FAULTS, Fault
 from tests.faults.matrix.phases import PHASES
 from tests.faults.matrix.side_by_side import LANES, Lane, SideBySide, running_lanes
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+# Fixtures have bounds of their own; the first one may wait for a compiler.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300, func_only=True)]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plaintext", "mutual-tls"])
@@ -22,8 +24,8 @@ def secured(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="module")
-def lanes(secured: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Lane]]:
-    with running_lanes(tmp_path_factory.mktemp("faults"), LANES, secured) as running:
+def lanes(secured: bool, tmp_path_factory: pytest.TempPathFactory, incubator: Incubator) -> Iterator[list[Lane]]:
+    with running_lanes(tmp_path_factory.mktemp("faults"), incubator, LANES, secured) as running:
         yield running
 
 

@@ -21,10 +21,12 @@ from spectrumkv.prefill_server.workers.lease import ADMISSION_SECONDS
 from tests.faults import sabotage
 from tests.faults.deployment import Service, until
 from tests.faults.fleet import Fleet, running_fleet
+from tests.faults.incubator import Incubator
 from tests.faults.requests import RunningRequest
 from tests.tiny_models import tiny_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+# Fixtures have bounds of their own; the first one may wait for a compiler.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120, func_only=True)]
 
 STUCK_SECONDS = 2.0
 # For two cores that others use, too.
@@ -35,11 +37,11 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+def fleet(tmp_path_factory: pytest.TempPathFactory, incubator: Incubator) -> Iterator[Fleet]:
     """One prefill, two decode workers."""
     directory = tmp_path_factory.mktemp("broken")
     options = {**OPTIONS, "stuck_after": f"{STUCK_SECONDS:g}"}
-    with running_fleet(directory, tiny_model("llama"), prefills=1, **options) as running:
+    with running_fleet(directory, tiny_model("llama"), incubator, prefills=1, **options) as running:
         yield running
 
 
@@ -261,10 +263,10 @@ def test_a_start_that_hangs_ends_at_a_signal(fleet: Fleet, service: str, number:
 )
 @pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]])
 def test_a_process_that_hangs_ends_when_it_is_told_to(
-    tmp_path: Path, service: str, trouble: str, signals: list[signal.Signals]
+    tmp_path: Path, incubator: Incubator, service: str, trouble: str, signals: list[signal.Signals]
 ) -> None:
     # Nothing else may notice: the watchdog has its default of two minutes.
-    with running_fleet(tmp_path, tiny_model("llama"), size=1, **OPTIONS) as alone:
+    with running_fleet(tmp_path, tiny_model("llama"), incubator, size=1, **OPTIONS) as alone:
         (hanging,) = alone.decodes if service == "decode" else alone.prefills
         running = request(alone, LONG)
         running.wait_for_tokens(3)
@@ -285,9 +287,11 @@ def test_a_process_that_hangs_ends_when_it_is_told_to(
         assert "in _freeze" in log_of(hanging), "the stack of what hangs"
 
 
-def test_a_step_that_hangs_while_the_process_drains_does_not_wait_for_the_grace(tmp_path: Path) -> None:
+def test_a_step_that_hangs_while_the_process_drains_does_not_wait_for_the_grace(
+    tmp_path: Path, incubator: Incubator
+) -> None:
     options = {**OPTIONS, "grace": "100", "stuck_after": f"{STUCK_SECONDS:g}"}
-    with running_fleet(tmp_path, tiny_model("llama"), size=1, **options) as alone:
+    with running_fleet(tmp_path, tiny_model("llama"), incubator, size=1, **options) as alone:
         (decode,), (prefill,) = alone.decodes, alone.prefills
         running = request(alone, LONG)
         running.wait_for_tokens(3)

@@ -59,14 +59,13 @@ class NamedFleet(Fleet):
 
 
 @contextlib.contextmanager
-def named_fleet(directory: Path) -> Iterator[NamedFleet]:
+def named_fleet(directory: Path, incubator: Incubator) -> Iterator[NamedFleet]:
     """Start a decode service on each pod's address, and a prefill service on two."""
     options = {**FREE_PORTS, "model": str(tiny_model("llama")), "int4": "on", "kv_memory": "64MiB"}
     decode_port = prefill_port = 0
     decodes: list[Service] = []
     prefills: list[Service] = []
     with contextlib.ExitStack() as running:
-        incubator = running.enter_context(Incubator())
         for host in PODS:
             places = {"decode": f"{host}:{decode_port}", "listen": f"{host}:{prefill_port}"}
             decode, prefill = plan_launches({**options, **places})
@@ -90,8 +89,10 @@ def named_fleet(directory: Path) -> Iterator[NamedFleet]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_services_behind_names_come_leave_and_die(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with named_fleet(tmp_path) as fleet:
+def test_services_behind_names_come_leave_and_die(
+    tmp_path: Path, incubator: Incubator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with named_fleet(tmp_path, incubator) as fleet:
         until(lambda: fleet.taking() == 1, 20, "the one address of the name is known")
         load = Load(fleet)
         assert fleet.shares(load) == [1, 0, 0]
@@ -141,9 +142,11 @@ def go_on(load: Load) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_rolling_update_of_pods_loses_no_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rolling_update_of_pods_loses_no_request(
+    tmp_path: Path, incubator: Incubator, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Each pod's address leaves the name, then SIGTERM comes, and its successor's joins once that is ready."""
-    with named_fleet(tmp_path) as fleet:
+    with named_fleet(tmp_path, incubator) as fleet:
         fleet.place(slice(2))
         until(lambda: fleet.taking() == 2, 20, "both addresses of the name are known")
         load = Load(fleet)

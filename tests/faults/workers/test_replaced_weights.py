@@ -13,6 +13,7 @@ from spectrumkv.client.request import KvChoice, Sampling
 from spectrumkv.common.errors import FailedPreconditionError, UnavailableError
 from tests.faults.deployment import Service, until
 from tests.faults.fleet import Fleet, restart_in_order, running_fleet
+from tests.faults.incubator import Incubator
 from tests.faults.requests import prompt
 from tests.tiny_models import tiny_model
 
@@ -79,10 +80,10 @@ class Deployed:
 
 
 @pytest.fixture(scope="module")
-def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+def deployed(tmp_path_factory: pytest.TempPathFactory, incubator: Incubator) -> Iterator[Deployed]:
     directory = tmp_path_factory.mktemp("replaced")
     model = Path(shutil.copytree(tiny_model("llama"), directory / "model"))
-    with running_fleet(directory, model, size=2, prefills=1, **OPTIONS) as fleet:
+    with running_fleet(directory, model, incubator, size=2, prefills=1, **OPTIONS) as fleet:
         yield Deployed(fleet, Weights.of(model, directory))
 
 

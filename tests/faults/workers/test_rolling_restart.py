@@ -6,6 +6,7 @@ import pytest
 
 from tests.faults.deployment import NOTHING, until
 from tests.faults.fleet import restart_in_order, running_fleet
+from tests.faults.incubator import Incubator
 from tests.faults.report import tell
 from tests.faults.workers.load import CLIENTS, Load
 from tests.tiny_models import tiny_model
@@ -13,8 +14,10 @@ from tests.tiny_models import tiny_model
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_rolling_restart_loses_no_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with running_fleet(tmp_path, tiny_model("llama"), kv_memory="64MiB") as fleet:
+def test_a_rolling_restart_loses_no_request(
+    tmp_path: Path, incubator: Incubator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with running_fleet(tmp_path, tiny_model("llama"), incubator, kv_memory="64MiB") as fleet:
         load = Load(fleet)
         for service in (fleet.decodes[0], fleet.prefills[0], fleet.decodes[1], fleet.prefills[1]):
             before = load.answers

@@ -10,6 +10,7 @@ from spectrumkv.client.request import KvChoice, Sampling
 from tests.faults import sabotage
 from tests.faults.deployment import until
 from tests.faults.fleet import running_fleet
+from tests.faults.incubator import Incubator
 from tests.faults.requests import prompt
 from tests.tiny_models import tiny_model
 
@@ -19,8 +20,13 @@ SPECTRAL = KvChoice(policy="spectral", budget=0.4)
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_deadlines_shorter_than_an_upload_are_met_after_a_restart_of_decode(tmp_path: Path) -> None:
-    with running_fleet(tmp_path, tiny_model("llama"), size=1, kv_memory="64MiB") as fleet, fleet.client() as client:
+def test_deadlines_shorter_than_an_upload_are_met_after_a_restart_of_decode(
+    tmp_path: Path, incubator: Incubator
+) -> None:
+    with (
+        running_fleet(tmp_path, tiny_model("llama"), incubator, size=1, kv_memory="64MiB") as fleet,
+        fleet.client() as client,
+    ):
 
         def ask(_: int) -> Usage:
             sampling = Sampling(max_tokens=2, ignore_eos=True)

@@ -92,7 +92,7 @@ class Method(MethodName, Protocol):
 
 
 class ExactFp16:
-    """Round every token's KV to the 16-bit dtype and send no message: the reference of all methods."""
+    """Round every token's KV to the 16-bit dtype and send no message: what methods are compared with."""
 
     policy, codec, scorer, scope, budget = "exact", "fp16", "", "", 1.0
 
@@ -101,6 +101,24 @@ class ExactFp16:
         for layer in prompt.captured.layers:
             store_fp16(allocation, layer.layer, layer.keys, layer.values, pool.geometry)
         return SentBytes(pool.geometry.fp16_bytes(len(prompt.token_ids)), 1.0)
+
+
+class ExactNative:
+    """Keep every token's KV as prefill computed it: what engines are compared with that decode over such KV."""
+
+    policy, codec, scorer, scope, budget = "exact", "native", "", "", 1.0
+
+    def send(self, prompt: Prompt, pool: KvPool, allocation: Allocation) -> SentBytes:
+        """Return the bytes of the same KV at FP16, as for the other reference; see `Method.send`."""
+        for layer in prompt.captured.layers:
+            tokens = layer.keys.shape[1]
+            allocation.keys(layer.layer, 0, tokens).copy_(layer.keys)
+            allocation.values(layer.layer, 0, tokens).copy_(layer.values)
+        return SentBytes(pool.geometry.fp16_bytes(len(prompt.token_ids)), 1.0)
+
+
+# What methods may be compared with, by name.
+REFERENCES: dict[str, "Method"] = {"fp16": ExactFp16(), "native": ExactNative()}
 
 
 def store_fp16(

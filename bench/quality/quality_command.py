@@ -26,6 +26,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     add_text_flags(parser)
     add_method_flags(parser)
+    parser.add_argument(
+        "--reference",
+        choices=("fp16", "native"),
+        default="fp16",
+        help="the KV that methods are compared with: at FP16, or as prefill computed it, as other engines' exact KV "
+        "may be (default: %(default)s)",
+    )
     add_model_flags(parser)
     add_output_flags(parser, "draw KL and Δ perplexity against counted bytes")
     parser.add_argument(
@@ -67,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         SpectrumKVError: the text, the model or a method cannot be used.
     """
     # Loading torch and transformers takes seconds, so --help does without.
+    from spectrumkv.bench.methods.method import REFERENCES
     from spectrumkv.bench.methods.preparation import check_peers, prepare
     from spectrumkv.bench.methods.selection import Choice
     from spectrumkv.bench.quality.kept_scores import KeptScores
@@ -86,10 +94,12 @@ def run(arguments: argparse.Namespace) -> int:
     prepared = prepare(loaded, choice, arguments, arguments.context + arguments.scored)
     kept = KeptScores(arguments.scores, _circumstances(arguments, describe_model(loaded)))
     with progress(steps(len(windows), len(prepared.methods)), Console(stderr=True)) as on_step:
-        rows = measure(prepared.served, windows, prepared.methods, kept, on_step)
+        reference = REFERENCES[arguments.reference]
+        rows = measure(prepared.served, windows, prepared.methods, kept, on_step, reference)
     if arguments.json != STDOUT:
         console = results_console()
-        console.print(quality_table(rows, intervals=console.width >= WIDE_COLUMNS))
+        shown = "exact FP16 KV" if arguments.reference == "fp16" else "prefill's own KV"
+        console.print(quality_table(rows, intervals=console.width >= WIDE_COLUMNS, reference=shown))
     if arguments.json is not None:
         write_result(arguments.json, arguments, rows, describe_model(loaded))
     if arguments.plot is not None:
@@ -101,7 +111,9 @@ def _circumstances(arguments: argparse.Namespace, model: Mapping[str, Any]) -> d
     """Return what all scores in a file of `--scores` have in common."""
     from spectrumkv.bench.quality.kept_scores import sources_digest
 
-    chosen = {name: getattr(arguments, name) for name in ("text_sha256", "context", "scored", "int4", "seed")}
+    chosen = {
+        name: getattr(arguments, name) for name in ("text_sha256", "context", "scored", "int4", "seed", "reference")
+    }
     return chosen | {"model": dict(model), "versions": versions(), "sources": sources_digest()}
 
 

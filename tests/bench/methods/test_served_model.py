@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spectrumkv.bench.methods.method import ExactFp16, Prompt, SentBytes, store_fp16
+from spectrumkv.bench.methods.method import REFERENCES, ExactFp16, Prompt, SentBytes, store_fp16
 from spectrumkv.bench.methods.served_model import ServedModel, visible
 from spectrumkv.common.model.load import load_model
 from spectrumkv.decode_server.kv_pool import Allocation, KvPool
@@ -45,13 +45,14 @@ def test_scoring_is_the_forward_pass_of_the_whole_window(architecture: str) -> N
         expected = plain(torch.tensor([ids]), use_cache=False).logits[0, CONTEXT:]
     prompt = served.prefill(ids[:CONTEXT])
     logits = {}
-    for method in (wire_method(served, "native"), wire_method(served, "fp16"), ExactFp16()):
+    for method in (wire_method(served, "native"), wire_method(served, "fp16"), *REFERENCES.values()):
         with served.receive(method, prompt) as (context, _):
-            logits[method.policy] = served.extend(context, ids[CONTEXT:])
+            logits[method.policy, method.codec] = served.extend(context, ids[CONTEXT:])
             assert context.length == CONTEXT + SCORED
-    torch.testing.assert_close(logits["native"], expected, atol=1e-3, rtol=0)
-    torch.testing.assert_close(logits["fp16"], expected, atol=1e-2 * float(expected.abs().max()), rtol=0)
-    torch.testing.assert_close(logits["fp16"], logits["exact"], atol=0, rtol=0)
+    torch.testing.assert_close(logits["native", "native"], expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(logits["fp16", "absmax"], expected, atol=1e-2 * float(expected.abs().max()), rtol=0)
+    torch.testing.assert_close(logits["fp16", "absmax"], logits["exact", "fp16"], atol=0, rtol=0)
+    torch.testing.assert_close(logits["native", "native"], logits["exact", "native"], atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

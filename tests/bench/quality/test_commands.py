@@ -77,6 +77,17 @@ def test_quality(tmp_path: Path, text: Path, prefills: list[int], capsys: pytest
     assert "uniform-int4" in capsys.readouterr().out
 
 
+def test_quality_beside_what_prefill_computed(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = run(
+        tmp_path, "quality", "--text", str(text), "--context", "96", "--scored", "16", "--windows", "1",
+        "--policies", "native,fp16", "--budgets", "1", "--reference", "native",
+    )  # fmt: skip
+    rows = {row["policy"]: row for row in content["rows"]}
+    assert rows["native"]["kl"] == 0
+    assert 0 < rows["fp16"]["kl"] < 1e-4
+    assert "prefill's own KV" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("question", ["prompt", "late"])
 def test_niah(tmp_path: Path, prefills: list[int], question: str) -> None:
     content = run(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import grpc
 import torch
 
-from spectrumkv.common.errors import CancelledError, InternalError, SpectrumKVError
+from spectrumkv.common.errors import CancelledError, InternalError, SpectrumKVError, UnavailableError
 from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.rpc.transfer_methods import begin_fetch, release
 from spectrumkv.common.security import ChannelSecurity
@@ -144,7 +144,7 @@ class ConsumerWorker:
     def _run(self, fetch: Fetch) -> None:
         load, failure = fetch.load, None
         try:
-            fetch.run([self._channel(address) for address in load.addresses])
+            self._fetch(fetch)
         except SpectrumKVError as error:
             failure = error
         except Exception as error:  # vLLM must hear of every load, however it ended
@@ -160,6 +160,23 @@ class ConsumerWorker:
             self._ended.ended.add(load.request_id)
             if failure is not None:
                 self._ended.failed.add(load.request_id)
+
+    def _fetch(self, fetch: Fetch) -> None:
+        """Fetch, once more where the connection broke: the producer keeps what was not fetched to its end.
+
+        Of several streams one may have come whole, which is not handed out again.
+
+        Raises:
+            UnavailableError: it broke twice, or one of several did.
+        """
+        channels = [self._channel(address) for address in fetch.load.addresses]
+        try:
+            fetch.run(channels)
+        except UnavailableError as error:
+            if len(channels) > 1:
+                raise
+            logger.warning("transfer %s is fetched once more: %s", fetch.load.transfer_id, error.message)
+            fetch.run(channels)
 
     def _release_once(self, given_up: TransferRef) -> None:
         """Tell the producer what the scheduler's side decided, which every rank hears."""

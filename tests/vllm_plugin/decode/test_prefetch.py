@@ -6,14 +6,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
+import grpc
 import pytest
 import torch
 
-from spectrumkv.common.errors import CancelledError, DeadlineExceededError, InternalError, SpectrumKVError
+from spectrumkv.common.errors import (
+    CancelledError,
+    DeadlineExceededError,
+    InternalError,
+    SpectrumKVError,
+    UnavailableError,
+)
 from spectrumkv.common.kv.geometry import HeadRange
 from spectrumkv.common.rpc.transfer_methods import begin_fetch
 from spectrumkv.common.security import ChannelSecurity
-from spectrumkv.vllm_plugin.decode.fetcher import fetch_request, streams_needed
+from spectrumkv.vllm_plugin.decode.fetcher import Fetch, fetch_request, streams_needed
 from spectrumkv.vllm_plugin.decode.prefetch import Prefetch, PrefetchMemory
 from spectrumkv.vllm_plugin.decode.worker import ConsumerWorker
 from spectrumkv.vllm_plugin.options import ConnectorOptions
@@ -136,12 +143,16 @@ def test_one_that_was_taken_over_goes_on_where_others_hold_all_memory() -> None:
 
 def test_one_that_is_cancelled_leaves_nothing_and_the_kv_to_a_fetch() -> None:
     with producing(1) as (worker,), Receiving([worker], PrefetchMemory(ROOM)) as receiving:
-        worker.compute("native", 1.0, [TOKENS])
+        # What prefill has sent to its end counts as fetched.
+        computing = threading.Thread(target=worker.compute, args=("native", 1.0, [TOKENS]), kwargs={"stops_at": 2})
+        computing.start()
         receiving.wait_for_bytes()
         assert receiving.prefetch.cancel_unless_taken()
         with pytest.raises(CancelledError):
             receiving.ended.result(PATIENCE)
         assert receiving.memory.used_bytes == 0
+        worker.goes_on.set()
+        computing.join(PATIENCE)
         layers, _ = fetch([worker], 0, 1, prefetch=receiving.prefetch)
         assert worker.outbox.used_bytes == 0
     assert torch.equal(read(layers), states())
@@ -276,3 +287,24 @@ def test_a_worker_that_stops_ends_what_it_receives() -> None:
         mine.announce()
         mine.worker.stop()
         mine.wait_for_outcome("cancelled")
+
+
+def test_a_fetch_whose_connection_breaks_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken: list[str] = []
+    run = Fetch.run
+
+    def breaking(fetch: Fetch, opened: list[grpc.Channel]) -> None:
+        if not broken:
+            broken.append(fetch.load.transfer_id)
+            raise UnavailableError("Stream removed (ping timeout)")
+        run(fetch, opened)
+
+    monkeypatch.setattr(Fetch, "run", breaking)
+    with producing(1) as (worker,):
+        mine = Consuming(worker)
+        worker.compute("native", 1.0, [TOKENS])
+        mine.request()
+        mine.wait_for_request()
+        mine.worker.stop()
+    assert broken == ["t"]
+    assert torch.equal(read(mine.layers), states())

@@ -84,8 +84,9 @@ class Prefetch:
             with changed:
                 self._complete = True
                 changed.wait_for(lambda: self._taken or self._over, self._patience)
-                self._check()
+                # A fetch that took all of it ends this prefetch, maybe before this thread has got here.
                 if not self._taken:
+                    self._check()
                     raise DeadlineExceededError(f"no request came for the KV within {self._patience:g} s")
         except grpc.RpcError as error:
             with changed:

@@ -159,6 +159,22 @@ def test_one_that_is_cancelled_leaves_nothing_and_the_kv_to_a_fetch() -> None:
     assert torch.equal(read(layers), states())
 
 
+def test_one_whose_fetch_is_faster_than_its_own_end_was_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    receive = Prefetch._receive
+
+    def receive_and_be_fetched(prefetch: Prefetch, *arguments: Any) -> None:
+        receive(prefetch, *arguments)
+        assert prefetch.take()
+        assert len(list(prefetch.stream(0))) > 2
+        prefetch.cancel()
+
+    monkeypatch.setattr(Prefetch, "_receive", receive_and_be_fetched)
+    with producing(1) as (worker,), Receiving([worker], PrefetchMemory(ROOM)) as receiving:
+        worker.compute("native", 1.0, [TOKENS])
+        receiving.ended.result(PATIENCE)
+        assert receiving.memory.used_bytes == 0
+
+
 def test_kv_that_no_request_comes_for_is_dropped() -> None:
     with producing(1) as (worker,), Receiving([worker], PrefetchMemory(ROOM), patience=0.5) as receiving:
         worker.compute("native", 1.0, [TOKENS])

@@ -111,9 +111,7 @@ class ExactNative:
     def send(self, prompt: Prompt, pool: KvPool, allocation: Allocation) -> SentBytes:
         """Return the bytes of the same KV at FP16, as for the other reference; see `Method.send`."""
         for layer in prompt.captured.layers:
-            tokens = layer.keys.shape[1]
-            allocation.keys(layer.layer, 0, tokens).copy_(layer.keys)
-            allocation.values(layer.layer, 0, tokens).copy_(layer.values)
+            _store(allocation, layer.layer, layer.keys, layer.values)
         return SentBytes(pool.geometry.fp16_bytes(len(prompt.token_ids)), 1.0)
 
 
@@ -133,9 +131,13 @@ def store_fp16(
         values: like `keys`.
         geometry: of the model; its half dtype is what the states are rounded to.
     """
+    _store(allocation, layer, keys.to(geometry.half_dtype), values.to(geometry.half_dtype))
+
+
+def _store(allocation: Allocation, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
     tokens = keys.shape[1]
-    allocation.keys(layer, 0, tokens).copy_(keys.to(geometry.half_dtype))
-    allocation.values(layer, 0, tokens).copy_(values.to(geometry.half_dtype))
+    allocation.keys(layer, 0, tokens).copy_(keys)
+    allocation.values(layer, 0, tokens).copy_(values)
 
 
 def describe(method: MethodName) -> str:

@@ -102,10 +102,10 @@ class Fetch:
             consumer.layers, consumer.geometry.of_heads(consumer.heads), consumer.heads, slots, load.skip
         )
         stream = KvStream(consumer.layers[0].pages.device)
-        is_here = self._prefetch is not None and self._prefetch.take()
+        taken = self._prefetch if self._prefetch is not None and self._prefetch.take() else None
         try:
             for rank in streams_needed(consumer.heads, len(channels), consumer.geometry.kv_heads):
-                self._fetch_stream(self._begin(channels, rank, is_here), channels[rank], pages, stream)
+                self._fetch_stream(self._begin(channels[rank], rank, taken), channels[rank], pages, stream)
         except grpc.RpcError as error:
             failure = error_from_rpc(error)
             raise failure from None
@@ -121,8 +121,8 @@ class Fetch:
         finally:
             messages.cancel()
 
-    def _begin(self, channels: Sequence[grpc.Channel], rank: int, is_here: bool) -> Any:
-        """Return the messages of a rank of the producer.
+    def _begin(self, channel: grpc.Channel, rank: int, taken: Prefetch | None) -> Any:
+        """Return the messages of a rank of the producer, from a prefetch that was taken over or from the rank itself.
 
         Raises:
             CancelledError: the fetch was cancelled before.
@@ -130,13 +130,12 @@ class Fetch:
         with self._lock:
             if self._cancelled:
                 raise CancelledError("the request ended while its KV was being fetched")
+            if taken is not None:
+                self._call = taken.stream(rank)
+                return self._call
             # Where other ranks of this consumer take the prefetch, the producer knows the request by the same id.
             known = self.load if self._prefetch is None else self._prefetch.transfer
-            request = fetch_request(self._consumer, known)
-            if is_here and self._prefetch is not None:
-                self._call = self._prefetch.stream(rank)
-            else:
-                self._call = begin_fetch(channels[rank], request, self._timeout)
+            self._call = begin_fetch(channel, fetch_request(self._consumer, known), self._timeout)
             return self._call
 
     def _receive(

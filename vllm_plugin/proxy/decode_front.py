@@ -37,6 +37,7 @@ _SAID_ELSEWHERE = (
     "cache_salt", "priority", "return_token_ids", "add_special_tokens",
 )  # fmt: skip
 _ONLY: dict[str, Any] = {"n": 1, "skip_special_tokens": True, "logprobs": None, "echo": False}
+_KNOWN = frozenset((*_SAMPLING, *_SAID_ELSEWHERE, *_ONLY, "top_k", "stop_token_ids", "logit_bias"))
 _REASONS = {generation_pb2.FINISH_REASON_STOP: "stop", generation_pb2.FINISH_REASON_LENGTH: "length"}
 _STATUSES = {"INVALID_ARGUMENT": 400, "FAILED_PRECONDITION": 400, "NOT_FOUND": 404, "RESOURCE_EXHAUSTED": 429}
 
@@ -263,8 +264,7 @@ def _sampling(body: Mapping[str, Any]) -> SamplingParams:
     for name, value in body.items():
         if name in _ONLY and value not in (None, _ONLY[name]):
             raise InvalidArgumentError(f"{name} is {value!r}; a decode service allows {_ONLY[name]!r}")
-        known = (*_SAMPLING, *_SAID_ELSEWHERE, *_ONLY, "top_k", "stop_token_ids", "logit_bias")
-        if name not in known and value not in (None, False, 0, "", [], {}):
+        if name not in _KNOWN and value not in (None, False, 0, "", [], {}):
             raise InvalidArgumentError(f"{name} is {value!r}; a decode service does not take {name}; leave it out")
     given: dict[str, Any] = {name: body[name] for name in _SAMPLING if body.get(name) is not None}
     # vLLM's own defaults, and its word for all tokens.

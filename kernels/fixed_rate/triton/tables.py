@@ -71,7 +71,6 @@ class AnalysisTables:
     Attributes:
         mean: float32 `[2H, d]`, keys' heads first.
         analysis: float32 `[2H, d, d]`, a column for each coefficient.
-        inverse_std: float32 `[R]`, 1 ÷ the calibrated standard deviations.
         exponents: int32 `[R]`, of the calibrated standard deviations.
         group_exponents: int32 `[G]`, of the calibrated scales.
         later: int32 `[Q]`, how many groups of all later layers lie in each quarter octave; one element where none do.
@@ -83,7 +82,6 @@ class AnalysisTables:
 
     mean: torch.Tensor
     analysis: torch.Tensor
-    inverse_std: torch.Tensor
     exponents: torch.Tensor
     group_exponents: torch.Tensor
     later: torch.Tensor
@@ -110,10 +108,10 @@ class AnalysisTables:
         Returns:
             The tables.
         """
-        mean, analysis, inverse_std, exponents, group_exponents, later = upload_to_stay(arrays, device)
+        mean, analysis, exponents, group_exponents, later = upload_to_stay(arrays, device)
         quarters = 0 if is_last else later.numel()
         return cls(
-            mean, analysis, inverse_std, exponents, group_exponents, later, quarters, lowest_quarter, scaling,
+            mean, analysis, exponents, group_exponents, later, quarters, lowest_quarter, scaling,
             step_exponent,
         )  # fmt: skip
 

@@ -70,7 +70,7 @@ def assert_coefficients(made: Coded) -> None:
 def assert_statistics(made: Coded, segment: SegmentOfLayer) -> None:
     transform = LayerTransform.of_layers(made.basis)[made.case.layer]
     coefficients = made.work.coefficients[segment.tokens]
-    energy = (coefficients * transform.inverse_std).square().sum(dim=1)
+    energy = (coefficients * made.gain_scale).square().sum(dim=1)
     wanted = measure(coefficients, energy, transform.std, segment.own)
     # Logarithms differ in their last bits, and so may what is rounded.
     for mine, theirs in (
@@ -219,6 +219,6 @@ def test_what_is_not_finite_is_counted_in_its_block(side: int, value: float) -> 
     angles, rate = there.angles(8), LayerRate(100, 0.0, 1.0, 0.0, 1.0)
     inputs = [one.to(DEVICE) for one in (*states, scores)]
     of_layer = (angles[0][0], angles[1][0])
-    layer, _ = on_host(*encode(*inputs, of_layer, there.analysis(0), case.shape, rate))
+    layer, _ = on_host(*encode(*inputs, of_layer, there.analysis(0), there.gain_scales(0)[0], case.shape, rate))
     assert [found[SEGMENT_BROKEN] for found in layer.segments] == [1, 1]
     assert layer.broken_scores == 1

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
+from spectrumkv.common.kv.codecs.fixed_rate.gains import gain_level
 from spectrumkv.common.kv.codecs.fixed_rate.gpu.basis import DeviceBasis
 from spectrumkv.common.kv.codecs.fixed_rate.segment_codec import HEADER, padded
 from spectrumkv.common.kv.codecs.fixed_rate.statistics import calibrated_scales
@@ -49,6 +50,7 @@ class Coded(NamedTuple):
     work: Workspace
     rate: LayerRate
     on_device: tuple[CodedLayer, Workspace]
+    gain_scale: torch.Tensor
 
     @property
     def rows(self) -> int:
@@ -72,9 +74,11 @@ def coded(case: Case) -> Coded:
     )
     states = (keys.to(DEVICE), values.to(DEVICE), scores.to(DEVICE))
     of_layer = (angles[0][kind], angles[1][kind])
-    on_device = encode(*states, of_layer, there.analysis(case.layer), case.shape, rate)
+    token_bytes = case.bits * 2 * case.kv_heads * case.head_dim / 8
+    gain_scale = there.gain_scales(gain_level(LayerTransform.of_layers(basis), token_bytes))[case.layer]
+    on_device = encode(*states, of_layer, there.analysis(case.layer), gain_scale, case.shape, rate)
     layer, work = on_host(*on_device)
-    return Coded(case, basis, (keys, values), scores, layer, work, rate, on_device)
+    return Coded(case, basis, (keys, values), scores, layer, work, rate, on_device, gain_scale.cpu())
 
 
 def on_host(layer: CodedLayer, work: Workspace) -> tuple[CodedLayer, Workspace]:

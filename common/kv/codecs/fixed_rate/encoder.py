@@ -20,6 +20,7 @@ from spectrumkv.common.kv.codecs.fixed_rate.coded_layer import (
     last_steps,
     refuse_states,
 )
+from spectrumkv.common.kv.codecs.fixed_rate.gains import gain_level, gain_scales
 from spectrumkv.common.kv.codecs.fixed_rate.kernel_fault import kernels_code
 from spectrumkv.common.kv.codecs.fixed_rate.rate import RateControl
 from spectrumkv.common.kv.codecs.fixed_rate.segment_codec import (
@@ -42,11 +43,15 @@ class FixedRateEncoder:
 
     Args:
         request: the prompt.
+
+    Attributes:
+        gain_level: which coefficients tell a token's gain; see `gains.gain_level`.
     """
 
     def __init__(self, request: CalibratedRequest) -> None:
         self._request = request
         self._transforms = LayerTransform.of_layers(request.basis)
+        self.gain_level = gain_level(self._transforms, request.token_bytes)
         self._rate = RateControl(request.segment_bytes, self._transforms)
         self._sink_count = min(SINKS, request.sinks)
         self._segment_tokens = request.segment_tokens
@@ -88,7 +93,7 @@ class FixedRateEncoder:
         # Triton takes a while to import, and exists on Linux only.
         from spectrumkv.common.kv.codecs.fixed_rate.gpu.layers import GpuLayers
 
-        return GpuLayers(self._request).code(capture, self._rate, self._plan)
+        return GpuLayers(self._request, self.gain_level).code(capture, self._rate, self._plan)
 
     @property
     def _plan(self) -> SegmentPlan:
@@ -116,9 +121,8 @@ class FixedRateEncoder:
         if not span.coded:
             return UncodedSegment(transform, span, sinks, torch.empty(0, transform.rows), classes[coded], None)
         analysis = transform.analysis(span.first_coded, span.coded)
-        coefficients, energy = analyse(
-            capture.keys[:, coded], capture.values[:, coded], analysis, transform.inverse_std
-        )
+        scale = gain_scales(self._request.basis, self.gain_level)[capture.layer]
+        coefficients, energy = analyse(capture.keys[:, coded], capture.values[:, coded], analysis, scale)
         if not bool(energy.isfinite().all()):
             refuse_states(capture, "codec fixed_rate")
         statistics = measure(coefficients, energy, transform.std, span.own)

@@ -66,7 +66,7 @@ class LayerDemand:
         Args:
             words: that they may take.
         """
-        return _finest(words, *self.ratios)
+        return finest_base(words, *self.ratios)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +141,7 @@ class RateControl:
             The base.
         """
         ratio, count = (np.concatenate(pair) for pair in zip(demand.ratios, self._later_demand(demand), strict=True))
-        found = _finest(self.expected_words(demand.fixed_bytes), ratio, count)
+        found = finest_base(self.expected_words(demand.fixed_bytes), ratio, count)
         start = found if self.smooth_base is None else self.smooth_base
         self.smooth_base = start + (found - start) * self.base_weight
         return round(self.smooth_base)
@@ -271,8 +271,17 @@ class StepSearch:
         return (steps.base + 1) * self.tokens - steps.turn
 
 
-def _finest(words: int, ratio: np.ndarray, count: np.ndarray) -> int:
-    """Return the finest base at which records keep to a number of words."""
+def finest_base(words: int, ratio: np.ndarray, count: np.ndarray) -> int:
+    """Return the finest base at which records keep to a number of words.
+
+    Args:
+        words: that they may take.
+        ratio: int64 `[m]`, standard deviations at base 0; see `LayerDemand.ratios`.
+        count: int64 `[m]`, how many groups have each.
+
+    Returns:
+        The base; 0 where there are no groups.
+    """
     if not len(ratio):
         return 0
     finest, coarsest = int(ratio.min()) - int(WIDTH_THRESHOLDS[-1]), int(ratio.max()) - int(WIDTH_THRESHOLDS[0])

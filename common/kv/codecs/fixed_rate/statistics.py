@@ -44,7 +44,7 @@ def measure(coefficients: torch.Tensor, energy: torch.Tensor, std: np.ndarray, o
 
     Args:
         coefficients: float32 `[n, rows]`, n ≥ 1.
-        energy: float32 `[n]`, finite: each token's sum of squares in units of the calibrated standard deviations.
+        energy: float32 `[n]`, finite: each token's sum of scaled squares; see `gains.gain_scales`.
         std: float32 `[rows]`, calibrated standard deviations.
         own: whether the segment is to have scales of its own; else it has the calibrated ones, moved as a whole.
 

@@ -21,11 +21,6 @@ class LayerTransform(CalibratedLayer):
         return len(self.std)
 
     @cached_property
-    def inverse_std(self) -> torch.Tensor:
-        """Return 1 ÷ the calibrated standard deviations: float32 `[rows]`."""
-        return 1 / self.basis.std[self.layer].flatten()
-
-    @cached_property
     def calibrated(self) -> RowScales:
         """Return the calibrated scales."""
         return calibrated_scales(self.std, 0)

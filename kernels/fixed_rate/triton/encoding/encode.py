@@ -29,6 +29,7 @@ def encode(
     scores: torch.Tensor,
     angles: tuple[torch.Tensor, torch.Tensor],
     tables: AnalysisTables,
+    gain_scale: torch.Tensor,
     shape: SegmentShape,
     rate: LayerRate,
 ) -> tuple[CodedLayer, Workspace]:
@@ -40,6 +41,8 @@ def encode(
         scores: float32 `[n]`, each token's share of the attention.
         angles: cosine and sine, float32 `[n or more, head_dim / 2]`, of each token's angles.
         tables: of the layer.
+        gain_scale: float32 `[2 · kv_heads · head_dim]`, what coefficients are multiplied with in the sum of squares
+            that tells a token's gain.
         shape: of its segments.
         rate: what it may take.
 
@@ -57,7 +60,7 @@ def encode(
     half_dtype = torch.float16 if keys.dtype == torch.float32 else keys.dtype
     halves = layer.bodies.view(half_dtype)
     with torch.cuda.device(keys.get_device()):
-        _analyse(keys, values, angles, tables, shape, work, halves)
+        _analyse(keys, values, angles, tables, gain_scale, shape, work, halves)
         _measure(scores, tables, rate, layer, work, halves)
     _pack(layer, work, work.steps, work.starts)
     return layer, work
@@ -118,6 +121,7 @@ def _analyse(
     values: torch.Tensor,
     angles: tuple[torch.Tensor, torch.Tensor],
     tables: AnalysisTables,
+    gain_scale: torch.Tensor,
     shape: SegmentShape,
     work: Workspace,
     halves: torch.Tensor,
@@ -133,7 +137,7 @@ def _analyse(
         *angles,
         tables.mean,
         tables.analysis,
-        tables.inverse_std,
+        gain_scale,
         work.coefficients,
         work.energies,
         halves,

@@ -7,6 +7,7 @@ import torch
 
 from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis, angles
 from spectrumkv.common.kv.codecs.calibrated.importance import SENSITIVITY_POWER
+from spectrumkv.common.kv.codecs.fixed_rate.gains import gain_scales
 from spectrumkv.common.kv.codecs.fixed_rate.rate import later_groups
 from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
 from spectrumkv.kernels.fixed_rate.triton.tables import AnalysisTables, Angles, SynthesisTables, upload_to_stay
@@ -32,6 +33,7 @@ class DeviceBasis:
         made: list[Callable[[int], tuple[torch.Tensor, torch.Tensor]]] = [partial(angles, one, 0) for one in distinct]
         self._angles = Angles(made, device)
         self._analysis: dict[int, AnalysisTables] = {}
+        self._gain_scales: dict[int, torch.Tensor] = {}
 
     def angles(self, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosine and sine of all kinds, float32 `[kinds, positions or more, head_dim / 2]`.
@@ -51,6 +53,16 @@ class DeviceBasis:
             self._analysis[layer] = self._made(layer)
         return self._analysis[layer]
 
+    def gain_scales(self, level: int) -> torch.Tensor:
+        """Return what tells gains: float32 `[layers, rows]`.
+
+        Args:
+            level: see `gains.gain_level`.
+        """
+        if level not in self._gain_scales:
+            (self._gain_scales[level],) = upload_to_stay((gain_scales(self._basis, level),), self._device)
+        return self._gain_scales[level]
+
     @cached_property
     def synthesis(self) -> SynthesisTables:
         """Return what decoding needs of all layers."""
@@ -64,7 +76,6 @@ class DeviceBasis:
         arrays = (
             basis.mean[layer].flatten(0, 1),
             basis.analysis[layer].flatten(0, 1),
-            transforms[layer].inverse_std,
             torch.from_numpy(scales.top - scales.drops.astype("int32")).int(),
             torch.from_numpy(scales.group_exponents).int(),
             torch.from_numpy(later.counts[layer]).int(),

@@ -64,9 +64,11 @@ class GpuLayers:
 
     Attributes:
         request: the prompt.
+        gain_level: see `gains.gain_level`.
     """
 
     request: CalibratedRequest
+    gain_level: int
 
     def code(self, capture: LayerCapture, rate: RateControl, plan: SegmentPlan) -> CodedLayer:
         """Code a layer.
@@ -130,6 +132,7 @@ class GpuLayers:
             attention_shares(capture, self.request.scorer, self.request.seed),
             (cosine, sine),
             on_device.analysis(capture.layer),
+            on_device.gain_scales(self.gain_level)[capture.layer],
             shape,
             LayerRate(words, rate.drift, rate.drift_weight, rate.smooth_base or 0.0, rate.base_weight),
         )

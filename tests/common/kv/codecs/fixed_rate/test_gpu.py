@@ -53,6 +53,7 @@ def coded(
         for number, seen in enumerate(captures(basis, tokens, shape.native_dtype, layers)):
             device_basis(basis, GPU).analysis(number)
             device_basis(basis, GPU).angles(tokens)
+            device_basis(basis, GPU).gain_scales(encoder.gain_level)
             there = on_gpu(seen)
             work.clear()
             segments.append(list(encoder.encode(there)))

@@ -14,13 +14,13 @@ from typing import Any
 
 import grpc
 
-from spectrumkv.client import readiness
 from spectrumkv.client.argument_types import check_type, grpc_timeout
 from spectrumkv.client.completion import Completion, PromptToken, TokenEvent
 from spectrumkv.client.received import ReceivedAnswer
 from spectrumkv.client.request import KvChoice, Prompt, Request, Sampling
 from spectrumkv.client.tools import Tools
 from spectrumkv.common.errors import FailedPreconditionError, NotFoundError
+from spectrumkv.common.rpc import readiness
 from spectrumkv.common.rpc.attempts import RepeatedStream, repeated
 from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.rpc.status import error_from_rpc

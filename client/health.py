@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from spectrumkv.client.cli import flags
-from spectrumkv.client.readiness import is_serving
 from spectrumkv.common.errors import SpectrumKVError
 from spectrumkv.common.rpc.channel import open_channel
+from spectrumkv.common.rpc.readiness import is_serving
 from spectrumkv.common.telemetry.log_output import prepare_standard_streams
 
 SERVER_VARIABLE = "SPECTRUMKV_SERVER"

@@ -77,6 +77,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         metrics.kernel_faults.set(bool(kernel_fault()))
         metrics.int4_probe_passed.set(verdict.int4_allowed)
         metrics.probe_safe_budget.set(verdict.safe_budget or 0)
+        self._kv_bytes_per_token = loaded.geometry.layers * loaded.geometry.native_bytes_per_token_layer
         self._kv_memory = KvMemory(kv_memory_bytes(config.prefill_kv_memory, loaded.device))
         metrics.requests_waiting.set_function(lambda: self._waiting)
         metrics.requests_running.set_function(lambda: self._running)
@@ -108,7 +109,8 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         ):
             request = self._reader.read(message, progress, scope)
             at_end.callback(self._count_stages, request)
-            memory = at_end.enter_context(self._reservation(request, scope))
+            memory = self._kv_memory.reservation(len(request.token_ids), self._kv_bytes_per_token, scope)
+            at_end.enter_context(memory)
             for dispatch in self._offered(request, memory, scope):
                 pipeline = self._pipeline(request, dispatch, memory)
                 with dispatch, dispatch.open_lease(pipeline) as lease:
@@ -180,17 +182,6 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             # Again where a worker was lost to which all of the KV had left.
             request.add_to_stage("queue", memory.wait())
             yield dispatch
-
-    def _reservation(self, request: PrefillRequest, scope: RpcScope) -> KvReservation:
-        """Return what will hold memory for the prompt's KV until it has left.
-
-        Raises:
-            InvalidArgumentError: there is not so much.
-        """
-        geometry, tokens = self._loaded.geometry, len(request.token_ids)
-        bytes_per_token = geometry.layers * geometry.native_bytes_per_token_layer
-        self._kv_memory.check_fits(tokens, bytes_per_token)
-        return KvReservation(self._kv_memory, tokens * bytes_per_token, scope)
 
     def _pipeline(self, request: PrefillRequest, dispatch: Dispatch, memory: KvReservation) -> KvPipeline:
         """Return a fresh pipeline that sends the request's KV to one worker."""
@@ -305,6 +296,6 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         current_request().note(budget_counted=usage.budget_counted, codec=plan.codec.name)
         if plan.codec_reason:
             current_request().note(codec_reason=plan.codec_reason)
-        said = None if kv_map is None else kv_map.to_proto()
-        finished = prefill_pb2.GenerateFinished(finish_reason=request.finish, usage=usage, kv_map=said)
+        shown = kv_map and kv_map.to_proto()
+        finished = prefill_pb2.GenerateFinished(finish_reason=request.finish, usage=usage, kv_map=shown)
         return prefill_pb2.GenerateResponse(finished=finished)

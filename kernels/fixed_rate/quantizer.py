@@ -29,6 +29,8 @@ KNOTS_PER_UNIT = 1 << (FRACTION_BITS - PIECE_BITS)
 LARGEST_MAGNITUDE = np.float32((PIECES << PIECE_BITS) - 1) / np.float32(1 << FRACTION_BITS)
 # Bits of a position among the cells of one sign, whatever their number.
 POSITION_BITS = 29
+# States of the trellis, and what is larger than the cost of any path, of which there is one only at first.
+STATES, UNREACHED = 4, np.float32(1e30)
 # A coefficient escapes where the square of its distance from the nearest of all levels could exceed this times its
 # token's slope. The path may choose a level that is farther away, up to four times; limits that kept to that would
 # cost more in escapes than they save in errors (docs/experiments/fixed-rate-codec.md).

@@ -16,9 +16,10 @@ from spectrumkv.kernels.fixed_rate.quantizer import (
     LARGEST_MAGNITUDE,
     PIECE_BITS,
     POSITION_BITS,
+    STATES,
+    UNREACHED,
     quantizers,
 )
-from spectrumkv.kernels.fixed_rate.trellis import STATES, UNREACHED
 
 
 def pack(

@@ -19,18 +19,15 @@ Lanes of vector instructions are the states of a few tokens, whose paths have no
 
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
 from spectrumkv.kernels.fixed_rate.layout import GROUP_ROWS
+from spectrumkv.kernels.fixed_rate.quantizer import STATES, UNREACHED
 from spectrumkv.kernels.jit.compiled import intrinsic
 from spectrumkv.kernels.jit.llvm import F32, FLOAT_BYTES, I32, I64, MAGNITUDE, pointer_to, splat
 
-STATES = 4
-# Larger than the cost of any path, of which there is one only at first.
-UNREACHED = np.float32(1e30)
 # Tokens at a time: additions wait for each other along a path, and those of other tokens fill the time.
 TOKENS = 4
 

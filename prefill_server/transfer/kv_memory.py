@@ -61,15 +61,16 @@ class KvMemory:
         """How many prompts wait for memory."""
         return len(self._waiting)
 
-    def check_fits(self, tokens: int, bytes_per_token: int) -> None:
-        """Refuse a prompt whose KV is larger than all of the memory.
+    def reservation(self, tokens: int, bytes_per_token: int, scope: RpcScope) -> "KvReservation":
+        """Return what will hold a prompt's part of the memory.
 
         Args:
             tokens: of the prompt.
             bytes_per_token: of KV, in all layers.
+            scope: the client's RPC.
 
         Raises:
-            InvalidArgumentError: it is.
+            InvalidArgumentError: the prompt's KV is larger than all of the memory.
         """
         if tokens * bytes_per_token > self._total_bytes:
             raise InvalidArgumentError(
@@ -77,6 +78,7 @@ class KvMemory:
                 f"{self._total_bytes} bytes for KV (--prefill-kv-memory): send at most "
                 f"{self._total_bytes // bytes_per_token} tokens"
             )
+        return KvReservation(self, tokens * bytes_per_token, scope)
 
     def obtain(self, reservation: "KvReservation") -> bool:
         """Wait until the reservation's bytes are free, and hold them for it; return at once where it holds them.

@@ -12,7 +12,7 @@ import pytest
 from spectrumkv.client.local.gateway_process import running_gateway
 from spectrumkv.client.local.running_pair import RunningPair
 from spectrumkv.common.service.options import Address
-from tests.client.test_readiness import free_address
+from tests.common.rpc.test_readiness import free_address
 from tests.docker.dashboard import EXPRESSIONS, as_promql
 from tests.docker.deployment import PROMETHEUS
 from tests.docker.prometheus_server import query, running_prometheus

@@ -14,12 +14,12 @@ from uuid import uuid4
 
 import grpc
 from aiohttp import web
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from spectrumkv.common.errors import FailedPreconditionError, InvalidArgumentError, SpectrumKVError
 from spectrumkv.common.generation.params import SamplingParams
 from spectrumkv.common.rpc.channel import open_channel
 from spectrumkv.common.rpc.decode_methods import decode_info_method
+from spectrumkv.common.rpc.readiness import is_serving
 from spectrumkv.common.security import ChannelSecurity
 from spectrumkv.common.service.options import Address
 from spectrumkv.v1 import decode_pb2, generation_pb2
@@ -236,7 +236,7 @@ class DecodeFront:
     async def _models(self, http: web.Request) -> web.Response:
         asked = decode_pb2.DecodeServiceGetServerInfoRequest()
         try:
-            info = await self._ask(decode_info_method(self._decode), asked, HEALTH_SECONDS)
+            info = await asyncio.to_thread(decode_info_method(self._decode), asked, timeout=HEALTH_SECONDS)
         except grpc.RpcError:
             return web.Response(status=503)
         model = {"id": info.model_name, "object": "model", "owned_by": "spectrumkv"}
@@ -244,15 +244,10 @@ class DecodeFront:
 
     async def _health(self, http: web.Request) -> web.Response:
         try:
-            check = health_pb2_grpc.HealthStub(self._decode).Check
-            answer = await self._ask(check, health_pb2.HealthCheckRequest(), HEALTH_SECONDS)
-        except grpc.RpcError:
-            return web.Response(status=503)
-        is_well = answer.status == health_pb2.HealthCheckResponse.SERVING
+            is_well = await asyncio.to_thread(is_serving, self._decode, HEALTH_SECONDS)
+        except SpectrumKVError:
+            is_well = False
         return web.Response(status=200 if is_well else 503)
-
-    async def _ask(self, method: Any, message: Any, seconds: float) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(None, lambda: method(message, timeout=seconds))
 
 
 def _sampling(body: Mapping[str, Any]) -> SamplingParams:

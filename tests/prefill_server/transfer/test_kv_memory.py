@@ -28,7 +28,7 @@ class Unended(RpcScope):
 
 
 def reservation(memory: KvMemory, size: int) -> KvReservation:
-    return KvReservation(memory, size, Unended())
+    return memory.reservation(size, 1, Unended())
 
 
 Asked = tuple[KvReservation, "Future[bool]"]
@@ -65,9 +65,9 @@ def test_what_fits_is_held_at_once_and_the_rest_waits_in_order() -> None:
 
 def test_a_prompt_larger_than_the_memory_is_refused() -> None:
     memory = KvMemory(10)
-    memory.check_fits(3, 3)
+    assert memory.reservation(3, 3, Unended()).needed_bytes == 9
     with pytest.raises(InvalidArgumentError) as caught:
-        memory.check_fits(4, 3)
+        memory.reservation(4, 3, Unended())
     assert caught.value.message == (
         "the prompt has 4 tokens, whose KV takes 12 bytes; this service has 10 bytes for KV (--prefill-kv-memory): "
         "send at most 3 tokens"

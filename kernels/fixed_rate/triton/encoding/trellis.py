@@ -2,7 +2,7 @@
 
 import triton.language as tl
 
-from spectrumkv.kernels.fixed_rate import quantizer, trellis
+from spectrumkv.kernels.fixed_rate import quantizer
 from spectrumkv.kernels.fixed_rate.triton.integers import GROUP_ROWS
 from spectrumkv.kernels.triton_shared import jit
 
@@ -14,7 +14,7 @@ WITHIN_MASK = tl.constexpr((1 << quantizer.PIECE_BITS) - 1)
 POSITION_BITS = tl.constexpr(quantizer.POSITION_BITS)
 # Half a cell of a quantizer of 0 bits.
 HALF_POSITION = tl.constexpr(1 << (quantizer.POSITION_BITS - 1))
-UNREACHED = tl.constexpr(float(trellis.UNREACHED))
+UNREACHED = tl.constexpr(float(quantizer.UNREACHED))
 
 
 @jit

@@ -3,9 +3,9 @@ import threading
 
 import pytest
 
-from spectrumkv.client import readiness
 from spectrumkv.client.client import SpectrumClient
 from spectrumkv.common.errors import CancelledError, DeadlineExceededError, SpectrumKVError
+from spectrumkv.common.rpc import readiness
 from tests.client.fake_servers import FakePrefill, prefill_server, serving, stop
 
 

@@ -52,11 +52,15 @@ class _Attempts:
     def pause_after(self, error: grpc.RpcError) -> float | None:
         """Return the seconds to wait before the next attempt; None where the error is the call's last word.
 
+        It is, too, where the deadline comes before the next attempt: a call without time may still reach a server.
+
         Args:
             error: what ended an attempt before any of its answer came.
         """
         elsewhere = self._several_servers and error.code() is grpc.StatusCode.UNAVAILABLE
-        return next(self._pauses, None) if elsewhere or was_dropped(error) else None
+        pause = next(self._pauses, None) if elsewhere or was_dropped(error) else None
+        left = self.seconds_left
+        return None if pause is None or (left is not None and left <= pause) else pause
 
 
 def repeated(begin: Begin[T], seconds: float | None, several_servers: bool) -> T:

@@ -144,14 +144,15 @@ def test_a_cancelled_request_is_not_sent_again() -> None:
     assert handler.calls == 1
 
 
-def test_no_attempt_outlives_the_deadline() -> None:
+def test_no_attempt_begins_after_the_deadline() -> None:
     handler = Failing(ATTEMPTS)
     with serving(handler) as address, SpectrumClient(address) as client:
         began = time.monotonic()
         with pytest.raises(SpectrumKVError, match=r"0\.3 s|too many calls wait"):
             client.send(REQUEST, 0.3).result()
         assert time.monotonic() - began < WAIT_SECONDS
-    assert handler.calls < ATTEMPTS
+    # The second pause alone is longer than the deadline, however short it is by chance.
+    assert handler.calls <= 2
 
 
 @pytest.mark.slow

@@ -296,6 +296,6 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         current_request().note(budget_counted=usage.budget_counted, codec=plan.codec.name)
         if plan.codec_reason:
             current_request().note(codec_reason=plan.codec_reason)
-        shown = kv_map and kv_map.to_proto()
+        shown = None if kv_map is None else kv_map.to_proto()
         finished = prefill_pb2.GenerateFinished(finish_reason=request.finish, usage=usage, kv_map=shown)
         return prefill_pb2.GenerateResponse(finished=finished)

@@ -137,16 +137,16 @@ bench-quality: install  ## Quality of both codecs: texts, short prompts, models,
 	@test -n "$(TEXT)" || { echo "name a text: make bench-quality TEXT=FILE" >&2; exit 1; }
 	mkdir -p $(RESULTS) $(SCORES)
 	$(QUALITY) $(NINE) --text "$(TEXT)" --policies $(BOTH),all --skip-windows 74 \
-		--scores $(SCORES)/wikitext.jsonl --json $(RESULTS)/quality-wikitext-v3.json
+		--scores $(SCORES)/wikitext.jsonl --json $(RESULTS)/quality-wikitext-codecs.json
 	$(QUALITY) $(NINE) --text code --policies $(BOTH) \
-		--scores $(SCORES)/code.jsonl --json $(RESULTS)/quality-code-v3.json
+		--scores $(SCORES)/code.jsonl --json $(RESULTS)/quality-code-codecs.json
 	for tokens in 64 128 384; do \
 		$(QUALITY) 0.5,0.3,0.1 --text "$(TEXT)" --policies $(BOTH) --context $$tokens --skip-windows 80 \
 			--scores $(SCORES)/short-$$tokens.jsonl --json $(RESULTS)/quality-short-$$tokens.json || exit 1; \
 	done
 	$(QUALITY) $(NINE) --text "$(TEXT)" --policies $(BOTH) --skip-windows 74 \
 		--model "$$($(BIN)/spectrumkv-bench key-bias-model)" \
-		--scores $(SCORES)/key-bias.jsonl --json $(RESULTS)/quality-key-bias-v3.json
+		--scores $(SCORES)/key-bias.jsonl --json $(RESULTS)/quality-key-bias-codecs.json
 	for tokens in 256 1792; do \
 		$(QUALITY) $(NINE) --text "$(TEXT)" --policies $(BOTH),native,adaptive --context $$tokens --windows 4 \
 			--model "$$($(BIN)/spectrumkv-bench gemma-model)" --scores $(SCORES)/gemma-$$tokens.jsonl \
@@ -154,7 +154,7 @@ bench-quality: install  ## Quality of both codecs: texts, short prompts, models,
 	done
 	for question in prompt late; do \
 		$(BIN)/spectrumkv-bench niah --policies $(BOTH) --question $$question --budgets 0.25,0.15,0.05 \
-			--json $(RESULTS)/niah-$$question-v3.json || exit 1; \
+			--json $(RESULTS)/niah-$$question-codecs.json || exit 1; \
 	done
 
 # Real processes are killed, frozen and cut off here, so that nothing else should run beside it.

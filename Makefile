@@ -9,7 +9,7 @@ PEERS := build/peers
 # said by tests/schedule.py, and not by the files' numbers of tests.
 TEST_WORKERS ?= 2
 # pip would compile every module of every package, most of which nothing imports; Python compiles what it imports, once.
-export PIP_NO_COMPILE ?= 1
+export PIP_COMPILE ?= 0
 IN_PARALLEL := -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install demo test test-slow test-schemas lint format bench-peers clean

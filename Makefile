@@ -8,8 +8,6 @@ PEERS := build/peers
 # How many processes tests run in; a file's tests stay together, since they share services. Which file begins first is
 # said by tests/schedule.py, and not by the files' numbers of tests.
 TEST_WORKERS ?= 2
-# pip would compile every module of every package, most of which nothing imports; Python compiles what it imports, once.
-export PIP_COMPILE ?= 0
 IN_PARALLEL := -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install demo test test-slow test-schemas lint format bench-peers clean

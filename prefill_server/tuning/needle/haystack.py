@@ -85,7 +85,7 @@ class Haystack:
 
 
 def haystack(rotation: int) -> Haystack:
-    """Return the whole haystack, about 6,000 words, from the paragraph that `rotation` picks as the first."""
+    """Return the whole haystack, about 7,200 words, from the paragraph that `rotation` picks as the first."""
     paragraphs = _paragraphs()
     start = rotation * PARAGRAPH_STRIDE % len(paragraphs)
     return Haystack(tuple(sentence for one in paragraphs[start:] + paragraphs[:start] for sentence in one))

@@ -114,7 +114,7 @@ SPEED: dict[str, Values] = {
     "hand-off of 2,048 tokens over 200 Mb/s, s": handoff(200, "fp16", "0.3"),
     "the same, where nothing leaves before the last layer, s": handoff(200, "fp16 without overlap"),
     "processor time of coding ÷ that of prefill": only(
-        "processor_share_of_prefill", policy="spectral", budget_target=0.3
+        "processor_share_of_prefill", policy="spectral", codec="spectral", budget_target=0.3
     ),
     "from the command to ready, warm caches, s": only("median_ready_seconds", command="spectrumkv up"),
     "one H200, 7B shape, 4,096 tokens: first token ÷ one process": serve("median_ttft_ms_ratio"),

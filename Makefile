@@ -154,6 +154,8 @@ bench-quality: install  ## Quality of both codecs: texts, short prompts, models,
 		$(BIN)/spectrumkv-bench niah --policies $(BOTH) --question $$question --budgets 0.25,0.15,0.05 \
 			--json $(RESULTS)/niah-$$question-codecs.json || exit 1; \
 	done
+	$(BIN)/spectrumkv-bench niah --policies $(BOTH) --context 8000 --depths 5 --needles 1 --budgets 0.25 \
+		--json $(RESULTS)/niah-8000.json
 
 # Real processes are killed, frozen and cut off here, so that nothing else should run beside it.
 .PHONY: test-faults test-faults-exhaustive soak

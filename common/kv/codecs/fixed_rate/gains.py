@@ -14,7 +14,14 @@ from spectrumkv.common.kv.codecs.calibrated.basis import CalibratedBasis
 from spectrumkv.common.kv.codecs.fixed_rate.rate import finest_base
 from spectrumkv.common.kv.codecs.fixed_rate.segment_codec import WORD_BYTES
 from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
-from spectrumkv.kernels.fixed_rate.layout import BASE_UNITS, GROUP_ROWS, WIDTH_THRESHOLDS, RowScales
+from spectrumkv.kernels.fixed_rate.layout import (
+    BASE_UNITS,
+    GROUP_ROWS,
+    LOWEST_PROFILE,
+    WIDTH_THRESHOLDS,
+    RowScales,
+    ratios,
+)
 
 # Levels are whole quarters of an octave, so that budgets share them.
 LEVELS_PER_OCTAVE = 4
@@ -31,9 +38,9 @@ def gain_level(transforms: Sequence[LayerTransform], token_bytes: float) -> int:
     Returns:
         The binary logarithm of the steps, in quarters of an octave.
     """
-    ratios = np.concatenate([one.calibrated.group_exponents for one in transforms])
+    exponents = np.concatenate([one.calibrated.group_exponents for one in transforms])
     words = int(token_bytes * len(transforms)) // WORD_BYTES
-    return round(finest_base(words, ratios, np.ones_like(ratios)) / LEVEL)
+    return round(finest_base(words, exponents, np.ones_like(exponents)) / LEVEL)
 
 
 @lru_cache(maxsize=32)
@@ -58,7 +65,8 @@ def _scale(transform: LayerTransform, base: int) -> torch.Tensor:
 
 def _rows_with_bits(scales: RowScales, base: int) -> np.ndarray:
     """Return 1 for each row of a group that a mean token has bits for, and for those of the first group: float32."""
-    has_bits = scales.group_exponents - 2 * base > WIDTH_THRESHOLDS[0]
+    # A mean token has gain 0 and class 0, and so profile 0.
+    has_bits = ratios(scales.group_exponents, base)[-LOWEST_PROFILE] > WIDTH_THRESHOLDS[0]
     has_bits[0] = True
     rows = np.empty(len(scales.order), np.float32)
     rows[scales.order] = np.repeat(has_bits, GROUP_ROWS)[: len(rows)]

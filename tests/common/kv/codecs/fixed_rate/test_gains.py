@@ -11,11 +11,13 @@ from spectrumkv.common.kv.codecs.fixed_rate.codec import FixedRateDecoder
 from spectrumkv.common.kv.codecs.fixed_rate.encoder import FixedRateEncoder
 from spectrumkv.common.kv.codecs.fixed_rate.gains import LEVEL, gain_level, gain_scales
 from spectrumkv.common.kv.codecs.fixed_rate.transform import LayerTransform
-from spectrumkv.kernels.fixed_rate.layout import GROUP_ROWS, RecordLayout
+from spectrumkv.kernels.fixed_rate.layout import GROUP_ROWS, RecordLayout, token_bytes
 from tests.common.kv.codecs.spectral_prompts import basis_of, capture, geometry, plain_coefficients, plain_states
 
 SHAPE = geometry(kv_heads=4, head_dim=32, layers=3)
 ROWS = 2 * 4 * 32
+# A mean token has class 0 and gain 0.
+MEAN = token_bytes(np.zeros(1, np.int64), np.zeros(1, np.int64))
 
 
 def test_every_row_counts_at_budgets_that_have_bits_for_all() -> None:
@@ -29,11 +31,9 @@ def test_rows_without_bits_do_not_count(bits: float) -> None:
     basis = basis_of(SHAPE)
     transforms = LayerTransform.of_layers(basis)
     level = gain_level(transforms, bits * ROWS / 8)
-    # Of a mean token, which has gain 0 and class 0.
-    token = np.full(1, 8 << 4 | 12, np.uint8)
     for transform, scale in zip(transforms, gain_scales(basis, level), strict=True):
         order = transform.calibrated.order
-        layout = RecordLayout.of(transform.calibrated, token, LEVEL * level, 1)
+        layout = RecordLayout.of(transform.calibrated, MEAN, LEVEL * level, 1)
         wide = np.repeat(layout.widths[layout.profiles[0]] > 0, GROUP_ROWS)
         wide[:GROUP_ROWS] = True
         assert ((scale.numpy()[order] > 0) == wide).all()
@@ -44,13 +44,13 @@ def test_rows_without_bits_do_not_count(bits: float) -> None:
 def test_a_level_takes_the_words_that_there_are() -> None:
     basis = basis_of(SHAPE)
     transforms = LayerTransform.of_layers(basis)
-    for token_bytes in (20.0, 60.0, 150.0):
-        level, token = gain_level(transforms, token_bytes), np.full(1, 8 << 4 | 12, np.uint8)
+    for bytes_of_token in (20.0, 60.0, 150.0):
+        level = gain_level(transforms, bytes_of_token)
         words = {
-            step: sum(RecordLayout.of(one.calibrated, token, LEVEL * (level + step), 1).words for one in transforms)
+            step: sum(RecordLayout.of(one.calibrated, MEAN, LEVEL * (level + step), 1).words for one in transforms)
             for step in (-1, 1)
         }
-        assert words[1] <= token_bytes * SHAPE.layers / 4 <= words[-1]
+        assert words[1] <= bytes_of_token * SHAPE.layers / 4 <= words[-1]
 
 
 def weighted_error(basis: CalibratedBasis, budget: float) -> float:
